@@ -1,0 +1,30 @@
+"""Train on images you cannot trust: purification of poisoned training sets inside your dataloader."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from purifyloader import pretrained, purifiers, recipes, transforms
+    from purifyloader.dataset import PurifiedDataset
+    from purifyloader.errors import PurifyError
+
+__version__ = "0.1.0"
+
+__all__ = ["PurifiedDataset", "PurifyError", "pretrained", "purifiers", "recipes", "transforms"]
+
+# torch and torchvision take seconds to import: each name is loaded when it is first used.
+_ORIGIN = {"PurifiedDataset": "purifyloader.dataset", "PurifyError": "purifyloader.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ORIGIN:
+        return getattr(importlib.import_module(_ORIGIN[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"purifyloader.{name}")
+    raise AttributeError(f"module 'purifyloader' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,206 @@
+"""Training a victim: one-cycle SGD on arrays in memory, the same weights again for the same seed.
+
+The order of a batch is crop, flip, `batch_transform`, normalise: a defence that draws something fresh in
+each epoch (ECLIPSE's compensation) gets the augmented images in [0, 1] and each one's index.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purifyloader import noise
+from purifyloader.bench.victims import resnet9
+from purifyloader.errors import InputError, TrainingError
+
+__all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Trained", "accuracy", "train_victim"]
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+Images = Tensor | NDArray[np.uint8] | NDArray[np.float32]
+"""uint8 (N, H, W, C), as a cache and `load_sample` give them, or float (N, C, H, W) in [0, 1]."""
+
+BatchTransform = Callable[[Tensor, Tensor, int], Tensor]
+"""(x_BCHW float32 in [0, 1], index_B int64, epoch) -> x_BCHW, called after crop and flip."""
+
+_AUGMENT = 0x61756774  # "augt": what the keys drawn here are for
+
+
+class Trained(NamedTuple):
+    model: nn.Module
+    seconds: float
+
+
+def _as_images(images: Images, count: int | None = None) -> Tensor:
+    """Checked images as a tensor (N, C, H, W), uint8 or float32, not copied."""
+    x = torch.as_tensor(images)
+    if x.ndim != 4 or len(x) == 0 or not (x.dtype == torch.uint8 or x.dtype.is_floating_point):
+        raise InputError(
+            "Images must be uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1], at least one. "
+            f"Got {x.dtype} {tuple(x.shape)}."
+        )
+    x = x.permute(0, 3, 1, 2) if x.dtype == torch.uint8 else x.to(torch.float32)
+    if x.shape[1] != 3:
+        raise InputError(
+            "Images must have 3 channels, last in uint8 (N, H, W, C), second in float (N, C, H, W). "
+            f"Got {torch.as_tensor(images).dtype} {tuple(torch.as_tensor(images).shape)}."
+        )
+    if count is not None and len(x) != count:
+        raise InputError(f"There must be one label an image. Got {len(x)} images and {count} labels.")
+    return x
+
+
+def _as_labels(labels: Tensor | NDArray | Sequence[int], classes: int) -> Tensor:
+    y = torch.as_tensor(labels)
+    if y.ndim != 1 or len(y) == 0 or y.dtype.is_floating_point or y.dtype == torch.bool:
+        raise InputError(f"Labels must be integers (N,), at least one. Got {y.dtype} {tuple(y.shape)}.")
+    y = y.to(torch.int64)
+    if int(y.min()) < 0 or int(y.max()) >= classes:
+        raise InputError(
+            f"Labels must lie in [0, {classes}), or classes= must be given. Got {int(y.min())} to {int(y.max())}."
+        )
+    return y
+
+
+def _to_float(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.to(torch.float32).div_(255) if x_BCHW.dtype == torch.uint8 else x_BCHW
+
+
+def _normalise(x_BCHW: Tensor) -> Tensor:
+    mean = torch.tensor(CIFAR_MEAN, device=x_BCHW.device).reshape(1, 3, 1, 1)
+    std = torch.tensor(CIFAR_STD, device=x_BCHW.device).reshape(1, 3, 1, 1)
+    return ((x_BCHW - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
+    """Pad by reflection, cut a window of the old size at random, mirror half of them.
+
+    Args:
+        uniform_B3: uniforms in (0, 1) that decide row, column and flip of each image.
+    """
+    height, width = x_BCHW.shape[2:]
+    if pad:
+        # (B, C, offsets, offsets, H, W), a view
+        windows = F.pad(x_BCHW, (pad,) * 4, mode="reflect").unfold(2, height, 1).unfold(3, width, 1)
+        offset_B2 = (uniform_B3[:, :2] * (2 * pad + 1)).long()
+        rows = torch.arange(len(x_BCHW), device=x_BCHW.device)
+        x_BCHW = windows[rows, :, offset_B2[:, 0], offset_B2[:, 1]]
+    return torch.where(uniform_B3[:, 2].reshape(-1, 1, 1, 1) < 0.5, x_BCHW.flip(3), x_BCHW)
+
+
+def _learning_rate(progress: float, peak: float, warmup: float) -> float:
+    """One cycle: linear from 0 to `peak` over the share `warmup` of the steps, then linear to 0."""
+    return peak * min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup))
+
+
+def train_victim(
+    images: Images | Callable[[int], Images],
+    labels: Tensor | NDArray | Sequence[int],
+    *,
+    classes: int = 10,
+    width: int = 16,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 0.2,
+    warmup: float = 0.2,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    label_smoothing: float = 0.0,
+    pad: int = 4,
+    flip: bool = True,
+    batch_transform: BatchTransform | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    bfloat16: bool = True,
+) -> Trained:
+    """Train a `resnet9` and say how long it took.
+
+    What an epoch draws (order, crop, flip) is a function of (seed, epoch, index); on the CPU with one
+    number of threads the same arguments give the same weights.
+
+    Args:
+        images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; or a function of the epoch that gives
+            them, always N in the same order, for a training set that changes.
+        labels: integers (N,) in [0, classes).
+        width: of the network.
+        batch_size: images a step; what is left over at the end of an epoch is left out of it.
+        lr: highest learning rate of the cycle, reached after the share `warmup` of all steps.
+        pad: pixels of reflection padding for the random crop, 0 for none; flip: mirror half of the images.
+        batch_transform: called after crop and flip with the float batch in [0, 1], the indices of its
+            images and the epoch; its result, clamped by nobody, is normalised and trained on.
+        bfloat16: autocast the network's arithmetic; weights stay float32.
+
+    Returns:
+        The model in evaluation mode, and seconds of training (of `images(epoch)` and transforms too).
+
+    Raises:
+        InputError: images, labels or arguments that do not fit; TrainingError: the loss is not finite.
+    """
+    y = _as_labels(labels, classes)
+    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 <= warmup < 1 or pad < 0:
+        raise InputError(
+            "epochs and batch_size must be at least 1, lr above 0, warmup in [0, 1), pad at least 0. "
+            f"Got {epochs}, {batch_size}, {lr}, {warmup}, {pad}."
+        )
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = resnet9(classes, width).to(device)
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+    )
+    batch_size = min(batch_size, len(y))
+    steps = len(y) // batch_size
+    y = y.to(device)
+    key = noise.fold_in(noise.key_from_seed(seed), _AUGMENT)
+    start = time.perf_counter()
+    for epoch in range(epochs):
+        x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
+        # drawn on the CPU, so that every device trains on the same crops
+        uniform = noise.uniform(noise.fold_in(noise.fold_in(key, epoch), torch.arange(len(y))), (4,))
+        order = uniform[:, 0].argsort(stable=True).to(device)
+        uniform = uniform[:, 1:].to(device)
+        if not flip:
+            uniform[:, 2] = 1.0
+        for step in range(steps):
+            index_B = order[step * batch_size : (step + 1) * batch_size]
+            batch = _crop_and_flip(_to_float(x[index_B]), uniform[index_B], pad)
+            if batch_transform is not None:
+                batch = batch_transform(batch, index_B, epoch)
+            for group in optimiser.param_groups:
+                group["lr"] = _learning_rate((epoch * steps + step + 0.5) / (epochs * steps), lr, warmup)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits = model(_normalise(batch))
+            loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=label_smoothing)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+        if not torch.isfinite(loss):
+            raise TrainingError(f"The loss must be finite: lower lr={lr}. Got {loss.item()} in epoch {epoch}.")
+    return Trained(model.eval(), time.perf_counter() - start)
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, images: Images, labels: Tensor | NDArray | Sequence[int], *, batch_size: int = 500
+) -> float:
+    """Share of images whose largest logit is their label's, in [0, 1], in evaluation mode and float32."""
+    y = torch.as_tensor(labels).to(torch.int64)
+    x = _as_images(images, len(y))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    right = 0
+    for start in range(0, len(x), batch_size):
+        logits = model(_normalise(_to_float(x[start : start + batch_size].to(device))))
+        right += int((logits.argmax(dim=1).cpu() == y[start : start + batch_size]).sum())
+    model.train(was_training)
+    return right / len(x)

@@ -1,0 +1,140 @@
+"""The identity of a source dataset: a hash of every image and every target, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader.errors import InputError
+
+__all__ = ["SourceHasher"]
+
+_VERSION = b"purifyloader-source-1"
+
+
+class SourceHasher:
+    """Hashes a dataset batch by batch; how it is cut into batches does not matter.
+
+        hasher = SourceHasher()
+        for images, targets in batches:
+            hasher.update(images, targets)
+        hasher.hexdigest()
+
+    Each image and each target is hashed to 64 bits, and these are hashed together with SHA-256. (A
+    sample of the images would miss a poison of 1 %.)
+    """
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256(_VERSION)
+        self.count = 0
+
+    def update(
+        self,
+        images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor],
+        targets: Any = None,
+    ) -> None:
+        """The next images, with their targets.
+
+        Args:
+            images: an array or tensor (N, ...), best uint8 (N, H, W, C), or N images of any sizes, each
+                an array or tensor. The same pixels in another dtype or layout are other images.
+            targets: N of them, each None, a boolean, a number, a string, bytes, an array or a tensor,
+                or lists, tuples and dicts of these; None for a dataset without targets. A number in a
+                0-dimensional tensor or array is that number, and a list is a tuple, so that it does
+                not matter how targets were collated.
+
+        Raises:
+            InputError: images or targets of another kind, or not as many of each. Nothing was hashed.
+        """
+        if targets is None:
+            targets = [None] * len(images)
+        if isinstance(targets, str | bytes | Mapping) or not hasattr(targets, "__len__"):
+            raise InputError(
+                f"targets must be a sequence, array or tensor with one an image. Got {type(targets).__name__}."
+            )
+        if len(images) != len(targets):
+            raise InputError(f"There must be one target an image. Got {len(images)} images and {len(targets)} targets.")
+        digests = bytearray()
+        for image, target in zip(images, targets, strict=True):
+            digests += _short_hash(_image_bytes(image)) + _short_hash(_target_bytes(target))
+        self._sha.update(digests)
+        self.count += len(images)
+
+    def hexdigest(self) -> str:
+        """SHA-256 of all so far, in hex; more may follow."""
+        sha = self._sha.copy()
+        sha.update(struct.pack("<Q", self.count))
+        return sha.hexdigest()
+
+
+def _short_hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _image_bytes(image: Any) -> bytes:
+    data = _dense_bytes(image)
+    if data is None or image.ndim < 2:
+        got = f"{tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        raise InputError(
+            f"An image must be a dense numeric array or tensor of 2 or more dimensions. Got {got}. "
+            "Convert it, a PIL image by numpy.asarray, before hashing it."
+        )
+    return data
+
+
+def _tagged(tag: bytes, *parts: bytes) -> bytes:
+    """A tag, and every part with its length before it: no two values give the same bytes."""
+    return tag + struct.pack("<Q", len(parts)) + b"".join(struct.pack("<Q", len(p)) + p for p in parts)
+
+
+def _dense_bytes(array: Any) -> bytes | None:
+    """dtype, shape and values of a tensor or numpy array, the same for both; None for anything else."""
+    if isinstance(array, Tensor) and array.layout == torch.strided:
+        tensor = array.detach().cpu().contiguous()
+        # viewed as bytes, because numpy has no bfloat16
+        values = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    elif isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+        values = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+        dtype = array.dtype.name
+    else:
+        return None
+    return _tagged(b"a", dtype.encode(), b"".join(struct.pack("<Q", n) for n in array.shape), values)
+
+
+def _target_bytes(target: Any) -> bytes:
+    if (data := _dense_bytes(target)) is not None:
+        return data if target.ndim else _target_bytes(target.item())
+    if isinstance(target, np.generic) and target.dtype.kind in "biufcUS":
+        return _target_bytes(target.item())
+    match target:
+        case None:
+            return _tagged(b"n")
+        case bool():  # before int, which it is too
+            return _tagged(b"b", bytes([target]))
+        case int():
+            return _tagged(b"i", b"%d" % target)
+        case float():
+            return _tagged(b"f", struct.pack("<d", target))
+        case complex():
+            return _tagged(b"c", struct.pack("<2d", target.real, target.imag))
+        case str():
+            return _tagged(b"s", target.encode("utf-8", "surrogatepass"))
+        case bytes():
+            return _tagged(b"y", target)
+        case list() | tuple():
+            return _tagged(b"l", *map(_target_bytes, target))
+        case dict():
+            items = sorted((_target_bytes(k), _target_bytes(v)) for k, v in target.items())
+            return _tagged(b"d", *(part for item in items for part in item))
+    raise InputError(
+        "A target must be None, a boolean, a number, a string, bytes, a dense array or tensor, or lists, "
+        f"tuples and dicts of these. Got {type(target).__name__}. Convert it in your dataset's target_transform."
+    )

@@ -1,0 +1,198 @@
+"""The denoiser contract: `denoiser(x, sigma) -> x0` in image units, whatever the network predicts.
+
+    x = x0 + sigma * noise,   x0 in [0, 1],   x neither scaled nor clamped
+
+Inside, a network sees data in [-1, 1], where the same noise has s = 2 sigma, and its output F becomes
+
+    D(x; s) = c_skip(s) x + c_out(s) F(c_in(s) x, time(s))
+
+with the coefficients of its parameterization (the form of Karras et al. 2022, arXiv:2206.00364, Eq. 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from purifyloader.diffusion.schedule import Schedule, schedule_from_config
+from purifyloader.diffusion.unet import UNet, UNetConfig
+from purifyloader.errors import ConfigError, InputError
+
+__all__ = ["PARAMETERIZATIONS", "Denoiser", "NetworkDenoiser", "denoiser_from_config"]
+
+SIGMA_DATA = 0.5
+"""Standard deviation of image data in [-1, 1], as EDM and the consistency models take it."""
+
+
+def _epsilon(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones_like(s), -s, (1 + s**2).rsqrt()
+
+
+def _velocity(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return 1 / (1 + s**2), -s * (1 + s**2).rsqrt(), (1 + s**2).rsqrt()
+
+
+def _x0(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(s), torch.ones_like(s), (1 + s**2).rsqrt()
+
+
+def _edm(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total = s**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, s * SIGMA_DATA * total.rsqrt(), total.rsqrt()
+
+
+PARAMETERIZATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "epsilon": _epsilon,  # the noise (Ho et al. 2020)
+    "v": _velocity,  # alpha * noise - sigma_vp * x0 (Salimans & Ho 2022)
+    "x0": _x0,  # the image itself
+    "edm": _edm,  # unit variance in, unit variance out (Karras et al. 2022)
+}
+"""What the network's output means: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
+
+
+class Denoiser(nn.Module):
+    """Estimates the clean image from a noised one.
+
+    `denoiser(x_BCHW, sigma_B) -> x0_BCHW` in [0, 1] units, unclipped; `predict` gives the variance
+    fraction beside it. `sigma_range` is the noise it was trained for, in image units; outside it
+    both raise.
+    """
+
+    sigma_range: tuple[float, float]
+    image_channels: int = 3
+    name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
+
+    def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x0 and, where the network learned it, the variance fraction v in [0, 1] (else None).
+
+        v interpolates between the two bounds of the posterior's log variance (improved-diffusion,
+        Eq. 15): 0 is the lower bound, 1 the upper.
+        """
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def forward(self, x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        return self.predict(x_BCHW, sigma_B)[0]
+
+    def check_sigma(self, sigma: Tensor | float) -> None:
+        low, high = self.sigma_range
+        values = torch.as_tensor(sigma, dtype=torch.float64)
+        if values.numel() and not bool(((values >= low * (1 - 1e-6)) & (values <= high * (1 + 1e-6))).all()):
+            raise InputError(
+                f"This denoiser was trained for sigma from {low:.4g} to {high:.4g} "
+                f"({255 * low:.3g} to {255 * high:.3g} px). Got sigma from {values.min():.4g} to "
+                f"{values.max():.4g} ({255 * values.min():.3g} to {255 * values.max():.3g} px). "
+                "Ask for a sigma in that range, or train a denoiser for yours."
+            )
+
+
+class NetworkDenoiser(Denoiser):
+    """A denoiser around a network that predicts noise, v, x0 or the EDM target.
+
+    Args:
+        network: `network(x_BCHW, time_B)`, twice the image's channels where it learned the variance.
+        parameterization: a name of `PARAMETERIZATIONS`.
+        sigma_range: noise levels it was trained for, in image units.
+        schedule: for a network trained on discrete timesteps; its time input is then the nearest
+            trained timestep, counted from 0 and rescaled to 0..1000. The noise itself is never
+            rounded. Without a schedule the time input is 250 ln(2 sigma).
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        parameterization: str,
+        sigma_range: tuple[float, float],
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if parameterization not in PARAMETERIZATIONS:
+            raise ConfigError(f"parameterization must be one of {sorted(PARAMETERIZATIONS)}. Got {parameterization!r}.")
+        low, high = sigma_range
+        if not 0 < low < high < math.inf:
+            raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {sigma_range}.")
+        self.network = network
+        self.parameterization = parameterization
+        self.sigma_range = (float(low), float(high))
+        self.schedule = schedule
+        self.image_channels = network.config.image_channels
+        self.learned_variance = network.config.learned_variance
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "parameterization": self.parameterization,
+            "sigma_range": list(self.sigma_range),
+            "schedule": self.schedule.config() if self.schedule is not None else None,
+            "network": {"kind": "unet", **self.network.config.to_dict()},
+        }
+
+    def time(self, sigma_B: Tensor) -> Tensor:
+        """The network's time input for each sigma, float64 on the CPU."""
+        sigma_B = sigma_B.detach().to("cpu", torch.float64)
+        if self.schedule is None:
+            return 250 * (2 * sigma_B).log()
+        timesteps = self.schedule.timesteps
+        t_B = torch.from_numpy(self.schedule.t(sigma_B.numpy())).round().clamp(1, timesteps)
+        return (t_B - 1) * (1000 / timesteps)
+
+    def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.image_channels:
+            raise InputError(
+                f"A denoiser takes images of shape (B, {self.image_channels}, H, W). Got {tuple(x_BCHW.shape)}."
+            )
+        if sigma_B.shape != x_BCHW.shape[:1]:
+            raise InputError(f"sigma must have shape ({x_BCHW.shape[0]},), one an image. Got {tuple(sigma_B.shape)}.")
+        self.check_sigma(sigma_B)
+        return self.apply_network(x_BCHW, sigma_B, self.time(sigma_B))
+
+    def apply_network(self, x_BCHW: Tensor, sigma_B: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`predict` for a time input already known and noise already checked (what training calls)."""
+        # float64 for B numbers costs nothing and keeps the coefficients exact
+        s = 2 * sigma_B.to("cpu", torch.float64)[:, None, None, None]
+        c_skip, c_out, c_in = (c.to(x_BCHW.device, x_BCHW.dtype) for c in PARAMETERIZATIONS[self.parameterization](s))
+        y = 2 * x_BCHW - 1
+        dtype = self.network.stem.weight.dtype
+        out = self._network_any_size((c_in * y).to(dtype), time_B.to(x_BCHW.device, torch.float32))
+        out = out.to(x_BCHW.dtype)
+        fraction = None
+        if self.learned_variance:
+            out, raw = out.chunk(2, dim=1)
+            fraction = (raw + 1) / 2
+        return (c_skip * y + c_out * out + 1) / 2, fraction
+
+    def _network_any_size(self, x_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        """Sizes that the levels of the network do not divide are padded by repeating the border."""
+        h, w = x_BCHW.shape[-2:]
+        multiple = self.network.config.size_multiple
+        padded = F.pad(x_BCHW, (0, -w % multiple, 0, -h % multiple), mode="replicate")
+        return self.network(padded, time_B)[..., :h, :w]
+
+
+def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
+    """Build back, with fresh weights, what `NetworkDenoiser.config` said."""
+    try:
+        network = dict(config["network"])
+        parameterization, sigma_range = config["parameterization"], config["sigma_range"]
+        schedule = config["schedule"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            "A denoiser's configuration needs network, parameterization, sigma_range and schedule. "
+            f"Got {sorted(config) if isinstance(config, Mapping) else type(config).__name__} ({error!r})."
+        ) from None
+    if (kind := network.pop("kind", None)) != "unet":
+        raise ConfigError(f"The network's kind must be 'unet'. Got {kind!r}.")
+    if not isinstance(sigma_range, list | tuple) or len(sigma_range) != 2:
+        raise ConfigError(f"sigma_range must be [low, high]. Got {sigma_range!r}.")
+    return NetworkDenoiser(
+        UNet(UNetConfig.from_dict(network)),
+        parameterization,
+        (float(sigma_range[0]), float(sigma_range[1])),
+        schedule_from_config(schedule) if schedule is not None else None,
+    )

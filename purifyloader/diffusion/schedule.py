@@ -1,0 +1,195 @@
+"""Noise schedules: what a timestep means, as sigma in image units.
+
+A variance-preserving schedule gives `abar(t)`, the share of the signal's variance left after t steps,
+for data in [-1, 1]. Everything else in this library works in `sigma`, the standard deviation of the
+noise over the signal's scale for data in [0, 1]; on the 0-255 scale that is `255 * sigma` pixels:
+
+    sigma(t) = sqrt((1 - abar(t)) / abar(t)) / 2
+
+Timesteps count from 1; t = 0 is the clean image. Everything here is float64 numpy: the tables are tiny
+and the inverse must not lose digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from purifyloader.errors import ConfigError, InputError
+
+__all__ = ["ContinuousVP", "CosineSchedule", "LinearSchedule", "Schedule", "spaced_sigmas", "schedule_from_config"]
+
+Float64 = NDArray[np.float64]
+
+
+class Schedule:
+    """Maps a timestep t in [0, timesteps] to sigma in image units, and back."""
+
+    kind: ClassVar[str]
+    timesteps: int | float
+
+    def sigma(self, t: ArrayLike) -> Float64:
+        """Noise level of timestep `t` (fractions allowed), in image units."""
+        raise NotImplementedError
+
+    def t(self, sigma: ArrayLike) -> Float64:
+        """Timestep of noise level `sigma`: the inverse of `sigma`."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _check(self, name: str, value: ArrayLike, high: float) -> Float64:
+        array = np.asarray(value, np.float64)
+        if not np.all((array >= 0) & (array <= high)):
+            raise InputError(
+                f"{name} must lie in [0, {high:.6g}] for the {self.kind} schedule with "
+                f"T={self.timesteps:g}. Got {array.tolist()}."
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class _BetaSchedule(Schedule):
+    """A schedule given by `timesteps` betas, interpolated between the steps."""
+
+    timesteps: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.timesteps, int) or self.timesteps < 2:
+            raise ConfigError(f"A schedule needs an integer of 2 or more timesteps. Got {self.timesteps!r}.")
+
+    @cached_property
+    def betas(self) -> Float64:
+        raise NotImplementedError
+
+    @cached_property
+    def abar(self) -> Float64:
+        """Cumulative products of 1 - beta, 0-based: timestep t is `abar[t - 1]`."""
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def sigmas(self) -> Float64:
+        """sigma of the timesteps 0, 1, ..., T."""
+        return np.concatenate([[0.0], np.sqrt((1.0 - self.abar) / self.abar) / 2])
+
+    # Between two timesteps log sigma is linear in t; between t = 0 and 1 sigma itself is.
+
+    def sigma(self, t: ArrayLike) -> Float64:
+        t_ = self._check("t", t, self.timesteps)
+        steps = np.arange(1, self.timesteps + 1)
+        above = np.exp(np.interp(t_, steps, np.log(self.sigmas[1:])))
+        exact = self.sigmas[np.minimum(np.rint(t_).astype(np.int64), self.timesteps)]
+        return np.where(t_ == np.rint(t_), exact, np.where(t_ < 1, t_ * self.sigmas[1], above))
+
+    def t(self, sigma: ArrayLike) -> Float64:
+        sigma_ = self._check("sigma", sigma, float(self.sigmas[-1]))
+        steps = np.arange(1, self.timesteps + 1)
+        low = self.sigmas[1]
+        above = np.interp(np.log(np.maximum(sigma_, low)), np.log(self.sigmas[1:]), steps)
+        return np.where(sigma_ < low, sigma_ / low, above)
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "timesteps": self.timesteps}
+
+
+@dataclass(frozen=True)
+class CosineSchedule(_BetaSchedule):
+    """abar(t) = cos^2(((t/T + 0.008) / 1.008) * pi/2), betas at most 0.999 (Nichol & Dhariwal, Eq. 17).
+
+    ECLIPSE: `CosineSchedule(4000)`, purifying from t = 100, which is 6.37 px.
+    """
+
+    timesteps: int = 4000
+    kind: ClassVar[str] = "cosine"
+
+    @cached_property
+    def betas(self) -> Float64:
+        t = np.arange(self.timesteps + 1, dtype=np.float64)
+        f = np.cos((t / self.timesteps + 0.008) / 1.008 * (math.pi / 2)) ** 2
+        return np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+
+
+@dataclass(frozen=True)
+class LinearSchedule(_BetaSchedule):
+    """betas from 1e-4 to 0.02 over T = 1000, scaled by 1000/T (Ho et al. 2020; PureGen, DiffPure, AVATAR)."""
+
+    timesteps: int = 1000
+    kind: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timesteps <= 20:
+            raise ConfigError(f"The linear schedule needs more than 20 timesteps. Got {self.timesteps}.")
+
+    @cached_property
+    def betas(self) -> Float64:
+        scale = 1000 / self.timesteps
+        return np.linspace(1e-4 * scale, 0.02 * scale, self.timesteps, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class ContinuousVP(Schedule):
+    """alpha(t) = exp(k1 t^2 + k2 t) over t/T in [0, 1], the signal's scale (ECLIPSE, Eq. 11).
+
+    The paper gives no constants; the defaults are the linear VP SDE with beta from 0.1 to 20 (Song et
+    al. 2021): k1 = -(20 - 0.1)/4 and k2 = -0.1/2. With T = 4000, t = 100 is 11.9 px.
+    """
+
+    timesteps: float = 4000
+    k1: float = -4.975
+    k2: float = -0.05
+    kind: ClassVar[str] = "continuous-vp"
+
+    def __post_init__(self) -> None:
+        if not (self.k1 < 0 and self.k2 < 0 and self.timesteps > 0):
+            raise ConfigError(
+                "ContinuousVP needs k1 < 0, k2 < 0 and timesteps > 0 (Eq. 11). "
+                f"Got k1={self.k1}, k2={self.k2}, timesteps={self.timesteps}."
+            )
+
+    def sigma(self, t: ArrayLike) -> Float64:
+        u = self._check("t", t, self.timesteps) / self.timesteps
+        return np.sqrt(np.expm1(-2 * (self.k1 * u**2 + self.k2 * u))) / 2
+
+    def t(self, sigma: ArrayLike) -> Float64:
+        sigma_ = self._check("sigma", sigma, float(self.sigma(self.timesteps)))
+        log_alpha = -np.log1p(4 * sigma_**2) / 2
+        # the positive root of k1 u^2 + k2 u = log_alpha, in the form that does not cancel near 0
+        u = -2 * log_alpha / (-self.k2 + np.sqrt(self.k2**2 + 4 * self.k1 * log_alpha))
+        return np.minimum(u, 1.0) * self.timesteps
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "timesteps": self.timesteps, "k1": self.k1, "k2": self.k2}
+
+
+_KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (CosineSchedule, LinearSchedule, ContinuousVP)}
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+    """Build back what `Schedule.config` said."""
+    values = dict(config)
+    kind = values.pop("kind", None)
+    if kind not in _KINDS:
+        raise ConfigError(f"A schedule's kind must be one of {sorted(_KINDS)}. Got {kind!r}.")
+    try:
+        return _KINDS[kind](**values)
+    except TypeError as error:
+        raise ConfigError(f"The {kind} schedule does not take {sorted(values)}: {error}.") from None
+
+
+def spaced_sigmas(schedule: Schedule, t: float, steps: int) -> tuple[float, ...]:
+    """The noise levels of `steps` network calls from timestep `t` down: evenly spaced in t, then 0.
+
+    `steps == t` visits every timestep t, t-1, ..., 1 (Algorithm 1); fewer steps skip over the same range.
+    """
+    if not isinstance(steps, int) or steps < 1 or steps > max(1.0, math.ceil(t)):
+        raise InputError(f"steps must be an integer from 1 to t={t:g}, one network call each. Got {steps!r}.")
+    visited = np.asarray([t * (i / steps) if steps != t else i for i in range(steps, 0, -1)], np.float64)
+    return (*schedule.sigma(visited).tolist(), 0.0)

@@ -1,0 +1,48 @@
+"""The identity of a network's weights, whatever file they came from or never went to."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from purifyloader.errors import InputError
+from purifyloader.files import canonical_json
+
+__all__ = ["named_weights", "weights_sha256"]
+
+
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, contiguous and sorted by name.
+
+    `torch.compile` puts `_orig_mod.` into the names of what it wraps; it is taken out again.
+
+    Raises:
+        InputError: the state holds something that is not a tensor.
+    """
+    named = {}
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"Weights must be tensors. Got {type(value).__name__} for {name!r}. "
+                "Keep other state out of the state dict (get_extra_state)."
+            )
+        named[name.replace("_orig_mod.", "")] = value.detach().cpu().contiguous()
+    return dict(sorted(named.items()))
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256, in hex, of each weight's name, dtype, shape and values, in order of the names.
+
+    It is what fingerprints call the weights. It depends on no file, device, memory format or
+    compilation; a cast to another dtype changes it. (The hash of a checkpoint's file, which guards
+    against damage, is another number.)
+    """
+    sha = hashlib.sha256()
+    for name, tensor in named_weights(module).items():
+        # The line says how many bytes follow, so that no two states give the same stream.
+        head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        sha.update(canonical_json(head).encode() + b"\n")
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,200 @@
+"""Images as people hold them, and the one form the engine works on.
+
+The engine's form is float32 CHW in [0, 1]. `to_engine` takes PIL images, numpy arrays (HWC or HW),
+tensors (CHW or HW) and tv_tensors, uint8 or floating point in [0, 1]; what it gives beside the pixels
+turns the result back into exactly the kind that came in. `quantize` is the only way to uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.functional import rgb_to_grayscale
+
+from purifyloader.errors import InputError
+
+__all__ = [
+    "ImageKind",
+    "from_bytes",
+    "from_engine",
+    "is_image",
+    "own_channels",
+    "quantize",
+    "to_engine",
+    "to_unit",
+]
+
+# Channels by number: grey, grey + alpha, colour, colour + alpha.
+_CHANNELS = (1, 2, 3, 4)
+_PIL_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+
+
+def quantize(x: Tensor) -> Tensor:
+    """Float in [0, 1] to uint8 by rounding, values outside saturating: the one quantiser.
+
+    uint8 -> float32 / 255 -> uint8 is exact for all 256 values.
+    """
+    if not x.is_floating_point():
+        raise InputError(f"quantize takes floating-point images in [0, 1]. Got {x.dtype}.")
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("quantize takes finite values. Got NaN or infinity in the image.")
+    return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_unit(x: Tensor, what: str = "image") -> Tensor:
+    """uint8, or floating point already in [0, 1], as float32 in [0, 1]; anything else is an error."""
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point():
+        raise InputError(f"An {what} is uint8, or floating point in [0, 1]. Got {x.dtype}.")
+    x = x.float()
+    if x.numel():
+        low, high = x.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise InputError(f"An {what} needs finite values. Got NaN or infinity.")
+        if low < 0 or high > 1:
+            raise InputError(
+                f"An {what} in floating point lies in [0, 1]. Got values from {low:.4g} to {high:.4g}. "
+                "Purify before normalising, and divide 0-255 floats by 255."
+            )
+    return x
+
+
+@dataclass(frozen=True)
+class ImageKind:
+    """How an image was held: what `from_engine` needs to give the same kind back.
+
+    Attributes:
+        container: "pil", "numpy", "tensor" or "tv_tensor".
+        channels: 1 grey, 2 grey + alpha, 3 colour, 4 colour + alpha.
+        planar: a 2-dimensional image, without a channel axis.
+        dtype: of the array or tensor.
+        alpha: the alpha plane, (1, H, W) in the image's own type, handed through untouched.
+    """
+
+    container: str
+    channels: int
+    planar: bool
+    dtype: torch.dtype
+    alpha: Tensor | None = None
+
+
+def is_image(value: Any) -> bool:
+    """Whether `to_engine` may take this value: PIL, or an array or tensor of 2 or 3 dimensions."""
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | Tensor) and value.ndim in (2, 3))
+
+
+def _as_chw(image: Any) -> tuple[Tensor, str, bool]:
+    """The image's own values as a CHW tensor, what held it, and whether it had no channel axis."""
+    if isinstance(image, Image.Image):
+        if image.mode not in _PIL_MODES:
+            raise InputError(
+                f"A PIL image's mode must be one of {', '.join(_PIL_MODES)}. Got {image.mode!r}. "
+                'Convert it in the dataset: image.convert("RGB").'
+            )
+        array = np.array(image)
+        return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1), "pil", array.ndim == 2
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in _CHANNELS):
+            raise InputError(
+                "A numpy image has shape (H, W) or (H, W, C) with 1 to 4 channels. "
+                f"Got {image.shape}." + _layout_hint(image.shape, 0)
+            )
+        if image.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+            raise InputError(f"A numpy image is uint8, or floating point in [0, 1]. Got {image.dtype}.")
+        array = np.ascontiguousarray(np.atleast_3d(image))
+        if not array.flags.writeable:
+            array = array.copy()  # torch warns about sharing memory that it must not write
+        return torch.from_numpy(array).permute(2, 0, 1), "numpy", image.ndim == 2
+    if isinstance(image, Tensor):
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[0] not in _CHANNELS):
+            raise InputError(
+                "A tensor image has shape (H, W) or (C, H, W) with 1 to 4 channels. "
+                f"Got {tuple(image.shape)}." + _layout_hint(image.shape, 2)
+            )
+        container = "tv_tensor" if isinstance(image, tv_tensors.Image) else "tensor"
+        plain = image.as_subclass(Tensor)
+        return (plain[None] if image.ndim == 2 else plain), container, image.ndim == 2
+    raise InputError(
+        f"An image is a PIL image, a numpy array (H, W, C) or a tensor (C, H, W). Got {type(image).__name__}."
+    )
+
+
+def _layout_hint(shape: Sequence[int], axis: int) -> str:
+    if len(shape) != 3 or shape[axis] not in _CHANNELS:
+        return ""
+    return (
+        " Numpy images are channels-last: transpose it to (H, W, C)."
+        if axis == 0
+        else " Tensor images are channels-first: permute it to (C, H, W)."
+    )
+
+
+def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
+    """An image as the engine takes it, and how to give it back.
+
+    Args:
+        image: PIL (L, LA, RGB, RGBA), numpy (H, W[, C]) or tensor ([C,] H, W); uint8 or float in [0, 1].
+        channels: what the purifier takes, None for the image's own. Grey images are repeated for 3; an
+            alpha plane is set aside.
+
+    Returns:
+        float32 (channels, H, W) in [0, 1], and the image's kind.
+
+    Raises:
+        InputError: another type, mode, shape, layout or range, or colour for a grey purifier.
+    """
+    values, container, planar = _as_chw(image)
+    if values.shape[-1] == 0 or values.shape[-2] == 0:
+        raise InputError(f"An image has at least one pixel. Got shape {tuple(values.shape)}.")
+    count = values.shape[0]
+    alpha = values[-1:].clone() if count in (2, 4) else None
+    kind = ImageKind(container, count, planar, values.dtype, alpha)
+    x = to_unit(values if alpha is None else values[:-1])
+    if channels is not None and x.shape[0] != channels:
+        if x.shape[0] != 1:
+            raise InputError(
+                f"This purifier takes images of {channels} channel. Got {x.shape[0]} colour channels: "
+                "use a model for colour images."
+            )
+        x = x.expand(channels, -1, -1)
+    return x.contiguous(), kind
+
+
+def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
+    """Grey again where the image was grey (ITU-R 601-2 luma, as PIL's convert("L"))."""
+    grey = kind.channels <= 2 and x_CHW.shape[0] == 3
+    return rgb_to_grayscale(x_CHW) if grey else x_CHW
+
+
+def from_engine(x_CHW: Tensor, kind: ImageKind) -> Any:
+    """Pixels of the engine as an image of `kind`; uint8 kinds go through `quantize`, floats are clamped."""
+    x = own_channels(x_CHW.cpu(), kind)
+    return _give_back(quantize(x) if kind.dtype == torch.uint8 else x.clamp(0, 1).to(kind.dtype), kind)
+
+
+def from_bytes(image_HWC: NDArray[np.uint8], kind: ImageKind) -> Any:
+    """The same from 8-bit pixels of the image's own colour channels, as a cache holds them."""
+    if kind.container == "pil" and kind.alpha is None:
+        return Image.fromarray(image_HWC[:, :, 0] if kind.planar else image_HWC)  # no copy, no float
+    values = torch.from_numpy(image_HWC).permute(2, 0, 1)
+    return _give_back(values if kind.dtype == torch.uint8 else (values.float() / 255).to(kind.dtype), kind)
+
+
+def _give_back(values_CHW: Tensor, kind: ImageKind) -> Any:
+    if kind.alpha is not None:
+        values_CHW = torch.cat([values_CHW, kind.alpha])
+    if kind.container in ("tensor", "tv_tensor"):
+        values = (values_CHW[0] if kind.planar else values_CHW).contiguous()
+        return tv_tensors.Image(values) if kind.container == "tv_tensor" else values
+    array = np.ascontiguousarray(values_CHW.permute(1, 2, 0).numpy())
+    array = array[:, :, 0] if kind.planar else array
+    return Image.fromarray(array) if kind.container == "pil" else array

@@ -1,0 +1,143 @@
+"""Counter-based Gaussian noise: the same numbers for the same (seed, epoch, index, stage, step), always.
+
+Random bits come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+a keyed bijection of a 128-bit counter, so that any number can be computed without the ones before it.
+An image carries a 64-bit *key*; a stage or repetition of a composition derives a child key with
+`fold_in`; a step of a sampler is a word of the counter. There is no state, and so nothing to save.
+
+Keys are int64 tensors whose 64 bits are read as unsigned.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from purifyloader.errors import InputError
+
+__all__ = ["fold_in", "image_keys", "key_from_seed", "normal", "philox4x32", "uniform"]
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+# The last counter word says what a number is for, so that a derived key never equals a noise word.
+_FOLD, _NORMAL, _UNIFORM = 0x666F6C64, 0x6E6F726D, 0x756E6966  # "fold", "norm", "unif"
+
+
+def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product. int64 wraps around, which leaves the bits right."""
+    product = a * constant
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10.
+
+    Args:
+        counter: four words, each in [0, 2^32) as an int64 tensor or an int; they broadcast.
+        key: two words, likewise.
+
+    Returns:
+        Four int64 tensors of words in [0, 2^32), of the broadcast shape.
+    """
+    if len(counter) != 4 or len(key) != 2:
+        raise InputError(f"philox4x32 takes four counter words and two key words. Got {len(counter)} and {len(key)}.")
+    tensors = [w for w in (*counter, *key) if isinstance(w, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    words = [torch.as_tensor(w, dtype=torch.int64, device=device) for w in (*counter, *key)]
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*words)
+    for _ in range(_ROUNDS):
+        hi0, lo0 = _multiply(c0, _MULTIPLIERS[0])
+        hi1, lo1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _split(key: Tensor) -> tuple[Tensor, Tensor]:
+    return key & _MASK, (key >> 32) & _MASK
+
+
+def _as_keys(key: Tensor) -> Tensor:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64:
+        got = f"{key.dtype} tensor" if isinstance(key, Tensor) else type(key).__name__
+        raise InputError(f"Keys must be an int64 tensor, as `image_keys` makes them. Got {got}.")
+    return key
+
+
+def _as_words(name: str, value: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+    if isinstance(value, Tensor):
+        return _split(value.to(torch.int64))
+    value = operator.index(value)
+    if not -(2**63) <= value < 2**64:
+        raise InputError(f"{name} must fit in 64 bits. Got {value}.")
+    return value & _MASK, (value >> 32) & _MASK
+
+
+def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
+    """A child key of each key for the 64-bit integer `data`; children of different data are independent."""
+    low, high = _as_words("data", data)
+    r0, r1, _, _ = philox4x32((low, high, 0, _FOLD), _split(_as_keys(key)))
+    return r0 | (r1 << 32)
+
+
+def key_from_seed(seed: int) -> Tensor:
+    """The root key, a 0-dimensional int64 tensor, of a 64-bit seed."""
+    low, high = _as_words("seed", seed)
+    return torch.tensor((int(low) | (int(high) << 32)) - (2**64 if int(high) >> 31 else 0), dtype=torch.int64)
+
+
+def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Tensor:
+    """The key of each image: a pure function of (seed, epoch, index).
+
+    Args:
+        seed, epoch: integers of at most 64 bits.
+        index: position of each image in its dataset, (B,) or one integer.
+
+    Returns:
+        int64, (B,); an integer index gives (1,).
+    """
+    index_B = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+    return fold_in(fold_in(key_from_seed(seed), epoch).to(index_B.device), index_B)
+
+
+def _words(keys_B: Tensor, count: int, step: int, purpose: int) -> tuple[Tensor, ...]:
+    if not 0 <= step <= _MASK:
+        raise InputError(f"step must be in [0, 2^32). Got {step}.")
+    k0, k1 = _split(_as_keys(keys_B).reshape(-1, 1))
+    block = torch.arange((count + 3) // 4, dtype=torch.int64, device=keys_B.device)
+    return philox4x32((block, step, 0, purpose), (k0, k1))
+
+
+def _unit(word: Tensor) -> Tensor:
+    """A word as a float64 in (0, 1): the middle of its 2^-32 interval, so that the logarithm is finite."""
+    return (word.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def uniform(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
+    """float64 uniforms in (0, 1), (B, *shape), as a pure function of (key, step)."""
+    count = math.prod(shape)
+    words = torch.stack(_words(keys_B, count, step, _UNIFORM), dim=-1)
+    return _unit(words.flatten(1)[:, :count]).reshape(-1, *shape)
+
+
+def normal(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
+    """Standard normal noise, float32, (B, *shape), as a pure function of (key, step).
+
+    Box-Muller in float64, rounded to float32: the last bit does not depend on how a compiler fuses
+    the arithmetic. The largest magnitude possible is 6.77.
+    """
+    count = math.prod(shape)
+    u = [_unit(word) for word in _words(keys_B, count, step, _NORMAL)]
+    radius0, radius1 = (-2.0 * u[0].log()).sqrt(), (-2.0 * u[2].log()).sqrt()
+    angle0, angle1 = 2.0 * math.pi * u[1], 2.0 * math.pi * u[3]
+    z = torch.stack(
+        [radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()], dim=-1
+    )
+    return z.flatten(1)[:, :count].to(torch.float32).reshape(-1, *shape)

@@ -1,0 +1,240 @@
+"""Autoregressive perturbations (Sandoval-Segura et al. 2022, arXiv:2206.03693). For testing defences.
+
+A class has a filter for each channel: a pixel is the weighted sum of its eight earlier neighbours in a 3 x 3
+window, so a victim can tell the class from any window, whatever random values the field started from.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.errors import InputError
+from purifyloader.poisons.additive import (
+    Draw,
+    Images,
+    Integers,
+    as_labels,
+    as_positions,
+    as_size,
+    check_positive,
+    draw_all,
+    poison,
+    purpose_keys,
+    scale_to_norm,
+    size_of,
+)
+
+__all__ = ["ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"]
+
+_ATTACK = 0x6172  # "ar"
+_START, _COEFFICIENTS, _TRIAL = 0, 1, 2  # what a key is for
+
+# A filter is kept if, in the last quarter of fields of this side, pixels differ by neither less nor more
+# than this (root mean square over some fields; the start values differ by 1.4), and are no larger.
+_SIDE, _TRIALS, _CHANGE = 64, 8, (0.1, 10.0)
+_CANDIDATES = 32  # tried together; a twelfth are kept
+
+
+def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
+    """Run the recurrence of many fields at once.
+
+    Args:
+        coefficients: float64 (3, 3, ...), the weight of each pixel of the window, the last unused.
+        start: float64 (H, W, ...), of which the first two rows and columns are read. The trailing
+            dimensions broadcast against those of the coefficients.
+
+    Returns:
+        float64 (H, W, ...).
+    """
+    height, width = start.shape[:2]
+    field = start.clone()
+    for i in range(2, height):
+        above = torch.zeros_like(field[i, 2:])
+        for a in range(2):
+            for b in range(3):
+                above = above + coefficients[a, b] * field[i - 2 + a, b : b + width - 2]
+        for j in range(2, width):
+            field[i, j] = above[j - 2] + coefficients[2, 0] * field[i, j - 2] + coefficients[2, 1] * field[i, j - 1]
+    return field
+
+
+def _is_stable(coefficients_K33: Tensor) -> Tensor:
+    """bool (K,): which filters neither blow up nor smooth everything away; see `_CHANGE`."""
+    trial_keys = purpose_keys(0, _ATTACK, _TRIAL, torch.arange(_TRIALS))
+    start = noise.normal(trial_keys, (_SIDE, _SIDE)).to(torch.float64).permute(1, 2, 0)[:, :, None]
+    weights = coefficients_K33.to(torch.float64).permute(1, 2, 0)[..., None]
+    start = start.expand(-1, -1, len(coefficients_K33), -1)
+    late = _fields(weights, start)[_SIDE // 2 :, _SIDE // 2 :]
+    across = (late[:, 1:] - late[:, :-1]).square().mean(dim=(0, 1, 3))
+    down = (late[1:] - late[:-1]).square().mean(dim=(0, 1, 3))
+    change, size = ((across + down) / 2).sqrt(), late.square().mean(dim=(0, 1, 3)).sqrt()
+    low, high = _CHANGE
+    return (change > low) & (change < high) & (size < high)  # not finite is False
+
+
+def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
+    """Stable random filters, one for each class and channel; class c's are a function of (seed, c).
+
+    As in the paper's published ones, the weights of a filter are normal and sum to 1 and the last, of the
+    pixel itself, is 0. Filters whose field blows up or goes constant are drawn again.
+
+    Returns:
+        float32 (classes, 3, 3, 3): class, channel, row and column of the window.
+    """
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
+    keys = purpose_keys(seed, _ATTACK, _COEFFICIENTS, torch.arange(3 * classes))
+    found: list[Tensor] = []
+    for key in keys:
+        step = 0
+        while True:
+            drawn = noise.normal(key.reshape(1), (_CANDIDATES, 8), step)[0].to(torch.float64)
+            drawn = drawn / drawn.cumsum(dim=1)[:, -1:]
+            window = torch.cat([drawn, torch.zeros(_CANDIDATES, 1, dtype=torch.float64)], dim=1)
+            candidates = window.reshape(-1, 3, 3).to(torch.float32)
+            stable = _is_stable(candidates)
+            if bool(stable.any()):
+                found.append(candidates[int(stable.to(torch.int64).argmax())])
+                break
+            step += 1
+    return torch.stack(found).reshape(classes, 3, 3, 3)
+
+
+def _as_coefficients(coefficients: Tensor | Sequence[Tensor], source: str = "coefficients") -> Tensor:
+    """float32 (classes, 3, 3, 3), checked."""
+    expected = f"{source} must be a list of float tensors (3, 3, 3), one a class: channel, row, column."
+    parts = list(coefficients) if isinstance(coefficients, Tensor | list | tuple) else []
+    if not parts or not all(
+        isinstance(part, Tensor) and part.shape == (3, 3, 3) and part.is_floating_point() for part in parts
+    ):
+        raise InputError(f"{expected} Got {_describe(coefficients)}.")
+    tensor = torch.stack([part.detach().to("cpu", torch.float32) for part in parts])
+    if not bool(torch.isfinite(tensor).all()) or bool(tensor[:, :, 2, 2].any()):
+        raise InputError(
+            f"{expected} They must be finite, and 0 at [:, 2, 2]. Got {tensor[:, :, 2, 2].tolist()} there."
+        )
+    return tensor
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        first = _describe(value[0]) if value else "nothing"
+        return f"{type(value).__name__} of {len(value)}, the first {first}"
+    return type(value).__name__
+
+
+def read_ar_coefficients(path: str | Path) -> Tensor:
+    """The coefficients of a published `.pt` file: a list of (3, 3, 3) tensors, one a class.
+
+    Returns:
+        float32 (classes, 3, 3, 3), as `autoregressive` takes them.
+
+    Raises:
+        InputError: no such file, or not such a list. Nothing in the file is run.
+    """
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} must be a .pt file of AR coefficients. Got: {reason}") from error
+    return _as_coefficients(content, str(path))
+
+
+def _draw(size: tuple[int, int], coefficients_K333: Tensor, seed: int, norm: float, crop: int) -> Draw:
+    if isinstance(crop, bool) or not isinstance(crop, int) or crop < 0 or min(size) + crop < 3:
+        raise InputError(f"crop must be an integer of 0 or more, 3 or more with the image's side. Got {crop!r}.")
+    check_positive("norm", norm)
+    height, width = size[0] + crop, size[1] + crop
+
+    def draw(label_B: Tensor, position_B: Tensor) -> Tensor:
+        z = noise.normal(purpose_keys(seed, _ATTACK, _START, position_B), (height, width, 3))
+        start = z.to(torch.float64).permute(1, 2, 3, 0).contiguous()  # images last, for long inner loops
+        weights = coefficients_K333[label_B].to(torch.float64).permute(2, 3, 1, 0).contiguous()
+        field = _fields(weights, start)[crop:, crop:]
+        return scale_to_norm(field.permute(3, 0, 1, 2), norm)
+
+    return draw
+
+
+def _coefficients_for(
+    labels: Integers, coefficients: Tensor | Sequence[Tensor] | None, classes: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    if coefficients is None:
+        labels_N = as_labels(labels, classes)
+        return labels_N, ar_coefficients(classes, seed)
+    given = _as_coefficients(coefficients)
+    return as_labels(labels, len(given), ", the classes of the coefficients"), given
+
+
+def ar_perturbation(
+    labels: Integers,
+    size: Sequence[int],
+    *,
+    positions: Integers | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    norm: float = 1.0,
+    coefficients: Tensor | Sequence[Tensor] | None = None,
+    crop: int = 4,
+) -> Tensor:
+    """The perturbations that `autoregressive` adds.
+
+    Args:
+        labels: integers (N,) in [0, classes).
+        size: (height, width) of the images.
+        positions: position of each label's image in the dataset, 0 to N - 1 if None; it decides the start
+            values. An image's perturbation is a function of (seed, position, label, size) and these
+            arguments alone.
+        classes: how many, where `coefficients` does not say.
+        norm: l2 norm of each, in units of [0, 1] images (the paper: 1 for 32 x 32).
+        coefficients: (classes, 3, 3, 3) or a list of (3, 3, 3); None for `ar_coefficients(classes, seed)`.
+        crop: first rows and columns of the field that are dropped with the start values.
+
+    Returns:
+        float32 (N, H, W, 3).
+
+    Raises:
+        InputError: an argument of another type, shape or range, or coefficients that blow up.
+    """
+    labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
+    draw = _draw(as_size(size), coefficients_K333, seed, norm, crop)
+    return draw_all(draw, labels_N, as_positions(positions, len(labels_N)))
+
+
+def autoregressive(
+    images: Images,
+    labels: Integers,
+    *,
+    indices: Integers | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    norm: float = 1.0,
+    coefficients: Tensor | Sequence[Tensor] | None = None,
+    crop: int = 4,
+) -> Images:
+    """Images poisoned with autoregressive noise.
+
+    Args:
+        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
+        labels: integers (N,) in [0, classes).
+        indices: which images to poison, all if None.
+        others: see `ar_perturbation`.
+
+    Returns:
+        A poisoned copy of the images, in the container they came in.
+
+    Raises:
+        InputError: images, labels or an argument of another type, shape or range.
+    """
+    size = size_of(images)
+    labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
+    return poison(images, labels_N, indices, _draw(size, coefficients_K333, seed, norm, crop))

@@ -1,0 +1,153 @@
+"""Linearly separable perturbations (Yu et al. 2022, "Availability attacks create shortcuts", 2111.00898).
+
+One Gaussian cluster a class in k*k*3 dimensions, as scikit-learn's `make_classification` draws them without
+label flips; each sample becomes k x k patches of constant colour over the image. For testing defences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.errors import InputError
+from purifyloader.poisons.additive import (
+    Draw,
+    Images,
+    Integers,
+    as_labels,
+    as_positions,
+    as_size,
+    check_positive,
+    draw_all,
+    poison,
+    purpose_keys,
+    scale_to_norm,
+    size_of,
+)
+
+__all__ = ["lsp", "lsp_perturbation"]
+
+_ATTACK = 0x6C7370  # "lsp"
+_SAMPLE, _CENTRE, _MAP = 0, 1, 2  # what a key is for
+
+
+def _centres(seed: int, classes: int, dimensions: int) -> Tensor:
+    """Signs (classes, dimensions) of distinct random vertices; class c's depends on the classes before it."""
+    if classes > 2**dimensions:
+        raise InputError(
+            f"patches must be larger for {classes} classes: there are {2**dimensions} vertices. "
+            "Got a cube of "
+            f"{dimensions} dimensions."
+        )
+    keys = purpose_keys(seed, _ATTACK, _CENTRE, torch.arange(classes))
+    rows: list[list[float]] = []
+    taken = set()
+    for key in keys:
+        step = 0
+        while True:
+            row = torch.where(noise.uniform(key.reshape(1), (dimensions,), step)[0] < 0.5, -1.0, 1.0).tolist()
+            if tuple(row) not in taken:
+                break
+            step += 1
+        taken.add(tuple(row))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _nearest(out: int, patches: int) -> Tensor:
+    """Which patch each of `out` pixels belongs to."""
+    return torch.arange(out) * patches // out
+
+
+def _draw(
+    size: tuple[int, int], classes: int, seed: int, norm: float | None, patches: int, class_separation: float
+) -> Draw:
+    height, width = size
+    if isinstance(patches, bool) or not isinstance(patches, int) or not 1 <= patches <= min(size):
+        raise InputError(f"patches must be an integer from 1 to the image's {min(size)} pixels. Got {patches!r}.")
+    check_positive("class_separation", class_separation)
+    length = 6 / 255 * math.sqrt(3 * height * width) if norm is None else norm
+    check_positive("norm", length)
+    dimensions = patches * patches * 3
+    centres = class_separation * _centres(seed, classes, dimensions)
+    map_keys = purpose_keys(seed, _ATTACK, _MAP, torch.arange(classes))
+    maps = 2 * noise.uniform(map_keys, (dimensions, dimensions)) - 1
+    rows, columns = _nearest(height, patches), _nearest(width, patches)
+
+    def draw(label_B: Tensor, position_B: Tensor) -> Tensor:
+        z = noise.normal(purpose_keys(seed, _ATTACK, _SAMPLE, position_B), (dimensions,)).to(torch.float64)
+        features = centres[label_B]
+        for i in range(dimensions):
+            features = features + z[:, i : i + 1] * maps[label_B, i]
+        blocks = features.reshape(-1, patches, patches, 3)
+        return scale_to_norm(blocks[:, rows][:, :, columns], length)
+
+    return draw
+
+
+def lsp_perturbation(
+    labels: Integers,
+    size: Sequence[int],
+    *,
+    positions: Integers | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    norm: float | None = None,
+    patches: int = 4,
+    class_separation: float = 10.0,
+) -> Tensor:
+    """The perturbations that `lsp` adds.
+
+    Args:
+        labels: integers (N,) in [0, classes).
+        size: (height, width) of the images, each at least `patches`.
+        positions: position of each label's image in the dataset, 0 to N - 1 if None. An image's perturbation
+            is a function of (seed, position, label, size) and these arguments alone.
+        norm: l2 norm of each, in units of [0, 1] images; None for 6/255 * sqrt(3 * height * width), which
+            is 1.304 for CIFAR-10.
+        patches: k, patches along each side; where it does not divide a side they differ by a pixel.
+        class_separation: half the side of the hypercube whose vertices are the clusters' centres.
+
+    Returns:
+        float32 (N, H, W, 3).
+
+    Raises:
+        InputError: an argument of another type, shape or range.
+    """
+    labels_N = as_labels(labels, classes)
+    draw = _draw(as_size(size), classes, seed, norm, patches, class_separation)
+    return draw_all(draw, labels_N, as_positions(positions, len(labels_N)))
+
+
+def lsp(
+    images: Images,
+    labels: Integers,
+    *,
+    indices: Integers | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    norm: float | None = None,
+    patches: int = 4,
+    class_separation: float = 10.0,
+) -> Images:
+    """Images poisoned with linearly separable patches.
+
+    Args:
+        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
+        labels: integers (N,) in [0, classes).
+        indices: which images to poison, all if None.
+        others: see `lsp_perturbation`.
+
+    Returns:
+        A poisoned copy of the images, in the container they came in.
+
+    Raises:
+        InputError: images, labels or an argument of another type, shape or range.
+    """
+    size = size_of(images)
+    labels_N = as_labels(labels, classes)
+    return poison(images, labels_N, indices, _draw(size, classes, seed, norm, patches, class_separation))

@@ -1,0 +1,189 @@
+"""Getting in front of a dataset's own transform.
+
+A poison sits in the stored image, so purification must come before the crop, flip and normalisation
+that the user already has. A torchvision dataset keeps these as attributes: a shallow copy without them
+hands out the raw images, and they are applied after purification. The user's object is never changed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision import transforms as v1
+from torchvision.datasets import VisionDataset
+from torchvision.datasets.vision import StandardTransform
+from torchvision.transforms import v2
+
+from purifyloader.errors import InputError
+from purifyloader.images import to_engine
+from purifyloader.samples import ImageKey, get_image, with_image
+
+__all__ = ["Source", "check_honest", "take_over"]
+
+Corruption = Callable[[Any], Any]
+"""What happens to the image between the user's augmentation and normalisation."""
+
+REMEDY = (
+    "A poison can only be removed from the images as they are stored: give the dataset without its "
+    "transform, and the transform as PurifiedDataset(..., transform=...)."
+)
+
+
+class _Finish:
+    """A user's transform of the image, opened just before it normalises."""
+
+    def __init__(self, transform: Callable[[Any], Any] | None) -> None:
+        self.before: Sequence[Callable[[Any], Any]] = ()
+        self.after: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
+        if isinstance(transform, v1.Compose | v2.Compose):
+            steps = list(transform.transforms)
+            normalize = (i for i, step in enumerate(steps) if isinstance(step, v1.Normalize | v2.Normalize))
+            cut = next(normalize, len(steps))
+            self.before, self.after = steps[:cut], steps[cut:]
+
+    def __call__(self, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+        image = get_image(sample, image_key)
+        for step in self.before:
+            image = step(image)
+        if corrupt is not None:
+            image = corrupt(image)
+        for step in self.after:
+            image = step(image)
+        return with_image(sample, image, image_key)
+
+
+class _JointFinish:
+    """A torchvision `transforms(image, target)`; it cannot be opened, so corruption comes first."""
+
+    def __init__(self, transforms: Callable[[Any, Any], Any]) -> None:
+        self.transforms = transforms
+
+    def __call__(self, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+        image, target = sample
+        return self.transforms(image if corrupt is None else corrupt(image), target)
+
+
+class Source:
+    """A dataset of raw images, and what its user wants done to each sample afterwards.
+
+    Attributes:
+        raw: map-style; its images are as they are stored.
+    """
+
+    def __init__(self, raw: Dataset[Any], finish: _Finish | _JointFinish) -> None:
+        self.raw = raw
+        self._finish = finish
+
+    def __len__(self) -> int:
+        return len(self.raw)  # type: ignore[arg-type]
+
+    def fetch(self, indices: Sequence[int]) -> list[Any]:
+        """Raw samples; through the dataset's own batched `__getitems__` where it has one."""
+        if callable(batched := getattr(self.raw, "__getitems__", None)):
+            return list(batched(list(indices)))
+        return [self.raw[i] for i in indices]
+
+    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+        """The user's transform of a (purified) sample, with `corrupt` before its normalisation."""
+        return self._finish(sample, corrupt, image_key)
+
+
+class _SubsetSource(Source):
+    def __init__(self, dataset: Subset[Any], inner: Source) -> None:
+        raw = copy.copy(dataset)
+        raw.dataset = inner.raw
+        self.raw, self.inner, self.indices = raw, inner, dataset.indices
+
+    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+        return self.inner.finish(int(self.indices[index]), sample, corrupt, image_key)
+
+
+class _ConcatSource(Source):
+    def __init__(self, dataset: ConcatDataset[Any], parts: Sequence[Source]) -> None:
+        raw = copy.copy(dataset)
+        raw.datasets = [part.raw for part in parts]
+        self.raw, self.parts, self.ends = raw, parts, list(dataset.cumulative_sizes)
+
+    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+        part = bisect.bisect_right(self.ends, index)
+        start = self.ends[part - 1] if part else 0
+        return self.parts[part].finish(index - start, sample, corrupt, image_key)
+
+
+def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = None) -> Source:
+    """The dataset in front of its transform.
+
+    Torchvision datasets give up their `transform` or `transforms` (`target_transform` stays), also
+    inside `Subset`, `random_split` and `ConcatDataset`. Any other dataset is read as it is, and
+    `transform` is applied after purification.
+
+    Raises:
+        InputError: `transform` is given for a dataset that already has one.
+    """
+    if type(dataset) is Subset:
+        return _SubsetSource(dataset, take_over(dataset.dataset, transform))
+    if type(dataset) is ConcatDataset:
+        return _ConcatSource(dataset, [take_over(part, transform) for part in dataset.datasets])
+    if not isinstance(dataset, VisionDataset):
+        return Source(dataset, _Finish(transform))
+    raw = copy.copy(dataset)
+    own = getattr(dataset, "transform", None)
+    joint = getattr(dataset, "transforms", None)
+    raw.transform = None
+    if isinstance(joint, StandardTransform):
+        target_transform = joint.target_transform
+        raw.transforms = StandardTransform(None, target_transform) if target_transform is not None else None
+        joint = None
+    elif joint is not None:
+        raw.transforms = None
+    if transform is not None and (own is not None or joint is not None):
+        raise InputError(
+            f"Expected one transform. Got transform= and the {type(dataset).__name__}'s own: give one of them."
+        )
+    if joint is not None:
+        return Source(raw, _JointFinish(joint))
+    return Source(raw, _Finish(own if own is not None else transform))
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Looking at a dataset must not change what the user draws afterwards."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def check_honest(source: Source, channels: int | None, image_key: ImageKey, items: int = 64) -> None:
+    """Refuse a dataset whose images are already normalised or augmented.
+
+    Reads `items` images spread over the dataset, twice: values must be uint8 or in [0, 1], and the same
+    both times.
+
+    Raises:
+        InputError: with the item, the reason and the remedy.
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64)).tolist()
+    with _random_state_kept():
+        first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
+    for index, a, b in zip(indices, first, second, strict=True):
+        try:
+            x, y = to_engine(a, channels)[0], to_engine(b, channels)[0]
+        except InputError as error:
+            raise InputError(f"Item {index} of the dataset: {error} {REMEDY}") from None
+        if x.shape != y.shape or not torch.equal(x, y):
+            raise InputError(
+                f"Expected the same image each time. Got two different ones for item {index}: the dataset "
+                f"augments its images. {REMEDY}"
+            )
