@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
-from torchvision.transforms.v2.functional import jpeg as _jpeg
 
 from purifyloader import noise
 from purifyloader.errors import InputError
 from purifyloader.images import quantize
 
-__all__ = ["check_compensation", "compensate", "jpeg"]
+__all__ = ["check_compensation", "check_quality", "compensate", "jpeg"]
 
 _GRAY, _NOISE = 0, 1
 
@@ -22,6 +25,12 @@ def check_compensation(p: float, sigma: float) -> None:
         raise InputError(f"p is the probability of grayscale, in [0, 1]. Got {p}.")
     if not 0 <= sigma <= 1:
         raise InputError(f"sigma is the noise's standard deviation in image units, in [0, 1]. Got {sigma}.")
+
+
+def check_quality(quality: int) -> None:
+    """Raise `InputError` unless this is a JPEG quality."""
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise InputError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
 
 
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
@@ -54,9 +63,13 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 
 def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     """Compress and decompress each image as JPEG (ISS-J of Liu et al. 2023 at quality 10)."""
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise InputError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
-    if len(x_BCHW) == 0:
-        return x_BCHW
-    out = torch.stack([_jpeg(image, quality) for image in quantize(x_BCHW).cpu()])
-    return (out.float() / 255).to(x_BCHW)
+    check_quality(quality)
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
+        raise InputError(f"JPEG takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
+    out = torch.empty_like(x_BCHW)
+    for row, image in zip(out, quantize(x_BCHW).cpu().numpy(), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+        decoded = np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
+        row.copy_(torch.from_numpy(decoded.copy()).float() / 255)
+    return out

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from purifyloader import noise
 from purifyloader.cache import CacheReader, CacheWriter, SourceHasher
+from purifyloader.cache.format import INDEX_FILE
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import ImageKind, from_bytes, from_engine, own_channels, quantize, to_engine
 from purifyloader.purifiers import Purifier
@@ -201,6 +203,8 @@ class PurifiedDataset(Dataset[Any]):
                 "hash": self._source_hash(progress),
             },
         }
+        if (folder / INDEX_FILE).exists():  # finished: nothing to verify shard by shard
+            return CacheReader(folder, config)
         writer = CacheWriter(folder, config, len(self))
         shards = writer.pending()
         if shards:
@@ -239,13 +243,28 @@ class PurifiedDataset(Dataset[Any]):
         with tqdm(total=len(self), unit="img", desc="reading", disable=not progress, leave=False) as bar:
             for batch, samples in self._batches(range(len(self))):
                 images = [_raw_array(get_image(sample, self.image_key)) for sample in samples]
-                hasher.update(images, [rest(sample, self.image_key) for sample in samples])
+                hasher.update(images, [_hashable(rest(sample, self.image_key)) for sample in samples])
                 bar.update(len(batch))
         return hasher.hexdigest()
 
 
 def _raw_array(image: Any) -> NDArray[Any]:
     return image.numpy() if isinstance(image, Tensor) else np.asarray(image)
+
+
+def _hashable(field: Any) -> Any:
+    """A field as the source hash takes it; of objects that have no value of their own, the type."""
+    if isinstance(field, Mapping):
+        return {str(k): _hashable(v) for k, v in field.items()}
+    if isinstance(field, list | tuple):
+        return [_hashable(v) for v in field]
+    if isinstance(field, Image.Image):
+        return np.asarray(field)
+    if field is None or isinstance(
+        field, bool | int | float | complex | str | bytes | Tensor | np.ndarray | np.generic
+    ):
+        return field
+    return f"{type(field).__module__}.{type(field).__qualname__}"
 
 
 def _check_arguments(dataset: Any, purifier: Any, compensate: Any, batch_size: int) -> None:

@@ -304,8 +304,7 @@ class Jpeg(Purifier):
 
     def __init__(self, quality: int = 10) -> None:
         super().__init__()
-        if not isinstance(quality, int) or not 1 <= quality <= 100:
-            raise ConfigError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
+        corruptions.check_quality(quality)
         self.quality = quality
 
     def config(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _tar_bytes(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} must be a whole gzip file; fetch it again. Got: {error}") from error
     if not content.endswith(bytes(2 * tarfile.BLOCKSIZE)):
-        raise InputError(f"{path} must end as a tar file does; fetch it again. Got {len(content)} bytes, cut off.")
+        raise InputError(f"{path} must be a whole tar file; fetch it again. Got {len(content)} bytes, cut off.")
     return content
 
 

@@ -41,7 +41,9 @@ class Trained(NamedTuple):
 
 def _as_images(images: Images, count: int | None = None) -> Tensor:
     """Checked images as a tensor (N, C, H, W), uint8 or float32, not copied."""
-    x = torch.as_tensor(images)
+    if isinstance(images, np.ndarray) and not images.flags.writeable:
+        images = images.copy()  # torch warns about sharing memory that it must not write
+    x = given = torch.as_tensor(images)
     if x.ndim != 4 or len(x) == 0 or not (x.dtype == torch.uint8 or x.dtype.is_floating_point):
         raise InputError(
             "Images must be uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1], at least one. "
@@ -51,7 +53,7 @@ def _as_images(images: Images, count: int | None = None) -> Tensor:
     if x.shape[1] != 3:
         raise InputError(
             "Images must have 3 channels, last in uint8 (N, H, W, C), second in float (N, C, H, W). "
-            f"Got {torch.as_tensor(images).dtype} {tuple(torch.as_tensor(images).shape)}."
+            f"Got {given.dtype} {tuple(given.shape)}."
         )
     if count is not None and len(x) != count:
         raise InputError(f"There must be one label an image. Got {len(x)} images and {count} labels.")
@@ -59,14 +61,13 @@ def _as_images(images: Images, count: int | None = None) -> Tensor:
 
 
 def _as_labels(labels: Tensor | NDArray | Sequence[int], classes: int) -> Tensor:
-    y = torch.as_tensor(labels)
+    y = labels if isinstance(labels, Tensor) else torch.tensor(np.asarray(labels))
     if y.ndim != 1 or len(y) == 0 or y.dtype.is_floating_point or y.dtype == torch.bool:
         raise InputError(f"Labels must be integers (N,), at least one. Got {y.dtype} {tuple(y.shape)}.")
     y = y.to(torch.int64)
-    if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise InputError(
-            f"Labels must lie in [0, {classes}), or classes= must be given. Got {int(y.min())} to {int(y.max())}."
-        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise InputError(f"Labels must lie in [0, {classes}), or classes= be given. Got {low} to {high}.")
     return y
 
 
@@ -193,7 +194,7 @@ def accuracy(
     model: nn.Module, images: Images, labels: Tensor | NDArray | Sequence[int], *, batch_size: int = 500
 ) -> float:
     """Share of images whose largest logit is their label's, in [0, 1], in evaluation mode and float32."""
-    y = torch.as_tensor(labels).to(torch.int64)
+    y = (labels if isinstance(labels, Tensor) else torch.tensor(np.asarray(labels))).cpu()
     x = _as_images(images, len(y))
     device = next(model.parameters()).device
     was_training = model.training

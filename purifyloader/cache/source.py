@@ -17,6 +17,7 @@ from purifyloader.errors import InputError
 __all__ = ["SourceHasher"]
 
 _VERSION = b"purifyloader-source-1"
+_NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes, without long double, whose bytes depend on the machine
 
 
 class SourceHasher:
@@ -101,7 +102,7 @@ def _dense_bytes(array: Any) -> bytes | None:
         # viewed as bytes, because numpy has no bfloat16
         values = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(tensor.dtype).removeprefix("torch.")
-    elif isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+    elif isinstance(array, np.ndarray) and array.dtype.char in _NUMERIC:
         values = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         dtype = array.dtype.name
     else:
@@ -112,7 +113,7 @@ def _dense_bytes(array: Any) -> bytes | None:
 def _target_bytes(target: Any) -> bytes:
     if (data := _dense_bytes(target)) is not None:
         return data if target.ndim else _target_bytes(target.item())
-    if isinstance(target, np.generic) and target.dtype.kind in "biufcUS":
+    if isinstance(target, np.generic) and target.dtype.char in _NUMERIC + "US":
         return _target_bytes(target.item())
     match target:
         case None:
@@ -136,5 +137,6 @@ def _target_bytes(target: Any) -> bytes:
             return _tagged(b"d", *(part for item in items for part in item))
     raise InputError(
         "A target must be None, a boolean, a number, a string, bytes, a dense array or tensor, or lists, "
-        f"tuples and dicts of these. Got {type(target).__name__}. Convert it in your dataset's target_transform."
+        f"tuples and dicts of these. Got {type(target).__name__}. "
+        "Convert it in your dataset's target_transform."
     )

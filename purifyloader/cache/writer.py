@@ -177,7 +177,8 @@ class CacheWriter:
         # Hidden files are left alone: temporary files of a killed run, and what file systems put there.
         for name in sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")):
             if name == fmt.INDEX_FILE:
-                index = fmt.read_index(self.folder)
+                if (index := self._index()) is None:  # another process has just taken it away
+                    continue
                 self._check_same(name, index.config, index.length, index.shard_size)
             elif fmt.SHARD_FILE.fullmatch(name):
                 try:

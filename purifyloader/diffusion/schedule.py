@@ -72,12 +72,13 @@ class _BetaSchedule(Schedule):
     @cached_property
     def abar(self) -> Float64:
         """Cumulative products of 1 - beta, 0-based: timestep t is `abar[t - 1]`."""
-        return np.cumprod(1.0 - self.betas)
+        return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @cached_property
     def sigmas(self) -> Float64:
         """sigma of the timesteps 0, 1, ..., T."""
-        return np.concatenate([[0.0], np.sqrt((1.0 - self.abar) / self.abar) / 2])
+        sigmas: Float64 = np.concatenate([[0.0], np.sqrt((1.0 - self.abar) / self.abar) / 2])
+        return sigmas
 
     # Between two timesteps log sigma is linear in t; between t = 0 and 1 sigma itself is.
 

@@ -100,7 +100,8 @@ class UNetConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"UNetConfig has no field {unknown}. Known fields: {sorted(known)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 def timestep_embedding(t_B: Tensor, width: int, max_period: float = 10000.0) -> Tensor:

@@ -38,7 +38,8 @@ _START, _COEFFICIENTS, _TRIAL = 0, 1, 2  # what a key is for
 # A filter is kept if, in the last quarter of fields of this side, pixels differ by neither less nor more
 # than this (root mean square over some fields; the start values differ by 1.4), and are no larger.
 _SIDE, _TRIALS, _CHANGE = 64, 8, (0.1, 10.0)
-_CANDIDATES = 32  # tried together; a twelfth are kept
+_CANDIDATES = 32  # tried together for one filter; one in seventeen is kept
+_CHUNK = 1024  # candidates tried at a time, which bounds memory
 
 
 def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
@@ -54,13 +55,14 @@ def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
     """
     height, width = start.shape[:2]
     field = start.clone()
+    left2, left1 = coefficients[2, 0], coefficients[2, 1]
     for i in range(2, height):
         above = torch.zeros_like(field[i, 2:])
         for a in range(2):
             for b in range(3):
                 above = above + coefficients[a, b] * field[i - 2 + a, b : b + width - 2]
         for j in range(2, width):
-            field[i, j] = above[j - 2] + coefficients[2, 0] * field[i, j - 2] + coefficients[2, 1] * field[i, j - 1]
+            field[i, j] = above[j - 2] + left2 * field[i, j - 2] + left1 * field[i, j - 1]
     return field
 
 
@@ -90,20 +92,22 @@ def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
     keys = purpose_keys(seed, _ATTACK, _COEFFICIENTS, torch.arange(3 * classes))
-    found: list[Tensor] = []
-    for key in keys:
-        step = 0
-        while True:
-            drawn = noise.normal(key.reshape(1), (_CANDIDATES, 8), step)[0].to(torch.float64)
-            drawn = drawn / drawn.cumsum(dim=1)[:, -1:]
-            window = torch.cat([drawn, torch.zeros(_CANDIDATES, 1, dtype=torch.float64)], dim=1)
-            candidates = window.reshape(-1, 3, 3).to(torch.float32)
-            stable = _is_stable(candidates)
-            if bool(stable.any()):
-                found.append(candidates[int(stable.to(torch.int64).argmax())])
-                break
-            step += 1
-    return torch.stack(found).reshape(classes, 3, 3, 3)
+    found = torch.zeros(3 * classes, 3, 3)
+    pending = torch.arange(3 * classes)
+    step = 0
+    while len(pending):
+        drawn = noise.normal(keys[pending], (_CANDIDATES, 8), step).to(torch.float64)
+        drawn = drawn / drawn.cumsum(dim=2)[:, :, -1:]
+        window = torch.cat([drawn, torch.zeros(*drawn.shape[:2], 1, dtype=torch.float64)], dim=2)
+        candidates = window.reshape(-1, _CANDIDATES, 3, 3).to(torch.float32)
+        stable = torch.cat([_is_stable(some) for some in candidates.flatten(0, 1).split(_CHUNK)])
+        stable = stable.reshape(-1, _CANDIDATES)
+        done = stable.any(dim=1)
+        first = stable.to(torch.int64).argmax(dim=1)  # of equals the first
+        found[pending[done]] = candidates[done, first[done]]
+        pending = pending[~done]
+        step += 1
+    return found.reshape(classes, 3, 3, 3)
 
 
 def _as_coefficients(coefficients: Tensor | Sequence[Tensor], source: str = "coefficients") -> Tensor:
@@ -115,10 +119,9 @@ def _as_coefficients(coefficients: Tensor | Sequence[Tensor], source: str = "coe
     ):
         raise InputError(f"{expected} Got {_describe(coefficients)}.")
     tensor = torch.stack([part.detach().to("cpu", torch.float32) for part in parts])
-    if not bool(torch.isfinite(tensor).all()) or bool(tensor[:, :, 2, 2].any()):
-        raise InputError(
-            f"{expected} They must be finite, and 0 at [:, 2, 2]. Got {tensor[:, :, 2, 2].tolist()} there."
-        )
+    last = tensor[:, :, 2, 2]
+    if not bool(torch.isfinite(tensor).all()) or bool(last.any()):
+        raise InputError(f"{expected} They must be finite, and 0 at [:, 2, 2]. Got {last.tolist()} there.")
     return tensor
 
 
@@ -151,7 +154,7 @@ def read_ar_coefficients(path: str | Path) -> Tensor:
 
 def _draw(size: tuple[int, int], coefficients_K333: Tensor, seed: int, norm: float, crop: int) -> Draw:
     if isinstance(crop, bool) or not isinstance(crop, int) or crop < 0 or min(size) + crop < 3:
-        raise InputError(f"crop must be an integer of 0 or more, 3 or more with the image's side. Got {crop!r}.")
+        raise InputError(f"crop must be an integer of 0 or more, and crop + side 3 or more. Got {crop!r}.")
     check_positive("norm", norm)
     height, width = size[0] + crop, size[1] + crop
 

@@ -1,0 +1,5 @@
+import sys
+
+from purifyloader.cli import main
+
+sys.exit(main())

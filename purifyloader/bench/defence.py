@@ -1,0 +1,76 @@
+"""A defence on arrays in memory: purify once, compensate in every epoch, train, test."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from purifyloader import noise
+from purifyloader.bench.training import BatchTransform
+from purifyloader.dataset import PurifiedDataset
+from purifyloader.purifiers import Purifier
+from purifyloader.transforms import Compensate
+
+__all__ = ["ArrayDataset", "Purified", "compensation", "purify_array"]
+
+_COMPENSATE = 1  # as `PurifiedDataset` folds it into an image's key
+
+
+class ArrayDataset(Dataset[tuple[NDArray[np.uint8], int]]):
+    """Images uint8 (N, H, W, C) and labels (N,) as a map-style dataset."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images[index], int(self.labels[index])
+
+
+class Purified(NamedTuple):
+    images: NDArray[np.uint8]
+    seconds: float
+
+
+def purify_array(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    purifier: Purifier,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: str | None = None,
+) -> Purified:
+    """All images through a `PurifiedDataset`: uint8 (N, H, W, C), and the seconds it took.
+
+    Args:
+        progress: text of a progress bar, None for none.
+    """
+    dataset = PurifiedDataset(ArrayDataset(images, labels), purifier, seed=seed)
+    rows: list[Any] = []
+    start = time.perf_counter()
+    with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None, leave=False) as bar:
+        for first in range(0, len(images), batch_size):
+            batch = dataset.__getitems__(range(first, min(first + batch_size, len(images))))
+            rows += [image for image, _ in batch]
+            bar.update(len(batch))
+    return Purified(np.stack(rows), time.perf_counter() - start)
+
+
+def compensation(compensate: Compensate, seed: int = 0) -> BatchTransform:
+    """`compensate` for `train_victim`, drawn from (seed, epoch, index) as `PurifiedDataset` draws it."""
+
+    def transform(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
+        keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), _COMPENSATE)
+        return torch.as_tensor(compensate.apply(x_BCHW, keys))
+
+    return transform

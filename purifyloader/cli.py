@@ -1,0 +1,51 @@
+"""The `purifyloader` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from purifyloader import __version__
+from purifyloader.errors import PurifyError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="purifyloader", description="Train on images you cannot trust.")
+    parser.add_argument("--version", action="version", version=f"purifyloader {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("models", help="list the denoisers that ship with the library")
+
+    train = commands.add_parser("train", help="train a model").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    # The command's own module knows its options; importing it costs seconds of torch, so only when asked for.
+    denoiser = train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
+    denoiser.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of the user's are one line on standard error and exit status 2."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if argv[:2] == ["train", "denoiser"]:
+            from purifyloader.train import command
+
+            return command.main(argv[2:])
+        _parser().parse_args(argv)  # "models" is what is left
+        from purifyloader import pretrained
+
+        for name in pretrained.available():
+            print(name)
+        return 0
+    except PurifyError as error:
+        print(f"purifyloader: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

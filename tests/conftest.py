@@ -1,0 +1,89 @@
+"""Small denoisers and datasets that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.schedule import CosineSchedule
+from purifyloader.diffusion.unet import UNet, UNetConfig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests share two cores with their own worker processes."""
+    torch.set_num_threads(1)
+
+
+def tiny_network(channels: int = 3, learned_variance: bool = False, seed: int = 0) -> UNet:
+    """A U-Net with random, not zero, output layers: every part of it changes the pixels."""
+    config = UNetConfig.small(
+        channels=8,
+        multipliers=(1, 2),
+        norm_groups=4,
+        image_channels=channels,
+        learned_variance=learned_variance,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return network.eval().requires_grad_(False)
+
+
+def tiny_denoiser(channels: int = 3, parameterization: str = "edm", seed: int = 0) -> NetworkDenoiser:
+    return NetworkDenoiser(tiny_network(channels, seed=seed), parameterization, (0.001, 0.3))
+
+
+@pytest.fixture(scope="session")
+def denoiser() -> NetworkDenoiser:
+    return tiny_denoiser()
+
+
+@pytest.fixture(scope="session")
+def discrete_denoiser() -> NetworkDenoiser:
+    schedule = CosineSchedule(4000)
+    sigma_range = (float(schedule.sigmas[1]), float(schedule.sigmas[-1]))
+    return NetworkDenoiser(tiny_network(learned_variance=True), "epsilon", sigma_range, schedule)
+
+
+def random_images(count: int, size: int = 16, seed: int = 0, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+
+
+class PictureDataset(VisionDataset):
+    """A torchvision dataset in memory, with torchvision's own handling of transforms."""
+
+    classes = ["even", "odd"]
+
+    def __init__(
+        self,
+        images_NCHW: Tensor,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        transforms: Callable | None = None,
+        mode: str = "RGB",
+    ) -> None:
+        super().__init__("memory", transforms, transform, target_transform)
+        self.data = images_NCHW.permute(0, 2, 3, 1).numpy()
+        self.mode = mode
+
+    def __getitem__(self, index: int) -> tuple:
+        image = Image.fromarray(np.squeeze(self.data[index])).convert(self.mode)
+        target = index % 2
+        if self.transforms is not None:
+            image, target = self.transforms(image, target)
+        return image, target
+
+    def __len__(self) -> int:
+        return len(self.data)

@@ -1,0 +1,345 @@
+"""Checkpoints: what is saved comes back, and nothing damaged comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from purifyloader import pretrained
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.schedule import CosineSchedule
+from purifyloader.diffusion.unet import UNet, UNetConfig
+from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.errors import CheckpointError, InputError, PurifyError
+
+TINY = UNetConfig(
+    channels=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention_levels=(),
+    middle_attention=False,
+    norm_groups=4,
+    learned_variance=False,
+)
+
+
+def make(seed: int = 0, schedule: bool = False) -> NetworkDenoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet(TINY)
+        torch.nn.init.normal_(network.conv_out.weight)  # otherwise zero, and the output trivial
+    if schedule:
+        return NetworkDenoiser(network, "epsilon", (0.01, 0.5), CosineSchedule(4000))
+    return NetworkDenoiser(network, "edm", (0.01, 0.5))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    pretrained.save(make(), tmp_path / "tiny", name="tiny")
+    return tmp_path / "tiny"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def put_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Other tensors under a config whose hash fits, as only a wrong tool would write them."""
+    file = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    header = {"format": config["format"], "version": config["version"], "denoiser": config["denoiser"]}
+    save_file(weights, file, metadata={"purifyloader": json.dumps(header)})
+    edit_config(folder, model_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def fails(folder: str | Path, *parts: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        pretrained.load(folder)
+    message = str(caught.value)
+    assert "Got" in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_what_is_saved_comes_back(tmp_path: Path, schedule: bool) -> None:
+    denoiser = make(schedule=schedule)
+    pretrained.save(denoiser, tmp_path / "a", name="mine", details={"steps": 7})
+    again = pretrained.load(tmp_path / "a")
+    assert again.config() == denoiser.config()
+    assert again.name == "mine"
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in again.parameters())
+    assert weights_sha256(again) == weights_sha256(denoiser)
+    x, sigma = torch.rand(2, 3, 8, 8), torch.tensor([0.02, 0.3])
+    with torch.no_grad():
+        assert torch.equal(again(x, sigma), denoiser.eval()(x, sigma))
+    assert json.loads((tmp_path / "a/config.json").read_text())["details"] == {"steps": 7}
+    assert sorted(os.listdir(tmp_path / "a")) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_name_is_optional_and_a_string_path_will_do(tmp_path: Path) -> None:
+    pretrained.save(make(), tmp_path / "a")
+    assert pretrained.load(str(tmp_path / "a")).name is None
+
+
+def test_loading_draws_no_random_numbers(saved: Path) -> None:
+    before = torch.get_rng_state()
+    pretrained.load(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_files_are_byte_stable(saved: Path, tmp_path: Path) -> None:
+    pretrained.save(make(), tmp_path / "b", name="tiny")
+    pretrained.save(pretrained.load(saved), tmp_path / "c", name="tiny")
+    for other in (tmp_path / "b", tmp_path / "c"):
+        for file in ("config.json", "model.safetensors", "README.md"):
+            assert (saved / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_weights_lie_in_the_order_of_their_names(saved: Path) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    assert list(header.pop("__metadata__")) == ["purifyloader"]
+    assert list(header) == sorted(make().network.state_dict())
+    assert {entry["dtype"] for entry in header.values()} == {"F32"}
+
+
+@pytest.mark.parametrize("change", ["half", "channels_last"])
+def test_weights_are_stored_as_contiguous_float32(tmp_path: Path, change: str) -> None:
+    denoiser = make()
+    how: dict[str, Any] = {"half": {"dtype": torch.bfloat16}, "channels_last": {"memory_format": torch.channels_last}}
+    denoiser = denoiser.to(**how[change])
+    pretrained.save(denoiser, tmp_path / "a")
+    again = pretrained.load(tmp_path / "a")
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value.float())
+
+
+def test_the_card(tmp_path: Path) -> None:
+    pretrained.save(make(schedule=True), tmp_path / "a", name="tiny")
+    card = (tmp_path / "a/README.md").read_text()
+    count = sum(p.numel() for p in make().parameters())
+    for part in ("# tiny", f"{count:,}", "epsilon", "2.55 to 128 px", "cosine"):
+        assert part in card
+    pretrained.save(make(), tmp_path / "b", card="# My words\n")
+    assert (tmp_path / "b/README.md").read_text() == "# My words\n"
+
+
+def test_shipped_models() -> None:
+    names = pretrained.available()
+    assert names == sorted(names)
+    for name in names:
+        assert pretrained.load(name).name == name
+
+
+def test_a_shipped_name_comes_before_a_folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("purifyloader.pretrained.registry._SHIPPED", tmp_path)
+    assert pretrained.available() == ["tiny"]
+    work = tmp_path / "work"
+    pretrained.save(make(1), work / "tiny", name="local")
+    monkeypatch.chdir(work)
+    assert pretrained.load("tiny").name == "tiny"
+    assert pretrained.load("./tiny").name == "local"
+    fails("tinny", "'tinny'", "shipped name (tiny)", "path to a checkpoint folder")
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "a/b/c", "/nowhere/at/all"])
+def test_unknown_model(model: str) -> None:
+    fails(model, "shipped name", "path to a checkpoint folder", model)
+
+
+def test_not_a_name_at_all() -> None:
+    with pytest.raises(InputError, match="Got int"):
+        pretrained.load(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("file", ["model.pt", "weights.bin", "x.ckpt", "x.pth"])
+def test_pickles_are_not_read(tmp_path: Path, file: str) -> None:
+    torch.save({}, tmp_path / file)
+    fails(tmp_path / file, "pickle", "not available yet", "model.safetensors", file)
+    fails(tmp_path, "pickle", "not available yet", file)
+
+
+def test_a_file_instead_of_its_folder(saved: Path) -> None:
+    fails(saved / "model.safetensors", "Give its folder")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_file(saved: Path, file: str) -> None:
+    (saved / file).unlink()
+    fails(saved, file, str(saved))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "must be JSON"),
+        ("\udcff", "must be JSON"),
+        ("[]", "Got list"),
+        ("{}", "Got None"),
+        ('{"format": "purifyloader-denoiser", "version": 2}', "Update purifyloader"),
+        ('{"format": "purifyloader-denoiser", "version": "1"}', "Got '1'"),
+        ('{"format": "purifyloader-denoiser", "version": 1, "name": 3}', "'name'"),
+        ('{"format": "purifyloader-denoiser", "version": 1, "name": null}', "'denoiser'"),
+    ],
+)
+def test_bad_config_file(saved: Path, text: str, part: str) -> None:
+    (saved / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    fails(saved, part, "config.json")
+
+
+def test_an_edited_config_is_refused(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    edit_config(saved, denoiser={**config["denoiser"], "sigma_range": [0.01, 5.0]})
+    fails(saved, "edited", "config.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"parameterization": "magic"}, {"sigma_range": ["a", 1]}, {"network": {"kind": "vit"}}]
+)
+def test_a_config_that_cannot_be_built(saved: Path, change: dict[str, Any]) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    edit_config(saved, denoiser={**config["denoiser"], **change})
+    put_weights(saved, make().network.state_dict())
+    fails(saved, "config.json")
+
+
+def test_weights_that_do_not_fit(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["other.weight"] = torch.zeros(1)
+    del weights["stem.bias"]
+    weights["stem.weight"] = torch.zeros(8, 4, 3, 3)
+    weights["conv_out.bias"] = torch.zeros(3, dtype=torch.float64)
+    put_weights(saved, weights)
+    fails(
+        saved,
+        "without stem.bias",
+        "unknown other.weight",
+        "stem.weight (expected (8, 3, 3, 3), got (8, 4, 3, 3))",
+        "conv_out.bias (torch.float64)",
+        "model.safetensors",
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(saved: Path, tmp_path: Path, value: float) -> None:
+    denoiser = make()
+    with torch.no_grad():
+        denoiser.network.stem.bias[1] = value
+    with pytest.raises(InputError, match=r"NaN or infinity in stem\.bias"):
+        pretrained.save(denoiser, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    put_weights(saved, denoiser.network.state_dict())
+    fails(saved, "NaN or infinity in stem.bias")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(saved: Path, keep: int) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    fails(saved, "model.safetensors", "truncated")
+
+
+@pytest.mark.parametrize("at", [-1, -3000])
+def test_flipped_byte(saved: Path, at: int) -> None:
+    file = saved / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    fails(saved, "model.safetensors", "SHA-256", "damaged")
+
+
+def test_a_killed_save_is_not_read_as_whole(saved: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    pretrained.save(make(1), new, name="new")
+    # Killed after the weights, over nothing and over an older checkpoint.
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(new / "model.safetensors", half)
+    fails(half, "config.json", "stopped")
+    shutil.copy(new / "model.safetensors", saved)
+    fails(saved, "a save over it was stopped")
+
+
+def test_config_is_written_last(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), rename(a, b)))
+    pretrained.save(make(1), saved, overwrite=True)
+    assert order == ["model.safetensors", "README.md", "config.json"]
+
+
+def test_overwriting_must_be_asked_for(saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"overwrite=True"):
+        pretrained.save(make(1), saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    pretrained.save(make(1), saved, overwrite=True)
+    assert weights_sha256(pretrained.load(saved)) == weights_sha256(make(1))
+
+
+def test_a_strangers_readme_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"README\.md"):
+        pretrained.save(make(), tmp_path)
+    assert os.listdir(tmp_path) == ["README.md"]
+
+
+def test_bad_arguments_of_save(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="Got UNet"):
+        pretrained.save(UNet(TINY), tmp_path / "a")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="file"):
+        pretrained.save(make(), tmp_path / "file")
+    with pytest.raises(InputError, match="Got int"):
+        pretrained.save(make(), tmp_path / "a", name=3)  # type: ignore[arg-type]
+    for details in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises(InputError, match="details"):
+            pretrained.save(make(), tmp_path / "a", details=details)
+    assert not (tmp_path / "a").exists()
+
+
+def test_weights_hash_is_of_the_weights_alone() -> None:
+    denoiser = make()
+    digest = weights_sha256(denoiser)
+    # golden: it stands in fingerprints, so it must never change by accident
+    layer = torch.nn.Linear(2, 1, dtype=torch.float32)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.5, -2.0]]))
+        layer.bias.fill_(1.0)
+    expected = hashlib.sha256(
+        b'["bias","float32",[1]]\n'
+        + struct.pack("<f", 1.0)
+        + b'["weight","float32",[1,2]]\n'
+        + struct.pack("<2f", 0.5, -2)
+    ).hexdigest()
+    assert weights_sha256(layer) == expected
+    assert digest == weights_sha256(make().eval().requires_grad_(False))
+    assert digest == weights_sha256(make().to(memory_format=torch.channels_last))
+    compiled = make()
+    compiled.network = torch.compile(compiled.network)  # type: ignore[assignment]
+    assert digest == weights_sha256(compiled)
+    assert digest != weights_sha256(make().to(torch.bfloat16))
+    assert digest != weights_sha256(make(1))
+    changed = make()
+    with torch.no_grad():
+        changed.network.stem.bias[0] += 1e-6
+    assert digest != weights_sha256(changed)
+
+
+def test_errors_are_of_the_family() -> None:
+    with pytest.raises(PurifyError):
+        pretrained.load("no-such-model")
