@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,10 +71,19 @@ def _as_keys(key: Tensor) -> Tensor:
     return key
 
 
+def _as_int(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
+
+
 def _as_words(name: str, value: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
     if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise InputError(f"{name} must be integers. Got a {value.dtype} tensor.")
         return _split(value.to(torch.int64))
-    value = operator.index(value)
+    value = _as_int(name, value)
     if not -(2**63) <= value < 2**64:
         raise InputError(f"{name} must fit in 64 bits. Got {value}.")
     return value & _MASK, (value >> 32) & _MASK
@@ -103,16 +112,30 @@ def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Te
     Returns:
         int64, (B,); an integer index gives (1,).
     """
-    index_B = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+    if not isinstance(index, Tensor):
+        index = [_as_int("index", i) for i in (index if isinstance(index, Iterable) else (index,))]
+        if any(not -(2**63) <= i < 2**63 for i in index):
+            raise InputError(f"index must fit in a signed 64-bit integer. Got {index}.")
+        index = torch.tensor(index, dtype=torch.int64)
+    elif index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise InputError(f"index must be integers. Got a {index.dtype} tensor.")
+    index_B = index.to(torch.int64).reshape(-1)
     return fold_in(fold_in(key_from_seed(seed), epoch).to(index_B.device), index_B)
 
 
 def _words(keys_B: Tensor, count: int, step: int, purpose: int) -> tuple[Tensor, ...]:
+    step = _as_int("step", step)
     if not 0 <= step <= _MASK:
         raise InputError(f"step must be in [0, 2^32). Got {step}.")
     k0, k1 = _split(_as_keys(keys_B).reshape(-1, 1))
     block = torch.arange((count + 3) // 4, dtype=torch.int64, device=keys_B.device)
     return philox4x32((block, step, 0, purpose), (k0, k1))
+
+
+def _count(shape: Sequence[int]) -> int:
+    if any(size < 0 for size in shape):
+        raise InputError(f"shape must not be negative. Got {tuple(shape)}.")
+    return math.prod(shape)
 
 
 def _unit(word: Tensor) -> Tensor:
@@ -122,9 +145,9 @@ def _unit(word: Tensor) -> Tensor:
 
 def uniform(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
     """float64 uniforms in (0, 1), (B, *shape), as a pure function of (key, step)."""
-    count = math.prod(shape)
+    count = _count(shape)
     words = torch.stack(_words(keys_B, count, step, _UNIFORM), dim=-1)
-    return _unit(words.flatten(1)[:, :count]).reshape(-1, *shape)
+    return _unit(words.flatten(1)[:, :count]).reshape(keys_B.numel(), *shape)
 
 
 def normal(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
@@ -133,11 +156,11 @@ def normal(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
     Box-Muller in float64, rounded to float32: the last bit does not depend on how a compiler fuses
     the arithmetic. The largest magnitude possible is 6.77.
     """
-    count = math.prod(shape)
+    count = _count(shape)
     u = [_unit(word) for word in _words(keys_B, count, step, _NORMAL)]
     radius0, radius1 = (-2.0 * u[0].log()).sqrt(), (-2.0 * u[2].log()).sqrt()
     angle0, angle1 = 2.0 * math.pi * u[1], 2.0 * math.pi * u[3]
     z = torch.stack(
         [radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()], dim=-1
     )
-    return z.flatten(1)[:, :count].to(torch.float32).reshape(-1, *shape)
+    return z.flatten(1)[:, :count].to(torch.float32).reshape(keys_B.numel(), *shape)

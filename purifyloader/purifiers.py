@@ -48,6 +48,10 @@ SCHEMA = 1
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# On the CPU torch chooses the kernel of a 1x1 convolution by the number of threads where there are fewer
+# images than this (ConvParams::use_mkldnn), and workers have one thread where the main process has many.
+_CPU_BATCH = 16
+
 Resolver = Callable[[Mapping[str, Any]], Denoiser]
 """Finds the denoiser that a configuration's "denoiser" entry (name, weights_sha256) means."""
 
@@ -140,8 +144,8 @@ class _NetworkPurifier(Purifier):
     Args:
         denoiser: copied and frozen; the original is left alone.
         dtype: of the network's arithmetic, "float32" or "bfloat16".
-        compute_batch: images of every network call; part of the configuration, for it decides which
-            kernels run.
+        compute_batch: images of every network call (at least 16 on the CPU); part of the configuration,
+            for it decides which kernels run.
     """
 
     def __init__(self, denoiser: Denoiser, dtype: str, compute_batch: int) -> None:
@@ -169,9 +173,12 @@ class _NetworkPurifier(Purifier):
         }
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        size = self.compute_batch
+        if x_BCHW.device.type == "cpu":
+            size = max(size, _CPU_BATCH)
         chunks = []
-        for x, seeds in zip(x_BCHW.split(self.compute_batch), seeds_B.split(self.compute_batch), strict=True):
-            missing = self.compute_batch - len(x)
+        for x, seeds in zip(x_BCHW.split(size), seeds_B.split(size), strict=True):
+            missing = size - len(x)
             if missing:
                 x_full = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
                 seeds_full = torch.cat([seeds, seeds.new_zeros(missing)])

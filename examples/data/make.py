@@ -71,10 +71,12 @@ def read(path: Path) -> dict[str, NDArray[np.uint8]]:
     """The four arrays, checked; SystemExit says what is wrong with them."""
     expected = {f"x_{split}": (rows, 32, 32, 3) for split, rows in ROWS.items()}
     expected |= {f"y_{split}": (rows,) for split, rows in ROWS.items()}
+    if not zipfile.is_zipfile(path):  # np.load would take it for a pickle
+        raise SystemExit(f"{path} must be an .npz file with {sorted(expected)}. Got no such file, or another kind.")
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in expected if name in file}
-    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path} must be an .npz file with the arrays {sorted(expected)}. Got: {error}") from None
     for name, shape in expected.items():
         array = arrays.get(name)

@@ -82,7 +82,7 @@ def _normalise(x_BCHW: Tensor) -> Tensor:
 
 
 def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
-    """Pad by reflection, cut a window of the old size at random, mirror half of them.
+    """Pad with black, cut a window of the old size at random, mirror half of them.
 
     Args:
         uniform_B3: uniforms in (0, 1) that decide row, column and flip of each image.
@@ -90,7 +90,7 @@ def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
     height, width = x_BCHW.shape[2:]
     if pad:
         # (B, C, offsets, offsets, H, W), a view
-        windows = F.pad(x_BCHW, (pad,) * 4, mode="reflect").unfold(2, height, 1).unfold(3, width, 1)
+        windows = F.pad(x_BCHW, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         offset_B2 = (uniform_B3[:, :2] * (2 * pad + 1)).long()
         rows = torch.arange(len(x_BCHW), device=x_BCHW.device)
         x_BCHW = windows[rows, :, offset_B2[:, 0], offset_B2[:, 1]]
@@ -109,7 +109,7 @@ def train_victim(
     classes: int = 10,
     width: int = 16,
     epochs: int = 10,
-    batch_size: int = 128,
+    batch_size: int = 64,
     lr: float = 0.2,
     warmup: float = 0.2,
     momentum: float = 0.9,
@@ -134,7 +134,7 @@ def train_victim(
         width: of the network.
         batch_size: images a step; what is left over at the end of an epoch is left out of it.
         lr: highest learning rate of the cycle, reached after the share `warmup` of all steps.
-        pad: pixels of reflection padding for the random crop, 0 for none; flip: mirror half of the images.
+        pad: pixels of black border for the random crop, 0 for none; flip: mirror half of the images.
         batch_transform: called after crop and flip with the float batch in [0, 1], the indices of its
             images and the epoch; its result, clamped by nobody, is normalised and trained on.
         bfloat16: autocast the network's arithmetic; weights stay float32.

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -139,7 +140,11 @@ class NetworkDenoiser(Denoiser):
         if self.schedule is None:
             return 250 * (2 * sigma_B).log()
         timesteps = self.schedule.timesteps
-        t_B = torch.from_numpy(self.schedule.t(sigma_B.numpy())).round().clamp(1, timesteps)
+        sigma = sigma_B.numpy()
+        top = float(self.schedule.sigma(timesteps))
+        # the same tolerance as `check_sigma`: the last level may come rounded up to float32
+        sigma = np.where(sigma <= top * (1 + 1e-6), np.minimum(sigma, top), sigma)
+        t_B = torch.from_numpy(self.schedule.t(sigma)).round().clamp(1, timesteps)
         return (t_B - 1) * (1000 / timesteps)
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -23,7 +23,7 @@ Sampler = Callable[[Denoiser, Tensor, Sequence[float], Callable[[int], Tensor]],
 
 
 def _check(sigmas: Sequence[float]) -> None:
-    if len(sigmas) < 2 or sigmas[-1] != 0 or any(a <= b for a, b in pairwise(sigmas)):
+    if len(sigmas) < 2 or sigmas[-1] != 0 or any(not a > b for a, b in pairwise(sigmas)):
         raise InputError(f"Noise levels must fall strictly and end in 0. Got {list(sigmas)}.")
 
 
