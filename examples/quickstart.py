@@ -12,7 +12,6 @@ then one call of a denoiser that saw 2,000 other images) and with both, which is
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +155,9 @@ def draw(
         heights = [table[poison][defence] for poison in table]
         bars = axis.bar(np.arange(len(table)) + 0.16 * (k - 2), heights, 0.15, color=colour, label=defence)
         axis.bar_label(bars, fmt="%.0f", fontsize=9)
-    axis.set_xticks(range(len(table)), [f"trained on {p} images" if p == "clean" else f"trained on {p} poison" for p in table])
+    axis.set_xticks(
+        range(len(table)), [f"trained on {p} images" if p == "clean" else f"trained on {p} poison" for p in table]
+    )
     axis.set(ylabel="accuracy on clean test images (%)", ylim=(0, 100))
     axis.axhline(10, color="#cccccc", lw=0.8, zorder=0)
     axis.text(2.45, 11, "chance", color="#888888", fontsize=8, ha="right")
@@ -179,6 +180,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):
-        sys.exit("purifyloader needs Python 3.11 or newer.")
     main()

@@ -108,12 +108,13 @@ def test_hybrid_loss_is_eq_8(schedule, dtype, error):
             for i, t in enumerate(timesteps)
         ]
         expected = np.array([simple + gamma * T * vlb for simple, vlb in terms])
-        relative = np.abs(got - expected) / np.abs(expected)
-        print(schedule.kind, dtype, error, gamma, [f"{r:.0e}" for r in relative])
-        # t = 1 apart: its lower bound is that of t = 2 in this library's scale, off by log abar(1), 1e-5 to 1e-4
-        # (cosine 4000 and linear 1000); from there on only rounding
-        assert relative[0] < 1e-3
-        assert relative[1:].max() < (1e-8 if dtype == F64 else 2e-3)
+        print(schedule.kind, dtype, error, gamma, [f"{r:.0e}" for r in np.abs(got - expected) / np.abs(expected)])
+        # The first apart: at t = 1 the lower bound is that of t = 2 over abar(1), in this library's scale, where
+        # the published code leaves abar(1) out; it differs from 1 by 1e-5 (cosine, 4000) or 1e-4 (linear, 1000).
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-4)
+        # A KL divergence near 0 is a difference of numbers near 1, hence the absolute term.
+        exact = {"rtol": 1e-10, "atol": 1e-14 * gamma * T} if dtype == F64 else {"rtol": 5e-4, "atol": 5e-7 * gamma * T}
+        np.testing.assert_allclose(got[1:], expected[1:], **exact)
     time = (np.array(timesteps) - 1) * 1000 / T
     np.testing.assert_allclose(denoiser.network.time, time, rtol=1e-6)
 
@@ -172,14 +173,14 @@ def test_the_variational_term_teaches_the_variance_only(t):
             network.answer.copy_(start + sign * h * direction)
             values.append(float(loss(1.0)))
         network.answer.copy_(start)
-    assert float((both * direction).sum()) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+    assert float((both * direction).sum()) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_gradients_are_finite_far_from_the_data(scale):
-    """float32, t = 1: bins a thousand deviations from the mean."""
+    """float32, t = 1: bins a hundred deviations from the mean."""
     x, z = images(2, torch.float32), random(2, 3, 4, 4, seed=1).float()
-    network = Fixed(scale * random(2, 6, 4, 4, seed=2).float())
+    network = Fixed(torch.cat([scale * random(2, 3, 4, 4, seed=2), random(2, 3, 4, 4, seed=3)], dim=1).float())
     denoiser = NetworkDenoiser(network, "epsilon", (1e-4, 1.0), CosineSchedule(4000))
     loss = hybrid_loss(denoiser, x, torch.tensor([1, 2]), z).sum()
     loss.backward()

@@ -51,7 +51,7 @@ def purifiers() -> dict[str, Purifier]:
 
 
 @pytest.mark.parametrize("name", purifiers())
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_an_image_does_not_depend_on_its_batch(name, threads, x, seeds):
     purifier = purifiers()[name]
     whole = purifier(x, seeds)
@@ -59,7 +59,8 @@ def test_an_image_does_not_depend_on_its_batch(name, threads, x, seeds):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for size in range(1, COUNT + 1):
+        # every size with one and two threads; with three, which no two of our cores can share out, a few
+        for size in range(1, COUNT + 1, 1 if threads < 3 else 13):
             assert torch.equal(purifier(x[:size], seeds[:size]), whole[:size]), f"batch size {size}"
         for seed in range(3):
             order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))

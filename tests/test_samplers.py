@@ -90,8 +90,8 @@ CASES = {
     "cosine 4000, 2 of 200": (CosineSchedule(4000), cosine_betas(4000), [100, 200]),
     "linear 1000, each of 75": (LinearSchedule(1000), linear_betas(1000), list(range(1, 76))),
 }
-# in [0, 1]: what one float32 rounding a step adds up to, measured 2e-7, and the design's bound of 1e-6
-BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-6}
+# in [0, 1]. Measured: 9e-13 and 9e-7 over 100 steps, 1e-7 over 2. An index off by one gives 2e-4.
+BOUNDS = {torch.float64: 1e-11, torch.float32: 3e-6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

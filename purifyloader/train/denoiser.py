@@ -106,11 +106,11 @@ PRESETS: dict[str, TrainConfig] = {
     "light": TrainConfig(
         objective="sigma",
         network=UNetConfig.small(),
-        steps=12_000,
+        steps=10_000,
         batch_size=32,
         learning_rate=1e-3,
         warmup=200,
-        decay_steps=5_000,
+        decay_steps=2_500,
         ema_decay=0.999,
         flip=True,
         dtype="bfloat16",

@@ -1,0 +1,302 @@
+"""Images in and out: what came in goes out, and 8 bits survive exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from purifyloader.errors import InputError
+from purifyloader.images import from_bytes, from_engine, is_image, own_channels, quantize, to_engine, to_unit
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def pixels(channels: int) -> np.ndarray:
+    """(16, 16, channels), every value in every channel, no two channels alike."""
+    return np.stack([np.roll(LEVELS.ravel(), 37 * c).reshape(16, 16) for c in range(channels)], axis=-1)
+
+
+def chw(channels: int) -> Tensor:
+    return torch.from_numpy(pixels(channels)).permute(2, 0, 1).contiguous()
+
+
+PIL_IMAGES = {
+    "pil L": lambda: Image.fromarray(LEVELS),
+    "pil LA": lambda: Image.fromarray(pixels(2)),
+    "pil RGB": lambda: Image.fromarray(pixels(3)),
+    "pil RGBA": lambda: Image.fromarray(pixels(4)),
+}
+ARRAYS = {
+    "numpy HW": lambda: LEVELS.copy(),
+    **{f"numpy HW{c}": lambda c=c: pixels(c) for c in (1, 2, 3, 4)},
+    "numpy backwards": lambda: pixels(3)[::-1, ::-1],
+    "numpy Fortran": lambda: np.asfortranarray(pixels(3)),
+}
+TENSORS = {
+    "tensor HW": lambda: torch.from_numpy(LEVELS.copy()),
+    **{f"tensor {c}HW": lambda c=c: chw(c) for c in (1, 2, 3, 4)},
+    "tensor strided": lambda: torch.from_numpy(pixels(3)).permute(2, 0, 1),
+    "tv_tensor 3HW": lambda: tv_tensors.Image(chw(3)),
+    "tv_tensor 1HW": lambda: tv_tensors.Image(chw(1)),
+    "tv_tensor 4HW": lambda: tv_tensors.Image(chw(4)),
+}
+BYTES = {**PIL_IMAGES, **ARRAYS, **TENSORS}
+FLOATS = {
+    **{
+        f"{name} {np.dtype(t).name}": lambda make=make, t=t: (make() / 255).astype(t)
+        for name, make in ARRAYS.items()
+        for t in (np.float16, np.float32, np.float64)
+    },
+    **{
+        f"{name} {t}": lambda make=make, t=t: (make().to(torch.float64) / 255).to(t)
+        for name, make in TENSORS.items()
+        for t in (torch.float16, torch.float32, torch.float64)
+    },
+    "tensor bfloat16": lambda: torch.tensor([[0.0, 0.5], [0.25, 1.0]], dtype=torch.bfloat16),
+}
+
+
+def values(image: Any) -> np.ndarray:
+    return image.float().numpy() if isinstance(image, Tensor) else np.asarray(image)
+
+
+def channels_of(image: Any) -> int:
+    if isinstance(image, Image.Image):
+        return len(image.getbands())
+    return 1 if image.ndim == 2 else image.shape[2 if isinstance(image, np.ndarray) else 0]
+
+
+def assert_same_kind(got: Any, image: Any) -> None:
+    assert type(got) is type(image)
+    if isinstance(image, Image.Image):
+        assert (got.mode, got.size) == (image.mode, image.size)
+    else:
+        assert got.dtype == image.dtype
+        assert got.shape == image.shape
+
+
+# -- the quantiser ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_every_byte_survives(dtype):
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(quantize(levels.to(dtype) / 255), levels)
+    assert torch.equal(quantize(levels.double().div(255).to(dtype)), levels)
+    assert torch.equal(quantize(to_unit(levels)), levels)
+
+
+def test_values_outside_saturate():
+    """Without clamping, 257 would wrap to 1 and -1 to 255."""
+    x = torch.tensor([257.0, 255.6, 511.0, 1e9, -1.0, -0.6, -256.0, -1e9]) / 255
+    assert quantize(x).tolist() == [255, 255, 255, 255, 0, 0, 0, 0]
+
+
+def test_it_rounds_and_does_not_truncate():
+    level = torch.arange(255, dtype=torch.float64)
+    assert torch.equal(quantize((level + 0.49) / 255), level.to(torch.uint8))
+    assert torch.equal(quantize((level + 0.51) / 255), (level + 1).to(torch.uint8))
+
+
+def test_quantising_leaves_its_argument_alone():
+    x = torch.tensor([0.3, 2.0, -1.0])
+    quantize(x)
+    assert x.tolist() == torch.tensor([0.3, 2.0, -1.0]).tolist()
+
+
+@pytest.mark.parametrize(
+    "x", [torch.tensor([0.5, float("nan")]), torch.tensor([float("inf")]), torch.arange(3)], ids=str
+)
+def test_what_cannot_be_quantised(x):
+    with pytest.raises(InputError, match="Got"):
+        quantize(x)
+
+
+def test_to_unit():
+    assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == [0.0, pytest.approx(0.2), 1.0]
+    assert to_unit(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+    assert to_unit(torch.tensor([0.5], dtype=torch.float64)).dtype == torch.float32
+    with pytest.raises(InputError, match="divide 0-255 floats by 255"):
+        to_unit(torch.tensor([0.0, 255.0]))
+
+
+# -- what came in goes out -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("channels", [None, 3])
+def test_bytes_round_trip_exactly(name, channels):
+    image = BYTES[name]()
+    x, kind = to_engine(image, channels)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    assert x.shape == (channels or (1 if channels_of(image) < 3 else 3), 16, 16)
+    assert 0 <= x.min() <= x.max() <= 1
+    got = from_engine(x, kind)
+    assert_same_kind(got, image)
+    np.testing.assert_array_equal(values(got), values(image))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_come_back_as_they_were(name):
+    image = FLOATS[name]()
+    x, kind = to_engine(image)
+    assert x.dtype == torch.float32
+    got = from_engine(x, kind)
+    assert_same_kind(got, image)
+    np.testing.assert_allclose(values(got), values(image), rtol=1e-7)
+    assert np.array_equal(
+        np.rint(values(got).astype(np.float64) * 255), np.rint(values(image).astype(np.float64) * 255)
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in FLOATS if "HW " in n or "1HW" in n])
+def test_grey_floats_through_a_colour_purifier(name):
+    """The luma of three equal channels is the channel: the weights, to four digits, sum to 0.9999."""
+    image = FLOATS[name]()
+    x, kind = to_engine(image, 3)
+    got = from_engine(x, kind)
+    assert_same_kind(got, image)
+    np.testing.assert_allclose(values(got), values(image), rtol=1.5e-3 if "16" in name else 1.01e-4)
+    assert np.array_equal(
+        np.rint(values(got).astype(np.float64) * 255), np.rint(values(image).astype(np.float64) * 255)
+    )
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_the_engine_sees_the_colours_in_their_places(name):
+    image = BYTES[name]()
+    x, _ = to_engine(image)
+    array = values(image)
+    if isinstance(image, Tensor) and image.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    array = array[:, :, None] if array.ndim == 2 else array
+    colour = array[..., : 1 if array.shape[-1] < 3 else 3]
+    np.testing.assert_array_equal(x.numpy(), colour.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize(
+    "name", ["pil LA", "pil RGBA", "numpy HW2", "numpy HW4", "tensor 2HW", "tensor 4HW", "tv_tensor 4HW"]
+)
+@pytest.mark.parametrize("channels", [None, 3])
+def test_alpha_is_untouched_when_the_colours_change(name, channels):
+    image = BYTES[name]()
+    x, kind = to_engine(image, channels)
+    got = from_engine(1 - x, kind)
+    assert_same_kind(got, image)
+    before, after = values(image), values(got)
+    if isinstance(image, Tensor):
+        before, after = before.transpose(1, 2, 0), after.transpose(1, 2, 0)
+    np.testing.assert_array_equal(after[..., -1], before[..., -1])
+    np.testing.assert_array_equal(after[..., :-1], 255 - before[..., :-1])
+
+
+@pytest.mark.parametrize("name", ["numpy HW3", "tensor 3HW", "pil RGB", "tv_tensor 3HW"])
+def test_a_changed_result_shares_no_memory(name):
+    image = BYTES[name]()
+    before = values(image).copy()
+    x, kind = to_engine(image)
+    x.zero_()
+    from_engine(x, kind)
+    np.testing.assert_array_equal(values(image), before)
+
+
+def test_results_saturate_and_round():
+    x = torch.tensor([257.0, -1.0, 99.51, 99.49]).reshape(1, 2, 2) / 255
+    _, kind = to_engine(np.zeros((2, 2), np.uint8))
+    assert from_engine(x, kind).tolist() == [[255, 0], [100, 99]]
+    _, kind = to_engine(torch.zeros(1, 2, 2))
+    assert from_engine(x, kind).flatten()[:2].tolist() == [1.0, 0.0]
+
+
+def test_grey_is_pils_luma():
+    generator = np.random.default_rng(0)
+    colour = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    _, kind = to_engine(Image.fromarray(np.zeros((64, 64), np.uint8)), 3)
+    x, _ = to_engine(colour)
+    got = np.asarray(from_engine(x, kind)).astype(int)
+    expected = np.asarray(Image.fromarray(colour).convert("L")).astype(int)
+    assert np.abs(got - expected).max() <= 1
+    assert own_channels(x, kind).shape == (1, 64, 64)
+    _, of_colour = to_engine(colour)
+    assert own_channels(x, of_colour) is x
+
+
+# -- from a cache's bytes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*BYTES, *FLOATS])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_from_bytes_is_from_engine(name, channels):
+    image = {**BYTES, **FLOATS}[name]()
+    x, kind = to_engine(image, channels)
+    x = (x * 0.9 + 0.03).clamp(0, 1)
+    row = quantize(own_channels(x, kind)).permute(1, 2, 0).contiguous().numpy()
+    got = from_bytes(row, kind)
+    expected = from_engine(torch.from_numpy(row).permute(2, 0, 1).float() / 255, kind)
+    assert_same_kind(got, image)
+    assert_same_kind(expected, image)
+    np.testing.assert_array_equal(values(got), values(expected))
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+
+def with_value(value: float, array: bool = False) -> Any:
+    x = torch.full((3, 4, 4), 0.5)
+    x[1, 2, 3] = value
+    return x.permute(1, 2, 0).numpy() if array else x
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("P", (4, 4)), r"mode must be one of L, LA, RGB, RGBA\. Got 'P'"),
+        (Image.new("CMYK", (4, 4)), "Got 'CMYK'"),
+        (Image.new("1", (4, 4)), "Got '1'"),
+        (Image.new("I;16", (4, 4)), "Got 'I;16'"),
+        (with_value(float("nan")), "Got NaN or infinity"),
+        (with_value(float("inf")), "Got NaN or infinity"),
+        (with_value(float("nan"), array=True), "Got NaN or infinity"),
+        (with_value(1.001), r"from 0\.5 to 1\.001"),
+        (with_value(-0.001), r"from -0\.001 to 0\.5"),
+        (with_value(255.0, array=True), "divide 0-255 floats by 255"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), r"Got torch\.int64"),
+        (torch.zeros(3, 4, 4, dtype=torch.bool), r"Got torch\.bool"),
+        (np.zeros((4, 4, 3), np.int64), "Got int64"),
+        (np.zeros((4, 4, 3), np.uint16), "Got uint16"),
+        (np.zeros((4, 4), bool), "Got bool"),
+        (torch.zeros(8, 8, 3), r"permute it to \(C, H, W\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"transpose it to \(H, W, C\)"),
+        (torch.zeros(5, 8, 8), r"Got \(5, 8, 8\)"),
+        (np.zeros((8, 8, 5), np.uint8), r"Got \(8, 8, 5\)"),
+        (torch.zeros(1, 3, 8, 8), r"Got \(1, 3, 8, 8\)"),
+        (np.zeros(8, np.uint8), r"Got \(8,\)"),
+        (torch.zeros(3, 0, 8), "at least one pixel"),
+        (np.zeros((8, 0, 3), np.uint8), "at least one pixel"),
+        ("cat.png", "Got str"),
+        (None, "Got NoneType"),
+        ([[0, 1]], "Got list"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_what_is_no_image(image, message):
+    with pytest.raises(InputError, match=message):
+        to_engine(image)
+
+
+def test_colour_for_a_grey_purifier():
+    assert to_engine(np.zeros((4, 4), np.uint8), 1)[0].shape == (1, 4, 4)
+    with pytest.raises(InputError, match="1 channel"):
+        to_engine(np.zeros((4, 4, 3), np.uint8), 1)
+
+
+def test_is_image():
+    assert all(is_image(make()) for make in BYTES.values())
+    assert not any(is_image(v) for v in (3, "a", None, torch.tensor(3), np.zeros(4), torch.zeros(1, 3, 4, 4)))

@@ -1,0 +1,110 @@
+"""What a stranger installs and imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import purifyloader
+from purifyloader import cli, pretrained
+
+ROOT = Path(__file__).parents[1]
+
+PUBLIC = {
+    "purifyloader": ["PurifiedDataset", "PurifyError", "pretrained", "purifiers", "recipes", "transforms"],
+    "purifyloader.recipes": ["denoise_once", "eclipse", "from_json", "jpeg"],
+    "purifyloader.transforms": ["Compensate"],
+    "purifyloader.transforms.functional": ["compensate", "jpeg"],
+    "purifyloader.pretrained": ["available", "load", "save"],
+    "purifyloader.poisons": [
+        "ar_coefficients",
+        "ar_perturbation",
+        "autoregressive",
+        "lsp",
+        "lsp_perturbation",
+        "read_ar_coefficients",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module):
+    """A name that leaves this list leaves somebody's script broken: deprecate it first."""
+    import importlib
+
+    loaded = importlib.import_module(module)
+    assert sorted(loaded.__all__) == PUBLIC[module]
+    for name in PUBLIC[module]:
+        assert getattr(loaded, name) is not None
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, purifyloader; print('torch' in sys.modules, purifyloader.__version__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.split() == ["False", purifyloader.__version__]
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'Purify'"):
+        purifyloader.Purify  # noqa: B018
+
+
+def test_the_wheel_holds_every_file(tmp_path):
+    """setuptools' package-dir mapping drops folders silently when a package is not listed."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    # setuptools keeps build/ and an egg-info beside the sources: build from a copy
+    copy = tmp_path / "copy"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = [Path(f) for f in files.stdout.splitlines() if (ROOT / f).exists()]
+    for file in listed:
+        target = copy / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / file).is_symlink():
+            target.symlink_to(os.readlink(ROOT / file))
+        else:
+            target.write_bytes((ROOT / file).read_bytes())
+    command[-1] = str(copy)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    expected = {
+        str(f) if f.parts[0] == "purifyloader" else f"purifyloader/{f}"
+        for f in listed
+        if f.parts[0] in ("purifyloader", "transforms", "pretrained") and not (ROOT / f).is_symlink()
+    }
+    assert names == expected
+    assert "purifyloader/py.typed" in names
+    for model in pretrained.available():
+        assert f"purifyloader/pretrained/{model}/model.safetensors" in names
+
+
+def test_the_command(capsys):
+    assert cli.main(["models"]) == 0
+    assert capsys.readouterr().out.split() == list(pretrained.available())
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert purifyloader.__version__ in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "denoiser", "--help"])
+    assert caught.value.code == 0
+    assert "--preset" in capsys.readouterr().out
+
+
+def test_the_installed_command_reports_errors_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "purifyloader", "train", "denoiser", "--data", "nowhere", "--out", "unused"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("purifyloader: error: Expected cifar10")
+    assert done.stderr.count("\n") == 1
