@@ -35,7 +35,7 @@ DEFENCES = ("none", "JPEG-10", "compensation only", "purified only", "ECLIPSE")
 def main() -> None:
     options = parse_arguments()
     start = time.perf_counter()
-    images, labels = load_sample(options.data, "train")
+    images, labels = (a[: options.images] for a in load_sample(options.data, "train"))
     test_images, test_labels = load_sample(options.data, "test")
     sigma = options.sigma_px / 255
     purifier = recipes.eclipse(options.model, sigma=sigma, steps=options.steps)
@@ -172,6 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="cifar10-sparse", help=f"one of {pretrained.available()}, or a folder")
     parser.add_argument("--sigma-px", type=float, default=25.0, help="noise of the purification on the 0-255 scale")
     parser.add_argument("--steps", type=int, default=1, help="network calls an image")
+    parser.add_argument("--images", type=int, help="take only the first of the training images")
     parser.add_argument("--width", type=int, default=8, help="of the ResNet-9 that is trained")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

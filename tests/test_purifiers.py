@@ -358,3 +358,15 @@ def test_grey_networks(seeds):
     purifier = DenoiseOnce(NetworkDenoiser(tiny_network(1), "edm", (0.001, 0.3)), 0.1)
     x = random_images(2, 8, channels=1).float() / 255
     assert purifier(x, seeds[:2]).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(dtype, x, seeds):
+    purifier = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=dtype, compute_batch=16)
+    on_cpu = purifier(x, seeds)
+    purifier.cuda()
+    whole = purifier(x.cuda(), seeds)
+    for size in range(1, COUNT + 1):
+        assert torch.equal(purifier(x[:size].cuda(), seeds[:size]), whole[:size])
+    assert (whole.cpu() - on_cpu).abs().max() < (1e-4 if dtype == "float32" else 0.05)

@@ -1,0 +1,55 @@
+"""The examples as a newcomer runs them: real processes on the real sample."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def accuracies(text: str, row: str) -> list[float]:
+    (line,) = [line for line in text.splitlines() if line.startswith(row + " ")]
+    return [float(value) for value in re.findall(r"(\d+\.\d) \(", line)]
+
+
+def test_quickstart_runs_on_a_few_images(tmp_path):
+    picture = tmp_path / "quickstart.png"
+    out = run("quickstart.py", "--images", 128, "--width", 4, "--epochs", 1, "--out", picture)
+    for row in ("clean", "AR", "LSP"):
+        assert len(accuracies(out, row)) == 5
+    with Image.open(picture) as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(1 << 20) or range(5000)) > 1000
+
+
+def test_ablation_keeps_finished_cells(tmp_path):
+    results = tmp_path / "ablation.json"
+    results.write_text(json.dumps({"AR:none": {"accuracy": {"0": 12.5}}}))
+    assert run("ablation.py", "--seeds", 1, "--cells", "AR:none", "--out", results) == ""
+    assert json.loads(results.read_text())["AR:none"]["accuracy"] == {"0": 12.5}
+
+
+@pytest.mark.slow
+def test_quickstart_shows_what_the_readme_says(tmp_path):
+    out = run("quickstart.py", "--out", tmp_path / "quickstart.png")
+    clean, ar, lsp = (accuracies(out, row) for row in ("clean", "AR", "LSP"))
+    none, _, compensated, purified, eclipse = range(5)
+    assert ar[none] < clean[none] - 20
+    assert lsp[none] < clean[none] - 20
+    assert ar[purified] > ar[none] + 25, "purification undoes AR"
+    assert lsp[compensated] > lsp[none] + 15, "compensation undoes LSP"
+    assert min(ar[eclipse], lsp[eclipse]) > clean[none] - 12, "together they cover both"
