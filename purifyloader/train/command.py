@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--validation", help="clean images to measure PSNR on: like --data; cifar10 and cifar100 mean the test split")
     add("--validation-count", type=int, default=1000)
+    add("--description", help="what the images are, for the card (default: --data)")
     add("--name", help="name of the model in its card (default: the folder's)")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     name = options.name or options.out.resolve().name
     details = {
         "purifyloader": __version__,
-        "data": options.data if not Path(options.data).is_dir() else "image folder",
+        # never a path: the card travels
+        "data": options.description or ("an image folder" if Path(options.data).is_dir() else options.data),
         "data_length": length,
         "indices": indices,
         "train": config.to_dict(),
