@@ -5,7 +5,8 @@
 Every cell is the mean accuracy on 1,000 clean test images of a ResNet-9 of width 16, trained for ten
 epochs on 4,000 images. Finished cells are kept in the file, so a stopped run goes on. `--cells` takes a
 part of the table, `clean:none,AR:25,AR:25+` for example: a defence is none, jpeg, compensation (both
-without a denoiser), a noise level in pixels, or one with compensation (`25+`); `6.37x100` is 100 calls.
+without a denoiser), a noise level in pixels, or one with compensation (`25+`); `6.37x100` is 100 calls and
+`6.37x100f` the same in bfloat16.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def prepare(level: str, poisoned: Images, labels: NDArray[np.int64], model: str)
         return Purified(poisoned, float("inf"))
     if level == "jpeg":
         return purify_array(poisoned, labels, recipes.jpeg(10))
-    pixels, _, steps = level.partition("x")
+    pixels, _, steps = level.removesuffix("f").partition("x")
     # 6.37 px is the published timestep, t = 100 of the cosine schedule
     where: dict[str, Any] = {"t": 100} if pixels == "6.37" else {"sigma": float(pixels) / 255}
-    return purify_array(poisoned, labels, recipes.eclipse(model, **where, steps=int(steps or 1)), progress=level)
+    return purify_array(
+        poisoned, labels, recipes.eclipse(model, **where, steps=int(steps or 1), fast=level[-1] == "f"), progress=level
+    )
 
 
 def wanted(cells: str | None) -> dict[str, list[str]]:

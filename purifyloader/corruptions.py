@@ -29,7 +29,7 @@ def check_compensation(p: float, sigma: float) -> None:
 
 def check_quality(quality: int) -> None:
     """Raise `InputError` unless this is a JPEG quality."""
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
+    if type(quality) is not int or not 1 <= quality <= 100:
         raise InputError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
 
 

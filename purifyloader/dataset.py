@@ -21,9 +21,9 @@ from purifyloader import noise
 from purifyloader.cache import CacheReader, CacheWriter, SourceHasher
 from purifyloader.cache.format import INDEX_FILE
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import ImageKind, from_bytes, from_engine, own_channels, quantize, to_engine
+from purifyloader.images import ImageKind, from_bytes, from_engine, kind_of, own_channels, quantize, to_engine
 from purifyloader.purifiers import Purifier
-from purifyloader.samples import ImageKey, get_image, rest, with_image
+from purifyloader.samples import ImageKey, get_image, rest
 from purifyloader.sources import check_honest, take_over
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
@@ -37,7 +37,10 @@ _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")
 
 
 class KeyedCorruption(Protocol):
-    """What `compensate=` takes: `purifyloader.transforms.Compensate`, or anything with this method."""
+    """What `compensate=` takes: `purifyloader.transforms.Compensate`, or anything with this method.
+
+    `apply` gets float32 images (B, C, H, W) in [0, 1] and one int64 key an image, and gives such images.
+    """
 
     def apply(self, image: Any, keys_B: Tensor) -> Any: ...
 
@@ -116,14 +119,16 @@ class PurifiedDataset(Dataset[Any]):
         self._notice_forgotten_epoch(len(positions))
         images = [get_image(sample, self.image_key) for sample in samples]
         if self._cache is None:
-            purified = self._purify(positions, images)
+            purified = [from_engine(x, kind) for x, kind in self._purify(positions, images)]
         else:
-            kinds = [to_engine(image)[1] for image in images]
-            rows = self._cache.get(positions)
-            purified = [from_bytes(row, kind) for row, kind in zip(rows, kinds, strict=True)]
+            kinds = [kind_of(image) for image in images]
+            purified = [from_bytes(row, kind) for row, kind in zip(self._cache.get(positions), kinds, strict=True)]
+        opened = [self._source.before(i, image) for i, image in zip(positions, purified, strict=True)]
+        if self.compensate is not None:
+            opened = self._compensated(self.compensate, positions, opened)
         return [
-            self._finish(position, with_image(sample, image, self.image_key))
-            for position, sample, image in zip(positions, samples, purified, strict=True)
+            self._source.after(i, sample, image, self.image_key)
+            for i, sample, image in zip(positions, samples, opened, strict=True)
         ]
 
     def set_epoch(self, epoch: int) -> None:
@@ -148,31 +153,25 @@ class PurifiedDataset(Dataset[Any]):
             raise IndexError(f"Index must be in [-{len(self)}, {len(self)}). Got {position}.")
         return position % len(self)
 
-    def _finish(self, position: int, sample: Any) -> Any:
-        compensate = self.compensate
-        if compensate is None:
-            return self._source.finish(position, sample, None, self.image_key)
-        keys = noise.fold_in(noise.image_keys(self.seed, self.epoch, position), _COMPENSATE)
-        return self._source.finish(position, sample, lambda image: compensate.apply(image, keys), self.image_key)
+    def _keys(self, epoch: int, positions: Sequence[int], purpose: int) -> Tensor:
+        return noise.fold_in(noise.image_keys(self.seed, epoch, list(positions)), purpose)
 
-    def _purify(self, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
-        return [from_engine(x, kind) for x, kind in self._purify_pixels(positions, images)]
-
-    def _purify_pixels(self, positions: Sequence[int], images: Sequence[Any]) -> list[tuple[Tensor, ImageKind]]:
-        """Purified float pixels of the engine; images of one shape go through the network together."""
+    def _purify(self, positions: Sequence[int], images: Sequence[Any]) -> list[tuple[Tensor, ImageKind]]:
+        """Purified pixels in the engine's form, and what each image was."""
         device = self._device()
         _check_worker(device)
-        converted = [to_engine(image, self.purifier.image_channels) for image in images]
-        keys_B = noise.fold_in(noise.image_keys(self.seed, 0, list(positions)), _PURIFY)
-        by_shape: dict[torch.Size, list[int]] = {}
-        for row, (x, _) in enumerate(converted):
-            by_shape.setdefault(x.shape, []).append(row)
-        out: list[tuple[Tensor, ImageKind] | None] = [None] * len(converted)
-        for rows in by_shape.values():
-            batch = torch.stack([converted[row][0] for row in rows]).to(device)
-            for row, x in zip(rows, self.purifier(batch, keys_B[rows].to(device)).cpu(), strict=True):
-                out[row] = (x, converted[row][1])
-        return [pair for pair in out if pair is not None]
+        keys_B = self._keys(0, positions, _PURIFY)
+        return _in_batches(
+            [to_engine(image, self.purifier.image_channels) for image in images],
+            keys_B,
+            lambda x_BCHW, keys: self.purifier(x_BCHW.to(device), keys.to(device)).cpu(),
+        )
+
+    def _compensated(self, compensate: KeyedCorruption, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
+        """Whole batches, because drawing noise for one image at a time costs ten times as much."""
+        keys_B = self._keys(self.epoch, positions, _COMPENSATE)
+        done = _in_batches([to_engine(image) for image in images], keys_B, compensate.apply)
+        return [from_engine(x, kind) for x, kind in done]
 
     def _device(self) -> torch.device:
         parameter = next(self.purifier.parameters(), None)
@@ -226,7 +225,7 @@ class PurifiedDataset(Dataset[Any]):
         rows: list[NDArray[np.uint8]] = []
         for batch, samples in self._batches(positions):
             images = [get_image(sample, self.image_key) for sample in samples]
-            for position, (x, kind) in zip(batch, self._purify_pixels(batch, images), strict=True):
+            for position, (x, kind) in zip(batch, self._purify(batch, images), strict=True):
                 row = quantize(own_channels(x, kind)).permute(1, 2, 0).numpy()
                 if rows and row.shape != rows[0].shape:
                     raise InputError(
@@ -246,6 +245,21 @@ class PurifiedDataset(Dataset[Any]):
                 hasher.update(images, [_hashable(rest(sample, self.image_key)) for sample in samples])
                 bar.update(len(batch))
         return hasher.hexdigest()
+
+
+def _in_batches(
+    images: Sequence[tuple[Tensor, ImageKind]], keys_B: Tensor, work: Callable[[Tensor, Tensor], Tensor]
+) -> list[tuple[Tensor, ImageKind]]:
+    """`work(x_BCHW, keys_B)` on all images, those of one shape together; in the order they came."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for row, (x, _) in enumerate(images):
+        by_shape.setdefault(x.shape, []).append(row)
+    out = list(images)
+    for rows in by_shape.values():
+        results = work(torch.stack([images[row][0] for row in rows]), keys_B[rows])
+        for row, x in zip(rows, results, strict=True):
+            out[row] = (x, images[row][1])
+    return out
 
 
 def _raw_array(image: Any) -> NDArray[Any]:

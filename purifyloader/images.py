@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.functional import rgb_to_grayscale
 
 from purifyloader.errors import InputError
 
@@ -26,6 +25,7 @@ __all__ = [
     "from_bytes",
     "from_engine",
     "is_image",
+    "kind_of",
     "own_channels",
     "quantize",
     "to_engine",
@@ -138,6 +138,22 @@ def _layout_hint(shape: Sequence[int], axis: int) -> str:
     )
 
 
+def _split(image: Any) -> tuple[Tensor, ImageKind]:
+    """The colour planes, (C, H, W) in the image's own type, and the rest of what the image is."""
+    values, container, planar = _as_chw(image)
+    if values.shape[-1] == 0 or values.shape[-2] == 0:
+        raise InputError(f"An image has at least one pixel. Got shape {tuple(values.shape)}.")
+    count = values.shape[0]
+    alpha = values[-1:].clone() if count in (2, 4) else None
+    kind = ImageKind(container, count, planar, values.dtype, alpha)
+    return (values if alpha is None else values[:-1]), kind
+
+
+def kind_of(image: Any) -> ImageKind:
+    """What `to_engine` gives beside the pixels, without converting them."""
+    return _split(image)[1]
+
+
 def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
     """An image as the engine takes it, and how to give it back.
 
@@ -152,13 +168,8 @@ def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
     Raises:
         InputError: another type, mode, shape, layout or range, or colour for a grey purifier.
     """
-    values, container, planar = _as_chw(image)
-    if values.shape[-1] == 0 or values.shape[-2] == 0:
-        raise InputError(f"An image has at least one pixel. Got shape {tuple(values.shape)}.")
-    count = values.shape[0]
-    alpha = values[-1:].clone() if count in (2, 4) else None
-    kind = ImageKind(container, count, planar, values.dtype, alpha)
-    x = to_unit(values if alpha is None else values[:-1])
+    values, kind = _split(image)
+    x = to_unit(values)
     if channels is not None and x.shape[0] != channels:
         if x.shape[0] != 1:
             raise InputError(
@@ -170,9 +181,14 @@ def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
 
 
 def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
-    """Grey again where the image was grey (ITU-R 601-2 luma, as PIL's convert("L"))."""
-    grey = kind.channels <= 2 and x_CHW.shape[0] == 3
-    return rgb_to_grayscale(x_CHW) if grey else x_CHW
+    """Grey again where the image was grey (ITU-R 601-2 luma, as PIL's convert("L")).
+
+    The weights sum to 1, where torchvision's are 0.01 % short and would darken a grey image.
+    """
+    if kind.channels > 2 or x_CHW.shape[0] != 3:
+        return x_CHW
+    red, green, blue = x_CHW
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[None]
 
 
 def from_engine(x_CHW: Tensor, kind: ImageKind) -> Any:

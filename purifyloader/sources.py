@@ -28,47 +28,46 @@ from purifyloader.samples import ImageKey, get_image, with_image
 
 __all__ = ["Source", "check_honest", "take_over"]
 
-Corruption = Callable[[Any], Any]
-"""What happens to the image between the user's augmentation and normalisation."""
-
 REMEDY = (
     "A poison can only be removed from the images as they are stored: give the dataset without its "
     "transform, and the transform as PurifiedDataset(..., transform=...)."
 )
 
 
-class _Finish:
+class _Transform:
     """A user's transform of the image, opened just before it normalises."""
 
     def __init__(self, transform: Callable[[Any], Any] | None) -> None:
-        self.before: Sequence[Callable[[Any], Any]] = ()
-        self.after: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
+        self.first: Sequence[Callable[[Any], Any]] = ()
+        self.then: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
         if isinstance(transform, v1.Compose | v2.Compose):
             steps = list(transform.transforms)
             normalize = (i for i, step in enumerate(steps) if isinstance(step, v1.Normalize | v2.Normalize))
             cut = next(normalize, len(steps))
-            self.before, self.after = steps[:cut], steps[cut:]
+            self.first, self.then = steps[:cut], steps[cut:]
 
-    def __call__(self, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
-        image = get_image(sample, image_key)
-        for step in self.before:
+    def before(self, image: Any) -> Any:
+        for step in self.first:
             image = step(image)
-        if corrupt is not None:
-            image = corrupt(image)
-        for step in self.after:
+        return image
+
+    def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
+        for step in self.then:
             image = step(image)
         return with_image(sample, image, image_key)
 
 
-class _JointFinish:
-    """A torchvision `transforms(image, target)`; it cannot be opened, so corruption comes first."""
+class _JointTransform:
+    """A torchvision `transforms(image, target)`; it cannot be opened, so all of it comes after."""
 
     def __init__(self, transforms: Callable[[Any, Any], Any]) -> None:
         self.transforms = transforms
 
-    def __call__(self, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
-        image, target = sample
-        return self.transforms(image if corrupt is None else corrupt(image), target)
+    def before(self, image: Any) -> Any:
+        return image
+
+    def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
+        return self.transforms(image, sample[1])
 
 
 class Source:
@@ -78,9 +77,9 @@ class Source:
         raw: map-style; its images are as they are stored.
     """
 
-    def __init__(self, raw: Dataset[Any], finish: _Finish | _JointFinish) -> None:
+    def __init__(self, raw: Dataset[Any], transform: _Transform | _JointTransform) -> None:
         self.raw = raw
-        self._finish = finish
+        self._transform = transform
 
     def __len__(self) -> int:
         return len(self.raw)  # type: ignore[arg-type]
@@ -91,9 +90,13 @@ class Source:
             return list(batched(list(indices)))
         return [self.raw[i] for i in indices]
 
-    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
-        """The user's transform of a (purified) sample, with `corrupt` before its normalisation."""
-        return self._finish(sample, corrupt, image_key)
+    def before(self, index: int, image: Any) -> Any:
+        """The user's transform of a (purified) image up to its normalisation."""
+        return self._transform.before(image)
+
+    def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
+        """The rest of the transform, and the sample with its result in place."""
+        return self._transform.after(sample, image, image_key)
 
 
 class _SubsetSource(Source):
@@ -102,8 +105,11 @@ class _SubsetSource(Source):
         raw.dataset = inner.raw
         self.raw, self.inner, self.indices = raw, inner, dataset.indices
 
-    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
-        return self.inner.finish(int(self.indices[index]), sample, corrupt, image_key)
+    def before(self, index: int, image: Any) -> Any:
+        return self.inner.before(int(self.indices[index]), image)
+
+    def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
+        return self.inner.after(int(self.indices[index]), sample, image, image_key)
 
 
 class _ConcatSource(Source):
@@ -112,10 +118,17 @@ class _ConcatSource(Source):
         raw.datasets = [part.raw for part in parts]
         self.raw, self.parts, self.ends = raw, parts, list(dataset.cumulative_sizes)
 
-    def finish(self, index: int, sample: Any, corrupt: Corruption | None, image_key: ImageKey) -> Any:
+    def _part(self, index: int) -> tuple[Source, int]:
         part = bisect.bisect_right(self.ends, index)
-        start = self.ends[part - 1] if part else 0
-        return self.parts[part].finish(index - start, sample, corrupt, image_key)
+        return self.parts[part], index - (self.ends[part - 1] if part else 0)
+
+    def before(self, index: int, image: Any) -> Any:
+        source, local = self._part(index)
+        return source.before(local, image)
+
+    def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
+        source, local = self._part(index)
+        return source.after(local, sample, image, image_key)
 
 
 def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = None) -> Source:
@@ -133,7 +146,7 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
     if type(dataset) is ConcatDataset:
         return _ConcatSource(dataset, [take_over(part, transform) for part in dataset.datasets])
     if not isinstance(dataset, VisionDataset):
-        return Source(dataset, _Finish(transform))
+        return Source(dataset, _Transform(transform))
     raw = copy.copy(dataset)
     own = getattr(dataset, "transform", None)
     joint = getattr(dataset, "transforms", None)
@@ -149,8 +162,8 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
             f"Expected one transform. Got transform= and the {type(dataset).__name__}'s own: give one of them."
         )
     if joint is not None:
-        return Source(raw, _JointFinish(joint))
-    return Source(raw, _Finish(own if own is not None else transform))
+        return Source(raw, _JointTransform(joint))
+    return Source(raw, _Transform(own if own is not None else transform))
 
 
 @contextmanager

@@ -497,10 +497,10 @@ def test_a_device_that_is_not_there(images, purifier):
 def test_an_image_that_turns_bad_later_is_refused(purifier, images):
     """Beyond the items looked at when wrapping: every image is checked on its way."""
     data = [x.float() / 255 for x in random_images(200, 8)]
-    data[101] = data[101] * 3 - 1
+    data[100] = data[100] * 3 - 1
     dataset = PurifiedDataset(Tensors(lambda i: (data[i], i), 200), purifier)
     with pytest.raises(InputError, match=r"lies in \[0, 1\]"):
-        dataset[101]
+        dataset[100]
 
 
 def test_compensation_as_a_stage_is_one_fixed_draw(images):

@@ -177,7 +177,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """Build back what `Schedule.config` said."""
     values = dict(config)
     kind = values.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"A schedule's kind must be one of {sorted(_KINDS)}. Got {kind!r}.")
     try:
         return _KINDS[kind](**values)

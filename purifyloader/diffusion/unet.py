@@ -57,11 +57,13 @@ class UNetConfig:
             raise ConfigError(
                 f"UNetConfig.multipliers must be positive integers, one a level. Got {self.multipliers!r}."
             )
-        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
+        if any(type(level) is not int or not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise ConfigError(
                 f"UNetConfig.attention_levels must name levels 0..{len(self.multipliers) - 1}. "
                 f"Got {self.attention_levels!r}."
             )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"UNetConfig.dropout must be a probability in [0, 1). Got {self.dropout!r}.")
         if any(self.channels * m % self.norm_groups for m in self.multipliers):
             raise ConfigError(
                 f"Each level's width must be a multiple of norm_groups={self.norm_groups}. "
