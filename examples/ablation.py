@@ -1,6 +1,7 @@
 """What each part of ECLIPSE does, over several seeds: the table of the README.
 
-    python examples/ablation.py --seeds 3 --out examples/results/ablation.json
+    python examples/ablation.py
+    python examples/ablation.py --readme README.md
 
 Every cell is the mean accuracy on 1,000 clean test images of a ResNet-9 of width 16, trained for ten
 epochs on 4,000 images. Finished cells are kept in the file, so a stopped run goes on. `--cells` takes a
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader import recipes
-from purifyloader.bench.defence import Purified, compensation, purify_array
+from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.files import write_text
@@ -40,6 +42,9 @@ CELLS = {
 
 def main() -> None:
     options = parse_arguments()
+    if options.readme:
+        options.readme.write_text(with_tables(options.readme.read_text(), read(options.out)))
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     here = Path(__file__).parent
@@ -53,42 +58,81 @@ def main() -> None:
     results = read(options.out)
     for poison, defences in wanted(options.cells).items():
         poisoned = poisons[poison]()
-        done: dict[str, Purified] = {}
+        done: dict[str, Images] = {}
         for defence in defences:
             level, compensated = defence.removesuffix("+"), defence.endswith("+") or defence == "compensation"
-            cell = results.setdefault(f"{poison}:{defence}", {"accuracy": {}})
+            entry = results.setdefault(f"{poison}:{defence}", {"accuracy": {}})
             for seed in range(options.seeds):
-                if str(seed) in cell["accuracy"]:
+                if str(seed) in entry["accuracy"]:
                     continue
                 if level not in done:
                     done[level] = prepare(level, poisoned, labels, options.model)
-                    cell["purify_images_per_second"] = round(len(images) / done[level].seconds, 1)
                 victim, seconds = train_victim(
-                    done[level].images,
+                    done[level],
                     labels,
                     seed=seed,
                     batch_transform=compensation(Compensate(), seed) if compensated else None,
                 )
-                cell["accuracy"][str(seed)] = round(100 * accuracy(victim, test_images, test_labels), 2)
+                entry["accuracy"][str(seed)] = round(100 * accuracy(victim, test_images, test_labels), 2)
                 print(
-                    f"{poison}:{defence} seed {seed}: {cell['accuracy'][str(seed)]:.1f} ({seconds:.0f} s)", flush=True
+                    f"{poison}:{defence} seed {seed}: {entry['accuracy'][str(seed)]:.1f} ({seconds:.0f} s)", flush=True
                 )
                 # another process may be filling other cells of the same file
-                merged = {**read(options.out), f"{poison}:{defence}": cell}
+                merged = {**read(options.out), f"{poison}:{defence}": entry}
                 write_text(options.out, json.dumps(dict(sorted(merged.items())), indent=1) + "\n")
 
 
-def prepare(level: str, poisoned: Images, labels: NDArray[np.int64], model: str) -> Purified:
+def prepare(level: str, poisoned: Images, labels: NDArray[np.int64], model: str) -> Images:
+    """The training images as a defence leaves them, before compensation."""
     if level in ("none", "compensation"):
-        return Purified(poisoned, float("inf"))
+        return poisoned
     if level == "jpeg":
-        return purify_array(poisoned, labels, recipes.jpeg(10))
+        return purify_array(poisoned, labels, recipes.jpeg(10)).images
     pixels, _, steps = level.removesuffix("f").partition("x")
     # 6.37 px is the published timestep, t = 100 of the cosine schedule
     where: dict[str, Any] = {"t": 100} if pixels == "6.37" else {"sigma": float(pixels) / 255}
-    return purify_array(
-        poisoned, labels, recipes.eclipse(model, **where, steps=int(steps or 1), fast=level[-1] == "f"), progress=level
-    )
+    purifier = recipes.eclipse(model, **where, steps=int(steps or 1), fast=level.endswith("f"))
+    return purify_array(poisoned, labels, purifier, progress=level).images
+
+
+def cell(results: dict[str, Any], name: str) -> str:
+    """Mean and, over several seeds, standard deviation."""
+    if name not in results:
+        return "–"
+    values = list(results[name]["accuracy"].values())
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_tables(text: str, results: dict[str, Any]) -> str:
+    """The README with the tables between its markers made from the results."""
+    defences = {
+        "none": "none",
+        "JPEG-10": "jpeg",
+        "compensation only": "compensation",
+        "purified only": "25",
+        "**ECLIPSE**": "25+",
+    }
+    parts = [[p, *(cell(results, f"{p}:{d}") for d in defences.values())] for p in CELLS]
+    levels = ["6.37", "12.75", "25", "40"]
+    noise = [[f"{v} px", *(cell(results, f"{p}:{v}{s}") for p in CELLS for s in ("", "+"))] for v in levels]
+    calls = [[n, *(cell(results, f"AR:6.37x{n}f{s}") for s in ("", "+"))] for n in ("1", "4", "100")]
+    tables = {
+        "parts": table(["training data", *defences], parts),
+        "noise": table(["noise", *(f"{p}, {w}" for p in CELLS for w in ("purified", "ECLIPSE"))], noise),
+        "calls": table(["network calls at 6.37 px", "AR, purified", "AR, ECLIPSE"], calls),
+    }
+    for name, made in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        if found != 1:
+            raise SystemExit(f"The README must have one place for the table {name!r}. Got {found}.")
+    return text
 
 
 def wanted(cells: str | None) -> dict[str, list[str]]:
@@ -113,7 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cells", help="part of the table (default: all of it)")
     parser.add_argument("--model", default="cifar10-sparse")
     parser.add_argument("--threads", type=int, help="of this process")
-    parser.add_argument("--out", type=Path, default=Path("ablation.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
+    parser.add_argument("--readme", type=Path, help="write the results into this file's tables, and stop")
     return parser.parse_args()
 
 

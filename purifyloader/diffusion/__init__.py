@@ -1,0 +1,16 @@
+"""Diffusion: noise schedules, the denoiser contract and its network, samplers and training objectives."""
+
+from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
+from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule, Schedule
+from purifyloader.diffusion.unet import UNet, UNetConfig
+
+__all__ = [
+    "ContinuousVP",
+    "CosineSchedule",
+    "Denoiser",
+    "LinearSchedule",
+    "NetworkDenoiser",
+    "Schedule",
+    "UNet",
+    "UNetConfig",
+]
