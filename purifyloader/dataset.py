@@ -24,7 +24,7 @@ from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import ImageKind, from_bytes, from_engine, kind_of, own_channels, quantize, to_engine
 from purifyloader.purifiers import Purifier
 from purifyloader.samples import ImageKey, get_image, rest
-from purifyloader.sources import check_honest, take_over
+from purifyloader.sources import REMEDY, check_honest, take_over
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
 
@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 # Children of an image's key: its purification and its compensation share no noise.
 _PURIFY, _COMPENSATE = 0, 1
+
+COMPENSATE_REMEDY = (
+    "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
+    "compensate= out and put Compensate() into your transform where the image is still in [0, 1]."
+)
 
 _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")
 
@@ -162,7 +167,7 @@ class PurifiedDataset(Dataset[Any]):
         _check_worker(device)
         keys_B = self._keys(0, positions, _PURIFY)
         return _in_batches(
-            [to_engine(image, self.purifier.image_channels) for image in images],
+            _converted(positions, images, self.purifier.image_channels, REMEDY),
             keys_B,
             lambda x_BCHW, keys: self.purifier(x_BCHW.to(device), keys.to(device)).cpu(),
         )
@@ -170,8 +175,8 @@ class PurifiedDataset(Dataset[Any]):
     def _compensated(self, compensate: KeyedCorruption, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
         """Whole batches, because drawing noise for one image at a time costs ten times as much."""
         keys_B = self._keys(self.epoch, positions, _COMPENSATE)
-        done = _in_batches([to_engine(image) for image in images], keys_B, compensate.apply)
-        return [from_engine(x, kind) for x, kind in done]
+        converted = _converted(positions, images, None, COMPENSATE_REMEDY)
+        return [from_engine(x, kind) for x, kind in _in_batches(converted, keys_B, compensate.apply)]
 
     def _device(self) -> torch.device:
         parameter = next(self.purifier.parameters(), None)
@@ -245,6 +250,19 @@ class PurifiedDataset(Dataset[Any]):
                 hasher.update(images, [_hashable(rest(sample, self.image_key)) for sample in samples])
                 bar.update(len(batch))
         return hasher.hexdigest()
+
+
+def _converted(
+    positions: Sequence[int], images: Sequence[Any], channels: int | None, remedy: str
+) -> list[tuple[Tensor, ImageKind]]:
+    """All images in the engine's form; one that cannot be is named."""
+    out = []
+    for position, image in zip(positions, images, strict=True):
+        try:
+            out.append(to_engine(image, channels))
+        except InputError as error:
+            raise InputError(f"Item {position} of the dataset: {error} {remedy}") from None
+    return out
 
 
 def _in_batches(

@@ -26,7 +26,7 @@ from purifyloader.errors import InputError
 from purifyloader.images import to_engine
 from purifyloader.samples import ImageKey, get_image, with_image
 
-__all__ = ["Source", "check_honest", "take_over"]
+__all__ = ["REMEDY", "Source", "check_honest", "take_over"]
 
 REMEDY = (
     "A poison can only be removed from the images as they are stored: give the dataset without its "

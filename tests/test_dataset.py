@@ -280,6 +280,13 @@ def test_compensation_comes_first_where_the_transform_cannot_be_opened(purifier,
     assert torch.equal(dataset[3][0], compensated(expected[3], 3, 0, compensate))
 
 
+def test_compensation_of_what_is_no_image_any_more_is_refused(purifier, images):
+    compose = v1.Compose([v1.ToTensor(), v1.Lambda(lambda x: 2 * x - 1)])
+    dataset = PurifiedDataset(PictureDataset(images, compose), purifier, Compensate())
+    with pytest.raises(InputError, match=r"Item 2 .*Got values from -[\s\S]*put Compensate\(\) into your transform"):
+        dataset[2]
+
+
 def test_compensation_is_fresh_in_each_epoch_and_purification_is_not(purifier, images, expected):
     compensate = Compensate(p=0, sigma=0.05)
     dataset = PurifiedDataset(PictureDataset(images, v1.PILToTensor()), purifier, compensate)
@@ -499,7 +506,7 @@ def test_an_image_that_turns_bad_later_is_refused(purifier, images):
     data = [x.float() / 255 for x in random_images(200, 8)]
     data[100] = data[100] * 3 - 1
     dataset = PurifiedDataset(Tensors(lambda i: (data[i], i), 200), purifier)
-    with pytest.raises(InputError, match=r"lies in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"Item 100 .*lies in \[0, 1\][\s\S]*transform="):
         dataset[100]
 
 
