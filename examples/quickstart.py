@@ -34,6 +34,10 @@ DEFENCES = ("none", "JPEG-10", "compensation only", "purified only", "ECLIPSE")
 
 def main() -> None:
     options = parse_arguments()
+    import matplotlib  # now, and not after minutes of training
+
+    matplotlib.use("Agg")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     images, labels = (a[: options.images] for a in load_sample(options.data, "train"))
     test_images, test_labels = load_sample(options.data, "test")
@@ -106,9 +110,6 @@ def draw(
     sigma_px: float,
 ) -> None:
     """One image of each poison in every state, and the accuracies as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     index = min(17, len(clean) - 1)  # a horse

@@ -14,7 +14,7 @@ from purifyloader import noise
 from purifyloader.errors import InputError
 from purifyloader.images import quantize
 
-__all__ = ["check_compensation", "check_quality", "compensate", "jpeg"]
+__all__ = ["check_compensation", "check_quality", "compensate", "grey_and_noise", "jpeg"]
 
 _GRAY, _NOISE = 0, 1
 
@@ -53,12 +53,16 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
         )
     if keys_B.shape != x_BCHW.shape[:1]:
         raise InputError(f"compensate needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
+    grey_B = noise.uniform(keys_B, (1,), _GRAY)[:, 0] < p
+    return grey_and_noise(x_BCHW, grey_B, sigma * noise.normal(keys_B, x_BCHW.shape[1:], _NOISE))
+
+
+def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """Eq. 13 with its draws given: grey where `grey_B`, plus the (scaled) noise, clamped to [0, 1]."""
     x = x_BCHW.float()
     if x.shape[1] == 3:
-        grey = noise.uniform(keys_B, (1,), _GRAY)[:, 0] < p
-        x = torch.where(grey[:, None, None, None], rgb_to_grayscale(x, num_output_channels=3), x)
-    x = x + sigma * noise.normal(keys_B, x.shape[1:], _NOISE)
-    return x.clamp(0, 1).to(x_BCHW.dtype)
+        x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x, num_output_channels=3), x)
+    return (x + noise_BCHW).clamp(0, 1).to(x_BCHW.dtype)
 
 
 def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:

@@ -20,18 +20,20 @@ from tqdm.auto import tqdm
 from purifyloader import noise
 from purifyloader.cache import CacheReader, CacheWriter, SourceHasher
 from purifyloader.cache.format import INDEX_FILE
+from purifyloader.cache.format import VERSION as FORMAT_VERSION
+from purifyloader.devices import as_device
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import ImageKind, from_bytes, from_engine, kind_of, own_channels, quantize, to_engine
-from purifyloader.purifiers import Purifier
+from purifyloader.purifiers import SCHEMA, Purifier
 from purifyloader.samples import ImageKey, get_image, rest
-from purifyloader.sources import REMEDY, check_honest, take_over
+from purifyloader.sources import REMEDY, check_honest, random_state_kept, take_over
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
 
 log = logging.getLogger(__name__)
 
 # Children of an image's key: its purification and its compensation share no noise.
-_PURIFY, _COMPENSATE = 0, 1
+PURIFY, COMPENSATE = 0, 1
 
 COMPENSATE_REMEDY = (
     "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
@@ -61,7 +63,8 @@ class PurifiedDataset(Dataset[Any]):
         dataset: map-style, of (image, target, ...) tuples, dicts, or bare images: PIL, numpy (H, W[, C])
             or tensors ([C,] H, W), uint8 or float in [0, 1]. A torchvision dataset's `transform` or
             `transforms` is taken over, also inside `Subset`, `random_split` and `ConcatDataset`; the
-            object itself is never changed. Images already normalised or augmented are refused.
+            object itself is never changed, and a transform that it is given later is not seen. Images
+            already normalised or augmented are refused.
         purifier: see `purifyloader.recipes`. Its draws are a function of (seed, index): every epoch and
             a cache see the same purified image.
         compensate: ECLIPSE's other half, `Compensate()`; drawn afresh from (seed, epoch, index).
@@ -94,15 +97,17 @@ class PurifiedDataset(Dataset[Any]):
         image_key: ImageKey = None,
         progress: bool = True,
     ) -> None:
-        _check_arguments(dataset, purifier, compensate, batch_size)
+        _check_arguments(dataset, purifier, compensate)
         self.dataset = dataset
         self.compensate = compensate
-        self.seed = seed
-        self.batch_size = batch_size
+        self.seed = _as_integer("seed", seed, -(2**63))
+        self.batch_size = _as_integer("batch_size", batch_size, 1)
         self.image_key = image_key
         self.purifier = _placed(purifier, device)
         self._source = take_over(dataset, transform)
         check_honest(self._source, purifier.image_channels, image_key)
+        if compensate is not None:
+            self._check_compensated()
         # Shared memory: a plain attribute set in the main process never reaches a persistent worker.
         # Two numbers: the epoch, and the samples read since it was set.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -138,7 +143,7 @@ class PurifiedDataset(Dataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is read next, so that compensation is drawn afresh; reaches running workers."""
-        self._shared[0] = operator.index(epoch)
+        self._shared[0] = _as_integer("epoch", epoch, 0)
         self._shared[1] = 0
 
     @property
@@ -149,6 +154,17 @@ class PurifiedDataset(Dataset[Any]):
         if name in _INNER_ATTRIBUTES and "dataset" in self.__dict__:
             return getattr(self.dataset, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("transform", "transforms"):
+            raise InputError(f"Expected the {name} before wrapping: give it to the dataset, or as transform=.")
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has an epoch of its own, which its persistent workers must see too."""
+        self.__dict__.update(state)
+        self._shared = self._shared.clone() if not self._shared.is_shared() else self._shared
+        self._shared.share_memory_()
 
     # -- what happens to an image --------------------------------------------------------------------
 
@@ -165,7 +181,7 @@ class PurifiedDataset(Dataset[Any]):
         """Purified pixels in the engine's form, and what each image was."""
         device = self._device()
         _check_worker(device)
-        keys_B = self._keys(0, positions, _PURIFY)
+        keys_B = self._keys(0, positions, PURIFY)
         return _in_batches(
             _converted(positions, images, self.purifier.image_channels, REMEDY),
             keys_B,
@@ -174,9 +190,15 @@ class PurifiedDataset(Dataset[Any]):
 
     def _compensated(self, compensate: KeyedCorruption, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
         """Whole batches, because drawing noise for one image at a time costs ten times as much."""
-        keys_B = self._keys(self.epoch, positions, _COMPENSATE)
+        keys_B = self._keys(self.epoch, positions, COMPENSATE)
         converted = _converted(positions, images, None, COMPENSATE_REMEDY)
         return [from_engine(x, kind) for x, kind in _in_batches(converted, keys_B, compensate.apply)]
+
+    def _check_compensated(self) -> None:
+        """One image as far as compensation, so that a transform it cannot get into fails here, not in a worker."""
+        with random_state_kept():
+            image = get_image(self._source.fetch([0])[0], self.image_key)
+            _converted([0], [self._source.before(0, image)], None, COMPENSATE_REMEDY)
 
     def _device(self) -> torch.device:
         parameter = next(self.purifier.parameters(), None)
@@ -201,11 +223,9 @@ class PurifiedDataset(Dataset[Any]):
             "purifier": self.purifier.identity(),
             "seed": self.seed,
             "device": self._device().type,
-            "source": {
-                "class": type(self.dataset).__name__,
-                "length": len(self),
-                "hash": self._source_hash(progress),
-            },
+            "schema": SCHEMA,
+            "format": FORMAT_VERSION,
+            "source": {"length": len(self), "hash": self._source_hash(progress)},
         }
         if (folder / INDEX_FILE).exists():  # finished: nothing to verify shard by shard
             return CacheReader(folder, config)
@@ -246,8 +266,10 @@ class PurifiedDataset(Dataset[Any]):
         hasher = SourceHasher()
         with tqdm(total=len(self), unit="img", desc="reading", disable=not progress, leave=False) as bar:
             for batch, samples in self._batches(range(len(self))):
-                images = [_raw_array(get_image(sample, self.image_key)) for sample in samples]
-                hasher.update(images, [_hashable(rest(sample, self.image_key)) for sample in samples])
+                images = [get_image(sample, self.image_key) for sample in samples]
+                _converted(batch, images, self.purifier.image_channels, REMEDY)  # before hours of purifying
+                targets = [_hashable(rest(sample, self.image_key)) for sample in samples]
+                hasher.update([np.asarray(i) if isinstance(i, Image.Image) else i for i in images], targets)
                 bar.update(len(batch))
         return hasher.hexdigest()
 
@@ -280,10 +302,6 @@ def _in_batches(
     return out
 
 
-def _raw_array(image: Any) -> NDArray[Any]:
-    return image.numpy() if isinstance(image, Tensor) else np.asarray(image)
-
-
 def _hashable(field: Any) -> Any:
     """A field as the source hash takes it; of objects that have no value of their own, the type."""
     if isinstance(field, Mapping):
@@ -299,7 +317,17 @@ def _hashable(field: Any) -> Any:
     return f"{type(field).__module__}.{type(field).__qualname__}"
 
 
-def _check_arguments(dataset: Any, purifier: Any, compensate: Any, batch_size: int) -> None:
+def _as_integer(name: str, value: Any, low: int) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
+    if not low <= integer < 2**63:
+        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
+    return integer
+
+
+def _check_arguments(dataset: Any, purifier: Any, compensate: Any) -> None:
     if not isinstance(purifier, Purifier):
         raise InputError("Expected a purifier, such as `recipes.eclipse(...)`. Got " + type(purifier).__name__ + ".")
     if compensate is not None and not callable(getattr(compensate, "apply", None)):
@@ -307,8 +335,11 @@ def _check_arguments(dataset: Any, purifier: Any, compensate: Any, batch_size: i
             "Expected compensate to be `purifyloader.transforms.Compensate(...)` or None. "
             f"Got {type(compensate).__name__}."
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive integer. Got {batch_size!r}.")
+    if isinstance(dataset, PurifiedDataset) and dataset.compensate is not None:
+        raise InputError(
+            "Expected compensation after all purification. Got a PurifiedDataset that compensates already: give "
+            "compensate= to the outer one only, or chain the purifiers."
+        )
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise InputError(
             "Expected a map-style dataset, with __getitem__ and __len__. Got "
@@ -322,9 +353,7 @@ def _placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
     """The purifier on `device`; a copy where it has to move, for the user's own stays where it is."""
     if device is None:
         return purifier
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"Expected a device of this machine. Got {str(device)!r}, and CUDA is not available.")
+    device = as_device(device)
     here = next(purifier.parameters(), None)
     if here is None or here.device == device:
         return purifier

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -64,19 +65,24 @@ def _exact_arithmetic(device: torch.device) -> Iterator[None]:
     On the CPU the number of threads is rounded down to a power of two. Measured: 1, 2, 4 and 8 threads
     give the same bits, 3 do not, because the last thread's share then has another size.
     """
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    backends: Any = torch.backends
+    precisions = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    # each backend by itself: torch refuses to answer for all of them once a user has set one
+    settings: list[tuple[Any, str, Any]] = [(b, "fp32_precision", "ieee") for b in (*precisions, backends.mkldnn.conv)]
+    settings += [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
+    before = [getattr(backend, name) for backend, name, _ in settings]
+    threads = torch.get_num_threads()
     even = 1 << (threads.bit_length() - 1)
-    torch.set_float32_matmul_precision("highest")
     try:
+        for backend, name, value in settings:
+            setattr(backend, name, value)
         if device.type == "cpu" and even != threads:
             torch.set_num_threads(even)
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            setattr(backend, name, value)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
@@ -213,6 +219,7 @@ class DenoiseOnce(_NetworkPurifier):
 
     def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
         super().__init__(denoiser, dtype, compute_batch)
+        _check_number("sigma", sigma)
         denoiser.check_sigma(sigma)
         self.sigma = float(sigma)
 
@@ -267,7 +274,8 @@ class Diffuse(_NetworkPurifier):
     ) -> None:
         super().__init__(denoiser, dtype, compute_batch)
         if (t is None) == (sigma is None):
-            raise ConfigError(f"Give the noise level as t or as sigma, one of them. Got t={t}, sigma={sigma}.")
+            raise ConfigError(f"Give the noise level as t or as sigma, one of them. Got t={t!r}, sigma={sigma!r}.")
+        _check_number("t" if sigma is None else "sigma", t if sigma is None else sigma)
         if sampler not in SAMPLERS:
             raise ConfigError(f"sampler must be one of {sorted(SAMPLERS)}. Got {sampler!r}.")
         self.schedule = CosineSchedule(4000) if schedule is None else schedule
@@ -416,6 +424,11 @@ class Repeat(Purifier):
         return x_BCHW
 
 
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number. Got {value!r}.")
+
+
 def _without_names(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_names(v) for k, v in value.items() if k != "name"}
@@ -438,6 +451,8 @@ def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
         resolve: finds the denoiser meant by an entry `{"name", "weights_sha256"}`
             (`purifyloader.recipes.from_json` loads it by name and checks the hash).
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"A purifier's configuration is an object with a kind. Got {type(config).__name__}.")
     values = dict(config)
     kind = values.pop("kind", None)
     cls = _KINDS.get(kind) if isinstance(kind, str) else None

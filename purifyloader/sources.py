@@ -26,12 +26,33 @@ from purifyloader.errors import InputError
 from purifyloader.images import to_engine
 from purifyloader.samples import ImageKey, get_image, with_image
 
-__all__ = ["REMEDY", "Source", "check_honest", "take_over"]
+__all__ = ["REMEDY", "Source", "check_honest", "random_state_kept", "take_over"]
 
 REMEDY = (
     "A poison can only be removed from the images as they are stored: give the dataset without its "
     "transform, and the transform as PurifiedDataset(..., transform=...)."
 )
+
+
+# Not their subclasses: what their own __call__ adds would be lost.
+_COMPOSE = (v1.Compose, v2.Compose)
+
+
+def _flat(transform: Any) -> Iterator[Callable[[Any], Any]]:
+    """The steps of a Compose, those of Composes inside it too."""
+    for step in transform.transforms:
+        if type(step) in _COMPOSE:
+            yield from _flat(step)
+        else:
+            yield step
+
+
+def _same_image(image: Any) -> Any:
+    return image
+
+
+def _same_pair(image: Any, target: Any) -> tuple[Any, Any]:
+    return image, target
 
 
 class _Transform:
@@ -40,8 +61,8 @@ class _Transform:
     def __init__(self, transform: Callable[[Any], Any] | None) -> None:
         self.first: Sequence[Callable[[Any], Any]] = ()
         self.then: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
-        if isinstance(transform, v1.Compose | v2.Compose):
-            steps = list(transform.transforms)
+        if type(transform) in _COMPOSE:
+            steps = list(_flat(transform))
             normalize = (i for i, step in enumerate(steps) if isinstance(step, v1.Normalize | v2.Normalize))
             cut = next(normalize, len(steps))
             self.first, self.then = steps[:cut], steps[cut:]
@@ -119,6 +140,7 @@ class _ConcatSource(Source):
         self.raw, self.parts, self.ends = raw, parts, list(dataset.cumulative_sizes)
 
     def _part(self, index: int) -> tuple[Source, int]:
+        index %= self.ends[-1]  # a Subset may hold negative indices
         part = bisect.bisect_right(self.ends, index)
         return self.parts[part], index - (self.ends[part - 1] if part else 0)
 
@@ -150,13 +172,14 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
     raw = copy.copy(dataset)
     own = getattr(dataset, "transform", None)
     joint = getattr(dataset, "transforms", None)
-    raw.transform = None
+    # Not None where there was something: a dataset may call what it has without asking.
+    if own is not None:
+        raw.transform = _same_image
     if isinstance(joint, StandardTransform):
-        target_transform = joint.target_transform
-        raw.transforms = StandardTransform(None, target_transform) if target_transform is not None else None
+        raw.transforms = StandardTransform(None, joint.target_transform)
         joint = None
     elif joint is not None:
-        raw.transforms = None
+        raw.transforms = _same_pair
     if transform is not None and (own is not None or joint is not None):
         raise InputError(
             f"Expected one transform. Got transform= and the {type(dataset).__name__}'s own: give one of them."
@@ -167,7 +190,7 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     """Looking at a dataset must not change what the user draws afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
@@ -188,7 +211,7 @@ def check_honest(source: Source, channels: int | None, image_key: ImageKey, item
         InputError: with the item, the reason and the remedy.
     """
     indices = np.unique(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64)).tolist()
-    with _random_state_kept():
+    with random_state_kept():
         first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
     for index, a, b in zip(indices, first, second, strict=True):
         try:

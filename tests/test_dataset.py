@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections import namedtuple
 from pathlib import Path
 
@@ -281,10 +283,10 @@ def test_compensation_comes_first_where_the_transform_cannot_be_opened(purifier,
 
 
 def test_compensation_of_what_is_no_image_any_more_is_refused(purifier, images):
-    compose = v1.Compose([v1.ToTensor(), v1.Lambda(lambda x: 2 * x - 1)])
-    dataset = PurifiedDataset(PictureDataset(images, compose), purifier, Compensate())
-    with pytest.raises(InputError, match=r"Item 2 .*Got values from -[\s\S]*put Compensate\(\) into your transform"):
-        dataset[2]
+    for last, got in ((lambda x: 2 * x - 1, "values from -"), (torch.flatten, r"\(768,\)")):
+        compose = v1.Compose([v1.ToTensor(), v1.Lambda(last)])
+        with pytest.raises(InputError, match=rf"Got {got}[\s\S]*put Compensate\(\) into your transform"):
+            PurifiedDataset(PictureDataset(images, compose), purifier, Compensate())
 
 
 def test_compensation_is_fresh_in_each_epoch_and_purification_is_not(purifier, images, expected):
@@ -309,6 +311,55 @@ def test_forgetting_set_epoch_is_said_once(purifier, images, caplog):
             dataset.__getitems__(range(COUNT))
     assert len(caplog.records) == 1
     assert "set_epoch" in caplog.records[0].getMessage()
+
+
+def test_a_compose_inside_a_compose_is_opened_and_a_subclass_is_not(purifier, images, expected):
+    compensate = Compensate(p=0, sigma=0.05)
+    normalize = v1.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    nested = v1.Compose([v1.Compose([v1.ToTensor()]), v1.Compose([normalize])])
+    got = PurifiedDataset(PictureDataset(images, nested), purifier, compensate)[3][0]
+    assert torch.equal(got, normalize(compensated(expected[3].float() / 255, 3, 0, compensate)))
+
+    class Marked(v1.Compose):
+        def __call__(self, image):
+            return super().__call__(image), "marked"
+
+    assert PurifiedDataset(PictureDataset(images, Marked([v1.ToTensor()])), purifier)[3][0][1] == "marked"
+
+
+def test_a_subset_with_negative_indices_finds_its_part(purifier, images):
+    parts = [PictureDataset(images, lambda image, name=name: name) for name in "AB"]
+    dataset = PurifiedDataset(Subset(ConcatDataset(parts), [-1, 0]), purifier)
+    assert (dataset[0][0], dataset[1][0]) == ("B", "A")
+
+
+def test_a_dataset_that_never_asks_whether_it_has_a_transform(purifier, images, expected):
+    class Careless(PictureDataset):
+        def __getitem__(self, index):
+            return self.transform(Image.fromarray(self.data[index])), index
+
+    class CarelessPair(PictureDataset):
+        def __getitem__(self, index):
+            return self.transforms(Image.fromarray(self.data[index]), index)
+
+    for dataset in (
+        Careless(images, v1.PILToTensor()),
+        CarelessPair(images, v1.PILToTensor()),
+        CarelessPair(images, transforms=lambda image, target: (as_tensor(image), target)),
+    ):
+        assert torch.equal(PurifiedDataset(dataset, purifier)[4][0], expected[4])
+
+
+def test_a_transform_set_later_is_refused(purifier, images):
+    with pytest.raises(InputError, match="before wrapping"):
+        PurifiedDataset(PictureDataset(images), purifier).transform = v1.ToTensor()
+
+
+def test_compensation_inside_a_purified_dataset_is_refused(purifier, images):
+    inner = PurifiedDataset(PictureDataset(images), purifier, Compensate())
+    with pytest.raises(InputError, match="after all purification"):
+        PurifiedDataset(inner, purifier)
+    PurifiedDataset(PurifiedDataset(PictureDataset(images), purifier), purifier)[0]
 
 
 # -- loaders -----------------------------------------------------------------------------------------
@@ -336,6 +387,17 @@ def test_workers_give_the_same_pixels_and_see_the_epoch(context, cached, purifie
         got = collect(loader)
         want = [compensated(expected[i], i, epoch, compensate) for i in range(COUNT)]
         assert torch.equal(got, torch.stack(want))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_copy_has_an_epoch_of_its_own_that_its_workers_see(images):
+    original = PurifiedDataset(PictureDataset(images, v1.PILToTensor()), Jpeg(50), Compensate(p=0, sigma=0.05))
+    for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        loader = DataLoader(twin, batch_size=10, num_workers=1, multiprocessing_context="fork", persistent_workers=True)
+        first = collect(loader)
+        twin.set_epoch(1)
+        assert not torch.equal(collect(loader), first)
+        assert original.epoch == 0
 
 
 def test_loader_uses_our_batched_getitems(images, purifier, expected):
@@ -421,6 +483,20 @@ def test_moving_the_cache_and_the_transform_do_not_matter(images, tmp_path):
     assert image.shape == (3, 8, 8)
 
 
+def test_a_bad_image_is_named_before_anything_is_purified(tmp_path):
+    data = [Image.new("P" if i == 151 else "RGB", (8, 8)) for i in range(300)]
+    with pytest.raises(InputError, match="Item 151 of the dataset"):
+        PurifiedDataset(Tensors(lambda i: (data[i], i), 300), Jpeg(), cache=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_odd_tensors_can_be_cached(tmp_path, images):
+    x = images.float() / 255
+    for i, convert in enumerate((lambda t: t.requires_grad_(), lambda t: t.bfloat16())):
+        dataset = Tensors(lambda j, convert=convert: (convert(x[j].clone()), j))
+        PurifiedDataset(dataset, Jpeg(), cache=tmp_path / str(i), seed=np.int64(3), progress=False)[0]
+
+
 def test_images_of_two_sizes_cannot_be_cached(tmp_path):
     data = [random_images(1, s)[0] for s in (16, 17)]
     with pytest.raises(InputError, match=r"one size\. Got .*item 1"):
@@ -489,6 +565,8 @@ def test_bad_arguments(images, purifier):
         ({"purifier": "eclipse"}, "Got str"),
         ({"purifier": purifier, "compensate": 0.4}, "Got float"),
         ({"purifier": purifier, "batch_size": 0}, "batch_size"),
+        ({"purifier": purifier, "seed": 1.5}, r"seed must be an integer\. Got 1\.5"),
+        ({"purifier": purifier, "device": "gpu"}, "Got 'gpu'"),
         ({"purifier": DenoiseOnce(tiny_denoiser(channels=1), 0.1)}, "colour"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -497,7 +575,7 @@ def test_bad_arguments(images, purifier):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is for machines without CUDA")
 def test_a_device_that_is_not_there(images, purifier):
-    with pytest.raises(InputError, match="CUDA is not available"):
+    with pytest.raises(InputError, match="a device of this machine"):
         PurifiedDataset(PictureDataset(images), purifier, device="cuda")
 
 

@@ -17,6 +17,26 @@ ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
     "purifyloader": ["PurifiedDataset", "PurifyError", "pretrained", "purifiers", "recipes", "transforms"],
+    "purifyloader.errors": [
+        "CacheError",
+        "CheckpointError",
+        "ConfigError",
+        "InputError",
+        "PurifyError",
+        "TrainingError",
+    ],
+    "purifyloader.purifiers": [
+        "Chain",
+        "Compensation",
+        "DenoiseOnce",
+        "Diffuse",
+        "Jpeg",
+        "Purifier",
+        "Repeat",
+        "SCHEMA",
+        "from_config",
+        "from_json",
+    ],
     "purifyloader.recipes": ["denoise_once", "eclipse", "from_json", "jpeg"],
     "purifyloader.transforms": ["Compensate"],
     "purifyloader.transforms.functional": ["compensate", "jpeg"],

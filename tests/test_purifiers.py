@@ -113,20 +113,43 @@ def test_another_process_gives_the_same_pixels(x, seeds, tmp_path):
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), purifier(x[3:5], seeds[3:5]))
 
 
-def test_what_the_training_script_switched_on_does_not_matter(x, seeds):
-    for dtype in ("float32", "bfloat16"):
-        purifier = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=dtype)
-        want = purifier(x[:4], seeds[:4])
-        precision = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("medium")
-            with torch.autocast("cpu", torch.bfloat16):
-                got = purifier(x[:4], seeds[:4])
-            assert torch.get_float32_matmul_precision() == "medium"
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        assert torch.equal(got, want)
-        assert got.dtype == torch.float32
+FAST_SETTINGS = [
+    'torch.set_float32_matmul_precision("medium")',
+    'torch.backends.fp32_precision = "tf32"',
+    'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+    'torch.backends.cudnn.fp32_precision = "tf32"',
+    'torch.backends.mkldnn.matmul.fp32_precision = "bf16"',
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.benchmark = True",
+]
+
+
+@pytest.mark.parametrize("setting", FAST_SETTINGS)
+def test_what_the_training_script_switched_on_does_not_matter(setting, x, seeds, tmp_path):
+    """In a process of its own: torch does not let every one of these be taken back."""
+    script = (
+        "import sys, torch\n"
+        "from tests.test_purifiers import *\n"
+        f"{setting}\n"
+        "def state():\n"
+        "    b = torch.backends\n"
+        "    parts = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)\n"
+        "    return [p.fp32_precision for p in parts] + [b.cudnn.benchmark, b.cudnn.deterministic]\n"
+        "before = state()\n"
+        "purifiers = [Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=d) for d in ('float32', 'bfloat16')]\n"
+        "x, seeds = random_images(4).float() / 255, noise.image_keys(0, 0, range(4))\n"
+        "with torch.autocast('cpu', torch.bfloat16):\n"
+        "    out = [p(x, seeds) for p in purifiers]\n"
+        "assert state() == before, (before, state())\n"
+        "torch.save(out, sys.argv[1])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path / "out.pt"], env=environment, check=True)
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    for dtype, out in zip(("float32", "bfloat16"), got, strict=True):
+        want = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=dtype)(random_images(4).float() / 255, seeds[:4])
+        assert torch.equal(out, want)
+        assert out.dtype == torch.float32
 
 
 # -- composition -------------------------------------------------------------------------------------
@@ -247,6 +270,7 @@ def test_json_of_other_weights_is_refused(tmp_path):
         ("[]", "schema and purifier"),
         ('{"schema": 2, "purifier": {}}', "reads purifier schema 1. Got 2"),
         ('{"schema": 1, "purifier": {"kind": "os.system"}}', "must be one of"),
+        ('{"schema": 1, "purifier": ["jpeg"]}', "Got list"),
         ('{"schema": 1, "purifier": {"kind": "jpeg", "level": 3}}', "does not fit"),
         ('{"schema": 1, "purifier": {"kind": "diffuse", "t": 1}}', "does not fit"),
     ],
@@ -327,6 +351,9 @@ def test_an_empty_batch_comes_back_empty():
         (lambda d: Diffuse(d, t=100, steps=101), "from 1 to t=100"),
         (lambda d: Diffuse(d, t=100, steps=0), "steps"),
         (lambda d: Diffuse(d, t=100.5), "fractional"),
+        (lambda d: Diffuse(d, t=float("nan")), "finite number"),
+        (lambda d: Diffuse(d, sigma="25"), r"finite number\. Got '25'"),
+        (lambda d: Diffuse(d, t=10**9), r"t must lie in \[0, 4000\]"),
         (lambda d: Diffuse(d, t=9000, steps=3), r"t must lie in \[0, 4000\]"),
         (lambda d: Diffuse(d, sigma=0.5), "trained for sigma from 0.001 to 0.3"),
         (lambda d: Diffuse(d, t=100, sampler="heun"), "ancestral"),

@@ -73,6 +73,7 @@ def test_a_killed_process_goes_on(tmp_path: Path):
     script = (
         "import dataclasses, sys\n"
         "from tests.test_train import *\n"
+        "torch.set_num_threads(1)\n"
         "config = dataclasses.replace(CONFIG, steps=400)\n"
         "train_denoiser(random_images(10), sys.argv[1], config, progress=False, save_every=0)\n"
     )
@@ -173,7 +174,7 @@ def test_a_damaged_state_is_named(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
     config = dataclasses.replace(CONFIG, learning_rate=1e25, clip_norm=1e30, steps=50)
-    with pytest.raises(TrainingError, match=r"step \d+; the last good state is kept"):
+    with pytest.raises(TrainingError, match=r"step \d+ \(the last state saved is kept in .*another output folder"):
         train_denoiser(random_images(6), tmp_path, config, progress=False, save_every=0)
     header, _ = module._load_state(tmp_path / STATE_FILE, module._identity(config, random_images(6)))
     assert header["step"] >= 1
@@ -235,8 +236,8 @@ def make_dataset():
     ("spec", "message"),
     [
         ("imagenet", "package.module:function. Got 'imagenet'"),
-        ("no_such_module:f", "cannot be imported"),
-        ("tests.test_train:nothing", "cannot be imported"),
+        ("no_such_module:f", "No module named"),
+        ("tests.test_train:nothing", "no attribute"),
         ("os:getpid", "map-style"),
         ("cifar10", "download=True"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from purifyloader import corruptions, noise
+from purifyloader import corruptions
 from purifyloader.errors import InputError
 from purifyloader.images import from_engine, quantize, to_engine, to_unit
 
@@ -49,15 +49,13 @@ class Compensate(v2.Transform):
         corruptions.check_compensation(p, sigma)
         self.p, self.sigma = p, sigma
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        # 63 bits from torch's own generator, so that the user's seed and the worker's seed decide
-        return {"key": torch.randint(2**63 - 1, (1,))}
-
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if isinstance(inpt, Tensor):
-            images = math.prod(inpt.shape[:-3])
-            return self.apply(inpt, noise.fold_in(params["key"], torch.arange(images)))
-        return self.apply(inpt, params["key"])
+        # torch's own generator, so that the user's seed and the worker's seed decide
+        def corrupt(x_BCHW: Tensor) -> Tensor:
+            grey_B = torch.rand(len(x_BCHW), device=x_BCHW.device) < self.p
+            return corruptions.grey_and_noise(x_BCHW, grey_B, self.sigma * torch.randn_like(x_BCHW))
+
+        return self._on_batch(inpt, corrupt)
 
     def apply(self, image: Any, keys_B: Tensor) -> Any:
         """The same corruption with its draws given: a pure function of (image, key).
@@ -66,22 +64,22 @@ class Compensate(v2.Transform):
             image: as above; numpy (H, W[, C]) too.
             keys_B: int64, one an image.
         """
-        if isinstance(image, Tensor):
-            return self._apply_tensor(image, keys_B)
-        if not isinstance(image, Image.Image | np.ndarray):
-            raise InputError(f"Compensate takes PIL images, numpy arrays and tensors. Got {type(image).__name__}.")
-        x, kind = to_engine(image)
-        return from_engine(corruptions.compensate(x[None], keys_B, self.p, self.sigma)[0], kind)
+        return self._on_batch(image, lambda x: corruptions.compensate(x, keys_B.to(x.device), self.p, self.sigma))
 
-    def _apply_tensor(self, image: Tensor, keys_B: Tensor) -> Tensor:
+    def _on_batch(self, image: Any, corrupt: Callable[[Tensor], Tensor]) -> Any:
+        """`corrupt(x_BCHW)` in float32 on whatever holds the pixels, which comes back as it was."""
+        if isinstance(image, Image.Image | np.ndarray):
+            x, kind = to_engine(image)
+            return from_engine(corrupt(x[None])[0], kind)
+        if not isinstance(image, Tensor):
+            raise InputError(f"Compensate takes PIL images, numpy arrays and tensors. Got {type(image).__name__}.")
         if image.ndim < 3 or image.shape[-3] not in (1, 3):
             raise InputError(
                 "Compensate takes image tensors of shape (..., C, H, W) with 1 or 3 channels. "
                 f"Got {tuple(image.shape)}."
             )
         x_BCHW = to_unit(image.as_subclass(Tensor)).reshape(-1, *image.shape[-3:])
-        keys_B = keys_B.to(x_BCHW.device)
-        out = corruptions.compensate(x_BCHW, keys_B, self.p, self.sigma).reshape(image.shape)
+        out = corrupt(x_BCHW).reshape(image.shape)
         out = quantize(out) if image.dtype == torch.uint8 else out.to(image.dtype)
         return tv_tensors.wrap(out, like=image) if isinstance(image, tv_tensors.TVTensor) else out
 

@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 
 from purifyloader import noise
 from purifyloader.bench.training import BatchTransform
-from purifyloader.dataset import PurifiedDataset
+from purifyloader.dataset import COMPENSATE, PurifiedDataset
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 
 __all__ = ["ArrayDataset", "Purified", "compensation", "purify_array"]
-
-_COMPENSATE = 1  # as `PurifiedDataset` folds it into an image's key
 
 
 class ArrayDataset(Dataset[tuple[NDArray[np.uint8], int]]):
@@ -70,7 +68,7 @@ def compensation(compensate: Compensate, seed: int = 0) -> BatchTransform:
     """`compensate` for `train_victim`, drawn from (seed, epoch, index) as `PurifiedDataset` draws it."""
 
     def transform(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
-        keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), _COMPENSATE)
+        keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), COMPENSATE)
         return torch.as_tensor(compensate.apply(x_BCHW, keys))
 
     return transform

@@ -194,5 +194,6 @@ def spaced_sigmas(schedule: Schedule, t: float, steps: int) -> tuple[float, ...]
         raise InputError(f"t must be a timestep above 0 to start from. Got {t:g}.")
     if not isinstance(steps, int) or steps < 1 or steps > max(1.0, math.ceil(t)):
         raise InputError(f"steps must be an integer from 1 to t={t:g}, one network call each. Got {steps!r}.")
+    schedule.sigma(t)  # raises where the schedule ends, before the list is made
     visited = np.asarray([t * (i / steps) if steps != t else i for i in range(steps, 0, -1)], np.float64)
     return (*schedule.sigma(visited).tolist(), 0.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from purifyloader import __version__, pretrained
+from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.train.data import choose, load_images, open_dataset, read_indices
@@ -67,6 +70,11 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
+    as_device(options.device)
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
+    # as `python -m` has it, and the installed command has not: a user's own module:function lies here
+    sys.path.insert(0, os.getcwd())
     if (options.out / "config.json").exists():
         raise CheckpointError(f"Expected a folder without a checkpoint. Got {options.out}: give another --out.")
     config = _config(options)

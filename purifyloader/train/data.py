@@ -67,14 +67,17 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
     if Path(spec).is_dir():
         return ImageFiles(Path(spec))
     module, _, function = spec.partition(":")
-    if not function:
+    if not module or not function:
         raise InputError(
             f"Expected {', '.join(TORCHVISION)}, a folder of images, or package.module:function. Got {spec!r}."
         )
     try:
-        dataset = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{spec!r} cannot be imported: {error}.") from None
+        raise InputError(
+            f"Expected {function!r} of a module {module!r} that Python finds here or installed. Got: {error}."
+        ) from None
+    dataset = make()
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
     return dataset

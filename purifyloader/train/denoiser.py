@@ -1,7 +1,7 @@
 """Sparse training of a denoiser: a few hundred to a few thousand clean images, one process.
 
 Everything random is a function of (seed, step), so a run that was stopped goes on with the step it
-would have taken, to the same weights.
+would have taken, to the same weights (bit for bit with the same number of threads).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from purifyloader import noise
+from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
 from purifyloader.diffusion.schedule import CosineSchedule
@@ -89,6 +90,12 @@ class TrainConfig:
             raise ConfigError(f"objective must be 'hybrid' or 'sigma'. Got {self.objective!r}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be 'float32' or 'bfloat16'. Got {self.dtype!r}.")
+        for name, low in (("learning_rate", 0), ("clip_norm", 0), ("sigma_center", 0), ("sigma_spread", 0)):
+            if not getattr(self, name) > low:
+                raise ConfigError(f"{name} must be above {low}. Got {getattr(self, name)}.")
+        for name in ("weight_decay", "warmup", "decay_steps", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0. Got {getattr(self, name)}.")
         if self.steps < 1 or self.batch_size < 1 or self.replicate < 0:
             raise ConfigError(
                 "steps and batch_size must be at least 1 and replicate at least 0. "
@@ -248,7 +255,7 @@ def train_denoiser(
             "Training takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
             f"Got {images.dtype} {tuple(images.shape)}."
         )
-    device = torch.device(device)
+    device = as_device(device)
     denoiser = build_denoiser(config, images.shape[1]).to(device).train()
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     parameters = dict(denoiser.named_parameters())
@@ -284,9 +291,10 @@ def train_denoiser(
         loss = _loss(denoiser, config, images, step, device)
         value = float(loss.detach())
         if not math.isfinite(value):
+            kept = f" (the last state saved is kept in {path})" if path.exists() else ""
             raise TrainingError(
-                f"The loss became {value} at step {step + 1}; the last good state is kept in {path}. "
-                "Lower the learning rate (or use float32) and start again."
+                f"The loss became {value} at step {step + 1}{kept}. Lower the learning rate, or use float32, and "
+                "start again with another output folder."
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
