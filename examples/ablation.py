@@ -43,7 +43,8 @@ CELLS = {
 def main() -> None:
     options = parse_arguments()
     if options.readme:
-        options.readme.write_text(with_tables(options.readme.read_text(), read(options.out)))
+        text = with_tables(options.readme.read_text(), read(options.out), read(options.out.parent / "speed.json"))
+        options.readme.write_text(text)
         return
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -109,8 +110,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def with_tables(text: str, results: dict[str, Any]) -> str:
-    """The README with the tables between its markers made from the results."""
+def with_tables(text: str, results: dict[str, Any], speed: dict[str, Any]) -> str:
+    """The README with the tables between its markers made from the results of this script and speed.py."""
     defences = {
         "none": "none",
         "JPEG-10": "jpeg",
@@ -121,11 +122,22 @@ def with_tables(text: str, results: dict[str, Any]) -> str:
     parts = [[p, *(cell(results, f"{p}:{d}") for d in defences.values())] for p in CELLS]
     levels = ["6.37", "12.75", "25", "40"]
     noise = [[f"{v} px", *(cell(results, f"{p}:{v}{s}") for p in CELLS for s in ("", "+"))] for v in levels]
-    calls = [[n, *(cell(results, f"AR:6.37x{n}f{s}") for s in ("", "+"))] for n in ("1", "4", "100")]
+    rates = speed.get("purify_images_per_second", {})
+    names = {"1": "1 call", "4": "4 calls", "100": "100 calls"}
+    calls = [
+        [
+            n,
+            *(cell(results, f"AR:6.37x{n}f{s}") for s in ("", "+")),
+            *(str(rates.get(name + suffix, "–")) for suffix in ("", ", fast")),
+        ]
+        for n, name in names.items()
+    ]
     tables = {
         "parts": table(["training data", *defences], parts),
         "noise": table(["noise", *(f"{p}, {w}" for p in CELLS for w in ("purified", "ECLIPSE"))], noise),
-        "calls": table(["network calls at 6.37 px", "AR, purified", "AR, ECLIPSE"], calls),
+        "calls": table(
+            ["network calls at 6.37 px", "AR, purified", "AR, ECLIPSE", "images/s", "images/s, `fast=True`"], calls
+        ),
     }
     for name, made in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"

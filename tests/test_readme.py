@@ -42,6 +42,7 @@ def test_the_tables_are_the_measured_results():
     assert spec.loader is not None
     ablation = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ablation)
-    results = json.loads((ROOT / "examples" / "results" / "ablation.json").read_text())
-    assert ablation.with_tables(TEXT, results) == TEXT
+    folder = ROOT / "examples" / "results"
+    results, speed = (json.loads((folder / name).read_text()) for name in ("ablation.json", "speed.json"))
+    assert ablation.with_tables(TEXT, results, speed) == TEXT
     assert all(len(entry["accuracy"]) == 3 for entry in results.values()), "three seeds in every cell"
