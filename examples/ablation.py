@@ -116,8 +116,8 @@ def with_tables(text: str, results: dict[str, Any], speed: dict[str, Any]) -> st
         "none": "none",
         "JPEG-10": "jpeg",
         "compensation only": "compensation",
-        "purified only": "25",
-        "**ECLIPSE**": "25+",
+        "purified only": "12.75",
+        "**ECLIPSE**": "12.75+",
     }
     parts = [[p, *(cell(results, f"{p}:{d}") for d in defences.values())] for p in CELLS]
     levels = ["6.37", "12.75", "25", "40"]
