@@ -35,7 +35,8 @@ Images = NDArray[np.uint8]
 
 CELLS = {
     "clean": "none jpeg compensation 12.75 12.75+ 25 25+",
-    "AR": "none jpeg compensation 6.37 6.37+ 12.75 12.75+ 25 25+",
+    "AR": "none jpeg compensation 6.37 6.37+ 12.75 12.75+ 25 25+ "
+    "6.37x1f 6.37x1f+ 6.37x4f 6.37x4f+ 6.37x100f 6.37x100f+",
     "LSP": "none jpeg compensation 6.37 6.37+ 12.75 12.75+ 25 25+ 40 40+",
 }
 
