@@ -22,9 +22,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
-    # The command's own module knows its options; importing it costs seconds of torch, so only when asked for.
-    denoiser = train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
-    denoiser.add_argument("rest", nargs=argparse.REMAINDER)
+    # listed here; its options are its own module's, which costs seconds of torch to import
+    train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
     return parser
 
 
