@@ -573,10 +573,9 @@ def test_bad_arguments(images, purifier):
             PurifiedDataset(source, **arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is for machines without CUDA")
 def test_a_device_that_is_not_there(images, purifier):
     with pytest.raises(InputError, match="a device of this machine"):
-        PurifiedDataset(PictureDataset(images), purifier, device="cuda")
+        PurifiedDataset(PictureDataset(images), purifier, device="cuda:99")
 
 
 def test_an_image_that_turns_bad_later_is_refused(purifier, images):
