@@ -285,6 +285,23 @@ def test_the_command_makes_a_checkpoint_with_its_card(folder, tmp_path, capsys):
     assert "without a checkpoint" in capsys.readouterr().err
 
 
+def test_a_save_that_was_killed_is_finished_and_a_strangers_folder_refused_at_once(folder, tmp_path, capsys):
+    out = tmp_path / "model"
+    arguments = ["train", "denoiser", "--data", str(folder), "--out", str(out), "--steps", "2", "--quiet"]
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    assert cli.main(arguments) == 2
+    assert "with README.md" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["README.md"]
+    (out / "README.md").unlink()
+    images = load_images(open_dataset(str(folder)), range(12))
+    train_denoiser(images, out, dataclasses.replace(PRESETS["light"], steps=2), progress=False)
+    (out / "model.safetensors").write_bytes(b"half")  # as a kill between the two files leaves it
+    assert cli.main(arguments) == 0
+    assert pretrained.load(out).name == "model"
+    assert not (out / STATE_FILE).exists()
+
+
 def test_psnr_against_an_independent_computation():
     images = smooth_images(5)
     denoiser = tiny_denoiser()

@@ -18,6 +18,7 @@ from purifyloader import __version__, pretrained
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from purifyloader.train.data import choose, load_images, open_dataset, read_indices
 from purifyloader.train.denoiser import PRESETS, STATE_FILE, TrainConfig, train_denoiser
 from purifyloader.train.evaluate import jpeg_psnr, psnr
@@ -68,15 +69,26 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     return dataclasses.replace(PRESETS[options.preset], **changes)
 
 
+def _check_out(out: Path) -> None:
+    """Refuse before hours of training what could not be written after them.
+
+    Files beside the state of a run, without config.json, are of a save that was killed: written again.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"Expected a folder as --out. Got the file {out}.")
+    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
+    if CONFIG_FILE in found or (found and not (out / STATE_FILE).exists()):
+        raise CheckpointError(
+            f"Expected a folder without a checkpoint. Got {out} with {', '.join(found)}: give another --out."
+        )
+
+
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     as_device(options.device)
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
     # as `python -m` has it, and the installed command has not: a user's own module:function lies here
     sys.path.insert(0, os.getcwd())
-    if (options.out / "config.json").exists():
-        raise CheckpointError(f"Expected a folder without a checkpoint. Got {options.out}: give another --out.")
+    _check_out(options.out)
     config = _config(options)
     dataset = open_dataset(options.data, options.root)
     length = len(dataset)  # type: ignore[arg-type]
@@ -103,7 +115,8 @@ def main(arguments: Sequence[str]) -> int:
         "machine": _machine(options.device),
         "psnr": results,
     }
-    pretrained.save(denoiser, options.out, name=name, card=_card(name, denoiser, details), details=details)
+    card = _card(name, denoiser, details)
+    pretrained.save(denoiser, options.out, name=name, card=card, details=details, overwrite=True)
     (options.out / STATE_FILE).unlink(missing_ok=True)
     print(f"{options.out}: {record['steps']} steps, {record['seconds']:.0f} s")
     for row in results:
