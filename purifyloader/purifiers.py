@@ -1,9 +1,10 @@
 """The algebra: what can be done to an image batch to wash a poison out of it, and how to compose it.
 
-A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. The pixels of an image
-are a function of (weights, configuration, seed, image) alone. Kernels pick their arithmetic by batch
-size, so every network call is padded to a fixed `compute_batch`; noise is a function of the image's
-seed (`purifyloader.noise`); a composition gives each stage and repetition a child seed.
+A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. Images of many sizes go
+through `purify_images`; `Resize` and `Tiles` bring them to one. The pixels of an image are a function of
+(weights, configuration, seed, image) alone. Kernels pick their arithmetic by batch size, so every network
+call is padded to a fixed `compute_batch`; noise is a function of the image's seed (`purifyloader.noise`); a
+composition gives each stage, repetition and tile a child seed.
 
 Every purifier says itself as JSON (`to_json`) and is built back from it (`from_json`) through a closed
 table of names. Plugins add theirs under the entry point group `purifyloader.purifiers`.
@@ -14,15 +15,16 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from itertools import islice
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from purifyloader import corruptions, noise
+from purifyloader import corruptions, noise, sizes
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
@@ -40,6 +42,8 @@ __all__ = [
     "Jpeg",
     "Purifier",
     "Repeat",
+    "Resize",
+    "Tiles",
     "from_config",
     "from_json",
 ]
@@ -95,10 +99,13 @@ class Purifier(nn.Module):
         seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
 
     Returns:
-        float32 images of the same shape, nominally in [0, 1] and not clamped.
+        float32 images, nominally in [0, 1] and not clamped; of the same shape, for all purifiers but
+        `Resize` (`output_shape` says which).
 
     Raises:
         InputError: another type, shape or range, NaN, or seeds that do not match the batch.
+
+    `purify_images` does the same to a list of images of different sizes.
     """
 
     kind: ClassVar[str]
@@ -115,8 +122,27 @@ class Purifier(nn.Module):
         return cls(**values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
-        """The purification itself, on checked input; values may leave [0, 1] between stages."""
+        """The purification itself, on checked float32 input; values may leave [0, 1] between stages.
+
+        The images keep their shape, unless `output_shape` says otherwise.
+        """
         raise NotImplementedError
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        """`run` on checked float32 images (C, H, W) of any sizes: those of one shape together, in one batch."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for row, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(row)
+        out = list(images)
+        for rows in by_shape.values():
+            results = self.run(torch.stack([images[row] for row in rows]), seeds_B[rows])
+            for row, x in zip(rows, results, strict=True):
+                out[row] = x
+        return out
+
+    def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The shape (C, H, W) in which an image of `shape` comes out: the same, unless a `Resize` is inside."""
+        return shape
 
     def identity(self) -> dict[str, Any]:
         """What decides the pixels: the configuration without the names that are only for people."""
@@ -134,19 +160,65 @@ class Purifier(nn.Module):
     def purify_with_grad(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         """The same, with gradients of the input: for attacks that adapt to the purifier."""
         if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
-            got = f"{x_BCHW.dtype} {tuple(x_BCHW.shape)}" if isinstance(x_BCHW, Tensor) else type(x_BCHW)
-            raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {got}.")
-        if self.image_channels not in (None, x_BCHW.shape[1]):
-            raise InputError(
-                f"This purifier takes images of {self.image_channels} channels. Got {tuple(x_BCHW.shape)}."
-            )
-        if not isinstance(seeds_B, Tensor) or seeds_B.dtype != torch.int64:
-            raise InputError("seeds must be an int64 tensor, one an image: see `noise.image_keys`.")
-        if seeds_B.shape != x_BCHW.shape[:1]:
-            raise InputError(f"seeds must have shape ({len(x_BCHW)},). Got {tuple(seeds_B.shape)}.")
-        to_unit(x_BCHW.detach(), "image to purify")
+            raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
+        self._check_pixels(x_BCHW, "image to purify")
+        _check_seeds(seeds_B, len(x_BCHW))
         with _exact_arithmetic(x_BCHW.device):
             return self.run(x_BCHW.float(), seeds_B.to(x_BCHW.device))
+
+    def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        """Images of different sizes at once: each is, bit for bit, what the purifier makes of it alone.
+
+        Images of one shape are one batch; a purifier with a network pads each shape's to `compute_batch`,
+        so many sizes are cheap only where a `Resize` (with a crop) or `Tiles` makes them one.
+
+        Memory: all images, their results and, with `Tiles`, all their tiles are held at the same time,
+        beside the network's own for `compute_batch` images. Give a data set in batches. Images of one shape
+        may come back as views of one tensor.
+
+        Args:
+            images: float (C, H, W) in [0, 1], of any sizes, on one device.
+            seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
+
+        Returns:
+            float32 images in the order they came, of the shapes that `output_shape` says; an empty list
+            for an empty list.
+
+        Raises:
+            InputError: another type, shape, range or device, NaN, or seeds that do not match the images.
+        """
+        if not isinstance(images, Sequence):
+            raise InputError(
+                f"purify_images takes a list of float tensors (C, H, W). Got {_described(images)}: "
+                "for one tensor of images call the purifier itself."
+            )
+        for i, image in enumerate(images):
+            if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+                raise InputError(
+                    f"purify_images takes float tensors of shape (C, H, W). Got {_described(image)} as image {i}."
+                )
+            if image.device != images[0].device:
+                raise InputError(
+                    f"purify_images takes images on one device. Got {images[0].device} and, for image {i}, "
+                    f"{image.device}: move them to one."
+                )
+            self._check_pixels(image, f"image to purify (number {i})")
+        _check_seeds(seeds_B, len(images))
+        if not images:
+            return []
+        device = images[0].device
+        with torch.no_grad(), _exact_arithmetic(device):
+            return self.run_images([image.float() for image in images], seeds_B.to(device))
+
+    def _check_pixels(self, x: Tensor, what: str) -> None:
+        """Channels, size and range of an image or a batch."""
+        if self.image_channels not in (None, x.shape[-3]):
+            raise InputError(
+                f"This purifier takes images of {self.image_channels} channels. Got {tuple(x.shape)} for the {what}."
+            )
+        if 0 in x.shape[-3:]:
+            raise InputError(f"An {what} needs at least one pixel and one channel. Got {tuple(x.shape)}.")
+        to_unit(x.detach(), what)
 
     def train(self, mode: bool = True) -> Self:
         """Purifiers are never in training mode, whatever module holds them."""
@@ -189,6 +261,7 @@ class _NetworkPurifier(Purifier):
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         size = self.compute_batch
+        x_BCHW = x_BCHW.contiguous()  # channels-last memory would choose other kernels, and so other bits
         if x_BCHW.device.type == "cpu":
             size = max(size, _CPU_BATCH)
         chunks = []
@@ -364,8 +437,49 @@ class Compensation(Purifier):
         return corruptions.compensate(x_BCHW, seeds_B, self.p, self.sigma)
 
 
+class Resize(Purifier):
+    """Images of any size at the size that a model was trained for: the one purifier that changes shapes.
+
+    Antialiased bilinear, image by image; an image that has the size already passes unchanged. It draws
+    nothing.
+
+    Args:
+        size: of the shorter side, in pixels. The aspect is kept, the longer side rounded down (torchvision).
+        crop: also cut out the central crop x crop pixels, so that all images have one shape; at most `size`.
+
+    Raises:
+        ConfigError: no such size or crop.
+    """
+
+    kind = "resize"
+
+    def __init__(self, size: int, crop: int | None = None) -> None:
+        super().__init__()
+        sizes.check_resize(size, crop)
+        self.size, self.crop = size, crop
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "crop": self.crop}
+
+    def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return sizes.resized_shape(shape, self.size, self.crop)
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        images = self.run_images(x_BCHW.unbind(), seeds_B)
+        if not images:
+            channels, height, width = x_BCHW.shape[1:]
+            return x_BCHW.new_zeros(0, *self.output_shape((channels, height, width)))
+        return torch.stack(images)
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        return [sizes.resize(image, self.size, self.crop) for image in images]
+
+
 class Chain(Purifier):
-    """One purifier after another; stage i draws from `fold_in(seed, i)`."""
+    """One purifier after another; stage i draws from `fold_in(seed, i)`.
+
+    So a purifier alone and in a chain, even as its only stage, draws other noise for the same seed.
+    """
 
     kind = "chain"
 
@@ -391,10 +505,20 @@ class Chain(Purifier):
             assert isinstance(stage, Purifier)
             yield stage
 
+    def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        for stage in self._stages():
+            shape = stage.output_shape(shape)
+        return shape
+
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         for i, stage in enumerate(self._stages()):
             x_BCHW = stage.run(x_BCHW, noise.fold_in(seeds_B, i))
         return x_BCHW
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        for i, stage in enumerate(self._stages()):
+            images = stage.run_images(images, noise.fold_in(seeds_B, i))
+        return list(images)
 
 
 class Repeat(Purifier):
@@ -418,10 +542,97 @@ class Repeat(Purifier):
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         return cls(from_config(values["purifier"], resolve), values["times"])
 
+    def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        for _ in range(self.times):
+            shape = self.purifier.output_shape(shape)
+        return shape
+
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         for i in range(self.times):
             x_BCHW = self.purifier.run(x_BCHW, noise.fold_in(seeds_B, i))
         return x_BCHW
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        for i in range(self.times):
+            images = self.purifier.run_images(images, noise.fold_in(seeds_B, i))
+        return list(images)
+
+
+class Tiles(Purifier):
+    """A purifier applied to square tiles, at the resolution the image has, and blended together again.
+
+    All tiles of all images that come together are purified together: the network's batches are as full for
+    images of different sizes as for one size. Tile j of an image (row by row from the top left) draws from
+    `fold_in(seed, j)`. Where tiles overlap they are averaged, each weighted by a ramp that falls linearly
+    towards its edge; a pixel that one tile covers is exactly that tile's.
+
+    The last tile of a row or column ends with the image, and so may overlap its neighbours by more. An image
+    smaller than a tile is mirrored at its borders (its border repeated where it is too small for that) and
+    cut back. What is decided once an image, such as whether `Compensation` makes it grey, belongs after the
+    tiles, not in them.
+
+    Args:
+        purifier: one that keeps shapes; put a `Resize` before the tiles.
+        size: side of a tile, in pixels: what the model was trained for.
+        overlap: pixels that neighbours share, at most half a tile; a quarter by default.
+
+    Raises:
+        ConfigError: no such size or overlap, or a purifier that changes shapes.
+    """
+
+    kind = "tiles"
+
+    def __init__(self, purifier: Purifier, size: int, overlap: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(purifier, Purifier):
+            raise ConfigError(f"Tiles takes a purifier. Got {type(purifier).__name__}.")
+        if overlap is None and isinstance(size, int):
+            overlap = size // 4
+        sizes.check_tiles(size, overlap)
+        tile = (purifier.image_channels or 3, size, size)
+        # by kind too: a resize to the very size of a tile would do nothing, which nobody asks for
+        if purifier.output_shape(tile) != tile or any(isinstance(part, Resize) for part in purifier.modules()):
+            raise ConfigError(
+                "Tiles takes a purifier that keeps the shape of a tile. Got one that resizes: "
+                "put the Resize before, as in Chain(Resize(...), Tiles(...))."
+            )
+        assert overlap is not None
+        self.purifier, self.size, self.overlap = purifier, size, overlap
+        self.image_channels = purifier.image_channels
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "purifier": self.purifier.config(), "size": self.size, "overlap": self.overlap}
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        return cls(from_config(values.pop("purifier"), resolve), **values)
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return torch.stack(self.run_images(x_BCHW.unbind(), seeds_B)) if len(x_BCHW) else x_BCHW
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        cuts = [sizes.cut(image, self.size, self.overlap) for image in images]
+        place = [(row, j) for row, tiles in enumerate(cuts) for j in range(len(tiles))]
+        row_T, j_T = torch.tensor(place, dtype=torch.int64, device=seeds_B.device).reshape(-1, 2).unbind(1)
+        tiles = self.purifier.run_images([cuts[row][j] for row, j in place], noise.fold_in(seeds_B[row_T], j_T))
+        done = iter(tiles)
+        return [
+            sizes.join(list(islice(done, len(own))), image.shape, self.size, self.overlap)
+            for image, own in zip(images, cuts, strict=True)
+        ]
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_seeds(seeds_B: Any, count: int) -> None:
+    if not isinstance(seeds_B, Tensor) or seeds_B.dtype != torch.int64:
+        raise InputError(
+            f"seeds must be an int64 tensor, one an image. Got {_described(seeds_B)}: see `noise.image_keys`."
+        )
+    if seeds_B.shape != (count,):
+        raise InputError(f"seeds must have shape ({count},), one an image. Got {tuple(seeds_B.shape)}.")
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -440,7 +651,9 @@ def _pixels(sigma: float) -> float:
     return float(f"{255 * sigma:.5g}")
 
 
-_KINDS: dict[str, type[Purifier]] = {cls.kind: cls for cls in (Chain, Compensation, DenoiseOnce, Diffuse, Jpeg, Repeat)}
+_KINDS: dict[str, type[Purifier]] = {
+    cls.kind: cls for cls in (Chain, Compensation, DenoiseOnce, Diffuse, Jpeg, Repeat, Resize, Tiles)
+}
 
 
 def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:

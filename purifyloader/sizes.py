@@ -1,0 +1,143 @@
+"""Images of many sizes as pure functions of one image: resizing, and cutting into tiles and back.
+
+Every function works on one float image (C, H, W) at a time, so that nothing around the image can change
+its bits, and all of them are differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from purifyloader.errors import ConfigError
+
+__all__ = ["Shape", "check_resize", "check_tiles", "cut", "join", "resize", "resized_shape"]
+
+Shape = tuple[int, int, int]
+"""(C, H, W) of an image."""
+
+
+def check_resize(size: Any, crop: Any) -> None:
+    """Raise `ConfigError` unless the shorter side is a positive integer, and the crop, if any, is no larger."""
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"The size of the shorter side must be a positive integer, in pixels. Got {size!r}.")
+    if crop is not None and (type(crop) is not int or not 1 <= crop <= size):
+        raise ConfigError(
+            f"crop must be an integer from 1 to size={size}, in pixels, or None. Got {crop!r}: "
+            "resize to at least what is cropped."
+        )
+
+
+def check_tiles(size: Any, overlap: Any) -> None:
+    """Raise `ConfigError` unless the tile is a positive integer and neighbours share at most half of it."""
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"The size of a tile must be a positive integer, in pixels. Got {size!r}.")
+    if type(overlap) is not int or not 0 <= overlap <= size // 2:
+        raise ConfigError(
+            f"overlap must be an integer from 0 to half a tile ({size // 2}), in pixels. Got {overlap!r}."
+        )
+
+
+# -- resizing ----------------------------------------------------------------------------------------
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    """The shorter side at `size`, the longer one rounded down, as torchvision does."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def resized_shape(shape: Shape, size: int, crop: int | None = None) -> Shape:
+    """What `resize` makes of the shape (C, H, W)."""
+    channels, height, width = shape
+    return (channels, *(_scaled(height, width, size) if crop is None else (crop, crop)))
+
+
+def resize(image_CHW: Tensor, size: int, crop: int | None = None) -> Tensor:
+    """Antialiased bilinear resize of the shorter side to `size`, then the centre `crop` x `crop` if given.
+
+    An image that has that size already comes back unchanged.
+    """
+    height, width = image_CHW.shape[-2:]
+    out = transforms.resize(image_CHW.contiguous(), list(_scaled(height, width, size)), antialias=True)
+    # contiguous: a crop that is a view would keep the whole image alive
+    return out if crop is None else transforms.center_crop(out, [crop, crop]).contiguous()
+
+
+# -- tiles -------------------------------------------------------------------------------------------
+
+
+def _starts(length: int, size: int, overlap: int) -> list[int]:
+    """Where the tiles along a side of `length` >= size begin; the last one ends where the side ends."""
+    last = length - size
+    return [*range(0, last, size - overlap), last]
+
+
+def _padding(length: int, size: int) -> tuple[int, int]:
+    """Pixels to add before and after a side to make it as long as a tile."""
+    missing = max(size - length, 0)
+    return missing // 2, missing - missing // 2
+
+
+def _pad(image_CHW: Tensor, size: int) -> Tensor:
+    """Each side at least `size` long: mirrored, or its border repeated where it is too short to mirror."""
+    height, width = image_CHW.shape[-2:]
+    for length, sides in (
+        (width, (*_padding(width, size), 0, 0)),
+        (height, (0, 0, *_padding(height, size))),
+    ):
+        if any(sides):
+            image_CHW = F.pad(image_CHW, sides, mode="reflect" if max(sides) < length else "replicate")
+    return image_CHW
+
+
+def cut(image_CHW: Tensor, size: int, overlap: int) -> list[Tensor]:
+    """The tiles (C, size, size) of an image, row by row from the top left.
+
+    Neighbours share `overlap` pixels, the last of a row or column more, for it ends with the image. A side
+    shorter than a tile is padded at both ends.
+    """
+    padded = _pad(image_CHW, size)
+    rows, columns = (_starts(length, size, overlap) for length in padded.shape[-2:])
+    return [padded[:, top : top + size, left : left + size] for top in rows for left in columns]
+
+
+def join(tiles: Sequence[Tensor], shape: Sequence[int], size: int, overlap: int) -> Tensor:
+    """The image (C, H, W) of `shape` whose `cut` gave the tiles: blended where they overlap, and the padding off.
+
+    A pixel that one tile covers is exactly that tile's.
+    """
+    _, height, width = shape
+    (top, bottom), (left, right) = _padding(height, size), _padding(width, size)
+    rows = _starts(top + height + bottom, size, overlap)
+    columns = _starts(left + width + right, size, overlap)
+    # rows of tiles into strips, then the strips: a tile's weight is the product of its two ramps, and so is the
+    # sum of the weights at a pixel
+    strips = [_blend(tiles[i : i + len(columns)], columns, dim=2) for i in range(0, len(tiles), len(columns))]
+    whole = _blend(strips, rows, dim=1)
+    return whole[:, top : top + height, left : left + width].contiguous()
+
+
+def _blend(parts: Sequence[Tensor], starts: Sequence[int], dim: int) -> Tensor:
+    """Parts laid along `dim`, each from its start, with weights that fall linearly to the part's ends and sum to 1."""
+    if len(parts) == 1:
+        return parts[0].clone()  # a view would keep the tiles of all images alive
+    size = parts[0].shape[dim]
+    p = torch.arange(size, device=parts[0].device)
+    ramp = torch.minimum(p + 1, size - p).float()
+    shape = list(parts[0].shape)
+    shape[dim] = starts[-1] + size
+    total = ramp.new_zeros(shape[dim])  # whole numbers, so exact, and a pixel covered once gets ramp / ramp = 1
+    for start in starts:
+        total[start : start + size] += ramp
+    out = parts[0].new_zeros(shape)
+    for part, start in zip(parts, starts, strict=True):
+        weight = ramp / total[start : start + size]
+        out.narrow(dim, start, size).add_(part * weight.reshape([-1 if d == dim else 1 for d in range(3)]))
+    return out
