@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from purifyloader import cli, noise, pretrained
+from purifyloader.datasets import open_dataset
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.train import PRESETS, TrainConfig, train_denoiser
 from purifyloader.train import denoiser as module
-from purifyloader.train.data import choose, load_images, open_dataset
+from purifyloader.train.data import choose, load_images
 from purifyloader.train.denoiser import STATE_FILE, build_denoiser
 from purifyloader.train.evaluate import jpeg_psnr, psnr
 from tests.conftest import random_images, tiny_denoiser

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from purifyloader import __version__, pretrained
+from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
-from purifyloader.train.data import choose, load_images, open_dataset, read_indices
+from purifyloader.train.data import choose, load_images, read_indices
 from purifyloader.train.denoiser import PRESETS, STATE_FILE, TrainConfig, train_denoiser
 from purifyloader.train.evaluate import jpeg_psnr, psnr
 
@@ -34,8 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a denoiser from a few clean images. Run the same command again after a stop: it goes on.",
     )
     add = parser.add_argument
-    add("--data", required=True, help="cifar10, cifar100, a folder of images, or package.module:function")
-    add("--root", default="data", help="folder of a torchvision dataset (default: data)")
+    add(
+        "--data",
+        required=True,
+        help="cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function",
+    )
+    add("--root", default="data", help="where a dataset given by name is (default: data)")
     add("--out", required=True, type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--count", type=int, help="use this many images, chosen by --choose-seed (default: all)")
@@ -107,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     details = {
         "purifyloader": __version__,
         # never a path: the card travels
-        "data": options.description or ("an image folder" if Path(options.data).is_dir() else options.data),
+        "data": options.description or describe(options.data),
         "data_length": length,
         "indices": indices,
         "train": config.to_dict(),

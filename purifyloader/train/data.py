@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import datasets
 from tqdm.auto import tqdm
 
 from purifyloader import noise
@@ -20,67 +17,7 @@ from purifyloader.errors import InputError
 from purifyloader.images import quantize, to_engine
 from purifyloader.samples import get_image
 
-__all__ = ["ImageFiles", "choose", "load_images", "open_dataset", "read_indices"]
-
-TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
-
-
-class ImageFiles(Dataset[Image.Image]):
-    """Every image file below a folder, in the order of their paths, as RGB."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not self.files:
-            raise InputError(f"Expected image files ({', '.join(SUFFIXES)}) below {folder}. Got none.")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        try:
-            return Image.open(self.files[index]).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise InputError(f"{self.files[index]} is no readable image ({error}). Remove or replace it.") from None
-
-
-def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Dataset[Any]:
-    """A map-style dataset from what a user can say on a command line.
-
-    Args:
-        spec: "cifar10" or "cifar100" (found in `root`), a folder of images, or `package.module:function`,
-            a function without arguments that returns a map-style dataset.
-        root: folder of a torchvision dataset.
-        train: its training or its test split.
-
-    Raises:
-        InputError: nothing by that name, or what it names is no map-style dataset.
-    """
-    if spec in TORCHVISION:
-        try:
-            return TORCHVISION[spec](str(root), train=train, download=False)
-        except RuntimeError as error:
-            raise InputError(
-                f"Expected {spec} in {root}. Got: {error}. Download it once with "
-                f"torchvision.datasets.{TORCHVISION[spec].__name__}({str(root)!r}, download=True)."
-            ) from None
-    if Path(spec).is_dir():
-        return ImageFiles(Path(spec))
-    module, _, function = spec.partition(":")
-    if not module or not function:
-        raise InputError(
-            f"Expected {', '.join(TORCHVISION)}, a folder of images, or package.module:function. Got {spec!r}."
-        )
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"Expected {function!r} of a module {module!r} that Python finds here or installed. Got: {error}."
-        ) from None
-    dataset = make()
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
-    return dataset
+__all__ = ["choose", "load_images", "read_indices"]
 
 
 def choose(length: int, count: int, seed: int) -> list[int]:

@@ -1,0 +1,383 @@
+"""Datasets that a command line can name, and `TarDataset`: random access to WebDataset tars."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import importlib
+import io
+import json
+import operator
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import datasets
+
+from purifyloader.errors import InputError
+
+__all__ = ["ImageFiles", "TarDataset", "open_dataset"]
+
+TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
+_TAR_IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
+_TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
+_OPEN_TARS = 64  # of the 1024 files that a process may usually have open
+
+# WebDataset's own: path up to the first dot of the base name, and the rest; and what it leaves out.
+_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _read_image(file: Path | BinaryIO, what: str, modes: Sequence[str] = ("RGB",)) -> Image.Image:
+    """The decoded image, converted to RGB where it is of none of `modes`; `what` names it in an error."""
+    try:
+        with Image.open(file) as image:
+            # to its own mode this is a copy, which no open file stays with
+            return image.convert(image.mode if image.mode in modes else "RGB")
+    except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
+        raise InputError(f"{what} is no readable image ({error}). Remove or replace it.") from None
+
+
+class ImageFiles(Dataset[Image.Image]):
+    """Every image file below a folder, in the order of their paths, as RGB."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise InputError(f"Expected image files ({', '.join(SUFFIXES)}) below {folder}. Got none.")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return _read_image(self.files[index], str(self.files[index]))
+
+
+class TarDataset(Dataset[dict[str, Any]]):
+    """Random access to the samples of uncompressed WebDataset tars, without unpacking them.
+
+    WebDataset's grouping: consecutive members with the same path up to the first dot of the base name
+    are a sample, the rest of the name, in lower case, is the field's. Order: the tars as given, the
+    samples as they lie in them. One pass over the headers finds them; an item is then read by its
+    position in the file. Pickles, and works in forked and spawned workers.
+
+    A sample is a dict: "__key__"; "image", a PIL image of mode L, LA, RGB or RGBA (others become RGB);
+    and every other field under its name. By the last part of that name "cls" is an int, "json" what it
+    says, "txt" a str; anything else is bytes.
+
+    Args:
+        tars: files, each a whole tar.
+
+    Raises:
+        InputError: a tar that is missing, compressed, cut short, damaged or without a sample; one key
+            twice in a tar; not exactly one image (png, jpg, jpeg, webp, bmp, ppm, tif, tiff) in a
+            sample; and, when an item is read, an image or field that cannot be decoded.
+    """
+
+    def __init__(self, tars: Sequence[str | Path]) -> None:
+        if isinstance(tars, str | Path) or not tars:
+            raise InputError(f"Expected a list of one or more tar files. Got {tars!r}.")
+        self.tars = [Path(tar) for tar in tars]
+        self._stamps: list[tuple[int, int]] = []
+        # Flat arrays: a million Python objects would be copied into every worker as it counts references.
+        tar_ends, starts, key_ends = array("q"), array("q", [0]), array("q", [0])
+        offsets, sizes, names = array("q"), array("q"), array("i")
+        keys = bytearray()
+        numbers: dict[str, int] = {}
+        for path in self.tars:
+            self._stamps.append(_stamp(path))
+            seen: set[str] = set()
+            for key, fields in _samples(path):
+                _check_sample(path, key, fields, key in seen)
+                seen.add(key)
+                for name, (offset, size) in fields.items():
+                    offsets.append(offset)
+                    sizes.append(size)
+                    names.append(numbers.setdefault(name, len(numbers)))
+                starts.append(len(offsets))
+                keys += key.encode("utf-8", "surrogateescape")
+                key_ends.append(len(keys))
+            if not seen:
+                raise InputError(
+                    f"Expected samples in {path}: members such as 0001.png and 0001.cls. Got none: write the tar "
+                    "anew, or leave it out."
+                )
+            tar_ends.append(len(starts) - 1)
+        self._keys, self._names = bytes(keys), list(numbers)
+        self._tar_ends, self._starts, self._key_ends = np.array(tar_ends), np.array(starts), np.array(key_ends)
+        self._offsets, self._sizes, self._numbers = np.array(offsets), np.array(sizes), np.array(names)
+        self._open = _opener()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"Index must be in [-{len(self)}, {len(self)}). Got {position}.")
+        position %= len(self)
+        tar = int(np.searchsorted(self._tar_ends, position, side="right"))
+        key = self._keys[self._key_ends[position] : self._key_ends[position + 1]].decode("utf-8", "surrogateescape")
+        image, fields = None, {}
+        for member in range(self._starts[position], self._starts[position + 1]):
+            name = self._names[self._numbers[member]]
+            data = self._read(tar, int(self._offsets[member]), int(self._sizes[member]))
+            what = f"{self.tars[tar]}: {key}.{name}"
+            if _is_image(name):
+                image = _read_image(io.BytesIO(data), what, ("L", "LA", "RGB", "RGBA"))
+            else:
+                fields[name] = _decode(name, data, what)
+        return {"__key__": key, "image": image, **fields}
+
+    def _read(self, tar: int, offset: int, size: int) -> bytes:
+        path = self.tars[tar]
+        try:
+            file = self._open(str(path), self._stamps[tar])  # held: another thread's may be one too many
+            data = os.pread(file.fd, size, offset)
+        except OSError as error:
+            raise InputError(f"Expected to read {path}. Got: {error}. Bring it back, or open the set anew.") from None
+        if len(data) != size:
+            raise InputError(f"{path} must be a whole tar file. Got {len(data)} of {size} bytes: fetch it again.")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_open"]  # files are open in one process only
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open = _opener()
+
+
+class _OpenFile:
+    """A file for `os.pread`, closed with its last reference: a thread may still read what the LRU drops."""
+
+    fd = -1
+
+    def __init__(self, path: str, stamp: tuple[int, int]) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+        if _stamp_of(os.fstat(self.fd)) != stamp:
+            raise InputError(f"{path} must stay as it is while it is in use. Got a changed file: open the set anew.")
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _opener() -> Callable[[str, tuple[int, int]], _OpenFile]:
+    return functools.lru_cache(maxsize=_OPEN_TARS)(_OpenFile)
+
+
+def _stamp_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        return _stamp_of(path.stat())
+    except OSError as error:
+        raise InputError(f"Expected a tar file. Got {path}: {error.strerror}.") from None
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every regular file in a tar, which is whole, or an error."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            for magic, kind in _COMPRESSED.items():
+                if start.startswith(magic):
+                    raise InputError(
+                        f"Expected an uncompressed tar: only there an item can be read without all before it. Got "
+                        f"{path}, compressed with {kind}: decompress it."
+                    )
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # it keeps a kilobyte for each
+                    if member.size < 0 or member.issparse():
+                        raise tarfile.ReadError(f"{member.name}: a sparse file, or one of negative size")
+                    if member.isreg():
+                        yield member.name, member.offset_data, member.size
+                _check_end(file, tar.offset)
+    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} must be a whole tar file. Got: {error}. Fetch or write it again.") from None
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """tarfile takes a tar cut between two members, or with a damaged header, for one that ends there."""
+    file.seek(offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no end mark at byte {offset}, after the last member that can be read")
+    while chunk := file.read(1 << 20):
+        if any(chunk):
+            raise tarfile.ReadError(f"data after the end mark at byte {offset}, as of several tars in one file")
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key, and offset and size of each field, of one sample after another."""
+    key = ""
+    fields: dict[str, tuple[int, int]] = {}
+    for name, offset, size in _members(path):
+        match = _MEMBER.match(name)
+        if match is None or _META.match(name):
+            continue
+        prefix, field = match[1], match[2].lower()
+        if prefix != key:
+            if fields:
+                yield key, fields
+            key, fields = prefix, {}
+        if field in fields:
+            raise InputError(f"Expected each field once in a sample. Got {path} with {prefix}.{field} twice.")
+        fields[field] = offset, size
+    if fields:
+        yield key, fields
+
+
+def _is_image(field: str) -> bool:
+    return field.rpartition(".")[2] in _TAR_IMAGES
+
+
+def _check_sample(path: Path, key: str, fields: Iterable[str], twice: bool) -> None:
+    if twice:
+        raise InputError(
+            f"Expected each key once in a tar, its members next to each other. Got {path} with {key!r} in two places: "
+            "write the tar sorted by name."
+        )
+    names = list(fields)
+    if sum(map(_is_image, names)) != 1 or {"image", "__key__"} & set(names):
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise InputError(
+            f"Expected one image ({', '.join(_TAR_IMAGES)}) in each sample, and no other field named image. Got "
+            f"{path}, {key!r} with the fields {shown}. (The key ends at the first dot of the file name.)"
+        )
+
+
+def _decode(field: str, data: bytes, what: str) -> Any:
+    kind = field.rpartition(".")[2]
+    try:
+        if kind == "cls":
+            return int(data)
+        if kind == "json":
+            return json.loads(data)
+        return data.decode("utf-8") if kind == "txt" else data
+    except ValueError as error:
+        expected = {"cls": "an integer", "json": "JSON", "txt": "text in UTF-8"}[kind]
+        raise InputError(f"{what} must be {expected}. Got: {error}. Write the tar anew.") from None
+
+
+# -- names ---------------------------------------------------------------------------------------------
+
+
+def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Dataset[Any]:
+    """A map-style dataset from what a user can say on a command line.
+
+    Args:
+        spec: one of
+            "cifar10", "cifar100": found in `root`;
+            "imagefolder": (image, class) from `root`, one folder a class;
+            "webdataset": `TarDataset` of `root`, a tar, a folder of tars, or a pattern as below;
+            a folder: the images below it, without targets;
+            a tar, or a pattern such as "train-*.tar" or "train-{0000..0009}.tar": `TarDataset`;
+            "package.module:function", without arguments, that returns a map-style dataset. What it
+            raises is raised.
+        root: where a dataset given by name is.
+        train: the training or the test split of cifar10 and cifar100.
+
+    Raises:
+        InputError: nothing by that name, or what it names is no map-style dataset.
+    """
+    if spec in TORCHVISION:
+        try:
+            return TORCHVISION[spec](str(root), train=train, download=False)
+        except RuntimeError as error:
+            raise InputError(
+                f"Expected {spec} in {root}. Got: {error}. Download it once with "
+                f"torchvision.datasets.{TORCHVISION[spec].__name__}({str(root)!r}, download=True)."
+            ) from None
+    if spec == "imagefolder":
+        return _image_folder(Path(root))
+    if spec == "webdataset":
+        return TarDataset(_find_tars(str(root)))
+    if Path(spec).is_dir():
+        return ImageFiles(Path(spec))
+    if _TAR.search(spec):
+        return TarDataset(_find_tars(spec))
+    module, _, function = spec.partition(":")
+    if not module or not function:
+        raise InputError(
+            f"Expected {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of images, .tar files (a path, or "
+            f"a pattern such as train-{{0000..0009}}.tar), or package.module:function. Got {spec!r}."
+        )
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"Expected {function!r} of a module {module!r} that Python finds here or installed. Got: {error}."
+        ) from None
+    dataset = make()
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
+    return dataset
+
+
+def describe(spec: str) -> str:
+    """`spec` as it may be told to others: without a path."""
+    if Path(spec).is_dir():
+        return "an image folder"
+    return "WebDataset tars" if _TAR.search(spec) else spec
+
+
+def _read_file(path: str) -> Image.Image:
+    return _read_image(Path(path), path)
+
+
+def _image_folder(root: Path) -> Dataset[Any]:
+    try:
+        return datasets.ImageFolder(str(root), loader=_read_file)
+    except OSError as error:
+        raise InputError(f"Expected one folder of images for each class in {root}. Got: {error}") from None
+
+
+def _find_tars(spec: str) -> list[Path]:
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(path.iterdir())
+        # a compressed shard, unless its tar lies beside it, is left to TarDataset to refuse: not to be missed
+        return _some([p for p in files if _TAR.search(p.name) and p.with_suffix("") not in files], spec)
+    if path.exists():
+        return [path]
+    found: list[Path] = []
+    for name in _expand(spec):
+        matches = sorted(glob.glob(name, recursive=True)) if any(c in name for c in "*?[") else [name]
+        found += _some([Path(match) for match in matches], name)
+    return found
+
+
+def _some(tars: list[Path], spec: str) -> list[Path]:
+    if not tars:
+        raise InputError(f"Expected .tar files in {spec}. Got none.")
+    return tars
+
+
+def _expand(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    from webdataset.shardlists import expand_urls  # a second to import
+
+    try:
+        return list(expand_urls(pattern))
+    except ValueError as error:
+        raise InputError(f"Expected a pattern such as train-{{0000..0009}}.tar. Got {pattern!r}: {error}.") from None
