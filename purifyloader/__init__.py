@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     from purifyloader import pretrained, purifiers, recipes, transforms
     from purifyloader.dataset import PurifiedDataset
     from purifyloader.errors import PurifyError
+    from purifyloader.filling import precompute
 
 __version__ = "0.1.0"
 
-__all__ = ["PurifiedDataset", "PurifyError", "pretrained", "purifiers", "recipes", "transforms"]
+__all__ = ["PurifiedDataset", "PurifyError", "precompute", "pretrained", "purifiers", "recipes", "transforms"]
 
 # torch and torchvision take seconds to import: each name is loaded when it is first used.
-_ORIGIN = {"PurifiedDataset": "purifyloader.dataset", "PurifyError": "purifyloader.errors"}
+_ORIGIN = {
+    "PurifiedDataset": "purifyloader.dataset",
+    "PurifyError": "purifyloader.errors",
+    "precompute": "purifyloader.filling",
+}
 
 
 def __getattr__(name: str) -> Any:

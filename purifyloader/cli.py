@@ -17,12 +17,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"purifyloader {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    # listed here; their options are their own modules', which cost seconds of torch to import
+    commands.add_parser("precompute", help="purify a dataset once, into a cache", add_help=False)
+    commands.add_parser(
+        "cache", help="look at a cache, verify it, compare two, or take one to tars and back", add_help=False
+    )
     commands.add_parser("models", help="list the denoisers that ship with the library")
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
-    # listed here; its options are its own module's, which costs seconds of torch to import
     train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
     return parser
 
@@ -35,6 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from purifyloader.train import command
 
             return command.main(argv[2:])
+        if argv[:1] == ["precompute"]:
+            from purifyloader.precompute import main as precompute
+
+            return precompute(argv[1:])
+        if argv[:1] == ["cache"]:
+            from purifyloader.cache.command import main as cache
+
+            return cache(argv[1:])
         _parser().parse_args(argv)  # "models" is what is left
         from purifyloader import pretrained
 

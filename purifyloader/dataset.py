@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from purifyloader import noise
-from purifyloader.cache import CacheReader, CacheWriter, SourceHasher
-from purifyloader.cache.format import INDEX_FILE
-from purifyloader.cache.format import VERSION as FORMAT_VERSION
-from purifyloader.devices import as_device
-from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import ImageKind, from_bytes, from_engine, kind_of, own_channels, quantize, to_engine
-from purifyloader.purifiers import SCHEMA, Purifier
-from purifyloader.samples import ImageKey, get_image, rest
-from purifyloader.sources import REMEDY, check_honest, random_state_kept, take_over
+from purifyloader.cache import CacheReader, CacheWriter
+from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
+from purifyloader.cache.reader import Targets
+from purifyloader.conversions import Conversion
+from purifyloader.errors import CacheError, InputError
+from purifyloader.filling import ShardsOnDemand, choose_layout, fill, notes_of
+from purifyloader.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, to_engine, type_of
+from purifyloader.jobs import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
+from purifyloader.purifiers import Purifier
+from purifyloader.samples import ImageKey, assemble, get_image, is_plain
+from purifyloader.sources import REMEDY, check_honest, random_state_kept, take_over, without_source
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
 
 log = logging.getLogger(__name__)
-
-# Children of an image's key: its purification and its compensation share no noise.
-PURIFY, COMPENSATE = 0, 1
 
 COMPENSATE_REMEDY = (
     "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
@@ -41,6 +39,7 @@ COMPENSATE_REMEDY = (
 )
 
 _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")
+_MISSING = (None, "precompute", "purify")
 
 
 class KeyedCorruption(Protocol):
@@ -58,29 +57,37 @@ class PurifiedDataset(Dataset[Any]):
     Order: purify → the dataset's own transform up to its normalisation → `compensate` → the rest of the
     transform. A transform that is no torchvision `Compose` cannot be opened: compensation then comes
     right after purification. Targets and further fields pass untouched, and index i is the source's i.
+    An index may also be a list of indices: that gives the batch that a loader would collate, at once.
 
     Args:
         dataset: map-style, of (image, target, ...) tuples, dicts, or bare images: PIL, numpy (H, W[, C])
-            or tensors ([C,] H, W), uint8 or float in [0, 1]. A torchvision dataset's `transform` or
-            `transforms` is taken over, also inside `Subset`, `random_split` and `ConcatDataset`; the
-            object itself is never changed, and a transform that it is given later is not seen. Images
-            already normalised or augmented are refused.
-        purifier: see `purifyloader.recipes`. Its draws are a function of (seed, index): every epoch and
-            a cache see the same purified image.
+            or tensors ([C,] H, W), uint8 or float in [0, 1]. A torchvision dataset's transforms are taken
+            over, also inside `Subset`, `random_split` and `ConcatDataset`; the object itself is never
+            changed, and a transform that it is given later is not seen. Images already normalised or
+            augmented are refused.
+        purifier: see `purifyloader.recipes`. Its draws are a function of (seed, draw, index): every epoch
+            of a draw and a cache see the same purified image.
         compensate: ECLIPSE's other half, `Compensate()`; drawn afresh from (seed, epoch, index).
-        cache: folder. Where it is empty the whole dataset is purified into it, with a progress bar (a
-            run that was stopped goes on); afterwards it is read. 8 bits a channel, images of one size.
+        cache: folder, read in place of purifying; see `purifyloader.precompute`. A new or empty folder is
+            filled now. 8 bits a channel.
         seed: of all noise.
-        batch_size: images read and purified at a time while the cache is filled.
+        batch_size: images read and purified at a time while a cache is filled.
         device: where to purify, by default where the purifier is.
+        draws: independent purifications of each image; an epoch reads draw `epoch % draws`.
+        missing: what to do about a cache that is not finished. None refuses one that is partly filled, for
+            somebody may be filling it; "precompute" fills it now; "purify" fills a shard when one of its
+            images is first read, in whichever process reads it.
+        check_source: how much of `dataset` is compared with what the cache was made from: True all of it,
+            which reads all of it; a number that many images, drawn at random; False nothing.
+        in_memory: read the whole cache into memory now, for slow or remote disks.
         transform: applied to the image after purification, for a dataset that has none of its own.
         image_key: where the image is in a sample; position 0 of a tuple, "image" of a dict by default.
-        progress: show the bar.
+        progress: show bars.
 
     Raises:
         InputError: no map-style dataset, an empty one, one that cannot be purified honestly, or images
             that the purifier does not take.
-        CacheError: `cache` holds something else, or is damaged.
+        CacheError: `cache` holds something else, is unfinished, or is damaged.
     """
 
     def __init__(
@@ -93,46 +100,138 @@ class PurifiedDataset(Dataset[Any]):
         batch_size: int = 256,
         device: str | torch.device | None = None,
         *,
+        draws: int = 1,
+        missing: str | None = None,
+        check_source: bool | int = True,
+        in_memory: bool = False,
         transform: Callable[[Any], Any] | None = None,
         image_key: ImageKey = None,
         progress: bool = True,
     ) -> None:
-        _check_arguments(dataset, purifier, compensate)
-        self.dataset = dataset
-        self.compensate = compensate
-        self.seed = _as_integer("seed", seed, -(2**63))
-        self.batch_size = _as_integer("batch_size", batch_size, 1)
+        check_arguments(dataset, purifier)
+        _check_compensate(compensate)
+        if isinstance(dataset, PurifiedDataset) and dataset.compensate is not None:
+            raise InputError(
+                "Expected compensation after all purification. Got a PurifiedDataset that compensates already: "
+                "give compensate= to the outer one only, or chain the purifiers."
+            )
+        if missing not in _MISSING:
+            raise InputError(f"missing must be one of {', '.join(map(repr, _MISSING))}. Got {missing!r}.")
+        self.dataset: Dataset[Any] | None = dataset
+        self.compensate: KeyedCorruption | None = compensate
+        self.seed = as_integer("seed", seed, -(2**63))
+        self.draws = as_integer("draws", draws, 1)
+        if not isinstance(check_source, bool):
+            check_source = as_integer("check_source", check_source, 0)
+        self.batch_size = as_integer("batch_size", batch_size, 1)
         self.image_key = image_key
-        self.purifier = _placed(purifier, device)
+        self.purifier: Purifier | None = placed(purifier, device)
         self._source = take_over(dataset, transform)
-        check_honest(self._source, purifier.image_channels, image_key)
+        self._job: Job | None = Job(self._source, self.purifier, self.seed, self.draws, image_key)
+        probed = check_honest(self._source, self.purifier.image_channels, image_key)
         if compensate is not None:
-            self._check_compensated()
+            with random_state_kept():
+                sample = self._source.fetch([0])[0]
+            self._check_compensated(sample)
+        self._start()
+        if cache is not None:
+            self._open_cache(Path(cache), probed, missing, check_source, in_memory, progress)
+
+    @classmethod
+    def from_cache(
+        cls,
+        folder: str | Path,
+        compensate: KeyedCorruption | None = None,
+        *,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        seed: int | None = None,
+        in_memory: bool = False,
+    ) -> Self:
+        """A finished cache alone: purified images and their targets, without source and purifier.
+
+        Args:
+            folder: of the cache.
+            compensate: as above.
+            transform, target_transform: applied to each image and target.
+            seed: of compensation; by default the one that the cache was made with.
+            in_memory: as above.
+
+        Raises:
+            CacheError: the cache is missing, unfinished, damaged, or holds no targets.
+        """
+        _check_compensate(compensate)
+        self = cls.__new__(cls)
+        reader = CacheReader(folder, in_memory=in_memory)
+        if reader.targets is None or reader.sample is None:
+            raise CacheError(
+                f"The cache {reader.folder} must hold its targets to be read without its source. Got one whose "
+                "targets could not be written as JSON: give the source, PurifiedDataset(dataset, purifier, cache=...)."
+            )
+        self.dataset = self.purifier = self._job = None
+        self.compensate = compensate
+        self.seed = as_integer("seed", reader.config.get("seed", 0) if seed is None else seed, -(2**63))
+        self.draws = reader.draws
+        self.batch_size = 256
+        self.image_key = reader.sample.get("image")
+        self._source = without_source(len(reader), transform, target_transform)
+        self._start()
+        self._use(reader, plain=True)
+        if compensate is not None:
+            self._check_compensated(self._stored_sample(0))
+        return self
+
+    def _start(self) -> None:
         # Shared memory: a plain attribute set in the main process never reaches a persistent worker.
         # Two numbers: the epoch, and the samples read since it was set.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._length = len(self._source)
         self._warned = False
-        self._cache = self._open_cache(Path(cache), progress) if cache is not None else None
+        self._cache: CacheReader | ShardsOnDemand | None = None
+        self._types: str | list[str] | None = None  # how the images of the cache were held
+        self._others: Targets | None = None  # the fields beside them, where the cache has them
+        self._structure: dict[str, Any] = {}
+        self._is_pair = False
+        self._pil: tuple[str, tuple[int, int]] | None = None  # mode and size, where all are alike
+        self._conversion: Conversion | None = None
 
     # -- the dataset that a loader sees --------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._length
 
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: int | Sequence[int] | Tensor) -> Any:
+        """Sample `index`, or, of a list of indices, their samples as one collated batch."""
+        if self._pil is not None and type(index) is int and 0 <= index < self._length:
+            # The way most images go, and one by one: nothing here that could be done once.
+            draw = 0
+            if self.draws > 1:
+                self._notice_forgotten_epoch(1)
+                draw = self._draw()
+            row: NDArray[np.uint8] = self._cache.row(index, draw)  # type: ignore[union-attr]
+            image = Image.frombytes(*self._pil, row.tobytes())
+            return self._source.pair(index, image, self._others[index])  # type: ignore[index]
+        if isinstance(index, list | tuple) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
+            return self._batch([self._position(i) for i in index])
+        return self.__getitems__([index])[0]  # type: ignore[list-item]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """A loader's whole batch at once, purified in one go. Explicit: a delegated one would be bypassed."""
         positions = [self._position(i) for i in indices]
-        samples = self._source.fetch(positions)
         self._notice_forgotten_epoch(len(positions))
-        images = [get_image(sample, self.image_key) for sample in samples]
-        if self._cache is None:
-            purified = [from_engine(x, kind) for x, kind in self._purify(positions, images)]
+        if not positions:
+            return []
+        if self._conversion is not None:
+            images = self._conversion.items(self._converted_batch(self._conversion, positions))
+            assert self._others is not None
+            return list(zip(images, self._others.get(positions), strict=True))
+        if self._others is not None:
+            samples = [self._stored_sample(i) for i in positions]
+            purified = [get_image(sample, self.image_key) for sample in samples]
         else:
-            kinds = [kind_of(image) for image in images]
-            purified = [from_bytes(row, kind) for row, kind in zip(self._cache.get(positions), kinds, strict=True)]
+            samples = self._source.fetch(positions)
+            raw = [get_image(sample, self.image_key) for sample in samples]
+            purified = self._purified(positions, raw)
         opened = [self._source.before(i, image) for i, image in zip(positions, purified, strict=True)]
         if self.compensate is not None:
             opened = self._compensated(self.compensate, positions, opened)
@@ -142,8 +241,8 @@ class PurifiedDataset(Dataset[Any]):
         ]
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is read next, so that compensation is drawn afresh; reaches running workers."""
-        self._shared[0] = _as_integer("epoch", epoch, 0)
+        """Say which epoch is read next: compensation is drawn afresh, the next draw read. Reaches running workers."""
+        self._shared[0] = as_integer("epoch", epoch, 0)
         self._shared[1] = 0
 
     @property
@@ -152,7 +251,10 @@ class PurifiedDataset(Dataset[Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name in _INNER_ATTRIBUTES and "dataset" in self.__dict__:
-            return getattr(self.dataset, name)
+            if self.dataset is not None:
+                return getattr(self.dataset, name)
+            if (value := self._stored_attribute(name)) is not None:
+                return value
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -168,123 +270,171 @@ class PurifiedDataset(Dataset[Any]):
 
     # -- what happens to an image --------------------------------------------------------------------
 
-    def _position(self, index: int) -> int:
+    def _position(self, index: Any) -> int:
         position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"Index must be in [-{len(self)}, {len(self)}). Got {position}.")
-        return position % len(self)
+        length = self._length
+        if not -length <= position < length:
+            raise IndexError(f"Index must be in [-{length}, {length}). Got {position}.")
+        return position % length
 
-    def _keys(self, epoch: int, positions: Sequence[int], purpose: int) -> Tensor:
-        return noise.fold_in(noise.image_keys(self.seed, epoch, list(positions)), purpose)
+    def _draw(self) -> int:
+        return self.epoch % self.draws
 
-    def _purify(self, positions: Sequence[int], images: Sequence[Any]) -> list[tuple[Tensor, ImageKind]]:
-        """Purified pixels in the engine's form, and what each image was."""
-        device = self._device()
-        _check_worker(device)
-        keys_B = self._keys(0, positions, PURIFY)
-        return _in_batches(
-            _converted(positions, images, self.purifier.image_channels, REMEDY),
-            keys_B,
-            lambda x_BCHW, keys: self.purifier(x_BCHW.to(device), keys.to(device)).cpu(),
-        )
+    def _purified(self, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
+        """Purified images of the kind that came, out of the cache where there is one."""
+        draw = self._draw()
+        if self._cache is not None:
+            kinds = [type_of(as_stored(image)[1]) for image in images]
+            return [from_bytes(self._cache.row(p, draw), kind) for p, kind in zip(positions, kinds, strict=True)]
+        assert self._job is not None
+        stored = converted(positions, images, self._job.purifier.image_channels, REMEDY)
+        purified = self._job.purify(positions, [x for x, _ in stored], draw)
+        return [from_engine(x, kind) for x, (_, kind) in zip(purified, stored, strict=True)]
+
+    def _stored_sample(self, position: int) -> Any:
+        """A sample as the cache alone gives it, with its image before the user's transform."""
+        assert self._cache is not None
+        assert self._others is not None
+        types = self._types
+        type_ = types if isinstance(types, str) else types[position]  # type: ignore[index]
+        image = from_bytes(self._cache.row(position, self._draw()), type_)
+        return assemble(self._structure, self._others[position], image)
+
+    def _batch(self, positions: Sequence[int]) -> Any:
+        """What a loader would have collated."""
+        if self._conversion is None or not positions:
+            return default_collate(self.__getitems__(positions))
+        self._notice_forgotten_epoch(len(positions))
+        batch = self._converted_batch(self._conversion, positions)
+        assert self._others is not None
+        integers = self._others.integers
+        if integers is not None:
+            return [batch, torch.from_numpy(integers[list(positions)])]
+        others: Any = tuple(self._others.get(positions))
+        return [batch, default_collate(others)]
+
+    def _converted_batch(self, conversion: Conversion, positions: Sequence[int]) -> Tensor:
+        assert isinstance(self._cache, CacheReader)
+        rows = torch.from_numpy(self._cache.batch(positions, self._draw() if self.draws > 1 else 0))
+        x_BCHW = rows.permute(0, 3, 1, 2)
+        for step in conversion.first:
+            x_BCHW = step(x_BCHW)
+        if self.compensate is not None:
+            keys_B = self._keys(self.epoch, positions)
+            x_BCHW = self.compensate.apply(x_BCHW, keys_B).clamp(0, 1)
+        for step in conversion.then:
+            x_BCHW = step(x_BCHW)
+        return x_BCHW
+
+    def _keys(self, epoch: int, positions: Sequence[int]) -> Tensor:
+        return noise.fold_in(noise.image_keys(self.seed, epoch, list(positions)), COMPENSATE)
 
     def _compensated(self, compensate: KeyedCorruption, positions: Sequence[int], images: Sequence[Any]) -> list[Any]:
         """Whole batches, because drawing noise for one image at a time costs ten times as much."""
-        keys_B = self._keys(self.epoch, positions, COMPENSATE)
-        converted = _converted(positions, images, None, COMPENSATE_REMEDY)
-        return [from_engine(x, kind) for x, kind in _in_batches(converted, keys_B, compensate.apply)]
+        keys_B = self._keys(self.epoch, positions)
+        engine = converted(positions, images, None, COMPENSATE_REMEDY, to_engine)
+        return [from_engine(x, kind) for x, kind in _in_batches(engine, keys_B, compensate.apply)]
 
-    def _check_compensated(self) -> None:
+    def _check_compensated(self, sample: Any) -> None:
         """One image as far as compensation, so that a transform it cannot get into fails here, not in a worker."""
         with random_state_kept():
-            image = get_image(self._source.fetch([0])[0], self.image_key)
-            _converted([0], [self._source.before(0, image)], None, COMPENSATE_REMEDY)
-
-    def _device(self) -> torch.device:
-        parameter = next(self.purifier.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+            image = get_image(sample, self.image_key)
+            converted([0], [self._source.before(0, image)], None, COMPENSATE_REMEDY)
 
     def _notice_forgotten_epoch(self, read: int) -> None:
-        if self.compensate is None or self._warned:
+        if (self.compensate is None and self.draws == 1) or self._warned:
             return
         self._shared[1] += read
         if int(self._shared[1]) > 2 * len(self):
             self._warned = True
             log.warning(
-                "The dataset has been read more than twice since set_epoch was called: compensation repeats the "
-                "draws of epoch %d. Call dataset.set_epoch(epoch) at the start of each epoch.",
+                "The dataset has been read more than twice since set_epoch was called: compensation and draws repeat "
+                "those of epoch %d. Call dataset.set_epoch(epoch) at the start of each epoch.",
                 self.epoch,
             )
 
     # -- the cache -----------------------------------------------------------------------------------
 
-    def _open_cache(self, folder: Path, progress: bool) -> CacheReader:
-        config = {
-            "purifier": self.purifier.identity(),
-            "seed": self.seed,
-            "device": self._device().type,
-            "schema": SCHEMA,
-            "format": FORMAT_VERSION,
-            "source": {"length": len(self), "hash": self._source_hash(progress)},
-        }
-        if (folder / INDEX_FILE).exists():  # finished: nothing to verify shard by shard
-            return CacheReader(folder, config)
-        writer = CacheWriter(folder, config, len(self))
-        shards = writer.pending()
-        if shards:
-            todo = sum(shard.count for shard in shards)
-            with tqdm(
-                total=len(self), initial=len(self) - todo, unit="img", desc="purifying", disable=not progress
-            ) as bar:
-                for shard in shards:
-                    writer.write(shard, self._purified_rows(range(shard.start, shard.start + shard.count), bar))
-        writer.finish()
-        return CacheReader(folder, config)
+    def _open_cache(
+        self,
+        folder: Path,
+        probed: Sequence[tuple[tuple[int, int, int], ImageKind]],
+        missing: str | None,
+        check_source: bool | int,
+        in_memory: bool,
+        progress: bool,
+    ) -> None:
+        job = self._job
+        assert job is not None
+        finished = (folder / INDEX_FILE).exists()
+        partly = not finished and folder.is_dir() and any(SHARD_FILE.fullmatch(p.name) for p in folder.iterdir())
+        if partly and missing is None:
+            if message := _partly(folder):
+                raise CacheError(message)
+            finished = True  # by another process, since the look above
+        if not finished:
+            layout = choose_layout(folder, len(self), self.draws, job.purifier, probed)
+            writer = CacheWriter(folder, job.config(), layout, job.made())
+            notes = notes_of(self.dataset, job.purifier)
+            of_each_shard = check_source
+            if not isinstance(check_source, bool):
+                of_each_shard = -(-check_source // len(layout.shards)) or False
+            if missing == "purify":
+                self._cache = ShardsOnDemand(job, writer, self.batch_size, of_each_shard, notes)
+                return
+            fill(job, writer, batch_size=self.batch_size, check_source=of_each_shard, notes=notes, progress=progress)
+        reader = CacheReader(folder, job.config(), in_memory)
+        if len(reader) != len(self):
+            raise CacheError(
+                f"The cache {folder} must hold one image for each of the source's {len(self)}. Got {len(reader)}: "
+                "it was made from another dataset. Give that one, or precompute into another folder."
+            )
+        if finished:
+            self._check_source(reader, check_source, progress)
+        with random_state_kept():
+            plain = is_plain(self._source.fetch([0])[0])
+        self._use(reader, plain)
 
-    def _batches(self, positions: range) -> Iterator[tuple[list[int], list[Any]]]:
-        for start in range(0, len(positions), self.batch_size):
-            batch = list(positions[start : start + self.batch_size])
-            yield batch, self._source.fetch(batch)
+    def _use(self, reader: CacheReader, plain: bool) -> None:
+        """Read from this cache; its targets too, where it has them and samples are of plain types."""
+        self._cache = reader
+        types = reader.image_types()
+        self._types = types[0] if len(set(types)) == 1 else types
+        structure = reader.sample
+        if not plain or structure is None or reader.targets is None:
+            return
+        self._others, self._structure = reader.targets, structure
+        self._is_pair = structure == {"type": "tuple", "image": 0, "fields": 2}
+        if self._is_pair and reader.image_shape is not None and str(self._types).startswith("pil/"):
+            if self.compensate is None:
+                height, width, channels = reader.image_shape
+                self._pil = pil_mode(channels), (width, height)
+            found = self._source.conversion()
+            # compensation knows grey and colour, and one by one the alpha plane is set aside for it
+            floats = self.compensate is None or (
+                found is not None and _gives_floats(found) and reader.image_shape[2] in (1, 3)
+            )
+            self._conversion = found if floats else None
 
-    def _purified_rows(self, positions: range, bar: tqdm[Any]) -> NDArray[np.uint8]:
-        rows: list[NDArray[np.uint8]] = []
-        for batch, samples in self._batches(positions):
-            images = [get_image(sample, self.image_key) for sample in samples]
-            for position, (x, kind) in zip(batch, self._purify(batch, images), strict=True):
-                row = quantize(own_channels(x, kind)).permute(1, 2, 0).numpy()
-                if rows and row.shape != rows[0].shape:
-                    raise InputError(
-                        f"A cache holds images of one size. Got {row.shape} for item {position} after "
-                        f"{rows[0].shape}: resize them in the dataset, or leave cache= out."
-                    )
-                rows.append(row)
-            bar.update(len(batch))
-        return np.stack(rows)
+    def _stored_attribute(self, name: str) -> Any:
+        """`classes`, `class_to_idx` and `targets` of a cache read without its source."""
+        assert isinstance(self._cache, CacheReader)
+        classes = (self._cache.index.notes or {}).get("classes")
+        if name == "targets" and self._is_pair:
+            assert self._others is not None
+            return list(self._others)
+        if name == "classes" or classes is None:
+            return classes
+        return {name: i for i, name in enumerate(classes)} if name == "class_to_idx" else None
 
-    def _source_hash(self, progress: bool) -> str:
-        """One hash over every image and target: a sample would miss a poison of one image in a hundred."""
-        hasher = SourceHasher()
-        with tqdm(total=len(self), unit="img", desc="reading", disable=not progress, leave=False) as bar:
-            for batch, samples in self._batches(range(len(self))):
-                images = [get_image(sample, self.image_key) for sample in samples]
-                _converted(batch, images, self.purifier.image_channels, REMEDY)  # before hours of purifying
-                targets = [_hashable(rest(sample, self.image_key)) for sample in samples]
-                hasher.update([np.asarray(i) if isinstance(i, Image.Image) else i for i in images], targets)
-                bar.update(len(batch))
-        return hasher.hexdigest()
-
-
-def _converted(
-    positions: Sequence[int], images: Sequence[Any], channels: int | None, remedy: str
-) -> list[tuple[Tensor, ImageKind]]:
-    """All images in the engine's form; one that cannot be is named."""
-    out = []
-    for position, image in zip(positions, images, strict=True):
-        try:
-            out.append(to_engine(image, channels))
-        except InputError as error:
-            raise InputError(f"Item {position} of the dataset: {error} {remedy}") from None
-    return out
+    def _check_source(self, reader: CacheReader, amount: bool | int, progress: bool) -> None:
+        assert self._job is not None
+        known = reader.source_hashes()
+        if known is None or amount is False:
+            return
+        total = len(self) if amount is True else min(amount, len(self))
+        with tqdm(total=total, unit="img", desc="checking the source", disable=not progress, leave=False) as bar:
+            check_source(self._job.reader, known, amount, reader.folder, batch_size=self.batch_size, seen=bar.update)
 
 
 def _in_batches(
@@ -302,69 +452,28 @@ def _in_batches(
     return out
 
 
-def _hashable(field: Any) -> Any:
-    """A field as the source hash takes it; of objects that have no value of their own, the type."""
-    if isinstance(field, Mapping):
-        return {str(k): _hashable(v) for k, v in field.items()}
-    if isinstance(field, list | tuple):
-        return [_hashable(v) for v in field]
-    if isinstance(field, Image.Image):
-        return np.asarray(field)
-    if field is None or isinstance(
-        field, bool | int | float | complex | str | bytes | Tensor | np.ndarray | np.generic
-    ):
-        return field
-    return f"{type(field).__module__}.{type(field).__qualname__}"
+def _gives_floats(found: Conversion) -> bool:
+    """Whether compensation, which needs float32 in [0, 1], can get at the batch before it is normalised."""
+    x = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    for step in found.first:
+        x = step(x)
+    return x.dtype == torch.float32
 
 
-def _as_integer(name: str, value: Any, low: int) -> int:
+def _partly(folder: Path) -> str:
     try:
-        integer = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
-    if not low <= integer < 2**63:
-        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
-    return integer
+        CacheReader(folder)
+        return ""
+    except CacheError as error:
+        return (
+            f'{error} Or give missing="precompute" to finish it now, or missing="purify" to fill each shard when '
+            "it is first read; not while another process is at it."
+        )
 
 
-def _check_arguments(dataset: Any, purifier: Any, compensate: Any) -> None:
-    if not isinstance(purifier, Purifier):
-        raise InputError("Expected a purifier, such as `recipes.eclipse(...)`. Got " + type(purifier).__name__ + ".")
+def _check_compensate(compensate: Any) -> None:
     if compensate is not None and not callable(getattr(compensate, "apply", None)):
         raise InputError(
             "Expected compensate to be `purifyloader.transforms.Compensate(...)` or None. "
             f"Got {type(compensate).__name__}."
-        )
-    if isinstance(dataset, PurifiedDataset) and dataset.compensate is not None:
-        raise InputError(
-            "Expected compensation after all purification. Got a PurifiedDataset that compensates already: give "
-            "compensate= to the outer one only, or chain the purifiers."
-        )
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise InputError(
-            "Expected a map-style dataset, with __getitem__ and __len__. Got "
-            f"{type(dataset).__name__}, which is only iterated."
-        )
-    if len(dataset) == 0:
-        raise InputError(f"Expected a dataset with at least one image. Got an empty {type(dataset).__name__}.")
-
-
-def _placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
-    """The purifier on `device`; a copy where it has to move, for the user's own stays where it is."""
-    if device is None:
-        return purifier
-    device = as_device(device)
-    here = next(purifier.parameters(), None)
-    if here is None or here.device == device:
-        return purifier
-    return copy.deepcopy(purifier).to(device)
-
-
-def _check_worker(device: torch.device) -> None:
-    """CUDA in a forked worker fails deep inside torch, with a message that names neither way out."""
-    if device.type == "cuda" and get_worker_info() is not None and torch.cuda._is_in_bad_fork():
-        raise PurifyError(
-            "Purifying on a GPU does not work in a forked DataLoader worker. Got a purifier on "
-            f"{str(device)!r}. Either give PurifiedDataset a cache= folder, so that workers only read, or "
-            'start workers with DataLoader(..., multiprocessing_context="spawn").'
         )

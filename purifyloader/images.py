@@ -22,14 +22,17 @@ from purifyloader.errors import InputError
 
 __all__ = [
     "ImageKind",
+    "as_stored",
     "from_bytes",
     "from_engine",
     "is_image",
-    "kind_of",
     "own_channels",
+    "pil_mode",
     "quantize",
+    "to_bytes",
     "to_engine",
     "to_unit",
+    "type_of",
 ]
 
 # Channels by number: grey, grey + alpha, colour, colour + alpha.
@@ -149,9 +152,22 @@ def _split(image: Any) -> tuple[Tensor, ImageKind]:
     return (values if alpha is None else values[:-1]), kind
 
 
-def kind_of(image: Any) -> ImageKind:
-    """What `to_engine` gives beside the pixels, without converting them."""
-    return _split(image)[1]
+def as_stored(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
+    """What `to_engine` takes, checked like there, without making floats of bytes.
+
+    Returns:
+        uint8, or float32 in [0, 1], (channels, H, W), and the image's kind.
+    """
+    values, kind = _split(image)
+    x = values if values.dtype == torch.uint8 else to_unit(values)
+    if channels is not None and x.shape[0] != channels:
+        if x.shape[0] != 1:
+            raise InputError(
+                f"This purifier takes images of {channels} channel. Got {x.shape[0]} colour channels: "
+                "use a model for colour images."
+            )
+        x = x.expand(channels, -1, -1)
+    return x.contiguous(), kind
 
 
 def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
@@ -168,16 +184,8 @@ def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
     Raises:
         InputError: another type, mode, shape, layout or range, or colour for a grey purifier.
     """
-    values, kind = _split(image)
-    x = to_unit(values)
-    if channels is not None and x.shape[0] != channels:
-        if x.shape[0] != 1:
-            raise InputError(
-                f"This purifier takes images of {channels} channel. Got {x.shape[0]} colour channels: "
-                "use a model for colour images."
-            )
-        x = x.expand(channels, -1, -1)
-    return x.contiguous(), kind
+    x, kind = as_stored(image, channels)
+    return (x.float() / 255 if x.dtype == torch.uint8 else x), kind
 
 
 def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
@@ -197,17 +205,47 @@ def from_engine(x_CHW: Tensor, kind: ImageKind) -> Any:
     return _give_back(quantize(x) if kind.dtype == torch.uint8 else x.clamp(0, 1).to(kind.dtype), kind)
 
 
-def from_bytes(image_HWC: NDArray[np.uint8], kind: ImageKind) -> Any:
-    """The same from 8-bit pixels of the image's own colour channels, as a cache holds them."""
-    if kind.container == "pil" and kind.alpha is None:
-        return Image.fromarray(image_HWC[:, :, 0] if kind.planar else image_HWC)  # no copy, no float
-    values = torch.from_numpy(image_HWC).permute(2, 0, 1)
+def to_bytes(x_CHW: Tensor, kind: ImageKind) -> NDArray[np.uint8]:
+    """Pixels of the engine as a cache holds them: uint8 (H, W, C) of the image's own channels, alpha too."""
+    values = quantize(own_channels(x_CHW, kind).cpu())
+    if kind.alpha is not None:
+        values = _joined(values, kind.alpha if kind.alpha.dtype == torch.uint8 else quantize(kind.alpha))
+    return values.permute(1, 2, 0).contiguous().numpy()
+
+
+def from_bytes(image_HWC: NDArray[np.uint8], type_: str) -> Any:
+    """The image that `to_bytes` wrote, as `type_of` says that it was held. A copy."""
+    if type_.startswith("pil/"):
+        height, width, channels = image_HWC.shape
+        return Image.frombytes(pil_mode(channels), (width, height), image_HWC.tobytes())
+    container, dtype, dimensions = type_.split("/")
+    kind = ImageKind(container, image_HWC.shape[2], dimensions == "2", getattr(torch, dtype))
+    values = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)
     return _give_back(values if kind.dtype == torch.uint8 else (values.float() / 255).to(kind.dtype), kind)
+
+
+def pil_mode(channels: int) -> str:
+    """The mode of a PIL image of so many channels."""
+    return ("L", "LA", "RGB", "RGBA")[channels - 1]
+
+
+def type_of(kind: ImageKind) -> str:
+    """How an image was held, in a word: container, dtype and dimensions, such as "pil/uint8/3"."""
+    return f"{kind.container}/{str(kind.dtype).removeprefix('torch.')}/{2 if kind.planar else 3}"
+
+
+def _joined(colours_CHW: Tensor, alpha: Tensor) -> Tensor:
+    if colours_CHW.shape[1:] != alpha.shape[1:]:
+        raise InputError(
+            f"An image with an alpha plane keeps its size. Got {tuple(alpha.shape[1:])}, purified to "
+            f"{tuple(colours_CHW.shape[1:])}: drop the alpha plane in the dataset, or purify without resizing."
+        )
+    return torch.cat([colours_CHW, alpha])
 
 
 def _give_back(values_CHW: Tensor, kind: ImageKind) -> Any:
     if kind.alpha is not None:
-        values_CHW = torch.cat([values_CHW, kind.alpha])
+        values_CHW = _joined(values_CHW, kind.alpha)
     if kind.container in ("tensor", "tv_tensor"):
         values = (values_CHW[0] if kind.planar else values_CHW).contiguous()
         return tv_tensors.Image(values) if kind.container == "tv_tensor" else values

@@ -9,7 +9,7 @@ from typing import Any
 from purifyloader.errors import InputError
 from purifyloader.images import is_image
 
-__all__ = ["get_image", "rest", "with_image"]
+__all__ = ["assemble", "fields", "get_image", "is_plain", "structure_of", "with_image"]
 
 ImageKey = str | int | None
 
@@ -68,11 +68,43 @@ def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
     return type(sample)(fields)
 
 
-def rest(sample: Any, image_key: ImageKey = None) -> Any:
-    """Every field but the image, in order; None where there is none."""
+def fields(sample: Any, image_key: ImageKey = None) -> Any:
+    """What a sample holds beside its image: None for a bare image, the other field of a pair, a list of
+    the others of a longer tuple or list, a dict of the others of a mapping."""
     key = _key(sample, image_key)
     if key is None:
         return None
     if isinstance(sample, Mapping):
-        return {str(k): v for k, v in sample.items() if k != key}
-    return [*sample[:key], *sample[key + 1 :]]
+        return {k: v for k, v in sample.items() if k != key}
+    others = [*sample[:key], *sample[key + 1 :]]
+    return others[0] if len(others) == 1 else others
+
+
+def structure_of(sample: Any, image_key: ImageKey = None) -> dict[str, Any]:
+    """How `assemble` puts a sample together again, as JSON: what it is, where its image is, how many
+    fields a tuple or list has. A named tuple is a tuple, any mapping a dict."""
+    key = _key(sample, image_key)
+    if key is None:
+        return {"type": "image"}
+    if isinstance(sample, Mapping):
+        return {"type": "dict", "image": key}
+    return {"type": "list" if isinstance(sample, list) else "tuple", "image": key, "fields": len(sample)}
+
+
+def is_plain(sample: Any) -> bool:
+    """Whether `assemble` gives the very type back."""
+    return type(sample) in (tuple, list, dict) or is_image(sample)
+
+
+def assemble(structure: Mapping[str, Any], others: Any, image: Any) -> Any:
+    """The inverse of `fields` and `structure_of`, with another image."""
+    kind = structure["type"]
+    if kind == "image":
+        return image
+    key = structure["image"]
+    if kind == "dict":
+        # the image comes last where it stood elsewhere: a dict is not read by position
+        return {**others, key: image}
+    values = [others] if structure["fields"] == 2 else others
+    values = [*values[:key], image, *values[key:]]
+    return values if kind == "list" else tuple(values)

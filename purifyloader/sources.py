@@ -12,7 +12,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from torchvision.datasets import VisionDataset
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
-from purifyloader.errors import InputError
-from purifyloader.images import to_engine
+from purifyloader.conversions import Conversion, conversion
+from purifyloader.errors import CacheError, InputError
+from purifyloader.images import ImageKind, to_engine
 from purifyloader.samples import ImageKey, get_image, with_image
 
-__all__ = ["REMEDY", "Source", "check_honest", "random_state_kept", "take_over"]
+__all__ = ["REMEDY", "Source", "check_honest", "fetch", "random_state_kept", "take_over", "without_source"]
 
 REMEDY = (
     "A poison can only be removed from the images as they are stored: give the dataset without its "
@@ -56,9 +57,12 @@ def _same_pair(image: Any, target: Any) -> tuple[Any, Any]:
 
 
 class _Transform:
-    """A user's transform of the image, opened just before it normalises."""
+    """A user's transform of the image, opened just before it normalises, and one of the target."""
 
-    def __init__(self, transform: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, transform: Callable[[Any], Any] | None, target_transform: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.target = target_transform
         self.first: Sequence[Callable[[Any], Any]] = ()
         self.then: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
         if type(transform) in _COMPOSE:
@@ -75,7 +79,24 @@ class _Transform:
     def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
         for step in self.then:
             image = step(image)
+        if self.target is not None:
+            if not isinstance(sample, tuple | list):
+                raise InputError(
+                    "Expected (image, target) of a dataset with a target_transform. Got "
+                    f"{type(sample).__name__}: transform the target in the dataset itself."
+                )
+            at = 1 if image_key in (None, 0) else 0
+            sample = with_image(sample, self.target(sample[at]), at)
+            image_key = 0 if image_key is None else image_key
         return with_image(sample, image, image_key)
+
+    def pair(self, image: Any, target: Any) -> tuple[Any, Any]:
+        """Both halves, on a sample that is (image, target): the way most images go."""
+        for step in self.first:
+            image = step(image)
+        for step in self.then:
+            image = step(image)
+        return image, target if self.target is None else self.target(target)
 
 
 class _JointTransform:
@@ -89,6 +110,16 @@ class _JointTransform:
 
     def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
         return self.transforms(image, sample[1])
+
+    def pair(self, image: Any, target: Any) -> Any:
+        return self.transforms(image, target)
+
+
+def fetch(raw: Dataset[Any], indices: Sequence[int]) -> list[Any]:
+    """Samples of a dataset; through its own batched `__getitems__` where it has one."""
+    if callable(batched := getattr(raw, "__getitems__", None)):
+        return list(batched(list(indices)))
+    return [raw[i] for i in indices]
 
 
 class Source:
@@ -106,10 +137,8 @@ class Source:
         return len(self.raw)  # type: ignore[arg-type]
 
     def fetch(self, indices: Sequence[int]) -> list[Any]:
-        """Raw samples; through the dataset's own batched `__getitems__` where it has one."""
-        if callable(batched := getattr(self.raw, "__getitems__", None)):
-            return list(batched(list(indices)))
-        return [self.raw[i] for i in indices]
+        """Raw samples."""
+        return fetch(self.raw, indices)
 
     def before(self, index: int, image: Any) -> Any:
         """The user's transform of a (purified) image up to its normalisation."""
@@ -118,6 +147,14 @@ class Source:
     def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
         """The rest of the transform, and the sample with its result in place."""
         return self._transform.after(sample, image, image_key)
+
+    def pair(self, index: int, image: Any, target: Any) -> Any:
+        """All of the transform, of a sample that is (image, target)."""
+        return self._transform.pair(image, target)
+
+    def conversion(self) -> Conversion | None:
+        """The transform as one on whole batches, if it does the same to every image; else None."""
+        return conversion(self._transform.first, self._transform.then) if _is_opened(self._transform) else None
 
 
 class _SubsetSource(Source):
@@ -131,6 +168,12 @@ class _SubsetSource(Source):
 
     def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
         return self.inner.after(int(self.indices[index]), sample, image, image_key)
+
+    def pair(self, index: int, image: Any, target: Any) -> Any:
+        return self.inner.pair(int(self.indices[index]), image, target)
+
+    def conversion(self) -> Conversion | None:
+        return self.inner.conversion()
 
 
 class _ConcatSource(Source):
@@ -152,13 +195,44 @@ class _ConcatSource(Source):
         source, local = self._part(index)
         return source.after(local, sample, image, image_key)
 
+    def pair(self, index: int, image: Any, target: Any) -> Any:
+        source, local = self._part(index)
+        return source.pair(local, image, target)
+
+    def conversion(self) -> Conversion | None:
+        return None  # each part may have its own
+
+
+def without_source(
+    length: int, transform: Callable[[Any], Any] | None, target_transform: Callable[[Any], Any] | None
+) -> Source:
+    """The transforms alone, for samples that come out of a cache."""
+    return Source(_Nothing(length), _Transform(transform, target_transform))
+
+
+class _Nothing(Dataset[Any]):
+    """Stands for the source of a cache that is read without one."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        raise CacheError("This cache is read without its source, and its samples are all there is of it.")
+
+
+def _is_opened(transform: _Transform | _JointTransform) -> TypeGuard[_Transform]:
+    return isinstance(transform, _Transform) and transform.target is None
+
 
 def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = None) -> Source:
-    """The dataset in front of its transform.
+    """The dataset in front of its transforms.
 
-    Torchvision datasets give up their `transform` or `transforms` (`target_transform` stays), also
-    inside `Subset`, `random_split` and `ConcatDataset`. Any other dataset is read as it is, and
-    `transform` is applied after purification.
+    Torchvision datasets give up their `transform`, `target_transform` or `transforms`, also inside
+    `Subset`, `random_split` and `ConcatDataset`. Any other dataset is read as it is, and `transform` is
+    applied after purification.
 
     Raises:
         InputError: `transform` is given for a dataset that already has one.
@@ -171,12 +245,15 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
         return Source(dataset, _Transform(transform))
     raw = copy.copy(dataset)
     own = getattr(dataset, "transform", None)
+    target = getattr(dataset, "target_transform", None)
     joint = getattr(dataset, "transforms", None)
     # Not None where there was something: a dataset may call what it has without asking.
     if own is not None:
         raw.transform = _same_image
+    if target is not None:
+        raw.target_transform = _same_image
     if isinstance(joint, StandardTransform):
-        raw.transforms = StandardTransform(None, joint.target_transform)
+        raw.transforms = StandardTransform(None, None)
         joint = None
     elif joint is not None:
         raw.transforms = _same_pair
@@ -186,7 +263,7 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
         )
     if joint is not None:
         return Source(raw, _JointTransform(joint))
-    return Source(raw, _Transform(own if own is not None else transform))
+    return Source(raw, _Transform(own if own is not None else transform, target))
 
 
 @contextmanager
@@ -201,11 +278,16 @@ def random_state_kept() -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-def check_honest(source: Source, channels: int | None, image_key: ImageKey, items: int = 64) -> None:
+def check_honest(
+    source: Source, channels: int | None, image_key: ImageKey, items: int = 64
+) -> list[tuple[tuple[int, int, int], ImageKind]]:
     """Refuse a dataset whose images are already normalised or augmented.
 
     Reads `items` images spread over the dataset, twice: values must be uint8 or in [0, 1], and the same
     both times.
+
+    Returns:
+        shape in the engine, (C, H, W), and kind of each image read.
 
     Raises:
         InputError: with the item, the reason and the remedy.
@@ -213,9 +295,10 @@ def check_honest(source: Source, channels: int | None, image_key: ImageKey, item
     indices = np.unique(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64)).tolist()
     with random_state_kept():
         first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
+    found: list[tuple[tuple[int, int, int], ImageKind]] = []
     for index, a, b in zip(indices, first, second, strict=True):
         try:
-            x, y = to_engine(a, channels)[0], to_engine(b, channels)[0]
+            (x, kind), (y, _) = to_engine(a, channels), to_engine(b, channels)
         except InputError as error:
             raise InputError(f"Item {index} of the dataset: {error} {REMEDY}") from None
         if x.shape != y.shape or not torch.equal(x, y):
@@ -223,3 +306,5 @@ def check_honest(source: Source, channels: int | None, image_key: ImageKey, item
                 f"Expected the same image each time. Got two different ones for item {index}: the dataset "
                 f"augments its images. {REMEDY}"
             )
+        found.append(((x.shape[0], x.shape[1], x.shape[2]), kind))
+    return found

@@ -13,17 +13,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, random_split
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate, random_split
 from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifyError, noise
-from purifyloader.cache import CacheReader
+from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.errors import CacheError, InputError
+from purifyloader.filling import make_shard, precompute
 from purifyloader.images import quantize
+from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
+from purifyloader.sources import take_over
 from purifyloader.transforms import Compensate
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
@@ -410,13 +413,13 @@ def test_loader_uses_our_batched_getitems(images, purifier, expected):
 
 
 def test_cuda_in_a_forked_worker_names_both_ways_out(monkeypatch, images, purifier):
-    from purifyloader import dataset as module
+    from purifyloader import devices as module
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(module, "get_worker_info", lambda: object())
     with pytest.raises(PurifyError, match=r"cache=[\s\S]*spawn"):
-        module._check_worker(torch.device("cuda:0"))
-    module._check_worker(torch.device("cpu"))
+        module.check_worker(torch.device("cuda:0"))
+    module.check_worker(torch.device("cpu"))
 
 
 # -- cache -------------------------------------------------------------------------------------------
@@ -463,14 +466,16 @@ def test_cache_keeps_grey_and_alpha(purifier, mode, tmp_path):
         lambda images: {"purifier": Jpeg(20)},
         lambda images: {"seed": 1},
         lambda images: {"dataset": PictureDataset(images.index_fill(0, torch.tensor([COUNT - 1]), 7))},
-        lambda images: {"dataset": PictureDataset(images, target_transform=lambda t: t + 1)},
+        lambda images: {"dataset": Tensors(lambda i: (PictureDataset(images)[i][0], i % 2 + (i == 7)))},
+        lambda images: {"draws": 2},
+        lambda images: {"dataset": PictureDataset(images[:-1])},
     ],
-    ids=["purifier", "seed", "one-image", "targets"],
+    ids=["purifier", "seed", "one-image", "one-target", "draws", "length"],
 )
 def test_a_cache_of_something_else_is_refused(images, tmp_path, change):
     arguments = {"dataset": PictureDataset(images), "purifier": Jpeg(10), "seed": 0}
     PurifiedDataset(**arguments, cache=tmp_path, progress=False)
-    with pytest.raises(CacheError, match="differ"):
+    with pytest.raises(CacheError, match=r"differ|one image for each"):
         PurifiedDataset(**{**arguments, **change(images)}, cache=tmp_path, progress=False)
     CacheReader(tmp_path).verify()
 
@@ -483,11 +488,48 @@ def test_moving_the_cache_and_the_transform_do_not_matter(images, tmp_path):
     assert image.shape == (3, 8, 8)
 
 
-def test_a_bad_image_is_named_before_anything_is_purified(tmp_path):
+def test_the_target_transform_is_applied_after_reading(images, tmp_path):
+    """Its change, like that of the transform, does not make another cache; the cache holds the targets as stored."""
+    for add in (1, 10):
+        source = PictureDataset(images, v1.PILToTensor(), target_transform=lambda t, add=add: t + add)
+        dataset = PurifiedDataset(source, Jpeg(10), cache=tmp_path, progress=False)
+        assert [dataset[i][1] for i in (0, 1)] == [add, add + 1]
+        assert dataset[[0, 1]][1].tolist() == [add, add + 1]
+    assert list(CacheReader(tmp_path).targets) == [i % 2 for i in range(COUNT)]
+
+
+@pytest.mark.parametrize("missing", [None, "precompute"])
+def test_a_bad_image_is_named_when_it_is_reached(tmp_path, missing):
     data = [Image.new("P" if i == 151 else "RGB", (8, 8)) for i in range(300)]
-    with pytest.raises(InputError, match="Item 151 of the dataset"):
-        PurifiedDataset(Tensors(lambda i: (data[i], i), 300), Jpeg(), cache=tmp_path, progress=False)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^Item 151 of the dataset"):
+        PurifiedDataset(Tensors(lambda i: (data[i], i), 300), Jpeg(), cache=tmp_path, missing=missing, progress=False)
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_bad_image_among_those_looked_at_is_named_before_anything_is_written(tmp_path):
+    data = [Image.new("P" if i == 3 else "RGB", (8, 8)) for i in range(20)]
+    with pytest.raises(InputError, match=r"^Item 3 of the dataset"):
+        PurifiedDataset(Tensors(lambda i: (data[i], i), 20), Jpeg(), cache=tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_reading_a_cache_reads_no_source(images, tmp_path):
+    """Images and targets come out of the cache; what is checked, and the first sample's type, come at the start."""
+
+    class Counting(PictureDataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return super().__getitem__(index)
+
+    PurifiedDataset(Counting(images), Jpeg(), cache=tmp_path, progress=False)
+    dataset = PurifiedDataset(Counting(images), Jpeg(), Compensate(), cache=tmp_path, progress=False)
+    before = Counting.reads
+    for i in range(COUNT):
+        assert dataset[i][1] == i % 2
+    dataset.__getitems__(range(COUNT))
+    assert Counting.reads == before
 
 
 def test_odd_tensors_can_be_cached(tmp_path, images):
@@ -497,11 +539,642 @@ def test_odd_tensors_can_be_cached(tmp_path, images):
         PurifiedDataset(dataset, Jpeg(), cache=tmp_path / str(i), seed=np.int64(3), progress=False)[0]
 
 
-def test_images_of_two_sizes_cannot_be_cached(tmp_path):
-    data = [random_images(1, s)[0] for s in (16, 17)]
-    with pytest.raises(InputError, match=r"one size\. Got .*item 1"):
-        PurifiedDataset(Tensors(lambda i: (data[i], i), 2), Jpeg(), cache=tmp_path, progress=False)
-    assert not (tmp_path / "index.json").exists()
+def test_images_of_different_sizes_are_cached_as_png(tmp_path):
+    data = [random_images(1, (16, 17, 11)[i % 3], seed=i)[0] for i in range(6)]
+    source = Tensors(lambda i: (data[i], i), 6)
+    plain = PurifiedDataset(source, Jpeg())
+    for _ in range(2):  # made, then read
+        cached = PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)
+        for i in range(6):
+            assert_same(cached[i], plain[i])
+            assert_same(PurifiedDataset.from_cache(tmp_path)[i], plain[i])
+    assert CacheReader(tmp_path).layout.encoding == "png"
+
+
+def test_another_size_that_comes_late_is_named(tmp_path):
+    """Beyond the 64 images looked at: images of one size are stored raw."""
+    data = [random_images(1, 9 if i == 100 else 8, seed=i)[0] for i in range(150)]
+    with pytest.raises(InputError, match=r'Got \(9, 9, 3\) for item 100 after \(8, 8, 3\)[\s\S]*encoding="png"'):
+        PurifiedDataset(Tensors(lambda i: (data[i], i), 150), Jpeg(), cache=tmp_path / "raw", progress=False)
+    assert not list((tmp_path / "raw").glob("[!.]*"))
+    precompute(Tensors(lambda i: (data[i], i), 150), Jpeg(), tmp_path / "png", encoding="png", progress=False)
+    assert np.asarray(CacheReader(tmp_path / "png")[100]).shape == (9, 9, 3)
+
+
+# -- a cache in any state ----------------------------------------------------------------------------
+
+
+def partly_filled(folder: Path, source, purifier: Purifier, shards=(0, 2), shard_size: int = 5, draws: int = 1) -> None:
+    """Some of the shards of an unfinished cache, as another run would have made them."""
+    job = Job(take_over(source), purifier, 0, draws, None)
+    writer = CacheWriter(folder, job.config(), Layout(len(source), shard_size, draws), job.made())
+    for number in shards:
+        make_shard(job, writer, writer.shards[number], 3)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_partly_filled_cache_is_refused_by_default(images, purifier, expected, tmp_path):
+    source = PictureDataset(images)
+    partly_filled(tmp_path, source, purifier)
+    before = names(tmp_path)
+    with pytest.raises(CacheError, match=r'unfinished \(2 of 4 shards\)[\s\S]*"precompute"[\s\S]*"purify"'):
+        PurifiedDataset(source, purifier, cache=tmp_path, progress=False)
+    assert names(tmp_path) == before
+    kept = (tmp_path / "shard-00002.safetensors").stat().st_mtime_ns
+    dataset = PurifiedDataset(source, purifier, cache=tmp_path, missing="precompute", progress=False)
+    assert (tmp_path / "shard-00002.safetensors").stat().st_mtime_ns == kept
+    assert names(tmp_path) == ["index.json", *(f"shard-0000{n}.safetensors" for n in range(4))]
+    assert all(torch.equal(as_tensor(dataset[i][0]), expected[i]) for i in range(COUNT))
+    PurifiedDataset(source, purifier, cache=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("missing", [None, "precompute", "purify"])
+def test_a_new_folder_in_each_mode(images, purifier, expected, tmp_path, missing):
+    source = PictureDataset(images)
+    for _ in range(2):
+        dataset = PurifiedDataset(source, purifier, cache=tmp_path, missing=missing, progress=False)
+        assert all(
+            torch.equal(as_tensor(image), expected[i])
+            for i, (image, _) in enumerate(map(dataset.__getitem__, range(COUNT)))
+        )
+    CacheReader(tmp_path).verify()
+    assert names(tmp_path) == ["index.json", "shard-00000.safetensors"]
+
+
+def test_a_shard_is_purified_when_it_is_first_read(images, purifier, expected, tmp_path):
+    source = PictureDataset(images, v1.PILToTensor())
+    partly_filled(tmp_path / "on-demand", source, purifier, shards=[2])
+    dataset = PurifiedDataset(source, purifier, cache=tmp_path / "on-demand", missing="purify", progress=False)
+    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors"]
+    assert torch.equal(dataset[12][0], expected[12])
+    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors"]
+    assert torch.equal(dataset[-1][0], expected[-1])
+    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors", "shard-00003.safetensors"]
+    assert torch.equal(collect(DataLoader(dataset, batch_size=6)), expected)
+    precompute(source, purifier, tmp_path / "whole", shard_size=5, progress=False)
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "on-demand" / name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("draws", [1, 2])
+def test_workers_purify_on_demand(images, tmp_path, draws):
+    source = PictureDataset(images, v1.PILToTensor())
+    partly_filled(tmp_path, source, Jpeg(30), shards=[1], draws=draws)
+    dataset = PurifiedDataset(source, Jpeg(30), draws=draws, cache=tmp_path, missing="purify", progress=False)
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context="fork")
+    plain = PurifiedDataset(source, Jpeg(30), draws=draws)
+    for epoch in range(draws):
+        dataset.set_epoch(epoch), plain.set_epoch(epoch)
+        assert torch.equal(collect(loader), collect(DataLoader(plain, batch_size=7)))
+    CacheReader(tmp_path).verify()
+
+
+def changed_at(images: Tensor, index: int) -> PictureDataset:
+    other = images.clone()
+    other[index] ^= 1
+    return PictureDataset(other)
+
+
+@pytest.mark.parametrize("missing", ["precompute", "purify"])
+def test_a_partly_filled_cache_of_another_source(images, tmp_path, missing):
+    """Shards that are there are not taken for those of another source, whoever finishes the cache."""
+    partly_filled(tmp_path, PictureDataset(images), Jpeg())
+    source = changed_at(images, 12)
+
+    def read():
+        return PurifiedDataset(source, Jpeg(), cache=tmp_path, missing=missing, progress=False)[12]
+
+    with pytest.raises(CacheError, match=r"image of sample 12\."):
+        read()
+
+
+def test_how_much_of_the_source_is_checked(images, tmp_path):
+    PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, progress=False)
+
+    def opened(source, **options):
+        return PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False, **options)
+
+    for amount in (True, COUNT, 10 * COUNT):
+        with pytest.raises(CacheError, match=rf"1 of {COUNT} samples compared, first in the image of sample 13\."):
+            opened(changed_at(images, 13), check_source=amount)
+    other = Tensors(lambda i: (PictureDataset(images)[i][0], 5 if i in (4, 6) else i % 2))
+    with pytest.raises(CacheError, match=rf"2 of {COUNT} samples compared, first in the targets of sample 4\."):
+        opened(other)
+    both = Tensors(lambda i: (changed_at(images, 4)[i][0], 5 if i == 4 else i % 2))
+    with pytest.raises(CacheError, match=r"first in the image and targets of sample 4\."):
+        opened(both)
+    opened(changed_at(images, 13), check_source=False)[13]
+    opened(changed_at(images, 13), check_source=0)[13]
+    with pytest.raises(CacheError, match=r"3 of 3 samples compared"):
+        opened(PictureDataset(images ^ 1), check_source=3)
+    reads = []
+
+    class Counting(PictureDataset):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    found = set()
+    for _ in range(30):  # others each time
+        reads.clear()
+        opened(Counting(images), check_source=2)
+        found |= {*reads[2 * COUNT :]}
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize("amount", ["all", -1, 1.5, None])
+def test_bad_amounts_of_the_source(images, tmp_path, amount):
+    PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, progress=False)
+    with pytest.raises(InputError, match="check_source"):
+        PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, check_source=amount, progress=False)
+
+
+def test_nothing_of_the_source_is_checked_where_that_is_said(images, tmp_path):
+    partly_filled(tmp_path, PictureDataset(images), Jpeg())
+    source = changed_at(images, 12)
+    PurifiedDataset(source, Jpeg(), cache=tmp_path, missing="precompute", check_source=False, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["cuda", None])
+def test_a_partly_filled_cache_of_another_device_is_refused(images, tmp_path, kind):
+    job = Job(take_over(PictureDataset(images)), Jpeg(), 0, 1, None)
+    made = {**job.made(), "device": kind} if kind else {}
+    writer = CacheWriter(tmp_path, job.config(), Layout(COUNT, 5), made)
+    make_shard(job, writer, writer.shards[0], 5)
+    with pytest.raises(CacheError, match=r"one kind of device"):
+        PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, missing="precompute", progress=False)
+    dataset = PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, missing="purify", progress=False)
+    with pytest.raises(CacheError, match=r"one kind of device"):
+        dataset[19]
+
+
+@pytest.mark.parametrize("missing", ["purified", "", True, 0])
+def test_bad_missing(images, tmp_path, missing):
+    with pytest.raises(InputError, match=r"missing must be one of None, 'precompute', 'purify'\. Got"):
+        PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path / "new", missing=missing)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("transform", [None, v1.ToTensor()], ids=["pil", "conversion"])
+def test_in_memory(images, tmp_path, transform):
+    source = PictureDataset(images, transform)
+    plain = PurifiedDataset(source, Jpeg())
+    dataset = PurifiedDataset(source, Jpeg(), cache=tmp_path / "cache", in_memory=True, progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path / "cache", transform=transform, in_memory=True)
+    (tmp_path / "cache").rename(tmp_path / "away")
+    for i in range(COUNT):
+        assert_same(dataset[i], plain[i])
+        assert_same(alone[i], plain[i])
+    assert_same(dataset.__getitems__([3, 3, 0]), plain.__getitems__([3, 3, 0]))
+
+
+# -- a cache without its source ----------------------------------------------------------------------
+
+
+def assert_same(got, want) -> None:
+    """The same type and bits, all the way down."""
+    assert type(got) is type(want)
+    if isinstance(want, Image.Image):
+        assert (got.mode, got.size, got.tobytes()) == (want.mode, want.size, want.tobytes())
+    elif isinstance(want, Tensor):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        assert torch.equal(got, want)
+    elif isinstance(want, np.ndarray):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        assert np.array_equal(got, want)
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            assert_same(one, other)
+    else:
+        assert got == want
+
+
+def pil(x: Tensor, mode: str) -> Image.Image:
+    image = Image.fromarray(x.permute(1, 2, 0).numpy()).convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(x[0].numpy()))
+    return image
+
+
+HOLD = {
+    "pil RGB": lambda x: pil(x, "RGB"),
+    "pil L": lambda x: pil(x, "L"),
+    "pil LA": lambda x: pil(x, "LA"),
+    "pil RGBA": lambda x: pil(x, "RGBA"),
+    "numpy HWC": lambda x: x.permute(1, 2, 0).numpy().copy(),
+    "numpy HW": lambda x: x[0].numpy().copy(),
+    "numpy RGBA": lambda x: np.concatenate([x, x[:1]]).transpose(1, 2, 0).copy(),
+    "tensor CHW": lambda x: x,
+    "tensor 1HW": lambda x: x[:1],
+    "tensor HW": lambda x: x[0],
+    "tv_tensor": lambda x: tv_tensors.Image(x),
+    "numpy float64": lambda x: x.permute(1, 2, 0).numpy() / 255,
+    "tensor float16": lambda x: (x.float() / 255).half(),
+    "tensor bfloat16": lambda x: (x.float() / 255).bfloat16(),
+    "tv_tensor float32": lambda x: tv_tensors.Image(x.float() / 255),
+}
+SAMPLES = {
+    "pair": (lambda x, i: (x, i), None),
+    "triple": (lambda x, i: (x, i, f"{i}.png"), None),
+    "list": (lambda x, i: [x, torch.tensor([i])], None),
+    "second": (lambda x, i: ({"box": (i, 1.5)}, x), 1),
+    "last": (lambda x, i: (i, None, x), -1),
+    "dict": (lambda x, i: {"id": i, "image": x, "mask": np.full((2, 2), i)}, None),
+    "dict-key": (lambda x, i: {"jpg": x, "cls": i}, "jpg"),
+    "bare": (lambda x, i: x, None),
+    "tuple of one": (lambda x, i: (x,), None),
+}
+
+
+@pytest.mark.parametrize("shape", SAMPLES)
+@pytest.mark.parametrize("container", HOLD)
+def test_from_cache_is_the_wrapped_dataset(images, tmp_path, container, shape):
+    make, key = SAMPLES[shape]
+    source = Tensors(lambda i: make(HOLD[container](images[i]), i), 6)
+    plain = PurifiedDataset(source, Jpeg(30), image_key=key)
+    cached = PurifiedDataset(source, Jpeg(30), image_key=key, cache=tmp_path, progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path)
+    assert len(alone) == 6
+    for i in range(6):
+        assert_same(alone[i], cached[i])
+        if "float" not in container:  # 8 bits a channel
+            assert_same(alone[i], plain[i])
+    assert_same(alone.__getitems__([5, 0, -1]), cached.__getitems__([5, 0, -1]))
+    assert_same(alone[-1], alone[5])
+    with pytest.raises(IndexError, match="Got 6"):
+        alone[6]
+
+
+def test_containers_of_several_kinds_in_one_dataset(images, tmp_path):
+    kinds = [make for name, make in HOLD.items() if "float" not in name]
+    source = Tensors(lambda i: (kinds[i % len(kinds)](images[i]), i))
+    plain = PurifiedDataset(source, Jpeg(30))
+    PurifiedDataset(source, Jpeg(30), cache=tmp_path, progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path)
+    for i in range(COUNT):
+        assert_same(alone[i], plain[i])
+
+
+NORMALIZE = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
+RANDOM = {
+    "crop": lambda: v1.Compose([v1.RandomCrop(8), v1.RandomHorizontalFlip(), v1.ToTensor()]),
+    "crop, normalised": lambda: v2.Compose(
+        [v2.RandomCrop(8), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**NORMALIZE)]
+    ),
+    "function": lambda: lambda image: v1.functional.pil_to_tensor(image),
+}
+CONVERSIONS = {
+    "ToTensor": lambda: v1.ToTensor(),
+    "Compose of ToTensor": lambda: v1.Compose([v1.ToTensor()]),
+    "PILToTensor": lambda: v1.PILToTensor(),
+    "v2 PILToTensor": lambda: v2.Compose([v2.PILToTensor()]),
+    "ToTensor, Normalize": lambda: v1.Compose([v1.ToTensor(), v1.Normalize(**NORMALIZE)]),
+    "nested": lambda: v1.Compose([v1.Compose([v1.ToTensor()]), v2.Compose([v2.Normalize(**NORMALIZE)])]),
+    "PILToTensor, ConvertImageDtype": lambda: v1.Compose([v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)]),
+    "all v1": lambda: v1.Compose([v1.PILToTensor(), v1.ConvertImageDtype(torch.float32), v1.Normalize(**NORMALIZE)]),
+    "ToImage": lambda: v2.ToImage(),
+    "ToImage, ToDtype": lambda: v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]),
+    "ToImage, ToDtype, Normalize": lambda: v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**NORMALIZE)]
+    ),
+    "ToImage, ToDtype, Normalize, ToPureTensor": lambda: v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(**NORMALIZE), v2.ToPureTensor()]
+    ),
+    "ToImage, ToPureTensor, ToDtype": lambda: v2.Compose(
+        [v2.ToImage(), v2.ToPureTensor(), v2.ToDtype(torch.float32, scale=True)]
+    ),
+}
+CONVERSIONS_WITHOUT_FLOAT32 = {
+    "float64": lambda: v1.Compose([v1.PILToTensor(), v1.ConvertImageDtype(torch.float64), v1.Normalize(**NORMALIZE)]),
+    "float16": lambda: v2.Compose([v2.ToImage(), v2.ToDtype(torch.float16, scale=True)]),
+    "bfloat16, normalised": lambda: v1.Compose(
+        [v1.ToTensor(), v1.Normalize(**NORMALIZE), v1.ConvertImageDtype(torch.bfloat16)]
+    ),
+}
+
+
+@pytest.mark.parametrize("compensate", [None, Compensate(p=0.5, sigma=0.1)], ids=["", "compensated"])
+@pytest.mark.parametrize("name", {**RANDOM, **CONVERSIONS, "none": None})
+def test_from_cache_with_transforms(images, tmp_path, name, compensate):
+    """Of the same random state the same crops, of the same seed the same compensation."""
+    make = {**RANDOM, **CONVERSIONS}.get(name, lambda: None)
+    target_transform = v1.Lambda(lambda t: f"class {t}") if name == "crop" else None
+    source = PictureDataset(images, make(), target_transform)
+    wrapped = PurifiedDataset(source, Jpeg(30), compensate, seed=7)
+    PurifiedDataset(PictureDataset(images), Jpeg(30), seed=7, cache=tmp_path, progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path, compensate, transform=make(), target_transform=target_transform)
+    cached = PurifiedDataset(source, Jpeg(30), compensate, seed=7, cache=tmp_path, progress=False)
+    for epoch in (0, 2):
+        for dataset in (wrapped, alone, cached):
+            dataset.set_epoch(epoch)
+        for i in (0, 3, 19):
+            results = []
+            for dataset in (wrapped, alone, cached):
+                torch.manual_seed(i)
+                results.append(dataset[i])
+            assert_same(results[1], results[0])
+            assert_same(results[2], results[0])
+
+
+def test_a_seed_of_compensation(images, tmp_path):
+    compensate = Compensate(p=0, sigma=0.1)
+    PurifiedDataset(PictureDataset(images), Jpeg(30), seed=3, cache=tmp_path, progress=False)
+    a, b, c = (PurifiedDataset.from_cache(tmp_path, compensate, seed=seed)[0][0] for seed in (None, 3, 4))
+    assert_same(a, b)
+    assert a.tobytes() != c.tobytes()
+
+
+def test_attributes_of_a_cache_without_its_source(images, tmp_path):
+    source = PictureDataset(images)
+    PurifiedDataset(source, Jpeg(), cache=tmp_path / "pairs", progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path / "pairs")
+    assert alone.classes == ["even", "odd"]
+    assert alone.class_to_idx == {"even": 0, "odd": 1}
+    assert alone.targets == [i % 2 for i in range(COUNT)]
+    assert alone.dataset is None
+    assert_same(pickle.loads(pickle.dumps(alone))[3], alone[3])
+    PurifiedDataset(Tensors(lambda i: images[i]), Jpeg(), cache=tmp_path / "bare", progress=False)
+    bare = PurifiedDataset.from_cache(tmp_path / "bare")
+    for name in ("classes", "class_to_idx", "targets", "other"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(bare, name)
+
+
+def test_from_cache_of_what_is_none(images, tmp_path):
+    with pytest.raises(CacheError, match=r"index\.json"):
+        PurifiedDataset.from_cache(tmp_path)
+    partly_filled(tmp_path, PictureDataset(images), Jpeg())
+    with pytest.raises(CacheError, match=r"unfinished \(2 of 4"):
+        PurifiedDataset.from_cache(tmp_path)
+    with pytest.raises(InputError, match="Got float"):
+        PurifiedDataset.from_cache(tmp_path, 0.4)
+
+
+def test_targets_that_cannot_be_stored(images, tmp_path, caplog):
+    marker = object()
+    source = Tensors(lambda i: (images[i], marker, i))
+    with caplog.at_level(logging.WARNING, "purifyloader"):
+        PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)
+    assert any("builtins.object" in record.getMessage() for record in caplog.records)
+    again = PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)
+    assert again[3][1] is marker
+    assert again[3][2] == 3
+    assert_same(again[3][0], PurifiedDataset(source, Jpeg())[3][0])
+    with pytest.raises(CacheError, match=r"must hold its targets[\s\S]*give the source"):
+        PurifiedDataset.from_cache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [np.array(["a", "b"]), np.array([object()]), torch.eye(2).to_sparse()],
+    ids=["strings", "objects", "sparse"],
+)
+def test_targets_without_a_hash(images, tmp_path, target):
+    """Neither stored nor hashed by value, but no reason to refuse the images."""
+    source = Tensors(lambda i: (images[i], target), 4)
+    PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)
+    assert PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)[2][1] is target
+
+
+def test_a_named_tuple_is_one_again_with_its_source(images, tmp_path):
+    source = Tensors(lambda i: Pair(images[i], i, {"id": i}))
+    for _ in range(2):
+        sample = PurifiedDataset(source, Jpeg(), cache=tmp_path, progress=False)[4]
+        assert type(sample) is Pair
+        assert (sample.label, sample.meta) == (4, {"id": 4})
+    assert type(PurifiedDataset.from_cache(tmp_path)[4]) is tuple
+
+
+def test_a_target_transform_needs_a_target(images, tmp_path):
+    PurifiedDataset(Tensors(lambda i: images[i]), Jpeg(), cache=tmp_path, progress=False)
+    with pytest.raises(InputError, match="target_transform"):
+        PurifiedDataset.from_cache(tmp_path, target_transform=str)[0]
+
+
+# -- batches -----------------------------------------------------------------------------------------
+
+
+def one_by_one(images, make, compensate, epoch: int, indices, mode: str = "RGB") -> list:
+    """Item by item, through the transform itself, without a cache."""
+    dataset = PurifiedDataset(PictureDataset(images, make(), mode=mode), Jpeg(30), compensate)
+    dataset.set_epoch(epoch)
+    return [dataset[i] for i in indices]
+
+
+ORDER = [3, 0, 19, 3, 7]
+
+
+def test_whole_batches_of_unscaled_floats(images, tmp_path):
+    def make():
+        return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(**NORMALIZE)])
+
+    dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), cache=tmp_path, progress=False)
+    want = one_by_one(images, make, None, 0, ORDER)
+    assert_same(dataset.__getitems__(ORDER), want)
+    assert_same(dataset[ORDER], default_collate(want))
+    with pytest.raises(InputError, match=r"divide 0-255 floats"):
+        PurifiedDataset(PictureDataset(images, make()), Jpeg(30), Compensate(), cache=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_batches_follow_the_default_dtype(images, tmp_path, dtype):
+    """As ToTensor does."""
+    dataset = PurifiedDataset(PictureDataset(images, v1.ToTensor()), Jpeg(30), cache=tmp_path, progress=False)
+    torch.set_default_dtype(dtype)
+    try:
+        want = one_by_one(images, v1.ToTensor, None, 0, ORDER)
+        assert want[0][0].dtype == dtype
+        assert_same(dataset[ORDER], default_collate(want))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_whole_batches_are_converted_at_once(images, tmp_path):
+    """Not a word of the bits: without this they would all be the same for another reason."""
+    calls = []
+
+    class Watched(v1.Normalize):
+        def forward(self, tensor):
+            calls.append(tensor.ndim)
+            return super().forward(tensor)
+
+    for kind, want in ((Watched, [3] * len(ORDER)), (v1.Normalize, [4])):
+        transform = v1.Compose([v1.ToTensor(), kind(**NORMALIZE)])
+        dataset = PurifiedDataset(PictureDataset(images, transform), Jpeg(30), cache=tmp_path, progress=False)
+        calls.clear()
+        step = transform.transforms[-1]
+        if kind is v1.Normalize:
+            step.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].ndim))
+        dataset[ORDER]
+        assert calls == want
+
+
+@pytest.mark.parametrize("compensate", [None, Compensate(p=0.5, sigma=0.1)], ids=["", "compensated"])
+@pytest.mark.parametrize("name", {**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32})
+def test_whole_batches_have_the_bits_of_single_items(images, tmp_path, name, compensate):
+    make = {**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32}[name]
+    dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), compensate, cache=tmp_path, progress=False)
+    alone = PurifiedDataset.from_cache(tmp_path, compensate, transform=make())
+    for epoch in (0, 1):
+        want = one_by_one(images, make, compensate, epoch, ORDER)
+        for cached in (dataset, alone):
+            cached.set_epoch(epoch)
+            for _ in range(2):  # by the second time all images were checked
+                assert_same(cached.__getitems__(ORDER), want)
+                assert_same([cached[i] for i in ORDER], want)
+                assert_same(cached[ORDER], default_collate(want))
+                assert_same(cached[tuple(ORDER)], default_collate(want))
+                assert_same(cached[torch.tensor(ORDER)], default_collate(want))
+                assert_same(cached[[-1]], default_collate([cached[COUNT - 1]]))
+
+
+@pytest.mark.parametrize("compensate", [None, Compensate(p=0.5, sigma=0.1)], ids=["", "compensated"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA"])
+@pytest.mark.parametrize("name", ["Compose of ToTensor", "PILToTensor", "ToImage, ToDtype"])
+def test_whole_batches_of_grey_and_alpha(images, tmp_path, name, mode, compensate):
+    make = CONVERSIONS[name]
+    source = PictureDataset(images, make(), mode=mode)
+    want = one_by_one(images, make, compensate, 0, ORDER, mode)
+    dataset = PurifiedDataset(source, Jpeg(30), compensate, cache=tmp_path, progress=False)
+    assert_same(dataset.__getitems__(ORDER), want)
+    assert_same(dataset[ORDER], default_collate(want))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("cached", [False, True])
+def test_whole_batches_of_random_crops(images, tmp_path, name, cached):
+    dataset = PurifiedDataset(
+        PictureDataset(images, RANDOM[name]()), Jpeg(30), cache=tmp_path if cached else None, progress=False
+    )
+    torch.manual_seed(0)
+    want = default_collate([dataset[i] for i in ORDER])
+    torch.manual_seed(0)
+    assert_same(dataset[ORDER], want)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda i: float(i),
+        lambda i: str(i),
+        lambda i: {"a": i, "b": [i, 0.5]},
+        lambda i: torch.full((2,), i),
+        lambda i: i > 2,
+    ],
+    ids=["float", "str", "dict", "tensor", "bool"],
+)
+def test_whole_batches_collate_any_target(images, tmp_path, target):
+    source = Tensors(lambda i: (pil(images[i], "RGB"), target(i)))
+    dataset = PurifiedDataset(source, Jpeg(30), transform=v1.ToTensor(), cache=tmp_path, progress=False)
+    want = [dataset[i] for i in ORDER]
+    assert_same(dataset[ORDER], default_collate(want))
+    assert_same(dataset.__getitems__(ORDER), want)
+
+
+@pytest.mark.parametrize("shape", ["triple", "list", "dict", "bare"])
+def test_whole_batches_of_any_sample(images, tmp_path, shape):
+    make, key = SAMPLES[shape]
+    source = Tensors(lambda i: make(images[i], i))
+    for cache in (None, tmp_path):
+        dataset = PurifiedDataset(source, Jpeg(30), image_key=key, cache=cache, progress=False)
+        assert_same(dataset[ORDER], default_collate([dataset[i] for i in ORDER]))
+
+
+def test_bad_batches_of_indices(images, tmp_path):
+    for make in (v1.ToTensor, v1.RandomHorizontalFlip):
+        dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), cache=tmp_path, progress=False)
+        with pytest.raises(IndexError, match="Got 20"):
+            dataset[[0, COUNT]]
+        with pytest.raises(TypeError):
+            dataset[[0.5]]
+        assert dataset.__getitems__([]) == []
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["ToTensor", "ToImage, ToDtype, Normalize", "PILToTensor"])
+def test_a_loader_over_a_cache(images, tmp_path, workers, name):
+    compensate = Compensate(p=0.5, sigma=0.1) if "Normalize" in name else None
+    make = CONVERSIONS[name]
+    dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), compensate, cache=tmp_path, progress=False)
+    want = one_by_one(images, make, compensate, 0, range(COUNT))
+    loader = DataLoader(dataset, batch_size=6, num_workers=workers, multiprocessing_context="fork" if workers else None)
+    for batch, start in zip(loader, range(0, COUNT, 6), strict=True):
+        assert_same(batch, default_collate(want[start : start + 6]))
+
+
+# -- draws -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("where", ["on the fly", "cached", "precomputed", "from cache", "in memory"])
+@pytest.mark.parametrize("make", [v1.PILToTensor, lambda: lambda image: as_tensor(image)], ids=["batch", "item"])
+def test_an_epoch_reads_its_draw(images, purifier, expected, tmp_path, workers, where, make):
+    draws = 2
+    source = PictureDataset(images, make())
+    want = [
+        quantize(purifier(images.float() / 255, noise.fold_in(noise.image_keys(0, k, range(COUNT)), 0)))
+        for k in range(draws)
+    ]
+    assert torch.equal(want[0], expected)
+    assert not torch.equal(want[0], want[1])
+    if where in ("precomputed", "from cache", "in memory"):
+        precompute(source, purifier, tmp_path, draws=draws, shard_size=6, progress=False)
+    if where == "from cache":
+        dataset = PurifiedDataset.from_cache(tmp_path, transform=make())
+    else:
+        dataset = PurifiedDataset(
+            source,
+            purifier,
+            draws=draws,
+            cache=None if where == "on the fly" else tmp_path,
+            in_memory=where == "in memory",
+            progress=False,
+        )
+    assert dataset.draws == draws
+    context = "fork" if workers else None
+    loader = DataLoader(
+        dataset, 6, num_workers=workers, multiprocessing_context=context, persistent_workers=workers > 0
+    )
+    for epoch in (0, 1, 2, 5):
+        dataset.set_epoch(epoch)
+        assert torch.equal(collect(loader), want[epoch % draws])
+        assert torch.equal(dataset[3][0], want[epoch % draws][3])
+        assert torch.equal(dataset[[3, 1]][0], want[epoch % draws][[3, 1]])
+
+
+def test_draws_of_a_cache_and_of_a_call_must_agree(images, tmp_path):
+    precompute(PictureDataset(images), Jpeg(), tmp_path, draws=2, progress=False)
+    with pytest.raises(CacheError, match="draws: 2 → 1"):
+        PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, progress=False)
+    for bad in (0, -1, 1.5, None):
+        with pytest.raises(InputError, match="draws"):
+            PurifiedDataset(PictureDataset(images), Jpeg(), draws=bad)
+
+
+@pytest.mark.parametrize("make", [v1.PILToTensor, lambda: None], ids=["batch", "pil"])
+@pytest.mark.parametrize("how", ["items", "batches"])
+def test_forgetting_set_epoch_is_said_for_draws_too(images, tmp_path, caplog, make, how):
+    source = PictureDataset(images, make())
+    dataset = PurifiedDataset(source, Jpeg(), draws=2, cache=tmp_path, progress=False)
+    with caplog.at_level(logging.WARNING, "purifyloader"):
+        for _ in range(5):
+            if how == "items":
+                for i in range(COUNT):
+                    dataset[i]
+            else:
+                dataset.__getitems__(range(COUNT))
+    assert len(caplog.records) == 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------
@@ -531,6 +1204,28 @@ def test_looking_does_not_move_the_random_state(images):
     torch.manual_seed(5)
     np.random.seed(5)
     PurifiedDataset(Noisy(lambda i: (images[i], i)), Jpeg())
+    assert (torch.rand(1), np.random.rand()) == want
+
+
+@pytest.mark.parametrize("how", ["compensated", "made", "opened"])
+def test_wrapping_does_not_move_the_random_state(images, tmp_path, how):
+    class Noisy(Tensors):
+        def __getitem__(self, index):
+            torch.rand(1), np.random.rand()
+            return super().__getitem__(index)
+
+    source = Noisy(lambda i: (images[i], i))
+    options = {"cache": tmp_path, "progress": False}
+    if how == "compensated":
+        options = {"compensate": Compensate()}
+    elif how == "opened":
+        PurifiedDataset(source, Jpeg(), **options)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    want = torch.rand(1), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    PurifiedDataset(source, Jpeg(), **options)
     assert (torch.rand(1), np.random.rand()) == want
 
 
@@ -612,7 +1307,8 @@ def test_kill_while_caching_then_go_on(images, tmp_path: Path):
         "    def run(self, x, seeds):\n"
         "        time.sleep(float(sys.argv[2]))\n"
         "        return super().run(x, seeds)\n"
-        "PurifiedDataset(PictureDataset(random_images(3000, 8)), Slow(10), cache=sys.argv[1], progress=False)\n"
+        "PurifiedDataset(PictureDataset(random_images(3000, 8)), Slow(10), cache=sys.argv[1], missing='precompute', "
+        "progress=False)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
 

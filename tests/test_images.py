@@ -12,7 +12,19 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from purifyloader.errors import InputError
-from purifyloader.images import from_bytes, from_engine, is_image, own_channels, quantize, to_engine, to_unit
+from purifyloader.images import (
+    as_stored,
+    from_bytes,
+    from_engine,
+    is_image,
+    own_channels,
+    pil_mode,
+    quantize,
+    to_bytes,
+    to_engine,
+    to_unit,
+    type_of,
+)
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
@@ -228,7 +240,7 @@ def test_grey_is_pils_luma():
     assert own_channels(x, of_colour) is x
 
 
-# -- from a cache's bytes --------------------------------------------------------------------------------
+# -- as a cache holds them -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*BYTES, *FLOATS])
@@ -237,12 +249,91 @@ def test_from_bytes_is_from_engine(name, channels):
     image = {**BYTES, **FLOATS}[name]()
     x, kind = to_engine(image, channels)
     x = (x * 0.9 + 0.03).clamp(0, 1)
-    row = quantize(own_channels(x, kind)).permute(1, 2, 0).contiguous().numpy()
-    got = from_bytes(row, kind)
-    expected = from_engine(torch.from_numpy(row).permute(2, 0, 1).float() / 255, kind)
+    row = to_bytes(x, kind)
+    assert row.dtype == np.uint8
+    assert row.flags.c_contiguous
+    assert row.shape == (*x.shape[1:], channels_of(image))
+    got = from_bytes(row, type_of(kind))
+    colour = torch.from_numpy(row).permute(2, 0, 1).float()[: 1 if channels_of(image) < 3 else 3] / 255
+    expected = from_engine(colour, kind)
     assert_same_kind(got, image)
-    assert_same_kind(expected, image)
-    np.testing.assert_array_equal(values(got), values(expected))
+    if kind.alpha is None or kind.dtype == torch.uint8:
+        np.testing.assert_array_equal(values(got), values(expected))
+    else:  # an alpha plane of floats is kept to 8 bits
+        np.testing.assert_allclose(values(got), values(expected), atol=0.501 / 255)
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_go_through_a_cache_exactly(name):
+    """Grey, colour and alpha, from and to every container."""
+    image = BYTES[name]()
+    x, kind = to_engine(image)
+    got = from_bytes(to_bytes(x, kind), type_of(kind))
+    assert_same_kind(got, image)
+    np.testing.assert_array_equal(values(got), values(image))
+
+
+@pytest.mark.parametrize("name", ["pil RGB", "numpy HW3", "numpy HW", "tensor 3HW", "tensor HW", "tv_tensor 4HW"])
+def test_what_from_bytes_gives_is_a_copy(name):
+    """A row is a view of a file that must not be written to."""
+    x, kind = to_engine(BYTES[name]())
+    row = to_bytes(x, kind)
+    row.flags.writeable = False
+    before = row.copy()
+    got = from_bytes(row, type_of(kind))
+    if isinstance(got, Image.Image):
+        got.putpixel((0, 0), (9, 9, 9))
+    else:
+        got[:] = 9
+    np.testing.assert_array_equal(row, before)
+
+
+def test_golden_types():
+    """These words stand in the files of a cache."""
+    types = {name: type_of(to_engine(make())[1]) for name, make in BYTES.items()}
+    some = ("pil L", "pil LA", "pil RGB", "numpy HW", "numpy HW1", "tensor 1HW", "tv_tensor 3HW")
+    assert {name: types[name] for name in some} == {
+        "pil L": "pil/uint8/2",
+        "pil LA": "pil/uint8/3",
+        "pil RGB": "pil/uint8/3",
+        "numpy HW": "numpy/uint8/2",
+        "numpy HW1": "numpy/uint8/3",
+        "tensor 1HW": "tensor/uint8/3",
+        "tv_tensor 3HW": "tv_tensor/uint8/3",
+    }
+    assert type_of(to_engine(np.zeros((2, 2), np.float64))[1]) == "numpy/float64/2"
+    assert type_of(to_engine(torch.zeros(3, 2, 2, dtype=torch.bfloat16))[1]) == "tensor/bfloat16/3"
+    assert [pil_mode(c) for c in (1, 2, 3, 4)] == ["L", "LA", "RGB", "RGBA"]
+
+
+@pytest.mark.parametrize("name", [*BYTES, *FLOATS])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_as_stored_is_to_engine_without_floats(name, channels):
+    image = {**BYTES, **FLOATS}[name]()
+    x, kind = as_stored(image, channels)
+    want, other = to_engine(image, channels)
+    assert x.dtype == (torch.uint8 if name in BYTES else torch.float32)
+    assert x.is_contiguous()
+    assert torch.equal(x.float() / 255 if x.dtype == torch.uint8 else x, want)
+    assert type_of(kind) == type_of(other)
+    assert (kind.channels, kind.planar) == (other.channels, other.planar)
+
+
+@pytest.mark.parametrize("name", ["pil LA", "pil RGBA", "numpy HW4", "tensor 4HW float"])
+def test_an_image_with_alpha_keeps_its_size(name):
+    image = {**BYTES, "tensor 4HW float": lambda: chw(4) / 255}[name]()
+    x, kind = to_engine(image)
+    for give_back in (to_bytes, from_engine):
+        with pytest.raises(InputError, match=r"Got \(16, 16\), purified to \(8, 8\)"):
+            give_back(x[:, :8, :8], kind)
+
+
+def test_other_sizes_come_back_in_their_own():
+    for name in ("pil RGB", "pil L", "numpy HW", "numpy HW3", "tensor 3HW", "tv_tensor 1HW"):
+        x, kind = to_engine(BYTES[name]())
+        part = x[:, :8, :5]
+        got = from_bytes(to_bytes(part, kind), type_of(kind))
+        np.testing.assert_array_equal(values(got), values(from_engine(part, kind)))
 
 
 # -- what is refused -------------------------------------------------------------------------------------
@@ -287,8 +378,9 @@ def with_value(value: float, array: bool = False) -> Any:
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
 def test_what_is_no_image(image, message):
-    with pytest.raises(InputError, match=message):
-        to_engine(image)
+    for take in (to_engine, as_stored):
+        with pytest.raises(InputError, match=message):
+            take(image)
 
 
 def test_colour_for_a_grey_purifier():

@@ -16,7 +16,15 @@ from purifyloader import cli, pretrained
 ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
-    "purifyloader": ["PurifiedDataset", "PurifyError", "pretrained", "purifiers", "recipes", "transforms"],
+    "purifyloader": [
+        "PurifiedDataset",
+        "PurifyError",
+        "precompute",
+        "pretrained",
+        "purifiers",
+        "recipes",
+        "transforms",
+    ],
     "purifyloader.errors": [
         "CacheError",
         "CheckpointError",
@@ -33,12 +41,16 @@ PUBLIC = {
         "Jpeg",
         "Purifier",
         "Repeat",
+        "Resize",
         "SCHEMA",
+        "Tiles",
         "from_config",
         "from_json",
     ],
+    "purifyloader.datasets": ["ImageFiles", "TarDataset", "open_dataset"],
     "purifyloader.recipes": ["denoise_once", "eclipse", "from_json", "jpeg"],
     "purifyloader.transforms": ["Compensate"],
+    "purifyloader.transforms.webdataset": ["purified"],
     "purifyloader.transforms.functional": ["compensate", "jpeg"],
     "purifyloader.pretrained": ["available", "load", "save"],
     "purifyloader.poisons": [

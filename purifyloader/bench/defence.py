@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from purifyloader import noise
 from purifyloader.bench.training import BatchTransform
-from purifyloader.dataset import COMPENSATE, PurifiedDataset
+from purifyloader.dataset import PurifiedDataset
+from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 

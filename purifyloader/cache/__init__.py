@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from purifyloader.cache.format import Shard, fingerprint
+from purifyloader.cache.format import Layout, Shard, fingerprint
 from purifyloader.cache.reader import CacheReader
-from purifyloader.cache.source import SourceHasher
+from purifyloader.cache.source import source_hashes
 from purifyloader.cache.writer import CacheWriter
 
-__all__ = ["CacheReader", "CacheWriter", "Shard", "SourceHasher", "fingerprint"]
+__all__ = ["CacheReader", "CacheWriter", "Layout", "Shard", "fingerprint", "source_hashes"]

@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from purifyloader.errors import CacheError, ConfigError
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files import canonical_json, write_text
 
 __all__ = [
+    "ENCODED",
     "FORMAT",
     "INDEX_FILE",
     "METADATA",
@@ -23,29 +27,42 @@ __all__ = [
     "TENSOR",
     "VERSION",
     "Index",
+    "Layout",
+    "OtherVersionError",
     "Shard",
     "ShardEntry",
     "ShardHeader",
     "differences",
     "fingerprint",
+    "index_values",
+    "parse_index",
     "plain",
     "read_index",
     "read_shard_header",
     "shard_hashes",
+    "shard_metadata",
     "shards_of",
+    "source_sha256",
     "write_index",
 ]
 
 FORMAT = "purifyloader-cache"
-VERSION = 1
+VERSION = 2
 INDEX_FILE = "index.json"
 SHARD_FILE = re.compile(r"shard-(\d{5,})\.safetensors")
 SHARD_SIZE = 1024
 TENSOR = "images"
+ENCODED = "encoded"
 METADATA = "purifyloader"  # one key only: safetensors writes two in random order
+ENCODINGS = ("raw", "png")
 
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_REINDEX = f"Delete {INDEX_FILE} and precompute into this folder again: shards that verify are kept"
 _AGAIN = "Precompute into this folder again: it will be made anew, and the shards that verify are kept"
+
+
+class OtherVersionError(CacheError):
+    """A cache of a version that this library does not read: not damaged, and not to be made again unasked."""
 
 
 @dataclass(frozen=True)
@@ -62,39 +79,121 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a dataset is cut into files; it decides no pixel.
+
+    Attributes:
+        length: images of the dataset.
+        shard_size: images of a full shard.
+        draws: independent purifications of each image.
+        encoding: "raw", images of one size as they are, or "png", images of any sizes.
+    """
+
+    length: int
+    shard_size: int = SHARD_SIZE
+    draws: int = 1
+    encoding: str = "raw"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "shard_size", "draws"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} must be a positive integer. Got {value!r}.")
+        if self.encoding not in ENCODINGS:
+            raise InputError(f"encoding must be one of {', '.join(ENCODINGS)}. Got {self.encoding!r}.")
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return shards_of(self.length, self.shard_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
 class ShardHeader:
-    """What a shard's file says about itself."""
+    """What a shard's file says about itself.
+
+    Attributes:
+        shard, layout, config: what it is part of.
+        image_shape: (H, W, C) of all images, None where they are encoded.
+        sizes: bytes of each encoded row.
+        crc32: of each row, as stored.
+        image_types: how each image was held: "pil/uint8/3" is container, dtype and dimensions; one an
+            image, or one string for all.
+        sample: how a sample is put together, see `purifyloader.samples.structure_of`; None with `targets`.
+        targets: the other fields of each sample, as `purifyloader.cache.values` writes them; None where
+            they are not stored.
+        source: 64-bit hashes of each source image and of its targets, (count, 2); None if not taken.
+        made: device kind and versions.
+        tensor_sha256: of the tensor's bytes.
+        sha256: by which the header guards itself.
+        offset: of the tensor's first byte in the file.
+    """
 
     shard: Shard
-    shard_size: int
-    length: int
-    fingerprint: str
+    layout: Layout
     config: dict[str, Any]
-    sha256: str  # of the tensor's bytes
-    image_shape: tuple[int, int, int]
-    offset: int  # of the tensor's first byte in the file
+    image_shape: tuple[int, int, int] | None
+    sizes: NDArray[np.int64] | None
+    crc32: NDArray[np.uint32]
+    image_types: str | tuple[str, ...]
+    sample: dict[str, Any] | None
+    targets: list[Any] | None
+    source: NDArray[np.uint64] | None
+    made: dict[str, Any]
+    tensor_sha256: str
+    sha256: str
+    offset: int
+
+    @property
+    def file_size(self) -> int:
+        rows = self.layout.draws * self.shard.count
+        return self.offset + (
+            int(self.sizes.sum()) if self.sizes is not None else rows * math.prod(self.image_shape or ())
+        )
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says about a shard."""
+    """What the index says about a shard.
+
+    Attributes:
+        sha256: of the whole file.
+        header: by which its metadata guards itself, so that opening a cache need not hash the images.
+    """
 
     file: str
     count: int
-    sha256: str  # of the whole file
+    sha256: str
+    header: str
 
 
 @dataclass(frozen=True)
 class Index:
-    """index.json."""
+    """index.json.
 
-    fingerprint: str
-    config: dict[str, Any]
-    length: int
-    shard_size: int
-    image_shape: tuple[int, int, int]
+    Attributes:
+        identity: what the cache is, and what the fingerprint is the SHA-256 of.
+        made: how many shards were made with which device kind and versions.
+        notes: for people, and decides nothing.
+    """
+
+    identity: dict[str, Any]
+    layout: Layout
+    image_shape: tuple[int, int, int] | None
     shards: tuple[ShardEntry, ...]
+    made: tuple[dict[str, Any], ...] = ()
+    notes: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.identity["config"]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
 
 
 def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,51 +255,121 @@ def shards_of(length: int, shard_size: int) -> tuple[Shard, ...]:
     return tuple(Shard(n, start, min(shard_size, length - start)) for n, start in enumerate(starts))
 
 
+def shard_metadata(
+    shard: Shard,
+    layout: Layout,
+    config: Mapping[str, Any],
+    *,
+    crc32: Sequence[int],
+    sizes: Sequence[int] | None,
+    image_types: str | Sequence[str],
+    sample: Mapping[str, Any] | None,
+    targets: Sequence[Any] | None,
+    source: NDArray[np.uint64] | None,
+    made: Mapping[str, Any],
+    tensor_sha256: str,
+) -> str:
+    """The canonical JSON that stands in a shard's header."""
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "shard": shard.number,
+        "start": shard.start,
+        "count": shard.count,
+        "layout": layout.to_dict(),
+        "config": config,
+        "fingerprint": fingerprint(config),
+        "crc32": list(crc32),
+        "sizes": None if sizes is None else list(sizes),
+        "image_types": image_types if isinstance(image_types, str) else list(image_types),
+        "sample": sample,
+        "targets": targets,
+        "source": None if source is None else [_hex_words(source[:, 0]), _hex_words(source[:, 1])],
+        "made": made,
+        "tensor_sha256": tensor_sha256,
+    }
+    return canonical_json({**values, "sha256": _sha256(values)})
+
+
+def _hex_words(words: NDArray[np.uint64]) -> str:
+    """64-bit words, big endian, 16 hex digits each."""
+    return words.astype(">u8").tobytes().hex()
+
+
+def _words(text: str, count: int) -> NDArray[np.uint64]:
+    data = np.frombuffer(bytes.fromhex(text), dtype=">u8").astype(np.uint64)
+    if len(data) != count:
+        raise ValueError(f"it has {len(data)} source hashes for {count} images")
+    return data
+
+
 def read_shard_header(path: Path) -> ShardHeader:
     """A shard's header, checked against itself and against the size of the file. Reads no images.
 
     Raises:
-        CacheError: the file is missing, truncated, not a shard, or of a newer version.
+        CacheError: the file is missing, truncated, not a shard, or of another version.
     """
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(size) if size <= _MAX_HEADER else b""
-        header = json.loads(text)
-        values = json.loads(header["__metadata__"][METADATA])
+        outer = json.loads(text)
+        values = json.loads(outer["__metadata__"][METADATA])
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}")
         if values["version"] != VERSION:
-            raise CacheError(
+            raise OtherVersionError(
                 f"{path} must be a shard of version {VERSION}. Got version {values['version']!r}. "
-                "Update purifyloader, or delete the folder and precompute again."
+                "Use the purifyloader that wrote it, or delete the folder and precompute again."
             )
-        tensor = header[TENSOR]
-        shape = tensor["shape"]
-        found = ShardHeader(
-            shard=Shard(values["shard"], values["start"], values["count"]),
-            shard_size=values["shard_size"],
-            length=values["length"],
-            fingerprint=values["fingerprint"],
-            config=values["config"],
-            sha256=values["sha256"],
-            image_shape=(shape[1], shape[2], shape[3]),
-            offset=8 + size,
-        )
-        if fingerprint(found.config) != found.fingerprint:
-            raise ValueError("its configuration does not have its fingerprint")
-        if tensor["dtype"] != "U8" or len(shape) != 4 or shape[0] != found.shard.count:
-            raise ValueError(f"its tensor is {tensor['dtype']} of shape {shape}")
-        if tensor["data_offsets"] != [0, math.prod(shape)]:
-            raise ValueError("its tensor is not where it should be")
+        if values["sha256"] != _sha256(values):
+            raise ValueError("its header does not have its sha256")
+        found = _shard_header(values, outer, 8 + size)
     except FileNotFoundError:
         raise CacheError(f"A cache holds every shard that its index names. {path} is missing. {_AGAIN}.") from None
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, InputError, RecursionError) as error:
         raise CacheError(f"{path} must be a whole shard. Got a damaged file ({error!r}). {_AGAIN}.") from None
-    expected = found.offset + math.prod(shape)
-    if (got := path.stat().st_size) != expected:
-        raise CacheError(f"{path} must have {expected} bytes. Got {got}: it is damaged. {_AGAIN}.")
+    except OSError as error:
+        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
+    if (got := path.stat().st_size) != found.file_size:
+        raise CacheError(f"{path} must have {found.file_size} bytes. Got {got}: it is damaged. {_AGAIN}.")
     return found
+
+
+def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) -> ShardHeader:
+    layout = Layout(**values["layout"])
+    shard = Shard(values["shard"], values["start"], values["count"])
+    rows = layout.draws * shard.count
+    if fingerprint(values["config"]) != values["fingerprint"]:
+        raise ValueError("its configuration does not have its fingerprint")
+    if len(values["crc32"]) != rows:
+        raise ValueError(f"it has {len(values['crc32'])} checksums for {rows} images")
+    types = values["image_types"]
+    sizes = values["sizes"]
+    tensor = outer[TENSOR if sizes is None else ENCODED]
+    shape = tensor["shape"]
+    expected = 4 if sizes is None else 1
+    if tensor["dtype"] != "U8" or len(shape) != expected or shape[0] != (rows if sizes is None else sum(sizes)):
+        raise ValueError(f"its tensor is {tensor['dtype']} of shape {shape}")
+    if tensor["data_offsets"] != [0, math.prod(shape)]:
+        raise ValueError("its tensor is not where it should be")
+    source = values["source"]
+    return ShardHeader(
+        shard=shard,
+        layout=layout,
+        config=values["config"],
+        image_shape=(shape[1], shape[2], shape[3]) if sizes is None else None,
+        sizes=None if sizes is None else np.array(sizes, np.int64),
+        crc32=np.array(values["crc32"], np.uint32),
+        image_types=types if isinstance(types, str) else tuple(types),
+        sample=values["sample"],
+        targets=values["targets"],
+        source=None if source is None else np.stack([_words(words, shard.count) for words in source], axis=1),
+        made=values["made"],
+        tensor_sha256=values["tensor_sha256"],
+        sha256=values["sha256"],
+        offset=offset,
+    )
 
 
 def shard_hashes(path: Path, offset: int) -> tuple[str, str]:
@@ -214,29 +383,43 @@ def shard_hashes(path: Path, offset: int) -> tuple[str, str]:
     return tensor.hexdigest(), whole.hexdigest()
 
 
+def source_sha256(hashes: NDArray[np.uint64] | None) -> dict[str, str] | None:
+    """The identity of a source: SHA-256 over the 64-bit hashes of all its images, and of all their targets."""
+    if hashes is None:
+        return None
+    images, targets = (hashlib.sha256(hashes[:, i].astype(">u8").tobytes()).hexdigest() for i in (0, 1))
+    return {"images": images, "targets": targets}
+
+
 def _to_json(index: Index) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": index.fingerprint,
-        "config": index.config,
-        "length": index.length,
-        "shard_size": index.shard_size,
-        "image_shape": list(index.image_shape),
-        "shards": [{"file": s.file, "count": s.count, "sha256": s.sha256} for s in index.shards],
+        "identity": index.identity,
+        "layout": index.layout.to_dict(),
+        "image_shape": None if index.image_shape is None else list(index.image_shape),
+        "shards": [asdict(entry) for entry in index.shards],
+        "made": list(index.made),
+        "notes": index.notes,
         "plan": index.plan,
     }
 
 
 def _sha256(values: Mapping[str, Any]) -> str:
-    """The hash by which the index guards itself: of all but the hash."""
+    """The hash by which an index or a header guards itself: of all but the hash."""
     rest = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
 
 
-def write_index(folder: Path, index: Index) -> None:
+def index_values(index: Index) -> dict[str, Any]:
+    """What index.json says, as JSON: the inverse of `parse_index`."""
     values = _to_json(index)
-    write_text(folder / INDEX_FILE, canonical_json({**values, "sha256": _sha256(values)}) + "\n")
+    return {**values, "sha256": _sha256(values)}
+
+
+def write_index(folder: Path, index: Index) -> None:
+    write_text(folder / INDEX_FILE, canonical_json(index_values(index)) + "\n")
 
 
 def read_index(folder: Path) -> Index:
@@ -247,39 +430,65 @@ def read_index(folder: Path) -> Index:
         CacheError: it is damaged, not the index of a cache, or of a newer version.
     """
     path = folder / INDEX_FILE
-    damaged = f"Delete {INDEX_FILE} and precompute into this folder again: shards that verify are kept"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CacheError(f"{path} must be JSON. Got {error}. {damaged}.") from None
+        data = path.read_bytes()
+        values = json.loads(data)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path} must be JSON. Got {error}. {_REINDEX}.") from None
+    index = parse_index(values, path)
+    if data != (canonical_json(values) + "\n").encode():
+        raise CacheError(
+            f"{path} must be one line of canonical JSON. Got other white space: it is damaged. {_REINDEX}."
+        )
+    return index
+
+
+def parse_index(values: Any, path: Path) -> Index:
+    """The index that the JSON of an index.json says, checked against itself; `path` names it in errors.
+
+    Raises:
+        CacheError: as `read_index`.
+    """
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         got = repr(values.get("format")) if isinstance(values, dict) else type(values).__name__
         raise CacheError(
             f"{path} must be the index of a cache, of format {FORMAT!r}. Got {got}. Give the folder of a cache."
         )
     if values.get("version") != VERSION:
-        raise CacheError(
+        raise OtherVersionError(
             f"{path} must be of version {VERSION}. Got version {values.get('version')!r}. "
-            "Update purifyloader, or delete the folder and precompute again."
+            "Use the purifyloader that wrote it, or delete the folder and precompute again."
         )
     try:
         if values["sha256"] != _sha256(values):
             raise ValueError("its content does not have its sha256")
-        height, width, channels = values["image_shape"]
+        shape = values["image_shape"]
         index = Index(
-            fingerprint=values["fingerprint"],
-            config=values["config"],
-            length=values["length"],
-            shard_size=values["shard_size"],
-            image_shape=(height, width, channels),
-            shards=tuple(ShardEntry(s["file"], s["count"], s["sha256"]) for s in values["shards"]),
+            identity=values["identity"],
+            layout=Layout(**values["layout"]),
+            image_shape=None if shape is None else (shape[0], shape[1], shape[2]),
+            shards=tuple(ShardEntry(**entry) for entry in values["shards"]),
+            made=tuple(values["made"]),
+            notes=values["notes"],
             plan=values["plan"],
         )
-        if fingerprint(index.config) != index.fingerprint:
-            raise ValueError("its configuration does not have its fingerprint")
-        expected = shards_of(index.length, index.shard_size)
-        if [(s.file, s.count) for s in expected] != [(s.file, s.count) for s in index.shards]:
-            raise ValueError(f"its shards are not {index.length} images, {index.shard_size} a shard")
-    except (KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{path} must be a whole index. Got a damaged or edited one ({error!r}). {damaged}.") from None
+        if not isinstance(index.identity, dict) or not isinstance(index.identity.get("config"), dict):
+            raise ValueError("its identity has no configuration")
+        if not all(value is None or isinstance(value, dict) for value in (index.notes, index.plan)):
+            raise ValueError("its notes and its plan are no objects")
+        if index.fingerprint != values["fingerprint"]:
+            raise ValueError("its identity does not have its fingerprint")
+        if len(index.shards) != -(-index.layout.length // index.layout.shard_size):
+            raise ValueError(f"it names {len(index.shards)} shards for {index.layout}")
+        # names are compared with those that the layout gives, so that none can point outside the folder
+        if [(s.file, s.count) for s in index.layout.shards] != [(s.file, s.count) for s in index.shards]:
+            raise ValueError(f"its shards are not those of {index.layout}")
+    except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
+        raise CacheError(
+            f"{path} must be a whole index. Got a damaged or edited one ({error!r}). {_REINDEX}."
+        ) from None
     return index

@@ -2,68 +2,196 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import io
 import operator
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from purifyloader.cache import format as fmt
+from purifyloader.cache import values
+from purifyloader.cache.format import Layout, Shard, ShardHeader
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files import file_sha256
 
-__all__ = ["CacheReader"]
+__all__ = ["CacheReader", "OpenShard", "Targets"]
 
 # How a row is read was measured (2 cores, torch 2.15, 32 x 32 RGB, shuffled): 0.7 us from an array over
 # torch.from_file, 3.7 us from np.memmap, 3.5 us by safe_open's get_slice, 2.0 us by preadv. Besides,
 # np.memmap keeps a file descriptor a shard, of which a process has 1024 by default; torch.from_file none.
 # The pages are the system's, shared between workers and read when first touched.
 
+_HASHING_THREADS = 4
+
+
+class OpenShard:
+    """The images of one shard, each checked when it is first read.
+
+    Args:
+        path: its file.
+        header: what was read of it.
+        checked: one byte a row, 1 where the row's CRC-32 was found right; shared between processes.
+        in_memory: read the whole file now, and check its SHA-256, instead of mapping it.
+    """
+
+    def __init__(self, path: Path, header: ShardHeader, checked: NDArray[np.uint8], in_memory: bool = False) -> None:
+        self.path, self.header = path, header
+        self._crc32, self._checked = header.crc32, checked
+        self._count = header.shard.count
+        try:
+            data = np.fromfile(path, np.uint8) if in_memory else _mapped(path, header.file_size)
+            if len(data) != header.file_size:
+                raise OSError(f"{len(data)} bytes")
+        except (RuntimeError, OSError) as error:
+            raise CacheError(
+                f"{path} must stay as it was when the cache was opened, {header.file_size} bytes. Got: {error}. "
+                "Precompute into this folder again and open the cache anew."
+            ) from None
+        if in_memory:
+            _check_tensor(path, header, data)
+            checked[:] = 1
+        stored = data[header.offset :]
+        self._ends = None if header.sizes is None else np.cumsum(header.sizes).tolist()
+        self.rows = stored if header.image_shape is None else stored.reshape(-1, *header.image_shape)
+
+    def row(self, local: int, draw: int) -> NDArray[np.uint8]:
+        """Image `local` of the shard, (H, W, C): a view of the file where images are raw, not to be written to."""
+        at = draw * self._count + local
+        if self._ends is None:
+            image = self.rows[at]
+            if not self._checked[at]:
+                self._check(at, image)
+            return image
+        data = self.rows[self._ends[at - 1] if at else 0 : self._ends[at]]
+        if not self._checked[at]:
+            self._check(at, data)
+        with Image.open(io.BytesIO(data.data)) as picture:
+            image = np.asarray(picture)
+        return image if image.ndim == 3 else image[:, :, None]
+
+    def _check(self, at: int, data: NDArray[np.uint8]) -> None:
+        if zlib.crc32(data.data) != self._crc32[at]:
+            raise CacheError(
+                f"{self.path} must hold the images that were written. Got image "
+                f"{self.header.shard.start + at % self._count} with another checksum: the file is damaged. "
+                "Precompute into this folder again: only this shard is made anew."
+            )
+        self._checked[at] = 1
+
+
+def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
+    """A private mapping of a file opened for reading."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that is no UTF-8, which torch does not take
+        return np.memmap(path, np.uint8, "c")
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+
+
+class Targets(Sequence[Any]):
+    """The fields that samples hold beside their image, decoded when they are read."""
+
+    def __init__(self, encoded: Sequence[Any]) -> None:
+        # Integers, which class labels are, as an array: a list would cost a forked worker a copy of each.
+        simple = all(type(value) is int and -(2**63) <= value < 2**63 for value in encoded)
+        self._integers = np.array(encoded, np.int64) if simple else None
+        self._encoded = None if simple else list(encoded)
+
+    def __len__(self) -> int:
+        return len(self._integers if self._encoded is None else self._encoded)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._integers is not None:
+            return int(self._integers[index])
+        assert self._encoded is not None
+        return values.decode(self._encoded[index])
+
+    def get(self, positions: Sequence[int]) -> list[Any]:
+        """Those of several samples, in their order."""
+        if self._integers is not None:
+            return self._integers[list(positions)].tolist()
+        return [self[i] for i in positions]
+
+    @property
+    def integers(self) -> NDArray[np.int64] | None:
+        """All of them as an array, where all are integers."""
+        return self._integers
+
 
 class CacheReader:
     """The images of a cache, as a map-style dataset of uint8 arrays (H, W, C).
 
-    Opening checks the index, each shard's header and the sizes of the files; `verify` checks every byte.
-    Pickles as its path and its index, and maps each file in each process when it is first read.
+    Opening checks the index, each shard's header and the sizes of the files. Each image is checked against
+    its CRC-32 when it is first read; `verify` checks every byte. Pickles as its path and its index, and maps
+    each file in each process when it is first read.
 
     Args:
-        folder: what `CacheWriter` finished.
+        folder: a finished cache.
         config: the configuration that the images must have been made with; None takes any.
+        in_memory: read all files into memory now, for slow or remote disks. A process started by "spawn"
+            reads its own copy; a forked one shares it.
 
     Raises:
-        CacheError: the cache is missing, unfinished, damaged, newer, or of another configuration.
+        CacheError: the cache is missing, unfinished, damaged, of another version or configuration.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: Mapping[str, Any] | None = None,
+        in_memory: bool = False,
+    ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change before the first read
         try:
             self._index = fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(_why_no_index(self.folder)) from None
-        if config is not None and fmt.fingerprint(config) != self.fingerprint:
-            changed = fmt.differences(self.config, fmt.plain("The configuration of a cache", config))
-            raise CacheError(
-                f"The cache {self.folder} must have been made with the configuration asked for. "
-                f"Got one that differs (there → asked for):\n{changed}\n"
-                "Ask for the configuration of the cache, or precompute into another folder."
-            )
-        self._shards = fmt.shards_of(self._index.length, self._index.shard_size)
-        self._offsets = [self._check_shard(shard) for shard in self._shards]
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        if config is not None:
+            _check_config(self.folder, self._index.config, config)
+        self.layout: Layout = self._index.layout
+        self.image_shape = self._index.image_shape
+        self._in_memory = in_memory
+        self._length, self._size = self.layout.length, self.layout.shard_size
+        shards = self.layout.shards
+        headers = [self._checked_header(s, e) for s, e in zip(shards, self._index.shards, strict=True)]
+        targets = [header.targets for header in headers]
+        self._targets = None if None in targets else Targets([v for part in targets for v in part or ()])
+        self._headers = [replace(header, targets=None) for header in headers]
+        # Of all draws; in shared memory, so that what one worker has checked no other checks again.
+        self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8).share_memory_()
+        self._start()
+
+    # -- what it is ------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
         return self._index.fingerprint
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint is the SHA-256 of: configuration, source, kind of device."""
+        return self._index.identity
+
+    @property
     def config(self) -> dict[str, Any]:
-        """The configuration whose SHA-256 the fingerprint is."""
+        """The configuration that the images were made with."""
         return self._index.config
+
+    @property
+    def index(self) -> fmt.Index:
+        return self._index
 
     @property
     def plan(self) -> dict[str, Any] | None:
@@ -71,38 +199,91 @@ class CacheReader:
         return self._index.plan
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of every image."""
-        return self._index.image_shape
+    def draws(self) -> int:
+        """Independent purifications of each image."""
+        return self.layout.draws
+
+    @property
+    def sample(self) -> dict[str, Any] | None:
+        """How samples are put together, None where they differ or were not noted."""
+        first = self._headers[0].sample
+        return first if all(header.sample == first for header in self._headers) else None
+
+    @property
+    def targets(self) -> Targets | None:
+        """The other fields of each sample; None if they are not stored."""
+        return self._targets
+
+    def image_types(self) -> list[str]:
+        """How each image was held in the source: "pil/uint8/3" is container, dtype, dimensions."""
+        out: list[str] = []
+        for header in self._headers:
+            types = header.image_types
+            out += [types] * header.shard.count if isinstance(types, str) else types
+        return out
+
+    def source_hashes(self) -> NDArray[np.uint64] | None:
+        """64-bit hashes of each source image and of its targets, (N, 2); None if they were not taken."""
+        parts = [header.source for header in self._headers if header.source is not None]
+        return np.concatenate(parts) if len(parts) == len(self._headers) else None
+
+    # -- images ----------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._index.length
+        return self._length
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
-        """Image `index`, a copy, uint8 (H, W, C). Negative indices count from the end.
+        """Image `index` of draw 0, a copy, uint8 (H, W, C). Negative indices count from the end.
 
         Raises:
             IndexError: outside the dataset.
             InputError: not an integer.
+            CacheError: the image is not the one that was written.
         """
-        try:
-            i = operator.index(index)
-        except TypeError:
-            raise InputError(
-                f"A cache is indexed by one integer. Got {type(index).__name__}. Use get(indices) for several images."
-            ) from None
-        length = self._index.length
-        if not -length <= i < length:
-            raise IndexError(f"The cache has images 0 to {length - 1}. Got index {i}.")
-        number, row = divmod(i % length, self._index.shard_size)
-        images = self._maps.get(number)
-        if images is None:
-            images = self._maps[number] = self._map(number)
-        return images[row].copy()
+        return self.row(self._position(index)).copy()
 
-    def get(self, indices: Iterable[SupportsIndex]) -> list[NDArray[np.uint8]]:
-        """The images of several indices, in their order."""
-        return [self[i] for i in indices]
+    def get(self, indices: Iterable[SupportsIndex], draw: int = 0) -> list[NDArray[np.uint8]]:
+        """The images of several indices, in their order, each (H, W, C)."""
+        return [self.row(self._position(i), draw).copy() for i in indices]
+
+    def batch(self, indices: Iterable[SupportsIndex], draw: int = 0) -> NDArray[np.uint8]:
+        """The same as one array (B, H, W, C).
+
+        Raises:
+            InputError: the images are of different sizes.
+        """
+        positions = self._positions(list(indices))
+        if self._whole is not None:
+            return self._whole[draw, positions]
+        if not len(positions):
+            return np.empty((0, *(self.image_shape or (0, 0, 3))), np.uint8)
+        rows = self._checked_rows(positions, draw)
+        if self.image_shape is None and len({row.shape for row in rows}) > 1:
+            raise InputError("batch takes images of one size. Got several: use get, and resize them.")
+        # several times as fast as np.stack, which makes a view of each first
+        return np.concatenate(rows).reshape(len(rows), *rows[0].shape)
+
+    def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
+        """Image `position`, from 0, of a draw: where images are raw, a view that must not be written to."""
+        if self._whole is not None:
+            return self._whole[draw, position]
+        number, local = divmod(position, self._size)
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = self._opened(number)
+        return shard.row(local, draw)
+
+    def _checked_rows(self, positions: NDArray[np.int64], draw: int) -> list[NDArray[np.uint8]]:
+        """`row` of each, without asking for each what can be asked for all at once."""
+        numbers, locals_ = np.divmod(positions, self._size)
+        starts = numbers * self._size
+        rows = draw * np.minimum(self._size, self._length - starts) + locals_
+        if self.image_shape is None or not self._flags_array[self.layout.draws * starts + rows].all():
+            return [self.row(position, draw) for position in positions.tolist()]
+        try:
+            return [self._arrays[n][r] for n, r in zip(numbers.tolist(), rows.tolist(), strict=True)]
+        except KeyError:  # checked by another process, and not yet mapped by this one
+            return [self.row(position, draw) for position in positions.tolist()]
 
     def verify(self) -> None:
         """Read every file and check its hash.
@@ -110,47 +291,110 @@ class CacheReader:
         Raises:
             CacheError: names the files that are damaged.
         """
-        bad = []
-        for entry in self._index.shards:
+
+        def good(entry: fmt.ShardEntry) -> bool:
             path = self.folder / entry.file
-            if not path.is_file() or file_sha256(path) != entry.sha256:
-                bad.append(entry.file)
+            return path.is_file() and file_sha256(path) == entry.sha256
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            right = list(pool.map(good, self._index.shards))
+        bad = [entry.file for entry, fine in zip(self._index.shards, right, strict=True) if not fine]
         if bad:
             raise CacheError(
                 f"Every file of {self.folder} must have the SHA-256 that its index names. Got others in "
                 f"{', '.join(bad)}. Precompute into this folder again: only these are made anew."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+    def _position(self, index: SupportsIndex) -> int:
+        try:
+            i = operator.index(index)
+        except TypeError:
+            raise InputError(
+                f"A cache is indexed by one integer. Got {type(index).__name__}. Use get(indices) for several images."
+            ) from None
+        if not -self._length <= i < self._length:
+            raise IndexError(f"The cache has images 0 to {self._length - 1}. Got index {i}.")
+        return i % self._length
 
-    def _check_shard(self, shard: fmt.Shard) -> int:
-        """Where the shard's images start in its file."""
+    def _positions(self, indices: Sequence[SupportsIndex]) -> NDArray[np.int64]:
+        try:
+            at = np.array([operator.index(i) for i in indices], np.int64)
+        except (TypeError, OverflowError):
+            return np.array([self._position(i) for i in indices], np.int64)  # which says what is wrong
+        if len(at) and (at.min() < 0 or at.max() >= self._length):
+            return np.array([self._position(i) for i in indices], np.int64)
+        return at
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_arrays": {}, "_whole": None, "_flags_array": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        """What each process has of its own."""
+        self._flags_array = self._flags.numpy()
+        self._open: dict[int, OpenShard] = {}
+        self._arrays: dict[int, NDArray[np.uint8]] = {}  # of the shards that are open and raw
+        self._whole: NDArray[np.uint8] | None = None
+        if not self._in_memory:
+            return
+        if self.image_shape is not None:  # one array, for then a batch is one gather
+            self._whole = np.empty((self.layout.draws, self._length, *self.image_shape), np.uint8)
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            shards = list(pool.map(self._loaded, range(len(self._headers))))
+        self._open = {n: shard for n, shard in enumerate(shards) if shard is not None}
+
+    def _opened(self, number: int) -> OpenShard:
+        header = self._headers[number]
+        start = self.layout.draws * header.shard.start
+        flags = self._flags_array[start : start + self.layout.draws * header.shard.count]
+        shard = OpenShard(self.folder / header.shard.file, header, flags, self._in_memory)
+        if header.image_shape is not None:
+            self._arrays[number] = shard.rows
+        return shard
+
+    def _loaded(self, number: int) -> OpenShard | None:
+        shard = self._opened(number)
+        if self._whole is None:
+            return shard
+        part = shard.header.shard
+        rows = shard.rows.reshape(self.layout.draws, part.count, *shard.rows.shape[1:])
+        self._whole[:, part.start : part.start + part.count] = rows
+        del self._arrays[number]
+        return None
+
+    def _checked_header(self, shard: Shard, entry: fmt.ShardEntry) -> ShardHeader:
         path = self.folder / shard.file
         header = fmt.read_shard_header(path)
-        got = (header.shard, header.fingerprint, header.image_shape)
-        if got != (shard, self.fingerprint, self.image_shape):
+        same = (header.layout, header.config) == (self.layout, self.config)
+        if not same or (header.shard, header.sha256, header.image_shape) != (shard, entry.header, self.image_shape):
             raise CacheError(
-                f"{path} must hold images {shard.start} to {shard.start + shard.count - 1} of shape "
-                f"{self.image_shape} of the cache {self.fingerprint[:12]}. Got {header.shard} of shape "
-                f"{header.image_shape} of {header.fingerprint[:12]}. Delete this file and precompute "
-                "into this folder again."
+                f"{path} must hold images {shard.start} to {shard.start + shard.count - 1} of the cache "
+                f"{self.fingerprint[:12]}, as its index says. Got {header.shard} of shape {header.image_shape}, "
+                f"header {header.sha256[:12]} instead of {entry.header[:12]}. Precompute into this folder again: "
+                "only this shard is made anew."
             )
-        return header.offset
+        return header
 
-    def _map(self, number: int) -> NDArray[np.uint8]:
-        shard, offset = self._shards[number], self._offsets[number]
-        shape = (shard.count, *self.image_shape)
-        path = self.folder / shard.file
-        try:
-            # a private mapping of a file opened for reading
-            data = torch.from_file(str(path), shared=False, size=offset + math.prod(shape), dtype=torch.uint8)
-        except RuntimeError as error:
-            raise CacheError(
-                f"{path} must stay as it was when the cache was opened. Got: {error}. "
-                "Precompute into this folder again and open the cache anew."
-            ) from None
-        return data.numpy()[offset:].reshape(shape)
+
+def _check_config(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    changed = fmt.differences(there, fmt.plain("The configuration of a cache", asked))
+    if changed:
+        raise CacheError(
+            f"The cache {folder} must have been made with the configuration asked for. "
+            f"Got one that differs (there → asked for):\n{changed}\n"
+            "Ask for the configuration of the cache, or precompute into another folder."
+        )
+
+
+def _check_tensor(path: Path, header: ShardHeader, data: NDArray[np.uint8]) -> None:
+    if hashlib.sha256(data[header.offset :].data).hexdigest() != header.tensor_sha256:
+        raise CacheError(
+            f"The images of {path} must have the SHA-256 in its header. Got another: the file is damaged. "
+            "Precompute into this folder again: only this shard is made anew."
+        )
 
 
 def _why_no_index(folder: Path) -> str:
@@ -164,7 +408,7 @@ def _why_no_index(folder: Path) -> str:
             header = fmt.read_shard_header(path)
         except CacheError:
             continue
-        done, of = done + 1, len(fmt.shards_of(header.length, header.shard_size))
+        done, of = done + 1, len(header.layout.shards)
     if of is None:
         return f"{expected}Got {folder}, which has neither. Check the path, or precompute into it."
     return (

@@ -1,4 +1,4 @@
-"""The identity of a source dataset: a hash of every image and every target, in order."""
+"""What a cache knows its source by: a 64-bit hash of every image and of every image's targets."""
 
 from __future__ import annotations
 
@@ -14,69 +14,54 @@ from torch import Tensor
 
 from purifyloader.errors import InputError
 
-__all__ = ["SourceHasher"]
+__all__ = ["is_hashable", "source_hashes"]
 
-_VERSION = b"purifyloader-source-1"
 _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes, without long double, whose bytes depend on the machine
 
 
-class SourceHasher:
-    """Hashes a dataset batch by batch; how it is cut into batches does not matter.
+def source_hashes(
+    images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor],
+    targets: Any = None,
+) -> NDArray[np.uint64]:
+    """64-bit hashes (BLAKE2b) of source images and of their targets, uint64 (N, 2).
 
-        hasher = SourceHasher()
-        for images, targets in batches:
-            hasher.update(images, targets)
-        hasher.hexdigest()
+    Every image has its own, so that a change of one is found and named. (A sample of the images would
+    miss a poison of 1 %.)
 
-    Each image and each target is hashed to 64 bits, and these are hashed together with SHA-256. (A
-    sample of the images would miss a poison of 1 %.)
+    Args:
+        images: an array or tensor (N, ...), best uint8 (N, H, W, C), or N images of any sizes, each
+            an array or tensor. The same pixels in another dtype or layout are other images.
+        targets: N of them, each None, a boolean, a number, a string, bytes, an array or a tensor,
+            or lists, tuples and dicts of these; None for a dataset without targets. A number in a
+            0-dimensional tensor or array is that number, and a list is a tuple, so that it does
+            not matter how targets were collated.
+
+    Raises:
+        InputError: images or targets of another kind, or not as many of each.
     """
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256(_VERSION)
-        self.count = 0
-
-    def update(
-        self,
-        images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor],
-        targets: Any = None,
-    ) -> None:
-        """The next images, with their targets.
-
-        Args:
-            images: an array or tensor (N, ...), best uint8 (N, H, W, C), or N images of any sizes, each
-                an array or tensor. The same pixels in another dtype or layout are other images.
-            targets: N of them, each None, a boolean, a number, a string, bytes, an array or a tensor,
-                or lists, tuples and dicts of these; None for a dataset without targets. A number in a
-                0-dimensional tensor or array is that number, and a list is a tuple, so that it does
-                not matter how targets were collated.
-
-        Raises:
-            InputError: images or targets of another kind, or not as many of each. Nothing was hashed.
-        """
-        if targets is None:
-            targets = [None] * len(images)
-        if isinstance(targets, str | bytes | Mapping) or not hasattr(targets, "__len__"):
-            raise InputError(
-                f"targets must be a sequence, array or tensor with one an image. Got {type(targets).__name__}."
-            )
-        if len(images) != len(targets):
-            raise InputError(f"There must be one target an image. Got {len(images)} images and {len(targets)} targets.")
-        digests = bytearray()
-        for image, target in zip(images, targets, strict=True):
-            digests += _short_hash(_image_bytes(image)) + _short_hash(_target_bytes(target))
-        self._sha.update(digests)
-        self.count += len(images)
-
-    def hexdigest(self) -> str:
-        """SHA-256 of all so far, in hex; more may follow."""
-        sha = self._sha.copy()
-        sha.update(struct.pack("<Q", self.count))
-        return sha.hexdigest()
+    if targets is None:
+        targets = [None] * len(images)
+    if isinstance(targets, str | bytes | Mapping) or not hasattr(targets, "__len__"):
+        raise InputError(
+            f"targets must be a sequence, array or tensor with one an image. Got {type(targets).__name__}."
+        )
+    if len(images) != len(targets):
+        raise InputError(f"There must be one target an image. Got {len(images)} images and {len(targets)} targets.")
+    out = np.empty((len(images), 2), np.uint64)
+    for row, (image, target) in enumerate(zip(images, targets, strict=True)):
+        out[row] = _short_hash(_image_bytes(image)), _short_hash(_target_bytes(target))
+    return out
 
 
-def _short_hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=8).digest()
+def is_hashable(value: Tensor | NDArray[Any] | np.generic) -> bool:
+    """Whether a tensor, an array or a numpy scalar has values of its own that `source_hashes` takes."""
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not value.is_quantized
+    return value.dtype.char in (_NUMERIC if isinstance(value, np.ndarray) else _NUMERIC + "US")
+
+
+def _short_hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def _image_bytes(image: Any) -> bytes:
@@ -98,7 +83,7 @@ def _tagged(tag: bytes, *parts: bytes) -> bytes:
 def _dense_bytes(array: Any) -> bytes | None:
     """dtype, shape and values of a tensor or numpy array, the same for both; None for anything else."""
     if isinstance(array, Tensor) and array.layout == torch.strided:
-        tensor = array.detach().cpu().contiguous()
+        tensor = array.detach().cpu().resolve_conj().resolve_neg().contiguous()
         # viewed as bytes, because numpy has no bfloat16
         values = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,497 @@
+"""A finished cache as WebDataset tars, for pipelines that only stream, and the same cache back from them.
+
+    000000.tar, 000001.tar, ...   one draw of the images, in the order of the dataset
+    cache.json                    written last: where it stands, the tars are whole
+
+A sample's key is its index in the dataset, in at least eight digits. `KEY.png` is the image, lossless. Its
+target, where the cache stores it, is `KEY.cls` for an integer, else `KEY.json` as `purifyloader.cache.values`
+writes it; a sample that is the image itself has none.
+
+cache.json is canonical JSON that guards itself by its `sha256`: the cache's index, the draw, each tar's name,
+count and SHA-256, and what the headers of the shards say beside pixels and targets.
+
+Tars of one cache are the same bytes whoever writes them, by the same version of Pillow where the images are
+stored raw; the PNGs of a cache that has them are taken over as they are. So what `import_tars` gives back never
+depends on Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from webdataset import TarWriter
+
+from purifyloader.cache import format as fmt
+from purifyloader.cache.format import Shard, ShardEntry, ShardHeader
+from purifyloader.cache.reader import CacheReader
+from purifyloader.cache.writer import CacheWriter, encode_image, save_shard
+from purifyloader.errors import CacheError, InputError
+from purifyloader.files import canonical_json, file_sha256, replacing, write_text
+
+__all__ = ["FORMAT", "MANIFEST", "VERSION", "export_tars", "import_tars"]
+
+FORMAT = "purifyloader-tars"
+VERSION = 1
+MANIFEST = "cache.json"
+
+_BEGUN = "unfinished.json"  # says whose the tars are before the manifest does
+_TAR = re.compile(r"\d{6,}\.tar")
+_HIDDEN = re.compile(r"\.(\d{6,}\.tar|cache\.json|unfinished\.json)\..*\.tmp")
+_KEY_DIGITS = 8
+_FIELDS = ("png", "cls", "json")
+_THREADS = 4  # Pillow and the hashes let go of the interpreter
+_AHEAD = 256  # images encoded at a time
+# whoever writes them, and when
+_OWNER: dict[str, Any] = {"user": "purifyloader", "group": "purifyloader", "mode": 0o644, "mtime": 0}
+
+Seen = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What cache.json says about a shard: all that the tars do not hold, and that its bytes do not follow from."""
+
+    image_types: str | tuple[str, ...]
+    sample: dict[str, Any] | None
+    source: NDArray[np.uint64] | None
+    made: dict[str, Any]
+    targets: bool
+
+    @classmethod
+    def of(cls, header: ShardHeader) -> _Part:
+        return cls(header.image_types, header.sample, header.source, header.made, header.targets is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        types, source = self.image_types, self.source
+        return {
+            "image_types": types if isinstance(types, str) else list(types),
+            "sample": self.sample,
+            "source": None if source is None else np.ascontiguousarray(source.T, ">u8").tobytes().hex(),
+            "made": self.made,
+            "targets": self.targets,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> _Part:
+        types, text = value["image_types"], value["source"]
+        source = None
+        if text is not None:
+            source = np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(2, -1).T
+        types = types if isinstance(types, str) else tuple(types)
+        return cls(types, value["sample"], source, value["made"], bool(value["targets"]))
+
+
+@dataclass(frozen=True)
+class _Tar:
+    file: str
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """cache.json."""
+
+    index: fmt.Index
+    draw: int
+    tars: tuple[_Tar, ...]
+    parts: tuple[_Part, ...]
+
+
+# -- there -------------------------------------------------------------------------------------------
+
+
+def export_tars(
+    reader: CacheReader,
+    out: str | Path,
+    *,
+    images_per_tar: int = 10_000,
+    draw: int = 0,
+    seen: Seen = lambda count: None,
+) -> list[Path]:
+    """Write one draw of a cache as WebDataset tars; see the module for what stands in them.
+
+    Every image is checked against its CRC-32 as it is read. An export that was stopped is made anew by
+    calling this again, and so is a finished one. One process at a time.
+
+    Args:
+        out: new, empty, or an earlier export of the same draw of the same cache, which is replaced.
+        images_per_tar: of all tars but the last.
+        draw: which of the cache's draws. Of a cache of several no export holds all, and none can be
+            imported.
+        seen: told how many images more are done.
+
+    Returns:
+        The tars, in order.
+
+    Raises:
+        InputError: no such draw or number of images.
+        CacheError: `out` holds something else, or cannot be written to; or the cache is damaged.
+    """
+    out = Path(out).absolute()
+    if not isinstance(images_per_tar, int) or isinstance(images_per_tar, bool) or images_per_tar < 1:
+        raise InputError(f"images_per_tar must be a positive integer. Got {images_per_tar!r}.")
+    if not isinstance(draw, int) or isinstance(draw, bool) or not 0 <= draw < reader.draws:
+        raise InputError(f"draw must be from 0 to {reader.draws - 1}, one of the cache's draws. Got {draw!r}.")
+    owner = {"format": FORMAT, "version": VERSION, "fingerprint": reader.fingerprint, "draw": draw}
+    _check_free(out, owner, reader.folder)
+    parts: list[_Part] = []
+    tars: list[_Tar] = []
+    with _writing(out):
+        _clear(out, owner)
+        samples = _samples(reader, draw, parts)
+        for number, start in enumerate(range(0, len(reader), images_per_tar)):
+            count = min(images_per_tar, len(reader) - start)
+            path = out / f"{number:06d}.tar"
+            with replacing(path) as temporary:
+                with open(temporary, "wb") as stream, TarWriter(stream, encoder=False, **_OWNER) as tar:
+                    for sample in itertools.islice(samples, count):
+                        tar.write(sample)
+                        seen(1)
+                tars.append(_Tar(path.name, count, file_sha256(temporary)))
+        next(samples, None)  # ends the generator, and with it its threads
+        content = {
+            **owner,
+            "index": fmt.index_values(reader.index),
+            "tars": [vars(tar) for tar in tars],
+            "shards": [part.to_json() for part in parts],
+        }
+        write_text(out / MANIFEST, canonical_json({**content, "sha256": _sha256(content)}) + "\n")
+        (out / _BEGUN).unlink()
+    return [out / tar.file for tar in tars]
+
+
+def _check_free(out: Path, owner: Mapping[str, Any], cache: Path) -> None:
+    """Refuse a folder that holds anything but an earlier export of the same."""
+    if out.resolve().is_relative_to(cache.resolve()):
+        raise CacheError(f"Tars lie outside the cache that they are made from. Got {out}: give another folder.")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CacheError(f"Tars are exported into a folder. Got the file {out}. Give another path.")
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    if not names:
+        return
+    there = _owner(out)
+    strangers = sorted(name for name in names - {MANIFEST, _BEGUN} if there is None or not _TAR.fullmatch(name))
+    if strangers or there is None:
+        shown = ", ".join(strangers[:4] or sorted(names)) + (", ..." if len(strangers) > 4 else "")
+        raise CacheError(
+            f"Tars are exported into a new or empty folder, or over an earlier export of the same cache. Got {out} "
+            f"with {shown}. Give another folder, or remove these files."
+        )
+    if there != owner:
+        raise CacheError(
+            f"A folder holds one export. Got {out} with draw {there['draw']} of the cache "
+            f"{str(there['fingerprint'])[:12]}, to be overwritten with draw {owner['draw']} of "
+            f"{str(owner['fingerprint'])[:12]}. Give another folder, or delete this one."
+        )
+
+
+def _owner(out: Path) -> dict[str, Any] | None:
+    """Of what a folder is an export, finished or not; None where it does not say."""
+    for name in (_BEGUN, MANIFEST):
+        try:
+            found = json.loads((out / name).read_bytes())
+            if found["format"] == FORMAT:
+                return {key: found[key] for key in ("format", "version", "fingerprint", "draw")}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return None
+
+
+def _clear(out: Path, owner: Mapping[str, Any]) -> None:
+    """Take away an earlier export, in an order in which no moment leaves one that seems whole, or nobody's."""
+    write_text(out / _BEGUN, canonical_json(owner) + "\n")
+    (out / MANIFEST).unlink(missing_ok=True)
+    for path in list(out.iterdir()):
+        if _TAR.fullmatch(path.name) or _HIDDEN.fullmatch(path.name):
+            path.unlink()
+
+
+def _key(index: int, length: int) -> str:
+    """As wide for all samples, so that their order is also that of their names. A dot would split it."""
+    return f"{index:0{max(_KEY_DIGITS, len(str(length - 1)))}d}"
+
+
+def _samples(reader: CacheReader, draw: int, parts: list[_Part]) -> Iterator[dict[str, Any]]:
+    """All samples as `TarWriter` takes them; notes in `parts` what they do not hold."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for shard, entry in zip(reader.layout.shards, reader.index.shards, strict=True):
+            path = reader.folder / shard.file
+            header = fmt.read_shard_header(path)
+            if header.sha256 != entry.header:
+                raise CacheError(f"{path} must stay as it was when the cache was opened. Got another: open it anew.")
+            parts.append(_Part.of(header))
+            rows = _rows(path, header, draw)
+            index = shard.start
+            while batch := list(itertools.islice(rows, _AHEAD)):
+                for png in pool.map(lambda row, shape=header.image_shape: _as_png(row, shape), batch):
+                    yield {"__key__": _key(index, len(reader)), "png": png, **_target(header, index - shard.start)}
+                    index += 1
+
+
+def _rows(path: Path, header: ShardHeader, draw: int) -> Iterator[bytes]:
+    """The images of a draw as they stand in the shard, each checked."""
+    count = header.shard.count
+    first = draw * count
+    alike = math.prod(header.image_shape or ())
+    sizes = [alike] * (first + count) if header.sizes is None else header.sizes.tolist()
+    with open(path, "rb") as file:
+        file.seek(header.offset + sum(sizes[:first]))
+        for at in range(first, first + count):
+            data = file.read(sizes[at])
+            if zlib.crc32(data) != header.crc32[at]:
+                raise CacheError(
+                    f"{path} must hold the images that were written. Got image {header.shard.start + at - first} with "
+                    "another checksum: the file is damaged. Precompute into its folder again, then export again."
+                )
+            yield data
+
+
+def _as_png(row: bytes, shape: tuple[int, int, int] | None) -> bytes:
+    return row if shape is None else encode_image(np.frombuffer(row, np.uint8).reshape(shape))
+
+
+def _target(header: ShardHeader, local: int) -> dict[str, bytes]:
+    """The member that holds a sample's target, if there is one."""
+    if header.targets is None:
+        return {}
+    target = header.targets[local]
+    if target is None and header.sample == {"type": "image"}:
+        return {}
+    if type(target) is int:
+        return {"cls": b"%d" % target}
+    return {"json": canonical_json(target).encode()}
+
+
+# -- and back ----------------------------------------------------------------------------------------
+
+
+def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda count: None) -> CacheReader:
+    """The cache that `export_tars` made these tars from, byte for byte. Call it again after a stop, and it goes on.
+
+    Args:
+        folder: an export, of a cache of one draw.
+        out: new, empty, or an earlier import of the same.
+        seen: told how many images more are done.
+
+    Raises:
+        CacheError: the export is unfinished, damaged, of another version, or of a cache of several draws;
+            `out` holds something else, or cannot be written to; or the files come out otherwise than they
+            were, because another version of safetensors writes them otherwise.
+    """
+    folder, out = Path(folder).absolute(), Path(out).absolute()
+    manifest = _read_manifest(folder)
+    index, layout = manifest.index, manifest.index.layout
+    if layout.draws != 1:
+        raise CacheError(
+            f"Only a cache of one draw can be made again from tars, which hold one. Got {folder}, draw "
+            f"{manifest.draw} of {layout.draws}. Copy the folder of the cache, or use the tars as they are."
+        )
+    _check_tars(folder, manifest)
+    _check_same(out, index)
+    with _writing(out):
+        CacheWriter(out, index.config, layout)  # makes the folder, and refuses one that holds something else
+        samples = _imported(folder, manifest)
+        for shard, entry, part in zip(layout.shards, index.shards, manifest.parts, strict=True):
+            own = list(itertools.islice(samples, shard.count))
+            path = out / shard.file
+            if not path.is_file() or file_sha256(path) != entry.sha256:
+                _restore(path, shard, entry, index, part, own)
+            seen(shard.count)
+        next(samples, None)  # ends the generator, and so closes the last tar
+        fmt.write_index(out, index)
+    return CacheReader(out)
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    path = folder / MANIFEST
+    again = "Export again, or fetch the folder again"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        if content["version"] != VERSION:
+            raise CacheError(
+                f"{path} must be of version {VERSION}. Got version {content['version']!r}. "
+                "Use the purifyloader that wrote it."
+            )
+        if content["sha256"] != _sha256(content):
+            raise ValueError("its content does not have its sha256")
+        index = fmt.parse_index(content["index"], path)
+        manifest = _Manifest(
+            index,
+            content["draw"],
+            tuple(_Tar(**tar) for tar in content["tars"]),
+            tuple(_Part.from_json(part) for part in content["shards"]),
+        )
+        if sum(tar.count for tar in manifest.tars) != index.layout.length:
+            raise ValueError("its tars have not as many images as the cache")
+        if len(manifest.parts) != len(index.shards):
+            raise ValueError("it does not say of every shard what stood in it")
+        for tar in manifest.tars:
+            if not _TAR.fullmatch(tar.file):  # no name may point outside the folder
+                raise ValueError(f"it names the tar {tar.file!r}")
+    except (FileNotFoundError, NotADirectoryError):
+        expected = f"An export of a cache is a folder with {MANIFEST}, written when all its tars are there. "
+        if (folder / _BEGUN).is_file():
+            raise CacheError(f"{expected}Got {folder}, which is unfinished. Run the export again.") from None
+        raise CacheError(
+            f"{expected}Got {folder}, which has none. Check the path, or export a cache into it."
+        ) from None
+    except OSError as error:
+        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{path} must be what an export wrote. Got a damaged file ({error!r}). {again}.") from None
+    return manifest
+
+
+def _check_tars(folder: Path, manifest: _Manifest) -> None:
+    def wrong(tar: _Tar) -> str | None:
+        path = folder / tar.file
+        try:
+            return None if file_sha256(path) == tar.sha256 else f"{tar.file} (damaged)"
+        except FileNotFoundError:
+            return f"{tar.file} (missing)"
+        except OSError as error:
+            return f"{tar.file} ({error})"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bad = [text for text in pool.map(wrong, manifest.tars) if text is not None]
+    if bad:
+        raise CacheError(
+            f"Every tar of {folder} must have the SHA-256 that {MANIFEST} names. Got others: {', '.join(bad)}. "
+            "Fetch or export these again."
+        )
+
+
+def _check_same(out: Path, index: fmt.Index) -> None:
+    """Refuse a folder with a cache of other bytes, though its configuration be the same: it may have cost days."""
+    other = f"A cache is imported into a new or empty folder. Got {out}, which holds another: "
+    go = ". Give another folder, or delete this one."
+    try:
+        if (there := fmt.read_index(out)) != index:
+            raise CacheError(f"{other}its fingerprint is {there.fingerprint[:12]}, not {index.fingerprint[:12]}{go}")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    for entry in index.shards:
+        try:
+            header = fmt.read_shard_header(out / entry.file)
+        except fmt.OtherVersionError:
+            raise
+        except CacheError:  # missing, or damaged and made again
+            continue
+        if header.sha256 != entry.header:
+            raise CacheError(f"{other}its {entry.file} was made otherwise{go}")
+
+
+def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
+    """The fields of each sample, in the order of the dataset."""
+    length = manifest.index.layout.length
+    index = 0
+    for tar in manifest.tars:
+        path = folder / tar.file
+        first = index
+        with _reading(path), tarfile.open(path, "r:") as file:
+            for key, members in itertools.groupby(file, lambda member: member.name.partition(".")[0]):
+                fields: dict[str, bytes] = {}
+                for member in members:
+                    content = file.extractfile(member)
+                    fields[member.name.partition(".")[2]] = b"" if content is None else content.read()
+                if key != _key(index, length) or "png" not in fields or not fields.keys() <= set(_FIELDS):
+                    raise ValueError(f"its sample {key} with {', '.join(fields)}, not sample {_key(index, length)}")
+                yield fields
+                index += 1
+            if index - first != tar.count:
+                raise ValueError(f"{index - first} samples, not {tar.count}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise CacheError(
+            f"{path} must be a tar that an export wrote. Got: {error}. Fetch or export it again."
+        ) from None
+
+
+def _restore(
+    path: Path, shard: Shard, entry: ShardEntry, index: fmt.Index, part: _Part, samples: Sequence[Mapping[str, bytes]]
+) -> None:
+    content: NDArray[np.uint8] | list[bytes] = [fields["png"] for fields in samples]
+    try:
+        if index.image_shape is not None:
+            content = np.stack([_pixels(fields["png"], index.image_shape) for fields in samples])
+        targets = [_target_of(fields) for fields in samples] if part.targets else None
+    except (ValueError, OSError) as error:
+        raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
+    with replacing(path) as temporary:
+        save_shard(
+            temporary,
+            shard,
+            index.layout,
+            index.config,
+            content,
+            image_types=part.image_types,
+            sample=part.sample,
+            targets=targets,
+            source=part.source,
+            made=part.made,
+        )
+        if (got := file_sha256(temporary)) != entry.sha256:
+            raise CacheError(
+                f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "
+                "that are whole: another version of safetensors or purifyloader writes it otherwise. Use the versions "
+                f"that the cache was made with ({canonical_json(part.made)}), or copy the folder of the cache."
+            )
+
+
+def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(png)) as picture:
+        image = np.asarray(picture)
+    image = image if image.ndim == 3 else image[:, :, None]
+    if image.shape != shape or image.dtype != np.uint8:
+        raise ValueError(f"an image of {image.dtype} {image.shape}, where all have shape {shape}")
+    return image
+
+
+def _target_of(fields: Mapping[str, bytes]) -> Any:
+    """As it stood in the shard's header."""
+    if "cls" in fields:
+        return int(fields["cls"])
+    return json.loads(fields["json"]) if "json" in fields else None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CacheError(
+            f"Could not write into {path}. Got: {error}. Make room on the disk or make the folder writable, and run "
+            "the same again."
+        ) from error
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()

@@ -1,0 +1,584 @@
+"""Filling a cache: read, purify, write, by any number of processes that share nothing but its folder.
+
+Shards are static: which images a shard holds depends on the layout alone, and its bytes on (weights,
+configuration, seed, source, kind of device). So it does not matter who makes it, in what order, or after
+how many interruptions. Each process starts with every `world_size`-th shard, then helps with what is left;
+a lock on the shard's name keeps two from making the same one, and the system takes the lock away from a
+process that dies. No process ever waits for another, except at the very end for the shards still in work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from purifyloader.cache import format as fmt
+from purifyloader.cache.format import Layout, Shard
+from purifyloader.cache.locks import Lock, is_held, lock_path, read_note
+from purifyloader.cache.reader import CacheReader, OpenShard
+from purifyloader.cache.writer import CacheWriter
+from purifyloader.errors import CacheError, InputError, PurifyError
+from purifyloader.images import ImageKind
+from purifyloader.jobs import (
+    Job,
+    Read,
+    SampleReader,
+    as_integer,
+    check_arguments,
+    check_source,
+    class_of,
+    placed,
+    shard_values,
+)
+from purifyloader.purifiers import Purifier
+from purifyloader.samples import ImageKey
+from purifyloader.sources import check_honest, random_state_kept, take_over
+
+__all__ = ["ShardsOnDemand", "choose_layout", "fill", "make_shard", "notes_of", "place", "precompute"]
+
+log = logging.getLogger(__name__)
+
+CHECKED = 16  # images of each shard found done that are compared with the source
+_AHEAD = 2  # batches read before they are needed
+_LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
+
+
+def precompute(
+    dataset: Dataset[Any],
+    purifier: Purifier,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    draws: int = 1,
+    batch_size: int = 256,
+    shard_size: int | None = None,
+    encoding: str = "auto",
+    device: Any = None,
+    workers: int = 0,
+    check_source: bool | int = CHECKED,
+    image_key: ImageKey = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    allow_mixed_devices: bool = False,
+    plan: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> CacheReader:
+    """Purify a dataset into a cache. Call it again after a stop, and it goes on.
+
+    Any number of processes may do this at once, started by `accelerate launch`, `torchrun` or by hand, on one
+    machine or on several that share the folder: the files are the same bytes. Each returns when the cache
+    is finished.
+
+    Args:
+        dataset: map-style, with its own transform or without: see `PurifiedDataset`.
+        purifier: see `purifyloader.recipes`.
+        out: folder of the cache, new, empty, unfinished or finished.
+        seed: of all noise.
+        draws: independent purifications of each image; an epoch reads draw `epoch % draws`. K draws cost
+            a certificate a factor sqrt(K) of its radius.
+        batch_size: images read and purified at a time; decides no pixel.
+        shard_size: images a file; 1024, or what the folder has.
+        encoding: "raw" for images of one size, "png" (lossless) for any, "auto" decides by 64 of the images.
+        device: where to purify; by default where the purifier is.
+        workers: processes that read the dataset; 0 reads in a thread.
+        check_source: of each shard that an earlier run has made, how many images, drawn at random, are compared
+            with the source; True all of them, False none.
+        image_key: where the image is in a sample.
+        rank, world_size: which of how many processes this is; by default from the launcher's environment
+            variables RANK and WORLD_SIZE, else 0 of 1.
+        allow_mixed_devices: go on with shards that another kind of device made.
+        plan: a JSON object kept with the cache.
+        progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
+
+    Raises:
+        InputError: a dataset that cannot be purified honestly, or images that the purifier does not take.
+        CacheError: the folder holds something else, or a part made from another source, or cannot be
+            written to.
+    """
+    check_arguments(dataset, purifier)
+    seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
+    plan = None if plan is None else fmt.plain("A plan", plan)  # before hours of work
+    rank, world_size = place(rank, world_size)
+    source = take_over(dataset)
+    moved = placed(purifier, device)
+    probed = check_honest(source, moved.image_channels, image_key)
+    job = Job(source, moved, seed, draws, image_key)
+    layout = choose_layout(out, len(source), draws, moved, probed, shard_size, encoding)
+    writer = CacheWriter(out, job.config(), layout, job.made())
+    fill(
+        job,
+        writer,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        workers=workers,
+        check_source=check_source,
+        allow_mixed_devices=allow_mixed_devices,
+        plan=plan,
+        notes=notes_of(dataset, moved),
+        progress=progress,
+    )
+    return CacheReader(out, job.config())
+
+
+def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Which of how many processes this is. No process group: nothing is ever sent between them."""
+    if (rank is None) != (world_size is None):
+        raise InputError(f"Give rank and world_size, or neither. Got rank={rank}, world_size={world_size}.")
+    if rank is None or world_size is None:
+        said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not all(text.isdecimal() for text in said):
+            raise InputError(f"The environment variables RANK and WORLD_SIZE must be numbers. Got {said}.")
+        rank, world_size = int(said[0]), int(said[1])
+    rank, world_size = as_integer("rank", rank, 0), as_integer("world_size", world_size, 1)
+    if not rank < world_size:
+        raise InputError(f"rank must be from 0 to world_size - 1. Got rank={rank}, world_size={world_size}.")
+    return rank, world_size
+
+
+def choose_layout(
+    folder: str | os.PathLike[str],
+    length: int,
+    draws: int,
+    purifier: Purifier,
+    probed: Sequence[tuple[tuple[int, int, int], ImageKind]],
+    shard_size: int | None = None,
+    encoding: str = "auto",
+) -> Layout:
+    """How to cut the dataset up: what is asked for, else as the folder has it, else the default.
+
+    Every process decides the same: `probed` are the same images in all of them.
+    """
+    there = _layout_of(Path(folder))
+    if shard_size is None:
+        shard_size = fmt.SHARD_SIZE if there is None else there.shard_size
+    if encoding == "auto":
+        shapes = {(purifier.output_shape(shape)[1:], kind.channels) for shape, kind in probed}
+        encoding = there.encoding if there is not None else "raw" if len(shapes) == 1 else "png"
+    return Layout(length, shard_size, draws, encoding)
+
+
+def _layout_of(folder: Path) -> Layout | None:
+    """The layout of the cache in a folder, finished or not; None where there is none to be read."""
+    try:
+        return fmt.read_index(folder).layout
+    except (OSError, PurifyError):
+        pass
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        try:
+            return fmt.read_shard_header(path).layout
+        except PurifyError:
+            continue
+    return None
+
+
+def notes_of(dataset: Any, purifier: Purifier) -> dict[str, Any]:
+    """What an index tells people beside what decides the pixels."""
+    classes = getattr(dataset, "classes", None)
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    return {
+        "source_class": class_of(dataset),
+        "classes": list(classes) if named and classes is not None else None,
+        "purifier": purifier.config(),
+        "sigma_px": _all("sigma_px", purifier.config()),
+        "dtype": _all("dtype", purifier.config()),
+    }
+
+
+def _all(key: str, config: Any) -> list[Any]:
+    """Every value that stands under a key of a configuration, in the order of its stages."""
+    if isinstance(config, Mapping):
+        return [v for k, value in config.items() for v in ([value] if k == key else _all(key, value))]
+    return [v for value in config for v in _all(key, value)] if isinstance(config, list) else []
+
+
+# -- the work ----------------------------------------------------------------------------------------
+
+
+def fill(
+    job: Job,
+    writer: CacheWriter,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 256,
+    workers: int = 0,
+    check_source: bool | int = CHECKED,
+    allow_mixed_devices: bool = False,
+    plan: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Make what is missing of a cache, and write its index; returns when it is finished."""
+    mine = writer.shards[rank::world_size]
+    others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
+    crew = _Crew(job, writer, batch_size, workers, check_source, allow_mixed_devices)
+    with random_state_kept(), _Progress(writer, shown=progress and rank == 0):
+        crew.work(mine)
+        # what another process has not begun, or what it has left when it died; the rest is its to verify
+        crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])
+        _finish(crew, writer, plan, notes)
+
+
+def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, notes: Mapping[str, Any] | None) -> None:
+    """Whoever comes first verifies what others have made and writes the index; the others find it written."""
+    while True:
+        for shard in writer.shards:
+            while not (writer.folder / shard.file).exists():
+                # in work elsewhere, unless that process has died
+                with writer.lock(shard):
+                    pass
+                crew.work([shard])
+        if plan is None and writer.is_finished():
+            if writer.has_litter():  # of this run, or of one that was killed before it could tidy up
+                with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE):  # it may be read-only by now
+                    writer.tidy()
+            return
+        with Lock(writer.folder, fmt.INDEX_FILE):
+            lacking = writer.pending()
+            if not lacking:
+                writer.finish(plan, notes)
+                writer.tidy()
+                return
+        crew.work(lacking)
+
+
+class ShardsOnDemand:
+    """An unfinished cache as `CacheReader` gives a finished one: a shard is made when it is first read.
+
+    Any number of workers may read at once: a lock keeps two from making the same shard. Whoever makes the last
+    one writes the index.
+    """
+
+    def __init__(
+        self, job: Job, writer: CacheWriter, batch_size: int, check_source: bool | int, notes: Mapping[str, Any]
+    ) -> None:
+        self._job, self._writer, self._batch_size, self._notes = job, writer, batch_size, notes
+        self._check_source = check_source
+        self._open: dict[int, OpenShard] = {}
+
+    def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
+        """As `CacheReader.row`."""
+        number, local = divmod(position, self._writer.layout.shard_size)
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = self._made(self._writer.shards[number])
+        return shard.row(local, draw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _made(self, shard: Shard) -> OpenShard:
+        writer = self._writer
+        if writer.is_done(shard):
+            compare_shard(self._job, writer, shard, self._check_source, self._batch_size)
+        else:
+            writer.check_same_device()
+            make_shard(self._job, writer, shard, self._batch_size)
+            if writer.present() == writer.layout.length:
+                with Lock(writer.folder, fmt.INDEX_FILE):
+                    if not writer.pending():
+                        writer.finish(notes=self._notes)  # which leaves an index alone that says the same
+                        writer.tidy()
+        path = writer.folder / shard.file
+        return OpenShard(path, fmt.read_shard_header(path), np.zeros(writer.layout.draws * shard.count, np.uint8))
+
+
+def compare_shard(job: Job, writer: CacheWriter, shard: Shard, amount: bool | int, batch_size: int) -> None:
+    """A source now with what a shard that is there was made from: all of it, or `amount` of its samples.
+
+    Raises:
+        CacheError: they differ.
+    """
+    if amount is False:
+        return
+    known = fmt.read_shard_header(writer.folder / shard.file).source
+    if known is not None:
+        check_source(job.reader, known, amount, writer.folder, start=shard.start, batch_size=batch_size)
+
+
+def make_shard(job: Job, writer: CacheWriter, shard: Shard, batch_size: int) -> None:
+    """One shard, now, in this thread; waits where another process is making it."""
+    with writer.lock(shard):
+        if writer.is_done(shard):
+            return
+        writer.tidy_shard(shard)
+        making = _Making(job, shard)
+        for start in range(0, shard.count, batch_size):
+            positions = list(range(shard.start, shard.start + shard.count))[start : start + batch_size]
+            making.add(positions, job.reader.read(positions))
+        making.write(writer)
+
+
+class _Making:
+    """A shard as it grows."""
+
+    def __init__(self, job: Job, shard: Shard) -> None:
+        self.job, self.shard = job, shard
+        self.rows: list[list[NDArray[np.uint8]]] = [[] for _ in range(job.draws)]
+        self.reads: list[Read] = []
+
+    def add(self, positions: Sequence[int], reads: Sequence[Read]) -> None:
+        for draw in range(self.job.draws):
+            self.rows[draw] += self.job.rows(positions, reads, draw)
+        # the pixels have done their duty, and a shard of large images would hold them twice
+        empty = np.empty(0, np.uint8)
+        self.reads += [Read(empty, r.kind, r.fields, r.structure, r.hashes) for r in reads]
+
+    def write(self, writer: CacheWriter) -> None:
+        rows = [row for draw in self.rows for row in draw]
+        if writer.layout.encoding == "raw":
+            for at, row in enumerate(rows):
+                if row.shape != rows[0].shape:
+                    raise InputError(
+                        f"Images of one size are stored raw. Got {row.shape} for item "
+                        f"{self.shard.start + at % self.shard.count} after {rows[0].shape}: give the recipe a size "
+                        '(resize=, crop=), or precompute with encoding="png" (--encoding png).'
+                    )
+        writer.write(self.shard, rows, **shard_values(self.reads))
+
+
+class _Batches(Dataset[Any]):
+    """Batches of samples by their positions, for a loader's workers."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, positions: list[int]) -> bytes:
+        # Pickled here by value: torch would hand each small array over as a shared file of its own. An error
+        # is handed over as it is, because the loader would wrap it in a traceback.
+        try:
+            return pickle.dumps(self.reader.read(positions))
+        except PurifyError as error:
+            return pickle.dumps(error)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+class _Crew:
+    """Reads ahead in a thread (or in worker processes), purifies in this one, writes behind in another."""
+
+    def __init__(
+        self,
+        job: Job,
+        writer: CacheWriter,
+        batch_size: int,
+        workers: int,
+        check_source: bool | int,
+        allow_mixed_devices: bool,
+    ) -> None:
+        self.job, self.writer = job, writer
+        self.batch_size, self.workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)
+        self._check_source, self._mixed = check_source, allow_mixed_devices
+        self._made: set[int] = set()
+
+    def work(self, shards: Sequence[Shard]) -> None:
+        """Make those of `shards` that are not there and that nobody else is making."""
+        stop = threading.Event()
+        locks: dict[int, Lock] = {}
+        claims = self._claims(shards, locks, stop)
+        first = next(claims, None)
+        if first is None:
+            return
+        ready: queue.Queue[Any] = queue.Queue(_AHEAD)
+        reading = threading.Thread(target=self._read, args=(chain([first], claims), ready, stop), daemon=True)
+        try:
+            with ThreadPoolExecutor(1) as writing:
+                try:
+                    reading.start()
+                    self._purify(ready, writing, locks)
+                finally:
+                    stop.set()
+        finally:
+            while reading.is_alive():
+                _drain(ready)
+                reading.join(0.05)
+            for lock in list(locks.values()):
+                lock.release()
+
+    def _claims(self, shards: Sequence[Shard], locks: dict[int, Lock], stop: threading.Event) -> Iterator[Shard]:
+        for shard in shards:
+            if stop.is_set():
+                return
+            if self.writer.is_done(shard):
+                self._compare(shard)
+                continue
+            if not self._mixed:
+                self.writer.check_same_device()
+            lock = self.writer.lock(shard)
+            if not lock.acquire(wait=False):
+                continue
+            if self.writer.is_done(shard):  # made between the look and the lock
+                lock.release()
+                continue
+            locks[shard.number] = lock
+            self._made.add(shard.number)
+            self.writer.tidy_shard(shard)
+            yield shard
+
+    def _compare(self, shard: Shard) -> None:
+        """The source of a shard that an earlier run has made, with the source now."""
+        if shard.number not in self._made:
+            self._made.add(shard.number)
+            compare_shard(self.job, self.writer, shard, self._check_source, self.batch_size)
+
+    def _read(self, claims: Iterator[Shard], ready: queue.Queue[Any], stop: threading.Event) -> None:
+        order: deque[tuple[Shard, list[int]]] = deque()
+
+        def batches() -> Iterator[list[int]]:
+            for shard in claims:
+                positions = range(shard.start, shard.start + shard.count)
+                for start in range(0, shard.count, self.batch_size):
+                    part = list(positions[start : start + self.batch_size])
+                    order.append((shard, part))
+                    yield part
+
+        def put(item: Any) -> None:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return
+                except queue.Full:
+                    continue
+
+        try:
+            loader = DataLoader(
+                _Batches(self.job.reader),
+                batch_size=None,
+                sampler=batches(),
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                generator=torch.Generator(),  # or it would draw from the user's
+            )
+            for data in loader:
+                found = pickle.loads(data)
+                put(found if isinstance(found, PurifyError) else (*order.popleft(), found))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is, the main thread must hear of it
+            # a worker's own traceback stands in the message, and this one would keep the workers alive
+            put(error.with_traceback(None) if self.workers else error)
+
+    def _purify(self, ready: queue.Queue[Any], writing: ThreadPoolExecutor, locks: dict[int, Lock]) -> None:
+        making: _Making | None = None
+        written: Future[None] | None = None
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                try:
+                    raise item
+                finally:
+                    del item  # its traceback leads back here, and would keep the loader's processes alive
+            shard, positions, reads = item
+            if making is None:
+                making = _Making(self.job, shard)
+            making.add(positions, reads)
+            locks[shard.number].note(len(making.reads))
+            if len(making.reads) == shard.count:
+                if written is not None:
+                    written.result()  # one shard in work and one being written, never more
+                written = writing.submit(_written, making, self.writer, locks.pop(shard.number))
+                making = None
+        if written is not None:
+            written.result()
+
+
+def _written(making: _Making, writer: CacheWriter, lock: Lock) -> None:
+    try:
+        making.write(writer)
+    finally:
+        lock.release()
+
+
+def _drain(ready: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            ready.get_nowait()
+    except queue.Empty:
+        pass
+
+
+# -- what is seen of it ------------------------------------------------------------------------------
+
+
+class _Progress:
+    """One bar over all processes, from what they leave in the folder: finished shards, and notes in locks."""
+
+    def __init__(self, writer: CacheWriter, shown: bool) -> None:
+        self._writer, self._shown = writer, shown
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._shown:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._shown:
+            self._thread.join()
+
+    def _done(self) -> int:
+        writer = self._writer
+        names = set(os.listdir(writer.folder))
+        done = writer.present(list(names))
+        for shard in writer.shards:
+            path = lock_path(writer.folder, shard.file)
+            if path.name in names and shard.file not in names and is_held(path):
+                done += min(read_note(path), shard.count)
+        return done
+
+    def _watch(self) -> None:
+        length = self._writer.layout.length
+        start, begun = self._done(), time.monotonic()
+        done = start
+        notebook = "ipykernel" in sys.modules
+        report = self._log(start, begun, length)
+        with tqdm(
+            total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
+        ) as bar:
+            while True:
+                stopping = self._stop.wait(0.5)
+                with suppress(OSError):  # the bar is not what a run should fail of
+                    done = self._done()
+                bar.n = max(start, done)
+                bar.refresh()
+                if bar.disable:
+                    report(done, stopping)
+                if stopping:
+                    return
+
+    def _log(self, start: int, begun: float, length: int) -> Callable[[int, bool], None]:
+        last = begun
+
+        def report(done: int, final: bool) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done <= start or (now - last < _LOG_SECONDS and not final):
+                return
+            last = now
+            rate = (done - start) / (now - begun)
+            left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
+            log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
+
+        return report

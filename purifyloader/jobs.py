@@ -1,0 +1,288 @@
+"""What the pixels of a purified dataset are: a source, a purifier, a seed and a number of draws."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from purifyloader import noise
+from purifyloader.cache.source import is_hashable, source_hashes
+from purifyloader.devices import as_device, check_worker
+from purifyloader.errors import CacheError, InputError
+from purifyloader.images import ImageKind, as_stored, quantize, to_bytes, type_of
+from purifyloader.purifiers import SCHEMA, Purifier
+from purifyloader.samples import ImageKey, fields, get_image, structure_of
+from purifyloader.sources import REMEDY, Source, fetch, random_state_kept
+
+__all__ = [
+    "COMPENSATE",
+    "PURIFY",
+    "Job",
+    "Read",
+    "SampleReader",
+    "as_integer",
+    "check_arguments",
+    "check_source",
+    "class_of",
+    "converted",
+    "placed",
+    "shard_values",
+]
+
+# Children of an image's key: its purification and its compensation share no noise.
+PURIFY, COMPENSATE = 0, 1
+
+
+@dataclass(frozen=True)
+class Read:
+    """A sample as it was read from its source.
+
+    Attributes:
+        pixels: uint8, or float32 in [0, 1], (C, H, W), in the channels of the purifier.
+        kind: how the image was held.
+        fields: the rest of the sample.
+        structure: how the sample is put together.
+        hashes: of the source image and of its fields, uint64 (2,).
+    """
+
+    pixels: NDArray[Any]
+    kind: ImageKind
+    fields: Any
+    structure: dict[str, Any]
+    hashes: NDArray[np.uint64]
+
+
+class SampleReader:
+    """Reads and checks samples. Worker processes get it, and so it holds no purifier and none of the user's
+    transforms, which may not pickle.
+
+    Args:
+        raw: the dataset in front of its transforms.
+        channels: what the purifier takes.
+        image_key: where the image is in a sample.
+    """
+
+    def __init__(self, raw: Dataset[Any], channels: int | None, image_key: ImageKey) -> None:
+        self.raw, self.channels, self.image_key = raw, channels, image_key
+
+    def read(self, positions: Sequence[int]) -> list[Read]:
+        """
+        Raises:
+            InputError: an image is none that the purifier takes; names its position.
+        """
+        samples = fetch(self.raw, positions)
+        images = [get_image(sample, self.image_key) for sample in samples]
+        stored = converted(positions, images, self.channels, REMEDY)
+        others = [fields(sample, self.image_key) for sample in samples]
+        hashes = source_hashes(
+            [np.asarray(i) if isinstance(i, Image.Image) else i for i in images], [_hashable(o) for o in others]
+        )
+        return [
+            Read(x.detach().numpy(), kind, other, structure_of(sample, self.image_key), row)
+            for (x, kind), other, sample, row in zip(stored, others, samples, hashes, strict=True)
+        ]
+
+
+class Job:
+    """Source, purifier, seed and draws: which pixels image i has in draw k, and how to compute them.
+
+    Draw k of image i takes its noise from (seed, k, i); nothing else decides the pixels but the weights,
+    the configuration and the image.
+    """
+
+    def __init__(self, source: Source, purifier: Purifier, seed: int, draws: int, image_key: ImageKey) -> None:
+        self.purifier, self.seed, self.draws = purifier, seed, draws
+        self.reader = SampleReader(source.raw, purifier.image_channels, image_key)
+
+    @property
+    def device(self) -> torch.device:
+        parameter = next(self.purifier.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def config(self) -> dict[str, Any]:
+        """All that decides the pixels beside the source and the kind of device."""
+        return {"purifier": self.purifier.identity(), "schema": SCHEMA, "seed": self.seed, "draws": self.draws}
+
+    def made(self) -> dict[str, str]:
+        """Kind of device and versions, on which the last bit of a pixel may depend."""
+        packages = ("purifyloader", "torchvision", "pillow", "numpy")
+        # torch's own word for itself says which CUDA it was built with
+        versions = {**{name: version(name) for name in packages}, "torch": str(torch.__version__)}
+        return {"device": self.device.type, **versions}
+
+    def purify(self, positions: Sequence[int], images: Sequence[Tensor], draw: int) -> list[Tensor]:
+        """Purified pixels, float32 (C, H, W), on the purifier's device, of images as `as_stored` gives them."""
+        device = self.device
+        check_worker(device)
+        keys_B = noise.fold_in(noise.image_keys(self.seed, draw, list(positions)), PURIFY).to(device)
+        if _alike(images):  # one copy to the device instead of one an image
+            return list(self.purifier(_floats(torch.stack(list(images)).to(device)), keys_B))
+        return self.purifier.purify_images([_floats(image.to(device)) for image in images], keys_B)
+
+    def rows(self, positions: Sequence[int], reads: Sequence[Read], draw: int) -> list[NDArray[np.uint8]]:
+        """Purified images as a cache holds them, uint8 (H, W, C)."""
+        purified = self.purify(positions, [torch.from_numpy(r.pixels) for r in reads], draw)
+        kinds = [read.kind for read in reads]
+        if _alike(purified) and all(kind.channels == len(x) for kind, x in zip(kinds, purified, strict=True)):
+            batch = quantize(torch.stack(purified)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            return list(batch)
+        out = []
+        for position, x, kind in zip(positions, purified, kinds, strict=True):
+            try:
+                out.append(to_bytes(x, kind))
+            except InputError as error:
+                raise InputError(f"Item {position} of the dataset: {error}") from None
+        return out
+
+
+def _alike(images: Sequence[Tensor]) -> bool:
+    return len({(image.shape, image.dtype) for image in images}) == 1
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def shard_values(reads: Sequence[Read]) -> dict[str, Any]:
+    """What a shard holds beside its images, as `CacheWriter.write` takes it."""
+    structures = [read.structure for read in reads]
+    alike = all(structure == structures[0] for structure in structures)
+    alike = alike and isinstance(structures[0].get("image", 0), str | int)  # any other key is no JSON
+    return {
+        "image_types": [type_of(read.kind) for read in reads],
+        "sample": structures[0] if alike else None,
+        "targets": [read.fields for read in reads] if alike else None,
+        "source": np.stack([read.hashes for read in reads]),
+    }
+
+
+def check_arguments(dataset: Any, purifier: Any) -> None:
+    """Refuse what is no purifier, or no map-style dataset with images.
+
+    Raises:
+        InputError: says which.
+    """
+    if not isinstance(purifier, Purifier):
+        raise InputError("Expected a purifier, such as `recipes.eclipse(...)`. Got " + type(purifier).__name__ + ".")
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise InputError(
+            "Expected a map-style dataset, with __getitem__ and __len__. Got "
+            f"{type(dataset).__name__}, which is only iterated."
+        )
+    if len(dataset) == 0:
+        raise InputError(f"Expected a dataset with at least one image. Got an empty {type(dataset).__name__}.")
+
+
+def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
+    """The purifier on `device`; a copy where it has to move, for the user's own stays where it is."""
+    if device is None:
+        return purifier
+    device = as_device(device)
+    here = next(purifier.parameters(), None)
+    if here is None or here.device == device:
+        return purifier
+    return copy.deepcopy(purifier).to(device)
+
+
+def as_integer(name: str, value: Any, low: int) -> int:
+    """
+    Raises:
+        InputError: `value` is no integer, or none of 64 bits from `low`.
+    """
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
+    if not low <= integer < 2**63:
+        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
+    return integer
+
+
+def class_of(dataset: Any) -> str:
+    return f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+
+
+def converted(
+    positions: Sequence[int],
+    images: Sequence[Any],
+    channels: int | None,
+    remedy: str,
+    convert: Callable[[Any, int | None], tuple[Tensor, ImageKind]] = as_stored,
+) -> list[tuple[Tensor, ImageKind]]:
+    """All images as `as_stored` (or `to_engine`) gives them; one that cannot be is named."""
+    out = []
+    for position, image in zip(positions, images, strict=True):
+        try:
+            out.append(convert(image, channels))
+        except InputError as error:
+            raise InputError(f"Item {position} of the dataset: {error} {remedy}") from None
+    return out
+
+
+def check_source(
+    reader: SampleReader,
+    known: NDArray[np.uint64],
+    amount: bool | int,
+    folder: Path,
+    *,
+    start: int = 0,
+    batch_size: int = 256,
+    seen: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Compare a source with the hashes that were taken of it when a cache was made.
+
+    Args:
+        known: hashes of the samples from `start` on, (N, 2).
+        amount: True for all of them, else how many, drawn at random.
+        folder: of the cache, for the message.
+        seen: told after each batch how many were compared.
+
+    Raises:
+        CacheError: names the first sample that differs.
+    """
+    length = len(known)
+    count = length if amount is True else min(as_integer("check_source", amount, 0), length)
+    # from the system's entropy: who tampers with a source must not know where one looks
+    drawn = range(length) if count == length else sorted(np.random.default_rng().choice(length, count, False).tolist())
+    differing: dict[int, NDArray[np.bool_]] = {}
+    with random_state_kept():
+        for at in range(0, count, batch_size):
+            part = list(drawn[at : at + batch_size])
+            hashes = np.stack([read.hashes for read in reader.read([start + i for i in part])])
+            differing.update({i: w for i, w in zip(part, hashes != known[part], strict=True) if w.any()})
+            seen(len(part))
+    if differing:
+        first, wrong = next(iter(differing.items()))
+        where = " and ".join(name for name, w in zip(("image", "targets"), wrong, strict=True) if w)
+        raise CacheError(
+            f"The cache {folder} must have been made from the source that it is used with. Got one that differs in "
+            f"{len(differing)} of {count} samples compared, first in the {where} of sample {start + first}. Give the "
+            "dataset that the cache was made from, or precompute into another folder."
+        )
+
+
+def _hashable(field: Any) -> Any:
+    """A field as the source hash takes it; of objects that have no value of their own, the type."""
+    if isinstance(field, Mapping):
+        return {str(k): _hashable(v) for k, v in field.items()}
+    if isinstance(field, list | tuple):
+        return [_hashable(v) for v in field]
+    if isinstance(field, Image.Image):
+        return np.asarray(field)
+    if isinstance(field, Tensor | np.ndarray | np.generic):
+        return field if is_hashable(field) else class_of(field)
+    if field is None or isinstance(field, bool | int | float | complex | str | bytes):
+        return field
+    return class_of(field)

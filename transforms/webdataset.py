@@ -1,0 +1,169 @@
+"""Purification as a stage of a WebDataset pipeline, for those who never have a map-style dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.devices import check_worker
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.images import ImageKind, from_engine, to_engine
+from purifyloader.jobs import PURIFY
+from purifyloader.purifiers import Purifier
+from purifyloader.samples import get_image, with_image
+
+__all__ = ["purified"]
+
+
+Sample = Mapping[str, Any]
+
+
+def purified(
+    purifier: Purifier, seed: int = 0, batch_size: int = 256, image_key: str | None = None, epoch: int = 0
+) -> Callable[[Iterable[Sample]], Iterator[Sample]]:
+    """A stage that purifies the image of each sample, and leaves everything else as it is.
+
+        wds.WebDataset(urls, shardshuffle=False).decode("pil").compose(purified(purifier, seed=0))
+
+    Put it right after `decode`: before any augmentation, and before `to_tuple` and `batched`. The samples
+    come out in the order they came, each image of the type it was. What an image becomes is a function of
+    (seed, epoch, base name of the shard's file, key) and of the image itself: not of its position, the
+    worker, `batch_size`, or the folder that the shard lies in.
+
+    Args:
+        purifier: see `purifyloader.recipes`. On a GPU only without workers, or with spawned ones.
+        seed, epoch: of all noise.
+        batch_size: samples read, held and purified at a time. Large images want fewer: a worker holds
+            them all as float32.
+        image_key: the image's field. By default the one that holds a PIL image, or an array (H, W, C) or
+            tensor (C, H, W).
+
+    Returns:
+        A picklable callable, from an iterable of sample dicts to an iterator of them.
+
+    Raises:
+        InputError: an argument of another type or range; and, as it runs, samples without `__key__` or
+            without an image that the purifier takes. The key of the sample is named.
+        PurifyError: as it runs, a purifier on a GPU in a forked worker.
+    """
+    return _Purified(purifier, seed, batch_size, image_key, epoch)
+
+
+class _Purified:
+    def __init__(self, purifier: Purifier, seed: int, batch_size: int, image_key: str | None, epoch: int) -> None:
+        if not isinstance(purifier, Purifier):
+            raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
+        if image_key is not None and not isinstance(image_key, str):
+            raise InputError(f"image_key must be the name of a field, such as 'png', or None. Got {image_key!r}.")
+        noise.image_keys(seed, epoch, 0)  # refuses what is no 64-bit integer
+        self.purifier, self.seed, self.epoch, self.image_key = purifier, seed, epoch, image_key
+        self.batch_size = _positive("batch_size", batch_size)
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        parameter = next(self.purifier.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        check_worker(device)
+        source = iter(samples)
+        while batch := list(islice(source, self.batch_size)):
+            yield from self._purify(batch, device)
+
+    def _purify(self, batch: Sequence[Sample], device: torch.device) -> Iterator[Sample]:
+        fields, images = [], []
+        for sample in batch:
+            name = _name(sample)
+            try:
+                field = _image_field(sample) if self.image_key is None else self.image_key
+                images.append(self._converted(get_image(sample, field)))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            fields.append(field)
+        indices = torch.tensor([_index(sample) for sample in batch])
+        keys_B = noise.fold_in(noise.image_keys(self.seed, self.epoch, indices), PURIFY)
+        results = self._purify_images([x.to(device) for x, _ in images], keys_B, batch)
+        for sample, field, (_, kind), x in zip(batch, fields, images, results, strict=True):
+            yield with_image(sample, from_engine(x, kind), field)
+
+    def _converted(self, image: Any) -> tuple[Tensor, ImageKind]:
+        x, kind = to_engine(image, self.purifier.image_channels)
+        channels, height, width = x.shape
+        if kind.alpha is not None and self.purifier.output_shape((channels, height, width)) != x.shape:
+            raise InputError(
+                "A purifier that changes the size of images takes them without alpha. Got "
+                f"{kind.channels} channels: decode them as RGB."
+            )
+        return x, kind
+
+    def _purify_images(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
+        try:
+            return self.purifier.purify_images(images, keys_B)
+        except PurifyError:
+            # one by one, only to name the sample
+            for image, key, sample in zip(images, keys_B, batch, strict=True):
+                try:
+                    self.purifier.purify_images([image], key[None])
+                except PurifyError as error:
+                    raise type(error)(f"{_name(sample)}: {error}") from None
+            raise
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = 0
+    if integer < 1:
+        raise InputError(f"{name} must be a positive integer. Got {value!r}.")
+    return integer
+
+
+def _shard(sample: Sample) -> str:
+    """Base name of the shard's file, without what a signed address adds to it; empty where there is none."""
+    url = sample.get("__url__") or ""
+    if "://" in url:
+        url = re.split(r"[?#]", url)[0]
+    return re.split(r"[/\\]", url)[-1]
+
+
+def _name(sample: Any) -> str:
+    """The sample as errors name it; refuses what is no single sample of a pipeline."""
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("__key__"), str):
+        got = f"a dict with the keys {list(sample)}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+        raise InputError(
+            "Expected single samples of a WebDataset pipeline, dicts with a __key__ that decides their noise. Got "
+            f"{got}: put purified(...) right after decode, before to_tuple and batched."
+        )
+    return f"Sample {sample['__key__']!r}" + (f" of {_shard(sample)}" if _shard(sample) else "")
+
+
+def _index(sample: Sample) -> int:
+    """A 64-bit hash of what names the sample in its data set, and of no pixel: a certificate needs noise that
+    the data does not choose."""
+    name = f"{_shard(sample)}\0{sample['__key__']}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def _is_image(value: Any) -> bool:
+    # 2 dimensions are as likely a feature map or a segmentation
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 3)
+
+
+def _image_field(sample: Sample) -> str:
+    found = [key for key, value in sample.items() if _is_image(value)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"Expected one image in a sample. Got {', '.join(found)}: name the right one as image_key=.")
+    raise InputError(
+        f'Expected an image in a sample. Got none under the keys {list(sample)}: decode it first, .decode("pil"), '
+        "or name its field as image_key=."
+    )
