@@ -43,6 +43,17 @@ def test_ablation_keeps_finished_cells(tmp_path):
     assert json.loads(results.read_text())["AR:none"]["accuracy"] == {"0": 12.5}
 
 
+def test_cache_speed_compares_what_the_readme_shows(tmp_path):
+    out = tmp_path / "speed.json"
+    command = [sys.executable, ROOT / "examples" / "cache_speed.py", "--images", "300", "--turns", "1", "--out", out]
+    subprocess.run([str(word) for word in command], check=True, cwd=ROOT, capture_output=True)
+    results = json.loads(out.read_text())
+    shown = json.loads((ROOT / "examples" / "results" / "cache_speed.json").read_text())
+    for part in ("images_per_second", "ratios"):
+        assert results[part].keys() == shown[part].keys()
+        assert all(value > 0 for value in results[part].values())
+
+
 @pytest.mark.slow
 def test_quickstart_shows_what_the_readme_says(tmp_path):
     out = run("quickstart.py", "--out", tmp_path / "quickstart.png")

@@ -6,6 +6,9 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,13 +39,35 @@ def test_code_compiles_and_its_imports_exist(block):
                 assert hasattr(module, name.name), name.name
 
 
-def test_the_tables_are_the_measured_results():
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "examples" / "ablation.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    ablation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ablation)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_the_measured_results():
     folder = ROOT / "examples" / "results"
     results, speed = (json.loads((folder / name).read_text()) for name in ("ablation.json", "speed.json"))
-    assert ablation.with_tables(TEXT, results, speed) == TEXT
+    assert example("ablation").with_tables(TEXT, results, speed) == TEXT
     assert all(len(entry["accuracy"]) == 3 for entry in results.values()), "three seeds in every cell"
+
+
+def test_the_table_of_reading_is_the_measured_one():
+    results = json.loads((ROOT / "examples" / "results" / "cache_speed.json").read_text())
+    assert example("cache_speed").with_tables(TEXT, results) == TEXT
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^(?:purifyloader|accelerate launch) .*(?:\n    .*)*", TEXT, flags=re.MULTILINE)
+)
+def test_commands_have_the_options_they_show(line):
+    words = [word for word in shlex.split(line.replace("\\\n", " ")) if not word.startswith("purifyloader.")]
+    name = [word for word in words[1:4] if re.fullmatch(r"[a-z]+", word) and word not in ("launch",)]
+    command = ["precompute"] if words[0] == "accelerate" else name[:2] if name[0] in ("train", "cache") else name[:1]
+    done = subprocess.run([sys.executable, "-m", "purifyloader", *command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in (word for word in words if word.startswith("--")):
+        assert option in done.stdout
