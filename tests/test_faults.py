@@ -230,7 +230,7 @@ def test_files_are_made_under_hidden_names_of_their_own(bench: Bench, encoding: 
 @slow  # torch's workers look every five seconds whether their parent lives
 def test_processes_that_read_outlive_the_one_that_is_killed(bench: Bench) -> None:
     """They have its locks open too, and must not keep them."""
-    task = Task(bench.fresh(), delay=0.01, workers=2)
+    task = Task(bench.fresh(), delay=0.2, workers=2)
     run = bench.start(task)
     wait_for("shard", task.folder, run, random.Random(0), 0)
     assert run.kill()

@@ -863,3 +863,75 @@ def test_as_a_module(tmp_path: Path, folder: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("purifyloader: error: --recipe must be one of")
     assert done.stderr.count("\n") == 1
+
+
+def in_a_terminal(command: list[str], folder: Path) -> str:
+    """What a command writes to a terminal of 100 columns."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=folder, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    out = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux says so where others give an end of file
+            break
+        if not part:
+            break
+        out += part
+    os.close(ours)
+    assert process.wait() == 0, out.decode()
+    return out.decode()
+
+
+def test_one_bar_in_a_terminal(tmp_path: Path, folder: Path) -> None:
+    """As `accelerate launch` starts it, which is the command that people are told."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "purifyloader.precompute"]
+    arguments = [
+        "--dataset",
+        "imagefolder",
+        "--root",
+        str(folder),
+        "--recipe",
+        "jpeg",
+        "--out",
+        str(tmp_path / "cache"),
+    ]
+    out = in_a_terminal([*launch, *arguments], ROOT)
+    assert "\rpurifying: 100%" in out
+    assert "img/s]" in out
+    assert "images/s," not in out, "lines are for log files"
+    CacheReader(tmp_path / "cache").verify()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
+    """344 MB of images more must not be 50 MB of memory more."""
+    script = tmp_path / "peak.py"
+    script.write_text(
+        "import resource, sys\n"
+        "import numpy as np, torch\n"
+        "from PIL import Image\n"
+        "from purifyloader import precompute, recipes\n"
+        "torch.set_num_threads(1)\n"
+        "class Grey(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return int(sys.argv[1])\n"
+        "    def __getitem__(self, i): return Image.fromarray(np.full((64, 64, 3), i % 256, np.uint8)), i % 10\n"
+        "precompute(Grey(), recipes.jpeg(), sys.argv[2], shard_size=256, progress=False)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+
+    def peak(count: int) -> int:
+        command = [sys.executable, str(script), str(count), str(tmp_path / str(count))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return int(done.stdout)
+
+    few, many = peak(16_000), peak(44_000)
+    assert many - few < 50, f"{few} and {many} MB"
