@@ -711,7 +711,7 @@ def read_until_finished(folder: Path, as_dataset: bool) -> list[Any]:
 
 @pytest.mark.parametrize("as_dataset", [False, True])
 def test_reading_while_another_process_writes(bench: Bench, as_dataset: bool) -> None:
-    task = Task(bench.fresh(), delay=0.01)
+    task = Task(bench.fresh(), delay=0.03)  # long enough for the reader to meet it on a busy machine
     writer = bench.start(task)
     while as_dataset and not any(task.folder.glob("shard-*")):  # an empty folder it would fill itself
         time.sleep(0.001)
