@@ -74,6 +74,8 @@ def conversion(first: Sequence[Callable[[Any], Any]], then: Sequence[Callable[[A
             kind in (v1.Normalize, v2.Normalize) and not step.inplace  # type: ignore[attr-defined]
         ):
             steps.append(step)
+            if kind in (v1.ConvertImageDtype, v1.Normalize):  # which give plain tensors
+                held = "tensor"
         else:
             return None
     if held == "pil":

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from purifyloader import noise
 from purifyloader.cache import CacheReader, CacheWriter
 from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
+from purifyloader.cache.locks import is_held
 from purifyloader.cache.reader import Targets
 from purifyloader.conversions import Conversion
 from purifyloader.errors import CacheError, InputError
@@ -69,16 +70,18 @@ class PurifiedDataset(Dataset[Any]):
             of a draw and a cache see the same purified image.
         compensate: ECLIPSE's other half, `Compensate()`; drawn afresh from (seed, epoch, index).
         cache: folder, read in place of purifying; see `purifyloader.precompute`. A new or empty folder is
-            filled now. 8 bits a channel.
+            filled now. 8 bits a channel. Targets and further fields are read from it too, where it has them.
         seed: of all noise.
         batch_size: images read and purified at a time while a cache is filled.
         device: where to purify, by default where the purifier is.
         draws: independent purifications of each image; an epoch reads draw `epoch % draws`.
         missing: what to do about a cache that is not finished. None refuses one that is partly filled, for
-            somebody may be filling it; "precompute" fills it now; "purify" fills a shard when one of its
-            images is first read, in whichever process reads it.
+            somebody may be filling it; "precompute" fills it now, together with other processes that do the
+            same; "purify" fills a shard when one of its images is first read, in whichever process reads it
+            (a shuffled epoch touches all shards within its first batches).
         check_source: how much of `dataset` is compared with what the cache was made from: True all of it,
-            which reads all of it; a number that many images, drawn at random; False nothing.
+            which reads all of it in this process (40 minutes for the JPEGs of ImageNet); a number that many
+            samples, drawn at random; False nothing.
         in_memory: read the whole cache into memory now, for slow or remote disks.
         transform: applied to the image after purification, for a dataset that has none of its own.
         image_key: where the image is in a sample; position 0 of a tuple, "image" of a dict by default.
@@ -194,6 +197,8 @@ class PurifiedDataset(Dataset[Any]):
         self._is_pair = False
         self._pil: tuple[str, tuple[int, int]] | None = None  # mode and size, where all are alike
         self._conversion: Conversion | None = None
+        self._converts = False
+        self._target_list: list[Any] | None = None
 
     # -- the dataset that a loader sees --------------------------------------------------------------
 
@@ -251,6 +256,11 @@ class PurifiedDataset(Dataset[Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name in _INNER_ATTRIBUTES and "dataset" in self.__dict__:
+            if name == "targets" and self._is_pair:  # from where the items have them
+                if self._target_list is None:
+                    assert self._others is not None
+                    self._target_list = list(self._others)
+                return self._target_list
             if self.dataset is not None:
                 return getattr(self.dataset, name)
             if (value := self._stored_attribute(name)) is not None:
@@ -262,9 +272,18 @@ class PurifiedDataset(Dataset[Any]):
             raise InputError(f"Expected the {name} before wrapping: give it to the dataset, or as transform=.")
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned worker: where a finished cache is read, without the model, which would fill a GPU's memory."""
+        state = {**self.__dict__, "_conversion": None}
+        if isinstance(self._cache, CacheReader):
+            state.update(purifier=None, _job=None)
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has an epoch of its own, which its persistent workers must see too."""
         self.__dict__.update(state)
+        if isinstance(self._cache, CacheReader) and self._converts and self._cache.image_shape is not None:
+            self._conversion = self._found_conversion(self._cache.image_shape[2])
         self._shared = self._shared.clone() if not self._shared.is_shared() else self._shared
         self._shared.share_memory_()
 
@@ -409,20 +428,21 @@ class PurifiedDataset(Dataset[Any]):
             if self.compensate is None:
                 height, width, channels = reader.image_shape
                 self._pil = pil_mode(channels), (width, height)
-            found = self._source.conversion()
-            # compensation knows grey and colour, and one by one the alpha plane is set aside for it
-            floats = self.compensate is None or (
-                found is not None and _gives_floats(found) and reader.image_shape[2] in (1, 3)
-            )
-            self._conversion = found if floats else None
+            self._conversion = self._found_conversion(reader.image_shape[2])
+            self._converts = self._conversion is not None
+
+    def _found_conversion(self, channels: int) -> Conversion | None:
+        """The whole transform on batches, where it is a mere conversion."""
+        found = self._source.conversion()
+        if found is None or self.compensate is None:
+            return found
+        # compensation knows grey and colour, and one by one the alpha plane is set aside for it
+        return found if channels in (1, 3) and _gives_floats(found) else None
 
     def _stored_attribute(self, name: str) -> Any:
-        """`classes`, `class_to_idx` and `targets` of a cache read without its source."""
+        """`classes` and `class_to_idx` of a cache read without its source."""
         assert isinstance(self._cache, CacheReader)
         classes = (self._cache.index.notes or {}).get("classes")
-        if name == "targets" and self._is_pair:
-            assert self._others is not None
-            return list(self._others)
         if name == "classes" or classes is None:
             return classes
         return {name: i for i, name in enumerate(classes)} if name == "class_to_idx" else None
@@ -461,13 +481,16 @@ def _gives_floats(found: Conversion) -> bool:
 
 
 def _partly(folder: Path) -> str:
+    """What to say of a cache that is not finished; nothing if it is by now."""
     try:
         CacheReader(folder)
         return ""
     except CacheError as error:
+        busy = any(is_held(path) for path in folder.glob(".*.lock"))
         return (
-            f'{error} Or give missing="precompute" to finish it now, or missing="purify" to fill each shard when '
-            "it is first read; not while another process is at it."
+            f"{error} {'Another process is filling it now: wait for it. ' if busy else ''}"
+            'Or give missing="precompute" to fill it now, which any number of processes may do together, or '
+            'missing="purify" to fill each shard when it is first read.'
         )
 
 

@@ -17,8 +17,7 @@ def as_device(device: str | torch.device) -> torch.device:
         InputError: no such device, or one that this machine or this build of torch does not have.
     """
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        found = torch.empty(0, device=torch.device(device)).device  # "cuda" with its index
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -114,6 +114,11 @@ def precompute(
             written to.
     """
     check_arguments(dataset, purifier)
+    if getattr(dataset, "compensate", None) is not None:
+        raise InputError(
+            "Expected a dataset that does not compensate, for a cache would hold one draw of it for ever. Got a "
+            f"{type(dataset).__name__} that does: give the one inside it, and compensate= when the cache is read."
+        )
     seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
     plan = None if plan is None else fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
@@ -122,7 +127,7 @@ def precompute(
     probed = check_honest(source, moved.image_channels, image_key)
     job = Job(source, moved, seed, draws, image_key)
     layout = choose_layout(out, len(source), draws, moved, probed, shard_size, encoding)
-    writer = CacheWriter(out, job.config(), layout, job.made())
+    writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
     fill(
         job,
         writer,
@@ -131,7 +136,6 @@ def precompute(
         batch_size=batch_size,
         workers=workers,
         check_source=check_source,
-        allow_mixed_devices=allow_mixed_devices,
         plan=plan,
         notes=notes_of(dataset, moved),
         progress=progress,
@@ -222,7 +226,6 @@ def fill(
     batch_size: int = 256,
     workers: int = 0,
     check_source: bool | int = CHECKED,
-    allow_mixed_devices: bool = False,
     plan: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -230,7 +233,7 @@ def fill(
     """Make what is missing of a cache, and write its index; returns when it is finished."""
     mine = writer.shards[rank::world_size]
     others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
-    crew = _Crew(job, writer, batch_size, workers, check_source, allow_mixed_devices)
+    crew = _Crew(job, writer, batch_size, workers, check_source)
     with random_state_kept(), _Progress(writer, shown=progress and rank == 0):
         crew.work(mine)
         # what another process has not begun, or what it has left when it died; the rest is its to verify
@@ -253,9 +256,11 @@ def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, no
                     writer.tidy()
             return
         with Lock(writer.folder, fmt.INDEX_FILE):
-            lacking = writer.pending()
+            # asked again, for the others have waited here while the first one verified
+            lacking = [] if plan is None and writer.is_finished() else writer.pending()
             if not lacking:
-                writer.finish(plan, notes)
+                if plan is not None or not writer.is_finished():
+                    writer.finish(plan, notes)
                 writer.tidy()
                 return
         crew.work(lacking)
@@ -317,10 +322,10 @@ def compare_shard(job: Job, writer: CacheWriter, shard: Shard, amount: bool | in
 
 def make_shard(job: Job, writer: CacheWriter, shard: Shard, batch_size: int) -> None:
     """One shard, now, in this thread; waits where another process is making it."""
-    with writer.lock(shard):
+    with writer.lock(shard) as lock:
         if writer.is_done(shard):
             return
-        writer.tidy_shard(shard)
+        writer.tidy_shard(shard, lock)
         making = _Making(job, shard)
         for start in range(0, shard.count, batch_size):
             positions = list(range(shard.start, shard.start + shard.count))[start : start + batch_size]
@@ -385,11 +390,10 @@ class _Crew:
         batch_size: int,
         workers: int,
         check_source: bool | int,
-        allow_mixed_devices: bool,
     ) -> None:
         self.job, self.writer = job, writer
         self.batch_size, self.workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)
-        self._check_source, self._mixed = check_source, allow_mixed_devices
+        self._check_source = check_source
         self._made: set[int] = set()
 
     def work(self, shards: Sequence[Shard]) -> None:
@@ -423,8 +427,7 @@ class _Crew:
             if self.writer.is_done(shard):
                 self._compare(shard)
                 continue
-            if not self._mixed:
-                self.writer.check_same_device()
+            self.writer.check_same_device()
             lock = self.writer.lock(shard)
             if not lock.acquire(wait=False):
                 continue
@@ -433,7 +436,7 @@ class _Crew:
                 continue
             locks[shard.number] = lock
             self._made.add(shard.number)
-            self.writer.tidy_shard(shard)
+            self.writer.tidy_shard(shard, lock)
             yield shard
 
     def _compare(self, shard: Shard) -> None:
@@ -467,6 +470,7 @@ class _Crew:
                 batch_size=None,
                 sampler=batches(),
                 num_workers=self.workers,
+                prefetch_factor=1 if self.workers else None,  # each batch ahead is a part of a shard locked ahead
                 collate_fn=_as_it_is,
                 generator=torch.Generator(),  # or it would draw from the user's
             )

@@ -6,18 +6,19 @@ import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from purifyloader import noise
+from purifyloader import __version__, noise
 from purifyloader.cache.source import is_hashable, source_hashes
 from purifyloader.devices import as_device, check_worker
 from purifyloader.errors import CacheError, InputError
@@ -90,7 +91,7 @@ class SampleReader:
             [np.asarray(i) if isinstance(i, Image.Image) else i for i in images], [_hashable(o) for o in others]
         )
         return [
-            Read(x.detach().numpy(), kind, other, structure_of(sample, self.image_key), row)
+            Read(x.detach().cpu().numpy(), kind, other, structure_of(sample, self.image_key), row)
             for (x, kind), other, sample, row in zip(stored, others, samples, hashes, strict=True)
         ]
 
@@ -117,10 +118,14 @@ class Job:
 
     def made(self) -> dict[str, str]:
         """Kind of device and versions, on which the last bit of a pixel may depend."""
-        packages = ("purifyloader", "torchvision", "pillow", "numpy")
-        # torch's own word for itself says which CUDA it was built with
-        versions = {**{name: version(name) for name in packages}, "torch": str(torch.__version__)}
-        return {"device": self.device.type, **versions}
+        return {
+            "device": self.device.type,
+            "purifyloader": __version__,
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+            "pillow": PIL.__version__,
+            "numpy": np.__version__,
+        }
 
     def purify(self, positions: Sequence[int], images: Sequence[Tensor], draw: int) -> list[Tensor]:
         """Purified pixels, float32 (C, H, W), on the purifier's device, of images as `as_stored` gives them."""
@@ -211,7 +216,10 @@ def as_integer(name: str, value: Any, low: int) -> int:
 
 
 def class_of(dataset: Any) -> str:
-    return f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    """Its name with its module, but for a script's, which is named after how it was started."""
+    module = type(dataset).__module__
+    prefix = "" if module in ("__main__", "__mp_main__") else f"{module}."
+    return f"{prefix}{type(dataset).__qualname__}"
 
 
 def converted(

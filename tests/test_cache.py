@@ -320,7 +320,7 @@ def test_golden_bytes_of_an_encoded_shard(tmp_path: Path) -> None:
 def test_golden_index(tmp_path: Path) -> None:
     hashes = np.array([[1, 2], [3, 4], [5, 6]], np.uint64)
     for shard, device in zip(Layout(3, 2).shards, ("cuda", "cpu"), strict=True):
-        writer = CacheWriter(tmp_path, {"a": 1}, Layout(3, 2), {"device": device})
+        writer = CacheWriter(tmp_path, {"a": 1}, Layout(3, 2), {"device": device}, allow_mixed_devices=True)
         write(writer, shard, [np.zeros((3, 1, 1, 3), np.uint8)], source=hashes)
     writer.finish({"indices": (0,)}, {"classes": ["é"]})
     text = (tmp_path / "index.json").read_text()
@@ -683,8 +683,54 @@ def test_tidy_of_one_shard(cache: Path) -> None:
     for name in names:
         (cache / name).touch()
     writer = CacheWriter(cache, CONFIG, LAYOUT)
-    writer.tidy_shard(writer.shards[1])
+    with writer.lock(writer.shards[1]) as lock:
+        lock.real = False  # as on a file system without locks, where another may be writing it all the same
+        writer.tidy_shard(writer.shards[1], lock)
+        assert all((cache / name).exists() for name in names)
+        lock.real = True
+        writer.tidy_shard(writer.shards[1], lock)
     assert [name for name in names if (cache / name).exists()] == names[1:]
+
+
+def test_devices_that_meet_in_an_empty_folder(tmp_path: Path) -> None:
+    """Each saw its own shards first, and only the whole tells."""
+    writers = [CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": device}) for device in ("cpu", "cuda")]
+    for shard in LAYOUT.shards:
+        writer = writers[shard.number % 2]
+        writer.check_same_device() if shard.number < 1 else None
+        write(writer, shard)
+    with pytest.raises(CacheError, match=r"one kind of device.*Got cpu and cuda.*--allow-mixed-devices"):
+        writers[0].finish()
+    assert not (tmp_path / "index.json").exists()
+    CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": "cpu"}, allow_mixed_devices=True).finish()
+    assert CacheReader(tmp_path).identity["devices"] == ["cpu", "cuda"]
+
+
+def test_targets_too_large_for_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Masks, which a reader would hold all at once: the cache is read with its source."""
+    masks = [np.zeros((1500, 2000), np.uint8)] * LENGTH
+    writer = CacheWriter(tmp_path, CONFIG, LAYOUT, MADE)
+    with caplog.at_level(logging.WARNING, "purifyloader"):
+        for shard in writer.pending():
+            write(writer, shard, targets=masks)
+    assert [r.message for r in caplog.records if "20 MB a shard" in r.message] == [r.message for r in caplog.records]
+    assert len(caplog.records) == 1, "said once, not for every shard"
+    writer.finish()
+    assert CacheReader(tmp_path).targets is None
+
+
+def test_a_file_that_is_replaced_is_checked_again(cache: Path) -> None:
+    """What was found right was found so in the file that was there; a later worker maps another."""
+    reader = CacheReader(cache)
+    assert len(reader.get(range(LENGTH))) == LENGTH
+    path = cache / "shard-00001.safetensors"
+    os.utime(path, ns=(1, 1))
+    flip(path, -1)
+    later = pickle.loads(pickle.dumps(reader))
+    later.get([0, 4, 5, 22])
+    with pytest.raises(CacheError, match="image 9 with another checksum"):
+        later.batch([0, 9])
+    assert np.array_equal(reader[22], later[22])
 
 
 def test_one_kind_of_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -885,6 +885,41 @@ def test_from_cache_with_transforms(images, tmp_path, name, compensate):
             assert_same(results[2], results[0])
 
 
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversions_go_to_spawned_workers(images, tmp_path, name):
+    """Without the model, which would open a GPU in each worker only to read bytes."""
+    source = PictureDataset(images, CONVERSIONS[name]())
+    dataset = PurifiedDataset(source, DenoiseOnce(tiny_denoiser(), 0.05), cache=tmp_path, progress=False)
+    data = pickle.dumps(dataset)
+    assert len(data) < len(pickle.dumps(PurifiedDataset(source, dataset.purifier)))
+    again = pickle.loads(data)
+    assert again._conversion is not None
+    assert again.purifier is None
+    assert_same(again[[3, 1]], dataset[[3, 1]])
+    assert dataset.purifier is not None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: v2.Compose([v2.ToImage(), v1.ConvertImageDtype(torch.float32)]),
+        lambda: v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v1.Normalize(**NORMALIZE)]),
+    ],
+)
+def test_steps_that_unwrap(images, tmp_path, make):
+    dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), cache=tmp_path, progress=False)
+    assert_same(dataset.__getitems__([2, 0]), [dataset[2], dataset[0]])
+
+
+def test_targets_are_those_of_the_items(images, tmp_path):
+    source = PictureDataset(images)
+    source.targets = [i % 2 for i in range(COUNT)]
+    dataset = PurifiedDataset(source, Jpeg(30), cache=tmp_path, progress=False)
+    source.targets[0] = 77
+    assert dataset.targets == [dataset[i][1] for i in range(COUNT)]
+    assert dataset.targets is dataset.targets, "not a new list for each look"
+
+
 def test_a_seed_of_compensation(images, tmp_path):
     compensate = Compensate(p=0, sigma=0.1)
     PurifiedDataset(PictureDataset(images), Jpeg(30), seed=3, cache=tmp_path, progress=False)

@@ -33,6 +33,7 @@ from purifyloader.images import quantize
 from purifyloader.jobs import Job
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.sources import take_over
+from purifyloader.transforms import Compensate
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
 COUNT = 23
@@ -863,6 +864,47 @@ def test_as_a_module(tmp_path: Path, folder: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("purifyloader: error: --recipe must be one of")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_dataset_that_compensates_is_refused(tmp_path: Path) -> None:
+    inner = PurifiedDataset(source(), Jpeg(30), Compensate())
+    with pytest.raises(InputError, match=r"one draw of it for ever\. Got a PurifiedDataset"):
+        precompute(inner, Jpeg(30), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_shards_are_verified_once_at_the_end(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """Ranks finish together: one verifies what the others made, and these find the index written.
+
+    Without locks both do all of it, and neither may take the other's temporary files away.
+    """
+    from purifyloader.cache import locks as module
+    from purifyloader.cache import writer
+
+    read: list[Path] = []
+    reading = writer._read_good
+
+    def counted(path: Path) -> Any:
+        time.sleep(0.02)
+        read.append(path)
+        return reading(path)
+
+    def refused(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(writer, "_read_good", counted)
+    if not locks:
+        monkeypatch.setattr(module.fcntl, "flock", refused)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(filled, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)]:
+            future.result()
+    assert {k: v for k, v in contents(tmp_path / "cache").items() if not k.endswith(".lock")} == whole
+    finals = [path for path in read if not path.name.startswith(".")]
+    if locks:
+        assert len(finals) < len(whole) - 1, "only one of them reads what the other made"
 
 
 def in_a_terminal(command: list[str], folder: Path) -> str:

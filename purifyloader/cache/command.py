@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("a", type=Path, metavar="A")
     compare.add_argument("b", type=Path, metavar="B")
     compare.add_argument("--picture", type=Path, metavar="FILE", help="also write example images as a PNG")
+    compare.add_argument("--draw", type=int, default=0, metavar="K", help="which draw of both (default: 0)")
     compare.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -454,10 +455,10 @@ def _compare(options: argparse.Namespace) -> int:
 
     a, b = CacheReader(options.a), CacheReader(options.b)
     with _bar(min(len(a), len(b)), "img") as seen:
-        found: Comparison = compare(a, b, seen=seen)
+        found: Comparison = compare(a, b, draw=options.draw, seen=seen)
     if options.picture is not None:
         names = (f"A: {a.folder.name}", f"B: {b.folder.name}")
-        picture(a, b, options.picture, most_different=found.most_different, names=names)
+        picture(a, b, options.picture, most_different=found.most_different, draw=options.draw, names=names)
     if options.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import operator
 import os
 import zlib
@@ -102,21 +103,25 @@ class Targets(Sequence[Any]):
     """The fields that samples hold beside their image, decoded when they are read."""
 
     def __init__(self, encoded: Sequence[Any]) -> None:
-        # Integers, which class labels are, as an array: a list would cost a forked worker a copy of each.
+        # Integers, which class labels are, as an array, and others as text: a list of objects would cost a forked
+        # worker a copy of each.
         simple = all(type(value) is int and -(2**63) <= value < 2**63 for value in encoded)
         self._integers = np.array(encoded, np.int64) if simple else None
-        self._encoded = None if simple else list(encoded)
+        texts = [] if simple else [json.dumps(value).encode() for value in encoded]
+        self._text = b"".join(texts)
+        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        self._length = len(encoded)
 
     def __len__(self) -> int:
-        return len(self._integers if self._encoded is None else self._encoded)  # type: ignore[arg-type]
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if self._integers is not None:
             return int(self._integers[index])
-        assert self._encoded is not None
-        return values.decode(self._encoded[index])
+        at = range(self._length)[index]  # as a list has it: negative, or an IndexError
+        return values.decode(json.loads(self._text[self._ends[at - 1] if at else 0 : self._ends[at]]))
 
     def get(self, positions: Sequence[int]) -> list[Any]:
         """Those of several samples, in their order."""
@@ -169,6 +174,7 @@ class CacheReader:
         targets = [header.targets for header in headers]
         self._targets = None if None in targets else Targets([v for part in targets for v in part or ()])
         self._headers = [replace(header, targets=None) for header in headers]
+        self._stats = [_stat(self.folder / shard.file) for shard in shards]
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
         self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8).share_memory_()
         self._start()
@@ -244,6 +250,7 @@ class CacheReader:
 
     def get(self, indices: Iterable[SupportsIndex], draw: int = 0) -> list[NDArray[np.uint8]]:
         """The images of several indices, in their order, each (H, W, C)."""
+        self._check_draw(draw)
         return [self.row(self._position(i), draw).copy() for i in indices]
 
     def batch(self, indices: Iterable[SupportsIndex], draw: int = 0) -> NDArray[np.uint8]:
@@ -252,6 +259,7 @@ class CacheReader:
         Raises:
             InputError: the images are of different sizes.
         """
+        self._check_draw(draw)
         positions = self._positions(list(indices))
         if self._whole is not None:
             return self._whole[draw, positions]
@@ -305,6 +313,10 @@ class CacheReader:
                 f"{', '.join(bad)}. Precompute into this folder again: only these are made anew."
             )
 
+    def _check_draw(self, draw: int) -> None:
+        if not 0 <= draw < self.layout.draws:
+            raise InputError(f"draw must be from 0 to {self.layout.draws - 1}. Got {draw}.")
+
     def _position(self, index: SupportsIndex) -> int:
         try:
             i = operator.index(index)
@@ -349,9 +361,12 @@ class CacheReader:
     def _opened(self, number: int) -> OpenShard:
         header = self._headers[number]
         start = self.layout.draws * header.shard.start
+        path = self.folder / header.shard.file
         flags = self._flags_array[start : start + self.layout.draws * header.shard.count]
-        shard = OpenShard(self.folder / header.shard.file, header, flags, self._in_memory)
-        if header.image_shape is not None:
+        # what was checked was checked in the file that was there when the cache was opened
+        same = path.exists() and _stat(path) == self._stats[number]
+        shard = OpenShard(path, header, flags if same else np.zeros_like(flags), self._in_memory)
+        if header.image_shape is not None and same:
             self._arrays[number] = shard.rows
         return shard
 
@@ -360,9 +375,9 @@ class CacheReader:
         if self._whole is None:
             return shard
         part = shard.header.shard
+        self._arrays.pop(number, None)
         rows = shard.rows.reshape(self.layout.draws, part.count, *shard.rows.shape[1:])
         self._whole[:, part.start : part.start + part.count] = rows
-        del self._arrays[number]
         return None
 
     def _checked_header(self, shard: Shard, entry: fmt.ShardEntry) -> ShardHeader:
@@ -377,6 +392,11 @@ class CacheReader:
                 "only this shard is made anew."
             )
         return header
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _check_config(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

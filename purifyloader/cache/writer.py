@@ -33,6 +33,7 @@ __all__ = ["CacheWriter", "encode_image", "save_shard"]
 
 log = logging.getLogger(__name__)
 
+_TARGET_BYTES = 16_000_000  # a header may have 100 MB, and a reader holds those of all shards
 _HASHING_THREADS = 4  # hashing lets go of the interpreter, and one core hashes slower than a disk reads
 _PNG_LEVEL = 1  # measured on photographs: three times as fast as 6, and 5 % larger
 _HIDDEN = re.compile(r"\.(shard-\d{5,}\.safetensors|index\.json)\.(?:.*\.tmp|lock)")
@@ -63,6 +64,7 @@ class CacheWriter:
         config: all that decides the pixels, as JSON.
         layout: how the dataset is cut up.
         made: kind of device and versions, noted in the shards that this writer writes.
+        allow_mixed_devices: whether other shards may have been made on another kind of device.
 
     Raises:
         ConfigError: config is no JSON object.
@@ -76,6 +78,7 @@ class CacheWriter:
         config: Mapping[str, Any],
         layout: Layout,
         made: Mapping[str, Any] | None = None,
+        allow_mixed_devices: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()
         self.config = fmt.plain("The configuration of a cache", config)
@@ -84,7 +87,8 @@ class CacheWriter:
         self.shards = layout.shards
         self._config_sha256 = fmt.fingerprint(self.config)
         self._good: dict[int, _Good] = {}
-        self._device_checked = False
+        self._mixed = self._device_checked = allow_mixed_devices
+        self._warned = False
         self._check_folder()
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first shard was computed
@@ -93,7 +97,9 @@ class CacheWriter:
 
     def pending(self) -> list[Shard]:
         """The shards still to be written: missing ones, and those that do not verify. Reads every file."""
-        return [shard for shard in self.shards if not self.is_done(shard)]
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            found = list(pool.map(self._verify, self.shards))
+        return [shard for shard, good in zip(self.shards, found, strict=True) if good is None]
 
     def is_done(self, shard: Shard) -> bool:
         """Whether the shard's file is there and right in every byte. Reads it, once as long as it does not change."""
@@ -219,7 +225,7 @@ class CacheWriter:
                     content,
                     image_types=_shortest(image_types),
                     sample=sample,
-                    targets=_stored(targets),
+                    targets=self._stored(targets),
                     source=source,
                     made=self.made,
                 )
@@ -247,15 +253,21 @@ class CacheWriter:
             ConfigError: the plan is no JSON object.
         """
         kept = None if plan is None else fmt.plain("A plan", plan)
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            found = list(pool.map(self._verify, self.shards))
-        lacking = [shard.file for shard, good in zip(self.shards, found, strict=True) if good is None]
+        lacking = [shard.file for shard in self.pending()]
+        found = [self._good.get(shard.number) for shard in self.shards]
         if lacking:
             raise CacheError(
                 f"A cache is finished when all its {len(found)} shards are there. Got {len(found) - len(lacking)} in "
                 f"{self.folder}; missing or damaged: {_some(lacking)}. Write the shards that pending() gives."
             )
         whole = [good for good in found if good is not None]
+        devices = sorted({str(good.header.made.get("device")) for good in whole})
+        if len(devices) > 1 and not self._mixed:
+            raise CacheError(
+                f"A cache is made on one kind of device, for another rounds differently. Got {' and '.join(devices)} "
+                f"in {self.folder}. Delete the shards of one of them and go on, or allow it with "
+                "allow_mixed_devices=True (--allow-mixed-devices)."
+            )
         shapes = {good.header.image_shape for good in whole}
         if len(shapes) > 1:
             raise CacheError(
@@ -302,12 +314,28 @@ class CacheWriter:
                     path.unlink(missing_ok=True)
             lock.release()
 
-    def tidy_shard(self, shard: Shard) -> None:
-        """Remove what a killed run has left of one shard. Only while holding its lock."""
+    def tidy_shard(self, shard: Shard, lock: Lock) -> None:
+        """Remove what a killed run has left of one shard, while holding its lock."""
+        if not lock.real:  # another process may be writing it all the same
+            return
         for path in self.folder.glob(f".{shard.file}.*.tmp"):
             path.unlink(missing_ok=True)
 
     # -- inside ----------------------------------------------------------------------------------------
+
+    def _stored(self, targets: Sequence[Any] | None) -> list[Any] | None:
+        """Targets as they are written; None where they cannot be, or would not fit into a header."""
+        try:
+            encoded = None if targets is None else [values.encode(target) for target in targets]
+            if (size := len(canonical_json(encoded))) <= _TARGET_BYTES:
+                return encoded
+            reason = f"take {size / 1e6:.0f} MB a shard as JSON, more than {_TARGET_BYTES / 1e6:.0f}"
+        except values.Unstorable as error:
+            reason = f"hold a {error}"
+        if not self._warned:
+            self._warned = True
+            log.warning("Targets are not stored, because they %s: the cache is read with its source", reason)
+        return None
 
     def _identity(self, headers: Sequence[ShardHeader]) -> dict[str, Any]:
         source = None
@@ -488,14 +516,6 @@ def _shortest(types: str | Sequence[str]) -> str | list[str]:
     if isinstance(types, str):
         return types
     return types[0] if len(set(types)) == 1 else list(types)
-
-
-def _stored(targets: Sequence[Any] | None) -> list[Any] | None:
-    try:
-        return None if targets is None else [values.encode(target) for target in targets]
-    except values.Unstorable as error:
-        log.warning("Targets are not stored, because they hold a %s: the cache is read with its source", error)
-        return None
 
 
 def _counted(made: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
