@@ -33,6 +33,7 @@ PUBLIC = {
         "PurifyError",
         "TrainingError",
     ],
+    "purifyloader.cache": ["CacheReader", "CacheWriter", "Layout", "Shard", "fingerprint", "source_hashes"],
     "purifyloader.purifiers": [
         "Chain",
         "Compensation",

@@ -85,7 +85,6 @@ class CacheWriter:
         self.layout = layout
         self.made = fmt.plain("What a cache was made with", made or {})
         self.shards = layout.shards
-        self._config_sha256 = fmt.fingerprint(self.config)
         self._good: dict[int, _Good] = {}
         self._mixed = self._device_checked = allow_mixed_devices
         self._warned = False
