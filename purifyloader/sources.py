@@ -292,7 +292,7 @@ def check_honest(
     Raises:
         InputError: with the item, the reason and the remedy.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64)).tolist()
+    indices = sorted(set(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64).tolist()))
     with random_state_kept():
         first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
     found: list[tuple[tuple[int, int, int], ImageKind]] = []
