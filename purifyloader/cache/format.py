@@ -35,6 +35,7 @@ __all__ = [
     "differences",
     "fingerprint",
     "index_values",
+    "own_sha256",
     "parse_index",
     "plain",
     "read_index",
@@ -288,7 +289,7 @@ def shard_metadata(
         "made": made,
         "tensor_sha256": tensor_sha256,
     }
-    return canonical_json({**values, "sha256": _sha256(values)})
+    return canonical_json({**values, "sha256": own_sha256(values)})
 
 
 def _hex_words(words: NDArray[np.uint64]) -> str:
@@ -322,7 +323,7 @@ def read_shard_header(path: Path) -> ShardHeader:
                 f"{path} must be a shard of version {VERSION}. Got version {values['version']!r}. "
                 "Use the purifyloader that wrote it, or delete the folder and precompute again."
             )
-        if values["sha256"] != _sha256(values):
+        if values["sha256"] != own_sha256(values):
             raise ValueError("its header does not have its sha256")
         found = _shard_header(values, outer, 8 + size)
     except FileNotFoundError:
@@ -406,8 +407,8 @@ def _to_json(index: Index) -> dict[str, Any]:
     }
 
 
-def _sha256(values: Mapping[str, Any]) -> str:
-    """The hash by which an index or a header guards itself: of all but the hash."""
+def own_sha256(values: Mapping[str, Any]) -> str:
+    """The hash by which an index, a header or a manifest guards itself: of all but the hash."""
     rest = {key: value for key, value in values.items() if key != "sha256"}
     return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
 
@@ -415,7 +416,7 @@ def _sha256(values: Mapping[str, Any]) -> str:
 def index_values(index: Index) -> dict[str, Any]:
     """What index.json says, as JSON: the inverse of `parse_index`."""
     values = _to_json(index)
-    return {**values, "sha256": _sha256(values)}
+    return {**values, "sha256": own_sha256(values)}
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -464,7 +465,7 @@ def parse_index(values: Any, path: Path) -> Index:
             "Use the purifyloader that wrote it, or delete the folder and precompute again."
         )
     try:
-        if values["sha256"] != _sha256(values):
+        if values["sha256"] != own_sha256(values):
             raise ValueError("its content does not have its sha256")
         shape = values["image_shape"]
         index = Index(

@@ -17,7 +17,6 @@ depends on Pillow.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
@@ -173,7 +172,7 @@ def export_tars(
             "tars": [vars(tar) for tar in tars],
             "shards": [part.to_json() for part in parts],
         }
-        write_text(out / MANIFEST, canonical_json({**content, "sha256": _sha256(content)}) + "\n")
+        write_text(out / MANIFEST, canonical_json({**content, "sha256": fmt.own_sha256(content)}) + "\n")
         (out / _BEGUN).unlink()
     return [out / tar.file for tar in tars]
 
@@ -334,7 +333,7 @@ def _read_manifest(folder: Path) -> _Manifest:
                 f"{path} must be of version {VERSION}. Got version {content['version']!r}. "
                 "Use the purifyloader that wrote it."
             )
-        if content["sha256"] != _sha256(content):
+        if content["sha256"] != fmt.own_sha256(content):
             raise ValueError("its content does not have its sha256")
         index = fmt.parse_index(content["index"], path)
         manifest = _Manifest(
@@ -490,8 +489,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"Could not write into {path}. Got: {error}. Make room on the disk or make the folder writable, and run "
             "the same again."
         ) from error
-
-
-def _sha256(content: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
