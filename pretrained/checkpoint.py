@@ -1,7 +1,9 @@
-"""A denoiser as a folder: config.json, model.safetensors and README.md, its card.
+"""A model as a folder: config.json, model.safetensors and README.md, its card.
 
 config.json is written last and names the SHA-256 of model.safetensors, so that a save which was killed,
-over nothing or over an older checkpoint, is never read as whole.
+over nothing or over an older checkpoint, is never read as whole. Its `format` says what the model is: a
+denoiser ("purifyloader-denoiser") or an energy network ("purifyloader-energy"); the field named like the kind
+of model describes it.
 """
 
 from __future__ import annotations
@@ -10,33 +12,56 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser, denoiser_from_config
 from purifyloader.diffusion.weights import named_weights
+from purifyloader.energy.network import EnergyNetwork, energy_from_config
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files import canonical_json, file_sha256, replacing, write_text
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, find
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find
 
-__all__ = ["FORMAT", "VERSION", "load", "read_config", "save"]
+__all__ = ["FORMATS", "VERSION", "load", "model_facts", "read_config", "save"]
 
-FORMAT = "purifyloader-denoiser"
+FORMATS = {"denoiser": "purifyloader-denoiser", "energy": "purifyloader-energy"}
+"""The format that config.json names, for each kind of model. The kind is also the name of a field."""
+
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order
 
 _AGAIN = "Save or download the checkpoint again"
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What `save` and `load` need to know of a kind of model."""
+
+    words: str  # with its article
+    type: type[nn.Module]
+    describe: Callable[[Any], dict[str, Any]]
+    build: Callable[[Mapping[str, Any]], Any]
+    network: Callable[[Any], nn.Module]  # whose weights are the file
+
+
+_KINDS = {
+    "denoiser": _Kind(
+        "a denoiser", NetworkDenoiser, NetworkDenoiser.config, denoiser_from_config, lambda model: model.network
+    ),
+    "energy": _Kind("an energy model", EnergyNetwork, EnergyNetwork.describe, energy_from_config, lambda model: model),
+}
+
+
 def save(
-    denoiser: NetworkDenoiser,
+    model: NetworkDenoiser | EnergyNetwork,
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
@@ -44,23 +69,27 @@ def save(
     details: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a denoiser to a folder that `load` reads.
+    """Write a model to a folder that `load` reads.
 
     Args:
-        denoiser: its weights are stored as float32, wherever and whatever they are now.
+        model: its weights are stored as float32, wherever and whatever they are now.
         path: the folder; it is made where it is missing.
         name: what `load(path).name` will be.
-        card: the text of README.md; None writes one with the facts that the denoiser knows.
+        card: the text of README.md; None writes one with the facts that the model knows.
         details: anything JSON that should stay with the model, such as how it was trained.
         overwrite: replace a checkpoint that stands there.
 
     Raises:
-        InputError: not a `NetworkDenoiser`, a path to a file, weights that are not finite, details that
-            are not JSON.
+        InputError: neither a `NetworkDenoiser` nor an `EnergyNetwork`, a path to a file, weights that are not
+            finite, details that are not JSON.
         CheckpointError: files of a checkpoint are there and `overwrite` is False, or writing failed.
     """
-    if not isinstance(denoiser, NetworkDenoiser):
-        raise InputError(f"Only a NetworkDenoiser can be saved. Got {type(denoiser).__name__}.")
+    kind = next((kind for kind, its in _KINDS.items() if isinstance(model, its.type)), None)
+    if kind is None:
+        raise InputError(
+            f"Only a NetworkDenoiser or an EnergyNetwork can be saved. Got {type(model).__name__}. Wrap the network."
+        )
+    its = _KINDS[kind]
     if not isinstance(name, str | None):
         raise InputError(f"The name of a model must be a string or None. Got {type(name).__name__}.")
     folder = Path(path)
@@ -72,7 +101,7 @@ def save(
             f"A checkpoint is saved to a folder without one. Got {folder}, which has {', '.join(found)}. "
             "Give another path, or overwrite=True to replace these files."
         )
-    weights = {key: tensor.float() for key, tensor in named_weights(denoiser.network).items()}
+    weights = {key: tensor.float() for key, tensor in named_weights(its.network(model)).items()}
     if bad := _not_finite(weights):
         raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {_some(bad)}.")
     try:
@@ -80,29 +109,46 @@ def save(
     except (TypeError, ValueError) as error:
         raise InputError(f"details must be a JSON object without NaN. Got {error}. Convert its values.") from None
 
-    header = {"format": FORMAT, "version": VERSION, "denoiser": denoiser.config()}
+    header = {"format": FORMATS[kind], "version": VERSION, kind: its.describe(model)}
     try:
         with replacing(folder / MODEL_FILE) as temporary:
             save_file(weights, temporary, metadata={_METADATA: canonical_json(header)})
     except SafetensorError as error:
         raise CheckpointError(f"Could not write {folder / MODEL_FILE}: {error}. Is the disk full?") from error
-    write_text(folder / CARD_FILE, card if card is not None else _minimal_card(denoiser, name))
+    write_text(folder / CARD_FILE, card if card is not None else _minimal_card(model, name))
     config = {**header, "name": name, "model_sha256": file_sha256(folder / MODEL_FILE), "details": details}
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def load(name_or_path: str | os.PathLike[str]) -> NetworkDenoiser:
-    """A denoiser in eval mode, frozen, float32, on the CPU. Offline; torch's generator is left alone.
+@overload
+def load(name_or_path: str | os.PathLike[str], kind: Literal["denoiser"] = "denoiser") -> NetworkDenoiser: ...
+
+
+@overload
+def load(name_or_path: str | os.PathLike[str], kind: Literal["energy"]) -> EnergyNetwork: ...
+
+
+def load(
+    name_or_path: str | os.PathLike[str], kind: Literal["denoiser", "energy"] = "denoiser"
+) -> NetworkDenoiser | EnergyNetwork:
+    """A model in eval mode, frozen, float32, on the CPU. torch's generator is left alone.
 
     Args:
-        name_or_path: one of `available()`, or the folder that `save` wrote.
+        name_or_path: one of `list()`, the folder that `save` wrote, or, for a folder of that layout on the
+            Hugging Face hub, `"owner/name"` or `"owner/name@revision"`. Only the last touches the network,
+            and only where there is no folder of that name.
+        kind: what is asked for, "denoiser" or "energy": the other kind is an error.
 
     Raises:
-        CheckpointError: no such model, or files that are missing, damaged, newer than this version
-            of purifyloader, or do not fit each other. The message names the file.
+        InputError: not a name, a path or a kind.
+        CheckpointError: no such model, the hub cannot be reached, another kind of model, or files that are
+            missing, damaged, newer than this version of purifyloader, or do not fit each other. The message
+            names the file.
     """
+    if kind not in _KINDS:
+        raise InputError(f"The kind of a model must be one of {', '.join(_KINDS)}. Got {kind!r}.")
     folder = find(name_or_path)
-    config = read_config(folder)
+    config = read_config(folder, kind)
     file = folder / MODEL_FILE
     if not file.is_file():
         raise CheckpointError(f"A checkpoint holds {MODEL_FILE}. Got none in {folder}. {_AGAIN}.")
@@ -122,53 +168,69 @@ def load(name_or_path: str | os.PathLike[str]) -> NetworkDenoiser:
             f"{file} must have the SHA-256 that {CONFIG_FILE} names, {config['model_sha256']}. Got {digest}: "
             f"it is damaged, or a save over it was stopped. {_AGAIN}."
         )
-    if _header(data).get("denoiser") != config["denoiser"]:
+    if _header(data).get(kind) != config[kind]:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} must describe the denoiser that {MODEL_FILE} was saved from. "
+            f"{folder / CONFIG_FILE} must describe the model that {MODEL_FILE} was saved from. "
             f"Got another description: it was edited. {_AGAIN}."
         )
+    its = _KINDS[kind]
     try:
         with torch.device("meta"):  # no memory, no time and no random numbers for weights thrown away
-            denoiser = denoiser_from_config(config["denoiser"])
+            model = its.build(config[kind])
     except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} must describe a denoiser that this version can build. "
+            f"{folder / CONFIG_FILE} must describe {its.words} that this version can build. "
             f"Got: {error}. {_AGAIN}, or update purifyloader."
         ) from None
-    _check_fit(file, denoiser.network.state_dict(), weights)
-    denoiser.network.load_state_dict(weights, assign=True)
-    denoiser.name = config["name"]
-    return denoiser.eval().requires_grad_(False)
+    network = its.network(model)
+    _check_fit(file, network.state_dict(), weights)
+    network.load_state_dict(weights, assign=True)
+    model.name = config["name"]
+    frozen: NetworkDenoiser | EnergyNetwork = model.eval().requires_grad_(False)
+    return frozen
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, kind: str = "denoiser") -> dict[str, Any]:
     """config.json of a checkpoint folder, its format, version and fields checked.
 
+    Args:
+        folder: the checkpoint.
+        kind: of model that it must be, a key of `FORMATS`.
+
     Raises:
-        CheckpointError: it is missing, not JSON, of another format or a newer version.
+        CheckpointError: it is missing, not JSON, of another format, another kind or a newer version.
     """
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        check_not_foreign(folder)
         raise CheckpointError(
             f"A checkpoint holds {CONFIG_FILE}, written last. Got none in {folder}: this is no "
             f"checkpoint, or saving it was stopped. {_AGAIN}."
         ) from None
     except ValueError as error:  # also text that is not UTF-8
         raise CheckpointError(f"{file} must be JSON. Got {error}. {_AGAIN}.") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        got = repr(config.get("format")) if isinstance(config, dict) else type(config).__name__
+    found = config.get("format") if isinstance(config, dict) else None
+    if found not in FORMATS.values():
+        check_not_foreign(folder, config)
+        got = repr(found) if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
-            f"{file} must be an object with the format {FORMAT!r}. Got {got}. "
+            f"{file} must be an object with the format {FORMATS[kind]!r}. Got {got}. "
             "Give the folder of a checkpoint that purifyloader.pretrained.save wrote."
+        )
+    if found != FORMATS[kind]:
+        other = next(k for k, name in FORMATS.items() if name == found)
+        raise CheckpointError(
+            f"{folder} must hold {_KINDS[kind].words}. Got {_KINDS[other].words} (format {found!r}). Give "
+            f"{_KINDS[kind].words} here; purifyloader.pretrained.load(..., kind={other!r}) reads this one."
         )
     version = config.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise CheckpointError(
             f"{file} must have a version from 1 to {VERSION}. Got {version!r}. Update purifyloader to read a newer one."
         )
-    for field, kinds in {"name": str | None, "denoiser": dict, "model_sha256": str}.items():
+    for field, kinds in {"name": str | None, kind: dict, "model_sha256": str}.items():
         if field not in config or not isinstance(config[field], kinds):
             got = type(config[field]).__name__ if field in config else "nothing"
             raise CheckpointError(f"{file} must have a field {field!r} ({kinds}). Got {got}. {_AGAIN}.")
@@ -218,20 +280,35 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _minimal_card(denoiser: NetworkDenoiser, name: str | None) -> str:
-    low, high = denoiser.sigma_range
-    schedule = canonical_json(denoiser.schedule.config()) if denoiser.schedule is not None else "none"
-    count = sum(math.prod(p.shape) for p in denoiser.network.parameters())
+def model_facts(model: NetworkDenoiser | EnergyNetwork) -> dict[str, str]:
+    """What a model knows of itself, as the rows of its card."""
+    facts = {"Parameters": f"{sum(math.prod(p.shape) for p in model.parameters()):,}"}
+    if isinstance(model, EnergyNetwork):
+        return facts | {
+            "Gives": "an energy, low on clean images",
+            "Width": f"{model.config.channels}",
+            "Image channels": f"{model.config.image_channels}",
+        }
+    low, high = model.sigma_range
+    schedule = canonical_json(model.schedule.config()) if model.schedule is not None else "none"
+    return facts | {
+        "Parameterization": model.parameterization,
+        "Noise it was trained for": f"{255 * low:.3g} to {255 * high:.3g} px (sigma {low:.4g} to {high:.4g})",
+        "Schedule": f"`{schedule}`",
+        "Image channels": f"{model.image_channels}",
+        "Learned variance": "yes" if model.learned_variance else "no",
+    }
+
+
+def _minimal_card(model: NetworkDenoiser | EnergyNetwork, name: str | None) -> str:
+    """The text is a promise: a denoiser saved without a card has the same bytes for ever."""
+    words, how = ("A denoiser", "")
+    if isinstance(model, EnergyNetwork):
+        words, how = "An energy model", ', kind="energy"'
+    rows = "".join(f"| {key} | {value} |\n" for key, value in model_facts(model).items())
     return (
-        f"# {name or 'A denoiser'}\n\n"
-        "A denoiser saved by `purifyloader.pretrained.save`. Read it with\n"
-        "`purifyloader.pretrained.load(path_to_this_folder)`.\n\n"
-        "| | |\n|---|---|\n"
-        f"| Parameters | {count:,} |\n"
-        f"| Parameterization | {denoiser.parameterization} |\n"
-        f"| Noise it was trained for | {255 * low:.3g} to {255 * high:.3g} px "
-        f"(sigma {low:.4g} to {high:.4g}) |\n"
-        f"| Schedule | `{schedule}` |\n"
-        f"| Image channels | {denoiser.image_channels} |\n"
-        f"| Learned variance | {'yes' if denoiser.learned_variance else 'no'} |\n"
+        f"# {name or words}\n\n"
+        f"{words} saved by `purifyloader.pretrained.save`. Read it with\n"
+        f"`purifyloader.pretrained.load(path_to_this_folder{how})`.\n\n"
+        f"| | |\n|---|---|\n{rows}"
     )

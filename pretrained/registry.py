@@ -1,24 +1,26 @@
-"""Which folder a model's name or path means. Nothing here touches the network."""
+"""Which folder a model's name, path or hub id means. Only a hub id touches the network."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.pretrained import hub
 
-__all__ = ["CONFIG_FILE", "MODEL_FILE", "CARD_FILE", "available", "find"]
+__all__ = ["CONFIG_FILE", "MODEL_FILE", "CARD_FILE", "PICKLES", "available", "check_not_foreign", "find"]
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+"""Suffixes of files that are, or hold, pickles."""
+
 _SHIPPED = Path(__file__).parent
-_CONVERT = (
-    "Converting foreign checkpoints is not available yet: build the denoiser yourself, load its weights "
-    "with torch.load(..., weights_only=True) and call purifyloader.pretrained.save."
-)
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_CONVERT = "Convert it once: purifyloader convert {source} OUT --format {format}."
 
 
 def available() -> list[str]:
@@ -27,14 +29,15 @@ def available() -> list[str]:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder that a shipped name or a path stands for.
+    """The checkpoint folder that a shipped name, a path or a hub id stands for.
 
-    A shipped name comes before a folder of that name in the working directory; write `./name` for
-    the folder.
+    A shipped name comes before a folder of that name in the working directory (write `./name` for the
+    folder), and a folder `owner/name` before the repository `owner/name` on the hub, which is downloaded.
 
     Raises:
         InputError: neither a string nor a path.
-        CheckpointError: no such name or folder, or a file instead of a folder.
+        CheckpointError: no such name, folder or repository, a file instead of a folder, files of another
+            format, or a hub that cannot be reached.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(f"A model is given by its name or by a path to its folder. Got {type(name_or_path).__name__}.")
@@ -42,31 +45,85 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         return _SHIPPED / name_or_path
     path = Path(name_or_path)
     if path.is_dir():
-        _check_not_pickled(path)
+        if not (path / MODEL_FILE).is_file():
+            check_not_foreign(path)
         return path
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(
-            f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the pickle {path}, which "
-            f"could run code when read. {_CONVERT}"
+            f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the pickle {path}, which could run "
+            f"code when read. {_CONVERT.format(source=path, format='FORMAT')}"
         )
     if path.is_file():
         raise CheckpointError(
-            f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the file {path}. Give its folder."
+            f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the file {path}. Give its folder, or, "
+            f"where it is from elsewhere, convert it once: purifyloader convert {path} OUT --format FORMAT."
         )
+    if isinstance(name_or_path, str) and hub.is_hub_id(name_or_path):
+        return _from_hub(name_or_path)
     names = ", ".join(available()) or "none in this installation"
     raise CheckpointError(
-        f"A model must be a shipped name ({names}) or a path to a checkpoint folder. "
-        f"Got {str(name_or_path)!r}, which is neither. "
+        f"A model must be a shipped name ({names}), a path to a checkpoint folder, or owner/name on the hub. "
+        f"Got {str(name_or_path)!r}, which is none of these. "
         "Check the spelling, or give the folder that purifyloader.pretrained.save wrote."
     )
 
 
-def _check_not_pickled(folder: Path) -> None:
-    """A folder that holds only pickles gets an error about these, not about a missing file."""
-    if (folder / MODEL_FILE).is_file():
-        return
-    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _PICKLES):
+def check_not_foreign(folder: Path, config: Any = None) -> None:
+    """A folder with somebody else's model gets an error about that, not about a missing file or field.
+
+    Args:
+        folder: it is no checkpoint of this library.
+        config: its config.json, where that is JSON; None to look.
+
+    Raises:
+        CheckpointError: what the folder holds, and how to convert it.
+    """
+    if config is None:
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = None
+    names = sorted(path.name for path in folder.iterdir())
+    if (found := foreign(names, config)) is not None:
+        what, format_ = found
         raise CheckpointError(
-            f"A checkpoint folder holds {CONFIG_FILE} and {MODEL_FILE}. Got pickles in {folder}: "
-            f"{', '.join(pickles[:4])}. {_CONVERT}"
+            f"A checkpoint folder holds {CONFIG_FILE} and {MODEL_FILE}. Got {folder} with {what}. "
+            f"{_CONVERT.format(source=folder, format=format_)}"
         )
+
+
+def foreign(names: list[str], config: Any) -> tuple[str, str] | None:
+    """What the files of a folder or repository are when they are not of this library, and their format.
+
+    Args:
+        names: of the files; below the folder with their path.
+        config: what its config.json says, None where there is none.
+    """
+    fields = config if isinstance(config, dict) else {}
+    if "model_index.json" in names or "_class_name" in fields or "unet" in names or "unet/config.json" in names:
+        return "a diffusers model", "diffusers"
+    if fields.get("format") is None and "nf" in fields:
+        return "PureGen's energy network", "puregen-energy"
+    if MODEL_FILE not in names and (pickles := [n for n in names if n.lower().endswith(PICKLES)]):
+        more = f" and {len(pickles) - 4} more" if len(pickles) > 4 else ""
+        return f"pickles: {', '.join(pickles[:4])}{more}", "FORMAT"
+    return None
+
+
+def _from_hub(hub_id: str) -> Path:
+    """The checkpoint at `hub_id`, downloaded or from the hub's own cache: config.json first, which is small."""
+    repository, revision = hub.parse(hub_id)
+    folder = hub.download(repository, revision, [CONFIG_FILE])
+    commit = folder.name  # the branch may move on between two calls
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not str(config.get("format", "")).startswith("purifyloader-"):
+        names = hub.files(repository, commit)
+        what, format_ = foreign(names, config) or (", ".join(names[:6]) or "no files", "FORMAT")
+        raise CheckpointError(
+            f"A model on the hub holds {CONFIG_FILE} and {MODEL_FILE} as purifyloader.pretrained.save writes them. "
+            f"Got {hub_id!r} with {what}. {_CONVERT.format(source=hub_id, format=format_)}"
+        )
+    return hub.download(repository, commit, [CONFIG_FILE, MODEL_FILE, CARD_FILE])

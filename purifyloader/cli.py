@@ -22,12 +22,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "cache", help="look at a cache, verify it, compare two, or take one to tars and back", add_help=False
     )
-    commands.add_parser("models", help="list the denoisers that ship with the library")
+    commands.add_parser("models", help="list the models that ship with the library")
+    commands.add_parser("convert", help="bring a published checkpoint into this library's form", add_help=False)
 
     train = commands.add_parser("train", help="train a model").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
     train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
+    denoiser = commands.add_parser("denoiser", help="judge a denoiser").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    denoiser.add_parser("evaluate", help="how well it denoises, by noise level and by frequency", add_help=False)
     return parser
 
 
@@ -36,9 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if argv[:2] == ["train", "denoiser"]:
-            from purifyloader.train import command
+            from purifyloader.train import denoiser as command
 
             return command.main(argv[2:])
+        if argv[:2] == ["denoiser", "evaluate"]:
+            from purifyloader.evaluation.command import main as evaluate
+
+            return evaluate(argv[2:])
+        if argv[:1] == ["convert"]:
+            from purifyloader.pretrained.convert.command import main as convert
+
+            return convert(argv[1:])
         if argv[:1] == ["precompute"]:
             from purifyloader.precompute import main as precompute
 

@@ -1,13 +1,17 @@
-"""Devices by name, checked before anything is moved to them."""
+"""Devices by name, checked before anything is moved to them, and arithmetic that is the same around any script."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils.data import get_worker_info
 
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["as_device", "check_worker"]
+__all__ = ["as_device", "check_worker", "exact_arithmetic"]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -38,3 +42,33 @@ def check_worker(device: torch.device) -> None:
             f"{str(device)!r}. Either give PurifiedDataset a cache= folder, so that workers only read, or "
             'start workers with DataLoader(..., multiprocessing_context="spawn").'
         )
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No TF32, no reduced-precision matmul, no autocast, no autotuned kernels: the same pixels whatever
+    the training script around has switched on.
+
+    On the CPU the number of threads is rounded down to a power of two. Measured: 1, 2, 4 and 8 threads
+    give the same bits, 3 do not, because the last thread's share then has another size.
+    """
+    backends: Any = torch.backends
+    precisions = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    # each backend by itself: torch refuses to answer for all of them once a user has set one
+    settings: list[tuple[Any, str, Any]] = [(b, "fp32_precision", "ieee") for b in (*precisions, backends.mkldnn.conv)]
+    settings += [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
+    before = [getattr(backend, name) for backend, name, _ in settings]
+    threads = torch.get_num_threads()
+    even = 1 << (threads.bit_length() - 1)
+    try:
+        for backend, name, value in settings:
+            setattr(backend, name, value)
+        if device.type == "cpu" and even != threads:
+            torch.set_num_threads(even)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for (backend, name, _), value in zip(settings, before, strict=True):
+            setattr(backend, name, value)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

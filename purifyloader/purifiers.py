@@ -16,7 +16,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from itertools import islice
 from typing import Any, ClassVar, Self
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader import corruptions, noise, sizes
+from purifyloader.devices import exact_arithmetic
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
@@ -59,36 +59,6 @@ _CPU_BATCH = 16
 
 Resolver = Callable[[Mapping[str, Any]], Denoiser]
 """Finds the denoiser that a configuration's "denoiser" entry (name, weights_sha256) means."""
-
-
-@contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No TF32, no reduced-precision matmul, no autocast, no autotuned kernels: the same pixels whatever
-    the training script around has switched on.
-
-    On the CPU the number of threads is rounded down to a power of two. Measured: 1, 2, 4 and 8 threads
-    give the same bits, 3 do not, because the last thread's share then has another size.
-    """
-    backends: Any = torch.backends
-    precisions = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
-    # each backend by itself: torch refuses to answer for all of them once a user has set one
-    settings: list[tuple[Any, str, Any]] = [(b, "fp32_precision", "ieee") for b in (*precisions, backends.mkldnn.conv)]
-    settings += [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
-    before = [getattr(backend, name) for backend, name, _ in settings]
-    threads = torch.get_num_threads()
-    even = 1 << (threads.bit_length() - 1)
-    try:
-        for backend, name, value in settings:
-            setattr(backend, name, value)
-        if device.type == "cpu" and even != threads:
-            torch.set_num_threads(even)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (backend, name, _), value in zip(settings, before, strict=True):
-            setattr(backend, name, value)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
 
 
 class Purifier(nn.Module):
@@ -163,7 +133,7 @@ class Purifier(nn.Module):
             raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
         self._check_pixels(x_BCHW, "image to purify")
         _check_seeds(seeds_B, len(x_BCHW))
-        with _exact_arithmetic(x_BCHW.device):
+        with exact_arithmetic(x_BCHW.device):
             return self.run(x_BCHW.float(), seeds_B.to(x_BCHW.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
@@ -207,7 +177,7 @@ class Purifier(nn.Module):
         if not images:
             return []
         device = images[0].device
-        with torch.no_grad(), _exact_arithmetic(device):
+        with torch.no_grad(), exact_arithmetic(device):
             return self.run_images([image.float() for image in images], seeds_B.to(device))
 
     def _check_pixels(self, x: Tensor, what: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser, denoiser_from_config
+from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, TIMES, NetworkDenoiser, denoiser_from_config
 from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError
@@ -163,6 +163,45 @@ def test_time_of_a_continuous_schedule():
     np.testing.assert_allclose(denoiser.time(torch.from_numpy(schedule.sigma([1, 100]))), [0.0, 24.75])
 
 
+@pytest.mark.parametrize("schedule", [CosineSchedule(4000), LinearSchedule(250)], ids=str)
+def test_a_network_told_plain_timesteps(schedule):
+    T = schedule.timesteps
+    denoiser = NetworkDenoiser(tiny_network(), "epsilon", WIDE, schedule, time="timestep")
+    t = np.array([1, 2, 99, T // 2, T - 1, T])
+    assert denoiser.time(torch.from_numpy(schedule.sigma(t))).tolist() == (t - 1).tolist()
+    assert denoiser.time(torch.from_numpy(schedule.sigma(t[1:-1] + 0.4))).tolist() == (t[1:-1] - 1).tolist()
+    assert denoiser.time(torch.from_numpy(schedule.sigma([0.01]))).tolist() == [0.0]
+
+
+def test_a_network_told_continuous_time():
+    """Labels 999 u with u from 0 to 1, and alpha(u) of the SDE with beta from 0.1 to 20."""
+    denoiser = NetworkDenoiser(tiny_network(), "epsilon", WIDE, ContinuousVP(1000), time="continuous")
+    u = np.array([1e-5, 1e-3, 0.1, 0.12345, 0.9, 1.0])
+    alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
+    sigma = np.sqrt(1 - alpha**2) / alpha / 2
+    np.testing.assert_allclose(denoiser.time(torch.from_numpy(sigma)), 999 * u, rtol=1e-6)
+    # however T counts it
+    other = NetworkDenoiser(tiny_network(), "epsilon", WIDE, ContinuousVP(4000), time="continuous")
+    np.testing.assert_allclose(other.time(torch.from_numpy(sigma)), 999 * u, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("time", "schedule"), [("t", CosineSchedule()), (None, CosineSchedule()), ("timestep", None)])
+def test_times_that_are_refused(time, schedule):
+    with pytest.raises(ConfigError, match=r"time.*Got"):
+        NetworkDenoiser(tiny_network(), "epsilon", WIDE, schedule, time=time)
+
+
+def test_the_time_is_configured_where_it_is_not_the_first_one():
+    for time in TIMES:
+        denoiser = NetworkDenoiser(tiny_network(), "epsilon", WIDE, CosineSchedule(4000), time=time)
+        config = denoiser.config()
+        assert set(config) - {"time"} == {"parameterization", "sigma_range", "schedule", "network"}
+        assert config.get("time", "rescaled") == time
+        assert ("time" in config) is (time != "rescaled")
+        again = denoiser_from_config(json.loads(json.dumps(config)))
+        assert (again.time_input, again.config()) == (time, config)
+
+
 @pytest.mark.parametrize("schedule", [CosineSchedule(4000), LinearSchedule(1000), ContinuousVP()], ids=str)
 def test_the_last_level_of_a_schedule_in_float32(schedule):
     """float32 rounds each of these up, out of the schedule's table by half a part in ten million."""
@@ -272,6 +311,8 @@ def change(**changes: object) -> dict:
         change(sigma_range=[0.1]),
         change(sigma_range=0.1),
         change(schedule={"kind": "sigmoid"}),
+        change(time="timestep"),
+        change(time=3),
         change(network={"kind": "transformer"}),
         change(network={"kind": "unet", "width": 3}),
     ],

@@ -145,6 +145,63 @@ def test_hybrid_loss_with_a_real_network_in_any_batch():
         torch.testing.assert_close(hybrid_loss(denoiser, x[i : i + 1], t[i : i + 1], z[i : i + 1]), whole[i : i + 1])
 
 
+# -- other parameterizations, schedules and ranges of timesteps ---------------------------------------------
+
+
+def answering(name: str, x0_hat: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    """What a network that predicts `name` answers where its estimate is `x0_hat`, in the papers' own terms."""
+    s, y, y0 = 2 * sigma[:, None, None, None], 2 * x - 1, 2 * x0_hat - 1
+    noise = (y - y0) / s
+    return {
+        "epsilon": noise,
+        "v": (noise - s * y0) / (1 + s**2).sqrt(),
+        "x0": y0,
+        "edm": (y0 - 0.25 / (s**2 + 0.25) * y) / (s * 0.5 / (s**2 + 0.25).sqrt()),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["v", "x0", "edm"])
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
+def test_networks_with_the_same_estimate_have_the_same_loss(name, learned, schedule):
+    t = torch.tensor([1, 2, 40, 300, 900])
+    sigma = torch.from_numpy(schedule.sigma(t.numpy()))
+    x0, z = images(5), random(5, 3, 4, 4, seed=1)
+    x0_hat = x0 + 0.1 * sigma[:, None, None, None] * random(5, 3, 4, 4, seed=2)
+    variance = [random(5, 3, 4, 4, seed=3)] * learned
+    x = x0 + sigma[:, None, None, None] * z
+    losses = []
+    for which in ("epsilon", name):
+        network = Fixed(torch.cat([answering(which, x0_hat, x, sigma), *variance], dim=1))
+        # one knows timesteps, the other is given a schedule and hears the noise level
+        own = schedule if which == "epsilon" else None
+        denoiser = NetworkDenoiser(network, which, (1e-4, 100.0), own)
+        losses.append(hybrid_loss(denoiser, x0, t, z, 0.1, None if own else schedule))
+        time = (t - 1) * 1000 / schedule.timesteps if own else 250 * (2 * sigma).log()
+        torch.testing.assert_close(network.time.double(), time.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-12)
+
+
+def test_the_mean_over_timesteps_is_the_sum_of_eq_8():
+    """Whichever are drawn from: the estimate from one timestep is unbiased for L_simple + gamma * (sum of L_t)."""
+    schedule, gamma = LinearSchedule(30), 0.01
+    for top in (30, 12):
+        t = torch.arange(1, top + 1)
+        x, z = images(1).repeat(top, 1, 1, 1), random(top, 3, 4, 4, seed=1)
+        eps, raw = z + 0.2 * random(top, 3, 4, 4, seed=2), random(top, 3, 4, 4, seed=3)
+        denoiser = NetworkDenoiser(Fixed(torch.cat([eps, raw], 1)), "epsilon", (1e-4, 1e3), schedule)
+        sigma = torch.from_numpy(schedule.sigma(t.numpy()))[:, None, None, None]
+        terms = vlb_terms(x, z, x + sigma * (z - eps), (raw + 1) / 2, t, schedule)
+        simple = ((eps - z) ** 2).mean(dim=(1, 2, 3))
+        got = hybrid_loss(denoiser, x, t, z, gamma, timesteps=top)
+        torch.testing.assert_close(got, simple + gamma * top * terms)
+        torch.testing.assert_close(got.mean(), simple.mean() + gamma * terms.sum())
+    # by default: all there are
+    torch.testing.assert_close(
+        hybrid_loss(denoiser, x, t, z, gamma), hybrid_loss(denoiser, x, t, z, gamma, timesteps=30)
+    )
+
+
 # -- gradients -------------------------------------------------------------------------------------------
 
 
@@ -275,11 +332,20 @@ def test_timesteps_count_from_one(discrete_denoiser, t):
         hybrid_loss(discrete_denoiser, torch.zeros(2, 3, 8, 8), torch.tensor([5, t]), torch.zeros(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize(("name", "schedule"), [("epsilon", None), ("v", CosineSchedule(4000))])
-def test_hybrid_loss_needs_timesteps_and_predicted_noise(name, schedule):
-    denoiser = NetworkDenoiser(tiny_network(), name, (0.001, 1.0), schedule)
-    with pytest.raises(ConfigError, match="epsilon"):
-        hybrid_loss(denoiser, torch.zeros(1, 3, 8, 8), torch.tensor([5]), torch.zeros(1, 3, 8, 8))
+def test_hybrid_loss_needs_a_schedule():
+    denoiser = NetworkDenoiser(tiny_network(), "epsilon", (0.001, 1.0))
+    x, t = torch.zeros(1, 3, 8, 8), torch.tensor([5])
+    with pytest.raises(ConfigError, match=r"Got neither: give schedule="):
+        hybrid_loss(denoiser, x, t, x)
+    assert hybrid_loss(denoiser, x, t, x, schedule=CosineSchedule(4000)).shape == (1,)
+
+
+@pytest.mark.parametrize("t", [0, 251])
+def test_timesteps_stay_below_the_highest_that_is_trained(discrete_denoiser, t):
+    with pytest.raises(InputError, match=r"from 1 to 250\. Got"):
+        hybrid_loss(
+            discrete_denoiser, torch.zeros(2, 3, 8, 8), torch.tensor([5, t]), torch.zeros(2, 3, 8, 8), timesteps=250
+        )
 
 
 def test_sigma_loss_stays_in_the_range(denoiser):

@@ -48,6 +48,22 @@ PUBLIC = {
         "from_config",
         "from_json",
     ],
+    "purifyloader.evaluation": [
+        "Examples",
+        "auc",
+        "calibration",
+        "default_sigmas",
+        "evaluate",
+        "examples",
+        "jpeg_psnr",
+        "picture",
+        "psnr",
+        "removed_energy",
+        "residual_spectrum",
+        "ring_frequencies",
+        "variance_calibration",
+    ],
+    "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
     "purifyloader.datasets": ["ImageFiles", "TarDataset", "open_dataset"],
     "purifyloader.recipes": ["denoise_once", "eclipse", "from_json", "jpeg"],
     "purifyloader.transforms": ["Compensate"],
@@ -127,7 +143,7 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "denoiser", "--help"])
     assert caught.value.code == 0
-    assert "--preset" in capsys.readouterr().out
+    assert "--recipe" in capsys.readouterr().out
 
 
 def test_the_installed_command_reports_errors_in_one_line():

@@ -169,12 +169,43 @@ def test_not_a_name_at_all() -> None:
 @pytest.mark.parametrize("file", ["model.pt", "weights.bin", "x.ckpt", "x.pth"])
 def test_pickles_are_not_read(tmp_path: Path, file: str) -> None:
     torch.save({}, tmp_path / file)
-    fails(tmp_path / file, "pickle", "not available yet", "model.safetensors", file)
-    fails(tmp_path, "pickle", "not available yet", file)
+    fails(tmp_path / file, "pickle", "purifyloader convert", "model.safetensors", file)
+    fails(tmp_path, "pickle", "purifyloader convert", file)
 
 
 def test_a_file_instead_of_its_folder(saved: Path) -> None:
-    fails(saved / "model.safetensors", "Give its folder")
+    fails(saved / "model.safetensors", "Give its folder", "purifyloader convert")
+
+
+def test_somebody_elses_folder(tmp_path: Path) -> None:
+    """What it is and how to convert it, not which of our files it lacks."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    fails(folder, "diffusers", f"purifyloader convert {folder} OUT --format diffusers")
+    (folder / "config.json").write_text('{"nf": 128, "patch_size": 1}')
+    fails(folder, "energy", "--format puregen-energy")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    fails(folder, "purifyloader-denoiser", "Got None")
+    pretrained.save(make(), folder, overwrite=True)
+    (folder / "ema.pt").touch()  # beside a checkpoint of ours it does not matter
+    pretrained.load(folder)
+
+
+def test_list_is_available() -> None:
+    assert pretrained.list() == pretrained.available() == sorted(pretrained.list())
+    assert "cifar10-sparse" in pretrained.list()
+
+
+def test_a_checkpoint_of_the_first_version_stays_as_it_is(tmp_path: Path) -> None:
+    """The one that ships was saved by version 0.1.0: loaded and saved again, its weights are the same bytes."""
+    shipped = Path(pretrained.__file__).parent / "cifar10-sparse"
+    config = json.loads((shipped / "config.json").read_text())
+    denoiser = pretrained.load("cifar10-sparse")
+    pretrained.save(denoiser, tmp_path / "a", name="cifar10-sparse", details=config["details"])
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (shipped / file).read_bytes()
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -300,7 +331,7 @@ def test_a_strangers_readme_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_bad_arguments_of_save(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="Got UNet"):
+    with pytest.raises(InputError, match=r"NetworkDenoiser or an EnergyNetwork .*Got UNet"):
         pretrained.save(UNet(TINY), tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="file"):
         pretrained.save(make(), tmp_path / "file")

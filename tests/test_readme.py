@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from purifyloader import pretrained
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,13 +62,38 @@ def test_the_table_of_reading_is_the_measured_one():
     assert example("cache_speed").with_tables(TEXT, results) == TEXT
 
 
+def test_the_table_of_models_is_what_their_files_say():
+    start, end = TEXT.index("<!-- models -->"), TEXT.index("<!-- end -->", TEXT.index("<!-- models -->"))
+    rows = TEXT[start:end].splitlines()[3:]
+    assert len(rows) == len(pretrained.available())
+    for row, name in zip(rows, pretrained.available(), strict=True):
+        config = json.loads((ROOT / "pretrained" / name / "config.json").read_text())
+        psnr = {entry["sigma_px"]: entry["denoiser"] for entry in config["details"]["psnr"]}
+        figures = " / ".join(f"{psnr[px]:.1f}" for px in (10, 25, 50))
+        low, high = (255 * sigma for sigma in config["denoiser"]["sigma_range"])
+        parameters = sum(p.numel() for p in pretrained.load(name).parameters())
+        for cell in (
+            f"](pretrained/{name}/README.md)",
+            f"{parameters / 1e6:.1f} M",
+            f"{low:.2g} to {high:.0f} px",
+            figures,
+        ):
+            assert cell in row, name
+
+
 @pytest.mark.parametrize(
     "line", re.findall(r"^(?:purifyloader|accelerate launch) .*(?:\n    .*)*", TEXT, flags=re.MULTILINE)
 )
 def test_commands_have_the_options_they_show(line):
     words = [word for word in shlex.split(line.replace("\\\n", " ")) if not word.startswith("purifyloader.")]
     name = [word for word in words[1:4] if re.fullmatch(r"[a-z]+", word) and word not in ("launch",)]
-    command = ["precompute"] if words[0] == "accelerate" else name[:2] if name[0] in ("train", "cache") else name[:1]
+    command = (
+        ["precompute"]
+        if words[0] == "accelerate"
+        else name[:2]
+        if name[0] in ("train", "cache", "denoiser")
+        else name[:1]
+    )
     done = subprocess.run([sys.executable, "-m", "purifyloader", *command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for option in (word for word in words if word.startswith("--")):

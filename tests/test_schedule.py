@@ -12,6 +12,7 @@ from purifyloader.diffusion.schedule import (
     ContinuousVP,
     CosineSchedule,
     LinearSchedule,
+    ScaledLinearSchedule,
     Schedule,
     schedule_from_config,
     spaced_sigmas,
@@ -24,6 +25,8 @@ SCHEDULES: list[Schedule] = [
     CosineSchedule(50),
     LinearSchedule(1000),
     LinearSchedule(4000),
+    LinearSchedule(20, 1e-3, 0.4),
+    ScaledLinearSchedule(1000, 0.00085, 0.012),
     ContinuousVP(),
     ContinuousVP(1000.0, -2.0, -0.5),
 ]
@@ -78,6 +81,10 @@ def linear_betas(T: int) -> list[float]:
     return [first + (last - first) * i / (T - 1) for i in range(T)]
 
 
+def between(first: float, last: float, T: int) -> list[float]:
+    return [first + (last - first) * i / (T - 1) for i in range(T)]
+
+
 def sigmas_of(betas: list[float]) -> list[float]:
     """sqrt((1 - abar)/abar) on [-1, 1] is twice that on [0, 1]; 1 - abar without cancelling."""
     logs = np.cumsum([math.log1p(-b) for b in betas], dtype=np.longdouble)
@@ -93,6 +100,11 @@ def sigmas_of(betas: list[float]) -> list[float]:
         (LinearSchedule(1000), linear_betas(1000)),
         (LinearSchedule(4000), linear_betas(4000)),
         (LinearSchedule(25), linear_betas(25)),
+        (LinearSchedule(1000, 1e-4, 0.02), linear_betas(1000)),
+        (LinearSchedule(10, 1e-4, 0.02), between(1e-4, 0.02, 10)),
+        (LinearSchedule(1000, 1e-3, 0.02), between(1e-3, 0.02, 1000)),
+        (ScaledLinearSchedule(100, 0.01, 0.04), [r**2 for r in between(0.1, 0.2, 100)]),
+        (ScaledLinearSchedule(), [r**2 for r in between(0.01, math.sqrt(0.02), 1000)]),
     ],
     ids=str,
 )
@@ -183,10 +195,27 @@ def test_configuration_round_trip(schedule):
     assert float(again.sigma(10)) == float(schedule.sigma(10))
 
 
+def test_configurations_of_checkpoints_are_what_they_were():
+    assert LinearSchedule(1000).config() == {"kind": "linear", "timesteps": 1000}
+    assert CosineSchedule(4000).config() == {"kind": "cosine", "timesteps": 4000}
+    assert ContinuousVP().config() == {"kind": "continuous-vp", "timesteps": 4000, "k1": -4.975, "k2": -0.05}
+    custom = {"kind": "linear", "timesteps": 10, "beta_start": 1e-4, "beta_end": 0.02}
+    assert LinearSchedule(10, 1e-4, 0.02).config() == custom
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {},
+        {"kind": "linear", "beta_start": 0.1},
+        {"kind": "linear", "beta_end": 0.1},
+        {"kind": "linear", "beta_start": 0.2, "beta_end": 0.1},
+        {"kind": "linear", "beta_start": 0.0, "beta_end": 0.1},
+        {"kind": "linear", "beta_start": "a", "beta_end": 0.1},
+        {"kind": "scaled-linear", "beta_end": 1.0},
+        {"kind": "scaled-linear", "beta_end": True},
+        {"kind": "scaled-linear", "beta_end": math.nan},
+        {"kind": "scaled-linear", "timesteps": 1},
         {"timesteps": 10},
         {"kind": "sigmoid"},
         {"kind": "cosine", "timesteps": 10, "beta": 1},

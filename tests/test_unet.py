@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet, UNetConfig, timestep_embedding
+from purifyloader import pretrained
+from purifyloader.diffusion.denoiser import denoiser_from_config
+from purifyloader.diffusion.unet import (
+    RESAMPLE,
+    UP_ATTENTION,
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    UNet,
+    UNetConfig,
+    Upsample,
+    timestep_embedding,
+)
 from purifyloader.errors import ConfigError
+from purifyloader.files import canonical_json
 from tests.conftest import tiny_network
 
 ODD = UNetConfig(
@@ -32,6 +47,27 @@ DEEP = UNetConfig(
     heads=2,
     norm_groups=2,
     learned_variance=False,
+)
+
+
+# every later option away from its default
+DDPMPP = UNetConfig(
+    channels=8,
+    multipliers=(1, 1.5, 2),
+    blocks=2,
+    attention_levels=(0, 2),
+    norm_groups=4,
+    learned_variance=False,
+    scale_shift=False,
+    head_channels=4,
+    up_attention="last",
+    resample="block-skip",
+    rescale_sums=True,
+    norm_eps=1e-6,
+    norm_group_channels=4,
+    sines_first=True,
+    frequency_shift=1.0,
+    stem_channels=16,
 )
 
 
@@ -106,7 +142,7 @@ def test_small_is_as_large_as_its_docstring_says():
 # -- shapes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [UNetConfig.small(), ODD, DEEP], ids=["small", "odd", "deep"])
+@pytest.mark.parametrize("config", [UNetConfig.small(), ODD, DEEP, DDPMPP], ids=["small", "odd", "deep", "ddpm++"])
 @pytest.mark.parametrize(("batch", "h", "w"), [(2, 16, 16), (1, 32, 16), (0, 16, 16)])
 def test_output_shape_and_zero_start(config, batch, h, w):
     network = UNet(config).eval()
@@ -115,6 +151,79 @@ def test_output_shape_and_zero_start(config, batch, h, w):
     assert out.shape == (batch, config.image_channels * (1 + config.learned_variance), h, w)
     assert out.shape[1] == config.out_channels
     assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+def test_every_way_to_change_resolution_mirrors(resample):
+    config = UNetConfig.small(channels=8, norm_groups=4, resample=resample)
+    network = randomise(UNet(config))
+    sizes: list[int] = []
+    for stage in [*network.down, *network.up]:
+        stage.register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[-1]))
+    out = network(torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.ones(1))
+    assert sizes == [16, 8, 8, 4, 4, 4, 8, 8, 16, 16, 16]
+    assert out.shape == (1, 3, 16, 16)
+
+
+def test_the_ways_to_change_resolution_by_hand():
+    x = torch.arange(2 * 3 * 4 * 6, dtype=torch.float64).reshape(2, 3, 4, 6) ** 1.1
+    none = torch.zeros(2, 1)
+
+    def config(resample: str) -> UNetConfig:
+        return UNetConfig.small(channels=8, norm_groups=4, resample=resample)
+
+    mean = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+    torch.testing.assert_close(Downsample(3, config("plain"))(x, none), mean)
+    twice = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(Upsample(3, config("plain"))(x, none), twice)
+    assert not list(Downsample(3, config("plain")).parameters()) + list(Upsample(3, config("plain")).parameters())
+    # which pixels a corner of the output sees: one beside the border, or none
+    for resample, rows in (("conv", range(0, 2)), ("conv-right", range(0, 3))):
+        down = randomise(Downsample(3, config(resample)))
+        seen = [
+            row
+            for row in range(4)
+            if not torch.equal(
+                down(x, none)[..., 0, 1],
+                down(x.index_fill(2, torch.tensor(row), 0), none)[..., 0, 1],
+            )
+        ]
+        assert seen == list(rows)
+        assert down(x, none).shape == (2, 3, 2, 3)
+    up = randomise(Upsample(3, config("conv")))
+    torch.testing.assert_close(up(x, none), F.conv2d(twice, up.conv.weight, up.conv.bias, padding=1))
+
+
+@pytest.mark.parametrize(("to", "skip"), [("half", False), ("half", True), ("double", False), ("double", True)])
+def test_a_block_that_changes_resolution(to, skip):
+    """Both branches change it, after the first activation and before the first convolution."""
+    config = UNetConfig.small(
+        channels=4,
+        norm_groups=4,
+        multipliers=(1,),
+        scale_shift=False,
+        rescale_sums=True,
+        resample="block-skip" if skip else "block",
+    )
+    block = randomise(ResidualBlock(8, 8, config, to))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, generator=generator)
+    emb = torch.randn(2, 16, dtype=torch.float64, generator=generator)
+    p = dict(block.named_parameters())
+    resize = (lambda v: F.avg_pool2d(v, 2)) if to == "half" else (lambda v: F.interpolate(v, scale_factor=2.0))
+
+    def norm(v: torch.Tensor, name: str) -> torch.Tensor:
+        return F.group_norm(v, 4, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    h = F.conv2d(resize(F.silu(norm(x, "norm1"))), p["conv1.weight"], p["conv1.bias"], padding=1)
+    time = F.silu(emb) @ p["embed.weight"].T + p["embed.bias"]
+    h = F.silu(norm(h + time[:, :, None, None], "norm2"))
+    h = F.conv2d(h, p["conv2.weight"], p["conv2.bias"], padding=1)
+    shortcut = resize(x)
+    assert ("skip.weight" in p) is skip
+    if skip:
+        shortcut = F.conv2d(shortcut, p["skip.weight"], p["skip.bias"])
+    torch.testing.assert_close(block(x, emb), (shortcut + h) / math.sqrt(2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("config", "levels"), [(UNetConfig.small(), 3), (ODD, 3), (DEEP, 5)])
@@ -136,7 +245,12 @@ def test_the_way_up_mirrors_the_way_down(config, levels):
 @pytest.mark.parametrize(
     ("config", "attended"),
     # ECLIPSE's attends at 16 and 8: the blocks of those levels, the middle (4 of a 32-pixel image)
-    [(UNetConfig(channels=32), [16] * 7 + [8] * 7 + [4]), (ODD, [32] * 5 + [8] * 5), (DEEP, [4] * 3 + [2])],
+    [
+        (UNetConfig(channels=32), [16] * 7 + [8] * 7 + [4]),
+        (ODD, [32] * 5 + [8] * 5),
+        (DEEP, [4] * 3 + [2]),
+        (DDPMPP, [32] * 3 + [8] * 3 + [8]),
+    ],
 )
 def test_attention_stands_where_it_was_asked_for(config, attended):
     network = UNet(config).eval()
@@ -180,9 +294,19 @@ def test_time_embedding(width):
             angle = value * 10000 ** (-i / half)
             expected[row, i], expected[row, half + i] = math.cos(angle), math.sin(angle)
     assert got.shape == (len(t), width)
+    turned = timestep_embedding(torch.tensor(t), width, sines_first=True)
+    assert torch.equal(turned[:, :half], got[:, half : 2 * half])
+    assert torch.equal(turned[:, half : 2 * half], got[:, :half])
     # angles up to 1500 in float32 are exact to 1e-4
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)
     np.testing.assert_allclose(got[:4].numpy(), expected[:4], atol=4e-6)
+
+
+def test_frequencies_end_where_the_shift_says():
+    for shift, last in ((0.0, 10000 ** (-7 / 8)), (1.0, 1e-4)):
+        got = timestep_embedding(torch.tensor([1.0]), 16, frequency_shift=shift)
+        np.testing.assert_allclose(got[0, 15], math.sin(last), rtol=1e-5)
+        np.testing.assert_allclose(got[0, 8], math.sin(1.0), rtol=1e-5)
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
@@ -260,9 +384,79 @@ def test_dropout_acts_in_training_only():
 # -- configuration ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [UNetConfig(), UNetConfig.small(), ODD, DEEP])
+@pytest.mark.parametrize("config", [UNetConfig(), UNetConfig.small(), ODD, DEEP, DDPMPP])
 def test_configuration_round_trip(config):
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+FIRST = {
+    "channels",
+    "multipliers",
+    "blocks",
+    "attention_levels",
+    "middle_attention",
+    "heads",
+    "norm_groups",
+    "dropout",
+    "image_channels",
+    "learned_variance",
+}
+
+
+def test_later_fields_are_written_only_where_they_say_something():
+    """Else the configurations of checkpoints, and the fingerprints of caches made with them, would change."""
+    for config in (UNetConfig(), UNetConfig.small(), ODD, DEEP):
+        assert set(config.to_dict()) == FIRST
+    assert set(UNetConfig(norm_eps=1e-6).to_dict()) == FIRST | {"norm_eps"}
+    later = {f.name for f in fields(UNetConfig)} - FIRST
+    assert set(DDPMPP.to_dict()) == FIRST | later
+
+
+def test_the_first_checkpoint_means_what_it_meant():
+    """The shipped denoiser: the same configuration, names of weights and numbers of them."""
+    shipped = json.loads((Path(pretrained.__file__).parent / "cifar10-sparse" / "config.json").read_text())["denoiser"]
+    denoiser = denoiser_from_config(shipped)
+    assert canonical_json(denoiser.config()) == canonical_json(shipped)
+    assert parameters(denoiser.network) == 1_125_315
+    assert pretrained.load("cifar10-sparse").config() == shipped
+
+
+def test_fractional_multipliers_are_whole_widths():
+    config = UNetConfig(channels=49, multipliers=(1, 3 / 49, 2 / 7), norm_groups=1, attention_levels=())
+    assert config.widths == [49, 3, 14]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 12, 64, 128, 256])
+def test_groups_of_narrow_layers(channels):
+    assert UNetConfig(norm_group_channels=4).groups(channels) == max(1, min(32, channels // 4))
+    assert UNetConfig().groups(channels) == 32
+
+
+def test_later_options_do_what_they_say():
+    plain = UNetConfig.small(channels=8, norm_groups=4, attention_levels=(1,))
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(1, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([500.0])
+    outputs = {}
+    changes: list[dict] = [
+        {},
+        {"head_channels": 8},
+        {"rescale_sums": True},
+        {"norm_eps": 1e-2},
+        {"norm_group_channels": 4},
+        {"sines_first": True},
+        {"frequency_shift": 1.0},
+        {"resample": "conv-right"},
+    ]
+    state = randomise(UNet(plain)).state_dict()
+    for change in changes:
+        network = UNet(replace(plain, **change)).double().eval().requires_grad_(False)
+        network.load_state_dict(state)  # none of these changes the weights
+        outputs[str(change)] = network(x, t)
+    values = list(outputs.values())
+    for i, a in enumerate(values):
+        for j, b in enumerate(values[:i]):
+            assert (a - b).abs().max() > 1e-3, (changes[i], changes[j])
+    assert sorted(UP_ATTENTION) == ["each", "last"]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +471,25 @@ def test_configuration_round_trip(config):
         {"channels": "32"},
         {"multipliers": ()},
         {"multipliers": (1, 0)},
-        {"multipliers": (1, 1.5)},
+        {"multipliers": (1, 1.3)},
+        {"multipliers": (1, math.nan)},
+        {"multipliers": (1, "2")},
+        {"scale_shift": 1},
+        {"rescale_sums": None},
+        {"sines_first": "yes"},
+        {"head_channels": 0},
+        {"head_channels": 8.0},
+        {"norm_group_channels": -4},
+        {"stem_channels": True},
+        {"up_attention": "first"},
+        {"resample": "fir"},
+        {"resample": None},
+        {"norm_eps": 0.0},
+        {"norm_eps": "1e-5"},
+        {"frequency_shift": -1},
+        {"frequency_shift": 16},
+        {"frequency_shift": "1"},
+        {"dropout": "0.1"},
         {"attention_levels": (3,)},
         {"attention_levels": (-1,)},
         {"norm_groups": 7},
@@ -295,3 +507,8 @@ def test_unknown_fields_and_heads_that_do_not_divide():
         UNetConfig.from_dict({"width": 3})
     with pytest.raises(ConfigError, match=r"heads=3\. Got 64"):
         UNet(UNetConfig.small(attention_levels=(1,), heads=3))
+    with pytest.raises(ConfigError, match=r"head_channels=48\. Got 64"):
+        UNet(UNetConfig.small(attention_levels=(1,), head_channels=48))
+    with pytest.raises(ConfigError, match="Got 144 channels for 32 groups"):
+        # each width has its own number of groups, and the two together another that does not divide them
+        UNet(UNetConfig(channels=60, multipliers=(1, 1.2), norm_group_channels=4, attention_levels=()))

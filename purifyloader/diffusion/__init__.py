@@ -1,7 +1,13 @@
 """Diffusion: noise schedules, the denoiser contract and its network, samplers and training objectives."""
 
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
-from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule, Schedule
+from purifyloader.diffusion.schedule import (
+    ContinuousVP,
+    CosineSchedule,
+    LinearSchedule,
+    ScaledLinearSchedule,
+    Schedule,
+)
 from purifyloader.diffusion.unet import UNet, UNetConfig
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "Denoiser",
     "LinearSchedule",
     "NetworkDenoiser",
+    "ScaledLinearSchedule",
     "Schedule",
     "UNet",
     "UNetConfig",

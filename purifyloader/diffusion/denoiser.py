@@ -24,7 +24,7 @@ from purifyloader.diffusion.schedule import Schedule, schedule_from_config
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError
 
-__all__ = ["PARAMETERIZATIONS", "Denoiser", "NetworkDenoiser", "denoiser_from_config"]
+__all__ = ["PARAMETERIZATIONS", "TIMES", "Denoiser", "NetworkDenoiser", "denoiser_from_config"]
 
 SIGMA_DATA = 0.5
 """Standard deviation of image data in [-1, 1], as EDM and the consistency models take it."""
@@ -54,6 +54,10 @@ PARAMETERIZATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] 
     "edm": _edm,  # unit variance in, unit variance out (Karras et al. 2022)
 }
 """What the network's output means: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
+
+
+TIMES = ("rescaled", "timestep", "continuous")
+"""How a network with a schedule is told the time; see `NetworkDenoiser`."""
 
 
 class Denoiser(nn.Module):
@@ -101,9 +105,15 @@ class NetworkDenoiser(Denoiser):
         network: `network(x_BCHW, time_B)`, twice the image's channels where it learned the variance.
         parameterization: a name of `PARAMETERIZATIONS`.
         sigma_range: noise levels it was trained for, in image units.
-        schedule: for a network trained on discrete timesteps; its time input is then the nearest
-            trained timestep, counted from 0 and rescaled to 0..1000. The noise itself is never
-            rounded. Without a schedule the time input is 250 ln(2 sigma).
+        schedule: for a network trained on timesteps. Its time input is then what `time` says; without a
+            schedule it is 250 ln(2 sigma). The noise itself is never rounded.
+        time: what a network with a schedule is told, for timestep t of T:
+            "rescaled"    the nearest trained timestep, counted from 0, on the scale 0..1000: (t - 1) * 1000/T
+            "timestep"    the nearest trained timestep, counted from 0: t - 1
+            "continuous"  999 t/T, not rounded (Song et al. 2021, arXiv:2011.13456, whose t is this t/T)
+
+    Raises:
+        ConfigError: a parameterization, range or time that is not one of these, or a time without a schedule.
     """
 
     def __init__(
@@ -112,6 +122,7 @@ class NetworkDenoiser(Denoiser):
         parameterization: str,
         sigma_range: tuple[float, float],
         schedule: Schedule | None = None,
+        time: str = "rescaled",
     ) -> None:
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
@@ -119,19 +130,27 @@ class NetworkDenoiser(Denoiser):
         low, high = sigma_range
         if not 0 < low < high < math.inf:
             raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {sigma_range}.")
+        if time not in TIMES:
+            raise ConfigError(f"time must be one of {list(TIMES)}. Got {time!r}.")
+        if time != "rescaled" and schedule is None:
+            raise ConfigError(f"A denoiser whose time is {time!r} needs a schedule. Got none: give schedule=.")
         self.network = network
         self.parameterization = parameterization
         self.sigma_range = (float(low), float(high))
         self.schedule = schedule
+        self.time_input = time
         self.image_channels = network.config.image_channels
         self.learned_variance = network.config.learned_variance
 
     def config(self) -> dict[str, Any]:
+        # what came after the first checkpoints is left out at its default, so that theirs stay what they were
+        later = {} if self.time_input == "rescaled" else {"time": self.time_input}
         return {
             "parameterization": self.parameterization,
             "sigma_range": list(self.sigma_range),
             "schedule": self.schedule.config() if self.schedule is not None else None,
             "network": {"kind": "unet", **self.network.config.to_dict()},
+            **later,
         }
 
     def time(self, sigma_B: Tensor) -> Tensor:
@@ -144,8 +163,11 @@ class NetworkDenoiser(Denoiser):
         top = float(self.schedule.sigma(timesteps))
         # the same tolerance as `check_sigma`: the last level may come rounded up to float32
         sigma = np.where(sigma <= top * (1 + 1e-6), np.minimum(sigma, top), sigma)
-        t_B = torch.from_numpy(self.schedule.t(sigma)).round().clamp(1, timesteps)
-        return (t_B - 1) * (1000 / timesteps)
+        t_B = torch.from_numpy(self.schedule.t(sigma))
+        if self.time_input == "continuous":
+            return t_B * (999 / timesteps)
+        t_B = t_B.round().clamp(1, timesteps)
+        return (t_B - 1) * (1000 / timesteps) if self.time_input == "rescaled" else t_B - 1
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.image_channels:
@@ -185,7 +207,7 @@ def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
     try:
         network = dict(config["network"])
         parameterization, sigma_range = config["parameterization"], config["sigma_range"]
-        schedule = config["schedule"]
+        schedule, time = config["schedule"], config.get("time", "rescaled")
     except (KeyError, TypeError) as error:
         raise ConfigError(
             "A denoiser's configuration needs network, parameterization, sigma_range and schedule. "
@@ -200,4 +222,5 @@ def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
         parameterization,
         (float(sigma_range[0]), float(sigma_range[1])),
         schedule_from_config(schedule) if schedule is not None else None,
+        time,
     )

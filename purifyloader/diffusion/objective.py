@@ -91,35 +91,44 @@ def vlb_terms(
 
 
 def hybrid_loss(
-    denoiser: NetworkDenoiser, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor, gamma: float = 0.001
+    denoiser: NetworkDenoiser,
+    x0_BCHW: Tensor,
+    t_B: Tensor,
+    noise_BCHW: Tensor,
+    gamma: float = 0.001,
+    schedule: Schedule | None = None,
+    timesteps: int | None = None,
 ) -> Tensor:
     """L_simple + gamma * sum over t of L_t, estimated from one timestep an image, (B,) (ECLIPSE, Eq. 8).
 
-    Eq. 8 sums over all T timesteps, so the term of the one drawn is multiplied by T. A network without
-    learned variance has L_simple only.
+    L_simple is the squared error of the noise, whatever the network predicts. Eq. 8 sums over all timesteps,
+    so the term of the one drawn is multiplied by their number. A network without learned variance has
+    L_simple only.
 
     Args:
-        denoiser: predicts the noise, with a schedule.
+        denoiser: of any parameterization.
         x0_BCHW: clean images in [0, 1].
-        t_B: timesteps from 1 to T.
+        t_B: timesteps from 1 to `timesteps`.
         noise_BCHW: standard normal.
         gamma: weight of the variational sum.
+        schedule: what the timesteps mean; by default the denoiser's.
+        timesteps: how many there are to draw from; by default all of the schedule.
     """
-    schedule = denoiser.schedule
-    if schedule is None or denoiser.parameterization != "epsilon":
-        raise ConfigError("hybrid_loss needs a denoiser that predicts noise ('epsilon') and has a schedule.")
-    if not bool(((t_B >= 1) & (t_B <= schedule.timesteps)).all()):
-        raise InputError(f"Timesteps count from 1 to {schedule.timesteps}. Got {t_B.min()} to {t_B.max()}.")
+    schedule = denoiser.schedule if schedule is None else schedule
+    if schedule is None:
+        raise ConfigError("hybrid_loss needs a schedule, the denoiser's or its own. Got neither: give schedule=.")
+    timesteps = int(schedule.timesteps) if timesteps is None else timesteps
+    if not bool(((t_B >= 1) & (t_B <= timesteps)).all()):
+        raise InputError(f"Timesteps count from 1 to {timesteps}. Got {t_B.min()} to {t_B.max()}.")
     sigma_B = torch.from_numpy(schedule.sigma(t_B.detach().cpu().numpy()))
     sigma = sigma_B.to(x0_BCHW.device, x0_BCHW.dtype)[:, None, None, None]
-    time_B = (t_B.to("cpu", torch.float64) - 1) * (1000 / schedule.timesteps)
-    x0_hat, fraction = denoiser.apply_network(x0_BCHW + sigma * noise_BCHW, sigma_B, time_B)
-    # x0_hat = x - sigma * predicted noise, so this is the noise's error
+    x0_hat, fraction = denoiser.apply_network(x0_BCHW + sigma * noise_BCHW, sigma_B, denoiser.time(sigma_B))
+    # for a network that predicts the noise x0_hat = x - sigma * prediction, so this is its error
     simple = (((x0_hat - x0_BCHW) / sigma) ** 2).mean(dim=(1, 2, 3))
     if fraction is None:
         return simple
     vlb = vlb_terms(x0_BCHW, noise_BCHW, x0_hat.detach(), fraction, t_B, schedule)
-    return simple + gamma * schedule.timesteps * vlb
+    return simple + gamma * timesteps * vlb
 
 
 def sigma_loss(denoiser: NetworkDenoiser, x0_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> Tensor:

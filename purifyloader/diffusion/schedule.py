@@ -23,7 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from purifyloader.errors import ConfigError, InputError
 
-__all__ = ["ContinuousVP", "CosineSchedule", "LinearSchedule", "Schedule", "spaced_sigmas", "schedule_from_config"]
+__all__ = [
+    "ContinuousVP",
+    "CosineSchedule",
+    "LinearSchedule",
+    "ScaledLinearSchedule",
+    "Schedule",
+    "spaced_sigmas",
+    "schedule_from_config",
+]
 
 Float64 = NDArray[np.float64]
 
@@ -117,22 +125,67 @@ class CosineSchedule(_BetaSchedule):
         return np.minimum(1.0 - f[1:] / f[:-1], 0.999)
 
 
+def _check_betas(kind: str, first: float, last: float) -> None:
+    numbers = all(isinstance(beta, int | float) and not isinstance(beta, bool) for beta in (first, last))
+    if not numbers or not 0 < first <= last < 1:
+        raise ConfigError(
+            f"The {kind} schedule needs 0 < beta_start <= beta_end < 1. "
+            f"Got beta_start={first!r}, beta_end={last!r}. Give both, as the model was trained."
+        )
+
+
 @dataclass(frozen=True)
 class LinearSchedule(_BetaSchedule):
-    """betas from 1e-4 to 0.02 over T = 1000, scaled by 1000/T (Ho et al. 2020; PureGen, DiffPure, AVATAR)."""
+    """betas from 1e-4 to 0.02 over T = 1000, scaled by 1000/T (Ho et al. 2020; PureGen, DiffPure, AVATAR).
+
+    With `beta_start` and `beta_end` they run between these, whatever T (diffusers' "linear").
+    """
 
     timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
     kind: ClassVar[str] = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.timesteps <= 20:
+        if self.beta_start is not None or self.beta_end is not None:
+            _check_betas(self.kind, self.beta_start, self.beta_end)  # type: ignore[arg-type]  # it refuses None
+        elif self.timesteps <= 20:
             raise ConfigError(f"The linear schedule needs more than 20 timesteps. Got {self.timesteps}.")
 
     @cached_property
     def betas(self) -> Float64:
         scale = 1000 / self.timesteps
-        return np.linspace(1e-4 * scale, 0.02 * scale, self.timesteps, dtype=np.float64)
+        first = 1e-4 * scale if self.beta_start is None else self.beta_start
+        last = 0.02 * scale if self.beta_end is None else self.beta_end
+        return np.linspace(first, last, self.timesteps, dtype=np.float64)
+
+    def config(self) -> dict[str, Any]:
+        own = {} if self.beta_start is None else {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        return {**super().config(), **own}
+
+
+@dataclass(frozen=True)
+class ScaledLinearSchedule(_BetaSchedule):
+    """betas whose square roots are evenly spaced (Rombach et al. 2022; diffusers' "scaled_linear")."""
+
+    timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    kind: ClassVar[str] = "scaled-linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_betas(self.kind, self.beta_start, self.beta_end)
+
+    @cached_property
+    def betas(self) -> Float64:
+        roots = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.timesteps, dtype=np.float64)
+        squares: Float64 = roots**2
+        return squares
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "beta_start": self.beta_start, "beta_end": self.beta_end}
 
 
 @dataclass(frozen=True)
@@ -170,7 +223,9 @@ class ContinuousVP(Schedule):
         return {"kind": self.kind, "timesteps": self.timesteps, "k1": self.k1, "k2": self.k2}
 
 
-_KINDS: dict[str, type[Schedule]] = {c.kind: c for c in (CosineSchedule, LinearSchedule, ContinuousVP)}
+_KINDS: dict[str, type[Schedule]] = {
+    c.kind: c for c in (CosineSchedule, LinearSchedule, ScaledLinearSchedule, ContinuousVP)
+}
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:

@@ -3,6 +3,12 @@
 Shape suffixes: B batch, C channels, H height, W width, E embedding, N = H*W tokens.
 `UNetConfig()` is the network of the ECLIPSE paper (52,546,438 parameters with six output channels);
 `UNetConfig.small()` is the one that a machine without a GPU trains in an hour.
+
+Its relatives differ in details, which are options:
+
+    DDPM      (Ho et al. 2020, arXiv:2006.11239; diffusers' UNet2DModel): the time is added (`scale_shift=False`)
+    guided    (Dhariwal & Nichol 2021, arXiv:2105.05233): `resample="block"`, `head_channels=64`
+    DDPM++    (Song et al. 2021, arXiv:2011.13456): `resample="block-skip"`, `rescale_sums`, `up_attention="last"`
 """
 
 from __future__ import annotations
@@ -17,7 +23,25 @@ from torch import Tensor, nn
 
 from purifyloader.errors import ConfigError
 
-__all__ = ["UNet", "UNetConfig", "timestep_embedding"]
+__all__ = ["RESAMPLE", "UP_ATTENTION", "UNet", "UNetConfig", "timestep_embedding"]
+
+RESAMPLE = ("conv", "conv-right", "plain", "block", "block-skip")
+UP_ATTENTION = ("each", "last")
+
+# What the first checkpoints wrote down. A field that came later is written only where it is not its default,
+# so that their configurations, and the fingerprints of the caches made with them, stay what they were.
+_FIRST_FIELDS = (
+    "channels",
+    "multipliers",
+    "blocks",
+    "attention_levels",
+    "middle_attention",
+    "heads",
+    "norm_groups",
+    "dropout",
+    "image_channels",
+    "learned_variance",
+)
 
 
 @dataclass(frozen=True)
@@ -26,19 +50,35 @@ class UNetConfig:
 
     Args:
         channels: width of the first level.
-        multipliers: width of each level over `channels`; each further level halves the resolution.
+        multipliers: width of each level over `channels`, fractions where that gives a whole width; each further
+            level halves the resolution.
         blocks: residual blocks a level on the way down (one more on the way up).
         attention_levels: levels (0 is full resolution) whose blocks are followed by self-attention.
         middle_attention: self-attention between the two blocks at the lowest resolution.
-        heads: attention heads.
+        heads: attention heads, where `head_channels` does not say.
         norm_groups: groups of each group normalisation.
         dropout: probability inside the residual blocks, while training.
         image_channels: channels of the image, 3 for RGB.
         learned_variance: predict the variance fraction in as many further output channels.
+        scale_shift: the time scales and shifts the second normalisation of a residual block; False adds it before.
+        head_channels: width of an attention head, for as many heads as fit; None means `heads` of them.
+        up_attention: on the way up, attention after "each" block of its levels, or after the "last" one only.
+        resample: how a level is left:
+            "conv"        a convolution of stride 2 with one pixel of padding on each side; nearest, then convolution
+            "conv-right"  the same, with the padding of the way down at the right and the bottom only
+            "plain"       mean of 2 x 2, nearest; nothing to learn
+            "block"       a residual block with "plain" inside, in both branches
+            "block-skip"  the same with a 1 x 1 convolution in its skip
+        rescale_sums: divide each residual sum by the square root of 2.
+        norm_eps: what a group normalisation adds to the variance.
+        norm_group_channels: at least as many channels in a group, so that narrow layers have fewer groups.
+        sines_first: the embedding of time holds sines, then cosines.
+        frequency_shift: the frequencies run from 1 to 10000^-((h - 1) / (h - frequency_shift)), h = channels // 2.
+        stem_channels: width of the first convolution; None means `channels`.
     """
 
     channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    multipliers: tuple[float, ...] = (1, 2, 2, 2)
     blocks: int = 3
     attention_levels: tuple[int, ...] = (1, 2)
     middle_attention: bool = True
@@ -47,27 +87,58 @@ class UNetConfig:
     dropout: float = 0.0
     image_channels: int = 3
     learned_variance: bool = True
+    scale_shift: bool = True
+    head_channels: int | None = None
+    up_attention: str = "each"
+    resample: str = "conv"
+    rescale_sums: bool = False
+    norm_eps: float = 1e-5
+    norm_group_channels: int | None = None
+    sines_first: bool = False
+    frequency_shift: float = 0.0
+    stem_channels: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("channels", "blocks", "heads", "norm_groups", "image_channels"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"UNetConfig.{name} must be a positive integer. Got {value!r}.")
-        if not self.multipliers or any(not isinstance(m, int) or m < 1 for m in self.multipliers):
+        for name in ("head_channels", "norm_group_channels", "stem_channels"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"UNetConfig.{name} must be a positive integer or None. Got {value!r}.")
+        for name in ("learned_variance", "middle_attention", "scale_shift", "rescale_sums", "sines_first"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"UNetConfig.{name} must be True or False. Got {value!r}.")
+        for name, known in (("resample", RESAMPLE), ("up_attention", UP_ATTENTION)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"UNetConfig.{name} must be one of {list(known)}. Got {value!r}.")
+        if not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:
+            raise ConfigError(f"UNetConfig.norm_eps must be a number in (0, 1). Got {self.norm_eps!r}.")
+        if not isinstance(self.frequency_shift, int | float) or not 0 <= self.frequency_shift < max(
+            1, self.channels // 2
+        ):
             raise ConfigError(
-                f"UNetConfig.multipliers must be positive integers, one a level. Got {self.multipliers!r}."
+                "UNetConfig.frequency_shift must be at least 0 and less than half of the channels, "
+                f"{self.channels // 2}. Got {self.frequency_shift!r}."
+            )
+        if not self.multipliers or any(
+            not isinstance(m, int | float) or not m > 0 or not _whole(self.channels * m) for m in self.multipliers
+        ):
+            raise ConfigError(
+                "UNetConfig.multipliers must be positive, one a level, and give whole widths with "
+                f"channels={self.channels}. Got {self.multipliers!r}."
             )
         if any(type(level) is not int or not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise ConfigError(
                 f"UNetConfig.attention_levels must name levels 0..{len(self.multipliers) - 1}. "
                 f"Got {self.attention_levels!r}."
             )
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ConfigError(f"UNetConfig.dropout must be a probability in [0, 1). Got {self.dropout!r}.")
-        if any(self.channels * m % self.norm_groups for m in self.multipliers):
+        if any(width % self.groups(width) for width in self.widths):
             raise ConfigError(
-                f"Each level's width must be a multiple of norm_groups={self.norm_groups}. "
-                f"Got widths {[self.channels * m for m in self.multipliers]}."
+                f"Each level's width must be a multiple of norm_groups={self.norm_groups}. Got widths {self.widths}."
             )
 
     @classmethod
@@ -85,6 +156,16 @@ class UNetConfig:
         return replace(small, **changes)
 
     @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [round(self.channels * m) for m in self.multipliers]
+
+    def groups(self, channels: int) -> int:
+        """Groups in which a layer of that width is normalised."""
+        most = self.norm_groups if self.norm_group_channels is None else channels // self.norm_group_channels
+        return max(1, min(self.norm_groups, most))
+
+    @property
     def out_channels(self) -> int:
         return self.image_channels * (2 if self.learned_variance else 1)
 
@@ -94,24 +175,38 @@ class UNetConfig:
         return 2 ** (len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """As JSON. A field that the first checkpoints did not have is left out while it is at its default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name in _FIRST_FIELDS or value != defaults[name]
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"UNetConfig has no field {unknown}. Known fields: {sorted(known)}.")
+            raise ConfigError(f"Known fields of a UNetConfig: {sorted(known)}. Got {unknown}.")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)
 
 
-def timestep_embedding(t_B: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of a (fractional) time, (B,) → (B, width): cosines, then sines."""
+def _whole(value: float) -> bool:
+    return math.isfinite(value) and abs(value - round(value)) < 1e-6 and round(value) >= 1
+
+
+def timestep_embedding(
+    t_B: Tensor, width: int, max_period: float = 10000.0, *, sines_first: bool = False, frequency_shift: float = 0.0
+) -> Tensor:
+    """Sinusoidal embedding of a (fractional) time, (B,) → (B, width): cosines, then sines, or the other way."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t_B.device) * (-math.log(max_period) / half))
+    spacing = -math.log(max_period) / (half - frequency_shift)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t_B.device) * spacing)
     angles = t_B.float()[:, None] * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
+    halves = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    return F.pad(torch.cat(halves, dim=1), (0, width % 2))
 
 
 def _zero(module: nn.Conv2d) -> nn.Conv2d:
@@ -122,35 +217,73 @@ def _zero(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
-class ResidualBlock(nn.Module):
-    """norm-act-conv twice; the time embedding scales and shifts the second normalisation."""
+def _norm(channels: int, config: UNetConfig) -> nn.GroupNorm:
+    groups = config.groups(channels)
+    if channels % groups:
+        raise ConfigError(
+            f"A normalised layer's width must be a multiple of its groups. Got {channels} channels for {groups} groups "
+            f"(norm_groups={config.norm_groups}, norm_group_channels={config.norm_group_channels})."
+        )
+    return nn.GroupNorm(groups, channels, eps=config.norm_eps)
 
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig) -> None:
+
+def _halve(x_BCHW: Tensor) -> Tensor:
+    return F.avg_pool2d(x_BCHW, 2)
+
+
+def _double(x_BCHW: Tensor) -> Tensor:
+    return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+
+
+class ResidualBlock(nn.Module):
+    """norm-act-conv twice; the time embedding scales and shifts the second normalisation, or is added before it.
+
+    With `to` "half" or "double" it also changes the resolution, of both branches, ahead of their convolutions.
+    """
+
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig, to: str | None = None) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.norm_groups, c_in)
+        self.scale_shift = config.scale_shift
+        self.rescale_sums = config.rescale_sums
+        self.to_size = None if to is None else {"half": _halve, "double": _double}[to]
+        self.norm1 = _norm(c_in, config)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.embed = nn.Linear(4 * config.channels, 2 * c_out)
-        self.norm2 = nn.GroupNorm(config.norm_groups, c_out)
+        self.embed = nn.Linear(4 * config.channels, (2 if config.scale_shift else 1) * c_out)
+        self.norm2 = _norm(c_out, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        mixes = c_in != c_out or (to is not None and config.resample == "block-skip")
+        self.skip = nn.Conv2d(c_in, c_out, 1) if mixes else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        scale, shift = self.embed(F.silu(emb_BE))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x_BCHW) + self.conv2(self.dropout(F.silu(h)))
+        h = F.silu(self.norm1(x_BCHW))
+        if self.to_size is not None:
+            h, x_BCHW = self.to_size(h), self.to_size(x_BCHW)
+        h = self.conv1(h)
+        time = self.embed(F.silu(emb_BE))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        out = self.skip(x_BCHW) + self.conv2(self.dropout(F.silu(h)))
+        return out / math.sqrt(2) if self.rescale_sums else out
 
 
 class AttentionBlock(nn.Module):
-    """Residual multi-head self-attention over the N pixels."""
+    """Residual multi-head self-attention over the N pixels. The rows of `qkv` are q, k, v of each head in turn."""
 
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        if channels % config.heads:
-            raise ConfigError(f"Attention needs a width that is a multiple of heads={config.heads}. Got {channels}.")
-        self.heads = config.heads
-        self.norm = nn.GroupNorm(config.norm_groups, channels)
+        if config.head_channels is not None and channels % config.head_channels:
+            raise ConfigError(
+                f"Attention needs a width that is a multiple of head_channels={config.head_channels}. Got {channels}."
+            )
+        self.heads = config.heads if config.head_channels is None else channels // config.head_channels
+        if channels % self.heads:
+            raise ConfigError(f"Attention needs a width that is a multiple of heads={self.heads}. Got {channels}.")
+        self.rescale_sums = config.rescale_sums
+        self.norm = _norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -158,8 +291,9 @@ class AttentionBlock(nn.Module):
         b, c, h, w = x_BCHW.shape
         qkv = self.qkv(self.norm(x_BCHW)).reshape(b, self.heads, 3, c // self.heads, h * w)
         q, k, v = qkv.transpose(-1, -2).unbind(2)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        return x_BCHW + self.proj(out)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        out = x_BCHW + self.proj(attended)
+        return out / math.sqrt(2) if self.rescale_sums else out
 
 
 class Stage(nn.ModuleList):
@@ -172,21 +306,29 @@ class Stage(nn.ModuleList):
 
 
 class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
+    """To half the resolution: a convolution of stride 2, or the mean of 2 x 2."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.resample = config.resample
+        if config.resample != "plain":
+            self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if config.resample == "conv" else 0)
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        return self.conv(x_BCHW)
+        if self.resample == "plain":
+            return _halve(x_BCHW)
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)) if self.resample == "conv-right" else x_BCHW)
 
 
 class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
+    """To twice the resolution by repeating pixels, then a convolution unless it is to be plain."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Identity() if config.resample == "plain" else nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        return self.conv(_double(x_BCHW))
 
 
 class UNet(nn.Module):
@@ -198,25 +340,28 @@ class UNet(nn.Module):
         c = config.channels
         self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
 
-        def stage(level: int, c_in: int, c_out: int) -> Stage:
-            blocks: list[nn.Module] = [ResidualBlock(c_in, c_out, config)]
-            if level in config.attention_levels:
-                blocks.append(AttentionBlock(c_out, config))
-            return Stage(blocks)
+        def blocks(level: int, c_in: int, c_out: int, attends: bool = True) -> list[nn.Module]:
+            made: list[nn.Module] = [ResidualBlock(c_in, c_out, config)]
+            if attends and level in config.attention_levels:
+                made.append(AttentionBlock(c_out, config))
+            return made
 
-        widths = [c * m for m in config.multipliers]
+        in_blocks = config.resample in ("block", "block-skip")
+        widths = config.widths
         last = len(widths) - 1
-        self.stem = nn.Conv2d(config.image_channels, c, 3, padding=1)
+        stem = config.stem_channels or c
+        self.stem = nn.Conv2d(config.image_channels, stem, 3, padding=1)
         self.down = nn.ModuleList()
-        skips = [c]
+        skips = [stem]
         for level, width in enumerate(widths):
             for _ in range(config.blocks):
-                self.down.append(stage(level, skips[-1], width))
+                self.down.append(Stage(blocks(level, skips[-1], width)))
                 skips.append(width)
             if level < last:
-                self.down.append(Stage([Downsample(width)]))
+                down = ResidualBlock(width, width, config, "half") if in_blocks else Downsample(width, config)
+                self.down.append(Stage([down]))
                 skips.append(width)
-        middle: list[nn.Module] = [ResidualBlock(widths[-1], widths[-1], config)]
+        middle = blocks(last, widths[-1], widths[-1], attends=False)
         if config.middle_attention:
             middle.append(AttentionBlock(widths[-1], config))
         middle.append(ResidualBlock(widths[-1], widths[-1], config))
@@ -225,17 +370,22 @@ class UNet(nn.Module):
         width = widths[-1]
         for level in reversed(range(len(widths))):
             for i in range(config.blocks + 1):
-                blocks = stage(level, width + skips.pop(), widths[level])
+                attends = config.up_attention == "each" or i == config.blocks
+                stage = blocks(level, width + skips.pop(), widths[level], attends)
                 width = widths[level]
                 if level > 0 and i == config.blocks:
-                    blocks.append(Upsample(width))
-                self.up.append(blocks)
-        self.norm_out = nn.GroupNorm(config.norm_groups, width)
+                    up = ResidualBlock(width, width, config, "double") if in_blocks else Upsample(width, config)
+                    stage.append(up)
+                self.up.append(Stage(stage))
+        self.norm_out = _norm(width, config)
         self.conv_out = _zero(nn.Conv2d(width, config.out_channels, 3, padding=1))
 
     def forward(self, x_BCHW: Tensor, time_B: Tensor) -> Tensor:
-        embedding = timestep_embedding(time_B, self.config.channels).to(self.stem.weight.dtype)
-        emb_BE = self.time_embed(embedding)
+        config = self.config
+        embedding = timestep_embedding(
+            time_B, config.channels, sines_first=config.sines_first, frequency_shift=config.frequency_shift
+        )
+        emb_BE = self.time_embed(embedding.to(self.stem.weight.dtype))
         h = self.stem(x_BCHW)
         skips = [h]
         for stage in self.down:

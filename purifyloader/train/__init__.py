@@ -1,5 +1,6 @@
 """Training denoisers from a few clean images."""
 
-from purifyloader.train.denoiser import PRESETS, TrainConfig, train_denoiser
+from purifyloader.train.config import RECIPES, TrainConfig, recipe
+from purifyloader.train.loop import started_from, train_denoiser
 
-__all__ = ["PRESETS", "TrainConfig", "train_denoiser"]
+__all__ = ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"]

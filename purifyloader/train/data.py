@@ -12,35 +12,83 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from purifyloader import noise
+from purifyloader import noise, sizes
 from purifyloader.errors import InputError
 from purifyloader.images import quantize, to_engine
 from purifyloader.samples import get_image
 
-__all__ = ["choose", "load_images", "read_indices"]
+__all__ = ["choose", "hold_out", "load_images", "read_indices"]
+
+# Held-out images where nobody says how many: enough for a mean that moves by 0.1 dB, few enough to be quick.
+_HELD_OUT = 200
 
 
 def choose(length: int, count: int, seed: int) -> list[int]:
     """`count` of `length` indices at random, rising: the first of a shuffle that `seed` alone decides."""
     if not 1 <= count <= length:
         raise InputError(f"Expected to choose from 1 to {length} images. Got {count}.")
-    order = noise.uniform(noise.image_keys(seed, 0, 0), (length,))[0].argsort()
-    return sorted(order[:count].tolist())
+    return sorted(_shuffled(length, seed)[:count])
+
+
+def _shuffled(length: int, seed: int) -> list[int]:
+    return noise.uniform(noise.image_keys(seed, 0, 0), (length,))[0].argsort().tolist()
+
+
+def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
+    """(trained on, held out): rising indices of `length` images, of which `chosen` may be trained on.
+
+    Held out is what was not chosen, as far as there is any; where all images were chosen, a twentieth of
+    them is taken back.
+
+    Args:
+        count: how many to hold out; by default 200, or as many as there are.
+    """
+    count = _HELD_OUT if count is None else count
+    if count < 0:
+        raise InputError(f"Expected to hold out 0 or more images for validation. Got {count}.")
+    taken = set(chosen)
+    rest = [i for i in _shuffled(length, seed) if i not in taken][:count]
+    if rest:
+        return sorted(chosen), sorted(rest)
+    order = [chosen[i] for i in _shuffled(len(chosen), seed)]
+    back = min(count, len(chosen) // 20)
+    return sorted(order[back:]), sorted(order[:back])
 
 
 def read_indices(path: str | Path) -> list[int]:
-    """Indices from a JSON list."""
+    """Indices from a JSON list, or those that a checkpoint's config.json says it was trained on."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be a JSON list of indices. Got: {error}.") from None
+    if isinstance(values, dict) and isinstance(values.get("details"), dict):
+        values = values["details"].get("indices")
     if not isinstance(values, list) or not values or any(type(v) is not int or v < 0 for v in values):
         raise InputError(f"{path} must be a JSON list of one or more indices from 0. Got something else.")
-    return values
+    if len(set(values)) < len(values):
+        raise InputError(
+            f"{path} must list each index once (--replicate repeats images). Got {len(values) - len(set(values))} "
+            "more than once: leave them out."
+        )
+    return sorted(values)
 
 
-def load_images(dataset: Dataset[Any], indices: Sequence[int], *, progress: bool = False) -> Tensor:
+def load_images(
+    dataset: Dataset[Any],
+    indices: Sequence[int],
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    progress: bool = False,
+) -> Tensor:
     """The images at `indices` as one uint8 tensor (N, C, H, W).
+
+    Args:
+        dataset: map-style.
+        indices: which.
+        size: bring the shorter side of each image to this, antialiased, and crop the centre.
+        channels: 3 makes three of a grey image's one; an image with other channels is an error.
+        progress: show a bar.
 
     Raises:
         InputError: an index out of range, an image the engine does not take, or different sizes.
@@ -48,13 +96,31 @@ def load_images(dataset: Dataset[Any], indices: Sequence[int], *, progress: bool
     length = len(dataset)  # type: ignore[arg-type]
     if bad := [i for i in indices if not 0 <= i < length]:
         raise InputError(f"The dataset has {length} images. Got the index {bad[0]}.")
+    if size is not None:
+        sizes.check_resize(size, size)
     rows: list[Tensor] = []
     for index in tqdm(indices, desc="reading", unit="img", disable=not progress, leave=False):
-        row = quantize(to_engine(get_image(dataset[index]))[0])
-        if rows and row.shape != rows[0].shape:
+        image = to_engine(get_image(dataset[index]))[0]
+        if size is not None:
+            image = sizes.resize(image, size, size)
+        row = quantize(image)
+        if channels == 3 and len(row) == 1:
+            row = row.expand(3, -1, -1)
+        if rows and row.shape[1:] != rows[0].shape[1:]:
             raise InputError(
                 f"Training takes images of one size. Got {tuple(row.shape)} at index {index} after "
-                f"{tuple(rows[0].shape)}: resize them first."
+                f"{tuple(rows[0].shape)}: give --size, to which they are resized and cropped, or sort them out first."
             )
         rows.append(row)
-    return torch.stack(rows)
+    if {len(row) for row in rows} == {1, 3}:
+        rows = [row.expand(3, -1, -1) for row in rows]
+    if not rows:
+        raise InputError("Expected one image or more. Got none.")
+    if {len(row) for row in rows} != {len(rows[0])}:
+        raise InputError(
+            "Expected images with as many channels each. Got " + ", ".join(map(str, sorted({len(r) for r in rows})))
+        )
+    images = torch.stack(rows)
+    if channels is not None and images.shape[1] != channels:
+        raise InputError(f"Expected images with {channels} channels. Got {images.shape[1]}.")
+    return images

@@ -1,322 +1,360 @@
-"""Sparse training of a denoiser: a few hundred to a few thousand clean images, one process.
+"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader.train.denoiser`.
 
-Everything random is a function of (seed, step), so a run that was stopped goes on with the step it
-would have taken, to the same weights (bit for bit with the same number of threads).
+From a folder of clean images to a checkpoint with its card.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import argparse
+import contextlib
+import dataclasses
+import datetime
 import json
 import logging
-import math
-import time
-from dataclasses import asdict, dataclass, field
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from purifyloader import noise
+from purifyloader import __version__, pretrained
+from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
-from purifyloader.diffusion.schedule import CosineSchedule
-from purifyloader.diffusion.unet import UNet, UNetConfig
-from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
-from purifyloader.files import canonical_json, replacing
+from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
+from purifyloader.evaluation.measures import jpeg_psnr, psnr
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
+from purifyloader.train import plan
+from purifyloader.train.augment import AUGMENTATIONS
+from purifyloader.train.card import card
+from purifyloader.train.config import RECIPES, TrainConfig, check_start_from, recipe
+from purifyloader.train.curves import CURVES_PNG, SAMPLES_PNG, noised_psnr, validation_levels
+from purifyloader.train.data import choose, hold_out, load_images, read_indices
+from purifyloader.train.loop import started_from, train_denoiser
+from purifyloader.train.state import STATE_FILE, writing
 
-__all__ = ["PRESETS", "TrainConfig", "build_denoiser", "train_denoiser"]
+__all__ = ["main"]
 
-log = logging.getLogger(__name__)
-
-STATE_FILE = "training-state.safetensors"
-
-# What each number drawn for an image of a step is for.
-_TIME, _NOISE, _FLIP = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the weights, beside the images.
-
-    Args:
-        objective: "hybrid" (ECLIPSE, Eq. 8: cosine schedule, T = 4000, predicted noise) or "sigma"
-            (continuous noise level over `sigma_range`, EDM parameterization).
-        network: shape of the U-Net.
-        steps: optimiser steps.
-        batch_size: images a step.
-        learning_rate: AdamW's, reached linearly over `warmup` steps and let down linearly to zero
-            over the last `decay_steps`.
-        ema_decay: of the averaged weights, which are the result; (1 + step) / (10 + step) while that
-            is smaller.
-        replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of
-            steps it changes only which images meet in a batch.
-        flip: mirror each image with probability 1/2.
-        gamma: weight of the variational sum of "hybrid".
-        sigma_range: lowest and highest noise of "sigma", in image units.
-        sigma_center, sigma_spread: "sigma" draws ln(sigma) from a normal distribution with this
-            median (image units) and standard deviation, cut off at `sigma_range`.
-        dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
-        seed: of the initial weights and of all that is drawn.
-    """
-
-    objective: str = "hybrid"
-    network: UNetConfig = field(default_factory=UNetConfig)
-    steps: int = 250_000
-    batch_size: int = 128
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    warmup: int = 0
-    decay_steps: int = 0
-    ema_decay: float = 0.9999
-    clip_norm: float = 1.0
-    replicate: int = 4
-    flip: bool = False
-    gamma: float = 0.001
-    sigma_range: tuple[float, float] = (0.001, 0.3)
-    sigma_center: float = 0.06
-    sigma_spread: float = 1.1
-    dtype: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("hybrid", "sigma"):
-            raise ConfigError(f"objective must be 'hybrid' or 'sigma'. Got {self.objective!r}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype must be 'float32' or 'bfloat16'. Got {self.dtype!r}.")
-        for name, low in (("learning_rate", 0), ("clip_norm", 0), ("sigma_center", 0), ("sigma_spread", 0)):
-            if not getattr(self, name) > low:
-                raise ConfigError(f"{name} must be above {low}. Got {getattr(self, name)}.")
-        for name in ("weight_decay", "warmup", "decay_steps", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0. Got {getattr(self, name)}.")
-        if self.steps < 1 or self.batch_size < 1 or self.replicate < 0:
-            raise ConfigError(
-                "steps and batch_size must be at least 1 and replicate at least 0. "
-                f"Got {self.steps}, {self.batch_size}, {self.replicate}."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "network": self.network.to_dict(), "sigma_range": list(self.sigma_range)}
+# Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
+_CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
+_ON_THE_WAY = 200  # of the held-out images, for the measurements during training
+_NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
 
 
-PRESETS: dict[str, TrainConfig] = {
-    # the paper, with improved-diffusion's defaults where it is silent
-    "eclipse": TrainConfig(),
-    # what two CPU cores manage in an hour: only the noise that purification uses, one small network
-    "light": TrainConfig(
-        objective="sigma",
-        network=UNetConfig.small(),
-        steps=10_000,
-        batch_size=32,
-        learning_rate=1e-3,
-        warmup=200,
-        decay_steps=2_500,
-        ema_decay=0.999,
-        flip=True,
-        dtype="bfloat16",
-    ),
-}
-
-
-def build_denoiser(config: TrainConfig, image_channels: int = 3) -> NetworkDenoiser:
-    """An untrained denoiser, its weights a function of `config.seed`; torch's own generator is left alone."""
-    if config.network.image_channels != image_channels:
-        raise ConfigError(
-            f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
-            "Set image_channels in its configuration."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = UNet(config.network)
-    if config.objective == "hybrid":
-        schedule = CosineSchedule(4000)
-        low, high = float(schedule.sigmas[1]), float(schedule.sigmas[-1])
-        return NetworkDenoiser(network, "epsilon", (low, high), schedule)
-    return NetworkDenoiser(network, "edm", config.sigma_range)
-
-
-def _batch_indices(config: TrainConfig, count: int, step: int) -> Tensor:
-    """Images of a step: the replicated set shuffled anew each epoch, batches running on across epochs."""
-    length = count * (1 + config.replicate)
-    positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-    chosen = torch.empty(config.batch_size, dtype=torch.int64)
-    for epoch in (positions // length).unique().tolist():
-        order = noise.uniform(noise.image_keys(config.seed, epoch, 0), (length,))[0].argsort()
-        here = positions // length == epoch
-        chosen[here] = order[positions[here] % length] % count
-    return chosen
-
-
-def _draw_sigma(config: TrainConfig, keys_B: Tensor) -> Tensor:
-    """Truncated log-normal noise levels by inverting the distribution function, (B,) float64."""
-    ends = torch.tensor(config.sigma_range, dtype=torch.float64).log()
-    low, high = torch.special.ndtr((ends - math.log(config.sigma_center)) / config.sigma_spread)
-    u = low + (high - low) * noise.uniform(keys_B, (1,), _TIME)[:, 0]
-    sigma = (math.log(config.sigma_center) + config.sigma_spread * torch.special.ndtri(u)).exp()
-    return sigma.clamp(*config.sigma_range)
-
-
-def _loss(denoiser: NetworkDenoiser, config: TrainConfig, images: Tensor, step: int, device: torch.device) -> Tensor:
-    index_B = _batch_indices(config, len(images), step)
-    keys_B = noise.image_keys(config.seed, step, torch.arange(config.batch_size))
-    x0 = images[index_B].to(device, torch.float32) / 255
-    if config.flip:
-        mirrored = noise.uniform(keys_B, (1,), _FLIP)[:, 0] < 0.5
-        x0 = torch.where(mirrored.to(device)[:, None, None, None], x0.flip(-1), x0)
-    z = noise.normal(keys_B.to(device), x0.shape[1:], _NOISE)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        if config.objective == "sigma":
-            return sigma_loss(denoiser, x0, _draw_sigma(config, keys_B), z).mean()
-        assert denoiser.schedule is not None
-        u = noise.uniform(keys_B, (1,), _TIME)[:, 0]
-        t_B = (u * denoiser.schedule.timesteps).floor().to(torch.int64) + 1
-        return hybrid_loss(denoiser, x0, t_B, z, config.gamma).mean()
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    down = min(1.0, (config.steps - step) / config.decay_steps) if config.decay_steps else 1.0
-    return config.learning_rate * up * down
-
-
-def _identity(config: TrainConfig, images: Tensor) -> dict[str, Any]:
-    """What must be the same for a stopped run to go on. The length may change until the rate is let down."""
-    values = config.to_dict()
-    values.pop("steps"), values.pop("decay_steps")
-    digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
-    return {"config": values, "images_sha256": digest, "count": len(images)}
-
-
-def _save_state(path: Path, header: dict[str, Any], groups: dict[str, dict[str, Tensor]]) -> None:
-    tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, d in groups.items() for k, v in d.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
-
-
-def _load_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["purifyloader"])
-            flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole training state ({error}). Delete it to train from the start."
-        ) from None
-    if (saved := header["identity"]) != identity:
-        differing = [k for k in identity["config"] if saved["config"].get(k) != identity["config"][k]]
-        differing += [k for k in ("images_sha256", "count") if saved[k] != identity[k]]
-        raise TrainingError(
-            f"{path} belongs to a run with another {', '.join(differing)}. Got a configuration that cannot "
-            "go on from it: give the same one, or another output folder."
-        )
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in flat.items():
-        group, key = name.split("/", 1)
-        groups.setdefault(group, {})[key] = tensor
-    return header, groups
-
-
-def train_denoiser(
-    images: Tensor,
-    out: str | Path,
-    config: TrainConfig,
-    *,
-    device: str | torch.device = "cpu",
-    save_every: float = 60.0,
-    progress: bool = True,
-) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """Train a denoiser on clean images; call again with the same arguments to go on after a stop.
-
-    Args:
-        images: uint8, (N, C, H, W): the sparse clean set.
-        out: folder for the state of the run.
-        config: what to train and how.
-        device: where.
-        save_every: seconds between two states; a killed run loses at most these.
-        progress: show a bar.
-
-    Returns:
-        The denoiser with averaged weights, and a record: steps, seconds, epochs, last loss.
-
-    Raises:
-        InputError: images of another type or shape, or fewer than one batch.
-        TrainingError: the loss is not finite, or `out` holds the state of another run.
-        CheckpointError: the state in `out` is damaged.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-        raise InputError(
-            "Training takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
-            f"Got {images.dtype} {tuple(images.shape)}."
-        )
-    device = as_device(device)
-    denoiser = build_denoiser(config, images.shape[1]).to(device).train()
-    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    parameters = dict(denoiser.named_parameters())
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="purifyloader train denoiser",
+        description="Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
+        "On several GPUs: accelerate launch -m purifyloader.train.denoiser, with the same options.",
     )
-    path = Path(out) / STATE_FILE
-    identity = _identity(config, images)
-    step, seconds, loss_mean = 0, 0.0, math.nan
-    if path.exists():
-        header, groups = _load_state(path, identity)
-        step, seconds, loss_mean = header["step"], header["seconds"], header["loss"]
-        denoiser.load_state_dict(groups["model"])
-        average.load_state_dict(groups["average"])
-        for name, parameter in parameters.items():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": groups["exp_avg"][name].to(device),
-                "exp_avg_sq": groups["exp_avg_sq"][name].to(device),
-            }
-        log.info("going on from step %d of %d in %s", step, config.steps, path)
+    data = parser.add_argument_group("the clean images")
+    data.add_argument(
+        "--data",
+        required=True,
+        help="cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function",
+    )
+    data.add_argument("--root", default="data", help="where a dataset given by name is (default: data)")
+    chosen = data.add_mutually_exclusive_group()
+    chosen.add_argument("--count", type=int, help="use this many images, chosen by --choose-seed (default: all)")
+    chosen.add_argument(
+        "--indices", type=Path, help="use the images listed in this JSON file, or in a checkpoint's config.json"
+    )
+    data.add_argument("--choose-seed", type=int, default=0, help="decides which images --count takes (default: 0)")
+    data.add_argument("--size", type=int, metavar="PX", help="resize the shorter side to this and crop the centre")
+    data.add_argument(
+        "--validation",
+        help="clean images to measure PSNR on: like --data, where cifar10 and cifar100 mean the test split, or none "
+        "(default: images of --data that are not trained on; a twentieth of them if all were chosen)",
+    )
+    data.add_argument("--validation-count", type=int, default=1000, help="at most (default: 1000)")
 
-    def save() -> None:
-        header = {"identity": identity, "step": step, "seconds": seconds, "loss": loss_mean}
-        moments = {m: {n: optimizer.state[p][m] for n, p in parameters.items()} for m in ("exp_avg", "exp_avg_sq")}
-        _save_state(path, header, {"model": denoiser.state_dict(), "average": average.state_dict(), **moments})
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default="light",
+        help="light: a small network for the noise that purification uses, an hour of two CPU cores (default); "
+        "eclipse: the paper's; puregen: PureGen-DDPM's, t < 250",
+    )
+    how.add_argument(
+        "--config",
+        type=Path,
+        help="JSON of fields that replace the recipe's, or a checkpoint's config.json: all of them",
+    )
+    how.add_argument("--start-from", metavar="MODEL", help="a denoiser whose weights to start from, with its network")
+    how.add_argument("--steps", type=int, help="optimiser steps")
+    how.add_argument("--decay-steps", type=int, help="last steps, over which the learning rate falls to zero")
+    how.add_argument("--batch-size", type=int, help="images a step, over all processes")
+    how.add_argument("--learning-rate", type=float)
+    how.add_argument("--replicate", type=int, metavar="M", help="further copies of each image in an epoch")
+    how.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="HOW", help=", ".join(AUGMENTATIONS))
+    how.add_argument("--patch-size", type=int, metavar="PX", help="train on random squares of this side")
+    how.add_argument("--seed", type=int, help="of the weights and of all noise")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"))
+    how.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compile the network (default: on a GPU, from 2,000 steps on)",
+    )
 
-    last = saved = time.monotonic()
-    bar = tqdm(total=config.steps, initial=step, disable=not progress, unit="step", desc="training")
-    while step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, step)
-        loss = _loss(denoiser, config, images, step, device)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            kept = f" (the last state saved is kept in {path})" if path.exists() else ""
-            raise TrainingError(
-                f"The loss became {value} at step {step + 1}{kept}. Lower the learning rate, or use float32, and "
-                "start again with another output folder."
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
+    run.add_argument("--plan", action="store_true", help="print what it would cost on this machine, and stop")
+    run.add_argument("--device", help="such as cpu or cuda (default: a GPU for each process, else the CPU)")
+    run.add_argument("--micro-batch", type=int, help="images in memory at a time, if a batch does not fit")
+    run.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between states (default: 60)")
+    run.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the run)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    about = parser.add_argument_group("the card")
+    about.add_argument("--name", help="of the model (default: the folder's)")
+    about.add_argument("--description", help="what the images are (default: --data)")
+    about.add_argument("--licence", help="of the images and so of the weights")
+    about.add_argument("--note", help="what else the card should say")
+    return parser
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    """Fields of a `TrainConfig` from a JSON file: the fields themselves, or a checkpoint's config.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config must be a JSON file of training fields. Got {path}: {error}.") from None
+    if isinstance(values, dict) and isinstance(values.get("details"), dict):
+        values = values["details"].get("train")
+    if not isinstance(values, dict):
+        raise InputError(
+            "--config must be a JSON object of training fields, or the config.json of a trained checkpoint. "
+            f"Got {path}, which is neither."
+        )
+    return values
+
+
+def _config(
+    options: argparse.Namespace, images: Tensor, device: torch.device
+) -> tuple[TrainConfig, NetworkDenoiser | None]:
+    config = recipe(options.recipe, min(images.shape[-2:]), images.shape[1])
+    if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
+        config = dataclasses.replace(config, patch_size=None)
+    fields = dict(_fields(options.config)) if options.config is not None else {}
+    named = fields.pop("start_from", None)
+    check_start_from(named)
+    start = None
+    if options.start_from is not None or named is not None:
+        start = pretrained.load(options.start_from or named["name"] or "an unnamed denoiser")
+        if config.parameterization != start.parameterization:
+            fields.setdefault("parameterization", start.parameterization)
+        learned = {"learned_variance": config.network.learned_variance}
+        objective = fields.get("objective", config.objective)
+        if objective == "hybrid":
+            fields.setdefault("time", "log-sigma" if start.schedule is None else "timestep")
+        if not isinstance(fields.get("network", {}), Mapping):
+            raise ConfigError(f"network must be an object of its fields. Got {fields['network']!r}.")
+        fields["network"] = {**start.network.config.to_dict(), **learned, **fields.get("network", {})}
+    config = TrainConfig.from_dict(fields, config)
+    names = ("steps", "decay_steps", "batch_size", "learning_rate", "replicate", "patch_size", "seed", "dtype")
+    changes: dict[str, Any] = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    if options.steps is not None and options.config is None:
+        # in proportion, as the recipe has it; a short run has no time for all of the warm-up
+        share = max(0.0, options.steps / config.steps)
+        changes.setdefault("decay_steps", round(config.decay_steps * share))
+        changes["warmup"] = min(config.warmup, max(0, options.steps // 10))
+    if options.augment is not None:
+        changes["augment"] = tuple(options.augment)
+    config = dataclasses.replace(config, **changes)
+    if options.compile is not None:
+        config = dataclasses.replace(config, compile=options.compile)
+    elif options.config is None:
+        config = dataclasses.replace(config, compile=device.type == "cuda" and config.steps >= 2_000)
+    if start is not None:
+        if named is not None and options.start_from is None and started_from(config, start).start_from != named:
+            raise ConfigError(
+                f"{options.config} starts from weights {named['weights_sha256'][:16]} of {named['name']!r}. Got others "
+                "by that name: give the right folder as --start-from."
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
-        optimizer.step()
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(parameters.values()), 1 - decay)
-        step += 1
-        loss_mean = value if math.isnan(loss_mean) else loss_mean + 0.02 * (value - loss_mean)
-        now = time.monotonic()
-        seconds, last = seconds + now - last, now
-        bar.update()
-        bar.set_postfix(loss=f"{loss_mean:.4f}", refresh=False)
-        if now - saved >= save_every or step == config.steps:
-            save()
-            saved = time.monotonic()
-    bar.close()
-    record = {
-        "steps": step,
-        "seconds": round(seconds, 1),
-        "epochs": round(step * config.batch_size / len(images), 1),
-        "loss": loss_mean,
+        config = started_from(config, start)
+    return config, start
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before hours of training what could not be written after them.
+
+    Files beside the state of a run, without config.json, are of a save that was killed: written again.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"Expected a folder as --out. Got the file {out}.")
+    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
+    if CONFIG_FILE in found or (found and not (out / STATE_FILE).exists()):
+        raise CheckpointError(
+            f"Expected a folder without a checkpoint. Got {out} with {', '.join(found)}: give another --out."
+        )
+
+
+@contextlib.contextmanager
+def _processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
+    """(rank, device): joined with the other processes where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    from accelerate import PartialState
+
+    on_cpu = name == "cpu" or (name is None and not torch.cuda.is_available())
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"With several processes --device must be cpu or cuda, one GPU for each. Got {name!r}.")
+    state = PartialState(cpu=on_cpu)
+    try:
+        yield state.process_index, torch.device("cpu") if on_cpu else state.device
+    finally:
+        state.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of the user's are raised as `PurifyError`."""
+    options = _parser().parse_args(arguments)
+    with _processes(options.device) as (rank, device):
+        quiet = options.quiet or rank > 0
+        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
+        # as `python -m` has it, and the installed command has not: a user's own module:function lies here
+        sys.path.insert(0, os.getcwd())
+        if not options.plan:
+            if options.out is None:
+                raise InputError("Expected --out, a folder for the checkpoint, or --plan. Got neither.")
+            _check_out(options.out)
+        return _train(options, rank, device, quiet)
+
+
+def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: bool) -> int:
+    dataset = open_dataset(options.data, options.root)
+    length = len(dataset)  # type: ignore[arg-type]
+    if options.indices is not None:
+        indices = read_indices(options.indices)
+    else:
+        indices = choose(length, length if options.count is None else options.count, options.choose_seed)
+    held_out: list[int] = []
+    if options.validation is None:
+        indices, held_out = hold_out(length, indices, options.choose_seed, options.validation_count)
+    images = load_images(dataset, indices, size=options.size, progress=not quiet)
+    config, start = _config(options, images, device)
+    machine = _machine(device)
+    if options.plan:
+        measured = plan.measure(images, config, start=start, micro_batch=options.micro_batch, device=device)
+        if rank == 0:
+            print(plan.report(measured, config, machine, datetime.datetime.now()))
+        return 0
+    validation, held_out_name = _validation(options, dataset, held_out, images, quiet)
+    denoiser, record = train_denoiser(
+        images,
+        options.out,
+        config,
+        start=start,
+        validation=validation[:: -(-len(validation) // _ON_THE_WAY)] if validation is not None else None,
+        validate_every=options.validate_every,
+        micro_batch=options.micro_batch,
+        device=device,
+        save_every=options.save_every,
+        progress=not quiet,
+    )
+    if rank > 0:
+        return 0
+    results = measure(denoiser, validation) if validation is not None else []
+    details = {
+        "purifyloader": __version__,
+        # never a path: the card travels
+        "data": options.description or describe(options.data),
+        "data_length": length,
+        "image_size": list(images.shape[-2:]),
+        "resized": options.size,
+        "indices": indices,
+        "held_out": held_out_name,
+        "train": config.to_dict(),
+        "record": record,
+        "machine": machine,
+        "psnr": results,
+        "licence": options.licence,
+        "note": options.note,
     }
-    return average, record
+    with writing(options.out):
+        save(denoiser, options.out, options.name or options.out.resolve().name, details)
+    (options.out / STATE_FILE).unlink(missing_ok=True)
+    print(f"{options.out}: {record['steps']:,} steps, {record['seconds']:.0f} s")
+    for row in results:
+        print(
+            f"  {row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
+            f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"
+        )
+    return 0
+
+
+def _channels(dataset: Any, indices: Sequence[int]) -> int | None:
+    """3 where the first image has them, so that grey ones among it (as in ImageNet) are taken as RGB."""
+    first = load_images(dataset, indices[:1])
+    return 3 if first.shape[1] == 3 else None
+
+
+def _validation(
+    options: argparse.Namespace, dataset: Any, held_out: Sequence[int], images: Tensor, quiet: bool
+) -> tuple[Tensor | None, str]:
+    """The held-out images, and what they are, for the card."""
+    if options.validation == "none" or (options.validation is None and not held_out):
+        return None, ""
+    if options.validation is None:
+        what, source, chosen = "images of the same data that it was not trained on", dataset, held_out
+    else:
+        if options.validation == options.data and options.data not in _NAMED:
+            raise InputError("Expected validation images apart from --data. Got the same: they would be trained on.")
+        source = open_dataset(options.validation, options.root, train=False)
+        if options.validation_count < 1:
+            raise InputError(f"--validation-count must be at least 1. Got {options.validation_count}.")
+        length = len(source)  # type: ignore[arg-type]
+        count = min(options.validation_count, length)
+        # a folder may be sorted by class; the named test splits are shuffled, and their first images comparable
+        chosen = range(count) if options.validation in _NAMED else choose(length, count, options.choose_seed)
+        what = f"images of {describe(options.validation)}" + (", test split" if options.validation in _NAMED else "")
+    loaded = load_images(source, chosen, size=options.size, channels=images.shape[1], progress=not quiet)
+    return loaded, what
+
+
+def measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]:
+    """PSNR of the denoiser, of JPEG-10 and of doing nothing, at the levels of the card that it was trained for."""
+    low, high = denoiser.sigma_range
+    levels = [px for px in _CARD_PX if low <= px / 255 <= high]
+    return [
+        {
+            "sigma_px": px,
+            "denoiser": round(psnr(denoiser, images, px / 255), 3),
+            "jpeg10": round(jpeg_psnr(images, px / 255), 3),
+            "noised": round(noised_psnr(images, px / 255), 3),
+            "images": len(images),
+        }
+        for px in (levels if len(levels) >= 2 else validation_levels((low, high)))
+    ]
+
+
+def save(denoiser: NetworkDenoiser, out: Path, name: str, details: Mapping[str, Any]) -> None:
+    """The checkpoint with its card, over whatever a killed save left there."""
+    levels = ", ".join(f"{px:g}" for px in validation_levels(denoiser.sigma_range))
+    captions = {
+        CURVES_PNG: "Loss and PSNR over the run.",
+        SAMPLES_PNG: f"Clean images; then, for {levels} px each, noised and denoised in one network call.",
+    }
+    text = card(name, denoiser, details, {p: c for p, c in captions.items() if (out / p).exists()})
+    pretrained.save(denoiser, out, name=name, card=text, details=details, overwrite=True)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)} ({platform.machine()})"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PurifyError as error:
+        print(f"purifyloader: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,499 @@
+"""Published checkpoints into folders of this library: `purifyloader convert`, or `convert` in Python.
+
+    openai, diffusers, score_sde, energy   pure mappings: from names and shapes to a network
+    pickles                                weights out of files, without running what they hold
+    plausibility                           whether the result denoises
+
+What a file does not say about itself comes from a preset, from settings, or from both, settings first. Nothing is
+guessed: what nobody says is an error that lists it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from purifyloader import __version__
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
+from purifyloader.energy.network import EnergyNetwork
+from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.files import file_sha256
+from purifyloader.pretrained import checkpoint, hub
+from purifyloader.pretrained.convert import diffusers, openai, score_sde
+from purifyloader.pretrained.convert.energy import convert_energy
+from purifyloader.pretrained.convert.pickles import listed, read_file, state_dict
+from purifyloader.pretrained.convert.plausibility import Plausibility, dead_leaves, judge_denoiser, judge_energy
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES
+
+__all__ = ["FORMATS", "Format", "convert"]
+
+log = logging.getLogger("purifyloader")
+
+_MIT = "MIT, that of the code it was published with"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of checkpoints that others publish.
+
+    Attributes:
+        words: what it is, for people.
+        settings: the class of what its files do not say; None where they say everything.
+        presets: such settings by the name of what was published.
+        preset: the one that is taken where none is given.
+        licences: of each preset, where it is known.
+    """
+
+    words: str
+    settings: type | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    licences: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> list[str]:
+        """The settings that can be given."""
+        return [f.name for f in fields(self.settings) if f.name != "source"] if self.settings is not None else []
+
+    @property
+    def needs(self) -> list[str]:
+        """The settings without a default."""
+        if self.settings is None:
+            return []
+        return [f.name for f in fields(self.settings) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _openai(words: str, wanted: Callable[[str, str], bool], preset: str | None = None) -> Format:
+    presets = {name: its for name, its in openai.PRESETS.items() if wanted(name, its.source)}
+    licence = "MIT or Apache-2.0, that of the code it was published with" if preset is not None else _MIT
+    return Format(words, openai.OpenAISettings, presets, preset, dict.fromkeys(presets, licence))
+
+
+FORMATS: dict[str, Format] = {
+    "improved-diffusion": _openai("a state dict", lambda name, source: source.startswith("improved-diffusion")),
+    "guided-diffusion": _openai("a state dict", lambda name, source: source.startswith("guided-diffusion")),
+    "eclipse": _openai("the EMA file", lambda name, source: name.startswith("eclipse"), "eclipse-cifar10"),
+    "diffusers": Format(
+        "a folder with a UNet2DModel, or a pipeline with one",
+        diffusers.DiffusersSettings,
+        diffusers.PRESETS,
+        licences={"ddpm-cifar10-32": "Apache-2.0"},
+    ),
+    "score-sde": Format("a file with EMA parameters", score_sde.ScoreSDESettings, score_sde.PRESETS),
+    "puregen-energy": Format("the energy network, a state dict or a folder"),
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where weights come from: a file, or the files of a folder or a repository."""
+
+    name: str  # never a path
+    commit: str | None
+    weights: Path
+    config: Path | None
+    scheduler: Path | None
+
+    def provenance(self) -> dict[str, Any]:
+        used = [path for path in (self.weights, self.config, self.scheduler) if path is not None]
+        named = {"name": self.name, "files": {path.name: file_sha256(path) for path in used}}
+        return named if self.commit is None else {**named, "commit": self.commit}
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    file: str | None = None,
+    name: str | None = None,
+    licence: str | None = None,
+    images: Tensor | None = None,
+    images_are: str = "images",
+    overwrite: bool = False,
+) -> Plausibility:
+    """Write the checkpoint folder of a published model, with its provenance and its card.
+
+    Args:
+        source: a file (.pt, .pth, .bin, .safetensors), a folder, or the id of a repository on the hub, which is
+            downloaded where there is no folder of that name.
+        out: the folder that `pretrained.load` will read.
+        format: a key of `FORMATS`.
+        preset: the settings of what was published.
+        settings: by name, for what the preset does not say or says otherwise; see `Format.takes`. `schedule` may be a
+            `Schedule`, or its kind ("cosine", "linear") with `timesteps` beside it.
+        key: the name below which the weights lie in the file, where that is not clear.
+        file: which file of a folder or repository, where that is not clear.
+        name: of the model (None: that of `out`).
+        licence: of the weights, for the card.
+        images: uint8 (N, C, H, W), clean, to see whether the result denoises; None takes synthetic ones.
+        images_are: what these are, in words.
+        overwrite: replace a checkpoint that stands in `out`.
+
+    Returns:
+        what the plausibility check found. Its warnings are also logged and in the card.
+
+    Raises:
+        InputError: no such format, preset, setting, source or file.
+        ConfigError: settings that are missing, all of them named, or contradict each other.
+        CheckpointError: files that are damaged, refused, of another format or do not fit; a checkpoint in `out`.
+    """
+    if format not in FORMATS:
+        raise InputError(f"The format must be one of {', '.join(FORMATS)}. Got {format!r}.")
+    folder = Path(out)
+    _check_out(folder, overwrite)
+    preset = FORMATS[format].preset if preset is None else preset
+    values = _values(format, preset, dict(settings or {}))
+    found = _find(source, format, file)
+    model, others, size = _build(format, found, key, values)
+    if licence is None and preset is not None:
+        licence = FORMATS[format].licences.get(preset)
+    if images is None:
+        channels = model.config.image_channels if isinstance(model, EnergyNetwork) else model.image_channels
+        count = 8 if size <= 64 else 4  # a large network takes a second or more for one
+        images, images_are = dead_leaves(count, size, channels), f"synthetic images (dead leaves, {size} px)"
+    judged = (
+        judge_energy(model, images, images_are)
+        if isinstance(model, EnergyNetwork)
+        else judge_denoiser(model, images, images_are, others)
+    )
+    details = {
+        "purifyloader": __version__,
+        "converted": {
+            "format": format,
+            "preset": preset,
+            "settings": _as_json(values),
+            "source": found.provenance(),
+            "licence": licence,
+            "plausibility": judged.to_dict(),
+        },
+    }
+    name = name or folder.resolve().name
+    checkpoint.save(model, folder, name=name, card=_card(name, model, details), details=details, overwrite=overwrite)
+    for warning in judged.warnings:
+        log.warning("%s: %s", folder, warning)
+    return judged
+
+
+def _check_out(folder: Path, overwrite: bool) -> None:
+    """Before anything is read, downloaded or measured."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"OUT must be a folder. Got the file {folder}. Give another one.")
+    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (folder / name).exists()]
+    if found and not overwrite:
+        raise CheckpointError(
+            f"OUT must be a folder without a checkpoint. Got {folder}, which has {', '.join(found)}. Give another one, "
+            "or --overwrite to replace these files."
+        )
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+def option(setting: str) -> str:
+    """A setting as the command line names it."""
+    return "--" + setting.replace("_", "-")
+
+
+def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
+    """The settings object of a format; None where it has none."""
+    its = FORMATS[format]
+    if preset is not None and preset not in its.presets:
+        known = ", ".join(its.presets) or "none: its files say everything"
+        raise InputError(f"The presets of {format} are: {known}. Got {preset!r}.")
+    base = its.presets[preset] if preset is not None else None
+    if "timesteps" in given and "timesteps" not in its.takes and "schedule" not in given:
+        # the kind of the preset's schedule, with another T
+        kind = getattr(base, "schedule", None)
+        if kind is None:
+            raise ConfigError(
+                f"{option('timesteps')} is the T of a schedule. Got {given['timesteps']!r} without "
+                f"{option('schedule')}: give it too."
+            )
+        given["schedule"] = kind.kind
+    if isinstance(given.get("schedule"), str) and "timesteps" not in its.takes:
+        given["schedule"] = _schedule(given["schedule"], given.pop("timesteps", None))
+    if unknown := sorted(set(given) - set(its.takes)):
+        known = ", ".join(map(option, its.takes)) or "none: its files say everything"
+        raise InputError(f"The settings of {format} are: {known}. Got {', '.join(map(option, unknown))}.")
+    if its.settings is None:
+        return None
+    if base is not None:
+        # one of two that exclude each other replaces the other
+        for one, other in (("heads", "head_channels"), ("head_channels", "heads")):
+            if given.get(one) is not None and other in its.takes and other not in given:
+                given[other] = None
+        return replace(base, **given)
+    missing = [name for name in its.needs if name not in given]
+    if its.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(given):
+        missing.append("heads")
+    if missing:
+        words = [option(name) + (" or --head-channels" if name == "heads" else "") for name in missing]
+        words = [word + (" and --timesteps" if word == "--schedule" else "") for word in words]
+        raise ConfigError(
+            f"A file of {format} does not say how its weights are to be read: give --preset "
+            f"({', '.join(its.presets)}), or what it was trained with. Got neither a preset nor {', '.join(words)}."
+        )
+    return its.settings(**given)
+
+
+def _schedule(kind: str, timesteps: int | None) -> Schedule:
+    kinds: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
+    if kind not in kinds:
+        raise ConfigError(f"--schedule must be one of {', '.join(kinds)}. Got {kind!r}.")
+    if timesteps is None:
+        raise ConfigError(
+            f"A schedule has a number of timesteps, T. Got --schedule {kind} alone: give --timesteps too."
+        )
+    return kinds[kind](timesteps)
+
+
+def _as_json(values: Any) -> dict[str, Any] | None:
+    if values is None:
+        return None
+    plain = {f.name: getattr(values, f.name) for f in fields(values)}
+    return {k: v.config() if isinstance(v, Schedule) else v for k, v in plain.items() if v not in (None, "")}
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_USUAL = ("diffusion_pytorch_model", "model", "pytorch_model")
+_SCHEDULER = "scheduler_config.json"
+
+
+def _find(source: str | Path, format: str, file: str | None) -> _Source:
+    path = Path(source)
+    if path.is_file():
+        if file is not None:
+            raise InputError(f"--file names a file of a folder. Got the file {path} as SOURCE: leave --file out.")
+        if format == "diffusers":  # what says what it is lies beside it
+            return _find(path.parent, format, path.name)
+        return _Source(path.name, None, path, None, None)
+    if path.is_dir():
+        names = sorted(
+            inner.relative_to(path).as_posix()
+            for pattern in ("*", "*/*")
+            for inner in path.glob(pattern)
+            if inner.is_file()
+        )
+        weights, config, scheduler = _choose(names, format, file, str(path))
+        noising = path / scheduler if scheduler is not None else None
+        beside = path.resolve().parent / "scheduler" / _SCHEDULER
+        if format == "diffusers" and noising is None and beside.is_file():  # the unet/ of a pipeline was given
+            noising = beside
+        describing = path / config if config is not None else None
+        return _Source(path.resolve().name, None, path / weights, describing, noising)
+    if isinstance(source, str) and path.suffix.lower() not in (*_WEIGHTS, *PICKLES) and hub.is_hub_id(source):
+        repository, revision = hub.parse(source)
+        names = hub.files(repository, revision)
+        chosen = _choose(names, format, file, source)
+        folder = hub.download(repository, revision, [name for name in chosen if name is not None])
+        weights, config, scheduler = chosen
+        describing = folder / config if config is not None else None
+        noising = folder / scheduler if scheduler is not None else None
+        return _Source(repository, folder.name, folder / weights, describing, noising)
+    raise InputError(
+        f"SOURCE must be a file ({', '.join(_WEIGHTS)}), a folder, or owner/name on the hub. Got {str(source)!r}, "
+        "which is none of these. Check the path."
+    )
+
+
+def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> tuple[str, str | None, str | None]:
+    """The weights, the configuration and the scheduler's among the files of a folder or repository."""
+
+    def there(name: str) -> str | None:
+        return name if name in names else None
+
+    root = "unet/" if format == "diffusers" and "unet/config.json" in names else ""
+    config = there(f"{root}config.json")
+    scheduler = there(f"{root}{_SCHEDULER}") or there(f"scheduler/{_SCHEDULER}") if format == "diffusers" else None
+    if file is not None:
+        if file not in names:
+            shown = listed([n for n in names if n.endswith(_WEIGHTS)]) or "no weights"
+            raise InputError(f"--file must be a file of {what}. Got {file!r}; it has {shown}.")
+        return file, config, scheduler
+    here = [name for name in names if name.startswith(root) and "/" not in name.removeprefix(root)]
+    # safetensors before any pickle
+    for suffixes in ((".safetensors",), _WEIGHTS[1:]):
+        weights = [name for name in here if PurePosixPath(name).suffix.lower() in suffixes]
+        usual = [name for stem in _USUAL for name in weights if PurePosixPath(name).stem == stem]
+        if len(weights) == 1 or usual:
+            return (usual or weights)[0], config, scheduler
+        if weights:
+            raise InputError(
+                f"{what} must have one file of weights, or be told which. Got {listed(weights, 8)}: give "
+                "one with --file."
+            )
+    if any(name.endswith(".pkl") for name in here):
+        raise CheckpointError(
+            f"{what} must have weights ({', '.join(_WEIGHTS)}). Got {listed([n for n in here if n.endswith('.pkl')])}: "
+            "a .pkl of EDM or StyleGAN holds source code, and is refused."
+        )
+    raise InputError(
+        f"{what} must have weights ({', '.join(_WEIGHTS)}). Got {listed(here or list(names)) or 'no files'}. Check the "
+        "path, or give one in a folder below with --file."
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be JSON. Got {error}. Download it again.") from None
+
+
+# -- models ------------------------------------------------------------------------------------------
+
+_Others = Mapping[str, Callable[[], NetworkDenoiser]]
+_TRIED_PX = 128  # at most: what a network does with noise shows on a part of a large image
+
+
+def _build(
+    format: str, source: _Source, key: str | None, values: Any
+) -> tuple[NetworkDenoiser | EnergyNetwork, _Others, int]:
+    """The model, other ways to read the same weights, and a size of images to try it on."""
+    read = read_file(source.weights)
+    config = _read_json(source.config) if source.config is not None else None
+    try:
+        if format == "puregen-energy":
+            return convert_energy(state_dict(read, source.weights, key), str(source.weights), config), {}, 32
+        make, readings = _reader(format, source, key, values, read, config)
+        model = make(values)
+    except CheckpointError as error:
+        if str(source.weights) in str(error):
+            raise
+        raise CheckpointError(f"{source.weights}: {error}") from None
+    said = config.get("sample_size") if isinstance(config, Mapping) else None
+    size = said if type(said) is int and said > 0 else max(32, 4 * model.network.config.size_multiple)
+    return model, {words: functools.partial(make, other) for words, other in readings}, min(size, _TRIED_PX)
+
+
+def _reader(
+    format: str, source: _Source, key: str | None, values: Any, read: Any, config: Any
+) -> tuple[Callable[[Any], NetworkDenoiser], Iterable[tuple[str, Any]]]:
+    """What makes a denoiser of what was read, by settings, and other settings that might have been meant."""
+    if format == "score-sde":
+        shadow, model_state = _shadow(read, source.weights)
+        return lambda its: score_sde.denoiser_from_shadow(shadow, model_state, its), _other_score_sde(values)
+    weights = state_dict(read, source.weights, key)
+    if format != "diffusers":
+        return lambda its: openai.denoiser_from_state(weights, its), _other_openai(values)
+    if config is None:
+        raise CheckpointError(
+            f"A diffusers folder has config.json beside its weights. Got none beside {source.weights}. Download it too."
+        )
+    scheduler = _read_json(source.scheduler) if source.scheduler is not None else None
+    if scheduler is None and values.schedule is None:
+        raise ConfigError(
+            f"A diffusers folder says its schedule in {_SCHEDULER}. Got none in it or beside it: give --preset "
+            f"({', '.join(FORMATS[format].presets)}), or --schedule and --timesteps."
+        )
+    others = _other_schedules(values) if scheduler is None else ()
+    return lambda its: diffusers.denoiser_from_folder_parts(config, scheduler, weights, its), others
+
+
+def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tensor] | None]:
+    ema = read.get("ema") if isinstance(read, Mapping) else None
+    if not isinstance(ema, Mapping) or "shadow_params" not in ema:
+        got = listed([str(name) for name in read], 12) if isinstance(read, Mapping) else type(read).__name__
+        raise CheckpointError(
+            f"{path} must hold a dict with the list ['ema']['shadow_params'], as score_sde saves it. Got {got}. Give "
+            "the whole checkpoint, or another --format."
+        )
+    model = read.get("model")
+    return ema["shadow_params"], model if isinstance(model, Mapping) else None
+
+
+def _other_schedules(values: Any) -> Iterator[tuple[str, Any]]:
+    now = values.schedule
+    for other in (LinearSchedule(1000), CosineSchedule(1000), CosineSchedule(4000), LinearSchedule(4000)):
+        if other != now and (values.max_timestep is None or values.max_timestep <= other.timesteps):
+            words = f"--schedule {other.kind} --timesteps {other.timesteps}"
+            yield words, replace(values, schedule=other)
+
+
+def _other_openai(values: openai.OpenAISettings) -> Iterator[tuple[str, Any]]:
+    yield from _other_schedules(values)
+    flipped = not values.rescale_timesteps
+    if values.schedule.timesteps != 1000:  # where both are the same
+        yield f"--{'' if flipped else 'no-'}rescale-timesteps", replace(values, rescale_timesteps=flipped)
+    order = next(order for order in openai.QKV_ORDERS if order != values.qkv_order)
+    yield f"--qkv-order {order}", replace(values, qkv_order=order)
+    for heads in (1, 2, 4, 8):
+        if heads != values.heads:
+            yield f"--heads {heads}", replace(values, heads=heads, head_channels=None)
+    for width in (32, 64):
+        if width != values.head_channels:
+            yield f"--head-channels {width}", replace(values, heads=None, head_channels=width)
+
+
+def _other_score_sde(values: score_sde.ScoreSDESettings) -> Iterator[tuple[str, Any]]:
+    for setting in ("continuous", "skip_rescale"):
+        flipped = not getattr(values, setting)
+        changes: dict[str, Any] = {setting: flipped}
+        yield ("--" if flipped else "--no-") + setting.replace("_", "-"), replace(values, **changes)
+
+
+# -- the card ----------------------------------------------------------------------------------------
+
+
+def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[str, Any]) -> str:
+    converted = details["converted"]
+    source, judged = converted["source"], converted["plausibility"]
+    origin = f"`{source['name']}`" + (f" at commit `{source['commit']}`" if "commit" in source else "")
+    rows = {
+        **checkpoint.model_facts(model),
+        "Converted from": f"{origin}, format {converted['format']}",
+        **{f"SHA-256 of `{file}`": f"`{sha}`" for file, sha in source["files"].items()},
+    }
+    if converted["preset"] is not None:
+        rows["Preset"] = f"`{converted['preset']}`"
+    if converted["settings"]:
+        plain = {key: value for key, value in converted["settings"].items() if key != "source"}
+        rows["Read with"] = "; ".join(f"{key} {_words(value)}" for key, value in plain.items())
+        if "source" in converted["settings"]:
+            rows["These settings are from"] = converted["settings"]["source"]
+    rows["Licence"] = converted["licence"] or "not stated: see where the file is from"
+    kind = ', kind="energy"' if isinstance(model, EnergyNetwork) else ""
+    text = [
+        f"# {name}",
+        "",
+        f"{'An energy model' if kind else 'A denoiser'} that others trained, converted by `purifyloader convert` "
+        f"{details['purifyloader']}. Read it with",
+        f"`purifyloader.pretrained.load(path_to_this_folder{kind})`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+    ]
+    if judged["psnr"]:
+        text += [f"PSNR in dB before and after one network call, on {judged['images']}:", ""]
+        text += ["| noise | noisy | denoised |", "|---|---|---|"]
+        text += [f"| {r['sigma_px']:.3g} px | {r['noisy']:.2f} | {r['denoised']:.2f} |" for r in judged["psnr"]]
+        text += [""]
+    if judged["share_with_rising_energy"] is not None:
+        share = 100 * judged["share_with_rising_energy"]
+        text += [f"Noise of 25 px raises the energy of {share:.0f} % of {judged['images']}.", ""]
+    if judged["warnings"]:
+        text += ["**This conversion is doubtful.**", "", *(f"- {warning}" for warning in judged["warnings"]), ""]
+    return "\n".join(text)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "kind")
+        return f"{value['kind']} ({rest})"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,290 @@
+"""The state dicts of improved-diffusion (arXiv:2102.09672) and guided-diffusion (arXiv:2105.05233).
+
+Both packages save the bare state dict of one network. What it is, is read off its shapes. What they do not say are
+`OpenAISettings`, with presets for what was published, ECLIPSE's checkpoint among it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
+from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
+from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet
+from purifyloader.errors import CheckpointError, ConfigError
+from purifyloader.pretrained.convert.mapping import (
+    Piece,
+    check_max_timestep,
+    copies,
+    fill,
+    make_denoiser,
+    make_network,
+    multipliers,
+    places,
+    qkv_rows,
+    read_width,
+    tensors_only,
+)
+
+__all__ = ["PRESETS", "QKV_ORDERS", "OpenAISettings", "denoiser_from_state"]
+
+QKV_ORDERS = ("heads-first", "channels-first")
+
+_WHAT = "An improved-diffusion or guided-diffusion state dict"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAISettings:
+    """What a state dict of improved-diffusion or guided-diffusion does not say.
+
+    Args:
+        schedule: the noise schedule of its training, `CosineSchedule(4000)` for example (`diffusion_steps`,
+            `noise_schedule`).
+        rescale_timesteps: whether timesteps were given to the network on the scale 0..1000.
+        qkv_order: "heads-first", each head's q, k and v together (improved-diffusion, and guided-diffusion by default),
+            or "channels-first", all of q, then k, then v (`use_new_attention_order`).
+        heads: attention heads in each layer (`num_heads`); either these or `head_channels`.
+        head_channels: width of a head (`num_head_channels`).
+        parameterization: what it predicts; "x0" where it was trained with `predict_xstart`.
+        norm_groups: groups of the normalisations; 32 in both packages.
+        dropout: of its training; it acts only when training goes on.
+        max_timestep: the last timestep it was trained on, counted from 1; None means all.
+        source: where these values are published, for people.
+
+    Raises:
+        ConfigError: a value that is none of these, or both or neither of heads and head_channels.
+    """
+
+    schedule: Schedule
+    rescale_timesteps: bool
+    qkv_order: str
+    heads: int | None = None
+    head_channels: int | None = None
+    parameterization: str = "epsilon"
+    norm_groups: int = 32
+    dropout: float = 0.0
+    max_timestep: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ConfigError(f"schedule must be a Schedule, such as CosineSchedule(4000). Got {self.schedule!r}.")
+        if not isinstance(self.rescale_timesteps, bool):
+            raise ConfigError(f"rescale_timesteps must be True or False. Got {self.rescale_timesteps!r}.")
+        if self.qkv_order not in QKV_ORDERS:
+            raise ConfigError(f"qkv_order must be one of {list(QKV_ORDERS)}. Got {self.qkv_order!r}.")
+        if (self.heads is None) == (self.head_channels is None):
+            raise ConfigError(
+                "Give heads or head_channels, one of them: the weights do not say. "
+                f"Got heads={self.heads}, head_channels={self.head_channels}."
+            )
+        for name in ("heads", "head_channels", "norm_groups"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a positive integer. Got {value!r}.")
+        if self.parameterization not in PARAMETERIZATIONS:
+            raise ConfigError(
+                f"parameterization must be one of {sorted(PARAMETERIZATIONS)}. Got {self.parameterization!r}."
+            )
+        check_max_timestep(self.max_timestep, self.schedule)
+
+
+_IMPROVED = OpenAISettings(
+    schedule=CosineSchedule(4000),
+    rescale_timesteps=True,
+    qkv_order="heads-first",
+    heads=4,
+    source="improved-diffusion, README (Models and Hyperparameters) and the defaults of script_util.py",
+)
+_GUIDED = OpenAISettings(
+    schedule=LinearSchedule(1000),
+    rescale_timesteps=False,
+    qkv_order="heads-first",
+    head_channels=64,
+    source="guided-diffusion, README (Sampling from pre-trained models) and the defaults of script_util.py",
+)
+
+PRESETS: dict[str, OpenAISettings] = {
+    "cifar10_uncond_50M": replace(_IMPROVED, dropout=0.3),
+    "cifar10_uncond_vlb_50M": replace(_IMPROVED, dropout=0.3),
+    "imagenet64_uncond_100M": _IMPROVED,
+    "imagenet64_uncond_vlb_100M": _IMPROVED,
+    "lsun_uncond_100M": replace(_IMPROVED, schedule=LinearSchedule(1000), rescale_timesteps=False, heads=1),
+    "eclipse-cifar10": replace(
+        _IMPROVED,
+        source="ECLIPSE (Wang et al. 2024): improved-diffusion's settings, T = 4000 cosine, four heads",
+    ),
+    "256x256_diffusion_uncond": _GUIDED,
+    "lsun_bedroom": replace(_GUIDED, dropout=0.1),
+    "lsun_cat": replace(_GUIDED, dropout=0.1),
+    "lsun_horse": replace(_GUIDED, dropout=0.1),
+    "lsun_horse_nodropout": _GUIDED,
+}
+"""Settings of what was published, by the name of its file."""
+
+
+def denoiser_from_state(state: Mapping[str, Tensor], settings: OpenAISettings) -> NetworkDenoiser:
+    """A denoiser from a state dict of improved-diffusion or guided-diffusion, EMA or not.
+
+    Widths, levels, blocks, where it attends, how it changes resolution, how the time enters, and whether it learned
+    the variance are read off names and shapes.
+
+    Args:
+        state: names to tensors, of any floating type; DataParallel's `module.` is taken off.
+        settings: what the names and shapes do not say; see `PRESETS`.
+
+    Returns:
+        in eval mode, frozen, float32, on the CPU, with a copy of the weights.
+
+    Raises:
+        CheckpointError: not such a state dict; one of a network that is conditional on classes or on smaller images, or
+            of a classifier; or tensors that do not fit one another, all of them named.
+    """
+    state = tensors_only(state, _WHAT)
+    network = make_network(_read_config(state, settings), _WHAT)
+    network = fill(network, _pieces(network, settings), state, _WHAT)
+    time = "rescaled" if settings.rescale_timesteps else "timestep"
+    return make_denoiser(network, settings.parameterization, settings.schedule, time, settings.max_timestep)
+
+
+def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[str, Any]:
+    if "label_emb.weight" in state:
+        raise CheckpointError(
+            f"{_WHAT} must be of an unconditional network: purification must not look at labels. Got one that is "
+            f"conditional on {state['label_emb.weight'].shape[0]} classes (label_emb.weight). "
+            "Give the unconditional checkpoint."
+        )
+    if not any(name.startswith("output_blocks.") for name in state):
+        raise CheckpointError(
+            f"{_WHAT} has time_embed, input_blocks, middle_block, output_blocks and out. Got no output_blocks among "
+            f"{sorted({name.split('.')[0] for name in state})}: a classifier or another format."
+        )
+
+    def width(*names: str) -> int:
+        return read_width(state, names, _WHAT)
+
+    def block_width(stage: int) -> int:
+        block = f"input_blocks.{stage}.0"
+        return width(*(f"{block}.{leaf}" for leaf in ("out_layers.0.weight", "out_layers.0.bias", "in_layers.2.bias")))
+
+    blocks, levels, resample = _read_levels(state)
+    widths = [block_width(1 + level * (blocks + 1)) for level in range(levels)]
+    channels, rest = divmod(width("time_embed.0.weight", "time_embed.0.bias", "time_embed.2.bias"), 4)
+    if rest or not channels:
+        raise CheckpointError(f"{_WHAT} has a time embedding of four times its channels. Got {4 * channels + rest}.")
+    stem = state.get("input_blocks.0.0.weight")
+    if stem is None or stem.ndim != 4:
+        got = "none" if stem is None else f"the shape {tuple(stem.shape)}"
+        raise CheckpointError(f"{_WHAT} has a convolution input_blocks.0.0.weight, (C, channels, 3, 3). Got {got}.")
+    image_channels, out = stem.shape[1], width("out.2.weight", "out.2.bias")
+    if out not in (image_channels, 2 * image_channels) or image_channels == 6:
+        raise CheckpointError(
+            f"{_WHAT} must be of a network that gives as many channels as it takes, or twice as many with a learned "
+            f"variance. Got {image_channels} in, {out} out: a network that makes small images larger takes these as "
+            "three further channels, and none to denoise with."
+        )
+    attended = (
+        level
+        for level in range(levels)
+        if any(
+            name.startswith(f"input_blocks.{1 + level * (blocks + 1) + block}.1.")
+            for block in range(blocks)
+            for name in state
+        )
+    )
+    embedded = width("input_blocks.1.0.emb_layers.1.weight", "input_blocks.1.0.emb_layers.1.bias")
+    return {
+        "channels": channels,
+        "multipliers": multipliers(widths, channels),
+        "blocks": blocks,
+        "attention_levels": tuple(attended),
+        "heads": settings.heads or 1,
+        "head_channels": settings.head_channels,
+        "norm_groups": settings.norm_groups,
+        "dropout": settings.dropout,
+        "image_channels": image_channels,
+        "learned_variance": out != image_channels,
+        "scale_shift": embedded == 2 * widths[0],
+        "resample": resample,
+        "stem_channels": None if stem.shape[0] == channels else stem.shape[0],
+    }
+
+
+def _read_levels(state: Mapping[str, Tensor]) -> tuple[int, int, str]:
+    """Blocks a level, levels, and how their resolution changes.
+
+    The way up has levels * (blocks + 1) stages. The last stage of each level but the full resolution's ends in what
+    doubles the resolution; where that has no weights, the stages of the way down without weights halve it.
+    """
+    up_stages = 1 + max(int(m[1]) for name in state if (m := re.match(r"output_blocks\.(\d+)\.", name)))
+    ups = {
+        int(m[1]): m[2] for name in state if (m := re.match(r"output_blocks\.(\d+)\.[1-9]\.(conv|in_layers)\.", name))
+    }
+    down_stages = {int(m[1]) for name in state if (m := re.match(r"input_blocks\.(\d+)\.", name))}
+    without_weights = set(range(max(down_stages, default=0))) - down_stages
+    if ups:
+        period, resample = min(ups) + 1, "block" if "in_layers" in ups.values() else "conv"
+    elif without_weights:
+        period, resample = min(without_weights), "plain"
+    else:
+        period, resample = up_stages, "conv"
+    if period < 2 or up_stages % period or up_stages > len(state):
+        raise CheckpointError(
+            f"{_WHAT} has as many output_blocks in each level, the last of them raising the resolution. "
+            f"Got {up_stages} output_blocks, resolution raised in {sorted(ups)}. Check that the file is whole."
+        )
+    return period - 1, up_stages // period, resample
+
+
+_RESIDUAL = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "embed": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "skip": "skip_connection",
+}
+
+
+def _pieces(network: UNet, settings: OpenAISettings) -> list[Piece]:
+    pieces = copies("stem", "input_blocks.0.0", network.stem) + copies("norm_out", "out.0", network.norm_out)
+    pieces += copies("conv_out", "out.2", network.conv_out) + copies("time_embed", "time_embed", network.time_embed)
+    for place in places(network):
+        module, ours = place.module, place.ours
+        theirs = {
+            "down": f"input_blocks.{place.stage + 1}.{place.position}",
+            "middle": f"middle_block.{place.position}",
+            "up": f"output_blocks.{place.stage}.{place.position}",
+        }[place.side]
+        if isinstance(module, ResidualBlock):
+            for own, foreign in _RESIDUAL.items():
+                pieces += copies(f"{ours}.{own}", f"{theirs}.{foreign}", module.get_submodule(own))
+        elif isinstance(module, AttentionBlock):
+            pieces += copies(f"{ours}.norm", f"{theirs}.norm", module.norm)
+            pieces += _attention(ours, theirs, module, settings.qkv_order)
+        else:
+            name = "op" if place.side == "down" else "conv"
+            pieces += [
+                piece for child in module.children() for piece in copies(f"{ours}.conv", f"{theirs}.{name}", child)
+            ]
+    return pieces
+
+
+def _attention(ours: str, theirs: str, module: AttentionBlock, qkv_order: str) -> list[Piece]:
+    """Their convolutions are over one axis, N pixels."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor if qkv_order == "heads-first" else qkv_rows(tensor, module.heads)
+
+    c = module.norm.num_channels
+    return [
+        Piece(f"{ours}.qkv.weight", (f"{theirs}.qkv.weight",), (3 * c, c, 1), lambda w: rows(w)[..., None]),
+        Piece(f"{ours}.qkv.bias", (f"{theirs}.qkv.bias",), (3 * c,), rows),
+        Piece(f"{ours}.proj.weight", (f"{theirs}.proj_out.weight",), (c, c, 1), lambda w: w[..., None]),
+        Piece(f"{ours}.proj.bias", (f"{theirs}.proj_out.bias",), (c,), lambda b: b),
+    ]

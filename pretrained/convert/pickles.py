@@ -1,0 +1,271 @@
+"""Weights out of files that others wrote: safetensors, and pickles without running what they hold.
+
+A pickle is a program. torch's reader for weights (`weights_only=True`) runs none of it: it knows tensors,
+numbers, strings and containers, and stops at anything else. What it stops at is named in the error, from the
+text of the pickle, which is only looked at.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from purifyloader.errors import CheckpointError, InputError
+
+__all__ = ["listed", "read_file", "state_dict"]
+
+_AGAIN = "Download it again."
+
+# Names that torch's reader takes: they are no reason for a refusal and not named as one.
+_PLAIN = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_\w+|torch\.\w*Storage|torch\.Size|"
+    r"torch\.device|torch\.dtype|torch\.(?:[a-z]*\d+|float|double|half|long|int|short|bool)|"
+    r"torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
+)
+_GLOBAL = re.compile(r"(?:GLOBAL|[Gg]lobal) ([\w.]+)")
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "ema", "ema_state_dict")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+
+
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, on the CPU: for safetensors a dict of tensors, for a pickle whatever it is.
+
+    Args:
+        path: .safetensors, or a file of torch.save of any version (.pt, .pth, .bin, .ckpt).
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: it is empty, damaged, cut short or no file of weights, or it needs more than tensors and
+            plain values: then what it wants is named, and nothing of it was run.
+    """
+    if not path.is_file():
+        raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise CheckpointError(f"{path} must be a file of weights. Got an empty file. {_AGAIN}")
+    if path.suffix.lower() == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27):
+        return _read_safetensors(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} must be a file of weights. Got the note that git keeps in place of a large file: fetch the file "
+            "itself with `git lfs pull`, or download it."
+        )
+    if head.lstrip()[:1] == b"<":
+        raise CheckpointError(f"{path} must be a file of weights. Got a web page. {_AGAIN}")
+    return _read_pickle(path, head)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} must be a whole safetensors file. Got {path.stat().st_size:,} bytes that are not ({error}): "
+            f"damaged, cut short or of another format. {_AGAIN}"
+        ) from None
+
+
+def _read_pickle(path: Path, head: bytes) -> Any:
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+    elif head.startswith(b"PK\x03\x04"):
+        raise CheckpointError(
+            f"{path} must be a whole file of torch.save. Got {path.stat().st_size:,} bytes of an archive whose end is "
+            f"missing: cut short. {_AGAIN}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that it may not know: it says so in an error, too
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickles that are no pickles raise anything
+        raise _refusal(path, error) from None
+
+
+def _check_archive(path: Path) -> None:
+    """An archive of torch.save, every byte of it: torch itself does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise CheckpointError(
+                    f"{path} must be a file of weights. Got a TorchScript archive, which holds the code of a network. "
+                    "Load it where you trust it, and save its state_dict() with torch.save."
+                )
+            if not any(name.endswith("/data.pkl") for name in names):
+                raise CheckpointError(
+                    f"{path} must be a file of torch.save. Got another archive, with {listed(names)}. Unpack it and "
+                    "give the file of weights."
+                )
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} must be a whole file of torch.save. Got an archive that cannot be read ({error}). {_AGAIN}"
+        ) from None
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} must be a whole file of torch.save. Got {damaged} in it with another checksum than was stored: "
+            f"damaged. {_AGAIN}"
+        )
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    wanted = list(dict.fromkeys([*_GLOBAL.findall(str(error)), *_wanted(path)]))
+    wanted = [name for name in wanted if not _PLAIN.fullmatch(name)]
+    if any(name.startswith("torch_utils.persistence.") for name in wanted):
+        return CheckpointError(
+            f"{path} must hold weights only. Got a pickle of EDM or StyleGAN ({listed(wanted)}), which holds the "
+            "source code of its network and cannot be read without running it. It is refused, and nothing in it was "
+            "run. Where you trust it, save the network's state_dict() with torch.save."
+        )
+    if wanted:
+        return CheckpointError(
+            f"{path} must hold tensors and plain values only. Got a pickle that wants {listed(wanted, 8)}. It is "
+            "refused, and nothing in it was run. Where you trust it, load it yourself and save the state dict alone "
+            "with torch.save."
+        )
+    text = " ".join(str(error).split()) or type(error).__name__
+    short = isinstance(error, EOFError) or "EOF" in text or "Ran out of input" in text
+    return CheckpointError(
+        f"{path} must be a whole file of torch.save. Got {path.stat().st_size:,} bytes "
+        + (
+            "that end too early: cut short."
+            if short
+            else "that torch cannot read as weights: damaged, or another format."
+        )
+        + f" {_AGAIN}"
+    )
+
+
+def _wanted(path: Path) -> Iterator[str]:
+    """Every global that the pickles in a file name, in order, as far as they can be read. Runs nothing."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.endswith(".pkl"):
+                        with archive.open(name) as member:
+                            yield from _globals(member)
+            return
+        with path.open("rb") as file:
+            for _ in range(5):  # the old format is a magic number, a version, the system, the object, the keys
+                yield from _globals(file)
+    except (ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, IndexError, KeyError):
+        return
+
+
+def _globals(file: BinaryIO | Any) -> Iterator[str]:
+    memo: dict[int, Any] = {}
+    strings: list[Any] = []  # what was pushed last, strings as they are and anything else as None
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in ("GLOBAL", "INST"):
+            yield str(argument).replace(" ", ".", 1)
+        elif name == "STACK_GLOBAL":
+            module, attribute = [None, None, *strings][-2:]
+            yield f"{module or '?'}.{attribute or '?'}"
+        elif name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else None
+            continue
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(str(argument))] = strings[-1] if strings else None
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            strings.append(memo.get(int(str(argument))))
+        else:
+            strings.append(argument if isinstance(argument, str) else None)
+        del strings[:-4]
+
+
+def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The weights by name out of what a file held.
+
+    Args:
+        read: of `read_file`. A dict of tensors is taken as it is; where they lie below one of the usual
+            names (`state_dict`, `model`, `ema`, ...) and only one does, that is taken.
+        path: for messages.
+        key: the name below which they lie, with dots for one in another.
+
+    Raises:
+        CheckpointError: no weights there, or several and `key` does not say which; the message names the keys.
+    """
+    what = path.name
+    if key is not None:
+        # a name may have dots of its own
+        if isinstance(read, Mapping) and key in read:
+            read = read[key]
+        else:
+            for part in key.split("."):
+                if not isinstance(read, Mapping) or part not in read:
+                    got = f"a dict with {_keys(read)}" if isinstance(read, Mapping) else type(read).__name__
+                    raise CheckpointError(
+                        f"{path} must hold weights under --key {key!r}. Got {got} where {part!r} was looked for. "
+                        "Give another --key."
+                    )
+                read = read[part]
+        what = f"{path.name}, {key!r}"
+    if not isinstance(read, Mapping):
+        hint = " Save its state_dict() alone." if isinstance(read, torch.nn.Module) else " Give a state dict."
+        raise CheckpointError(f"{path} must hold a dict of weights. Got {type(read).__name__} in {what}.{hint}")
+    if not read:
+        raise CheckpointError(f"{path} must hold a dict of weights. Got an empty dict in {what}. {_AGAIN}")
+    if _is_weights(read):
+        return _unprefixed({str(name): value for name, value in read.items()})
+    inner = [name for name in _WRAPPERS if isinstance(read.get(name), Mapping) and _is_weights(read[name])]
+    if key is None and len(inner) == 1:
+        return state_dict(read[inner[0]], path)
+    if len(inner) > 1:
+        raise CheckpointError(
+            f"{path} must say which of its weights to take. Got {', '.join(map(repr, inner))} beside each other: give "
+            "one with --key. (The averaged ones, often called ema, are what denoises best.)"
+        )
+    other = [f"{name} ({type(value).__name__})" for name, value in read.items() if not isinstance(value, Tensor)]
+    if len(other) < len(read):
+        raise CheckpointError(
+            f"{path} must hold tensors only, by name. Got {what} with {listed(other, 8)} among them. Save the state "
+            "dict alone, or give the --key below which it lies."
+        )
+    raise CheckpointError(
+        f"{path} must hold a dict of tensors, or one under {', '.join(_WRAPPERS[:4])} or ema. Got {what} with the keys "
+        f"{_keys(read)}. Give the --key below which the weights lie."
+    )
+
+
+def _is_weights(value: Mapping[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(name, str) and isinstance(v, Tensor) for name, v in value.items())
+
+
+def _keys(value: Mapping[Any, Any]) -> str:
+    return listed([f"{name} ({_kind(inner)})" for name, inner in value.items()], 12)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def _unprefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put before every name."""
+    for prefix in _PREFIXES * 2:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def listed(names: Sequence[str], limit: int = 6) -> str:
+    """Names in a row, the rest of many counted."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

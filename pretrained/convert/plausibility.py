@@ -1,0 +1,228 @@
+"""Does a converted model do what it should? A wrong guess at what a file does not say shows in the pixels.
+
+A denoiser is given noised clean images and must give back better ones; and, where the settings could have been
+others (another number of heads, another schedule), none of these may do better. A network was trained with one
+reading of its weights, and every other one costs it.
+
+Without images of the user's it is tried on dead leaves (Matheron 1968; Lee, Mumford & Huang 2001): overlapping
+discs, of whose radius r the density falls as r^-3, which gives them the edges, flat parts and power spectrum of
+photographs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
+from purifyloader.energy.network import EnergyNetwork
+from purifyloader.errors import PurifyError
+from purifyloader.images import quantize
+
+__all__ = ["Plausibility", "Row", "dead_leaves", "judge_denoiser", "judge_energy", "levels"]
+
+_LEVELS_PX = (10, 25, 50, 100)
+_GAIN_DB = 1.0  # at least so much better than the noisy image, at every level
+_BETTER_DB = (
+    0.3  # another reading that is better by more than this, in the mean over the levels, is likely the right one
+)
+_ALIKE_DB = 0.05
+_SECONDS = 60.0  # for all other readings together
+_ENERGY_PX = 25
+
+
+@dataclass(frozen=True)
+class Row:
+    """PSNR at one noise level, means over images in dB: of the noisy images and of the denoised ones."""
+
+    sigma_px: float
+    noisy: float
+    denoised: float
+
+    @property
+    def gain(self) -> float:
+        return self.denoised - self.noisy
+
+
+@dataclass(frozen=True)
+class Plausibility:
+    """What was measured and what speaks against the conversion.
+
+    Attributes:
+        images: what they were, and how many.
+        rows: of a denoiser, one a noise level.
+        others: mean gain, in dB, of each other reading of the file that was tried.
+        energy: of an energy model, the share of images whose energy rises when noise is added.
+        warnings: sentences; none where nothing speaks against it.
+    """
+
+    images: str
+    rows: list[Row] = field(default_factory=list)
+    others: dict[str, float] = field(default_factory=dict)
+    energy: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float:
+        """Mean over the levels, in dB."""
+        return _mean_gain(self.rows) if self.rows else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [{key: round(value, 3) for key, value in asdict(row).items()} for row in self.rows]
+        others = {name: round(gain, 3) for name, gain in self.others.items()}
+        return {
+            "images": self.images,
+            "psnr": rows,
+            "other_readings_gain_db": others,
+            "share_with_rising_energy": self.energy,
+            "warnings": self.warnings,
+        }
+
+
+def dead_leaves(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
+    """Images of overlapping shaded discs, uint8 (count, channels, size, size), the same for the same arguments."""
+    discs = 100
+    keys = noise.image_keys(seed, 0, range(count))
+    draw = noise.uniform(keys, (discs, 8))  # x, y, radius, brightness, shading, direction, hue, hue
+    tone = noise.uniform(keys, (2,), step=1)
+    axis = torch.arange(size, dtype=torch.float64) + 0.5
+    x, y = axis[None, None, :], axis[None, :, None]
+    low, high = max(1.0, size / 16), size
+    mean = 0.3 + 0.4 * tone[:, 0, None, None]
+    contrast = 0.15 + 0.25 * tone[:, 1, None, None]
+    images = mean[:, None].expand(-1, 3, size, size)
+    for disc in range(discs):
+        u = draw[:, disc, :, None, None].unbind(1)
+        # the density of radii falls as r^-3 between the two bounds
+        radius = (low**-2 - u[2] * (low**-2 - high**-2)) ** -0.5
+        dx, dy = x - u[0] * size, y - u[1] * size
+        cover = (radius - (dx**2 + dy**2).sqrt() + 0.5).clamp(0, 1)[:, None]
+        angle = 2 * math.pi * u[5]
+        shade = (u[4] - 0.5) * 0.6 * (dx * angle.cos() + dy * angle.sin()) / (2 * radius)
+        grey = mean + contrast * (2 * u[3] - 1) + shade
+        hue = torch.stack([u[6] - 0.5, -(u[6] + u[7] - 1) / 2, u[7] - 0.5], dim=1) * 0.25
+        images = images * (1 - cover) + cover * (grey[:, None] + hue)
+    images = images.clamp(0, 1)
+    return quantize(images if channels == 3 else images.mean(1, keepdim=True).expand(-1, channels, -1, -1))
+
+
+def levels(sigma_range: tuple[float, float]) -> list[float]:
+    """Noise levels to try, in image units: the usual ones in the range, or three spread over it."""
+    low, high = sigma_range
+    usual = [px / 255 for px in _LEVELS_PX if low <= px / 255 <= high]
+    if len(usual) >= 2:
+        return usual
+    return [low ** (1 - u) * high**u for u in (0.25, 0.5, 0.9)]
+
+
+@torch.no_grad()
+def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], batch_size: int = 8) -> list[Row]:
+    """PSNR, with peak 1 and both images clamped to [0, 1], before and after one network call.
+
+    Args:
+        images_NCHW: uint8, clean.
+        sigmas: in image units, in the range of the denoiser.
+    """
+    rows = []
+    for sigma in sigmas:
+        before, after = [], []
+        for start in range(0, len(images_NCHW), batch_size):
+            clean = images_NCHW[start : start + batch_size].float() / 255
+            keys = noise.image_keys(0, 0, range(start, start + len(clean)))
+            noised = clean + sigma * noise.normal(keys, clean.shape[1:])
+            x0 = denoiser(noised, torch.full((len(clean),), sigma, dtype=torch.float64))
+            before += _psnr(noised, clean)
+            after += _psnr(x0.nan_to_num(0.0), clean)
+        rows.append(Row(255 * sigma, sum(before) / len(before), sum(after) / len(after)))
+    return rows
+
+
+def _mean_gain(rows: Sequence[Row]) -> float:
+    return sum(row.gain for row in rows) / len(rows)
+
+
+def _psnr(x_BCHW: Tensor, clean_BCHW: Tensor) -> list[float]:
+    error = (x_BCHW.clamp(0, 1) - clean_BCHW).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
+    values: list[float] = (-10 * error.log10()).tolist()
+    return values
+
+
+def judge_denoiser(
+    denoiser: NetworkDenoiser,
+    images_NCHW: Tensor,
+    images: str,
+    others: Mapping[str, Callable[[], Denoiser]] | None = None,
+) -> Plausibility:
+    """Whether a denoiser denoises, and whether another reading of the same weights would do so better.
+
+    Args:
+        denoiser: the converted one.
+        images_NCHW: uint8, clean, of the kind it was trained on.
+        images: what they are, in words.
+        others: by what is different about it, how to make each other reading; one that cannot be made is left out.
+    """
+    sigmas = levels(denoiser.sigma_range)
+    begun = time.monotonic()
+    rows = measure(denoiser, images_NCHW, sigmas)
+    found = Plausibility(f"{len(images_NCHW)} {images}", rows)
+    # all other readings together may take so long, on as many of the images as that allows
+    share = _SECONDS / max(1e-9, (time.monotonic() - begun) * len(others or {}))
+    some = images_NCHW[: max(2, int(len(images_NCHW) * min(1.0, share)))]
+    ours = rows if len(some) == len(images_NCHW) else measure(denoiser, some, sigmas)
+    better: dict[str, float] = {}
+    for name, make in (others or {}).items():
+        try:
+            other = make()
+        except PurifyError:  # this network cannot be read so
+            continue
+        low, high = other.sigma_range
+        tried = [row for row, sigma in zip(ours, sigmas, strict=True) if low <= sigma <= high]
+        if not tried:
+            continue
+        found.others[name] = gain = _mean_gain(measure(other, some, [row.sigma_px / 255 for row in tried]))
+        better[name] = gain - _mean_gain(tried)
+    most = max(better.values(), default=0.0)
+    if most > _BETTER_DB:
+        # readings that come to the same, such as another T of rescaled timesteps, are named together
+        names = [name for name, by in better.items() if by > most - _ALIKE_DB]
+        found.warnings.append(
+            f"Read with {', or with '.join(names)}, the same weights denoise {most:.1f} dB better than the "
+            f"{_mean_gain(ours):.1f} dB that they gain so: that is likely how they were trained. Convert again with it."
+        )
+    if bad := [row for row in rows if not row.gain >= _GAIN_DB]:
+        text = ", ".join(f"{row.sigma_px:.3g} px: {row.noisy:.1f} → {row.denoised:.1f} dB" for row in bad)
+        found.warnings.append(
+            f"The converted model does not denoise ({text}). Likely causes: another schedule or T, rescaled timesteps "
+            "or not, another number of heads or order of qkv than the weights were trained with; weights of an "
+            "untrained or other model; or images unlike those it was trained on (give its kind with --images)."
+        )
+    return found
+
+
+@torch.no_grad()
+def judge_energy(network: EnergyNetwork, images_NCHW: Tensor, images: str) -> Plausibility:
+    """Whether noise raises the energy, as it must for Langevin steps to remove any.
+
+    Args:
+        network: the converted one.
+        images_NCHW: uint8, clean, of the kind it was trained on.
+        images: what they are, in words.
+    """
+    clean = images_NCHW.float() / 255
+    noised = clean + _ENERGY_PX / 255 * noise.normal(noise.image_keys(0, 0, range(len(clean))), clean.shape[1:])
+    share = float((network(noised) > network(clean)).float().mean())
+    found = Plausibility(f"{len(images_NCHW)} {images}", energy=share)
+    if share < 0.5:
+        found.warnings.append(
+            f"Noise of {_ENERGY_PX} px raises the energy of only {100 * share:.0f} % of clean images, so steps down "
+            "the energy would not remove it. Likely causes: an energy of the other sign, weights of an untrained or "
+            "other model, or images unlike those it was trained on (give its kind with --images)."
+        )
+    return found

@@ -1,0 +1,145 @@
+"""PureGen's energy network (Bhat et al. 2024, arXiv:2405.18627): a residual network with one number an image.
+
+Shape suffixes: B batch, C channels, H height, W width. The network is the discriminator of SNGAN (Miyato et
+al. 2018, arXiv:1802.05957, Table 4a) without spectral normalisation and with the mean over pixels where that
+has their sum. Nothing in it normalises, so the energy of an image depends on no other image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from purifyloader.errors import ConfigError, InputError
+
+__all__ = ["EnergyConfig", "EnergyNetwork", "energy_from_config"]
+
+_SIZE_MIN = 4  # two halvings must leave a pixel
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Everything that fixes the shape of an `EnergyNetwork`. The default is the published one, 1,053,824 parameters.
+
+    Args:
+        channels: width of every block.
+        image_channels: channels of the image, 3 for RGB.
+    """
+
+    channels: int = 128
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "image_channels"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"EnergyConfig.{name} must be a positive integer. Got {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EnergyConfig:
+        known = sorted(f.name for f in fields(cls))
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"EnergyConfig has the fields {known}. Got {unknown}. Remove them.")
+        return cls(**values)
+
+
+class EnergyBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip; halves the resolution by a 2x2 mean where `down`.
+
+    Args:
+        first: the block that sees the image: no activation before its first convolution, and its skip takes
+            the mean before its 1x1 convolution.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, down: bool = False, first: bool = False) -> None:
+        super().__init__()
+        self.down, self.first = down, first
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if down or c_in != c_out else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.conv1(x_BCHW if self.first else F.relu(x_BCHW))))
+        if not self.down:
+            return h + self.skip(x_BCHW)
+        if self.first:
+            return F.avg_pool2d(h, 2) + self.skip(F.avg_pool2d(x_BCHW, 2))
+        # the mean of a sum is the sum of the means
+        return F.avg_pool2d(h + self.skip(x_BCHW), 2)
+
+
+class EnergyNetwork(nn.Module):
+    """`network(x_BCHW) -> energy_B`, low where an image looks like those it was trained on.
+
+    Images are float in [0, 1], neither clamped nor refused outside (Langevin steps leave the range); inside,
+    the network sees [-1, 1]. The energy has no unit and no zero: only differences count, and PureGen divides
+    them by a temperature of 1e-4. It has no part that behaves otherwise in training than in evaluation.
+
+    Any height and width from 4 pixels. Where they are not multiples of 4 the last rows and columns count for
+    less, as in the published network.
+
+    Args:
+        config: the shape.
+    """
+
+    name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
+
+    def __init__(self, config: EnergyConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = EnergyConfig() if config is None else config
+        c = config.channels
+        self.blocks = nn.Sequential(
+            EnergyBlock(config.image_channels, c, down=True, first=True),
+            EnergyBlock(c, c, down=True),
+            EnergyBlock(c, c),
+            EnergyBlock(c, c),
+        )
+        self.readout = nn.Linear(c, 1, bias=False)
+        for module in self.modules():  # as published
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def describe(self) -> dict[str, Any]:
+        """What `energy_from_config` builds it back from, as JSON."""
+        return {"network": {"kind": "resnet", **self.config.to_dict()}}
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """
+        Raises:
+            InputError: another number of channels or dimensions, a height or width below 4, or integers.
+        """
+        channels = self.config.image_channels
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels or min(x_BCHW.shape[2:]) < _SIZE_MIN:
+            raise InputError(
+                f"An energy network takes images of shape (B, {channels}, H, W), H and W at least {_SIZE_MIN}. "
+                f"Got {tuple(x_BCHW.shape)}. Give a batch of images."
+            )
+        if not x_BCHW.is_floating_point():
+            raise InputError(
+                f"An energy network takes floating-point images in [0, 1]. Got {x_BCHW.dtype}. Divide bytes by 255."
+            )
+        h = self.blocks((2 * x_BCHW - 1).to(self.readout.weight.dtype))
+        energy_B1 = self.readout(F.relu(h).mean(dim=(2, 3)))
+        return energy_B1[:, 0].to(x_BCHW.dtype)
+
+
+def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:
+    """Build back, with fresh weights, what `EnergyNetwork.describe` said.
+
+    Raises:
+        ConfigError: it does not say a network of a known kind.
+    """
+    network = config.get("network") if isinstance(config, Mapping) else None
+    if not isinstance(network, Mapping) or (kind := network.get("kind")) != "resnet":
+        got = repr(kind) if isinstance(network, Mapping) else type(network).__name__
+        raise ConfigError(f"An energy model's configuration needs a network of the kind 'resnet'. Got {got}.")
+    return EnergyNetwork(EnergyConfig.from_dict({key: value for key, value in network.items() if key != "kind"}))

@@ -1,0 +1,315 @@
+"""`purifyloader denoiser evaluate`: how good a denoiser is, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from purifyloader import pretrained
+from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.devices import as_device
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.diffusion.samplers import SAMPLERS
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.evaluation.evaluate import default_sigmas, evaluate
+from purifyloader.evaluation.pictures import examples, picture
+from purifyloader.evaluation.sets import (
+    ATTACKS,
+    Overlap,
+    choose_images,
+    load,
+    overlap,
+    poisoned_images,
+    training_details,
+)
+from purifyloader.files import write_text
+from purifyloader.train.data import read_indices
+
+__all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
+
+JSON_FILE = "evaluation.json"
+PICTURE_FILE = "evaluation.png"
+_COUNT = 500
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="purifyloader denoiser evaluate",
+        description="Judge a denoiser on clean images that it was not trained on: PSNR over noise, error by "
+        "frequency, calibration, and what it removes from poisoned images. Prints a table.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a shipped denoiser, a checkpoint's folder, or owner/name on the hub")
+    add(
+        "--data",
+        required=True,
+        help="clean images: cifar10, cifar100 (their test split), imagefolder, webdataset, a folder of images, .tar "
+        "files, or package.module:function",
+    )
+    add("--root", default="data", help="where a dataset given by name is (default: data)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--count", type=int, metavar="N", help=f"use N images, chosen by --choose-seed (default: {_COUNT})"
+    )
+    chosen.add_argument("--indices", type=Path, metavar="FILE", help="use the images listed in this JSON file")
+    add("--size", type=int, metavar="PX", help="resize the shorter side of each image to this, and crop the centre")
+    add("--choose-seed", type=int, default=0, help="decides which images --count takes (default: 0)")
+    add(
+        "--sigma-px",
+        type=float,
+        nargs="+",
+        metavar="PX",
+        help="noise levels on the 0-255 scale (default: spread over the denoiser's range)",
+    )
+    add(
+        "--poisoned",
+        nargs="+",
+        default=None,
+        metavar="WHAT",
+        help="lsp, ar, a .npy file of perturbations or poisoned images, or the images of --data poisoned, given like "
+        "--data; none for none (default: lsp ar, for colour images)",
+    )
+    add("--steps", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
+    add("--sampler", choices=sorted(SAMPLERS), default="ancestral", help="of several calls (default: ancestral)")
+    add("--no-calibration", action="store_true", help="leave out the calibration, half of the network calls")
+    add("--seed", type=int, default=0, help="of the noise and the attacks (default: 0)")
+    add("--batch-size", type=int, help="images of a network call (default: by their size, at most 100)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE} and {PICTURE_FILE} there")
+    add("--overwrite", action="store_true", help="replace these files")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
+    options = _parser().parse_args(arguments)
+    device = as_device(options.device)
+    # as `python -m` has it, and the installed command has not: a user's own module:function lies here
+    sys.path.insert(0, os.getcwd())
+    _check_out(options)
+    denoiser: Denoiser = pretrained.load(options.model).to(device)
+    sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]
+    denoiser.check_sigma(torch.tensor(sigmas, dtype=torch.float64))  # before images are read
+    images, poisoned, data = _images(options, denoiser)
+    with _bar(None, "calls", options.quiet) as bar:
+
+        def progress(calls: int, total: int) -> None:
+            bar.total = total
+            bar.update(calls)
+
+        results = evaluate(
+            denoiser,
+            images,
+            sigmas,
+            poisoned=poisoned,
+            steps=options.steps,
+            sampler=options.sampler,
+            calibrate=not options.no_calibration,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    results = {**results, "data": data}
+    if options.json:
+        print(to_json(results), end="")
+    else:
+        print("\n".join(_table(results)))
+    if options.out is not None:
+        _write(options, results, denoiser, images, sigmas)
+    return 0
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    """Refuse before minutes of work what could not be written after them."""
+    if options.out is None:
+        if options.overwrite:
+            raise InputError("--overwrite is about files in --out. Got no --out: give the folder.")
+        return
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
+    found = [name for name in (JSON_FILE, PICTURE_FILE) if (options.out / name).exists()]
+    if found and not options.overwrite:
+        raise InputError(
+            f"Expected a folder without an evaluation as --out. Got {options.out} with {', '.join(found)}: give "
+            "another one, or --overwrite."
+        )
+
+
+def _images(options: argparse.Namespace, denoiser: Denoiser) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    """The images, their poisoned versions, and what is said of them in the results."""
+    dataset = open_dataset(options.data, options.root, train=False)
+    length = len(dataset)  # type: ignore[arg-type]
+    if not length:
+        raise InputError("Expected images in --data. Got an empty dataset.")
+    trained = overlap(training_details(options.model), options.data, length)
+    given = None if options.indices is None else read_indices(options.indices)
+    indices = choose_images(length, options.count, options.choose_seed, given, trained, _COUNT)
+    _warn_of_overlap(trained, indices)
+    with _bar(len(indices), "img", options.quiet, "reading") as bar:
+        clean = load(dataset, indices, denoiser.image_channels, options.size, bar.update)
+    specs = options.poisoned
+    if specs is None:
+        specs = list(ATTACKS) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
+    elif "none" in specs:
+        if len(specs) > 1:
+            raise InputError(f"--poisoned none stands alone. Got {' '.join(specs)}.")
+        specs = []
+    poisoned: dict[str, Tensor] = {}
+    for spec in specs:
+        name, images = poisoned_images(spec, clean, indices, length, options.root, options.size, options.seed)
+        if name in poisoned:
+            raise InputError(f"--poisoned must name each set once. Got {name} twice.")
+        poisoned[name] = images
+    split = " (test split)" if options.data in TORCHVISION else ""
+    data = {
+        # never a path: results travel
+        "description": describe(options.data) + split,
+        "length": length,
+        "indices": indices,
+        "size": options.size,
+        "trained_on_left_out": len(trained.indices) if trained.certain and given is None else 0,
+    }
+    return clean.images, poisoned, data
+
+
+def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:
+    if trained.certain or not (seen := trained.indices.intersection(indices)):
+        return
+    print(
+        "purifyloader: warning: --data has as many images as the model's training data. If it is the same, "
+        f"{len(seen)} of the {len(indices)} images chosen were trained on, and the results are too good: give other "
+        "images.",
+        file=sys.stderr,
+    )
+
+
+def _write(
+    options: argparse.Namespace,
+    results: Mapping[str, Any],
+    denoiser: Denoiser,
+    images: Tensor,
+    sigmas: Sequence[float],
+) -> None:
+    file, drawing = options.out / JSON_FILE, options.out / PICTURE_FILE
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr if options.json else sys.stdout)  # noqa: E731
+    # one that is replaced must not stay beside the other's newer twin
+    drawing.unlink(missing_ok=True)
+    try:
+        write_text(file, to_json(results))
+    except OSError as error:
+        raise PurifyError(f"Expected to write {file}. Got: {error}. Give a folder that can be written to.") from error
+    say(f"results: {file}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        say("picture: none without matplotlib: pip install 'purifyloader[plots]'")
+        return
+    picture(results, drawing, examples(denoiser, images, sigmas, seed=options.seed))
+    say(f"picture: {drawing}")
+
+
+def to_json(results: Mapping[str, Any]) -> str:
+    """The same text for the same results: sorted keys, and lists of numbers in a line."""
+    text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    return re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
+
+
+@contextmanager
+def _bar(total: int | None, unit: str, quiet: bool, text: str | None = None) -> Iterator[Any]:
+    with tqdm(total=total, unit=unit, desc=text, disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
+        yield bar
+
+
+# -- the table ---------------------------------------------------------------------------------------
+
+
+def _table(results: Mapping[str, Any]) -> Iterator[str]:
+    model, images, settings, levels = (results[key] for key in ("model", "images", "settings", "levels"))
+    calls = "one network call" if settings["steps"] == 1 else f"{settings['steps']} network calls"
+    size = " × ".join(str(side) for side in reversed(images["shape"][1:]))
+    yield (
+        f"{model['name'] or 'A denoiser'}, weights {model['weights_sha256'][:12]}: {images['count']:,} images of "
+        f"{results['data']['description']}, {size} px, {calls} an image"
+    )
+    yield ""
+    yield "PSNR in dB (± standard error), and the error by frequency: dB over the noise, at a low, middle and high one"
+    heads = [("denoiser", "denoiser"), ("one_call", "one call"), ("noised", "as it is"), ("jpeg10", "JPEG-10")]
+    heads = [(key, head) for key, head in [*heads, ("blur", "best blur")] if key in levels[0]["psnr_db"]]
+    rings = _rings(results["spectrum"]["frequency"])
+    yield _line("noise", [*(head for _, head in heads), *(f"{f:.2f} c/px" for f, _ in rings)])
+    for level in levels:
+        cells = []
+        for key, _ in heads:
+            value = level["psnr_db"][key]
+            spread = f" ± {value['standard_error']:.2f}" if key == "denoiser" and value["standard_error"] else ""
+            cells.append(f"{value['mean']:.2f}{spread}")
+        error = level["spectrum"]["error_db"]
+        noise = _decibels(level["sigma_px"])
+        cells += ["-" if error[i] is None else f"{error[i] - noise:+.1f}" for _, i in rings]
+        yield _line(f"{level['sigma_px']:.3g} px", cells)
+    if settings["calibrate"]:
+        yield ""
+        yield from _calibration(levels)
+    if levels[0]["poisoned"]:
+        yield ""
+        yield "Poisoned: RMS removed (px), share of the pattern left, and whether the removed energy tells poison (AUC)"
+        names = list(levels[0]["poisoned"])
+        heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
+        yield _line("noise", ["from clean", *heads_])
+        for level in levels:
+            cells = [f"{level['removed_px']['mean']:.2f}"]
+            for name in names:
+                found = level["poisoned"][name]
+                cells.append(f"{found['removed_px']['mean']:.2f}")
+                cells += [f"{found['remaining']['mean']:.3f}", f"{found['auc']:.3f}"]
+            yield _line(f"{level['sigma_px']:.3g} px", cells)
+
+
+def _line(first: str, cells: Sequence[str]) -> str:
+    widths = [15 if i == 0 else 12 for i in range(len(cells))]
+    return f"{first:>9}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _decibels(px: float) -> float:
+    return float(20 * torch.tensor(px, dtype=torch.float64).log10())
+
+
+def _rings(frequency: Sequence[float]) -> list[tuple[float, int]]:
+    """The rings nearest to a low, a middle and a high frequency."""
+    found = {min(range(len(frequency)), key=lambda i: abs(frequency[i] - wanted)) for wanted in (0.06, 0.25, 0.45)}
+    return [(frequency[i], i) for i in sorted(found)]
+
+
+def _calibration(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    variance = any(level["variance"] for level in levels)
+    learned_text = ", squared error of a step over its learned variance" if variance else ""
+    yield f"Calibration: RMS error of one call and the one it claims (px), noise told that serves best{learned_text}"
+    heads = ["error", "claimed", "ratio", "best/true", "bias, px", *(["variance"] if variance else [])]
+    yield _line("noise", heads)
+    for level in levels:
+        found = level["calibration"]
+        ratio, best = found["error_over_claimed"], (found["wrong_level"] or {}).get("best")
+        cells = [
+            f"{found['error_px']:.2f}",
+            "-" if found["claimed_px"] is None else f"{found['claimed_px']:.2f}",
+            "-" if ratio["mean"] is None else f"{ratio['mean']:.3f}",
+            "-" if best is None else f"{best:.3f}",
+            f"{found['bias_px']['mean']:+.3f}",
+        ]
+        if variance:
+            learned = level["variance"]
+            cells.append("-" if learned is None else f"{learned['error_over_learned']['mean']:.3f}")
+        yield _line(f"{level['sigma_px']:.3g} px", cells)

@@ -1,0 +1,360 @@
+"""The results of an evaluation as one picture. matplotlib is an extra, imported when a picture is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.evaluation import measures
+from purifyloader.evaluation.evaluate import FORMAT, VERSION
+from purifyloader.evaluation.measures import check_images
+from purifyloader.files import replacing
+
+__all__ = ["Examples", "examples", "picture"]
+
+_SHOWN_PX = (10, 25, 50)
+_GAIN = 5
+_CUT = 256  # of larger images the centre is shown
+_DPI = 100
+_LINES = ("#1a3f8f", "#5b8def", "#7fb7be", "#f2b134", "#d1603d")
+_POISONS = ("#f2b134", "#d1603d", "#8d6cab", "#4f9d69")
+_GREY = "#777777"
+
+
+class Examples(NamedTuple):
+    """Images to be shown: float32 in [0, 1], (N, H, W, C), and (levels, N, H, W, C) for each of `sigma_px`."""
+
+    sigma_px: tuple[float, ...]
+    clean: NDArray[np.float32]
+    noised: NDArray[np.float32]
+    denoised: NDArray[np.float32]
+
+
+def _some(levels_px: Sequence[float], count: int = 3) -> list[int]:
+    """Which levels are shown where there is no room for all: 10, 25 and 50 px, or evenly spread ones."""
+    found = [i for px in _SHOWN_PX for i, level in enumerate(levels_px) if abs(level / px - 1) < 1e-3]
+    if len(found) == count:
+        return found
+    return sorted({int(i) for i in np.linspace(0, len(levels_px) - 1, count).round()})
+
+
+@torch.no_grad()
+def examples(
+    denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], *, seed: int = 0, count: int = 3
+) -> Examples:
+    """Images with the noise that `evaluate` gives them, and what one network call makes of them.
+
+    Args:
+        images_NCHW: uint8, clean; `count` of them, evenly spread, are taken, and the centre of large ones.
+        sigmas: noise levels in image units, of which three are taken.
+
+    Raises:
+        InputError: images of another type or shape, no level, or one outside the denoiser's range.
+    """
+    check_images(images_NCHW, "Examples are")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1 or not len(sigmas):
+        raise InputError(f"Expected count of 1 or more and one or more sigmas. Got {count!r} and {list(sigmas)}.")
+    chosen = [sorted(sigmas)[i] for i in _some([255 * sigma for sigma in sorted(sigmas)])]
+    spread = torch.from_numpy(np.linspace(0, len(images_NCHW) - 1, min(count, len(images_NCHW)))).round().long()
+    clean = images_NCHW[spread].float() / 255
+    z = noise.normal(noise.image_keys(seed, 0, spread), clean.shape[1:])
+    noised = [clean + sigma * z for sigma in chosen]
+    denoised = [measures.estimate(denoiser, x, sigma) for x, sigma in zip(noised, chosen, strict=True)]
+
+    def shown(x_BCHW: Tensor) -> NDArray[np.float32]:
+        height, width = x_BCHW.shape[-2:]
+        top, left = max(0, height - _CUT) // 2, max(0, width - _CUT) // 2
+        x = x_BCHW[..., top : top + _CUT, left : left + _CUT].clamp(0, 1).permute(0, 2, 3, 1)
+        return (x if x.shape[-1] == 3 else x[..., :1].expand(-1, -1, -1, 3)).numpy()
+
+    return Examples(
+        tuple(255 * sigma for sigma in chosen),
+        shown(clean),
+        np.stack([shown(x) for x in noised]),
+        np.stack([shown(x) for x in denoised]),
+    )
+
+
+def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None = None) -> Path:
+    """Draw what `evaluate` found as a PNG, whole or not at all.
+
+    Args:
+        results: of `evaluate`, or read from its JSON.
+        path: replaced where it is.
+        shown: images below the curves; none without.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: results of something else, or of a newer version.
+        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """
+    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
+        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
+        raise InputError(f"Expected results of evaluate, {FORMAT!r} of version {VERSION}. Got {got}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PurifyError(
+            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
+        ) from None
+    path = Path(path)
+    figure: Any = Figure(figsize=(17, 9.3 if shown is None else 14.6), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    figure.suptitle(_title(results), fontsize=13, x=0.01, ha="left")
+    if shown is None:
+        _panels(figure.subplots(2, 4), results)
+    else:
+        top, bottom = figure.subfigures(2, 1, height_ratios=(8.6, 5.4))
+        _panels(top.subplots(2, 4), results)
+        _strip(bottom, shown)
+    try:
+        with replacing(path) as temporary:
+            # no version of matplotlib in the file: the same results are the same bytes
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
+    return path
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    model, images, settings = results["model"], results["images"], results["settings"]
+    data = results.get("data", {}).get("description")
+    shape = "×".join(str(side) for side in images["shape"][1:])
+    calls = "one network call" if settings["steps"] == 1 else f"{settings['steps']} network calls"
+    return (
+        f"{model['name'] or 'A denoiser'} ({model['parameters']:,} parameters, weights {model['weights_sha256'][:8]}) "
+        f"on {images['count']:,} images of {shape} pixels{f' of {data}' if data else ''}; {calls} an image"
+    )
+
+
+def _panels(axes: Any, results: Mapping[str, Any]) -> None:
+    levels = results["levels"]
+    chosen = [levels[i] for i in _some([level["sigma_px"] for level in levels])]
+    _psnr(axes[0, 0], levels)
+    _error_spectrum(axes[0, 1], results["spectrum"], chosen)
+    _kept(axes[0, 2], results["spectrum"], chosen)
+    _wrong_level(axes[0, 3], chosen)
+    _claims(axes[1, 0], levels)
+    _removed(axes[1, 1], levels)
+    _remaining(axes[1, 2], levels)
+    _detector(axes[1, 3], levels)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(11)
+
+
+def _nothing(axis: Any, title: str, text: str) -> None:
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.text(0.5, 0.5, text, ha="center", va="center", color=_GREY, transform=axis.transAxes)
+
+
+def _over_sigma(axis: Any, levels: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A logarithmic axis of noise, labelled at what was measured unless labels would touch."""
+    px = [level["sigma_px"] for level in levels]
+    axis.set_xscale("log")
+    ticks: list[float] = []
+    for value in px:
+        if not ticks or value / ticks[-1] > (px[-1] / px[0]) ** 0.07:
+            ticks.append(value)
+    axis.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("noise (px of 255)")
+    axis.grid(alpha=0.25)
+    return px
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [np.nan if value is None else value for value in values]
+
+
+def _curve(axis: Any, px: Sequence[float], found: Sequence[Mapping[str, Any]], label: str, colour: str, **more: Any):  # type: ignore[no-untyped-def]
+    """Means with two standard errors, which is 95 %."""
+    error = [2 * (value["standard_error"] or 0) for value in found]
+    means = _numbers([value["mean"] for value in found])
+    axis.errorbar(px, means, error, label=label, color=colour, marker="o", ms=4, capsize=2, **more)
+
+
+def _psnr(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    px = _over_sigma(axis, levels)
+    found = [level["psnr_db"] for level in levels]
+    several = "one_call" in found[0]
+    _curve(axis, px, [f["denoiser"] for f in found], "this denoiser", _LINES[0], lw=2)
+    if several:
+        _curve(axis, px, [f["one_call"] for f in found], "one call of it", _LINES[1], lw=1)
+    for name, label, colour in (
+        ("blur", "best Gaussian blur", _LINES[3]),
+        ("jpeg10", "JPEG-10", _LINES[4]),
+        ("noised", "as it is", _GREY),
+    ):
+        _curve(axis, px, [f[name] for f in found], label, colour, lw=1)
+    axis.set(title="Noised and denoised", ylabel="PSNR (dB)")
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _rings(spectrum: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Frequencies, and which are shown: not the corners, nor the mean of the image."""
+    frequency = np.asarray(spectrum["frequency"])
+    return frequency, (frequency > 0) & (frequency <= 0.5 + 1e-6)
+
+
+def _error_spectrum(axis: Any, spectrum: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> None:
+    frequency, some = _rings(spectrum)
+    clean = np.array(_numbers(spectrum["clean_db"]))
+    axis.plot(frequency[some], clean[some], color="black", lw=1.5, label="the images")
+    for level, colour in zip(chosen, _LINES, strict=False):
+        error = np.array(_numbers(level["spectrum"]["error_db"]))
+        axis.plot(frequency[some], error[some], color=colour, lw=1.8, label=f"error at {level['sigma_px']:.3g} px")
+        axis.axhline(20 * np.log10(level["sigma_px"]), color=colour, ls=":", lw=1)
+    axis.plot([], [], color=_GREY, ls=":", lw=1, label="its noise")
+    axis.set(title="Error by frequency", xlabel="frequency (cycles/pixel)", ylabel="power (dB over 1 px²)")
+    axis.set_xlim(0, 0.5)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _kept(axis: Any, spectrum: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> None:
+    frequency, some = _rings(spectrum)
+    for level, colour in zip(chosen, _LINES, strict=False):
+        kept = np.array(_numbers(level["spectrum"]["kept"]))
+        axis.plot(frequency[some], kept[some], color=colour, lw=1.8, label=f"{level['sigma_px']:.3g} px")
+    axis.axhline(1, color=_GREY, lw=0.8)
+    axis.set(title="What it keeps of the images", xlabel="frequency (cycles/pixel)", ylabel="share of the amplitude")
+    axis.set(xlim=(0, 0.5), ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _wrong_level(axis: Any, chosen: Sequence[Mapping[str, Any]]) -> None:
+    title = "Told another noise level"
+    found = [(level["sigma_px"], (level["calibration"] or {}).get("wrong_level")) for level in chosen]
+    if not any(wrong for _, wrong in found):
+        _nothing(axis, title, "not measured")
+        return
+    for (px, wrong), colour in zip(found, _LINES, strict=False):
+        if wrong:
+            error = np.array(_numbers(wrong["error_px"]))
+            error = error / error[wrong["told_over_true"].index(1.0)]
+            axis.plot(wrong["told_over_true"], error, color=colour, marker="o", ms=4, label=f"{px:.3g} px")
+    axis.axvline(1, color=_GREY, lw=0.8)
+    axis.axhline(1, color=_GREY, lw=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks([0.5, 0.71, 1, 1.41, 2], ["0.5", "0.71", "1", "1.41", "2"])
+    axis.minorticks_off()
+    axis.set(title=title, xlabel="level told / true level", ylabel="error / error when told the truth")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _claims(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    title = "Calibration: 1 is calibrated"
+    if levels[0]["calibration"] is None:
+        _nothing(axis, title, "not measured")
+        return
+    px = _over_sigma(axis, levels)
+    found = [level["calibration"] for level in levels]
+    _curve(axis, px, [f["error_over_claimed"] for f in found], "error / error claimed", _LINES[0], lw=2)
+    best = _numbers([(f["wrong_level"] or {}).get("best") for f in found])
+    axis.plot(px, best, color=_LINES[3], marker="s", ms=4, lw=1, label="best level told / true level")
+    values = [*_numbers([f["error_over_claimed"]["mean"] for f in found]), *best]
+    learned = [(level["sigma_px"], level["variance"]["error_over_learned"]) for level in levels if level["variance"]]
+    if learned:
+        _curve(axis, [p for p, _ in learned], [v for _, v in learned], "error / learned variance", _LINES[4], lw=1)
+        values += _numbers([v["mean"] for _, v in learned])
+    axis.axhline(1, color=_GREY, lw=0.8)
+    finite = [value for value in values if np.isfinite(value)] or [1.0]
+    reach = max(0.15, 1.6 * max(abs(np.log(finite))))  # room for the legend
+    axis.set_yscale("log")
+    low, high = np.exp(-reach), np.exp(reach)
+    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 5, 10) if low < t < high]
+    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axis.yaxis.minorticks_off()
+    axis.set(title=title, ylabel="ratio", ylim=(low, high))
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+
+
+def _poisons(levels: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return list(zip(levels[0]["poisoned"], _POISONS * 9, strict=False))
+
+
+def _label(name: str) -> str:
+    return name.upper() if name in ("lsp", "ar") else name[:24]
+
+
+def _removed(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    px = _over_sigma(axis, levels)
+    _curve(axis, px, [level["removed_px"] for level in levels], "from clean images", _LINES[0], lw=2)
+    for name, colour in _poisons(levels):
+        found = [level["poisoned"][name] for level in levels]
+        _curve(axis, px, [f["removed_px"] for f in found], f"from {_label(name)} images", colour, lw=1)
+        if found[0]["perturbation_px"]["mean"] is not None:
+            axis.axhline(found[0]["perturbation_px"]["mean"], color=colour, ls=":", lw=1)
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+    if len(ticks) > 1:
+        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axis.yaxis.minorticks_off()
+    if levels[0]["poisoned"]:
+        axis.plot([], [], color=_GREY, ls=":", lw=1, label="size of the poison")
+    axis.set(title="What it removes", ylabel="image − washed image (RMS, px of 255)")
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _remaining(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    title = "What is left of a poison"
+    if not levels[0]["poisoned"]:
+        _nothing(axis, title, "no poisoned images given")
+        return
+    px = _over_sigma(axis, levels)
+    for name, colour in _poisons(levels):
+        found = [level["poisoned"][name] for level in levels]
+        _curve(axis, px, [f["remaining"] for f in found], f"{_label(name)}: of the pattern", colour, lw=1.8)
+        _curve(axis, px, [f["distance"] for f in found], f"{_label(name)}: of any change", colour, lw=1, ls="--")
+    axis.set(title=title, ylabel="share of its size", ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+
+
+def _detector(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
+    title = "Poisoned images told by what is removed"
+    if not levels[0]["poisoned"]:
+        _nothing(axis, title, "no poisoned images given")
+        return
+    px = _over_sigma(axis, levels)
+    for name, colour in _poisons(levels):
+        values = _numbers([level["poisoned"][name]["auc"] for level in levels])
+        axis.plot(px, values, color=colour, marker="o", ms=4, label=_label(name))
+    axis.axhline(0.5, color=_GREY, lw=0.8)
+    axis.text(px[0], 0.505, "chance", color=_GREY, fontsize=8)
+    axis.set(title=title, ylabel="area under the ROC curve", ylim=(min(0.45, axis.get_ylim()[0]), 1.02))
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _strip(figure: Any, shown: Examples) -> None:
+    rows, groups = len(shown.clean), len(shown.sigma_px)
+    # a narrow empty column before each noise level
+    grid = figure.add_gridspec(rows, 1 + 4 * groups, width_ratios=[1, *([0.12, 1, 1, 1] * groups)])
+    filled = [0, *(column for column in range(1, 1 + 4 * groups) if column % 4 != 1)]
+    for row in range(rows):
+        axes = [figure.add_subplot(grid[row, column]) for column in filled]
+        columns = [("clean", shown.clean[row])]
+        for group, px in enumerate(shown.sigma_px):
+            noised, denoised = shown.noised[group, row], shown.denoised[group, row]
+            difference = np.clip(0.5 + _GAIN * (denoised - shown.clean[row]), 0, 1)
+            columns += [(f"+ {px:.3g} px noise", noised), ("denoised", denoised), (f"its error ×{_GAIN}", difference)]
+        for axis, (title, image) in zip(axes, columns, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row == 0:
+                axis.set_title(title, fontsize=10)

@@ -1,0 +1,288 @@
+"""One configuration that decides the weights of a denoiser, and the recipes: presets over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
+from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
+from purifyloader.diffusion.unet import UNetConfig
+from purifyloader.errors import ConfigError
+from purifyloader.train.augment import AUGMENTATIONS
+
+__all__ = ["RECIPES", "TrainConfig", "recipe"]
+
+_SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
+
+
+def check_start_from(value: Any) -> None:
+    if value is not None and (
+        not isinstance(value, Mapping)
+        or set(value) != {"name", "weights_sha256"}
+        or not isinstance(value["name"], str | None)
+        or not isinstance(value["weights_sha256"], str)
+    ):
+        raise ConfigError(
+            'start_from must be None or {"name": ..., "weights_sha256": ...}; a name alone is given as --start-from. '
+            f"Got {value!r}."
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the weights, beside the images.
+
+    Args:
+        objective: "hybrid" (ECLIPSE, Eq. 8: timesteps of a schedule, the noise's error, and the
+            variational terms where the network learns its variance) or "sigma" (continuous noise level
+            over `sigma_range`, EDM weights).
+        parameterization: what the network predicts: "epsilon" (noise), "v", "x0" or "edm".
+        time: the network's time input: "timestep" (of the schedule, rescaled to 0..1000) or "log-sigma".
+            "sigma" has no timesteps and takes "log-sigma" only.
+        schedule: of "hybrid": "cosine" or "linear".
+        timesteps: T of the schedule.
+        max_timestep: train on 1..max_timestep only (PureGen: 250 of 1000); None is all of them.
+        sigma_range: lowest and highest noise of "sigma", in image units.
+        sigma_center, sigma_spread: "sigma" draws ln(sigma) from a normal distribution with this
+            median (image units) and standard deviation, cut off at `sigma_range`.
+        gamma: weight of the variational sum of "hybrid".
+        network: shape of the U-Net.
+        start_from: None for random weights, or `{"name": ..., "weights_sha256": ...}` of the denoiser
+            that training starts from.
+        steps: optimiser steps.
+        batch_size: images a step, over all processes.
+        learning_rate: AdamW's, reached linearly over `warmup` steps and let down to zero over the last
+            `decay_steps`, as `decay` says ("linear" or "cosine").
+        ema_decay: of the averaged weights, which are the result; (1 + step) / (10 + step) while that
+            is smaller. 0 for no average.
+        clip_norm: gradients with a larger norm are scaled down to it.
+        replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of
+            steps it changes only which images meet in a batch.
+        augment: any of "flip", "crop", "rotate", "mixup"; see `purifyloader.train.augment`.
+        patch_size: train on random squares of this side, in pixels; None trains on whole images.
+        dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
+        compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
+        seed: of the initial weights and of all that is drawn.
+    """
+
+    objective: str = "hybrid"
+    parameterization: str = "epsilon"
+    time: str = "timestep"
+    schedule: str = "cosine"
+    timesteps: int = 4000
+    max_timestep: int | None = None
+    sigma_range: tuple[float, float] = (0.001, 0.3)
+    sigma_center: float = 0.06
+    sigma_spread: float = 1.1
+    gamma: float = 0.001
+    network: UNetConfig = field(default_factory=UNetConfig)
+    start_from: Mapping[str, str | None] | None = None
+    steps: int = 250_000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay_steps: int = 0
+    decay: str = "linear"
+    ema_decay: float = 0.9999
+    clip_norm: float = 1.0
+    replicate: int = 4
+    augment: tuple[str, ...] = ()
+    patch_size: int | None = None
+    dtype: str = "float32"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, UNetConfig):
+            raise ConfigError(f"network must be a UNetConfig, or its fields. Got {self.network!r}.")
+        if not isinstance(self.augment, tuple) or not all(isinstance(name, str) for name in self.augment):
+            raise ConfigError(f"augment must be a tuple of names. Got {self.augment!r}.")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed must be an integer of 64 bits. Got {self.seed!r}.")
+        if (
+            not isinstance(self.sigma_range, tuple)
+            or len(self.sigma_range) != 2
+            or not all(isinstance(s, int | float) for s in self.sigma_range)
+            or not 0 < self.sigma_range[0] < self.sigma_range[1] < math.inf
+        ):
+            raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {self.sigma_range!r}.")
+        check_start_from(self.start_from)
+        choices = {
+            "objective": ("hybrid", "sigma"),
+            "parameterization": tuple(PARAMETERIZATIONS),
+            "time": ("timestep", "log-sigma"),
+            "schedule": tuple(_SCHEDULES),
+            "decay": ("linear", "cosine"),
+            "dtype": ("float32", "bfloat16"),
+            "compile": (False, True),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}. Got {getattr(self, name)!r}."
+                )
+        for name, low in {
+            "steps": 1,
+            "batch_size": 1,
+            "timesteps": 2,
+            "replicate": 0,
+            "warmup": 0,
+            "decay_steps": 0,
+        }.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}. Got {getattr(self, name)!r}.")
+        for name in ("learning_rate", "clip_norm", "sigma_center", "sigma_spread"):
+            self._check_number(name, lambda value: 0 < value < math.inf, "a number above 0")
+        for name in ("weight_decay", "gamma"):
+            self._check_number(name, lambda value: 0 <= value < math.inf, "a number of at least 0")
+        self._check_number("ema_decay", lambda value: 0 <= value < 1, "a number in [0, 1)")
+        if self.objective == "sigma" and self.time != "log-sigma":
+            raise ConfigError(
+                f"The objective 'sigma' has no timesteps: time must be 'log-sigma'. Got {self.time!r}: set it too."
+            )
+        if self.objective == "sigma" and self.network.learned_variance:
+            raise ConfigError(
+                "The objective 'sigma' does not train a variance. Got a network with learned_variance: "
+                "use the objective 'hybrid', or a network without."
+            )
+        if self.max_timestep is not None and (
+            type(self.max_timestep) is not int or not 2 <= self.max_timestep <= self.timesteps
+        ):
+            raise ConfigError(f"max_timestep must lie in 2..{self.timesteps} (timesteps). Got {self.max_timestep!r}.")
+        if self.patch_size is not None and (type(self.patch_size) is not int or self.patch_size < 8):
+            raise ConfigError(f"patch_size must be an integer of at least 8, in pixels. Got {self.patch_size!r}.")
+        if unknown := sorted(set(self.augment) - set(AUGMENTATIONS)):
+            raise ConfigError(f"augment takes any of {', '.join(AUGMENTATIONS)}. Got {', '.join(unknown)}.")
+
+    def _check_number(self, name: str, good: Callable[[float], bool], range_: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
+            raise ConfigError(f"{name} must be {range_}. Got {value!r}.")
+
+    @property
+    def top_timestep(self) -> int:
+        """The highest timestep that is trained."""
+        return self.timesteps if self.max_timestep is None else self.max_timestep
+
+    def noise_schedule(self) -> Schedule:
+        return _SCHEDULES[self.schedule](self.timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {**asdict(self), "network": self.network.to_dict()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: TrainConfig | None = None) -> TrainConfig:
+        """A configuration from what `to_dict` gave, or from some of it over `base`.
+
+        Raises:
+            ConfigError: an unknown field, or a value that its field does not take.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"Known fields of a TrainConfig: {', '.join(sorted(known))}. Got {', '.join(unknown)}.")
+        start = (base or cls()).to_dict()
+        merged = {**start, **values}
+        network = merged["network"]
+        if isinstance(network, Mapping):
+            try:
+                network = UNetConfig.from_dict({**start["network"], **network})
+            except TypeError as error:
+                raise ConfigError(
+                    f"A field of the network has a value of another kind. Got {network} ({error})."
+                ) from None
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+        try:
+            return cls(**{**arguments, "network": network})
+        except TypeError as error:
+            raise ConfigError(f"A field of the training configuration has a value of another kind ({error}).") from None
+
+
+def _eclipse(size: int) -> TrainConfig:
+    """ECLIPSE (Sec. 4), with improved-diffusion's defaults where the paper is silent.
+
+    Levels and attention (at 16 x 16 and 8 x 8) follow improved-diffusion's rule for the image size.
+    """
+    shapes: dict[int, dict[str, Any]] = {
+        32: {"multipliers": (1, 2, 2, 2), "attention_levels": (1, 2)},
+        64: {"multipliers": (1, 2, 3, 4), "attention_levels": (2, 3)},
+        128: {"multipliers": (1, 1, 2, 3, 4), "attention_levels": (3, 4)},
+    }
+    return TrainConfig(network=UNetConfig(**shapes[size]))
+
+
+def _light(size: int) -> TrainConfig:
+    """Only the noise that purification uses, one small network: what two CPU cores manage in an hour.
+
+    Without attention the network is convolutional, so that larger images are trained on by patches.
+    """
+    return TrainConfig(
+        objective="sigma",
+        parameterization="edm",
+        time="log-sigma",
+        network=UNetConfig.small(),
+        steps=10_000,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup=200,
+        decay_steps=2_500,
+        ema_decay=0.999,
+        augment=("flip",),
+        patch_size=None if size == 32 else 48,
+        dtype="bfloat16",
+    )
+
+
+def _puregen(size: int) -> TrainConfig:
+    """PureGen-DDPM: only t <= 250 of the linear schedule, diffusers' network, no average.
+
+    One network for every size, its attention at the fifth of six levels: 2 x 2 for 32 pixels. 29,297 steps are
+    the published 150 epochs of 50,000 images; on a sparse set they are more epochs. The weight decay is
+    torch's default for AdamW, which the published settings do not name.
+    """
+    return TrainConfig(
+        schedule="linear",
+        timesteps=1000,
+        max_timestep=250,
+        network=UNetConfig(
+            multipliers=(1, 1, 2, 2, 4, 4),
+            blocks=2,
+            attention_levels=(4,),
+            head_channels=8,
+            scale_shift=False,
+            learned_variance=False,
+        ),
+        steps=29_297,
+        batch_size=256,
+        weight_decay=0.01,
+        warmup=500,
+        decay_steps=29_297,
+        decay="cosine",
+        ema_decay=0.0,
+        replicate=0,
+    )
+
+
+RECIPES: dict[str, Callable[[int], TrainConfig]] = {"eclipse": _eclipse, "light": _light, "puregen": _puregen}
+"""Name -> the configuration for images of 32, 64 or 128 pixels."""
+
+
+def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainConfig:
+    """The configuration of a recipe for images of this size.
+
+    Args:
+        name: a key of `RECIPES`.
+        image_size: side in pixels; what is not 32, 64 or 128 gets the nearest of these (by ratio).
+        image_channels: of the images.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"A recipe must be one of {', '.join(sorted(RECIPES))}. Got {name!r}.")
+    nearest = min((32, 64, 128), key=lambda size: max(size / image_size, image_size / size))
+    return TrainConfig.from_dict({"network": {"image_channels": image_channels}}, RECIPES[name](nearest))

@@ -1,0 +1,501 @@
+"""Sparse training of a denoiser: a few hundred to a few thousand clean images, on any number of processes.
+
+Everything random is a function of (seed, step, position in the batch), so a run that was stopped goes on with
+the step it would have taken, to the same weights (bit for bit with the same number of threads), and several
+processes share the very batches that one would take (the same weights up to the order of a sum).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from purifyloader import noise
+from purifyloader.devices import as_device
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
+from purifyloader.diffusion.unet import UNet
+from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.errors import ConfigError, InputError, TrainingError
+from purifyloader.train import curves as pictures
+from purifyloader.train.augment import geometric, mixup, patches
+from purifyloader.train.config import TrainConfig
+from purifyloader.train.state import STATE_FILE, identity, load_state, save_state, writing
+
+__all__ = [
+    "batch_indices",
+    "build_denoiser",
+    "draw_sigma",
+    "learning_rate",
+    "peak_memory",
+    "started_from",
+    "train_denoiser",
+]
+
+log = logging.getLogger(__name__)
+
+# What each number drawn for an image of a step is for; augmentations have the ones above.
+_TIME, _NOISE = 0, 1
+
+_SMOOTH = 0.02  # of a new loss in its running mean
+_DIVERGED = 10.0  # times the lowest running mean: no way back
+_SUSPECT = 2.0  # times the lowest: not a state worth keeping
+_SETTLED = 100  # steps before a running mean is worth stopping for
+_BEGUN = 10  # steps before it is worth comparing at all
+_SAVING_SHARE = 0.05  # of the time, at most, goes into writing states
+
+
+def started_from(config: TrainConfig, start: NetworkDenoiser) -> TrainConfig:
+    """The configuration that says it starts from the weights of `start`."""
+    return dataclasses.replace(config, start_from={"name": start.name, "weights_sha256": weights_sha256(start)})
+
+
+def build_denoiser(
+    config: TrainConfig, image_channels: int = 3, start: NetworkDenoiser | None = None
+) -> NetworkDenoiser:
+    """The denoiser before training. Random weights are a function of `config.seed`; torch's generator is left alone.
+
+    Args:
+        config: its `start_from` must be that of `start`.
+        image_channels: of the images, which the network must have.
+        start: take the weights of this denoiser. It may lack a learned variance that the new one has.
+
+    Raises:
+        ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
+    """
+    if config.network.image_channels != image_channels:
+        raise ConfigError(
+            f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
+            "Set image_channels in its configuration."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = UNet(config.network)
+    timesteps = config.time == "timestep"
+    if config.objective == "hybrid":
+        schedule = config.noise_schedule()
+        low, high = (float(schedule.sigma(t)) for t in (1, config.top_timestep))
+        denoiser = NetworkDenoiser(network, config.parameterization, (low, high), schedule if timesteps else None)
+    else:
+        denoiser = NetworkDenoiser(network, config.parameterization, config.sigma_range)
+    _start(denoiser, config, start)
+    return denoiser
+
+
+def _told(denoiser: NetworkDenoiser) -> str:
+    return "the logarithm of sigma" if denoiser.schedule is None else "timesteps"
+
+
+def _start(denoiser: NetworkDenoiser, config: TrainConfig, start: NetworkDenoiser | None) -> None:
+    wanted = config.start_from
+    got = None if start is None else {"name": start.name, "weights_sha256": weights_sha256(start)}
+    if (wanted is None) != (got is None) or (
+        wanted is not None and got is not None and wanted["weights_sha256"] != got["weights_sha256"]
+    ):
+        raise ConfigError(
+            f"The configuration starts from {dict(wanted) if wanted else 'random weights'}. "
+            f"Got {got or 'no denoiser'}: give start= the denoiser that it names (started_from says it)."
+        )
+    if start is None:
+        return
+    if start.parameterization != denoiser.parameterization:
+        raise ConfigError(
+            f"A denoiser that predicts {denoiser.parameterization!r} cannot start from one that predicts "
+            f"{start.parameterization!r}. Set parameterization={start.parameterization!r}."
+        )
+    if (start.schedule is None) != (denoiser.schedule is None):
+        raise ConfigError(
+            f"A network that is told {_told(denoiser)} cannot start from one that is told {_told(start)}. "
+            f"Got time={config.time!r}: give the other."
+        )
+    weights, old = denoiser.network.state_dict(), start.network.state_dict()
+    # the rows that a learned variance adds keep their zeros, which say: halfway between the bounds
+    grown = denoiser.learned_variance and not start.learned_variance
+    bad = [
+        name
+        for name in sorted({*weights, *old})
+        if name not in weights
+        or name not in old
+        or (weights[name].shape != old[name].shape and not (grown and name.startswith("conv_out.")))
+    ]
+    if bad:
+        raise ConfigError(
+            f"To start from a denoiser the network must have its shape. Got {len(bad)} tensors that differ "
+            f"({', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}): give its network in the configuration."
+        )
+    with torch.no_grad():
+        for name, value in weights.items():
+            value[: len(old[name])].copy_(old[name])
+
+
+class _Objective(nn.Module):
+    """The loss as a module, so that one wrapper serves however many processes there are."""
+
+    def __init__(self, denoiser: NetworkDenoiser, config: TrainConfig) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.config = config
+        self.schedule = config.noise_schedule()
+
+    def forward(self, x0_BCHW: Tensor, level_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Mean loss; `level_B` is a timestep or a sigma."""
+        config = self.config
+        with torch.autocast(x0_BCHW.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            if config.objective == "sigma":
+                return sigma_loss(self.denoiser, x0_BCHW, level_B, noise_BCHW).mean()
+            return hybrid_loss(
+                self.denoiser, x0_BCHW, level_B, noise_BCHW, config.gamma, self.schedule, config.top_timestep
+            ).mean()
+
+
+def batch_indices(config: TrainConfig, count: int, step: int) -> Tensor:
+    """Images of a step: the replicated set shuffled anew each epoch, batches running on across epochs."""
+    length = count * (1 + config.replicate)
+    positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+    chosen = torch.empty(config.batch_size, dtype=torch.int64)
+    for epoch in (positions // length).unique().tolist():
+        order = noise.uniform(noise.image_keys(config.seed, epoch, 0), (length,))[0].argsort()
+        here = positions // length == epoch
+        chosen[here] = order[positions[here] % length] % count
+    return chosen
+
+
+def draw_sigma(config: TrainConfig, keys_B: Tensor) -> Tensor:
+    """Truncated log-normal noise levels by inverting the distribution function, (B,) float64."""
+    ends = torch.tensor(config.sigma_range, dtype=torch.float64).log()
+    low, high = torch.special.ndtr((ends - math.log(config.sigma_center)) / config.sigma_spread)
+    u = low + (high - low) * noise.uniform(keys_B, (1,), _TIME)[:, 0]
+    sigma = (math.log(config.sigma_center) + config.sigma_spread * torch.special.ndtri(u)).exp()
+    return sigma.clamp(*config.sigma_range)
+
+
+def _examples(config: TrainConfig, images: Tensor, step: int, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(clean images in [0, 1], noise levels, noise) of the positions first..last of a step's batch."""
+    chosen_B = batch_indices(config, len(images), step)
+    device = images.device
+    keys_B = noise.image_keys(config.seed, step, torch.arange(first, last))
+    x0 = images[chosen_B[first:last].to(device)].to(torch.float32) / 255
+    if "mixup" in config.augment:
+        # a batch is a random draw, so the image before is as good as any other
+        other = chosen_B.roll(1)[first:last].to(device)
+        x0 = mixup(x0, images[other].to(torch.float32) / 255, keys_B)
+    if config.patch_size is not None:
+        x0 = patches(x0, keys_B, config.patch_size)
+    x0 = geometric(x0, keys_B, config.augment)
+    z = noise.normal(keys_B.to(device), x0.shape[1:], _NOISE)
+    if config.objective == "sigma":
+        return x0, draw_sigma(config, keys_B), z
+    u = noise.uniform(keys_B, (1,), _TIME)[:, 0]
+    return x0, (u * config.top_timestep).floor().to(torch.int64) + 1, z
+
+
+@contextlib.contextmanager
+def _dropout_seed(config: TrainConfig, step: int, first: int, device: torch.device) -> Iterator[None]:
+    """torch's generator as a function of (seed, step, first position), where the network draws from it at all."""
+    if not config.network.dropout:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(noise.image_keys(config.seed, step, first)[0]))
+        yield
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    left = min(1.0, (config.steps - step) / config.decay_steps) if config.decay_steps else 1.0
+    down = left if config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return config.learning_rate * up * down
+
+
+def _check(images: Tensor, config: TrainConfig, world_size: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise InputError(
+            "Training takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
+            f"Got {images.dtype} {tuple(images.shape)}."
+        )
+    if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
+        raise ConfigError(
+            f"patch_size must be at most the side of the images, {min(images.shape[-2:])}. Got {config.patch_size}."
+        )
+    if config.batch_size % world_size:
+        raise ConfigError(
+            f"batch_size must be a multiple of the number of processes, {world_size}, which share each batch. "
+            f"Got {config.batch_size}."
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def train_denoiser(
+    images: Tensor,
+    out: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    start: NetworkDenoiser | None = None,
+    validation: Tensor | None = None,
+    validate_every: int | None = None,
+    micro_batch: int | None = None,
+    device: str | torch.device = "cpu",
+    save_every: float = 60.0,
+    on_step: Callable[[int, float], None] | None = None,
+    progress: bool = True,
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """Train a denoiser on clean images; call again with the same arguments to go on after a stop.
+
+    Where torch.distributed is initialised, its processes share each batch; the first one writes. Otherwise
+    this is one process.
+
+    Args:
+        images: uint8, (N, C, H, W): the sparse clean set.
+        out: folder for the state of the run, its curves and its samples.
+        config: what to train and how.
+        start: the denoiser that `config.start_from` names.
+        validation: uint8, (V, C, H, W), clean and not among `images`: PSNR is measured on them on the way.
+        validate_every: steps between two measurements; by default a twentieth of the run.
+        micro_batch: images whose activations are in memory at once, in each process; a batch is taken in
+            several parts where it is larger. By default all of them.
+        device: where.
+        save_every: seconds between two states; a killed run loses at most these.
+        on_step: called after each step, in each process, with the number of steps done and the loss.
+        progress: show a bar.
+
+    Returns:
+        The denoiser with averaged weights, and a record: steps, seconds, epochs, running mean of the loss,
+        processes, peak memory, and `warnings`.
+
+    Raises:
+        InputError: images of another type or shape.
+        ConfigError: images or processes that the configuration does not fit.
+        TrainingError: the loss or its gradient is not finite, or the loss has run away; or `out` holds the
+            state of another run.
+        CheckpointError: the state in `out` is damaged.
+    """
+    spread = distributed.is_available() and distributed.is_initialized()
+    rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
+    _check(images, config, world_size)
+    if validation is not None:
+        _check(validation, config, 1)
+        if validation.shape[1] != images.shape[1]:
+            raise InputError(
+                f"Validation takes images with the channels of those trained on, {images.shape[1]}. "
+                f"Got {validation.shape[1]}."
+            )
+    for name, given in (("micro_batch", micro_batch), ("validate_every", validate_every)):
+        if given is not None and (type(given) is not int or given < 1):
+            raise InputError(f"{name} must be a positive integer. Got {given}.")
+    if not save_every >= 0:
+        raise InputError(f"save_every must be at least 0 seconds. Got {save_every}.")
+    device = as_device(device)
+    folder = Path(out)
+    path = folder / STATE_FILE
+    own = identity(config, images.cpu())
+    denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
+    if device.type == "cuda":
+        denoiser.to(memory_format=torch.channels_last)
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    parameters = dict(denoiser.named_parameters())
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=fused
+    )
+    plan = {name: getattr(config, name) for name in ("steps", "warmup", "decay_steps")}
+    step, seconds, mean, lowest = 0, 0.0, math.nan, math.inf
+    curves = pictures.Curves()
+    warnings: list[str] = []
+    if path.exists():
+        header, groups = load_state(path, own)
+        step, seconds, mean = header["step"], header["seconds"], header["loss"]
+        lowest = math.inf if header["lowest_loss"] is None else header["lowest_loss"]
+        if step > config.steps:
+            raise TrainingError(
+                f"{path} is of a run that has done {step} steps already. Got {config.steps} as steps: give at least "
+                "these, or another output folder."
+            )
+        curves, warnings = pictures.Curves(header["curves"]), header["warnings"]
+        if (planned := header["plan"]) != plan:
+            warnings.append(
+                "the length was changed: planned were {steps:,} steps, warm-up over {warmup:,} and decay over the last "
+                "{decay_steps:,}; ".format(**planned)
+                + "from step {:,} on {steps:,}, {warmup:,} and {decay_steps:,}".format(step, **plan)
+            )
+        denoiser.load_state_dict(groups["model"])
+        average.load_state_dict(groups["average"])
+        for name, parameter in parameters.items():
+            if name in groups.get("exp_avg", {}):
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step), device=device if fused else "cpu"),
+                    "exp_avg": groups["exp_avg"][name].to(device),
+                    "exp_avg_sq": groups["exp_avg_sq"][name].to(device),
+                }
+        log.info("going on from step %d of %d in %s", step, config.steps, path)
+    if config.compile:
+        denoiser.network.compile()
+    objective: nn.Module = _Objective(denoiser, config)
+    if spread:
+        objective = DistributedDataParallel(objective, [device.index] if device.type == "cuda" else None)
+
+    share = config.batch_size // world_size
+    part = share if micro_batch is None else min(share, micro_batch)
+    images = images.to(device)
+    levels = pictures.validation_levels(denoiser.sigma_range)
+    judge = None
+    if validation is not None and rank == 0:
+        judge = pictures.Validation(validation, images.cpu(), levels)
+    every = max(1, config.steps // 20) if validate_every is None else validate_every
+    log_every = max(1, config.steps // 500)
+
+    def save(mean: float, lowest: float) -> None:
+        header = {
+            "identity": own,
+            "plan": plan,
+            "step": step,
+            "seconds": seconds,
+            "loss": mean,
+            "lowest_loss": lowest if math.isfinite(lowest) else None,
+            "curves": curves.rows,
+            "warnings": warnings,
+        }
+        moments = {
+            moment: {n: optimizer.state[p][moment] for n, p in parameters.items() if optimizer.state.get(p)}
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+        save_state(path, header, {"model": denoiser.state_dict(), "average": average.state_dict(), **moments})
+        with writing(folder / pictures.CURVES_CSV):
+            curves.write_csv(folder)
+
+    def validate() -> None:
+        if judge is None or any(row["step"] == step for row in curves.validated()):
+            return
+        measured = judge.measure(average)
+        if not all(map(math.isfinite, measured.values())):
+            if step == config.steps:
+                raise stop("The denoised images became infinite or NaN")
+            return  # the next loss says it, in all processes
+        curves.add(step=step, **measured)
+        message = pictures.overfitting([judge.means(row) for row in curves.validated()])
+        warned = any(warning.startswith("step ") for warning in warnings)
+        if message is not None and (not warned or step == config.steps):  # once, and how it ended
+            warnings.append(f"step {step}: {message}")
+            log.warning(
+                "step %d: %s. More images, fewer steps or --augment flip would help; the best so far was at step %d.",
+                step,
+                message,
+                max(curves.validated(), key=lambda row: judge.means(row)[0])["step"],
+            )
+        with writing(folder):
+            curves.write_picture(folder, judge)
+            pictures.write_samples(average, judge.held_out, levels, folder / pictures.SAMPLES_PNG)
+
+    def stop(reason: str) -> TrainingError:
+        bar.close()
+        kept = ""
+        if path.exists():
+            done = load_state(path, own)[0]["step"]
+            kept = f" The last good state is kept in {path}: the same command with --steps {done} makes a checkpoint."
+        return TrainingError(
+            f"{reason} at step {step + 1}.{kept} Lower the learning rate, or use float32, and start again with "
+            "another output folder."
+        )
+
+    def finite() -> bool:
+        return all(bool(p.isfinite().all()) for p in average.parameters())
+
+    begun = last = saved = time.monotonic()
+    saving = 0.0
+    bar = tqdm(total=config.steps, initial=step, disable=not progress or rank > 0, unit="step", desc="training")
+    while step < config.steps:
+        if step and step % every == 0:
+            if not finite():  # in every process alike
+                raise stop("The weights became infinite or NaN")
+            validate()
+        rate = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        value = torch.zeros((), device=device)
+        x0, level, z = _examples(config, images, step, rank * share, (rank + 1) * share)
+        for first in range(0, share, part):
+            piece = slice(first, first + part)
+            whole = first + part >= share
+            quiet = objective.no_sync() if spread and not whole else contextlib.nullcontext()  # type: ignore[operator]
+            with quiet, _dropout_seed(config, step, rank * share + first, device):
+                loss = objective(x0[piece], level[piece], z[piece]) * (len(x0[piece]) / share)
+                loss.backward()
+            value += loss.detach()
+        if spread:  # so that all processes judge, and stop, alike
+            distributed.all_reduce(value)
+            value /= world_size
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
+        loss_now = float(value)
+        if not math.isfinite(loss_now) or not math.isfinite(norm):
+            raise stop(f"The loss became {loss_now} with a gradient of norm {norm}")
+        before = mean, lowest  # a state is of the weights before this step, which a resumed run takes again
+        mean = loss_now if math.isnan(mean) else mean + _SMOOTH * (loss_now - mean)
+        if step >= _BEGUN:
+            lowest = min(lowest, mean)
+            if step >= _SETTLED and mean > _DIVERGED * lowest:
+                raise stop(f"The loss has run away, to {mean:.4g} from {lowest:.4g} (running means),")
+        now = time.monotonic()
+        seconds, last = seconds + now - last, now
+        # The weights that gave this finite loss are what is saved, so that a state is never a broken one.
+        due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
+        if rank == 0 and due and not mean > _SUSPECT * lowest:
+            save(*before)
+            saved = time.monotonic()
+            saving = saved - now
+        optimizer.step()
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(parameters.values()), 1 - decay)
+        step += 1
+        if step % log_every == 0 or step == config.steps:
+            curves.add(
+                step=step,
+                epoch=round(step * config.batch_size / len(images), 3),
+                seconds=round(seconds, 2),
+                learning_rate=rate,
+                loss=round(mean, 6),
+                gradient_norm=round(norm, 5),
+            )
+        if on_step is not None:
+            on_step(step, loss_now)
+        bar.update()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+    bar.close()
+    if not finite():
+        raise stop("The weights became infinite or NaN")
+    if rank == 0:
+        validate()
+        if last > begun or not path.exists():
+            save(mean, lowest)
+    record = {
+        "steps": step,
+        "seconds": round(seconds, 1),
+        "epochs": round(step * config.batch_size / len(images), 1),
+        "loss": mean,
+        "processes": world_size,
+        "peak_memory": peak_memory(device),
+        "warnings": warnings,
+    }
+    return average, record

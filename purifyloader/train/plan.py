@@ -1,0 +1,117 @@
+"""What a training will cost, measured on this machine before it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from purifyloader.devices import as_device
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.train.config import TrainConfig
+from purifyloader.train.loop import build_denoiser, peak_memory, train_denoiser
+
+__all__ = ["measure", "report"]
+
+_WARM, _TIMED = 2, 5
+_PATIENCE = 60.0  # seconds; then the steps there are must do
+
+
+class _Enough(Exception):
+    pass
+
+
+def measure(
+    images: Tensor,
+    config: TrainConfig,
+    *,
+    start: NetworkDenoiser | None = None,
+    micro_batch: int | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """Train for a few steps of the very configuration, and say what all of it would take.
+
+    Returns:
+        parameters; model_bytes and state_bytes, of the files; images; epochs; first_step_seconds (with
+        compilation); seconds_per_step (median of `timed_steps`); seconds, of all steps; peak_memory in bytes, of
+        the GPU or of this process.
+    """
+    with torch.device("meta"):
+        denoiser = build_denoiser(dataclasses.replace(config, start_from=None), images.shape[1])
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    moments = [time.monotonic()]
+
+    def on_step(step: int, loss: float) -> None:
+        moments.append(time.monotonic())
+        # processes that wait for one another must agree on when to stop
+        tired = not distributed.is_initialized() and moments[-1] - moments[0] > _PATIENCE
+        if step == _WARM + _TIMED or tired:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        few = dataclasses.replace(config, steps=max(config.steps, _WARM + _TIMED + 1))
+        train_denoiser(
+            images,
+            folder,
+            few,
+            start=start,
+            micro_batch=micro_batch,
+            device=device,
+            save_every=float("inf"),
+            on_step=on_step,
+            progress=False,
+        )
+    taken = [b - a for a, b in itertools.pairwise(moments)]
+    timed = taken[_WARM:] or taken[-1:]
+    return {
+        "parameters": parameters,
+        "model_bytes": 4 * parameters,
+        "state_bytes": 16 * parameters,
+        "images": len(images),
+        "epochs": round(config.steps * config.batch_size / len(images), 1),
+        "first_step_seconds": round(taken[0], 3),
+        "timed_steps": len(timed),
+        "seconds_per_step": round(statistics.median(timed), 4),
+        "seconds": round(statistics.median(timed) * config.steps, 1),
+        "peak_memory": peak_memory(as_device(device)),
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    days, minutes = divmod(minutes, 24 * 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{days} d"] * bool(days) + [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * (not days)
+    return " ".join(parts)
+
+
+def report(plan: dict[str, Any], config: TrainConfig, machine: str, now: datetime.datetime) -> str:
+    """The plan as lines for people."""
+    end = now + datetime.timedelta(seconds=plan["seconds"])
+    rows = [
+        ("parameters", f"{plan['parameters']:,}"),
+        (
+            "files",
+            f"{plan['model_bytes'] / 1e6:,.1f} MB the checkpoint, {plan['state_bytes'] / 1e6:,.1f} MB until it is done",
+        ),
+        ("images", f"{plan['images']:,}, each seen {plan['epochs']:,.0f} times"),
+        ("steps", f"{config.steps:,} of {config.batch_size} images"),
+        (
+            "a step",
+            f"{plan['seconds_per_step']:.3g} s (median of {plan['timed_steps']}; the first took "
+            f"{plan['first_step_seconds']:.3g} s) on {machine}",
+        ),
+        ("memory", f"{plan['peak_memory'] / 1e9:.2f} GB at most"),
+        ("in all", f"{_duration(plan['seconds'])}; started now it ends about {end:%Y-%m-%d %H:%M}"),
+    ]
+    return "\n".join(f"{name:<12}{text}" for name, text in rows)

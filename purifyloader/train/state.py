@@ -1,0 +1,86 @@
+"""The state of a training run on disk: one safetensors file, replaced as a whole, that any stop leaves readable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from purifyloader.errors import CheckpointError, TrainingError
+from purifyloader.files import canonical_json, replacing
+from purifyloader.train.config import TrainConfig
+
+__all__ = ["STATE_FILE", "identity", "load_state", "save_state", "writing"]
+
+STATE_FILE = "training-state.safetensors"
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+def identity(config: TrainConfig, images_NCHW: Tensor) -> dict[str, Any]:
+    """What must be the same for a stopped run to go on. The length may change until the rate is let down."""
+    values = config.to_dict()
+    for name in ("steps", "warmup", "decay_steps", "compile"):
+        values.pop(name)
+    digest = hashlib.sha256(images_NCHW.contiguous().numpy().tobytes()).hexdigest()
+    return {"config": values, "images_sha256": digest, "count": len(images_NCHW)}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong in writing the file or folder, most often no room, as a `TrainingError`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(
+            f"Could not write {path} ({error}). The state before it, if any, is kept: make room, and run the same "
+            "command again."
+        ) from None
+
+
+def save_state(path: Path, header: dict[str, Any], groups: Groups) -> None:
+    """Write the tensors of each group, and a JSON header.
+
+    Raises:
+        TrainingError: no room; the state that stood there is kept.
+    """
+    tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, d in groups.items() for k, v in d.items()}
+    with writing(path), replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
+
+
+def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Groups]:
+    """The header and the tensors of each group.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        TrainingError: it belongs to a run with another identity.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["purifyloader"])
+            flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
+        saved = header["identity"]
+        differing = [k for k in expected["config"] if saved["config"].get(k) != expected["config"][k]]
+        differing += [k for k in ("images_sha256", "count") if saved[k] != expected[k]]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole training state ({error}). Delete it to train from the start."
+        ) from None
+    if differing:
+        raise TrainingError(
+            f"{path} belongs to a run with another {', '.join(differing)}. Got a configuration that cannot "
+            "go on from it: give the same one, or another output folder."
+        )
+    groups: Groups = {}
+    for name, tensor in flat.items():
+        group, key = name.split("/", 1)
+        groups.setdefault(group, {})[key] = tensor
+    return header, groups
