@@ -194,7 +194,6 @@ def purify(denoiser: Any, images: Images) -> Images:
 
 def remaining(sample: Mapping[str, Images], washed: Mapping[str, Images], poison: str) -> list[float]:
     """The share of the poison that purification leaves: mean over images and standard error."""
-
     parts = (sample["clean"], sample[poison], washed["clean"], washed[poison])
     return mean_and_error(removed_energy(*(as_tensor(x) / 255 for x in parts)).remaining.tolist())
 
@@ -210,8 +209,7 @@ def mean_and_error(values: Sequence[float] | NDArray[np.float64]) -> list[float]
 class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.ood = options, dict(pair.split("=", 1) for pair in options.ood)
-        self.all_images, labels = load_sample(HERE / "data", "train")
-        self.images, self.labels = self.all_images[: options.images], labels[: options.images]
+        self.images, self.labels = load_sample(HERE / "data", "train")
         self.test_images, self.test_labels = load_sample(HERE / "data", "test")
         self.test = as_tensor(self.test_images)
         self.runs = {n: r for n, r in plan(list(self.ood)).items() if not options.only or n in options.only}
@@ -222,7 +220,7 @@ class Study:
     def cifar(self) -> tuple[Tensor, Labels]:
         dataset = open_dataset(self.options.cifar, self.options.root)
         most = max(run.images for run in plan().values())
-        images, indices = sparse_set(dataset, most, as_tensor(self.all_images), self.test)
+        images, indices = sparse_set(dataset, most, as_tensor(self.images), self.test)
         return images, np.array([int(dataset[i][1]) for i in indices])
 
     def training_set(self, run: Run) -> Tensor:
@@ -349,26 +347,27 @@ def psnr_table(runs: Mapping[str, Any]) -> str:
 
 
 def accuracy_table(runs: Mapping[str, Any]) -> str:
-    lines = []
+    cells, lines = measured_cells(runs), []
     for name, row in runs.items():
-        left = [f"{100 * row['remaining'][p][0]:.1f}" if "remaining" in row else "100" for p in ("AR", "LSP")]
-        lines.append([name, *left, *(spread(list(row["accuracy"].get(cell, {}).values())) for cell in CELLS)])
-    return table(["run", "AR left (%)", "LSP left (%)", *CELLS], lines)
+        line = [f"{100 * row['remaining'][p][0]:.1f}" if "remaining" in row else "100" for p in ("AR", "LSP")]
+        for values in (list(row["accuracy"].get(cell, {}).values()) for cell in cells):
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            line.append(f"{np.mean(values):.1f}{spread}" if values else "–")
+        lines.append([name, *line])
+    return table(["run", "AR left (%)", "LSP left (%)", *cells], lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+def measured_cells(runs: Mapping[str, Any]) -> list[str]:
+    return [cell for cell in CELLS if any(row["accuracy"].get(cell) for row in runs.values())]
 
 
 def with_tables(text: str, results: Mapping[str, Any]) -> str:
     """The write-up with the tables between its markers made anew; they are appended to one without."""
     measured = {name: row for name, row in results["runs"].items() if "test" in row}
     for name, made in {"psnr": psnr_table(measured), "accuracy": accuracy_table(results["runs"])}.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- {name} -->", "<!-- end -->"
         before, found, after = text.partition(start)
-        text = before + ("" if found else "\n") + start + made + end + (after.partition(end)[2] or "\n")
+        text = before + ("" if found else "\n") + f"{start}\n{made}\n{end}" + (after.partition(end)[2] or "\n")
     return text
 
 
@@ -376,25 +375,29 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """Left: PSNR against the base, with the other seed's difference as a band. Right: accuracies."""
     from matplotlib.figure import Figure
 
-    rows = {name: row for name, row in results["runs"].items() if "test" in row}
-    base, at = rows.get("base", next(iter(rows.values()))), np.arange(len(rows))
-    figure = Figure(figsize=(12, 0.36 * len(rows) + 1.6), layout="constrained")
+    runs, px = results["runs"], results["settings"]["purify_px"]
+    measured = {name: row for name, row in runs.items() if "test" in row}
+    base = measured.get("base", next(iter(measured.values())))
+    figure = Figure(figsize=(12, 0.34 * len(runs) + 1.6), layout="constrained")
     quality, defended = figure.subplots(1, 2, sharey=True)
-    for px, mark in zip(PX, "os^", strict=True):
-        differences = [row["test"][str(px)][0] - base["test"][str(px)][0] for row in rows.values()]
-        quality.plot(differences, at, mark, ms=5, label=f"{px} px")
-    band = max((abs(d) for d, _ in rows.get("seed-1", {}).get("difference", {}).values()), default=0)
-    quality.axvspan(-band, band, color="#dddddd", zorder=0, label="another seed")
+    for level, mark in zip(PX, "os^", strict=True):
+        differences = [row["test"][str(level)][0] - base["test"][str(level)][0] for row in measured.values()]
+        quality.plot(differences, range(len(measured)), mark, ms=5, label=f"{level} px")
+    band = max((abs(d) for d, _ in measured.get("seed-1", {}).get("difference", {}).values()), default=0)
+    quality.axvspan(-band, band, color="#dddddd", zorder=0, label="another seed, largest")
     quality.set_xscale("symlog", linthresh=0.2)
-    quality.set(xlabel="PSNR on test images against the base (dB)", yticks=at, yticklabels=list(rows))
+    ticks = (-2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.5)
+    quality.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    quality.set(xlabel="PSNR on test images against the base (dB)", yticks=range(len(runs)), yticklabels=list(runs))
     quality.invert_yaxis()
-    for cell, mark in zip(CELLS, "ooxxoo", strict=True):
-        points = [(v, y) for y, row in enumerate(rows.values()) for v in row["accuracy"].get(cell, {}).values()]
-        defended.plot(*zip(*points, strict=True) if points else ((), ()), mark, ms=5, alpha=0.8, label=cell)
-    defended.set(xlabel=f"accuracy of the victims (%), purified at {results['settings']['purify_px']} px")
+    for cell in measured_cells(runs):
+        points = [(v, y) for y, row in enumerate(runs.values()) for v in row["accuracy"].get(cell, {}).values()]
+        defended.plot(*zip(*points, strict=True), "o", ms=6, alpha=0.8, label=cell)
+    defended.set(xlabel=f"accuracy of the victims (%), purified at {px} px (none: not purified)")
     for axis in (quality, defended):
         axis.grid(color="#eeeeee")
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=5, frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
 
 
@@ -425,7 +428,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, metavar="CELL", help=f"of {CELLS}")
     parser.add_argument("--steps", type=int, default=600, help="of each denoiser, in batches of 32")
     parser.add_argument("--seeds", type=int, default=2, help="victims in each cell")
-    parser.add_argument("--images", type=int, help="train victims on the first of the sample's images only")
     parser.add_argument("--width", type=int, default=8, help="of the victims")
     parser.add_argument("--epochs", type=int, default=8, help="of the victims")
     parser.add_argument("--threads", type=int, help="of torch")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ from purifyloader.diffusion.weights import named_weights
 from purifyloader.energy.network import EnergyNetwork, energy_from_config
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files import canonical_json, file_sha256, replacing, write_text
+from purifyloader.pretrained.messages import listed
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find
 
-__all__ = ["FORMATS", "VERSION", "load", "model_facts", "read_config", "save"]
+__all__ = ["FORMATS", "VERSION", "Summary", "load", "model_facts", "read_config", "save", "summary"]
 
 FORMATS = {"denoiser": "purifyloader-denoiser", "energy": "purifyloader-energy"}
 """The format that config.json names, for each kind of model. The kind is also the name of a field."""
@@ -93,9 +94,9 @@ def save(
     if not isinstance(name, str | None):
         raise InputError(f"The name of a model must be a string or None. Got {type(name).__name__}.")
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"A checkpoint is saved to a folder. Got the file {folder}. Give another path.")
-    found = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (folder / file).exists()]
+    found = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / file)]
     if found and not overwrite:
         raise CheckpointError(
             f"A checkpoint is saved to a folder without one. Got {folder}, which has {', '.join(found)}. "
@@ -103,7 +104,7 @@ def save(
         )
     weights = {key: tensor.float() for key, tensor in named_weights(its.network(model)).items()}
     if bad := _not_finite(weights):
-        raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {_some(bad)}.")
+        raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {listed(bad)}.")
     try:
         details = json.loads(canonical_json(dict(details or {})))
     except (TypeError, ValueError) as error:
@@ -113,11 +114,14 @@ def save(
     try:
         with replacing(folder / MODEL_FILE) as temporary:
             save_file(weights, temporary, metadata={_METADATA: canonical_json(header)})
-    except SafetensorError as error:
-        raise CheckpointError(f"Could not write {folder / MODEL_FILE}: {error}. Is the disk full?") from error
-    write_text(folder / CARD_FILE, card if card is not None else _minimal_card(model, name))
-    config = {**header, "name": name, "model_sha256": file_sha256(folder / MODEL_FILE), "details": details}
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        write_text(folder / CARD_FILE, card if card is not None else _minimal_card(model, name))
+        config = {**header, "name": name, "model_sha256": file_sha256(folder / MODEL_FILE), "details": details}
+        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"A checkpoint must be written to {folder}. Got: {error}. Make room on the disk or give another folder, "
+            "one that you may write to, and save it again."
+        ) from error
 
 
 @overload
@@ -136,7 +140,7 @@ def load(
     Args:
         name_or_path: one of `list()`, the folder that `save` wrote, or, for a folder of that layout on the
             Hugging Face hub, `"owner/name"` or `"owner/name@revision"`. Only the last touches the network,
-            and only where there is no folder of that name.
+            and only where there is no folder of that name, which a warning then says.
         kind: what is asked for, "denoiser" or "energy": the other kind is an error.
 
     Raises:
@@ -153,7 +157,10 @@ def load(
     if not file.is_file():
         raise CheckpointError(f"A checkpoint holds {MODEL_FILE}. Got none in {folder}. {_AGAIN}.")
     # Read once: what is hashed is what is loaded, and nothing stays mapped to a file that may change.
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
     # Before the hash, because "truncated" says more than "another hash".
     try:
         weights = read_safetensors(data)
@@ -190,12 +197,59 @@ def load(
     return frozen
 
 
-def read_config(folder: Path, kind: str = "denoiser") -> dict[str, Any]:
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file} must be a file that can be read. Got: {error}. Check the rights and the disk.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What can be said of a checkpoint without loading its weights.
+
+    Attributes:
+        kind: a key of `FORMATS`.
+        parameters: how many.
+        noise_px: of a denoiser, the levels it was trained for, in px; None for another kind.
+    """
+
+    kind: str
+    parameters: int
+    noise_px: tuple[float, float] | None
+
+
+def summary(folder: Path) -> Summary:
+    """The kind, size and noise range of a checkpoint, from config.json and the header of model.safetensors.
+
+    Neither the hash nor the fit of the weights is checked: that is for `load`.
+
+    Raises:
+        CheckpointError: either file is missing, damaged or no checkpoint's.
+    """
+    config = read_config(folder, None)
+    kind = next(kind for kind, name in FORMATS.items() if name == config["format"])
+    file = folder / MODEL_FILE
+    try:
+        with safe_open(file, "pt") as weights:
+            parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} must be a whole safetensors file. Got: {error}. {_AGAIN}.") from None
+    if kind != "denoiser":
+        return Summary(kind, parameters, None)
+    try:
+        low, high = (255 * float(sigma) for sigma in config[kind]["sigma_range"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} must say the sigma_range of the denoiser, [low, high]. Got "
+            f"{config[kind].get('sigma_range')!r}. {_AGAIN}."
+        ) from None
+    return Summary(kind, parameters, (low, high))
+
+
+def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
     """config.json of a checkpoint folder, its format, version and fields checked.
 
     Args:
         folder: the checkpoint.
-        kind: of model that it must be, a key of `FORMATS`.
+        kind: of model that it must be, a key of `FORMATS`; None for any.
 
     Raises:
         CheckpointError: it is missing, not JSON, of another format, another kind or a newer version.
@@ -209,18 +263,22 @@ def read_config(folder: Path, kind: str = "denoiser") -> dict[str, Any]:
             f"A checkpoint holds {CONFIG_FILE}, written last. Got none in {folder}: this is no "
             f"checkpoint, or saving it was stopped. {_AGAIN}."
         ) from None
+    except OSError as error:
+        raise _unreadable(file, error) from None
     except ValueError as error:  # also text that is not UTF-8
         raise CheckpointError(f"{file} must be JSON. Got {error}. {_AGAIN}.") from None
     found = config.get("format") if isinstance(config, dict) else None
-    if found not in FORMATS.values():
+    other = next((k for k, name in FORMATS.items() if name == found), None)
+    if other is None:
         check_not_foreign(folder, config)
         got = repr(found) if isinstance(config, dict) else type(config).__name__
+        formats = repr(FORMATS[kind]) if kind is not None else " or ".join(map(repr, FORMATS.values()))
         raise CheckpointError(
-            f"{file} must be an object with the format {FORMATS[kind]!r}. Got {got}. "
+            f"{file} must be an object with the format {formats}. Got {got}. "
             "Give the folder of a checkpoint that purifyloader.pretrained.save wrote."
         )
-    if found != FORMATS[kind]:
-        other = next(k for k, name in FORMATS.items() if name == found)
+    kind = other if kind is None else kind
+    if other != kind:
         raise CheckpointError(
             f"{folder} must hold {_KINDS[kind].words}. Got {_KINDS[other].words} (format {found!r}). Give "
             f"{_KINDS[kind].words} here; purifyloader.pretrained.load(..., kind={other!r}) reads this one."
@@ -250,20 +308,20 @@ def _header(data: bytes) -> dict[str, Any]:
 def _check_fit(file: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
     complaints = []
     if missing := sorted(set(expected) - set(got)):
-        complaints.append(f"without {_some(missing)}")
+        complaints.append(f"without {listed(missing)}")
     if unexpected := sorted(set(got) - set(expected)):
-        complaints.append(f"with the unknown {_some(unexpected)}")
+        complaints.append(f"with the unknown {listed(unexpected)}")
     both = [key for key in sorted(expected) if key in got]
     if shapes := [
         f"{key} (expected {tuple(expected[key].shape)}, got {tuple(got[key].shape)})"
         for key in both
         if expected[key].shape != got[key].shape
     ]:
-        complaints.append(f"with other shapes: {_some(shapes)}")
+        complaints.append(f"with other shapes: {listed(shapes)}")
     if dtypes := [f"{key} ({got[key].dtype})" for key in both if got[key].dtype != torch.float32]:
-        complaints.append(f"not in float32: {_some(dtypes)}")
+        complaints.append(f"not in float32: {listed(dtypes)}")
     if bad := _not_finite(got):
-        complaints.append(f"with NaN or infinity in {_some(bad)}")
+        complaints.append(f"with NaN or infinity in {listed(bad)}")
     if complaints:
         raise CheckpointError(
             f"{file} must hold the finite float32 weights of the network in {CONFIG_FILE}. "
@@ -273,11 +331,6 @@ def _check_fit(file: Path, expected: Mapping[str, Tensor], got: Mapping[str, Ten
 
 def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     return [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def model_facts(model: NetworkDenoiser | EnergyNetwork) -> dict[str, str]:

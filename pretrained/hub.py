@@ -3,10 +3,14 @@
 A hub id is `owner/name`, or `owner/name@revision` for a branch, a tag or a commit. The hub's own cache,
 environment variables (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) and login apply. What was downloaded once
 loads without a network.
+
+A mistyped path may look like an id, so whoever takes an id for one calls `warn` before anything is asked. And the
+client makes a path of the revision when it looks into its cache, so one that could leave that is no revision.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -14,11 +18,15 @@ from pathlib import Path
 
 from purifyloader.errors import CheckpointError, InputError
 
-__all__ = ["download", "files", "is_hub_id", "parse"]
+__all__ = ["download", "files", "is_hub_id", "parse", "warn"]
 
-# the hub's own rule for names; a revision may be a branch with slashes
+log = logging.getLogger("purifyloader")
+
+# the hub's own rule for names; a revision may be a branch with slashes, and by git's rule no part of it begins with a
+# dot, nor are there two dots together
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
-_ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(?:@(?P<revision>[\w.][\w./+-]*))?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(?:/[\w+-][\w.+-]*)*", re.ASCII)
+_ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION.pattern}))?", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
@@ -38,6 +46,11 @@ def parse(hub_id: str) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
+def warn(hub_id: str) -> None:
+    """Say that a name is taken for a hub id, before the hub is asked: it may have been meant as a path."""
+    log.warning("no folder %s here: taking it from the hub", hub_id)
+
+
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     """A folder with those of the files `names` that the repository has; its own name is the commit.
 
@@ -49,8 +62,10 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
         names: of files in the repository.
 
     Raises:
+        InputError: what cannot be a revision.
         CheckpointError: no such repository or revision, no access, or no network and nothing there from before.
     """
+    _check_revision(revision)
     from huggingface_hub import snapshot_download  # half a second, for those who use the hub
 
     try:
@@ -67,12 +82,18 @@ def files(repository: str, revision: str | None) -> list[str]:
     Raises:
         CheckpointError: as `download`.
     """
+    _check_revision(revision)
     from huggingface_hub import HfApi
 
     try:
         return sorted(HfApi().list_repo_files(repository, revision=revision))
     except Exception as error:
         raise _explained(repository, revision, error) from error
+
+
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and _REVISION.fullmatch(revision) is None:
+        raise InputError(f"A revision on the hub is a branch, a tag or a commit. Got {revision!r}.")
 
 
 def _explained(repository: str, revision: str | None, error: Exception) -> CheckpointError:

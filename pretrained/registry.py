@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained import hub
+from purifyloader.pretrained.messages import listed
 
-__all__ = ["CONFIG_FILE", "MODEL_FILE", "CARD_FILE", "PICKLES", "available", "check_not_foreign", "find"]
+__all__ = ["CONFIG_FILE", "MODEL_FILE", "CARD_FILE", "PICKLES", "available", "check_not_foreign", "find", "is_local"]
+
+log = logging.getLogger("purifyloader")
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
@@ -28,11 +32,27 @@ def available() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
+def is_local(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether `find` would take this from this machine: a name that ships, or a folder that is there.
+
+    Asks nobody and reads nothing, so it says what may be done with a name that a stranger wrote into a file. What
+    is in the folder is for `find` and `load` to say.
+    """
+    return isinstance(name_or_path, str | os.PathLike) and _local(name_or_path) is not None
+
+
+def _local(name_or_path: str | os.PathLike[str]) -> Path | None:
+    if isinstance(name_or_path, str) and name_or_path in available():
+        return _SHIPPED / name_or_path
+    return Path(name_or_path) if os.path.isdir(name_or_path) else None
+
+
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The checkpoint folder that a shipped name, a path or a hub id stands for.
 
     A shipped name comes before a folder of that name in the working directory (write `./name` for the
-    folder), and a folder `owner/name` before the repository `owner/name` on the hub, which is downloaded.
+    folder), and a folder `owner/name` before the repository `owner/name` on the hub, which is downloaded: a warning
+    says so first.
 
     Raises:
         InputError: neither a string nor a path.
@@ -41,19 +61,17 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(f"A model is given by its name or by a path to its folder. Got {type(name_or_path).__name__}.")
-    if isinstance(name_or_path, str) and name_or_path in available():
-        return _SHIPPED / name_or_path
+    if (folder := _local(name_or_path)) is not None:
+        if not os.path.isfile(folder / MODEL_FILE):
+            check_not_foreign(folder)
+        return folder
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / MODEL_FILE).is_file():
-            check_not_foreign(path)
-        return path
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the pickle {path}, which could run "
             f"code when read. {_CONVERT.format(source=path, format='FORMAT')}"
         )
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(
             f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the file {path}. Give its folder, or, "
             f"where it is from elsewhere, convert it once: purifyloader convert {path} OUT --format FORMAT."
@@ -83,7 +101,10 @@ def check_not_foreign(folder: Path, config: Any = None) -> None:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             config = None
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder} must be a folder that can be read. Got: {error}. Check its rights.") from None
     if (found := foreign(names, config)) is not None:
         what, format_ = found
         raise CheckpointError(
@@ -105,16 +126,17 @@ def foreign(names: list[str], config: Any) -> tuple[str, str] | None:
     if fields.get("format") is None and "nf" in fields:
         return "PureGen's energy network", "puregen-energy"
     if MODEL_FILE not in names and (pickles := [n for n in names if n.lower().endswith(PICKLES)]):
-        more = f" and {len(pickles) - 4} more" if len(pickles) > 4 else ""
-        return f"pickles: {', '.join(pickles[:4])}{more}", "FORMAT"
+        return f"pickles: {listed(pickles, 4)}", "FORMAT"
     return None
 
 
 def _from_hub(hub_id: str) -> Path:
     """The checkpoint at `hub_id`, downloaded or from the hub's own cache: config.json first, which is small."""
     repository, revision = hub.parse(hub_id)
+    hub.warn(hub_id)
     folder = hub.download(repository, revision, [CONFIG_FILE])
     commit = folder.name  # the branch may move on between two calls
+    log.info("%s on the hub is commit %s", hub_id, commit)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from purifyloader import __version__
 from purifyloader.errors import PurifyError
@@ -36,8 +36,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _models() -> Iterator[str]:
+    """A line for each model that ships, also for one that cannot be read; no weights are loaded."""
+    from purifyloader.pretrained.checkpoint import summary
+    from purifyloader.pretrained.registry import available, find
+
+    for name in available():
+        try:
+            its = summary(find(name))
+        except PurifyError as error:
+            yield f"{name:<23} cannot be read: {' '.join(str(error).split())}"
+            continue
+        what = f"of kind {its.kind}"
+        if its.noise_px is not None:
+            what = "for noise from {:.2g} to {:.0f} px".format(*its.noise_px)
+        yield f"{name:<23} {its.parameters / 1e6:>6.1f} M parameters, {what}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; errors of the user's are one line on standard error and exit status 2."""
+    """Run the command.
+
+    Errors of the user's are one line on standard error and exit status 2; so is an interruption, with 130.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if argv[:2] == ["train", "denoiser"]:
@@ -61,14 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return cache(argv[1:])
         _parser().parse_args(argv)  # "models" is what is left
-        from purifyloader import pretrained
-
-        for name in pretrained.available():
-            print(name)
+        for line in _models():
+            print(line)
         return 0
     except PurifyError as error:
         print(f"purifyloader: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("purifyloader: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import sys
 import tarfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -292,7 +293,8 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             a folder: the images below it, without targets;
             a tar, or a pattern such as "train-*.tar" or "train-{0000..0009}.tar": `TarDataset`;
             "package.module:function", without arguments, that returns a map-style dataset. What it
-            raises is raised.
+            raises is raised. For this one alone, the working directory is put at the end of `sys.path`: a module
+            of the user's own is found there, and hides none that is installed.
         root: where a dataset given by name is.
         train: the training or the test split of cifar10 and cifar100.
 
@@ -321,6 +323,8 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             f"Expected {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of images, .tar files (a path, or "
             f"a pattern such as train-{{0000..0009}}.tar), or package.module:function. Got {spec!r}."
         )
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

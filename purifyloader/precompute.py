@@ -100,8 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
-    # `python -m` has it, and the installed command has not: a user's own module:function lies here
-    sys.path.insert(0, os.getcwd())
     rank, world_size = place(options.rank, options.world_size)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if options.rank is not None else world_size))
     device = _device(options.device, rank)

@@ -221,6 +221,23 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tenso
     assert subprocess.run([*command, "--overwrite"], capture_output=True, check=False, cwd=tmp_path).returncode == 0
 
 
+def test_the_command_says_on_standard_error_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "purifyloader", "convert", str(GOLDEN / "improved.pt")]
+    options = ["--format", "eclipse", "--heads", "2", "--norm-groups", "2"]
+    done = subprocess.run([*command, "file/out", *options], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("purifyloader: error: A checkpoint must be written to file/out. Got: ")
+    assert done.stderr.count("\n") == 1
+    done = subprocess.run([*command, "out", *options], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("warning: out: ") for line in lines)
+    assert "does not denoise" in done.stderr
+    assert "warning" not in done.stdout
+
+
 def trained_network() -> UNet:
     network = UNet(SHAPE)
     wanted = openai_names(network)
@@ -488,7 +505,7 @@ def test_every_wrong_reading_is_found_and_named(
 
 
 def test_what_does_not_denoise_is_said(
-    tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, images: torch.Tensor, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -497,8 +514,9 @@ def test_what_does_not_denoise_is_said(
     arguments = [str(tmp_path / "untrained.pt"), str(tmp_path / "out"), "--format", "eclipse", "--heads", "2"]
     put_images(images, tmp_path / "pictures")
     assert main([*arguments, "--norm-groups", "4", "--images", str(tmp_path / "pictures")]) == 0
-    text = capsys.readouterr().out
-    assert "warning: The converted model does not denoise" in text
+    assert "tried on 4 images of an image folder" in capsys.readouterr().out
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "The converted model does not denoise" in text
     assert "untrained" in text
 
 
@@ -529,6 +547,18 @@ def test_synthetic_images() -> None:
     assert not torch.equal(first, dead_leaves(3, 24, seed=6))
     grey = dead_leaves(2, 16, channels=1)
     assert grey.shape == (2, 1, 16, 16)
+
+
+def test_a_network_that_gives_no_numbers_gains_nothing(images: torch.Tensor) -> None:
+    class Broken(NetworkDenoiser):
+        def predict(self, x_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x_BCHW * float("nan"), None
+
+    denoiser = Broken(trained_network(), "epsilon", (0.01, 1.0), CosineSchedule(4000))
+    judged = judge_denoiser(denoiser, images[:2], "images")
+    assert all(row.denoised == 0 for row in judged.rows)
+    assert "does not denoise" in judged.warnings[0]
+    assert json.dumps(judged.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("sigma_range", [(0.001, 0.3), (0.01, 150.0), (0.001, 0.02), (0.5, 2.0)])

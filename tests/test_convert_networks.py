@@ -32,7 +32,7 @@ from purifyloader.pretrained.convert.diffusers import (
     denoiser_from_folder_parts,
     schedule_from_scheduler,
 )
-from purifyloader.pretrained.convert.mapping import qkv_rows, trained_range
+from purifyloader.pretrained.convert.mapping import qkv_rows, tensors_only, trained_range
 from purifyloader.pretrained.convert.openai import OpenAISettings, denoiser_from_state
 from purifyloader.pretrained.convert.score_sde import ScoreSDESettings, denoiser_from_shadow
 
@@ -764,3 +764,9 @@ def test_a_schedule_must_come_from_somewhere_and_not_twice():
         denoiser_from_folder_parts(config, scheduler, state, DiffusersSettings(max_timestep=1001))
     with pytest.raises(CheckpointError, match="has beta_schedule"):
         denoiser_from_folder_parts(config, {"_class_name": "ScoreSdeVeScheduler"}, state)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_wrappers_put_before_every_name_is_taken_off(prefix: str) -> None:
+    state = {f"{prefix}a.weight": torch.zeros(1), f"{prefix}module.b": torch.zeros(2)}
+    assert list(tensors_only(state, "It")) == ["a.weight", "module.b"]

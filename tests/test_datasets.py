@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from purifyloader.datasets import ImageFiles, TarDataset, open_dataset
 from purifyloader.errors import InputError
 from tests.conftest import random_images
 
+ROOT = Path(__file__).parents[1]
 COUNT = 10
 
 
@@ -388,6 +390,58 @@ def make_broken():
 def test_what_a_users_function_raises_is_theirs():
     with pytest.raises(RuntimeError, match="my own"):
         open_dataset("tests.test_datasets:make_broken")
+
+
+def make_nothing():
+    return []
+
+
+def test_only_a_users_function_is_looked_for_in_the_working_directory(tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = [*sys.path]
+    (tmp_path / "images").mkdir()
+    picture(0).save(tmp_path / "images/0.png")
+    open_dataset("images")
+    open_dataset(str(tars[0]))
+    with pytest.raises(InputError):
+        open_dataset("imagenet")
+    assert sys.path == before
+    for _ in range(2):
+        open_dataset("tests.test_datasets:make_nothing")
+        assert sys.path == [*before, str(tmp_path)]
+
+
+def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
+    """It has no working directory in its path, as `python -m` has. A user's own module is found there all the same."""
+    (tmp_path / "images").mkdir()
+    for index in range(2):
+        picture(index, size=16).save(tmp_path / f"images/{index}.png")
+    for name in ("json", "matplotlib", "torch", "numpy", "huggingface_hub"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'a').write(__name__)")
+    (tmp_path / "mine.py").write_text(
+        "import json\nfrom purifyloader.datasets import open_dataset\ndef make():\n    return open_dataset('images')\n"
+    )
+    trained = ROOT / "tests/golden/plausibility/trained.safetensors"
+    code = "import sys; from purifyloader.cli import main; sys.exit(main(sys.argv[1:]))"
+    for data in ("images", "mine:make"):
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            code,
+            "convert",
+            str(trained),
+            "out",
+            "--overwrite",
+            "--format",
+            "eclipse",
+        ]
+        command += ["--heads", "2", "--norm-groups", "4", "--images", data]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / "was-run").exists()
 
 
 def test_an_unknown_name_lists_what_there_is(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from scipy import stats
 
 from purifyloader import noise, pretrained
 from purifyloader.bench.sample import load_sample
-from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.objective import posterior_log_variance_bounds
 from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
@@ -38,7 +39,8 @@ from purifyloader.evaluation import (
 )
 from purifyloader.evaluation.command import main, to_json
 from purifyloader.poisons import autoregressive, lsp
-from tests.conftest import random_images, tiny_denoiser
+from purifyloader.train.data import load_images
+from tests.conftest import random_images, tiny_denoiser, tiny_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,8 +70,9 @@ class Wiener(Denoiser):
         fraction = None
         if self.variance is not None:
             level = sigma.flatten()[:1]
-            t = round(float(self.schedule.t(level.numpy())[0]))
-            below = torch.tensor([float(self.schedule.sigma(t - 1))], dtype=torch.float64)
+            schedule = self.schedule or CosineSchedule(4000)
+            t = round(float(schedule.t(level.numpy())[0]))
+            below = torch.tensor([float(schedule.sigma(t - 1))], dtype=torch.float64)
             lower, upper = posterior_log_variance_bounds(level, below)
             miss = (1 - (below / level) ** 2) ** 2 * self.tau**2 * level**2 / (self.tau**2 + level**2)
             value = float(((self.variance * (lower.exp() + miss)).log() - lower) / (upper - lower))
@@ -212,6 +215,26 @@ def test_a_learned_variance_is_compared_with_the_error_of_the_step(factor):
     assert evaluate(top, gaussian_bytes(2), [top.sigma_range[1] * (1 + 1e-9)])["levels"][0]["variance"] is not None
 
 
+def test_a_learned_variance_without_a_schedule_is_judged_on_the_steps_of_the_purifiers():
+    told_log_sigma = Wiener(variance=2.0)
+    told_log_sigma.schedule = None
+    variance = evaluate(told_log_sigma, gaussian_bytes(4), [0.1])["levels"][0]["variance"]
+    assert variance["error_over_learned"]["mean"] == pytest.approx(0.5, rel=1e-3)
+    # cifar10-eclipse: timesteps 1 to 1000 of T = 4000, and no schedule
+    schedule = CosineSchedule(4000)
+    ends = float(schedule.sigma(1)), float(schedule.sigma(1000))
+    hybrid = NetworkDenoiser(tiny_network(learned_variance=True), "edm", ends)
+    levels = evaluate(hybrid, gaussian_bytes(2), [ends[0], 25 / 255, ends[1]])["levels"]
+    assert [level["variance"]["t"] for level in levels] == [2, round(float(schedule.t(25 / 255))), 1000]
+    assert levels[1]["variance"]["below_px"] < levels[1]["variance"]["sigma_px"] == pytest.approx(25, rel=0.01)
+    with torch.no_grad():
+        z = noise.normal(noise.image_keys(0, 0, range(2)), (3, 16, 16))
+        t = levels[1]["variance"]["t"]
+        two = float(schedule.sigma(t)), float(schedule.sigma(t - 1))
+        found = variance_calibration(hybrid, gaussian_bytes(2).float() / 255, z, *two)
+    assert levels[1]["variance"]["error_over_learned"]["mean"] == pytest.approx(float(found.learned.mean()), rel=1e-4)
+
+
 def test_a_fixed_variance_has_no_calibration():
     z, _ = draws(2)
     assert variance_calibration(Wiener(), gaussian(2), z, 0.1, 0.099) is None
@@ -321,6 +344,41 @@ def test_its_psnr_is_that_of_psnr():
     assert level["psnr_db"]["denoiser"]["standard_error"] == pytest.approx(stats.sem(single.numpy()), rel=1e-4)
     removed = 255 * (clean - out).double().square().mean(dim=(1, 2, 3)).sqrt()
     assert level["removed_px"]["mean"] == pytest.approx(float(removed.mean()), rel=1e-5)
+
+
+def test_batches_change_nothing_and_bound_the_memory(monkeypatch):
+    images = random_images(23, size=24)
+    denoiser, seen = tiny_denoiser(), []
+    clean, x = measures.noised(images, 0.1, seed=4)
+    z = noise.normal(noise.image_keys(4, 0, range(23)), (3, 24, 24))
+    assert torch.equal(clean, images.float() / 255)
+    assert torch.equal(x, clean + 0.1 * z)
+    assert torch.equal(measures.noised(images, 0.1, 4, 20, 30)[1], x[20:])
+    whole = [
+        psnr(denoiser, images, 0.1, seed=4, batch_size=23),
+        float(measures.psnr_of(measures.corruptions.jpeg(x.clamp(0, 1), 10), clean).mean()),
+        float(measures.psnr_of(x.clamp(0, 1), clean).mean()),
+    ]
+    normal = noise.normal
+
+    def counted(keys, shape, *step):
+        seen.append(len(keys) * math.prod(shape))
+        return normal(keys, shape, *step)
+
+    monkeypatch.setattr(measures, "_BATCH_VALUES", 5 * 3 * 24 * 24 + 1)
+    monkeypatch.setattr(measures.noise, "normal", counted)
+    batched = [psnr(denoiser, images, 0.1, seed=4), jpeg_psnr(images, 0.1, seed=4)]
+    batched.append(measures.noised_psnr(images, 0.1, seed=4))
+    assert batched[1:] == whole[1:]
+    assert batched[0] == pytest.approx(whole[0], abs=1e-5)
+    assert seen == 3 * [*4 * [5 * 3 * 24 * 24], 3 * 3 * 24 * 24]
+    evaluate(Wiener(), images, [0.1], calibrate=False)
+    assert max(seen) <= measures._BATCH_VALUES
+    assert evaluate(Wiener(), images[:1], [0.1], calibrate=False)["settings"]["batch_size"] == 5
+    monkeypatch.setattr(measures, "_BATCH_VALUES", 1)
+    assert measures.batch_size_of(images) == 1
+    monkeypatch.undo()
+    assert [measures.batch_size_of(random_images(1, size=side)) for side in (32, 64, 224)] == [100, 100, 8]
 
 
 def close(a, b) -> bool:
@@ -658,6 +716,29 @@ def test_without_matplotlib_the_numbers_are_written_all_the_same(model, tmp_path
         picture(read(out), tmp_path / "a.png")
 
 
+def test_what_cannot_be_written_is_one_clear_error(model, tmp_path, monkeypatch):
+    (tmp_path / "a" / "evaluation.png" / "x").mkdir(parents=True)
+    with pytest.raises(PurifyError, match=r"Expected to write .*evaluation.png. Got: .*Give a folder"):
+        run(model, "--count", "3", "--out", str(tmp_path / "a"), "--overwrite")
+    (tmp_path / "b" / "evaluation.json" / "x").mkdir(parents=True)
+    with pytest.raises(PurifyError, match=r"Expected to write .*evaluation.json. Got: .*Give a folder"):
+        run(model, "--count", "3", "--out", str(tmp_path / "b"), "--overwrite")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["evaluation.json"]
+    monkeypatch.setattr(Path, "exists", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(PurifyError, match=r"Expected to write .*c. Got: .*Permission denied"):
+        run(model, "--count", "3", "--out", str(tmp_path / "c"))
+
+
+def test_modules_of_the_working_directory_are_not_run(model, tmp_path, monkeypatch):
+    for name in ("matplotlib", "PIL"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert run(model, "--count", "3", "--out", "out") == 0
+    assert not (tmp_path / "executed").exists()
+    assert sys.path[: len(before)] == before
+
+
 def test_poisons_by_name_are_those_of_the_dataset(model, tmp_path):
     from purifyloader.evaluation.sets import load, poisoned_images
 
@@ -759,32 +840,127 @@ def test_images_of_many_sizes_need_one(size, model, tmp_path):
 # -- never on what it was trained on -----------------------------------------------------------------
 
 
-def trained_on(folder: Path, indices: list[int], data: str = CLEAN, length: int = 40) -> Path:
-    details = {"indices": indices, "data": data, "data_length": length}
+def sha256_of(dataset, indices: list[int], size: int | None = None) -> str:
+    images = load_images(dataset, indices, size=size)
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+
+
+def trained_on(folder: Path, indices: list[int], dataset=None, **details) -> Path:
+    """A model whose card says so: by content if `dataset` is given."""
+    details = {"indices": indices, "data": CLEAN, "data_length": 40, "resized": None, **details}
+    if dataset is not None:
+        details["images_sha256"] = sha256_of(dataset, indices, details["resized"])
     pretrained.save(tiny_denoiser(), folder, details=details)
     return folder
 
 
-def test_images_trained_on_are_left_out(tmp_path):
-    model = trained_on(tmp_path / "m", list(range(10, 40)))
-    assert run(model, "--out", str(tmp_path / "out")) == 0
-    assert read(tmp_path / "out")["data"]["indices"] == list(range(10))
-    assert read(tmp_path / "out")["data"]["trained_on_left_out"] == 30
+def folder_of(folder: Path, images) -> str:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(np.asarray(image)).save(folder / f"{i:03}.png")
+    return str(folder)
+
+
+def test_images_trained_on_are_left_out(tmp_path, capsys):
+    model = trained_on(tmp_path / "m", list(range(10, 40)), clean_sample())
+    assert run(model, "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)["data"]
+    assert (found["indices"], found["trained_on_left_out"]) == (list(range(10)), 30)
+    assert "left out 30 of the 40 images in --data: the model was trained on them" in said.err
     with pytest.raises(InputError, match=r"from 1 to 10, the images not trained on. Got 11"):
         run(model, "--count", "11")
     (tmp_path / "i.json").write_text("[3, 30, 12]")
     with pytest.raises(InputError, match="Got 2 that it was, the first at index 12"):
         run(model, "--indices", str(tmp_path / "i.json"))
     (tmp_path / "i.json").write_text("[9, 3]")
-    assert run(model, "--indices", str(tmp_path / "i.json"), "--out", str(tmp_path / "two")) == 0
-    assert read(tmp_path / "two")["data"]["indices"] == [9, 3]
+    assert run(model, "--indices", str(tmp_path / "i.json"), "--json") == 0
+    found = json.loads(capsys.readouterr().out)["data"]
+    assert (found["indices"], found["trained_on_left_out"]) == ([3, 9], 0)
     with pytest.raises(InputError, match="trained on all of them"):
-        run(trained_on(tmp_path / "all", list(range(40))))
+        run(trained_on(tmp_path / "all", list(range(40)), clean_sample()))
 
 
-def test_images_that_may_have_been_trained_on_are_warned_of(tmp_path, capsys):
-    model = trained_on(tmp_path / "m", list(range(5, 40)), data="my photographs")
+@pytest.mark.parametrize(("at_once", "resized"), [(256, None), (7, 16)])
+def test_which_images_were_trained_on_is_told_by_content(at_once, resized, tmp_path, monkeypatch, capsys):
+    """Every folder is "an image folder", so neither its name nor its length says which."""
+    from purifyloader.datasets import open_dataset
+    from purifyloader.evaluation import sets
+
+    monkeypatch.setattr(sets, "_AT_ONCE", at_once)
+    images, _ = sample(36)
+    a = folder_of(tmp_path / "a", images[:15])
+    b = folder_of(tmp_path / "b", images[15:30])
+    longer = folder_of(tmp_path / "longer", [*images[:15], *images[30:33]])
+    shorter = folder_of(tmp_path / "shorter", images[:14])
+    grey = folder_of(tmp_path / "grey", images[:15, :, :, 0])
+    indices = list(range(1, 15))
+    model = trained_on(
+        tmp_path / "m", indices, open_dataset(a), data="an image folder", data_length=15, resized=resized
+    )
+    kept = {}
+    for data in (a, b, longer, shorter, grey):
+        assert run(model, "--json", "--poisoned", "none", data=data) == 0
+        said = capsys.readouterr()
+        found = json.loads(said.out)["data"]
+        kept[Path(data).name] = found["indices"]
+        assert found["trained_on_left_out"] == (14 if data in (a, longer) else 0)
+        assert ("left out 14 of the" in said.err) == (data in (a, longer))
+        assert ("cannot be told to be the same" in said.err) == (data in (b, grey))
+    everything = {"b": list(range(15)), "shorter": list(range(14)), "grey": list(range(15))}
+    assert kept == {"a": [0], "longer": [0, 15, 16, 17], **everything}
+    # under a name of the user's, too
+    described = trained_on(tmp_path / "d", indices, open_dataset(a), data="my own", data_length=15, resized=resized)
+    assert run(described, "--json", "--poisoned", "none", data=a) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["indices"] == [0]
+
+
+def test_copies_of_images_trained_on_are_left_out(tmp_path, capsys):
+    from purifyloader.datasets import open_dataset
+
+    images, _ = sample(8)
+    data = folder_of(tmp_path / "a", [*images, images[1], images[7]])
+    model = trained_on(tmp_path / "m", [0, 1, 2], open_dataset(data), data="an image folder", data_length=8)
+    assert run(model, "--json", data=data) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["data"]["indices"] == [3, 4, 5, 6, 7, 9]
+    assert found["images"]["count"] == 6
+    assert found["data"]["trained_on_left_out"] == 4
+    assert found["levels"][0]["poisoned"]["ar"]["images"] == 6
+    assert "left out 4 of the 10" in said.err
+    (tmp_path / "i.json").write_text("[3, 8]")
+    with pytest.raises(InputError, match="Got 1 that are copies"):
+        run(model, "--indices", str(tmp_path / "i.json"), data=data)
+
+
+@pytest.mark.parametrize("details", [{"data": "my photographs"}, {}, {"images_sha256": "0" * 64}])
+def test_images_that_may_have_been_trained_on_are_warned_of(details, tmp_path, capsys):
+    model = trained_on(tmp_path / "m", list(range(5, 40)), **details)
     assert run(model, "--count", "40") == 0
     assert "35 of the 40 images chosen were trained on" in capsys.readouterr().err
-    assert run(trained_on(tmp_path / "n", [1, 2], length=41), "--count", "4") == 0
+    assert run(trained_on(tmp_path / "n", [1, 2], data_length=41, **details), "--count", "4") == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("details", "certain"),
+    [
+        ({}, True),
+        ({"data": "cifar100"}, False),
+        ({"images_sha256": "0" * 64}, False),
+        ({"data_length": 41}, None),
+        ({"indices": "all"}, None),
+        ({"indices": [True]}, None),
+        ({"resized": "a lot", "images_sha256": "0" * 64}, False),
+        ({"indices": [1, 50], "images_sha256": "0" * 64}, False),
+    ],
+)
+def test_an_older_card_is_believed_of_a_named_dataset_only(details, certain):
+    from purifyloader.evaluation.sets import overlap
+
+    card = {"indices": [1, 2], "data": "cifar10", "data_length": 40, **details}
+    found = overlap(card, "cifar10", clean_sample(), 3)
+    assert (bool(found.indices), found.certain) == (certain is not None, bool(certain))
+    assert not found.images
+    assert not overlap({**card, "data": CLEAN}, CLEAN, clean_sample(), 3).certain

@@ -178,10 +178,67 @@ def test_loading_downloads_the_three_files_once(server: Hub, tmp_path: Path) -> 
     home = tmp_path / "home"
     assert run(code, address(server), home).split() == [weights_sha256(tiny_denoiser()), "mine"]
     assert server.downloads == {"config.json", "model.safetensors", "README.md"}
+    assert sorted(path.name for path in home.rglob("refs/*")) == ["main", "v1"]
     # without a network: what is there from before
     code = 'print(pretrained.load("some/model").name)'
     assert run(code, "http://127.0.0.1:9", home).split() == ["mine"]
     assert run(code, address(server), home, HF_HUB_OFFLINE="1").split() == ["mine"]
+
+
+def test_that_the_hub_is_asked_is_said_before(server: Hub, tmp_path: Path) -> None:
+    """A mistyped or unmounted folder must not become a download that nobody notices."""
+    folder = tmp_path / "repository"
+    pretrained.save(tiny_denoiser(), folder, name="mine")
+    server.repositories["models/mine"] = folder
+    code = """
+import logging
+class Handler(logging.Handler):
+    def emit(self, record):
+        print(record.levelname, record.getMessage(), "huggingface_hub" in sys.modules)
+logging.getLogger("purifyloader").addHandler(Handler())
+logging.getLogger("purifyloader").setLevel(logging.INFO)
+pretrained.load("models/mine")
+fails("models/mien@v1")
+"""
+    before, after, mistyped, error = run(code, address(server), tmp_path / "home").splitlines()
+    assert before == "WARNING no folder models/mine here: taking it from the hub False"
+    assert after == f"INFO models/mine on the hub is commit {COMMIT} True"
+    assert mistyped == "WARNING no folder models/mien@v1 here: taking it from the hub True"
+    assert "'models/mien@v1'" in error
+    (tmp_path / "home/models/mine").mkdir(parents=True)
+    pretrained.save(tiny_denoiser(), tmp_path / "home/models/mine", name="here")
+    assert run('print(pretrained.load("models/mine").name)', address(server), tmp_path / "home") == "here\n"
+
+
+def test_a_revision_is_no_path(server: Hub, tmp_path: Path) -> None:
+    """The client looks for a revision at CACHE/refs/REVISION, and for its commit at CACHE/snapshots/COMMIT."""
+    home = tmp_path / "home"
+    pretrained.save(tiny_denoiser(), tmp_path / "repository")
+    server.repositories["some/model"] = tmp_path / "repository"
+    run('pretrained.load("some/model")', address(server), home)
+    elsewhere = tmp_path / "elsewhere"
+    pretrained.save(tiny_denoiser(), elsewhere / "model")
+    (elsewhere / "ref").write_text(str(elsewhere / "model"))
+    up = "../" * 4
+    assert (next(home.rglob("refs")) / up / "elsewhere/ref").is_file()
+    server.asked.clear()
+    for offline in ("0", "1"):
+        code = f"""
+from purifyloader.errors import InputError
+from purifyloader.pretrained import hub
+fails("some/model@{up}elsewhere/ref")
+for ask in (lambda: hub.download("some/model", "{up}elsewhere/ref", []), lambda: hub.files("some/model", "/etc")):
+    try:
+        ask()
+    except InputError as error:
+        print(error)
+assert "huggingface_hub" not in sys.modules
+"""
+        name, download, files = run(code, address(server), home, HF_HUB_OFFLINE=offline).splitlines()
+        for message in (name, download):
+            assert f"{up}elsewhere/ref'" in message
+        assert "a branch, a tag or a commit. Got '/etc'" in files
+    assert server.asked == []
 
 
 def test_a_folder_comes_before_the_hub(server: Hub, tmp_path: Path) -> None:
@@ -334,6 +391,8 @@ except CheckpointError as error:
         ("google/ddpm-cifar10-32", ("google/ddpm-cifar10-32", None)),
         ("SunayBhat1/puregen-ebm-cifar10@v1.0", ("SunayBhat1/puregen-ebm-cifar10", "v1.0")),
         ("a/b@refs/pr/3", ("a/b", "refs/pr/3")),
+        ("a/b@feature/x-1_2+3.4", ("a/b", "feature/x-1_2+3.4")),
+        (f"a/b@{COMMIT}", ("a/b", COMMIT)),
     ],
 )
 def test_ids(name: str, parsed: tuple[str, str | None]) -> None:
@@ -341,7 +400,9 @@ def test_ids(name: str, parsed: tuple[str, str | None]) -> None:
     assert hub.parse(name) == parsed
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c", "/a/b", "./a", "../a", "a/", "a/b@", "a/b c", "a/.b", "ä/b", "a/b\n"])
+@pytest.mark.parametrize("name", ["a", "a/b/c", "/a/b", "./a", "../a", "a/", "a/b@", "a/b c", "a/.b", "ä/b", "a/b\n",
+    "a/b@..", "a/b@../../../etc", "a/b@v/../../x", "a/b@/etc", "a/b@./main", "a/b@a/.b", "a/b@a//b", "a/b@v1..v2",
+    "a/b@a/", "a/b@v1\n", "a/b@-x"])  # fmt: skip
 def test_what_is_no_id(name: str) -> None:
     assert not hub.is_hub_id(name)
     with pytest.raises(InputError, match="owner/name"):

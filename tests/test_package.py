@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ import pytest
 
 import purifyloader
 from purifyloader import cli, pretrained
+from purifyloader.energy import EnergyConfig, EnergyNetwork
+from tests.conftest import tiny_denoiser
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +59,7 @@ PUBLIC = {
         "evaluate",
         "examples",
         "jpeg_psnr",
+        "noised_psnr",
         "picture",
         "psnr",
         "removed_energy",
@@ -69,7 +73,9 @@ PUBLIC = {
     "purifyloader.transforms": ["Compensate"],
     "purifyloader.transforms.webdataset": ["purified"],
     "purifyloader.transforms.functional": ["compensate", "jpeg"],
-    "purifyloader.pretrained": ["available", "load", "save"],
+    "purifyloader.pretrained": ["available", "list", "load", "save"],
+    "purifyloader.pretrained.convert": ["FORMATS", "Format", "convert"],
+    "purifyloader.energy": ["EnergyConfig", "EnergyNetwork"],
     "purifyloader.poisons": [
         "ar_coefficients",
         "ar_perturbation",
@@ -135,7 +141,10 @@ def test_the_wheel_holds_every_file(tmp_path):
 
 def test_the_command(capsys):
     assert cli.main(["models"]) == 0
-    assert capsys.readouterr().out.split() == list(pretrained.available())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == pretrained.available()
+    for line in lines:
+        assert re.fullmatch(r"\S+ +\d+\.\d M parameters, for noise from [\d.]+ to \d+ px", line)
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0
@@ -144,6 +153,36 @@ def test_the_command(capsys):
         cli.main(["train", "denoiser", "--help"])
     assert caught.value.code == 0
     assert "--recipe" in capsys.readouterr().out
+
+
+def test_models_are_listed_beside_a_broken_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("purifyloader.pretrained.registry._SHIPPED", tmp_path)
+    assert cli.main(["models"]) == 0
+    assert capsys.readouterr().out == ""
+    for name in ("a-cut", "b-edited", "d-good-with-a-name-too-long-for-its-column"):
+        pretrained.save(tiny_denoiser(), tmp_path / name)
+    pretrained.save(EnergyNetwork(EnergyConfig(4)), tmp_path / "c-energy")
+    weights = tmp_path / "a-cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    (tmp_path / "b-edited/config.json").write_text("{\n\n")
+    assert cli.main(["models"]) == 0
+    cut, edited, energy, good = capsys.readouterr().out.splitlines()
+    assert cut.startswith("a-cut ")
+    assert f"cannot be read: {weights}" in cut
+    assert edited.startswith("b-edited ")
+    assert "must be JSON" in edited
+    assert re.fullmatch(r"c-energy +0\.0 M parameters, of kind energy", energy)
+    assert re.fullmatch(r"d-good-\S+ +0\.0 M parameters, for noise from \S+ to \S+ px", good)
+
+
+def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("purifyloader.pretrained.registry.available", interrupted)
+    assert cli.main(["models"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "purifyloader: interrupted\n")
 
 
 def test_the_installed_command_reports_errors_in_one_line():

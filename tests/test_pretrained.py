@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,10 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.pretrained import checkpoint
+from purifyloader.pretrained.registry import is_local
 
 TINY = UNetConfig(
     channels=8,
@@ -341,6 +345,87 @@ def test_bad_arguments_of_save(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="details"):
             pretrained.save(make(), tmp_path / "a", details=details)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("at", ["model.safetensors", "README.md", "config.json"])
+def test_a_failed_write_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match=r"must be written to .*Got: .*No space left on device.*save it again"):
+        pretrained.save(make(), tmp_path / "a")
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    assert not (tmp_path / "a/config.json").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"written to .*file/a\. Got: "):
+        pretrained.save(make(), tmp_path / "file/a")
+
+
+def test_files_that_cannot_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        fails(saved, "model.safetensors", "denied", "rights")
+    (saved / "config.json").unlink()
+    (saved / "config.json").mkdir()
+    fails(saved, "config.json", "can be read")
+
+
+def test_a_summary_needs_no_weights(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained.save(EnergyNetwork(EnergyConfig(4)), tmp_path / "energy")
+    count = sum(p.numel() for p in EnergyNetwork(EnergyConfig(4)).parameters())
+    monkeypatch.setattr(checkpoint, "read_safetensors", None)
+    assert checkpoint.summary(tmp_path / "energy") == checkpoint.Summary("energy", count, None)
+    its = checkpoint.summary(saved)
+    assert (its.kind, its.parameters) == ("denoiser", sum(p.numel() for p in make().parameters()))
+    assert its.noise_px == pytest.approx((2.55, 127.5))
+
+
+def test_a_summary_of_what_is_damaged(saved: Path) -> None:
+    def fails(part: str) -> None:
+        with pytest.raises(CheckpointError, match=rf"{part}.*Got"):
+            checkpoint.summary(saved)
+
+    config, weights = (saved / "config.json").read_bytes(), (saved / "model.safetensors").read_bytes()
+    for sigma_range in (None, [0.1], [0.1, "much"], 3):
+        edit_config(saved, denoiser={**json.loads(config)["denoiser"], "sigma_range": sigma_range})
+        fails("sigma_range")
+    (saved / "config.json").write_bytes(config)
+    (saved / "model.safetensors").write_bytes(weights[:-1])
+    fails("model.safetensors")
+    (saved / "model.safetensors").unlink()
+    fails("model.safetensors")
+    for text in ("{", "[]", '{"format": "other"}', '{"format": ["purifyloader-denoiser"]}'):
+        (saved / "config.json").write_text(text)
+        fails("config.json")
+
+
+def test_what_is_local(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stranger's configuration may name without anything being downloaded."""
+    monkeypatch.chdir(saved.parent)
+    for name in ("cifar10-sparse", "tiny", "./tiny", str(saved), saved):
+        assert is_local(name)
+    for name in (
+        "some/model",
+        "some/model@main",
+        "tinny",
+        "",
+        "a\0b",
+        Path("some/model"),
+        saved / "config.json",
+        "x" * 999,
+    ):
+        assert not is_local(name)
+    assert not is_local(3)  # type: ignore[arg-type]
+    (saved.parent / "some/model").mkdir(parents=True)
+    assert is_local("some/model")
 
 
 def test_weights_hash_is_of_the_weights_alone() -> None:

@@ -64,6 +64,10 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
+class _Stop(Exception):
+    pass
+
+
 def run(*arguments: Any) -> int:
     """The command, measuring once: pictures take most of the time of a run this short."""
     return cli.main(["train", "denoiser", "--quiet", "--validate-every", "100", *map(str, arguments)])
@@ -240,6 +244,10 @@ def make_dataset() -> list[tuple[Tensor, int]]:
     return [(image, 0) for image in random_images(24, 12)]
 
 
+def make_others() -> list[tuple[Tensor, int]]:
+    return [(image, 0) for image in random_images(24, 12, seed=9)]
+
+
 def test_tars_functions_and_folders_give_the_same_weights(small, tmp_path):
     sources = {
         "folder": write_images(tmp_path / "images", random_images(24, 12)),
@@ -270,13 +278,13 @@ def test_tars_functions_and_folders_give_the_same_weights(small, tmp_path):
 @pytest.mark.parametrize(
     ("options", "trained", "held_out"),
     [
-        ([], 29, 1),  # a twentieth taken back
+        ([], 28, 2),  # a twentieth taken back
         (["--count", "20"], 20, 10),
         (["--count", "20", "--validation-count", "4"], 20, 4),
         (["--count", "20", "--validation", "none"], 20, 0),
         (["--validation", "none"], 30, 0),
-        (["--validation", "tests.test_train_command:make_dataset"], 30, 24),
-        (["--validation", "tests.test_train_command:make_dataset", "--validation-count", "6"], 30, 6),
+        (["--validation", "tests.test_train_command:make_others"], 30, 24),
+        (["--validation", "tests.test_train_command:make_others", "--validation-count", "6"], 30, 6),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -300,10 +308,21 @@ def test_whatever_is_held_out_for_it_validation_changes_no_weights(folder, small
     assert same(weights(pretrained.load(tmp_path / "with")), weights(pretrained.load(tmp_path / "without")))
 
 
-def test_the_training_images_are_no_validation(folder, small, tmp_path, capsys):
-    assert run("--data", folder, "--validation", folder, "--out", tmp_path / "model", "--config", small) == 2
-    assert "they would be trained on" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["{}", "{}/", "{}/../images", "tests.test_train_command:make_dataset"])
+def test_the_training_images_are_no_validation_by_whatever_name(name, folder, small, tmp_path, capsys):
+    validation = name.format(folder)
+    assert run("--data", folder, "--validation", validation, "--out", tmp_path / "model", "--config", small) == 2
+    assert "that are among them" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+def test_copies_of_training_images_are_not_held_out(folder, small, tmp_path):
+    write_images(folder / "again", random_images(30, 12)[:25])  # copies, of which a twentieth would be held out
+    out = tmp_path / "model"
+    assert run("--data", folder, "--out", out, "--config", small, "--count", 30) == 0
+    details = details_of(out)
+    assert len(details["indices"]) == 30
+    assert all(0 < row["images"] < 25 for row in details["psnr"])
 
 
 def test_grey_images_among_rgb_ones_whichever_comes_first(small, tmp_path):
@@ -367,12 +386,12 @@ def test_fewer_steps_keep_the_shape_of_a_recipes_learning_rate(name, folder, tmp
 
     def instead(images: Tensor, out: Path, config: TrainConfig, **_: Any) -> Any:
         seen.append(config)
-        raise KeyboardInterrupt
+        raise _Stop
 
     monkeypatch.setattr("purifyloader.train.denoiser.train_denoiser", instead)
     whole = recipe(name, 12)
     for steps in (4, 100, 1000, whole.steps, 3 * whole.steps):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(_Stop):
             run("--data", folder, "--recipe", name, "--out", tmp_path / "model", "--steps", steps)
         config = seen[-1]
         assert config.steps == steps
@@ -381,7 +400,7 @@ def test_fewer_steps_keep_the_shape_of_a_recipes_learning_rate(name, folder, tmp
         rates = [loop.learning_rate(config, s) for s in range(steps)][:: max(1, steps // 1000)]
         assert max(rates) > 0.7 * config.learning_rate
     # what is said is taken
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(_Stop):
         run("--data", folder, "--recipe", name, "--out", tmp_path / "m", "--steps", 100, "--decay-steps", 7)
     assert seen[-1].decay_steps == 7
 
@@ -463,7 +482,7 @@ def test_a_start_that_does_not_fit_is_refused(folder, base, small, tmp_path, cap
     wide = tmp_path / "wide.json"
     wide.write_text(json.dumps({**SMALL, "network": {"channels": 16}}))
     for options, message in (
-        (["--config", wide, "--start-from", base], r"must have its shape\. Got \d+ tensors"),
+        (["--config", wide, "--start-from", base], r"of the same shape.* Got .*: give these"),
         (["--config", small, "--start-from", tmp_path / "nothing"], "Got '.*nothing'"),
     ):
         assert run("--data", folder, "--out", tmp_path / "model", *options) == 2
@@ -501,13 +520,14 @@ def test_a_plan_says_what_it_will_cost_and_writes_nothing(folder, small, tmp_pat
     assert run("--data", folder, "--config", small, "--steps", 5000, "--count", 20, "--plan") == 0
     said = dict(re.findall(r"^([a-z ]+?)  +(.*)$", capsys.readouterr().out, flags=re.MULTILINE))
     assert said["parameters"] == "44,211"
-    assert said["files"] == "0.2 MB the checkpoint, 0.7 MB until it is done"
+    assert said["files"].startswith("0.2 MB the checkpoint; until it is done 1.4 MB")
     assert said["images"] == "20, each seen 1,000 times"
     assert said["steps"] == "5,000 of 4 images"
     seconds = float(re.search(r"^(\S+) s \(median of 5; the first took \S+ s\) on \d+ CPU thread", said["a step"])[1])
     assert 1e-3 < seconds < 5
     assert 0.1 < float(said["memory"].split()[0]) < 16
-    assert re.search(r"^(.* (min|h|s)); started now it ends about \d{4}-\d\d-\d\d \d\d:\d\d$", said["in all"])
+    when = r"started now it ends about \d{4}-\d\d-\d\d \d\d:\d\d"
+    assert re.search(rf"^(.* (min|h|s)), without validation; {when}$", said["in all"])
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
     # a run shorter than what is measured, and --out, which is left alone
     assert run("--data", folder, "--config", small, "--steps", 1, "--plan", "--out", tmp_path / "model") == 0
@@ -603,12 +623,12 @@ def test_a_run_can_be_made_longer(folder, tmp_path):
         seen.append(config)
         if len(seen) == 1:
             original(images, out, dataclasses.replace(config, steps=3), progress=False)
-            raise KeyboardInterrupt
+            raise _Stop
         return original(images, out, dataclasses.replace(config, steps=4), progress=False)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("purifyloader.train.denoiser.train_denoiser", instead)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(_Stop):
             run(*arguments, "--out", out, "--steps", 40)
         assert header_of(out, seen[0], images)["step"] == 3
         assert run(*arguments, "--out", out, "--steps", 80) == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
@@ -29,8 +30,9 @@ from purifyloader.files import file_sha256
 from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.energy import convert_energy
-from purifyloader.pretrained.convert.pickles import listed, read_file, state_dict
+from purifyloader.pretrained.convert.pickles import read_file, state_dict
 from purifyloader.pretrained.convert.plausibility import Plausibility, dead_leaves, judge_denoiser, judge_energy
+from purifyloader.pretrained.messages import listed
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES
 
 __all__ = ["FORMATS", "Format", "convert"]
@@ -127,7 +129,7 @@ def convert(
 
     Args:
         source: a file (.pt, .pth, .bin, .safetensors), a folder, or the id of a repository on the hub, which is
-            downloaded where there is no folder of that name.
+            downloaded where there is no folder of that name, after a warning that says so.
         out: the folder that `pretrained.load` will read.
         format: a key of `FORMATS`.
         preset: the settings of what was published.
@@ -173,7 +175,7 @@ def convert(
         "converted": {
             "format": format,
             "preset": preset,
-            "settings": _as_json(values),
+            "settings": as_json(values),
             "source": found.provenance(),
             "licence": licence,
             "plausibility": judged.to_dict(),
@@ -188,9 +190,9 @@ def convert(
 
 def _check_out(folder: Path, overwrite: bool) -> None:
     """Before anything is read, downloaded or measured."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"OUT must be a folder. Got the file {folder}. Give another one.")
-    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (folder / name).exists()]
+    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / name)]
     if found and not overwrite:
         raise CheckpointError(
             f"OUT must be a folder without a checkpoint. Got {folder}, which has {', '.join(found)}. Give another one, "
@@ -259,11 +261,20 @@ def _schedule(kind: str, timesteps: int | None) -> Schedule:
     return kinds[kind](timesteps)
 
 
-def _as_json(values: Any) -> dict[str, Any] | None:
+def as_json(values: Any) -> dict[str, Any] | None:
+    """A settings object as JSON, without what it leaves open; None for a format without settings."""
     if values is None:
         return None
     plain = {f.name: getattr(values, f.name) for f in fields(values)}
     return {k: v.config() if isinstance(v, Schedule) else v for k, v in plain.items() if v not in (None, "")}
+
+
+def in_words(value: Any) -> str:
+    """A value of `as_json`, for people."""
+    if isinstance(value, Mapping):
+        rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "kind")
+        return f"{value['kind']} ({rest})"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # -- files -------------------------------------------------------------------------------------------
@@ -297,6 +308,7 @@ def _find(source: str | Path, format: str, file: str | None) -> _Source:
         return _Source(path.resolve().name, None, path / weights, describing, noising)
     if isinstance(source, str) and path.suffix.lower() not in (*_WEIGHTS, *PICKLES) and hub.is_hub_id(source):
         repository, revision = hub.parse(source)
+        hub.warn(source)
         names = hub.files(repository, revision)
         chosen = _choose(names, format, file, source)
         folder = hub.download(repository, revision, [name for name in chosen if name is not None])
@@ -462,7 +474,7 @@ def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[st
         rows["Preset"] = f"`{converted['preset']}`"
     if converted["settings"]:
         plain = {key: value for key, value in converted["settings"].items() if key != "source"}
-        rows["Read with"] = "; ".join(f"{key} {_words(value)}" for key, value in plain.items())
+        rows["Read with"] = "; ".join(f"{key} {in_words(value)}" for key, value in plain.items())
         if "source" in converted["settings"]:
             rows["These settings are from"] = converted["settings"]["source"]
     rows["Licence"] = converted["licence"] or "not stated: see where the file is from"
@@ -490,10 +502,3 @@ def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[st
     if judged["warnings"]:
         text += ["**This conversion is doubtful.**", "", *(f"- {warning}" for warning in judged["warnings"]), ""]
     return "\n".join(text)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "kind")
-        return f"{value['kind']} ({rest})"
-    return str(value).lower() if isinstance(value, bool) else str(value)

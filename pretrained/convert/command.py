@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
-from purifyloader.pretrained.convert import FORMATS, _as_json, _words, convert, option
+from purifyloader.pretrained.convert import FORMATS, as_json, convert, in_words, option
 from purifyloader.pretrained.convert.openai import QKV_ORDERS
 from purifyloader.pretrained.convert.plausibility import Plausibility
 
@@ -90,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     images = _images(options)
-    logging.getLogger("purifyloader").addHandler(logging.NullHandler())  # warnings are printed below, not twice
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")  # those of the result among them
     judged = convert(
         options.source,
         options.out,
@@ -115,8 +113,6 @@ def _images(options: argparse.Namespace) -> Tensor | None:
     from purifyloader.datasets import open_dataset
     from purifyloader.train.data import load_images
 
-    # as `python -m` has it, and the installed command has not: a user's own module:function lies here
-    sys.path.insert(0, os.getcwd())
     dataset = open_dataset(options.images, options.root, train=False)
     length = len(dataset)  # type: ignore[arg-type]
     # spread over the set, which may be sorted by class
@@ -142,7 +138,7 @@ def _judged_lines(judged: Plausibility) -> list[str]:
         lines.append(
             f"  best of {len(judged.others)} other readings: {name} ({gain:+.2f} dB; this one {judged.gain:+.2f})"
         )
-    return lines + [f"warning: {warning}" for warning in judged.warnings]
+    return lines
 
 
 def _preset_lines(format: str | None) -> list[str]:
@@ -154,10 +150,10 @@ def _preset_lines(format: str | None) -> list[str]:
         if not its.presets:
             lines.append("  no presets: its files say everything")
         for preset, settings in its.presets.items():
-            plain = _as_json(settings) or {}
+            plain = as_json(settings) or {}
             where = plain.pop("source", None)
             lines.append(f"  {preset}")
-            lines.append("    " + "; ".join(f"{key} {_words(value)}" for key, value in plain.items()))
+            lines.append("    " + "; ".join(f"{key} {in_words(value)}" for key, value in plain.items()))
             if where is not None:
                 lines.append(f"    from {where}")
     return lines

@@ -28,9 +28,9 @@ from purifyloader.pretrained.convert.mapping import (
     multipliers,
     places,
     qkv_rows,
-    some,
     tensors_only,
 )
+from purifyloader.pretrained.messages import listed
 
 __all__ = ["PRESETS", "DiffusersSettings", "denoiser_from_folder_parts", "schedule_from_scheduler"]
 
@@ -280,8 +280,8 @@ def _read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         refused.append(f"in_channels={values['in_channels']} with out_channels={values['out_channels']}")
     if refused:
         raise CheckpointError(
-            f"{_WHAT} can be converted where its settings have their usual values. Got {some(refused)}: this library's "
-            "network does not have these. Give another checkpoint."
+            f"{_WHAT} can be converted where its settings have their usual values. Got {listed(refused, 20)}: this "
+            "library's network does not have these. Give another checkpoint."
         )
     head_channels = values["attention_head_dim"]
     return {

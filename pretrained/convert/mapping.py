@@ -19,6 +19,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, Schedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError
+from purifyloader.pretrained.messages import listed
 
 __all__ = [
     "Piece",
@@ -32,9 +33,9 @@ __all__ = [
     "places",
     "qkv_rows",
     "read_width",
-    "some",
     "tensors_only",
     "trained_range",
+    "unprefixed",
 ]
 
 FIRST_TRAINED = 1e-5
@@ -100,7 +101,7 @@ def qkv_rows(stacked: Tensor, heads: int) -> Tensor:
 
 
 def tensors_only(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    """The state dict with DataParallel's `module.` taken off.
+    """The state dict, `unprefixed`.
 
     Raises:
         CheckpointError: not a mapping of names to tensors, or an empty one.
@@ -110,14 +111,20 @@ def tensors_only(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{what} must be a mapping of names to tensors. Got {got}.")
     if other := [f"{name!r} ({type(v).__name__})" for name, v in state.items() if not isinstance(v, Tensor)]:
         raise CheckpointError(
-            f"{what} must map names to tensors and nothing else. Got {some(other)}. "
+            f"{what} must map names to tensors and nothing else. Got {listed(other, 20)}. "
             "Give the state dict itself, not what it was saved with."
         )
     if not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"{what} must have strings for names. Got {some([repr(name) for name in state])}.")
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return dict(state)
+        raise CheckpointError(f"{what} must have strings for names. Got {listed([repr(name) for name in state], 20)}.")
+    return unprefixed(state)
+
+
+def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what DataParallel and torch.compile put before every name, in either order."""
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return dict(weights)
 
 
 def read_width(state: Mapping[str, Tensor], names: Iterable[str], what: str) -> int:
@@ -132,7 +139,7 @@ def read_width(state: Mapping[str, Tensor], names: Iterable[str], what: str) -> 
     lengths = Counter(state[name].shape[0] for name in names if name in state and state[name].ndim > 0)
     if not lengths:
         raise CheckpointError(
-            f"{what} must have one of {some(names)} to read a width from. Got none of them. "
+            f"{what} must have one of {listed(names, 20)} to read a width from. Got none of them. "
             "Check that it is whole and in this format."
         )
     return lengths.most_common(1)[0][0]
@@ -183,7 +190,7 @@ def fill(network: UNet, pieces: Sequence[Piece], state: Mapping[str, Tensor], wh
         ],
     }
     if any(complaints.values()):
-        got = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in complaints.items() if names)
+        got = "; ".join(f"{len(names)} {kind}: {listed(names, 20)}" for kind, names in complaints.items() if names)
         raise CheckpointError(
             f"{what} must hold the {len(expected)} tensors of the network that its shapes and settings describe. "
             f"Got {len(state)}, {got}. Check that the file is whole, in this format, and that the settings are its own."
@@ -223,8 +230,3 @@ def check_max_timestep(max_timestep: Any, schedule: Schedule | None) -> None:
             f"max_timestep must be above 1 and at most the schedule's {high:g}, or None for all of it. "
             f"Got {max_timestep!r}."
         )
-
-
-def some(names: Sequence[str], limit: int = 20) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

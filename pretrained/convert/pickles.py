@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.pretrained.convert.mapping import unprefixed
+from purifyloader.pretrained.messages import listed
 
-__all__ = ["listed", "read_file", "state_dict"]
+__all__ = ["read_file", "state_dict"]
 
 _AGAIN = "Download it again."
 
@@ -36,7 +38,6 @@ _PLAIN = re.compile(
 _GLOBAL = re.compile(r"(?:GLOBAL|[Gg]lobal) ([\w.]+)")
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "ema", "ema_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 
 def read_file(path: Path) -> Any:
@@ -52,8 +53,11 @@ def read_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} must be a file that can be read. Got: {error}. Check its rights.") from None
     if not head:
         raise CheckpointError(f"{path} must be a file of weights. Got an empty file. {_AGAIN}")
     if path.suffix.lower() == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27):
@@ -222,7 +226,7 @@ def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tenso
     if not read:
         raise CheckpointError(f"{path} must hold a dict of weights. Got an empty dict in {what}. {_AGAIN}")
     if _is_weights(read):
-        return _unprefixed({str(name): value for name, value in read.items()})
+        return unprefixed({str(name): value for name, value in read.items()})
     inner = [name for name in _WRAPPERS if isinstance(read.get(name), Mapping) and _is_weights(read[name])]
     if key is None and len(inner) == 1:
         return state_dict(read[inner[0]], path)
@@ -255,17 +259,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, Mapping | list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-def _unprefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what wrappers put before every name."""
-    for prefix in _PREFIXES * 2:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
-
-
-def listed(names: Sequence[str], limit: int = 6) -> str:
-    """Names in a row, the rest of many counted."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -24,6 +24,7 @@ from purifyloader import noise
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import PurifyError
+from purifyloader.evaluation.measures import noised_psnr, psnr
 from purifyloader.images import quantize
 
 __all__ = ["Plausibility", "Row", "dead_leaves", "judge_denoiser", "judge_energy", "levels"]
@@ -122,7 +123,6 @@ def levels(sigma_range: tuple[float, float]) -> list[float]:
     return [low ** (1 - u) * high**u for u in (0.25, 0.5, 0.9)]
 
 
-@torch.no_grad()
 def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], batch_size: int = 8) -> list[Row]:
     """PSNR, with peak 1 and both images clamped to [0, 1], before and after one network call.
 
@@ -132,26 +132,14 @@ def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], ba
     """
     rows = []
     for sigma in sigmas:
-        before, after = [], []
-        for start in range(0, len(images_NCHW), batch_size):
-            clean = images_NCHW[start : start + batch_size].float() / 255
-            keys = noise.image_keys(0, 0, range(start, start + len(clean)))
-            noised = clean + sigma * noise.normal(keys, clean.shape[1:])
-            x0 = denoiser(noised, torch.full((len(clean),), sigma, dtype=torch.float64))
-            before += _psnr(noised, clean)
-            after += _psnr(x0.nan_to_num(0.0), clean)
-        rows.append(Row(255 * sigma, sum(before) / len(before), sum(after) / len(after)))
+        denoised = psnr(denoiser, images_NCHW, sigma, batch_size=batch_size)
+        # NaN is no image at all
+        rows.append(Row(255 * sigma, noised_psnr(images_NCHW, sigma), 0.0 if math.isnan(denoised) else denoised))
     return rows
 
 
 def _mean_gain(rows: Sequence[Row]) -> float:
     return sum(row.gain for row in rows) / len(rows)
-
-
-def _psnr(x_BCHW: Tensor, clean_BCHW: Tensor) -> list[float]:
-    error = (x_BCHW.clamp(0, 1) - clean_BCHW).square().mean(dim=(1, 2, 3)).clamp_min(1e-12)
-    values: list[float] = (-10 * error.log10()).tolist()
-    return values
 
 
 def judge_denoiser(

@@ -31,9 +31,9 @@ from purifyloader.pretrained.convert.mapping import (
     make_network,
     multipliers,
     places,
-    some,
     tensors_only,
 )
+from purifyloader.pretrained.messages import listed
 
 __all__ = ["PRESETS", "ScoreSDESettings", "denoiser_from_shadow"]
 
@@ -141,9 +141,9 @@ def denoiser_from_shadow(
             (NCSN++ and the variance-exploding ones); or tensors that do not fit one another, all of them named.
     """
     if not isinstance(params, list | tuple) or not params or not all(isinstance(p, Tensor) for p in params):
-        listed = isinstance(params, list | tuple)
-        kinds = ", ".join(sorted({type(p).__name__ for p in params})) if listed else ""
-        got = f"a list of {kinds or 'nothing, an empty one'}" if listed else type(params).__name__
+        several = isinstance(params, list | tuple)
+        kinds = ", ".join(sorted({type(p).__name__ for p in params})) if several else ""
+        got = f"a list of {kinds or 'nothing, an empty one'}" if several else type(params).__name__
         raise CheckpointError(f"{_WHAT} must be a list of tensors, ['ema']['shadow_params'] of the file. Got {got}.")
     config, ddpm_blocks = _read_config([tuple(p.shape) for p in params], settings)
     network = make_network(config, _WHAT)
@@ -167,8 +167,8 @@ def _compare(params: Sequence[Tensor], model_state: Mapping[str, Tensor]) -> Non
     if differ or len(model) != len(params):
         raise CheckpointError(
             f"{_WHAT} must have the shapes of the model's parameters beside it, in their order. Got {len(params)} for "
-            f"{len(model)}, {len(differ)} of another shape: {some(differ) or 'none'}. The file is damaged, or of a "
-            "network that keeps some parameters out of its average (Fourier features)."
+            f"{len(model)}, {len(differ)} of another shape: {listed(differ, 20) or 'none'}. The file is damaged, or of "
+            "a network that keeps some parameters out of its average (Fourier features)."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from purifyloader.evaluation.sets import (
     ATTACKS,
     Overlap,
     choose_images,
+    leave_out,
     load,
     overlap,
     poisoned_images,
@@ -97,8 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
     options = _parser().parse_args(arguments)
     device = as_device(options.device)
-    # as `python -m` has it, and the installed command has not: a user's own module:function lies here
-    sys.path.insert(0, os.getcwd())
     _check_out(options)
     denoiser: Denoiser = pretrained.load(options.model).to(device)
     sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]
@@ -138,9 +136,10 @@ def _check_out(options: argparse.Namespace) -> None:
         if options.overwrite:
             raise InputError("--overwrite is about files in --out. Got no --out: give the folder.")
         return
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
-    found = [name for name in (JSON_FILE, PICTURE_FILE) if (options.out / name).exists()]
+    with _writing(options.out):  # or it may not be searched
+        if options.out.exists() and not options.out.is_dir():
+            raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
+        found = [name for name in (JSON_FILE, PICTURE_FILE) if (options.out / name).exists()]
     if found and not options.overwrite:
         raise InputError(
             f"Expected a folder without an evaluation as --out. Got {options.out} with {', '.join(found)}: give "
@@ -154,12 +153,20 @@ def _images(options: argparse.Namespace, denoiser: Denoiser) -> tuple[Tensor, di
     length = len(dataset)  # type: ignore[arg-type]
     if not length:
         raise InputError("Expected images in --data. Got an empty dataset.")
-    trained = overlap(training_details(options.model), options.data, length)
+    progress = not options.quiet and sys.stderr.isatty()
+    trained = overlap(training_details(options.model), options.data, dataset, denoiser.image_channels, progress)
     given = None if options.indices is None else read_indices(options.indices)
     indices = choose_images(length, options.count, options.choose_seed, given, trained, _COUNT)
     _warn_of_overlap(trained, indices)
-    with _bar(len(indices), "img", options.quiet, "reading") as bar:
-        clean = load(dataset, indices, denoiser.image_channels, options.size, bar.update)
+    loaded = load(dataset, indices, denoiser.image_channels, options.size, progress)
+    clean, kept = leave_out(loaded, indices, trained, named=given is not None)
+    left_out = len(indices) - len(kept) + (len(trained.indices) if trained.certain and given is None else 0)
+    indices = kept
+    if left_out:
+        print(
+            f"purifyloader: left out {left_out:,} of the {length:,} images in --data: the model was trained on them.",
+            file=sys.stderr,
+        )
     specs = options.poisoned
     if specs is None:
         specs = list(ATTACKS) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
@@ -180,7 +187,7 @@ def _images(options: argparse.Namespace, denoiser: Denoiser) -> tuple[Tensor, di
         "length": length,
         "indices": indices,
         "size": options.size,
-        "trained_on_left_out": len(trained.indices) if trained.certain and given is None else 0,
+        "trained_on_left_out": left_out,
     }
     return clean.images, poisoned, data
 
@@ -189,7 +196,8 @@ def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:
     if trained.certain or not (seen := trained.indices.intersection(indices)):
         return
     print(
-        "purifyloader: warning: --data has as many images as the model's training data. If it is the same, "
+        "purifyloader: warning: --data has as many images as the model's training data, but cannot be told to be the "
+        "same (an older card has no hash, and a JPEG or a resized image may be read otherwise elsewhere). If it is, "
         f"{len(seen)} of the {len(indices)} images chosen were trained on, and the results are too good: give other "
         "images.",
         file=sys.stderr,
@@ -205,12 +213,10 @@ def _write(
 ) -> None:
     file, drawing = options.out / JSON_FILE, options.out / PICTURE_FILE
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr if options.json else sys.stdout)  # noqa: E731
-    # one that is replaced must not stay beside the other's newer twin
-    drawing.unlink(missing_ok=True)
-    try:
+    with _writing(drawing):  # one that is replaced must not stay beside the other's newer twin
+        drawing.unlink(missing_ok=True)
+    with _writing(file):
         write_text(file, to_json(results))
-    except OSError as error:
-        raise PurifyError(f"Expected to write {file}. Got: {error}. Give a folder that can be written to.") from error
     say(f"results: {file}")
     try:
         import matplotlib.figure  # noqa: F401
@@ -221,6 +227,16 @@ def _write(
     say(f"picture: {drawing}")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PurifyError(
+            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
+        ) from error
+
+
 def to_json(results: Mapping[str, Any]) -> str:
     """The same text for the same results: sorted keys, and lists of numbers in a line."""
     text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=True)
@@ -228,8 +244,8 @@ def to_json(results: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _bar(total: int | None, unit: str, quiet: bool, text: str | None = None) -> Iterator[Any]:
-    with tqdm(total=total, unit=unit, desc=text, disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
+def _bar(total: int | None, unit: str, quiet: bool) -> Iterator[Any]:
+    with tqdm(total=total, unit=unit, disable=quiet or not sys.stderr.isatty(), leave=False) as bar:
         yield bar
 
 

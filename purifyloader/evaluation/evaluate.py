@@ -20,7 +20,7 @@ from purifyloader.diffusion.schedule import CosineSchedule, Schedule, spaced_sig
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
-from purifyloader.evaluation.measures import BLUR_WIDTHS, auc, check_images, device_of
+from purifyloader.evaluation.measures import BLUR_WIDTHS, auc, batch_size_of, check_images, device_of
 from purifyloader.files import canonical_json
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
@@ -35,7 +35,6 @@ _TOLD = tuple(2 ** (k / 4) for k in (-4, -2, -1, 1, 2, 4))
 _TOLD_IMAGES = 100  # all levels see the same noise, so that few images tell them apart
 
 _PROBE, _SAMPLING = 1, 2  # what the children of an image's key are for
-_BATCH_VALUES = 100 * 3 * 64 * 64  # bounds the memory of a batch of large images
 
 
 def default_sigmas(denoiser: Denoiser) -> list[float]:
@@ -274,15 +273,19 @@ def _maybe(value: float | None) -> float | None:
 
 
 def _own_levels(denoiser: Denoiser, sigma: float) -> tuple[int, float, float] | None:
-    """The timestep of a denoiser with learned variance that is nearest to sigma, and the two levels of its step."""
-    schedule: Schedule | None = getattr(denoiser, "schedule", None)
-    if schedule is None or not getattr(denoiser, "learned_variance", False):
+    """The timestep of a denoiser with learned variance that is nearest to sigma, and the two levels of its step.
+
+    A denoiser that is told log sigma has no schedule, and takes the steps of `purifyloader.purifiers.Diffuse`.
+    """
+    if not getattr(denoiser, "learned_variance", False):
         return None
+    schedule: Schedule = getattr(denoiser, "schedule", None) or CosineSchedule(4000)
     top = float(schedule.sigma(schedule.timesteps))  # which a level of the range may exceed by rounding
     t = min(max(2, round(float(schedule.t(min(sigma, top))))), int(schedule.timesteps))
     levels = float(schedule.sigma(t)), float(schedule.sigma(t - 1))
     low, high = denoiser.sigma_range
-    return (t, *levels) if low <= levels[0] <= high else None
+    # the tolerance of `check_sigma`
+    return (t, *levels) if low * (1 - 1e-6) <= levels[0] <= high * (1 + 1e-6) else None
 
 
 def _best_level(told: Sequence[float], errors_NL: Tensor) -> dict[str, Any]:
@@ -414,8 +417,9 @@ def evaluate(
           levels than the true one (on the first 100 images), the best of them over the true one (1 is
           calibrated; None at an end of its range) and the excess of the error when told the truth, 0 where
           none told is better. See `measures.calibration`;
-        - variance (None where none was learned): for the step from the nearest own timestep t to t - 1, its
-          squared error over the variance learned, and over either bound. See `variance_calibration`;
+        - variance (None where none was learned): for the step from the nearest timestep t to t - 1 of its own
+          schedule, or of the cosine one with T = 4000, its squared error over the variance learned, and over
+          either bound. See `variance_calibration`;
         - removed_px: root mean square of clean minus washed, the mean over images;
         - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, the
           share of the perturbation remaining and the distance that it still makes (see `removed_energy`),
@@ -428,7 +432,7 @@ def evaluate(
     _check(denoiser, images_NCHW, poisoned, sampler, steps)
     chosen = default_sigmas(denoiser) if sigmas is None else _check_sigmas(denoiser, sigmas)
     if batch_size is None:
-        batch_size = max(1, min(100, _BATCH_VALUES // images_NCHW[0].numel()))
+        batch_size = batch_size_of(images_NCHW)
     try:
         seed, batch_size = operator.index(seed), operator.index(batch_size)
     except TypeError:

@@ -7,7 +7,7 @@ over one squared level of the 0-255 scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "Removed",
     "VarianceCalibration",
     "auc",
+    "batch_size_of",
     "blur_psnr_of",
     "calibration",
     "check_images",
@@ -34,6 +35,8 @@ __all__ = [
     "device_of",
     "estimate",
     "jpeg_psnr",
+    "noised",
+    "noised_psnr",
     "psnr",
     "psnr_of",
     "rank_correlation",
@@ -48,6 +51,7 @@ BLUR_WIDTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.25, 1.5)
 """Standard deviations of the Gaussian blurs that a denoiser is compared with, in pixels."""
 
 _MOST_RINGS = 64  # below half a cycle a pixel: finer rings of a large image would only be noisier
+_BATCH_VALUES = 100 * 3 * 64 * 64  # bounds the memory of a batch of large images
 _PROBE = 0.05  # size of the divergence's step, in units of sigma
 
 
@@ -77,38 +81,64 @@ def psnr_of(x_BCHW: Tensor, clean_BCHW: Tensor) -> Tensor:
     return -10 * error.log10()
 
 
-def _noised(images_NCHW: Tensor, sigma: float, seed: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+def batch_size_of(images_NCHW: Tensor) -> int:
+    """Images of a batch where nobody says how many: 100, fewer of more than 64 x 64 pixels."""
+    return max(1, min(100, _BATCH_VALUES // images_NCHW[0].numel()))
+
+
+def noised(
+    images_NCHW: Tensor, sigma: float, seed: int = 0, start: int = 0, end: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images `start` to `end` of uint8 ones, clean and noised, both float32 and neither clamped.
+
+    The noise of an image is a function of (seed, its position) alone.
+    """
     clean = images_NCHW[start:end].float() / 255
     keys = noise.image_keys(seed, 0, torch.arange(start, start + len(clean)))
     return clean, clean + sigma * noise.normal(keys, clean.shape[1:])
 
 
 @torch.no_grad()
-def psnr(denoiser: Denoiser, images_NCHW: Tensor, sigma: float, seed: int = 0, batch_size: int = 100) -> float:
+def _mean_psnr(
+    images_NCHW: Tensor, sigma: float, seed: int, wash: Callable[[Tensor], Tensor], batch_size: int | None = None
+) -> float:
+    check_images(images_NCHW)
+    size = batch_size_of(images_NCHW) if batch_size is None else batch_size
+    values = []
+    for start in range(0, len(images_NCHW), size):
+        clean, x = noised(images_NCHW, sigma, seed, start, start + size)
+        values.append(psnr_of(wash(x), clean))
+    return float(torch.cat(values).mean())
+
+
+def psnr(denoiser: Denoiser, images_NCHW: Tensor, sigma: float, seed: int = 0, batch_size: int | None = None) -> float:
     """Mean over images of the PSNR, in dB with peak 1, of images noised with `sigma` and denoised in one call.
 
     Args:
         images_NCHW: uint8, clean, not trained on.
         sigma: in image units.
+        batch_size: images of a network call; by their size if None, 100 or fewer.
 
     Raises:
         InputError: images of another type or shape, or a sigma outside the denoiser's range.
     """
-    check_images(images_NCHW)
     device = device_of(denoiser)
-    values = []
-    for start in range(0, len(images_NCHW), batch_size):
-        clean, noised = _noised(images_NCHW, sigma, seed, start, start + batch_size)
-        level = torch.full((len(clean),), sigma, dtype=torch.float64)
-        values.append(psnr_of(denoiser(noised.to(device), level).clamp(0, 1).cpu(), clean))
-    return float(torch.cat(values).mean())
+
+    def wash(x_BCHW: Tensor) -> Tensor:
+        level = torch.full((len(x_BCHW),), sigma, dtype=torch.float64)
+        return denoiser(x_BCHW.to(device), level).clamp(0, 1).cpu()
+
+    return _mean_psnr(images_NCHW, sigma, seed, wash, batch_size)
 
 
 def jpeg_psnr(images_NCHW: Tensor, sigma: float, quality: int = 10, seed: int = 0) -> float:
     """The same for JPEG as the denoiser, on the same noise: what doing something cheap gives."""
-    check_images(images_NCHW)
-    clean, noised = _noised(images_NCHW, sigma, seed, 0, len(images_NCHW))
-    return float(psnr_of(corruptions.jpeg(noised.clamp(0, 1), quality), clean).mean())
+    return _mean_psnr(images_NCHW, sigma, seed, lambda x: corruptions.jpeg(x.clamp(0, 1), quality))
+
+
+def noised_psnr(images_NCHW: Tensor, sigma: float, seed: int = 0) -> float:
+    """The same for doing nothing, on the same noise: of the noised images, clamped."""
+    return _mean_psnr(images_NCHW, sigma, seed, lambda x: x.clamp(0, 1))
 
 
 def blur_psnr_of(noised_BCHW: Tensor, clean_BCHW: Tensor) -> Tensor:

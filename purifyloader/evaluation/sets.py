@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,20 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from purifyloader import sizes
-from purifyloader.datasets import TORCHVISION, describe, open_dataset
-from purifyloader.errors import CheckpointError, InputError
-from purifyloader.images import quantize, to_engine
+from purifyloader.datasets import TORCHVISION, open_dataset
+from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.images import quantize
 from purifyloader.poisons import ar_perturbation, lsp_perturbation
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.registry import find
-from purifyloader.samples import fields, get_image
-from purifyloader.train.data import choose
+from purifyloader.samples import fields
+from purifyloader.train.data import choose, load_images
 
-__all__ = ["ATTACKS", "Loaded", "Overlap", "choose_images", "load", "overlap", "poisoned_images", "training_details"]
+__all__ = [
+    "ATTACKS",
+    "Loaded",
+    "Overlap",
+    "choose_images",
+    "leave_out",
+    "load",
+    "overlap",
+    "poisoned_images",
+    "training_details",
+]
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"lsp": lsp_perturbation, "ar": ar_perturbation}
+_AT_ONCE = 256  # images held while those trained on are hashed, which may be millions
 _CLASSES = 10  # patterns of an attack: enough to judge a denoiser, and cheap for a thousand classes too
 
 
@@ -38,22 +50,63 @@ def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Overlap(NamedTuple):
-    """Indices of the data that a model was trained on, and whether that is known or only may be so."""
+    """Indices of the data that a model was trained on, and whether that is known or only may be so.
+
+    Where it is known by content, `images` has the SHA-256 of each of these images.
+    """
 
     indices: frozenset[int]
     certain: bool
+    images: frozenset[bytes] = frozenset()
 
 
-def overlap(details: Mapping[str, Any], spec: str, length: int) -> Overlap:
-    """Compare the training data that a card names with `spec`: the same number of images, under the same name.
+def overlap(
+    details: Mapping[str, Any], spec: str, dataset: Dataset[Any], channels: int, progress: bool = False
+) -> Overlap:
+    """Which images of `dataset`, which `spec` names, a model was trained on, as far as its card tells.
 
-    The same number alone may be chance, or the same data under a name of the user's.
+    Certain by content: the images at the card's indices, resized as for training, have the card's hash, whatever
+    else the dataset holds. Without a hash only a dataset that torchvision names is certain, by name and length. The
+    same length alone may be chance, or the same data whose JPEG or resized images come out otherwise here.
+
+    Args:
+        details: of the card; see `purifyloader.train.denoiser`.
+        channels: of the images trained on.
     """
-    indices, data = details.get("indices"), details.get("data")
-    trained_on_another_split = spec in TORCHVISION  # here these are the test split, in training never
-    if trained_on_another_split or not isinstance(indices, list) or details.get("data_length") != length:
+    length = len(dataset)  # type: ignore[arg-type]
+    indices, sha256 = details.get("indices"), details.get("images_sha256")
+    if not isinstance(indices, list) or not indices or any(type(i) is not int for i in indices):
         return Overlap(frozenset(), False)
-    return Overlap(frozenset(i for i in indices if isinstance(i, int)), data == describe(spec))
+    if sha256 is not None and all(0 <= i < length for i in indices):
+        got, images = _hashes(dataset, indices, details.get("resized"), channels, progress)
+        if got == sha256:
+            return Overlap(frozenset(indices), True, images)
+    if details.get("data_length") != length:
+        return Overlap(frozenset(), False)
+    return Overlap(frozenset(indices), sha256 is None and spec in TORCHVISION and details.get("data") == spec)
+
+
+def _hashes(
+    dataset: Dataset[Any], indices: Sequence[int], size: Any, channels: int, progress: bool
+) -> tuple[str | None, frozenset[bytes]]:
+    """SHA-256 of the images at `indices` as one tensor, None where training could not have read them, and of each."""
+    whole = hashlib.sha256()
+    each: set[bytes] = set()
+    with tqdm(total=len(indices), desc="looking for images trained on", disable=not progress, leave=False) as bar:
+        for start in range(0, len(indices), _AT_ONCE):
+            chosen = indices[start : start + _AT_ONCE]
+            try:
+                images = load_images(dataset, chosen, size=size, channels=channels)
+            except PurifyError:
+                return None, frozenset()
+            whole.update(images.numpy().data)
+            each.update(map(_sha256, images))
+            bar.update(len(chosen))
+    return whole.hexdigest(), frozenset(each)
+
+
+def _sha256(image_CHW: Tensor) -> bytes:
+    return hashlib.sha256(image_CHW.contiguous().numpy().data).digest()
 
 
 def choose_images(
@@ -98,42 +151,71 @@ class Loaded(NamedTuple):
     labels: Tensor | None
 
 
+class _WithLabels(Dataset[Any]):
+    """A dataset that keeps the class labels of the samples it has given."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.labels: list[int | None] = []
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        self.labels.append(_label(fields(sample)))
+        return sample
+
+
 def load(
     dataset: Dataset[Any],
     indices: Sequence[int],
     channels: int,
     size: int | None = None,
-    seen: Callable[[int], object] | None = None,
+    progress: bool = False,
     what: str = "--data",
 ) -> Loaded:
     """The samples at `indices`; grey images are repeated for a denoiser of colour.
 
     Args:
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
+        progress: show a bar.
 
     Raises:
         InputError: an image that cannot be read, of another size than the one before, or of colour for a
             denoiser of grey.
     """
-    if size is not None:
-        sizes.check_resize(size, size)
-    rows: list[Tensor] = []
-    labels: list[int | None] = []
-    for index in indices:
-        sample = dataset[index]
-        image = to_engine(get_image(sample), channels)[0]
-        row = quantize(image if size is None else sizes.resize(image, size, size))
-        if rows and row.shape != rows[0].shape:
-            raise InputError(
-                f"Images of {what} must be of one size. Got {tuple(row.shape)} at index {index} after "
-                f"{tuple(rows[0].shape)}: give --size, to which they are resized and cropped."
-            )
-        rows.append(row)
-        labels.append(_label(fields(sample)))
-        if seen is not None:
-            seen(1)
-    known = [label for label in labels if label is not None]
-    return Loaded(torch.stack(rows), torch.tensor(known) if len(known) == len(rows) else None)
+    source = _WithLabels(dataset)
+    try:
+        images = load_images(source, indices, size=size, channels=channels, progress=progress)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+    known = [label for label in source.labels if label is not None]
+    return Loaded(images, torch.tensor(known) if len(known) == len(images) else None)
+
+
+def leave_out(loaded: Loaded, indices: Sequence[int], trained: Overlap, *, named: bool) -> tuple[Loaded, list[int]]:
+    """Without the images whose very pixels the model was trained on, as a copy under another index has them.
+
+    Args:
+        indices: of `loaded`.
+        named: they were asked for one by one, so that none is left out unasked.
+
+    Raises:
+        InputError: one of those `named`, or all.
+    """
+    if not trained.images:
+        return loaded, list(indices)
+    keep = [i for i, image in enumerate(loaded.images) if _sha256(image) not in trained.images]
+    if len(keep) == len(indices):
+        return loaded, list(indices)
+    if named or not keep:
+        raise InputError(
+            f"Expected images that the model was not trained on. Got {len(indices) - len(keep)} that are copies of "
+            "such: leave them out of --indices, or give other images as --data."
+        )
+    labels = None if loaded.labels is None else loaded.labels[keep]
+    return Loaded(loaded.images[keep], labels), [indices[i] for i in keep]
 
 
 def _label(target: Any) -> int | None:

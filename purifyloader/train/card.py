@@ -54,8 +54,8 @@ def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[tuple[
         (
             "Length",
             f"{record['steps']:,} steps of {train['batch_size']} images, {record['epochs']:,g} epochs, "
-            f"{record['seconds'] / 60:,.0f} minutes on {details['machine']}{processes}, "
-            f"{record['peak_memory'] / 1e9:.1f} GB of memory at most",
+            f"{record['seconds'] / 60:,.0f} minutes on {details['machine']}{processes}"
+            + (f", {record['peak_memory'] / 1e9:.1f} GB of memory at most" if record["peak_memory"] else ""),
         ),
         ("Optimiser", _rate(train)),
         ("Average", f"EMA {train['ema_decay']}" if train["ema_decay"] else "none"),

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from purifyloader import noise
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.evaluation.measures import jpeg_psnr, psnr, psnr_of
+from purifyloader.evaluation.measures import jpeg_psnr, noised, noised_psnr, psnr
 from purifyloader.files import replacing, write_text
 from purifyloader.images import quantize
 
@@ -48,17 +47,6 @@ def validation_levels(sigma_range: tuple[float, float]) -> tuple[float, ...]:
     if len(classic) >= 2:
         return classic
     return tuple(round(low * (high / low) ** share, 2) for share in (0.25, 0.5, 0.75))
-
-
-def _noised(images_NCHW: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    clean = images_NCHW.float() / 255
-    return clean, clean + sigma * noise.normal(noise.image_keys(0, 0, torch.arange(len(clean))), clean.shape[1:])
-
-
-def noised_psnr(images_NCHW: Tensor, sigma: float) -> float:
-    """Mean PSNR in dB of doing nothing: of images noised with `sigma` (image units) and clamped."""
-    clean, x = _noised(images_NCHW, sigma)
-    return float(psnr_of(x.clamp(0, 1), clean).mean())
 
 
 class Validation:
@@ -139,7 +127,10 @@ class Curves:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            log.info("no %s: pip install 'purifyloader[plots]' draws it; %s has the numbers", CURVES_PNG, CURVES_CSV)
+            if len(self.validated()) <= 1:  # once
+                log.info(
+                    "no %s: pip install 'purifyloader[plots]' draws it; %s has the numbers", CURVES_PNG, CURVES_CSV
+                )
             return
         figure = Figure(figsize=(11, 4), layout="constrained")
         losses, quality = figure.subplots(1, 2)
@@ -170,7 +161,7 @@ def write_samples(denoiser: NetworkDenoiser, images_NCHW: Tensor, levels: Sequen
     device = next(denoiser.parameters()).device
     rows: list[Tensor] = []
     for px in levels:
-        clean, x = _noised(images_NCHW[:8], px / 255)
+        clean, x = noised(images_NCHW[:8], px / 255)
         level = torch.full((len(clean),), px / 255, dtype=torch.float64)
         if not rows:
             rows.append(clean)

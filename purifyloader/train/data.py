@@ -26,7 +26,9 @@ _HELD_OUT = 200
 def choose(length: int, count: int, seed: int) -> list[int]:
     """`count` of `length` indices at random, rising: the first of a shuffle that `seed` alone decides."""
     if not 1 <= count <= length:
-        raise InputError(f"Expected to choose from 1 to {length} images. Got {count}.")
+        raise InputError(
+            f"Expected to choose from 1 to {length} images, all that there are. Got {count}: give another count."
+        )
     return sorted(_shuffled(length, seed)[:count])
 
 
@@ -51,7 +53,7 @@ def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = 
     if rest:
         return sorted(chosen), sorted(rest)
     order = [chosen[i] for i in _shuffled(len(chosen), seed)]
-    back = min(count, len(chosen) // 20)
+    back = min(count, -(-len(chosen) // 20)) if len(chosen) > 1 else 0
     return sorted(order[back:]), sorted(order[:back])
 
 
@@ -108,7 +110,7 @@ def load_images(
             row = row.expand(3, -1, -1)
         if rows and row.shape[1:] != rows[0].shape[1:]:
             raise InputError(
-                f"Training takes images of one size. Got {tuple(row.shape)} at index {index} after "
+                f"Expected images of one size. Got {tuple(row.shape)} at index {index} after "
                 f"{tuple(rows[0].shape)}: give --size, to which they are resized and cropped, or sort them out first."
             )
         rows.append(row)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
-import json
 import logging
 import os
 import platform
@@ -25,19 +23,22 @@ from purifyloader import __version__, pretrained
 from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
-from purifyloader.evaluation.measures import jpeg_psnr, psnr
+from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
 from purifyloader.train import plan
 from purifyloader.train.augment import AUGMENTATIONS
 from purifyloader.train.card import card
-from purifyloader.train.config import RECIPES, TrainConfig, check_start_from, recipe
-from purifyloader.train.curves import CURVES_PNG, SAMPLES_PNG, noised_psnr, validation_levels
+from purifyloader.train.config import RECIPES
+from purifyloader.train.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
 from purifyloader.train.data import choose, hold_out, load_images, read_indices
-from purifyloader.train.loop import started_from, train_denoiser
-from purifyloader.train.state import STATE_FILE, writing
+from purifyloader.train.loop import train_denoiser
+from purifyloader.train.options import configuration
+from purifyloader.train.state import STATE_FILE, images_sha256, writing
 
 __all__ = ["main"]
+
+log = logging.getLogger("purifyloader")
 
 # Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
 _CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(RECIPES),
         default="light",
         help="light: a small network for the noise that purification uses, an hour of two CPU cores (default); "
-        "eclipse: the paper's; puregen: PureGen-DDPM's, t < 250",
+        "eclipse: the paper's; puregen: PureGen-DDPM's, t <= 250",
     )
     how.add_argument(
         "--config",
@@ -119,68 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fields(path: Path) -> Mapping[str, Any]:
-    """Fields of a `TrainConfig` from a JSON file: the fields themselves, or a checkpoint's config.json."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config must be a JSON file of training fields. Got {path}: {error}.") from None
-    if isinstance(values, dict) and isinstance(values.get("details"), dict):
-        values = values["details"].get("train")
-    if not isinstance(values, dict):
-        raise InputError(
-            "--config must be a JSON object of training fields, or the config.json of a trained checkpoint. "
-            f"Got {path}, which is neither."
-        )
-    return values
-
-
-def _config(
-    options: argparse.Namespace, images: Tensor, device: torch.device
-) -> tuple[TrainConfig, NetworkDenoiser | None]:
-    config = recipe(options.recipe, min(images.shape[-2:]), images.shape[1])
-    if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
-        config = dataclasses.replace(config, patch_size=None)
-    fields = dict(_fields(options.config)) if options.config is not None else {}
-    named = fields.pop("start_from", None)
-    check_start_from(named)
-    start = None
-    if options.start_from is not None or named is not None:
-        start = pretrained.load(options.start_from or named["name"] or "an unnamed denoiser")
-        if config.parameterization != start.parameterization:
-            fields.setdefault("parameterization", start.parameterization)
-        learned = {"learned_variance": config.network.learned_variance}
-        objective = fields.get("objective", config.objective)
-        if objective == "hybrid":
-            fields.setdefault("time", "log-sigma" if start.schedule is None else "timestep")
-        if not isinstance(fields.get("network", {}), Mapping):
-            raise ConfigError(f"network must be an object of its fields. Got {fields['network']!r}.")
-        fields["network"] = {**start.network.config.to_dict(), **learned, **fields.get("network", {})}
-    config = TrainConfig.from_dict(fields, config)
-    names = ("steps", "decay_steps", "batch_size", "learning_rate", "replicate", "patch_size", "seed", "dtype")
-    changes: dict[str, Any] = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
-    if options.steps is not None and options.config is None:
-        # in proportion, as the recipe has it; a short run has no time for all of the warm-up
-        share = max(0.0, options.steps / config.steps)
-        changes.setdefault("decay_steps", round(config.decay_steps * share))
-        changes["warmup"] = min(config.warmup, max(0, options.steps // 10))
-    if options.augment is not None:
-        changes["augment"] = tuple(options.augment)
-    config = dataclasses.replace(config, **changes)
-    if options.compile is not None:
-        config = dataclasses.replace(config, compile=options.compile)
-    elif options.config is None:
-        config = dataclasses.replace(config, compile=device.type == "cuda" and config.steps >= 2_000)
-    if start is not None:
-        if named is not None and options.start_from is None and started_from(config, start).start_from != named:
-            raise ConfigError(
-                f"{options.config} starts from weights {named['weights_sha256'][:16]} of {named['name']!r}. Got others "
-                "by that name: give the right folder as --start-from."
-            )
-        config = started_from(config, start)
-    return config, start
-
-
 def _check_out(out: Path) -> None:
     """Refuse before hours of training what could not be written after them.
 
@@ -218,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with _processes(options.device) as (rank, device):
         quiet = options.quiet or rank > 0
-        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
-        # as `python -m` has it, and the installed command has not: a user's own module:function lies here
-        sys.path.insert(0, os.getcwd())
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("purifyloader").setLevel(logging.WARNING if quiet else logging.INFO)
         if not options.plan:
             if options.out is None:
                 raise InputError("Expected --out, a folder for the checkpoint, or --plan. Got neither.")
@@ -239,7 +177,7 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
     if options.validation is None:
         indices, held_out = hold_out(length, indices, options.choose_seed, options.validation_count)
     images = load_images(dataset, indices, size=options.size, progress=not quiet)
-    config, start = _config(options, images, device)
+    config, start = configuration(options, images.shape[1:], device)
     machine = _machine(device)
     if options.plan:
         measured = plan.measure(images, config, start=start, micro_batch=options.micro_batch, device=device)
@@ -270,6 +208,7 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
         "image_size": list(images.shape[-2:]),
         "resized": options.size,
         "indices": indices,
+        "images_sha256": images_sha256(images),
         "held_out": held_out_name,
         "train": config.to_dict(),
         "record": record,
@@ -290,12 +229,6 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
     return 0
 
 
-def _channels(dataset: Any, indices: Sequence[int]) -> int | None:
-    """3 where the first image has them, so that grey ones among it (as in ImageNet) are taken as RGB."""
-    first = load_images(dataset, indices[:1])
-    return 3 if first.shape[1] == 3 else None
-
-
 def _validation(
     options: argparse.Namespace, dataset: Any, held_out: Sequence[int], images: Tensor, quiet: bool
 ) -> tuple[Tensor | None, str]:
@@ -305,8 +238,6 @@ def _validation(
     if options.validation is None:
         what, source, chosen = "images of the same data that it was not trained on", dataset, held_out
     else:
-        if options.validation == options.data and options.data not in _NAMED:
-            raise InputError("Expected validation images apart from --data. Got the same: they would be trained on.")
         source = open_dataset(options.validation, options.root, train=False)
         if options.validation_count < 1:
             raise InputError(f"--validation-count must be at least 1. Got {options.validation_count}.")
@@ -316,7 +247,17 @@ def _validation(
         chosen = range(count) if options.validation in _NAMED else choose(length, count, options.choose_seed)
         what = f"images of {describe(options.validation)}" + (", test split" if options.validation in _NAMED else "")
     loaded = load_images(source, chosen, size=options.size, channels=images.shape[1], progress=not quiet)
-    return loaded, what
+    trained = {image.numpy().tobytes() for image in images}
+    apart = [i for i, image in enumerate(loaded) if image.numpy().tobytes() not in trained]
+    if len(apart) == len(loaded):
+        return loaded, what
+    if options.validation is not None:
+        raise InputError(
+            f"Expected validation images apart from those trained on. Got {len(loaded) - len(apart)} of {len(loaded)} "
+            "that are among them: give other images as --validation, or leave it out."
+        )
+    log.info("%d held-out images are copies of ones trained on, and left out", len(loaded) - len(apart))
+    return (loaded[apart], what) if apart else (None, "")
 
 
 def measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]:
@@ -358,3 +299,6 @@ if __name__ == "__main__":
     except PurifyError as error:
         print(f"purifyloader: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("purifyloader: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +28,12 @@ from tqdm.auto import tqdm
 from purifyloader import noise
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.growth import take_over
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
 from purifyloader.diffusion.unet import UNet
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError, TrainingError
+from purifyloader.files import canonical_json
 from purifyloader.train import curves as pictures
 from purifyloader.train.augment import geometric, mixup, patches
 from purifyloader.train.config import TrainConfig
@@ -73,7 +75,7 @@ def build_denoiser(
     Args:
         config: its `start_from` must be that of `start`.
         image_channels: of the images, which the network must have.
-        start: take the weights of this denoiser. It may lack a learned variance that the new one has.
+        start: begin as the function of this denoiser. It may be smaller: see `purifyloader.diffusion.growth`.
 
     Raises:
         ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
@@ -98,7 +100,13 @@ def build_denoiser(
 
 
 def _told(denoiser: NetworkDenoiser) -> str:
-    return "the logarithm of sigma" if denoiser.schedule is None else "timesteps"
+    """The network's time input, in words that are the same only where it is."""
+    if denoiser.schedule is None:
+        return "the logarithm of sigma"
+    time = denoiser.time_input
+    if time == "timestep" and denoiser.schedule.timesteps == 1000:
+        time = "rescaled"  # which it is
+    return f"{time} timesteps of {canonical_json(denoiser.schedule.config())}"
 
 
 def _start(denoiser: NetworkDenoiser, config: TrainConfig, start: NetworkDenoiser | None) -> None:
@@ -118,29 +126,13 @@ def _start(denoiser: NetworkDenoiser, config: TrainConfig, start: NetworkDenoise
             f"A denoiser that predicts {denoiser.parameterization!r} cannot start from one that predicts "
             f"{start.parameterization!r}. Set parameterization={start.parameterization!r}."
         )
-    if (start.schedule is None) != (denoiser.schedule is None):
+    if _told(start) != _told(denoiser):
         raise ConfigError(
             f"A network that is told {_told(denoiser)} cannot start from one that is told {_told(start)}. "
-            f"Got time={config.time!r}: give the other."
+            f"Got objective={config.objective!r}, time={config.time!r}: 'log-sigma' goes with both objectives, and "
+            "timesteps, with their schedule, with 'hybrid' (the recipes eclipse and puregen)."
         )
-    weights, old = denoiser.network.state_dict(), start.network.state_dict()
-    # the rows that a learned variance adds keep their zeros, which say: halfway between the bounds
-    grown = denoiser.learned_variance and not start.learned_variance
-    bad = [
-        name
-        for name in sorted({*weights, *old})
-        if name not in weights
-        or name not in old
-        or (weights[name].shape != old[name].shape and not (grown and name.startswith("conv_out.")))
-    ]
-    if bad:
-        raise ConfigError(
-            f"To start from a denoiser the network must have its shape. Got {len(bad)} tensors that differ "
-            f"({', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}): give its network in the configuration."
-        )
-    with torch.no_grad():
-        for name, value in weights.items():
-            value[: len(old[name])].copy_(old[name])
+    take_over(denoiser.network, start.network)
 
 
 class _Objective(nn.Module):
@@ -163,13 +155,18 @@ class _Objective(nn.Module):
             ).mean()
 
 
+@functools.lru_cache(maxsize=2)  # of this epoch and the next: milliseconds, in every step
+def _order(seed: int, epoch: int, length: int) -> Tensor:
+    return noise.uniform(noise.image_keys(seed, epoch, 0), (length,))[0].argsort()
+
+
 def batch_indices(config: TrainConfig, count: int, step: int) -> Tensor:
     """Images of a step: the replicated set shuffled anew each epoch, batches running on across epochs."""
     length = count * (1 + config.replicate)
     positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
     chosen = torch.empty(config.batch_size, dtype=torch.int64)
     for epoch in (positions // length).unique().tolist():
-        order = noise.uniform(noise.image_keys(config.seed, epoch, 0), (length,))[0].argsort()
+        order = _order(config.seed, epoch, length)
         here = positions // length == epoch
         chosen[here] = order[positions[here] % length] % count
     return chosen
@@ -222,12 +219,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * up * down
 
 
-def _check(images: Tensor, config: TrainConfig, world_size: int) -> None:
+def _check_images(images: Tensor, what: str) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise InputError(
-            "Training takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
+            f"{what} takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
             f"Got {images.dtype} {tuple(images.shape)}."
         )
+
+
+def _check(images: Tensor, config: TrainConfig, world_size: int) -> None:
+    _check_images(images, "Training")
     if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
         raise ConfigError(
             f"patch_size must be at most the side of the images, {min(images.shape[-2:])}. Got {config.patch_size}."
@@ -239,10 +240,14 @@ def _check(images: Tensor, config: TrainConfig, world_size: int) -> None:
         )
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, else of this process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the GPU, else of this process; None where the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -295,7 +300,7 @@ def train_denoiser(
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
     _check(images, config, world_size)
     if validation is not None:
-        _check(validation, config, 1)
+        _check_images(validation, "Validation")
         if validation.shape[1] != images.shape[1]:
             raise InputError(
                 f"Validation takes images with the channels of those trained on, {images.shape[1]}. "
@@ -343,11 +348,10 @@ def train_denoiser(
         average.load_state_dict(groups["average"])
         for name, parameter in parameters.items():
             if name in groups.get("exp_avg", {}):
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=device if fused else "cpu"),
-                    "exp_avg": groups["exp_avg"][name].to(device),
-                    "exp_avg_sq": groups["exp_avg_sq"][name].to(device),
-                }
+                # in the memory format of the parameter, which fused kernels rely on
+                moments = {m: torch.empty_like(parameter).copy_(groups[m][name]) for m in ("exp_avg", "exp_avg_sq")}
+                count = torch.tensor(float(step), device=device if fused else "cpu")
+                optimizer.state[parameter] = {"step": count, **moments}
         log.info("going on from step %d of %d in %s", step, config.steps, path)
     if config.compile:
         denoiser.network.compile()
@@ -363,6 +367,9 @@ def train_denoiser(
     if validation is not None and rank == 0:
         judge = pictures.Validation(validation, images.cpu(), levels)
     every = max(1, config.steps // 20) if validate_every is None else validate_every
+    # of the steps that are done, while one is being taken: a resumed run takes that one again
+    settled = (mean, lowest)
+    between = True  # the weights are those of whole steps
     log_every = max(1, config.steps // 500)
 
     def save(mean: float, lowest: float) -> None:
@@ -424,64 +431,71 @@ def train_denoiser(
     begun = last = saved = time.monotonic()
     saving = 0.0
     bar = tqdm(total=config.steps, initial=step, disable=not progress or rank > 0, unit="step", desc="training")
-    while step < config.steps:
-        if step and step % every == 0:
-            if not finite():  # in every process alike
-                raise stop("The weights became infinite or NaN")
-            validate()
-        rate = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        value = torch.zeros((), device=device)
-        x0, level, z = _examples(config, images, step, rank * share, (rank + 1) * share)
-        for first in range(0, share, part):
-            piece = slice(first, first + part)
-            whole = first + part >= share
-            quiet = objective.no_sync() if spread and not whole else contextlib.nullcontext()  # type: ignore[operator]
-            with quiet, _dropout_seed(config, step, rank * share + first, device):
-                loss = objective(x0[piece], level[piece], z[piece]) * (len(x0[piece]) / share)
-                loss.backward()
-            value += loss.detach()
-        if spread:  # so that all processes judge, and stop, alike
-            distributed.all_reduce(value)
-            value /= world_size
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
-        loss_now = float(value)
-        if not math.isfinite(loss_now) or not math.isfinite(norm):
-            raise stop(f"The loss became {loss_now} with a gradient of norm {norm}")
-        before = mean, lowest  # a state is of the weights before this step, which a resumed run takes again
-        mean = loss_now if math.isnan(mean) else mean + _SMOOTH * (loss_now - mean)
-        if step >= _BEGUN:
-            lowest = min(lowest, mean)
-            if step >= _SETTLED and mean > _DIVERGED * lowest:
-                raise stop(f"The loss has run away, to {mean:.4g} from {lowest:.4g} (running means),")
-        now = time.monotonic()
-        seconds, last = seconds + now - last, now
-        # The weights that gave this finite loss are what is saved, so that a state is never a broken one.
-        due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
-        if rank == 0 and due and not mean > _SUSPECT * lowest:
-            save(*before)
-            saved = time.monotonic()
-            saving = saved - now
-        optimizer.step()
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(parameters.values()), 1 - decay)
-        step += 1
-        if step % log_every == 0 or step == config.steps:
-            curves.add(
-                step=step,
-                epoch=round(step * config.batch_size / len(images), 3),
-                seconds=round(seconds, 2),
-                learning_rate=rate,
-                loss=round(mean, 6),
-                gradient_norm=round(norm, 5),
-            )
-        if on_step is not None:
-            on_step(step, loss_now)
-        bar.update()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+    try:
+        while step < config.steps:
+            if step and step % every == 0:
+                if not finite():  # in every process alike
+                    raise stop("The weights became infinite or NaN")
+                validate()
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            value = torch.zeros((), device=device)
+            x0, level, z = _examples(config, images, step, rank * share, (rank + 1) * share)
+            for first in range(0, share, part):
+                piece = slice(first, first + part)
+                whole = first + part >= share
+                quiet = objective.no_sync() if spread and not whole else contextlib.nullcontext()  # type: ignore[operator]
+                with quiet, _dropout_seed(config, step, rank * share + first, device):
+                    loss = objective(x0[piece], level[piece], z[piece]) * (len(x0[piece]) / share)
+                    loss.backward()
+                value += loss.detach()
+            if spread:  # so that all processes judge, and stop, alike
+                distributed.all_reduce(value)
+                value /= world_size
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
+            loss_now = float(value)
+            if not math.isfinite(loss_now) or not math.isfinite(norm):
+                raise stop(f"The loss became {loss_now} with a gradient of norm {norm}")
+            mean = loss_now if math.isnan(mean) else mean + _SMOOTH * (loss_now - mean)
+            if step >= _BEGUN:
+                lowest = min(lowest, mean)
+                if step >= _SETTLED and mean > _DIVERGED * lowest:
+                    raise stop(f"The loss has run away, to {mean:.4g} from {lowest:.4g} (running means),")
+            now = time.monotonic()
+            seconds, last = seconds + now - last, now
+            # The weights that gave this finite loss are what is saved, so that a state is never a broken one.
+            due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
+            if rank == 0 and due and not mean > _SUSPECT * lowest:
+                save(*settled)
+                saved = time.monotonic()
+                saving = saved - now
+            between = False
+            optimizer.step()
+            decay = min(config.ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(parameters.values()), 1 - decay)
+            step += 1
+            between, settled = True, (mean, lowest)
+            if step % log_every == 0 or step == config.steps:
+                curves.add(
+                    step=step,
+                    epoch=round(step * config.batch_size / len(images), 3),
+                    seconds=round(seconds, 2),
+                    learning_rate=rate,
+                    loss=round(mean, 6),
+                    gradient_norm=round(norm, 5),
+                )
+            if on_step is not None:
+                on_step(step, loss_now)
+            bar.update()
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+    except KeyboardInterrupt:
+        bar.close()
+        if rank == 0 and between and last > begun:
+            save(*settled)
+        raise
     bar.close()
     if not finite():
         raise stop("The weights became infinite or NaN")

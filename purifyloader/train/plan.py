@@ -51,8 +51,9 @@ def measure(
 
     def on_step(step: int, loss: float) -> None:
         moments.append(time.monotonic())
-        # processes that wait for one another must agree on when to stop
-        tired = not distributed.is_initialized() and moments[-1] - moments[0] > _PATIENCE
+        # the first step may compile for minutes; and processes that wait for one another must agree on when to stop
+        counted = moments[1:] if config.compile else moments
+        tired = not distributed.is_initialized() and len(counted) > 1 and counted[-1] - counted[0] > _PATIENCE
         if step == _WARM + _TIMED or tired:
             raise _Enough
 
@@ -102,7 +103,8 @@ def report(plan: dict[str, Any], config: TrainConfig, machine: str, now: datetim
         ("parameters", f"{plan['parameters']:,}"),
         (
             "files",
-            f"{plan['model_bytes'] / 1e6:,.1f} MB the checkpoint, {plan['state_bytes'] / 1e6:,.1f} MB until it is done",
+            f"{plan['model_bytes'] / 1e6:,.1f} MB the checkpoint; until it is done "
+            f"{2 * plan['state_bytes'] / 1e6:,.1f} MB, for the state is replaced as a whole",
         ),
         ("images", f"{plan['images']:,}, each seen {plan['epochs']:,.0f} times"),
         ("steps", f"{config.steps:,} of {config.batch_size} images"),
@@ -111,7 +113,10 @@ def report(plan: dict[str, Any], config: TrainConfig, machine: str, now: datetim
             f"{plan['seconds_per_step']:.3g} s (median of {plan['timed_steps']}; the first took "
             f"{plan['first_step_seconds']:.3g} s) on {machine}",
         ),
-        ("memory", f"{plan['peak_memory'] / 1e9:.2f} GB at most"),
-        ("in all", f"{_duration(plan['seconds'])}; started now it ends about {end:%Y-%m-%d %H:%M}"),
+        ("memory", f"{plan['peak_memory'] / 1e9:.2f} GB at most" if plan["peak_memory"] else "not known here"),
+        (
+            "in all",
+            f"{_duration(plan['seconds'])}, without validation; started now it ends about {end:%Y-%m-%d %H:%M}",
+        ),
     ]
     return "\n".join(f"{name:<12}{text}" for name, text in rows)

@@ -17,11 +17,16 @@ from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files import canonical_json, replacing
 from purifyloader.train.config import TrainConfig
 
-__all__ = ["STATE_FILE", "identity", "load_state", "save_state", "writing"]
+__all__ = ["STATE_FILE", "identity", "images_sha256", "load_state", "save_state", "writing"]
 
 STATE_FILE = "training-state.safetensors"
 
 Groups = dict[str, dict[str, Tensor]]
+
+
+def images_sha256(images_NCHW: Tensor) -> str:
+    """SHA-256, in hex, of the bytes of the images in their order."""
+    return hashlib.sha256(images_NCHW.contiguous().numpy().tobytes()).hexdigest()
 
 
 def identity(config: TrainConfig, images_NCHW: Tensor) -> dict[str, Any]:
@@ -29,8 +34,7 @@ def identity(config: TrainConfig, images_NCHW: Tensor) -> dict[str, Any]:
     values = config.to_dict()
     for name in ("steps", "warmup", "decay_steps", "compile"):
         values.pop(name)
-    digest = hashlib.sha256(images_NCHW.contiguous().numpy().tobytes()).hexdigest()
-    return {"config": values, "images_sha256": digest, "count": len(images_NCHW)}
+    return {"config": values, "images_sha256": images_sha256(images_NCHW), "count": len(images_NCHW)}
 
 
 @contextmanager
@@ -69,7 +73,8 @@ def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Gr
             flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
         saved = header["identity"]
         differing = [k for k in expected["config"] if saved["config"].get(k) != expected["config"][k]]
-        differing += [k for k in ("images_sha256", "count") if saved[k] != expected[k]]
+        if any(saved[k] != expected[k] for k in ("images_sha256", "count")):
+            differing.append("set of images")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole training state ({error}). Delete it to train from the start."
