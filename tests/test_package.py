@@ -128,6 +128,8 @@ def test_the_wheel_holds_every_file(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    # the pictures of a card stay in the repository
+    listed = [f for f in listed if not (f.parts[0] == "pretrained" and f.suffix in (".png", ".csv"))]
     expected = {
         str(f) if f.parts[0] == "purifyloader" else f"purifyloader/{f}"
         for f in listed
