@@ -37,7 +37,7 @@ from purifyloader.files import canonical_json
 from purifyloader.train import curves as pictures
 from purifyloader.train.augment import geometric, mixup, patches
 from purifyloader.train.config import TrainConfig
-from purifyloader.train.state import STATE_FILE, identity, load_state, save_state, writing
+from purifyloader.train.state import STATE_FILE, Groups, identity, load_state, save_state, writing
 
 __all__ = [
     "batch_indices",
@@ -59,6 +59,7 @@ _DIVERGED = 10.0  # times the lowest running mean: no way back
 _SUSPECT = 2.0  # times the lowest: not a state worth keeping
 _SETTLED = 100  # steps before a running mean is worth stopping for
 _BEGUN = 10  # steps before it is worth comparing at all
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _SAVING_SHARE = 0.05  # of the time, at most, goes into writing states
 
 
@@ -252,6 +253,81 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class _Watch:
+    """The running mean of the loss, and what it says of the run."""
+
+    def __init__(self, mean: float = math.nan, lowest: float | None = None) -> None:
+        self.mean = mean
+        self.lowest = math.inf if lowest is None else lowest
+
+    def see(self, step: int, loss: float, norm: float) -> str | None:
+        """Take in the loss of a step and the norm of its gradient; a reason to stop, or None."""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"The loss became {loss} with a gradient of norm {norm}"
+        self.mean = loss if math.isnan(self.mean) else self.mean + _SMOOTH * (loss - self.mean)
+        if step >= _BEGUN:
+            self.lowest = min(self.lowest, self.mean)
+        if step >= _SETTLED and self.mean > _DIVERGED * self.lowest:
+            return f"The loss has run away, to {self.mean:.4g} from {self.lowest:.4g} (running means),"
+        return None
+
+    @property
+    def suspect(self) -> bool:
+        """The weights are not worth keeping."""
+        return self.mean > _SUSPECT * self.lowest
+
+    def header(self) -> dict[str, float | None]:
+        return {"loss": self.mean, "lowest_loss": self.lowest if math.isfinite(self.lowest) else None}
+
+
+class _Weights:
+    """The denoiser that is trained, its average and its optimiser, after `step` steps."""
+
+    def __init__(self, denoiser: NetworkDenoiser, config: TrainConfig, device: torch.device) -> None:
+        self.step = 0
+        self.denoiser = denoiser.to(device).train()
+        if device.type == "cuda":
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        self.parameters = dict(self.denoiser.named_parameters())
+        self._fused = device.type == "cuda"
+        self._config = config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=self._fused
+        )
+
+    def update(self, rate: float) -> None:
+        """One step with the gradients there are."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        decay = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.parameters.values()), 1 - decay)
+        self.step += 1
+
+    def finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.average.parameters())
+
+    def groups(self) -> Groups:
+        """Everything, to be saved."""
+        state = self.optimizer.state
+        moments = {m: {n: state[p][m] for n, p in self.parameters.items() if state.get(p)} for m in _MOMENTS}
+        return {"model": self.denoiser.state_dict(), "average": self.average.state_dict(), **moments}
+
+    def restore(self, step: int, groups: Groups) -> None:
+        """What `groups` gave after `step` steps."""
+        self.step = step
+        self.denoiser.load_state_dict(groups["model"])
+        self.average.load_state_dict(groups["average"])
+        for name, parameter in self.parameters.items():
+            if name in groups.get(_MOMENTS[0], {}):
+                # in the memory format of the parameter, which fused kernels rely on
+                moments = {m: torch.empty_like(parameter).copy_(groups[m][name]) for m in _MOMENTS}
+                count = torch.tensor(float(step), device=parameter.device if self._fused else "cpu")
+                self.optimizer.state[parameter] = {"step": count, **moments}
+
+
 def train_denoiser(
     images: Tensor,
     out: str | os.PathLike[str],
@@ -315,104 +391,75 @@ def train_denoiser(
     folder = Path(out)
     path = folder / STATE_FILE
     own = identity(config, images.cpu())
-    denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
-    if device.type == "cuda":
-        denoiser.to(memory_format=torch.channels_last)
-    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    parameters = dict(denoiser.named_parameters())
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameters.values(), config.learning_rate, weight_decay=config.weight_decay, fused=fused
-    )
+    weights = _Weights(build_denoiser(config, images.shape[1], start), config, device)
     plan = {name: getattr(config, name) for name in ("steps", "warmup", "decay_steps")}
-    step, seconds, mean, lowest = 0, 0.0, math.nan, math.inf
+    watch, seconds = _Watch(), 0.0
     curves = pictures.Curves()
     warnings: list[str] = []
     if path.exists():
         header, groups = load_state(path, own)
-        step, seconds, mean = header["step"], header["seconds"], header["loss"]
-        lowest = math.inf if header["lowest_loss"] is None else header["lowest_loss"]
-        if step > config.steps:
+        watch, seconds = _Watch(header["loss"], header["lowest_loss"]), header["seconds"]
+        if header["step"] > config.steps:
             raise TrainingError(
-                f"{path} is of a run that has done {step} steps already. Got {config.steps} as steps: give at least "
-                "these, or another output folder."
+                f"{path} is of a run that has done {header['step']} steps already. Got {config.steps} as steps: "
+                "give at least these, or another output folder."
             )
         curves, warnings = pictures.Curves(header["curves"]), header["warnings"]
         if (planned := header["plan"]) != plan:
             warnings.append(
                 "the length was changed: planned were {steps:,} steps, warm-up over {warmup:,} and decay over the last "
                 "{decay_steps:,}; ".format(**planned)
-                + "from step {:,} on {steps:,}, {warmup:,} and {decay_steps:,}".format(step, **plan)
+                + "from step {:,} on {steps:,}, {warmup:,} and {decay_steps:,}".format(header["step"], **plan)
             )
-        denoiser.load_state_dict(groups["model"])
-        average.load_state_dict(groups["average"])
-        for name, parameter in parameters.items():
-            if name in groups.get("exp_avg", {}):
-                # in the memory format of the parameter, which fused kernels rely on
-                moments = {m: torch.empty_like(parameter).copy_(groups[m][name]) for m in ("exp_avg", "exp_avg_sq")}
-                count = torch.tensor(float(step), device=device if fused else "cpu")
-                optimizer.state[parameter] = {"step": count, **moments}
-        log.info("going on from step %d of %d in %s", step, config.steps, path)
+        weights.restore(header["step"], groups)
+        log.info("going on from step %d of %d in %s", weights.step, config.steps, path)
     if config.compile:
-        denoiser.network.compile()
-    objective: nn.Module = _Objective(denoiser, config)
+        weights.denoiser.network.compile()
+    objective: nn.Module = _Objective(weights.denoiser, config)
     if spread:
         objective = DistributedDataParallel(objective, [device.index] if device.type == "cuda" else None)
 
     share = config.batch_size // world_size
     part = share if micro_batch is None else min(share, micro_batch)
     images = images.to(device)
-    levels = pictures.validation_levels(denoiser.sigma_range)
+    levels = pictures.validation_levels(weights.denoiser.sigma_range)
     judge = None
     if validation is not None and rank == 0:
         judge = pictures.Validation(validation, images.cpu(), levels)
     every = max(1, config.steps // 20) if validate_every is None else validate_every
     # of the steps that are done, while one is being taken: a resumed run takes that one again
-    settled = (mean, lowest)
+    settled = watch.header()
     between = True  # the weights are those of whole steps
     log_every = max(1, config.steps // 500)
 
-    def save(mean: float, lowest: float) -> None:
-        header = {
-            "identity": own,
-            "plan": plan,
-            "step": step,
-            "seconds": seconds,
-            "loss": mean,
-            "lowest_loss": lowest if math.isfinite(lowest) else None,
-            "curves": curves.rows,
-            "warnings": warnings,
-        }
-        moments = {
-            moment: {n: optimizer.state[p][moment] for n, p in parameters.items() if optimizer.state.get(p)}
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        save_state(path, header, {"model": denoiser.state_dict(), "average": average.state_dict(), **moments})
+    def save() -> None:
+        header = {"identity": own, "plan": plan, "step": weights.step, "seconds": seconds, **settled}
+        save_state(path, {**header, "curves": curves.rows, "warnings": warnings}, weights.groups())
         with writing(folder / pictures.CURVES_CSV):
             curves.write_csv(folder)
 
     def validate() -> None:
-        if judge is None or any(row["step"] == step for row in curves.validated()):
+        if judge is None or any(row["step"] == weights.step for row in curves.validated()):
             return
-        measured = judge.measure(average)
+        measured = judge.measure(weights.average)
         if not all(map(math.isfinite, measured.values())):
-            if step == config.steps:
+            if weights.step == config.steps:
                 raise stop("The denoised images became infinite or NaN")
             return  # the next loss says it, in all processes
-        curves.add(step=step, **measured)
+        curves.add(step=weights.step, **measured)
         message = pictures.overfitting([judge.means(row) for row in curves.validated()])
         warned = any(warning.startswith("step ") for warning in warnings)
-        if message is not None and (not warned or step == config.steps):  # once, and how it ended
-            warnings.append(f"step {step}: {message}")
+        if message is not None and (not warned or weights.step == config.steps):  # once, and how it ended
+            warnings.append(f"step {weights.step}: {message}")
             log.warning(
                 "step %d: %s. More images, fewer steps or --augment flip would help; the best so far was at step %d.",
-                step,
+                weights.step,
                 message,
                 max(curves.validated(), key=lambda row: judge.means(row)[0])["step"],
             )
         with writing(folder):
             curves.write_picture(folder, judge)
-            pictures.write_samples(average, judge.held_out, levels, folder / pictures.SAMPLES_PNG)
+            pictures.write_samples(weights.average, judge.held_out, levels, folder / pictures.SAMPLES_PNG)
 
     def stop(reason: str) -> TrainingError:
         bar.close()
@@ -421,26 +468,20 @@ def train_denoiser(
             done = load_state(path, own)[0]["step"]
             kept = f" The last good state is kept in {path}: the same command with --steps {done} makes a checkpoint."
         return TrainingError(
-            f"{reason} at step {step + 1}.{kept} Lower the learning rate, or use float32, and start again with "
+            f"{reason} at step {weights.step + 1}.{kept} Lower the learning rate, or use float32, and start again with "
             "another output folder."
         )
 
-    def finite() -> bool:
-        return all(bool(p.isfinite().all()) for p in average.parameters())
-
     begun = last = saved = time.monotonic()
     saving = 0.0
-    bar = tqdm(total=config.steps, initial=step, disable=not progress or rank > 0, unit="step", desc="training")
+    bar = tqdm(total=config.steps, initial=weights.step, disable=not progress or rank > 0, unit="step", desc="training")
     try:
-        while step < config.steps:
+        while (step := weights.step) < config.steps:
             if step and step % every == 0:
-                if not finite():  # in every process alike
+                if not weights.finite():  # in every process alike
                     raise stop("The weights became infinite or NaN")
                 validate()
-            rate = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
+            weights.optimizer.zero_grad(set_to_none=True)
             value = torch.zeros((), device=device)
             x0, level, z = _examples(config, images, step, rank * share, (rank + 1) * share)
             for first in range(0, share, part):
@@ -454,62 +495,53 @@ def train_denoiser(
             if spread:  # so that all processes judge, and stop, alike
                 distributed.all_reduce(value)
                 value /= world_size
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm))
-            loss_now = float(value)
-            if not math.isfinite(loss_now) or not math.isfinite(norm):
-                raise stop(f"The loss became {loss_now} with a gradient of norm {norm}")
-            mean = loss_now if math.isnan(mean) else mean + _SMOOTH * (loss_now - mean)
-            if step >= _BEGUN:
-                lowest = min(lowest, mean)
-                if step >= _SETTLED and mean > _DIVERGED * lowest:
-                    raise stop(f"The loss has run away, to {mean:.4g} from {lowest:.4g} (running means),")
+            norm = float(torch.nn.utils.clip_grad_norm_(weights.parameters.values(), config.clip_norm))
+            if (reason := watch.see(step, float(value), norm)) is not None:
+                raise stop(reason)
             now = time.monotonic()
             seconds, last = seconds + now - last, now
             # The weights that gave this finite loss are what is saved, so that a state is never a broken one.
             due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
-            if rank == 0 and due and not mean > _SUSPECT * lowest:
-                save(*settled)
+            if rank == 0 and due and not watch.suspect:
+                save()
                 saved = time.monotonic()
                 saving = saved - now
+            rate = learning_rate(config, step)
             between = False
-            optimizer.step()
-            decay = min(config.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(parameters.values()), 1 - decay)
-            step += 1
-            between, settled = True, (mean, lowest)
-            if step % log_every == 0 or step == config.steps:
+            weights.update(rate)
+            between, settled = True, watch.header()
+            if weights.step % log_every == 0 or weights.step == config.steps:
                 curves.add(
-                    step=step,
-                    epoch=round(step * config.batch_size / len(images), 3),
+                    step=weights.step,
+                    epoch=round(weights.step * config.batch_size / len(images), 3),
                     seconds=round(seconds, 2),
                     learning_rate=rate,
-                    loss=round(mean, 6),
+                    loss=round(watch.mean, 6),
                     gradient_norm=round(norm, 5),
                 )
             if on_step is not None:
-                on_step(step, loss_now)
+                on_step(weights.step, float(value))
             bar.update()
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{watch.mean:.4f}", refresh=False)
     except KeyboardInterrupt:
         bar.close()
         if rank == 0 and between and last > begun:
-            save(*settled)
+            save()
         raise
     bar.close()
-    if not finite():
+    if not weights.finite():
         raise stop("The weights became infinite or NaN")
     if rank == 0:
         validate()
         if last > begun or not path.exists():
-            save(mean, lowest)
+            save()
     record = {
-        "steps": step,
+        "steps": weights.step,
         "seconds": round(seconds, 1),
-        "epochs": round(step * config.batch_size / len(images), 1),
-        "loss": mean,
+        "epochs": round(weights.step * config.batch_size / len(images), 1),
+        "loss": watch.mean,
         "processes": world_size,
         "peak_memory": peak_memory(device),
         "warnings": warnings,
     }
-    return average, record
+    return weights.average, record

@@ -17,7 +17,7 @@ from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files import canonical_json, replacing
 from purifyloader.train.config import TrainConfig
 
-__all__ = ["STATE_FILE", "identity", "images_sha256", "load_state", "save_state", "writing"]
+__all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "writing"]
 
 STATE_FILE = "training-state.safetensors"
 
