@@ -910,3 +910,56 @@ def test_psnr_against_an_independent_computation():
     assert 0 < jpeg_psnr(images, 0.1) < 40
     with pytest.raises(InputError, match="uint8"):
         psnr(denoiser, images.float(), 0.1)
+
+
+def test_moments_come_back_in_the_memory_format_of_their_parameters():
+    """Fused kernels, which a GPU gets, take parameters and moments to lie alike and do not look."""
+    wide = dataclasses.replace(SIGMA, network=dataclasses.replace(TINY, learned_variance=False))
+    made = [loop._Weights(build_denoiser(wide), wide, torch.device("cpu")) for _ in range(2)]
+    for run in made:
+        run.denoiser.to(memory_format=torch.channels_last)
+    first, again = made
+    for parameter in first.parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.1)
+    first.update(1e-3)
+    groups = {name: {k: v.contiguous() for k, v in group.items()} for name, group in first.groups().items()}
+    again.restore(1, groups)
+    strided = 0
+    for name, parameter in again.parameters.items():
+        state = again.optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert state[moment].stride() == parameter.stride(), name
+            assert torch.equal(state[moment], first.optimizer.state[first.parameters[name]][moment])
+        strided += not parameter.is_contiguous()
+    assert strided > 0
+
+
+@pytest.mark.gpu
+def test_a_run_stopped_on_a_gpu_goes_on(tmp_path):
+    config = dataclasses.replace(SIGMA, steps=8)
+    whole, _ = train_denoiser(IMAGES, tmp_path / "whole", config, device="cuda", progress=False)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(IMAGES, tmp_path / "part", config, device="cuda", progress=False, on_step=stop)
+    resumed, _ = train_denoiser(IMAGES, tmp_path / "part", config, device="cuda", progress=False)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_an_interrupt_between_steps_saves_the_step_it_reached(tmp_path):
+    config = dataclasses.replace(SIGMA, steps=8)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(IMAGES, tmp_path / "part", config, progress=False, on_step=stop)
+    assert load_state(tmp_path / "part" / STATE_FILE, identity(config, IMAGES))[0]["step"] == 5
+    resumed, _ = train_denoiser(IMAGES, tmp_path / "part", config, progress=False)
+    whole, _ = train_denoiser(IMAGES, tmp_path / "whole", config, progress=False)
+    assert same(weights(whole), weights(resumed))

@@ -18,7 +18,7 @@ from purifyloader.datasets import open_dataset
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.train import RECIPES, TrainConfig, recipe
+from purifyloader.train import RECIPES, TrainConfig, options, recipe
 from purifyloader.train.data import choose, hold_out, load_images, read_indices
 from purifyloader.train.loop import build_denoiser
 from tests.conftest import random_images
@@ -427,3 +427,11 @@ def test_tars_are_a_source(tmp_path):
             tar.addfile(member, data)
     images = load_images(open_dataset(str(tmp_path / "train-0000.tar")), range(3))
     assert torch.equal(images, random_images(3, 16))
+
+
+def test_a_card_from_before_the_recipes_says_a_configuration_too():
+    path = Path(__file__).parents[1] / "pretrained" / "cifar10-sparse" / "config.json"
+    for name in RECIPES:  # whatever it stands over
+        config = TrainConfig.from_dict(options._fields(path), recipe(name))
+        assert (config.objective, config.parameterization, config.time) == ("sigma", "edm", "log-sigma")
+        assert (config.augment, config.network, config.steps) == (("flip",), UNetConfig.small(), 10_000)

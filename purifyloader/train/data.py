@@ -120,7 +120,9 @@ def load_images(
         raise InputError("Expected one image or more. Got none.")
     if {len(row) for row in rows} != {len(rows[0])}:
         raise InputError(
-            "Expected images with as many channels each. Got " + ", ".join(map(str, sorted({len(r) for r in rows})))
+            "Expected images with as many channels each. Got "
+            + ", ".join(map(str, sorted({len(r) for r in rows})))
+            + " channels: bring them to one kind, such as RGB, first."
         )
     images = torch.stack(rows)
     if channels is not None and images.shape[1] != channels:

@@ -14,6 +14,7 @@ import torch
 from purifyloader import pretrained
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
+from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.pretrained.registry import is_local
 from purifyloader.train.config import TrainConfig, check_start_from, recipe
@@ -43,7 +44,12 @@ def _fields(path: Path) -> dict[str, Any]:
 
 def _of_checkpoint(config: Mapping[str, Any]) -> Any:
     values = config["details"].get("train")
-    if isinstance(values, dict) and "flip" in values:  # a card from before the recipes
+    if not isinstance(values, dict):
+        return values
+    if isinstance(network := values.get("network"), dict):
+        # whole: what it leaves out is at its default there, whatever the recipe has
+        values["network"] = dataclasses.asdict(UNetConfig.from_dict(network))
+    if "flip" in values:  # a card from before the recipes
         denoiser = config["denoiser"]
         flip = values.pop("flip")
         values["augment"] = ["flip"] if flip else []
