@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from purifyloader import pretrained, purifiers, recipes, transforms
+    from purifyloader import plans, pretrained, purifiers, recipes, transforms
     from purifyloader.dataset import PurifiedDataset
     from purifyloader.errors import PurifyError
     from purifyloader.filling import precompute
 
 __version__ = "0.1.0"
 
-__all__ = ["PurifiedDataset", "PurifyError", "precompute", "pretrained", "purifiers", "recipes", "transforms"]
+__all__ = ["PurifiedDataset", "PurifyError", "plans", "precompute", "pretrained", "purifiers", "recipes", "transforms"]
 
 # torch and torchvision take seconds to import: each name is loaded when it is first used.
 _ORIGIN = {

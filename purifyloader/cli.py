@@ -29,10 +29,19 @@ def _parser() -> argparse.ArgumentParser:
         dest="what", required=True, metavar="WHAT"
     )
     train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
+    train.add_parser("energy", help="train an energy model from clean images", add_help=False)
     denoiser = commands.add_parser("denoiser", help="judge a denoiser").add_subparsers(
         dest="what", required=True, metavar="WHAT"
     )
     denoiser.add_parser("evaluate", help="how well it denoises, by noise level and by frequency", add_help=False)
+    audit = commands.add_parser("audit", help="look at a dataset before trusting it").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    audit.add_parser("energy", help="which images an energy model finds unusual", add_help=False)
+    commands.add_parser(
+        "dynamics", help="how purification moves clean and poisoned images, step by step", add_help=False
+    )
+    commands.add_parser("tune", help="propose how strongly to purify, from clean images and attacks", add_help=False)
     return parser
 
 
@@ -64,10 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from purifyloader.train import denoiser as command
 
             return command.main(argv[2:])
+        if argv[:2] == ["train", "energy"]:
+            from purifyloader.train.energy.command import main as train_energy
+
+            return train_energy(argv[2:])
         if argv[:2] == ["denoiser", "evaluate"]:
             from purifyloader.evaluation.command import main as evaluate
 
             return evaluate(argv[2:])
+        if argv[:2] == ["audit", "energy"]:
+            from purifyloader.audit.command import main as audit
+
+            return audit(argv[2:])
+        if argv[:1] == ["dynamics"]:
+            from purifyloader.dynamics.command import main as dynamics
+
+            return dynamics(argv[1:])
+        if argv[:1] == ["tune"]:
+            from purifyloader.dynamics.tune_command import main as tune
+
+            return tune(argv[1:])
         if argv[:1] == ["convert"]:
             from purifyloader.pretrained.convert.command import main as convert
 

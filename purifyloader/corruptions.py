@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import torch
@@ -14,7 +15,18 @@ from purifyloader import noise
 from purifyloader.errors import InputError
 from purifyloader.images import quantize
 
-__all__ = ["check_compensation", "check_quality", "compensate", "grey_and_noise", "jpeg"]
+__all__ = [
+    "bit_depth",
+    "check_alpha",
+    "check_bits",
+    "check_compensation",
+    "check_quality",
+    "coin",
+    "compensate",
+    "grayscale",
+    "grey_and_noise",
+    "jpeg",
+]
 
 _GRAY, _NOISE = 0, 1
 
@@ -31,6 +43,18 @@ def check_quality(quality: int) -> None:
     """Raise `InputError` unless this is a JPEG quality."""
     if type(quality) is not int or not 1 <= quality <= 100:
         raise InputError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
+
+
+def check_bits(bits: int) -> None:
+    """Raise `InputError` unless this is a number of bits of an 8-bit channel."""
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise InputError(f"bits is how many of a channel's 8 are kept, an integer from 1 to 8. Got {bits!r}.")
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `InputError` unless this is a distance in pixels."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise InputError(f"alpha is the furthest that a pixel moves, in pixels, a positive number. Got {alpha!r}.")
 
 
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
@@ -77,3 +101,67 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
         decoded = np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
         row.copy_(torch.from_numpy(decoded.copy()).float() / 255)
     return out
+
+
+def grayscale(x_BCHW: Tensor) -> Tensor:
+    """The brightness of each pixel in all three channels (ISS-G of Liu et al. 2023).
+
+    ITU-R 601-2 luma, as PIL's `convert("L")`, whose weights sum to 1: white stays white. Grey images pass unchanged.
+    """
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
+        raise InputError(f"grayscale takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
+    if x_BCHW.shape[1] == 1:
+        return x_BCHW
+    red, green, blue = x_BCHW.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
+    """The `bits` highest bits of each 8-bit level, the others 0 (ISS-BDR of Liu et al. 2023 at 2 bits).
+
+    As their code does it, with PIL's posterize: levels are rounded down, not to the nearest of an even spacing as in
+    feature squeezing (Xu et al. 2018). Black stays black; white becomes 192 of 255 at 2 bits.
+    """
+    check_bits(bits)
+    levels = quantize(x_BCHW) & (0xFF00 >> bits & 0xFF)
+    return (levels.float() / 255).to(x_BCHW.dtype)
+
+
+def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
+    """Each pixel read at a place up to `alpha` pixels away along each side (COIN; Wang et al. 2023 at alpha 2).
+
+    The places are uniform and independent, one for all channels of a pixel; between pixels the image is read
+    bilinearly, and beyond its border it is its border. (The published code goes on at the opposite border.)
+
+    Args:
+        x_BCHW: float images in [0, 1].
+        keys_B: int64 keys of `purifyloader.noise`; the draws of an image are a function of its key.
+        alpha: in pixels.
+
+    Returns:
+        Images of the same shape and type, within the range of each.
+    """
+    check_alpha(alpha)
+    if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
+        raise InputError(f"coin takes float images of shape (B, C, H, W). Got {x_BCHW.dtype} {tuple(x_BCHW.shape)}.")
+    if keys_B.shape != x_BCHW.shape[:1]:
+        raise InputError(f"coin needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
+    height, width = x_BCHW.shape[2:]
+    offset_B2HW = alpha * (2 * noise.uniform(keys_B, (2, height, width)) - 1)
+    rows = torch.arange(height, device=x_BCHW.device)[:, None]
+    columns = torch.arange(width, device=x_BCHW.device)
+    y_BHW = (rows + offset_B2HW[:, 0]).clamp(0, height - 1)
+    x_BHW = (columns + offset_B2HW[:, 1]).clamp(0, width - 1)
+    top, left = y_BHW.long(), x_BHW.long()  # rounded down, for they are not negative
+    down, right = ((place - whole).float()[:, None] for place, whole in ((y_BHW, top), (x_BHW, left)))
+    below, beside = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
+    flat = x_BCHW.float().flatten(2)
+
+    def at(row_BHW: Tensor, column_BHW: Tensor) -> Tensor:
+        place = (row_BHW * width + column_BHW).flatten(1)[:, None].expand(-1, flat.shape[1], -1)
+        return flat.gather(2, place).reshape(x_BCHW.shape)
+
+    # a + t (b - a), which is exactly a where both are alike
+    upper = at(top, left) + right * (at(top, beside) - at(top, left))
+    lower = at(below, left) + right * (at(below, beside) - at(below, left))
+    return (upper + down * (lower - upper)).to(x_BCHW.dtype)

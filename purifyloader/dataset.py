@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from purifyloader import noise
+from purifyloader import noise, plans
 from purifyloader.cache import CacheReader, CacheWriter
 from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.locks import is_held
@@ -67,7 +67,9 @@ class PurifiedDataset(Dataset[Any]):
             changed, and a transform that it is given later is not seen. Images already normalised or
             augmented are refused.
         purifier: see `purifyloader.recipes`. Its draws are a function of (seed, draw, index): every epoch
-            of a draw and a cache see the same purified image.
+            of a draw and a cache see the same purified image. One with a condition over the dataset, such as
+            `recipes.puregen_filt`, is planned here: that is one pass over all of it, unless a cache has the plan
+            already (`purifyloader.plans`).
         compensate: ECLIPSE's other half, `Compensate()`; drawn afresh from (seed, epoch, index).
         cache: folder, read in place of purifying; see `purifyloader.precompute`. A new or empty folder is
             filled now. 8 bits a channel. Targets and further fields are read from it too, where it has them.
@@ -139,6 +141,8 @@ class PurifiedDataset(Dataset[Any]):
         self._start()
         if cache is not None:
             self._open_cache(Path(cache), probed, missing, check_source, in_memory, progress)
+        elif plans.is_open(self.purifier):
+            self._take_plan(plans.make(self._job, self.batch_size, progress=progress))
 
     @classmethod
     def from_cache(
@@ -394,14 +398,26 @@ class PurifiedDataset(Dataset[Any]):
         if not finished:
             layout = choose_layout(folder, len(self), self.draws, job.purifier, probed)
             writer = CacheWriter(folder, job.config(), layout, job.made())
+            found = plans.agreed(job, writer, self.batch_size, progress=progress)
+            if found is not None:
+                job = self._take_plan(found)
+            plan = plans.with_plan(writer.folder, None, found)
             notes = notes_of(self.dataset, job.purifier)
             of_each_shard = check_source
             if not isinstance(check_source, bool):
                 of_each_shard = -(-check_source // len(layout.shards)) or False
             if missing == "purify":
-                self._cache = ShardsOnDemand(job, writer, self.batch_size, of_each_shard, notes)
+                self._cache = ShardsOnDemand(job, writer, self.batch_size, of_each_shard, notes, plan)
                 return
-            fill(job, writer, batch_size=self.batch_size, check_source=of_each_shard, notes=notes, progress=progress)
+            fill(
+                job,
+                writer,
+                batch_size=self.batch_size,
+                check_source=of_each_shard,
+                plan=plan,
+                notes=notes,
+                progress=progress,
+            )
         reader = CacheReader(folder, job.config(), in_memory)
         if len(reader) != len(self):
             raise CacheError(
@@ -409,10 +425,18 @@ class PurifiedDataset(Dataset[Any]):
                 "it was made from another dataset. Give that one, or precompute into another folder."
             )
         if finished:
+            if (found := plans.of_index(reader.plan)) is not None:
+                self._take_plan(found)
             self._check_source(reader, check_source, progress)
         with random_state_kept():
             plain = is_plain(self._source.fetch([0])[0])
         self._use(reader, plain)
+
+    def _take_plan(self, found: Mapping[str, Any]) -> Job:
+        assert self._job is not None
+        self.purifier = plans.applied(self._job.purifier, found)
+        self._job = self._job.with_purifier(self.purifier)
+        return self._job
 
     def _use(self, reader: CacheReader, plain: bool) -> None:
         """Read from this cache; its targets too, where it has them and samples are of plain types."""

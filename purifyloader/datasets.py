@@ -122,6 +122,10 @@ class TarDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def tar_of(self, index: int) -> Path:
+        """The file that holds sample `index`, from 0."""
+        return self.tars[int(np.searchsorted(self._tar_ends, index, side="right"))]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         position = operator.index(index)
         if not -len(self) <= position < len(self):

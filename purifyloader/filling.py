@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import queue
 import sys
 import threading
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from purifyloader import plans
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard
 from purifyloader.cache.locks import Lock, is_held, lock_path, read_note
@@ -40,12 +39,12 @@ from purifyloader.images import ImageKind
 from purifyloader.jobs import (
     Job,
     Read,
-    SampleReader,
     as_integer,
     check_arguments,
     check_source,
     class_of,
     placed,
+    read_batches,
     shard_values,
 )
 from purifyloader.purifiers import Purifier
@@ -105,7 +104,8 @@ def precompute(
         rank, world_size: which of how many processes this is; by default from the launcher's environment
             variables RANK and WORLD_SIZE, else 0 of 1.
         allow_mixed_devices: go on with shards that another kind of device made.
-        plan: a JSON object kept with the cache.
+        plan: a JSON object kept with the cache. A purifier with a condition over the dataset adds its own, which
+            is made first, in one pass over the dataset: see `purifyloader.plans`.
         progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
 
     Raises:
@@ -120,7 +120,8 @@ def precompute(
             f"{type(dataset).__name__} that does: give the one inside it, and compensate= when the cache is read."
         )
     seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
-    plan = None if plan is None else fmt.plain("A plan", plan)  # before hours of work
+    if plan is not None:
+        fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
     source = take_over(dataset)
     moved = placed(purifier, device)
@@ -128,6 +129,9 @@ def precompute(
     job = Job(source, moved, seed, draws, image_key)
     layout = choose_layout(out, len(source), draws, moved, probed, shard_size, encoding)
     writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
+    found = plans.agreed(job, writer, batch_size, workers=workers, progress=progress)
+    if found is not None:
+        job = job.with_purifier(plans.applied(job.purifier, found))
     fill(
         job,
         writer,
@@ -136,8 +140,8 @@ def precompute(
         batch_size=batch_size,
         workers=workers,
         check_source=check_source,
-        plan=plan,
-        notes=notes_of(dataset, moved),
+        plan=plans.with_plan(writer.folder, plan, found),
+        notes=notes_of(dataset, job.purifier),
         progress=progress,
     )
     return CacheReader(out, job.config())
@@ -250,16 +254,16 @@ def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, no
                 with writer.lock(shard):
                     pass
                 crew.work([shard])
-        if plan is None and writer.is_finished():
+        if writer.is_finished(plan):
             if writer.has_litter():  # of this run, or of one that was killed before it could tidy up
                 with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE):  # it may be read-only by now
                     writer.tidy()
             return
         with Lock(writer.folder, fmt.INDEX_FILE):
             # asked again, for the others have waited here while the first one verified
-            lacking = [] if plan is None and writer.is_finished() else writer.pending()
+            lacking = [] if writer.is_finished(plan) else writer.pending()
             if not lacking:
-                if plan is not None or not writer.is_finished():
+                if not writer.is_finished(plan):
                     writer.finish(plan, notes)
                 writer.tidy()
                 return
@@ -274,10 +278,16 @@ class ShardsOnDemand:
     """
 
     def __init__(
-        self, job: Job, writer: CacheWriter, batch_size: int, check_source: bool | int, notes: Mapping[str, Any]
+        self,
+        job: Job,
+        writer: CacheWriter,
+        batch_size: int,
+        check_source: bool | int,
+        notes: Mapping[str, Any],
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         self._job, self._writer, self._batch_size, self._notes = job, writer, batch_size, notes
-        self._check_source = check_source
+        self._check_source, self._plan = check_source, plan
         self._open: dict[int, OpenShard] = {}
 
     def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
@@ -301,7 +311,7 @@ class ShardsOnDemand:
             if writer.present() == writer.layout.length:
                 with Lock(writer.folder, fmt.INDEX_FILE):
                     if not writer.pending():
-                        writer.finish(notes=self._notes)  # which leaves an index alone that says the same
+                        writer.finish(self._plan, self._notes)  # which leaves an index alone that says the same
                         writer.tidy()
         path = writer.folder / shard.file
         return OpenShard(path, fmt.read_shard_header(path), np.zeros(writer.layout.draws * shard.count, np.uint8))
@@ -359,25 +369,6 @@ class _Making:
                         '(resize=, crop=), or precompute with encoding="png" (--encoding png).'
                     )
         writer.write(self.shard, rows, **shard_values(self.reads))
-
-
-class _Batches(Dataset[Any]):
-    """Batches of samples by their positions, for a loader's workers."""
-
-    def __init__(self, reader: SampleReader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, positions: list[int]) -> bytes:
-        # Pickled here by value: torch would hand each small array over as a shared file of its own. An error
-        # is handed over as it is, because the loader would wrap it in a traceback.
-        try:
-            return pickle.dumps(self.reader.read(positions))
-        except PurifyError as error:
-            return pickle.dumps(error)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 class _Crew:
@@ -465,17 +456,7 @@ class _Crew:
                     continue
 
         try:
-            loader = DataLoader(
-                _Batches(self.job.reader),
-                batch_size=None,
-                sampler=batches(),
-                num_workers=self.workers,
-                prefetch_factor=1 if self.workers else None,  # each batch ahead is a part of a shard locked ahead
-                collate_fn=_as_it_is,
-                generator=torch.Generator(),  # or it would draw from the user's
-            )
-            for data in loader:
-                found = pickle.loads(data)
+            for found in read_batches(self.job.reader, batches(), self.workers):
                 put(found if isinstance(found, PurifyError) else (*order.popleft(), found))
                 if stop.is_set():
                     return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from purifyloader import __version__, noise
 from purifyloader.cache.source import is_hashable, source_hashes
-from purifyloader.devices import as_device, check_worker
-from purifyloader.errors import CacheError, InputError
+from purifyloader.devices import as_device, check_worker, exact_arithmetic
+from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.images import ImageKind, as_stored, quantize, to_bytes, type_of
-from purifyloader.purifiers import SCHEMA, Purifier
+from purifyloader.purifiers import SCHEMA, Condition, Purifier
 from purifyloader.samples import ImageKey, fields, get_image, structure_of
 from purifyloader.sources import REMEDY, Source, fetch, random_state_kept
 
@@ -39,6 +40,7 @@ __all__ = [
     "class_of",
     "converted",
     "placed",
+    "read_batches",
     "shard_values",
 ]
 
@@ -78,6 +80,9 @@ class SampleReader:
     def __init__(self, raw: Dataset[Any], channels: int | None, image_key: ImageKey) -> None:
         self.raw, self.channels, self.image_key = raw, channels, image_key
 
+    def __len__(self) -> int:
+        return len(self.raw)  # type: ignore[arg-type]
+
     def read(self, positions: Sequence[int]) -> list[Read]:
         """
         Raises:
@@ -96,6 +101,45 @@ class SampleReader:
         ]
 
 
+class _Batches(Dataset[Any]):
+    """Batches of samples by their positions, for a loader's workers."""
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, positions: list[int]) -> bytes:
+        # Pickled here by value: torch would hand each small array over as a shared file of its own. An error
+        # is handed over as it is, because the loader would wrap it in a traceback.
+        try:
+            return pickle.dumps(self.reader.read(positions))
+        except PurifyError as error:
+            return pickle.dumps(error)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def read_batches(
+    reader: SampleReader, batches: Iterable[list[int]], workers: int
+) -> Iterator[list[Read] | PurifyError]:
+    """The samples of each batch of positions, read by so many processes (0: in this one), in order.
+
+    An error of the user's is given, not raised, in place of its batch.
+    """
+    loader = DataLoader(
+        _Batches(reader),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,  # each batch ahead is a part of a shard locked ahead
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or it would draw from the user's
+    )
+    for data in loader:
+        yield pickle.loads(data)
+
+
 class Job:
     """Source, purifier, seed and draws: which pixels image i has in draw k, and how to compute them.
 
@@ -106,6 +150,12 @@ class Job:
     def __init__(self, source: Source, purifier: Purifier, seed: int, draws: int, image_key: ImageKey) -> None:
         self.purifier, self.seed, self.draws = purifier, seed, draws
         self.reader = SampleReader(source.raw, purifier.image_channels, image_key)
+
+    def with_purifier(self, purifier: Purifier) -> Job:
+        """The same of another purifier that takes the same channels, such as one with its plan."""
+        job = copy.copy(self)
+        job.purifier = purifier
+        return job
 
     @property
     def device(self) -> torch.device:
@@ -131,10 +181,20 @@ class Job:
         """Purified pixels, float32 (C, H, W), on the purifier's device, of images as `as_stored` gives them."""
         device = self.device
         check_worker(device)
-        keys_B = noise.fold_in(noise.image_keys(self.seed, draw, list(positions)), PURIFY).to(device)
+        keys_B = self._keys(positions, draw).to(device)
         if _alike(images):  # one copy to the device instead of one an image
             return list(self.purifier(_floats(torch.stack(list(images)).to(device)), keys_B))
         return self.purifier.purify_images([_floats(image.to(device)) for image in images], keys_B)
+
+    def to_plan(self, positions: Sequence[int], images: Sequence[Tensor]) -> tuple[Condition, list[Tensor]] | None:
+        """The first condition that has no plan, and such images as `purify` of draw 0 would bring them to it."""
+        device = self.device
+        with torch.no_grad(), exact_arithmetic(device):
+            floats = [_floats(image.to(device)) for image in images]
+            return self.purifier.to_plan(floats, self._keys(positions, 0).to(device))
+
+    def _keys(self, positions: Sequence[int], draw: int) -> Tensor:
+        return noise.fold_in(noise.image_keys(self.seed, draw, list(positions)), PURIFY)
 
     def rows(self, positions: Sequence[int], reads: Sequence[Read], draw: int) -> list[NDArray[np.uint8]]:
         """Purified images as a cache holds them, uint8 (H, W, C)."""

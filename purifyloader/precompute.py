@@ -29,13 +29,32 @@ __all__ = ["main", "precompute"]
 
 log = logging.getLogger("purifyloader")
 
-# Options of the recipes, and which recipe takes which.
+# Options of the recipes, which recipe takes which, and which models it uses.
 _RESIZING = ("resize", "crop", "tile", "overlap")
+_BOTH = ("ebm_steps", "ddpm_steps", "calls", "compile", "compute_batch", *_RESIZING)
 _OPTIONS = {
     "eclipse": ("t", "sigma", "steps", "sampler", "compensate_once", "compute_batch", *_RESIZING),
     "denoise-once": ("sigma", "compute_batch", *_RESIZING),
+    "puregen-ebm": ("steps", "step_size", "temperature", "compile", "compute_batch", *_RESIZING),
+    "puregen-ddpm": ("steps", "calls", "compute_batch", *_RESIZING),
+    "puregen-naive": _BOTH,
+    "puregen-reps": ("repeats", *_BOTH),
+    "puregen-filt": ("k", "repeats", *_BOTH),
     "jpeg": ("quality", *_RESIZING),
+    "grayscale": _RESIZING,
+    "bit-depth": ("bits", *_RESIZING),
+    "coin": ("alpha", *_RESIZING),
 }
+_MODELS = {
+    "eclipse": ("model",),
+    "denoise-once": ("model",),
+    "puregen-ebm": ("energy",),
+    "puregen-ddpm": ("model",),
+    "puregen-naive": ("energy", "model"),
+    "puregen-reps": ("energy", "model"),
+    "puregen-filt": ("energy", "model"),
+}
+_NAMED = ("eclipse", "denoise-once")  # those that have no model of their own
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,12 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     recipe = parser.add_argument_group("how")
     recipe.add_argument("--recipe", required=True, help=f"{', '.join(_OPTIONS)}, or a file with the JSON of a purifier")
     recipe.add_argument("--model", help="a denoiser that ships with the library, or its folder")
+    recipe.add_argument("--energy", help="an energy model that ships with the library, or its folder (puregen)")
     recipe.add_argument("--t", type=float, help="timestep to noise to (eclipse; default 100)")
     recipe.add_argument("--sigma", type=float, help="or the noise level, in image units: 25 px is 0.098")
-    recipe.add_argument("--steps", type=int, help="network calls an image (eclipse)")
+    recipe.add_argument("--steps", type=int, help="network calls (eclipse), Langevin or diffusion steps (puregen)")
+    recipe.add_argument("--ebm-steps", type=int, metavar="N", help="Langevin steps (puregen-naive, -reps, -filt)")
+    recipe.add_argument("--ddpm-steps", type=int, metavar="N", help="diffusion steps (puregen-naive, -reps, -filt)")
+    recipe.add_argument(
+        "--calls", type=int, metavar="N", help="network calls for these diffusion steps, all by default"
+    )
+    recipe.add_argument("--repeats", type=int, metavar="N", help="of both in turn (puregen-reps, -filt)")
+    recipe.add_argument("--k", type=float, help="share of the images to purify (puregen-filt; default 0.5)")
+    recipe.add_argument("--step-size", type=float, help="noise of a Langevin step, in image units (puregen-ebm)")
+    recipe.add_argument("--temperature", type=float, help="what the energy is divided by (puregen-ebm)")
+    recipe.add_argument("--compile", action="store_true", default=None, help="compile the energy network (puregen)")
     recipe.add_argument("--sampler", choices=("ancestral", "ddim"), help="(eclipse)")
     recipe.add_argument("--compensate-once", action="store_true", default=None, help="a fixed draw too (eclipse)")
     recipe.add_argument("--quality", type=int, help="(jpeg; default 10)")
+    recipe.add_argument("--bits", type=int, help="of each channel (bit-depth; default 2)")
+    recipe.add_argument("--alpha", type=float, metavar="PX", help="furthest that a pixel moves (coin; default 2)")
     recipe.add_argument(
         "--resize", type=int, metavar="PX", help="bring the shorter side to this, for images of any size"
     )
@@ -163,20 +195,24 @@ def _purifier(options: argparse.Namespace) -> Purifier:
     takes = _OPTIONS[options.recipe]
     if foreign := sorted(set(given) - set(takes)):
         raise ConfigError(f"The recipe {options.recipe} takes {_flags(takes)}. Got {_flags(foreign)}: leave it out.")
-    if options.recipe == "jpeg":
-        if options.model is not None or options.dtype is not None:
-            raise ConfigError("The recipe jpeg has no network. Got --model or --dtype: leave them out.")
-        return recipes.jpeg(**given)
-    if options.model is None:
+    models = {name: getattr(options, name) for name in ("energy", "model") if getattr(options, name) is not None}
+    uses = _MODELS.get(options.recipe, ())
+    if not uses and (models or options.dtype is not None):
+        raise ConfigError(
+            f"The recipe {options.recipe} has no network. Got --energy, --model or --dtype: leave them out."
+        )
+    if foreign := sorted(set(models) - set(uses)):
+        raise ConfigError(f"The recipe {options.recipe} takes {_flags(uses)}. Got {_flags(foreign)}: leave it out.")
+    if options.recipe in _NAMED and not models:
         raise ConfigError(f"The recipe {options.recipe} needs --model, a name of `purifyloader models` or a folder.")
-    given["fast"] = options.dtype == "bfloat16"
-    if options.recipe == "eclipse":
-        if "t" in given and given["t"].is_integer():
-            given["t"] = int(given["t"])
-        return recipes.eclipse(options.model, **given)
-    if "sigma" not in given:
+    if options.recipe == "denoise-once" and "sigma" not in given:
         raise ConfigError("The recipe denoise-once needs --sigma, the noise level in image units. Got none.")
-    return recipes.denoise_once(options.model, **given)
+    if "t" in given and given["t"].is_integer():
+        given["t"] = int(given["t"])
+    if uses:
+        given["fast"] = options.dtype == "bfloat16"
+    purifier: Purifier = getattr(recipes, options.recipe.replace("-", "_"))(**models, **given)
+    return purifier
 
 
 def _from_file(options: argparse.Namespace, given: dict[str, Any]) -> Purifier:
@@ -189,7 +225,8 @@ def _from_file(options: argparse.Namespace, given: dict[str, Any]) -> Purifier:
     if given or options.dtype is not None:
         extra = [*given, *(["dtype"] if options.dtype is not None else [])]
         raise ConfigError(f"A recipe from a file says all of itself. Got {_flags(extra)}: edit the file.")
-    return recipes.from_json(path.read_text(encoding="utf-8"), options.model)
+    models = [model for model in (options.energy, options.model) if model is not None]
+    return recipes.from_json(path.read_text(encoding="utf-8"), models)
 
 
 def _flags(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torchvision.datasets import VisionDataset
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
+from purifyloader.energy import EnergyConfig, EnergyNetwork
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +43,13 @@ def tiny_network(channels: int = 3, learned_variance: bool = False, seed: int = 
 
 def tiny_denoiser(channels: int = 3, parameterization: str = "edm", seed: int = 0) -> NetworkDenoiser:
     return NetworkDenoiser(tiny_network(channels, seed=seed), parameterization, (0.001, 0.3))
+
+
+def tiny_energy(channels: int = 3, seed: int = 0) -> EnergyNetwork:
+    """An energy with random weights, of a slope that moves an image by some px a step at PureGen's temperature."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EnergyNetwork(EnergyConfig(channels=8, image_channels=channels)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from purifyloader import PurifiedDataset, PurifyError, noise
+from purifyloader import PurifiedDataset, PurifyError, noise, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.errors import CacheError, InputError
 from purifyloader.filling import make_shard, precompute
@@ -28,7 +28,7 @@ from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
 from purifyloader.sources import take_over
 from purifyloader.transforms import Compensate
-from tests.conftest import PictureDataset, random_images, tiny_denoiser
+from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
 
 COUNT = 20
 
@@ -430,6 +430,22 @@ def test_cached_pixels_equal_uncached_ones(purifier, images, expected, tmp_path)
         dataset = PurifiedDataset(PictureDataset(images), purifier, cache=tmp_path, progress=False, batch_size=7)
         got = dataset.__getitems__(range(COUNT))
         assert all(torch.equal(as_tensor(image), expected[i]) for i, (image, _) in enumerate(got))
+
+
+@pytest.mark.parametrize("missing", ["precompute", "purify"])
+def test_a_recipe_that_looks_at_all_images_first(images, tmp_path, missing):
+    """The same images are purified with a cache and without, in workers and here."""
+    recipe = recipes.puregen_filt(0.3, ebm_steps=2, ddpm_steps=0, energy=tiny_energy())
+    source = PictureDataset(images)
+    plain = PurifiedDataset(source, recipe, progress=False)
+    want = [plain[i][0].tobytes() for i in range(len(plain))]
+    raw = [image.tobytes() for image, _ in source]
+    assert sum(a != b for a, b in zip(want, raw, strict=True)) == round(0.3 * len(images))
+    cached = PurifiedDataset(source, recipe, cache=tmp_path, missing=missing, progress=False)
+    for dataset in (plain, cached):
+        loader = DataLoader(dataset, 3, num_workers=2, collate_fn=list)
+        assert [image.tobytes() for batch in loader for image, _ in batch] == want
+    assert recipe.condition.planned is None  # the user's own is left as it was
 
 
 def test_a_finished_cache_is_not_computed_again(purifier, images, tmp_path):

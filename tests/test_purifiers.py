@@ -16,8 +16,22 @@ from purifyloader import noise, pretrained, recipes
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
-from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Diffuse, Jpeg, Purifier, Repeat, from_json
-from tests.conftest import random_images, tiny_denoiser, tiny_network
+from purifyloader.purifiers import (
+    Chain,
+    Coin,
+    Compensation,
+    DenoiseOnce,
+    Diffuse,
+    EnergyAbove,
+    Jpeg,
+    Langevin,
+    Purifier,
+    Repeat,
+    Where,
+    from_config,
+    from_json,
+)
+from tests.conftest import random_images, tiny_denoiser, tiny_energy, tiny_network
 
 COUNT = 40
 
@@ -44,6 +58,8 @@ def purifiers() -> dict[str, Purifier]:
         "compensation": Compensation(),
         "chain": Chain(Jpeg(50), once["float32"], Compensation()),
         "repeat": Repeat(once["float32"], 3),
+        "mixed": Repeat(Chain(Langevin(tiny_energy(), 1, compute_batch=16), once["bfloat16"]), 2),
+        "where": Where(EnergyAbove(tiny_energy(), 0.1, compute_batch=16), Chain(Coin(), once["float32"])),
     }
 
 
@@ -222,7 +238,7 @@ def test_purify_with_grad_differentiates_the_input(seeds):
 def test_json_builds_back_the_same_purifier(name, x, seeds):
     purifier = purifiers()[name]
     text = purifier.to_json()
-    again = recipes.from_json(text, tiny_denoiser())
+    again = recipes.from_json(text, [tiny_denoiser(), tiny_energy()])
     assert again.to_json() == text
     assert torch.equal(again(x[:3], seeds[:3]), purifier(x[:3], seeds[:3]))
 
@@ -245,6 +261,21 @@ def test_golden_json():
             "compute_batch": 32,
         },
     }
+
+
+def test_a_resolver_of_denoisers_alone_needs_no_second_argument():
+    """As plugins and scripts have it from the time when there was one kind of model."""
+    purifier = Chain(DenoiseOnce(tiny_denoiser(), 0.1), Jpeg())
+    assert from_config(purifier.config(), lambda entry: tiny_denoiser()).to_json() == purifier.to_json()
+    asked = []
+
+    def resolve(entry, kind="denoiser"):
+        asked.append((kind, entry["name"]))
+        return {"denoiser": tiny_denoiser, "energy": tiny_energy}[kind]()
+
+    mixed = purifiers()["mixed"]
+    assert from_json(mixed.to_json(), resolve).to_json() == mixed.to_json()
+    assert asked == [("energy", None), ("denoiser", None)]
 
 
 def test_identity_ignores_names_and_not_weights():

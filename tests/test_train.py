@@ -287,7 +287,7 @@ def free_port() -> int:
 
 def as_rank(rank: int, world_size: int, port: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """In a child: `work` as one of several processes, joined by gloo as the command joins them."""
-    from purifyloader.train.denoiser import _processes
+    from purifyloader.train.arguments import processes
 
     os.environ.update(
         RANK=str(rank),
@@ -297,7 +297,7 @@ def as_rank(rank: int, world_size: int, port: int, work: Callable[..., Any], *ar
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    with _processes("cpu"):
+    with processes("cpu"):
         return work(*arguments)
 
 

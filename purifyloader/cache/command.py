@@ -147,7 +147,7 @@ def _read(path: Path) -> _Folder:
     if other is not None and found.layout is None:
         raise other  # a cache of that version; among files of ours it is one that is damaged
     expected = {shard.file for shard in found.layout.shards} if found.layout is not None else set(shards)
-    found.strangers = [name for name in names if name not in expected and name != fmt.INDEX_FILE]
+    found.strangers = [name for name in names if name not in expected and name not in (fmt.INDEX_FILE, fmt.PLAN_FILE)]
     for name in found.strangers:
         found.wrong.pop(name, None)
     return found
@@ -213,10 +213,23 @@ def describe(folder: Path) -> dict[str, Any]:
         "classes": None if notes.get("classes") is None else len(notes["classes"]),
         "made": made,
         "plan": index is not None and index.plan is not None,
+        "where": _conditions(found),
         "wrong": found.wrong,
         "missing": found.missing if index is not None else [],
         "strangers": found.strangers,
     }
+
+
+def _conditions(found: _Folder) -> list[dict[str, Any]]:
+    """The planned conditions: by the index or, of an unfinished cache, by the plan that it has so far."""
+    if found.index is not None:
+        where = (found.index.plan or {}).get(fmt.WHERE)
+    else:
+        try:
+            where = fmt.read_plan(found.path).found
+        except (OSError, CacheError):
+            where = None
+    return list(where["conditions"]) if isinstance(where, dict) and isinstance(where.get("conditions"), list) else []
 
 
 def _size(found: _Folder) -> int:
@@ -284,7 +297,7 @@ def _info_lines(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if values["classes"] is not None:
         yield "classes", [f"{values['classes']:,}"]
     yield "made with", [_made(made, len(values["made"]) > 1) for made in values["made"]]
-    yield "plan", ["yes" if values["plan"] else "no"]
+    yield "plan", ["yes" if values["plan"] else "no", *(fmt.plan_in_words(where) for where in values["where"])]
     yield "fingerprint", [values["fingerprint"] or "none before it is finished"]
     if values["wrong"] or values["missing"]:
         bad = [*(f"{name} (damaged)" for name in values["wrong"]), *(f"{name} (missing)" for name in values["missing"])]
@@ -326,15 +339,22 @@ def _recipe(config: Mapping[str, Any]) -> list[str]:
     if kind == "chain" and isinstance(stages, list):
         return [line for stage in stages for line in _recipe(stage)]
     inner = values.pop("purifier", None)
-    network = values.pop("denoiser", None)
+    condition = values.pop("condition", None)
+    network = values.pop("denoiser", None) or values.pop("energy", None)
+    values.pop("planned", None)  # has a line of its own
     pixels = values.pop("sigma_px", None)
     if pixels is not None:  # the same, for people
         values.pop("sigma", None)
         values = {"sigma": f"{pixels:g} px", **values}
+    step = values.pop("step_px", None)
+    if step is not None:
+        values["step_size"] = f"{step:g} px"
     lines = [f"{kind}: " + ", ".join(f"{key} {_value(value)}" for key, value in values.items()) if values else kind]
     if isinstance(network, Mapping):
         name = network.get("name") or "unnamed or not noted"
         lines.append(f"  model {name}, weights {str(network.get('weights_sha256'))[:12]}")
+    if isinstance(condition, Mapping):
+        lines += [f"  {line}" for line in _recipe(condition)]
     if isinstance(inner, Mapping):
         lines += [f"  {line}" for line in _recipe(inner)]
     return lines

@@ -22,13 +22,16 @@ __all__ = [
     "FORMAT",
     "INDEX_FILE",
     "METADATA",
+    "PLAN_FILE",
     "SHARD_FILE",
     "SHARD_SIZE",
     "TENSOR",
     "VERSION",
+    "WHERE",
     "Index",
     "Layout",
     "OtherVersionError",
+    "Plan",
     "Shard",
     "ShardEntry",
     "ShardHeader",
@@ -38,18 +41,23 @@ __all__ = [
     "own_sha256",
     "parse_index",
     "plain",
+    "plan_in_words",
     "read_index",
+    "read_plan",
     "read_shard_header",
     "shard_hashes",
     "shard_metadata",
     "shards_of",
     "source_sha256",
     "write_index",
+    "write_plan",
 ]
 
 FORMAT = "purifyloader-cache"
 VERSION = 2
 INDEX_FILE = "index.json"
+PLAN_FILE = "plan.json"
+WHERE = "where"  # in the plan of an index: which images are purified
 SHARD_FILE = re.compile(r"shard-(\d{5,})\.safetensors")
 SHARD_SIZE = 1024
 TENSOR = "images"
@@ -195,6 +203,22 @@ class Index:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.identity)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json: which images an unfinished cache purifies, until its index says so.
+
+    Attributes:
+        config, length: of the cache that it is part of.
+        device: the kind that it was made on.
+        found: what `purifyloader.plans.make` found.
+    """
+
+    config: dict[str, Any]
+    length: int
+    device: str
+    found: dict[str, Any]
 
 
 def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,3 +517,49 @@ def parse_index(values: Any, path: Path) -> Index:
             f"{path} must be a whole index. Got a damaged or edited one ({error!r}). {_REINDEX}."
         ) from None
     return index
+
+
+def plan_in_words(condition: Mapping[str, Any]) -> str:
+    """A line about the configuration of a condition with its plan: for people."""
+    planned = condition["planned"]
+    share = f"k {condition['k']:g}: " if "k" in condition else ""
+    return (
+        f"{share}{planned['purified']:,} of {planned['images']:,} images purified, {condition['kind']} "
+        f"{planned['threshold']:.8g}"
+    )
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    values = {"format": FORMAT, "version": VERSION, **asdict(plan)}
+    write_text(folder / PLAN_FILE, canonical_json({**values, "sha256": own_sha256(values)}) + "\n")
+
+
+def read_plan(folder: Path) -> Plan:
+    """plan.json of an unfinished cache, checked against itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CacheError: it is damaged, no plan of a cache, or of another version.
+    """
+    path = folder / PLAN_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format"] != FORMAT:
+            raise ValueError(f"its format is {values['format']!r}")
+        if values["version"] != VERSION:
+            raise OtherVersionError(
+                f"{path} must be of version {VERSION}. Got version {values['version']!r}. "
+                "Use the purifyloader that wrote it, or delete the folder and precompute again."
+            )
+        if values["sha256"] != own_sha256(values):
+            raise ValueError("its content does not have its sha256")
+        plan = Plan(values["config"], values["length"], values["device"], values["found"])
+        if not isinstance(plan.config, dict) or not isinstance(plan.found["conditions"], list):
+            raise ValueError("it has no conditions")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path} must be a whole plan. Got a damaged or edited one ({error!r}). {_AGAIN}.") from None
+    except OSError as error:
+        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
+    return plan

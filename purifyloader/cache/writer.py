@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _TARGET_BYTES = 16_000_000  # a header may have 100 MB, and a reader holds those of all shards
 _HASHING_THREADS = 4  # hashing lets go of the interpreter, and one core hashes slower than a disk reads
 _PNG_LEVEL = 1  # measured on photographs: three times as fast as 6, and 5 % larger
-_HIDDEN = re.compile(r"\.(shard-\d{5,}\.safetensors|index\.json)\.(?:.*\.tmp|lock)")
+_HIDDEN = re.compile(r"\.(shard-\d{5,}\.safetensors|index\.json|plan\.json)\.(?:.*\.tmp|lock)")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,13 @@ class CacheWriter:
         there = set(os.listdir(self.folder) if names is None else names)
         return sum(shard.count for shard in self.shards if shard.file in there)
 
-    def is_finished(self) -> bool:
-        """Whether an index of this cache is there. It is written when all shards were verified."""
+    def is_finished(self, plan: Mapping[str, Any] | None = None) -> bool:
+        """Whether an index of this cache is there, with this plan if one is given (as JSON gives it back).
+
+        It is written when all shards were verified.
+        """
         index = self._index()
-        if index is None or index.layout != self.layout:
+        if index is None or index.layout != self.layout or plan not in (None, index.plan):
             return False
         headers = []
         for shard, entry in zip(self.shards, index.shards, strict=True):
@@ -127,8 +130,8 @@ class CacheWriter:
         return index.identity == self._identity(headers) and index.image_shape == headers[0].image_shape
 
     def has_litter(self) -> bool:
-        """Whether there are hidden files of runs that were killed or have met."""
-        return any(_HIDDEN.fullmatch(path.name) for path in self.folder.glob(".*"))
+        """Whether there are files of runs that were killed or have met, which a finished cache does not need."""
+        return self._plan_path.exists() or any(_HIDDEN.fullmatch(path.name) for path in self.folder.glob(".*"))
 
     def check_same_device(self) -> None:
         """Refuse to go on with another kind of device than the shards that are there.
@@ -157,6 +160,37 @@ class CacheWriter:
                 log.warning("%s was made with other versions (there → here):\n%s", name, changed)
             self._device_checked = True
             return
+
+    # -- the plan --------------------------------------------------------------------------------------
+
+    @property
+    def _plan_path(self) -> Path:
+        return self.folder / fmt.PLAN_FILE
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """What `write_plan` wrote for this cache; None where it is missing, damaged, or of another kind of device."""
+        try:
+            plan = fmt.read_plan(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except CacheError as error:
+            log.warning("%s will be made again: %s", fmt.PLAN_FILE, error)
+            return None
+        same = (plan.config, plan.length) == (self.config, self.layout.length)
+        return plan.found if same and (self._mixed or plan.device == self.made.get("device")) else None
+
+    def write_plan(self, found: Mapping[str, Any]) -> None:
+        """Keep a plan for the other processes, and for a run that goes on after a stop, until the index has it.
+
+        Args:
+            found: as `purifyloader.plans.make` gives it.
+
+        Raises:
+            CacheError: writing failed.
+        """
+        device = str(self.made.get("device"))
+        with _writing(self._plan_path):
+            fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, fmt.plain("A plan", found)))
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -248,7 +282,7 @@ class CacheWriter:
             notes: what else to tell people, as a JSON object; decides nothing.
 
         Raises:
-            CacheError: shards are missing or damaged.
+            CacheError: shards are missing or damaged, or made from another source than the plan.
             ConfigError: the plan is no JSON object.
         """
         kept = None if plan is None else fmt.plain("A plan", plan)
@@ -273,8 +307,10 @@ class CacheWriter:
                 f"All images of a cache have one shape. Got {' and '.join(map(str, sorted(shapes, key=str)))} in "
                 f"{self.folder}. Delete the folder and precompute again from images of one size."
             )
+        identity = self._identity([good.header for good in whole])
+        self._check_planned(kept, identity)
         index = fmt.Index(
-            identity=self._identity([good.header for good in whole]),
+            identity=identity,
             layout=self.layout,
             image_shape=shapes.pop(),
             shards=tuple(
@@ -296,10 +332,13 @@ class CacheWriter:
             fmt.write_index(self.folder, index)
 
     def tidy(self) -> None:
-        """Remove the hidden files of runs that were killed, but not what another process has in work.
+        """Remove the hidden files of runs that were killed, but not what another process has in work; and the plan,
+        which the index has by now.
 
         Only while holding the lock of the index.
         """
+        if self._plan_path.exists() and self._index() is not None:
+            self._plan_path.unlink(missing_ok=True)
         left: dict[str, list[Path]] = {}
         for path in self.folder.glob(".*"):
             if match := _HIDDEN.fullmatch(path.name):
@@ -335,6 +374,16 @@ class CacheWriter:
             self._warned = True
             log.warning("Targets are not stored, because they %s: the cache is read with its source", reason)
         return None
+
+    def _check_planned(self, plan: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> None:
+        """A plan that says which source it was made from must have been made from this one."""
+        where = (plan or {}).get(fmt.WHERE)
+        planned = where.get("source") if isinstance(where, Mapping) else None
+        if planned is not None and identity["source"] is not None and planned != identity["source"]:
+            raise CacheError(
+                f"All of {self.folder} must be made from one source. Got a plan of other images or targets than those "
+                f"that were purified: the dataset changed meanwhile. Delete the folder and precompute again."
+            )
 
     def _identity(self, headers: Sequence[ShardHeader]) -> dict[str, Any]:
         source = None
@@ -389,6 +438,16 @@ class CacheWriter:
                     log.warning("%s will be made again: %s", name, error)
                     continue
                 self._check_same(name, index.config, index.layout)
+            elif name == fmt.PLAN_FILE:
+                try:
+                    plan = fmt.read_plan(self.folder)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except fmt.OtherVersionError:
+                    raise
+                except CacheError:
+                    continue  # a damaged plan is made again
+                self._check_same(name, plan.config, replace(self.layout, length=plan.length))
             elif fmt.SHARD_FILE.fullmatch(name):
                 try:
                     header = fmt.read_shard_header(self.folder / name)

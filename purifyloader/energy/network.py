@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -128,8 +129,9 @@ class EnergyNetwork(nn.Module):
                 f"An energy network takes floating-point images in [0, 1]. Got {x_BCHW.dtype}. Divide bytes by 255."
             )
         h = self.blocks((2 * x_BCHW - 1).to(self.readout.weight.dtype))
-        energy_B1 = self.readout(F.relu(h).mean(dim=(2, 3)))
-        return energy_B1[:, 0].to(x_BCHW.dtype)
+        # the mean and the readout in float32 at least: in bfloat16 differences of energies would be lost in rounding
+        pooled_BC = F.relu(h).to(torch.promote_types(h.dtype, torch.float32)).mean(dim=(2, 3))
+        return (pooled_BC * self.readout.weight[0].to(pooled_BC.dtype)).sum(dim=1).to(x_BCHW.dtype)
 
 
 def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from purifyloader.datasets import TORCHVISION, describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
-from purifyloader.errors import InputError, PurifyError
+from purifyloader.errors import InputError
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
+from purifyloader.evaluation.output import check_out, write_results
 from purifyloader.evaluation.pictures import examples, picture
 from purifyloader.evaluation.sets import (
     ATTACKS,
@@ -33,7 +34,6 @@ from purifyloader.evaluation.sets import (
     poisoned_images,
     training_details,
 )
-from purifyloader.files import write_text
 from purifyloader.train.data import read_indices
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
     options = _parser().parse_args(arguments)
     device = as_device(options.device)
-    _check_out(options)
+    check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "an evaluation")
     denoiser: Denoiser = pretrained.load(options.model).to(device)
     sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]
     denoiser.check_sigma(torch.tensor(sigmas, dtype=torch.float64))  # before images are read
@@ -128,23 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         _write(options, results, denoiser, images, sigmas)
     return 0
-
-
-def _check_out(options: argparse.Namespace) -> None:
-    """Refuse before minutes of work what could not be written after them."""
-    if options.out is None:
-        if options.overwrite:
-            raise InputError("--overwrite is about files in --out. Got no --out: give the folder.")
-        return
-    with _writing(options.out):  # or it may not be searched
-        if options.out.exists() and not options.out.is_dir():
-            raise InputError(f"Expected a folder as --out. Got the file {options.out}.")
-        found = [name for name in (JSON_FILE, PICTURE_FILE) if (options.out / name).exists()]
-    if found and not options.overwrite:
-        raise InputError(
-            f"Expected a folder without an evaluation as --out. Got {options.out} with {', '.join(found)}: give "
-            "another one, or --overwrite."
-        )
 
 
 def _images(options: argparse.Namespace, denoiser: Denoiser) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
@@ -211,30 +194,13 @@ def _write(
     images: Tensor,
     sigmas: Sequence[float],
 ) -> None:
-    file, drawing = options.out / JSON_FILE, options.out / PICTURE_FILE
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr if options.json else sys.stdout)  # noqa: E731
-    with _writing(drawing):  # one that is replaced must not stay beside the other's newer twin
-        drawing.unlink(missing_ok=True)
-    with _writing(file):
-        write_text(file, to_json(results))
-    say(f"results: {file}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        say("picture: none without matplotlib: pip install 'purifyloader[plots]'")
-        return
-    picture(results, drawing, examples(denoiser, images, sigmas, seed=options.seed))
-    say(f"picture: {drawing}")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PurifyError(
-            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
-        ) from error
+    write_results(
+        options.out,
+        {JSON_FILE: to_json(results)},
+        PICTURE_FILE,
+        lambda path: picture(results, path, examples(denoiser, images, sigmas, seed=options.seed)),
+        lambda text: print(text, file=sys.stderr if options.json else sys.stdout),
+    )
 
 
 def to_json(results: Mapping[str, Any]) -> str:

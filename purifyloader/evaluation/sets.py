@@ -28,6 +28,7 @@ __all__ = [
     "Loaded",
     "Overlap",
     "choose_images",
+    "label_of",
     "leave_out",
     "load",
     "overlap",
@@ -41,9 +42,9 @@ _CLASSES = 10  # patterns of an attack: enough to judge a denoiser, and cheap fo
 
 
 def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint says of its training; {} where it says nothing."""
+    """What a checkpoint, of a denoiser or an energy model, says of its training; {} where it says nothing."""
     try:
-        details = read_config(find(model)).get("details")
+        details = read_config(find(model), None).get("details")
     except CheckpointError:  # a model from elsewhere, which `load` has taken all the same
         return {}
     return details if isinstance(details, dict) else {}
@@ -163,7 +164,7 @@ class _WithLabels(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
-        self.labels.append(_label(fields(sample)))
+        self.labels.append(label_of(fields(sample)))
         return sample
 
 
@@ -218,7 +219,8 @@ def leave_out(loaded: Loaded, indices: Sequence[int], trained: Overlap, *, named
     return Loaded(loaded.images[keep], labels), [indices[i] for i in keep]
 
 
-def _label(target: Any) -> int | None:
+def label_of(target: Any) -> int | None:
+    """The class that the rest of a sample says, None where it says none."""
     if isinstance(target, Mapping):
         target = target.get("cls", target.get("label"))
     if isinstance(target, Tensor | np.ndarray) and target.ndim == 0:

@@ -35,6 +35,15 @@ CURVES_CSV, CURVES_PNG, SAMPLES_PNG = "curves.csv", "curves.png", "samples.png"
 CLASSIC_PX = (10.0, 25.0, 50.0)
 """The noise levels at which the denoising literature reports PSNR."""
 
+_COLUMNS = (
+    "step",
+    "epoch",
+    "seconds",
+    "learning_rate",
+    "loss",
+    "gradient_norm",
+)  # then held_out_10px, trained_10px, ...
+
 # dB. The mean of 200 images moves by less between two checks of a run that learns.
 _FALLEN, _APART = 0.1, 0.5
 
@@ -46,6 +55,11 @@ def validation_levels(sigma_range: tuple[float, float]) -> tuple[float, ...]:
     if len(classic) >= 2:
         return classic
     return tuple(round(low * (high / low) ** share, 2) for share in (0.25, 0.5, 0.75))
+
+
+def _by_level(column: str) -> tuple[float, str]:
+    which, _, level = column.rpartition("_")
+    return float(level.removesuffix("px")), which
 
 
 class Validation:
@@ -114,7 +128,9 @@ class Curves:
         return [row for row in self.rows if any(key.startswith("held_out_") for key in row)]
 
     def write_csv(self, folder: Path) -> None:
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        found = {name for row in self.rows for name in row}
+        # a resumed run has its rows from JSON, where names are sorted
+        names = [name for name in _COLUMNS if name in found] + sorted(found.difference(_COLUMNS), key=_by_level)
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()

@@ -9,7 +9,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -19,14 +19,23 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.train.config import TrainConfig
 from purifyloader.train.loop import build_denoiser, peak_memory, train_denoiser
 
-__all__ = ["measure", "report"]
+__all__ = ["PATIENCE", "Enough", "Length", "measure", "report"]
 
 _WARM, _TIMED = 2, 5
-_PATIENCE = 60.0  # seconds; then the steps there are must do
+PATIENCE = 60.0  # seconds; then the steps there are must do
 
 
-class _Enough(Exception):
-    pass
+class Length(Protocol):
+    """What a report needs of a configuration."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+class Enough(Exception):
+    """Raised by a step: what was to be measured is."""
 
 
 def measure(
@@ -53,11 +62,11 @@ def measure(
         moments.append(time.monotonic())
         # the first step may compile for minutes; and processes that wait for one another must agree on when to stop
         counted = moments[1:] if config.compile else moments
-        tired = not distributed.is_initialized() and len(counted) > 1 and counted[-1] - counted[0] > _PATIENCE
+        tired = not distributed.is_initialized() and len(counted) > 1 and counted[-1] - counted[0] > PATIENCE
         if step == _WARM + _TIMED or tired:
-            raise _Enough
+            raise Enough
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         few = dataclasses.replace(config, steps=max(config.steps, _WARM + _TIMED + 1))
         train_denoiser(
             images,
@@ -96,7 +105,7 @@ def _duration(seconds: float) -> str:
     return " ".join(parts)
 
 
-def report(plan: dict[str, Any], config: TrainConfig, machine: str, now: datetime.datetime) -> str:
+def report(plan: dict[str, Any], config: Length, machine: str, now: datetime.datetime) -> str:
     """The plan as lines for people."""
     end = now + datetime.timedelta(seconds=plan["seconds"])
     rows = [

@@ -1,0 +1,211 @@
+"""`purifyloader audit energy`: which images of a dataset an energy model finds unusual."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from purifyloader import __version__, pretrained
+from purifyloader.audit.compare import audit_energy
+from purifyloader.audit.energies import DatasetEnergies, dataset_energies
+from purifyloader.audit.pictures import picture
+from purifyloader.audit.report import ranked_csv, table
+from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.devices import as_device
+from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.energy import EnergyNetwork
+from purifyloader.errors import InputError
+from purifyloader.evaluation.command import to_json
+from purifyloader.evaluation.output import check_out, write_results
+from purifyloader.evaluation.sets import Overlap, choose_images, overlap, training_details
+from purifyloader.train.data import choose, read_indices
+
+__all__ = ["CSV_FILE", "JSON_FILE", "PICTURE_FILE", "main"]
+
+JSON_FILE = "audit.json"
+CSV_FILE = "audit.csv"
+PICTURE_FILE = "audit.png"
+
+MODEL = "cifar10-energy"
+_REFERENCE = 2000  # twenty images lie above the 99th percentile, which is then known to a fifth
+_MANY_SHAPES = 8
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="purifyloader audit energy",
+        description="Rank the images of a dataset by an energy model, and compare them with clean images. High energy: "
+        "unlike the clean images that the model was trained on. Prints a table.",
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        help="images to look at: cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or "
+        "package.module:function",
+    )
+    add("--root", default="data", help="where a dataset given by name is (default: data)")
+    add("--split", choices=("train", "test"), default="train", help="of a torchvision dataset (default: train)")
+    add("--reference", help="images known to be clean, given like --data")
+    add("--reference-root", help="where a reference given by name is (default: --root)")
+    add("--reference-split", choices=("train", "test"), default="test", help="(default: test)")
+    add("--model", default=MODEL, help=f"an energy model that ships, or a checkpoint's folder (default: {MODEL})")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--count", type=int, metavar="N", help="look at N images, chosen at random (default: all)")
+    chosen.add_argument("--indices", type=Path, metavar="FILE", help="look at the images listed in this JSON file")
+    add(
+        "--reference-count",
+        type=int,
+        metavar="N",
+        help=f"use N images of the reference, chosen at random (default: {_REFERENCE})",
+    )
+    add("--choose-seed", type=int, default=0, help="decides which images are chosen at random (default: 0)")
+    add("--size", type=int, metavar="PX", help="resize the shorter side of each image to this, and crop the centre")
+    add("--poisoned", type=Path, metavar="FILE", help="JSON list of the indices known to be poisoned, to judge by")
+    add(
+        "--top",
+        type=float,
+        nargs="+",
+        default=[1, 5, 10, 50],
+        metavar="PERCENT",
+        help="among which highest energies the poisoned are counted (default: 1 5 10 50)",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE}, {CSV_FILE} and {PICTURE_FILE} there")
+    add("--overwrite", action="store_true", help="replace these files")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
+    options = _parser().parse_args(arguments)
+    device = as_device(options.device)
+    check_out(options.out, (JSON_FILE, CSV_FILE, PICTURE_FILE), options.overwrite, "an audit")
+    if bad := [percent for percent in options.top if not 0 < percent <= 100]:
+        raise InputError(f"--top must be percentages above 0, at most 100. Got {bad[0]:g}.")
+    energy = pretrained.load(options.model, kind="energy").to(device)
+    poisoned = None if options.poisoned is None else read_indices(options.poisoned)
+    data, said = _data(options, energy, poisoned)
+    reference: DatasetEnergies | None = None
+    said_of_reference: dict[str, Any] = {}
+    if options.reference is not None:
+        reference, said_of_reference = _reference(options, energy)
+    results = audit_energy(data, reference, poisoned=poisoned, top=options.top, seed=options.choose_seed)
+    results = {
+        **results,
+        "purifyloader": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "model": {
+            "name": energy.name,
+            "weights_sha256": weights_sha256(energy),
+            "parameters": sum(p.numel() for p in energy.parameters()),
+        },
+        "data": {**results["data"], **said},
+        "reference": None if reference is None else {**results["reference"], **said_of_reference},
+    }
+    text = to_json(results)
+    written: list[str] = []
+    if options.out is not None:  # before anything is printed, to a pipe that may be closed
+        files = {CSV_FILE: ranked_csv(data, reference, poisoned=poisoned), JSON_FILE: text}
+        write_results(options.out, files, PICTURE_FILE, lambda path: picture(results, path), written.append)
+    print(text if options.json else "\n".join([*table(results, data, reference), ""]), end="")
+    if written:
+        print("\n".join(written), file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _progress(options: argparse.Namespace) -> bool:
+    return not options.quiet and sys.stderr.isatty()
+
+
+def _data(
+    options: argparse.Namespace, energy: EnergyNetwork, poisoned: Sequence[int] | None
+) -> tuple[DatasetEnergies, dict[str, Any]]:
+    """All images asked for: those trained on too, for their owner wants to see each ranked."""
+    dataset = open_dataset(options.data, options.root, train=options.split == "train")
+    length = len(dataset)  # type: ignore[arg-type]
+    if not length:
+        raise InputError("Expected images in --data. Got an empty dataset.")
+    if poisoned is not None and poisoned[-1] >= length:
+        raise InputError(f"--poisoned must be indices of the {length:,} images in --data. Got {poisoned[-1]}.")
+    indices: Sequence[int] = range(length)
+    if options.indices is not None:
+        indices = read_indices(options.indices)
+    elif options.count is not None:
+        if not 1 <= options.count <= length:
+            raise InputError(f"--count must be from 1 to {length}, the images in --data. Got {options.count}.")
+        indices = choose(length, options.count, options.choose_seed)
+    trained = overlap(
+        training_details(options.model), options.data, dataset, energy.config.image_channels, _progress(options)
+    )
+    data = dataset_energies(energy, dataset, indices, size=options.size, what="--data", progress=_progress(options))
+    if len(data.shapes) > _MANY_SHAPES:
+        print(
+            f"purifyloader: warning: --data has images of {len(data.shapes)} sizes. Energies of different sizes "
+            "compare only roughly, and this is slow: give --size to bring all to one.",
+            file=sys.stderr,
+        )
+    if seen := len(trained.indices.intersection(data.indices)):
+        sure = "was" if trained.certain else "may have been"
+        print(
+            f"purifyloader: note: the model {sure} trained on {seen:,} of the {len(data):,} images in --data, which "
+            "lowers their energies.",
+            file=sys.stderr,
+        )
+    return data, {**_said(options.data, options.split), "length": length, "trained_on": seen if trained.certain else 0}
+
+
+def _said(spec: str, split: str) -> dict[str, Any]:
+    """Never a path: results travel."""
+    return {"description": describe(spec) + (f" ({split} split)" if spec in TORCHVISION else "")}
+
+
+def _reference(options: argparse.Namespace, energy: EnergyNetwork) -> tuple[DatasetEnergies, dict[str, Any]]:
+    """Clean images, none that the model was trained on."""
+    root = options.root if options.reference_root is None else options.reference_root
+    dataset = open_dataset(options.reference, root, train=options.reference_split == "train")
+    length = len(dataset)  # type: ignore[arg-type]
+    if not length:
+        raise InputError("Expected images in --reference. Got an empty dataset.")
+    progress, channels = _progress(options), energy.config.image_channels
+    trained = overlap(training_details(options.model), options.reference, dataset, channels, progress)
+    try:
+        indices = choose_images(length, options.reference_count, options.choose_seed, None, trained, _REFERENCE)
+    except InputError as error:  # which speaks of the options of another command
+        text = str(error).replace("--data", "--reference").replace("--count", "--reference-count")
+        raise InputError(text) from None
+    reference = dataset_energies(energy, dataset, indices, size=options.size, what="--reference", progress=progress)
+    kept = reference.where([digest not in trained.images for digest in reference.sha256])
+    if not len(kept):
+        raise InputError(
+            f"Expected images that the model was not trained on. Got {len(reference)} in --reference that are "
+            "copies of such: give others."
+        )
+    left_out = len(reference) - len(kept) + (len(trained.indices) if trained.certain else 0)
+    if left_out:
+        print(
+            f"purifyloader: left out {left_out:,} of the {length:,} images in --reference: the model was trained on "
+            "them.",
+            file=sys.stderr,
+        )
+    _warn_of_overlap(trained, indices)
+    said = _said(options.reference, options.reference_split)
+    return kept, {**said, "length": length, "trained_on_left_out": left_out}
+
+
+def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:
+    if not trained.certain and (seen := trained.indices.intersection(indices)):
+        print(
+            "purifyloader: warning: --reference has as many images as the model's training data, but cannot be told to "
+            f"be the same. If it is, {len(seen)} of the {len(indices)} images chosen were trained on, and --data looks "
+            "more unusual than it is: give other images.",
+            file=sys.stderr,
+        )

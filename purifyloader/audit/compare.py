@@ -1,0 +1,255 @@
+"""Energies against those of clean images, as one JSON value. Everything here works on numbers alone.
+
+Energies are given as U = E / T, T the temperature that PureGen's Langevin steps divide by. exp(-U) is then the
+model's density up to a constant, so that a difference of U means something, and U itself does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader import noise
+from purifyloader.audit.energies import DatasetEnergies
+from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.errors import InputError
+from purifyloader.evaluation.measures import auc
+
+__all__ = ["FORMAT", "QUANTILES", "VERSION", "audit_energy", "halves", "percentiles", "ranking", "threshold"]
+
+FORMAT = "purifyloader-energy-audit"
+VERSION = 1
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+
+_TAIL = 0.01  # beyond the 99th percentile
+_SPLITS = 200  # of the reference into halves
+_RANGE = (0.025, 0.975)
+_BINS = 60
+
+Floats = NDArray[np.float64]
+
+
+def threshold(reference: Floats, share: float = _TAIL) -> float:
+    """What a new draw like the reference's exceeds with probability `share`, whatever their distribution.
+
+    That is the quantile at p = k / (n + 1) (Weibull's plotting position); where the reference has too few for it,
+    its largest.
+    """
+    return float(np.quantile(reference, 1 - share, method="weibull"))
+
+
+def expected_share(count: int, share: float = _TAIL) -> float:
+    """The probability that a new draw exceeds `threshold` of `count`: `share`, or 1 / (n + 1) where there are few."""
+    return max(share, 1 / (count + 1))
+
+
+def percentiles(values: Floats, reference: Floats) -> Floats:
+    """Percent of the reference below each value, half of those equal to it counted."""
+    ordered = np.sort(reference)
+    both = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
+    return 50.0 * both / len(ordered)
+
+
+def ranking(energies: Floats) -> NDArray[np.int64]:
+    """Rows from the highest energy to the lowest; equal ones in the order they come."""
+    return np.argsort(-energies, kind="stable")
+
+
+def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | None:
+    """How much clean images vary among themselves: half of the reference audited against the other half.
+
+    Args:
+        count: images of the audited half, as many as the data has; fewer where half the reference has fewer.
+
+    Returns:
+        images of the audited half and of the other, and over 200 random splits the mean and the range of 95 % of
+        the share above the 99th percentile, and of the AUC. None for a reference of fewer than 2.
+    """
+    half = len(reference) // 2
+    if half < 1:
+        return None
+    audited = min(count, len(reference) - half)
+    shares, aucs = [], []
+    for order in noise.uniform(noise.image_keys(seed, 0, range(_SPLITS)), (len(reference),)).argsort(dim=1).numpy():
+        known, new = reference[order[:half]], reference[order[half : half + audited]]
+        shares.append(float((new > threshold(known)).mean()))
+        aucs.append(auc(known.tolist(), new.tolist()))
+    return {
+        "images": audited,
+        "against": half,
+        "splits": _SPLITS,
+        "share_above": _mean_and_range(shares),
+        "auc": _mean_and_range(aucs),
+    }
+
+
+def _mean_and_range(values: Sequence[float]) -> dict[str, float]:
+    low, high = np.quantile(values, _RANGE)
+    return {"mean": _figures(float(np.mean(values))), "low": _figures(float(low)), "high": _figures(float(high))}
+
+
+def _figures(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _as_floats(energies: DatasetEnergies, temperature: float, what: str) -> Floats:
+    values = energies.energies.double().cpu().numpy() / temperature
+    if not len(values):
+        raise InputError(f"Expected energies of {what}, one or more. Got none.")
+    if not np.isfinite(values).all():
+        first = int((~np.isfinite(values)).nonzero()[0][0])
+        raise InputError(f"Energies of {what} must be finite. Got {values[first]} at index {energies.indices[first]}.")
+    return values
+
+
+def _spread(values: Floats) -> dict[str, Any]:
+    return {
+        "mean": _figures(float(values.mean())),
+        "standard_deviation": _figures(float(values.std(ddof=1))) if len(values) > 1 else None,
+        "quantiles": {f"{q:g}": _figures(float(np.quantile(values, q))) for q in QUANTILES},
+    }
+
+
+def _histogram(sets: Mapping[str, Floats]) -> dict[str, Any]:
+    """Counts over common bins. What lies far outside the bulk is counted in the first and the last of them."""
+    everything = np.concatenate(list(sets.values()))
+    low, high = np.quantile(everything, [0.01, 0.99])
+    reach = max(high - low, 1e-6 * max(1.0, abs(high)))
+    edges = np.linspace(max(everything.min(), low - reach), min(everything.max(), high + reach), _BINS + 1)
+    if edges[0] == edges[-1]:
+        edges = edges[0] + np.linspace(-0.5, 0.5, _BINS + 1)
+    clipped = {name: np.clip(values, edges[0], edges[-1]) for name, values in sets.items()}
+    return {
+        "edges": [_figures(float(edge)) for edge in edges],
+        **{name: np.histogram(values, edges)[0].tolist() for name, values in clipped.items()},
+        "beyond": {
+            name: [int((values < edges[0]).sum()), int((values > edges[-1]).sum())] for name, values in sets.items()
+        },
+    }
+
+
+def _truth(values: Floats, poisoned: NDArray[np.bool_], top: Sequence[float]) -> dict[str, Any]:
+    order = ranking(values)
+    count = int(poisoned.sum())
+    flagged = []
+    for percent in top:
+        first = order[: max(1, round(len(values) * percent / 100))]
+        hits = int(poisoned[first].sum())
+        flagged.append(
+            {
+                "percent": percent,
+                "flagged": len(first),
+                "poisoned": hits,
+                "of_flagged": _figures(hits / len(first)),
+                "of_poisoned": _figures(hits / count),
+            }
+        )
+    known = count < len(values)
+    return {
+        "poisoned": count,
+        "auc": _figures(auc(values[~poisoned].tolist(), values[poisoned].tolist())) if known else None,
+        "top": flagged,
+        "energy": _spread(values[poisoned]),
+    }
+
+
+def audit_energy(
+    data: DatasetEnergies,
+    reference: DatasetEnergies | None = None,
+    *,
+    poisoned: Collection[int] | None = None,
+    top: Sequence[float] = (1, 5, 10, 50),
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare the energies of a dataset with those of clean images.
+
+    Args:
+        data: of `dataset_energies`.
+        reference: the same of images known to be clean, not those that the model was trained on.
+        poisoned: indices of the dataset, where it is known which images are poisoned.
+        top: percentages of the images, those of highest energy, among which the poisoned are counted.
+        temperature: T of U = E / T.
+        seed: of the splits of the reference.
+
+    Returns:
+        What `json.dumps` takes; U = E / T throughout. "data" and "reference" have their count, the spread of their
+        energies and their shapes. "comparison" (None without a reference) has the threshold, the 99th percentile of
+        the reference; above: count and share of the data beyond it, and the share expected of clean images; below:
+        the same for the 1st percentile; auc: P(an image of the data is above one of the reference), 0.5 for two
+        sets alike; "halves": see `halves`; same_images: of the data, that are in the reference too. "truth" (None
+        without `poisoned`) has the number poisoned among the data, the auc of their energies against those of the
+        others, and for each of `top` how many are flagged, the share of these that is poisoned and of the poisoned
+        that is flagged. "histogram" has counts over common bins.
+
+    Raises:
+        InputError: no energy, one not finite, indices that are not in the data, or percentages outside (0, 100].
+    """
+    if not math.isfinite(temperature) or temperature <= 0:
+        raise InputError(f"temperature is what the energy is divided by, a positive number. Got {temperature!r}.")
+    if bad := [percent for percent in top if not 0 < percent <= 100]:
+        raise InputError(f"top must be percentages above 0, at most 100. Got {bad[0]!r}.")
+    values = _as_floats(data, temperature, "the data")
+    sets = {"data": values}
+    truth = None
+    if poisoned is not None:
+        chosen = set(poisoned)
+        is_poisoned = np.array([index in chosen for index in data.indices])
+        if not is_poisoned.any():
+            raise InputError(
+                f"poisoned must be indices of images that were audited, one or more. Got {len(chosen)} that were not."
+            )
+        truth = _truth(values, is_poisoned, top)
+        sets["poisoned"] = values[is_poisoned]
+    comparison = None
+    if reference is not None:
+        clean = _as_floats(reference, temperature, "the reference")
+        sets["reference"] = clean
+        comparison = _comparison(values, clean, seed)
+        known = set(reference.sha256)
+        comparison["same_images"] = sum(digest in known for digest in data.sha256)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "energy": {
+            "unit": "U = E / temperature: no unit and no zero, only differences count",
+            "temperature": temperature,
+        },
+        "data": _described(data, values),
+        "reference": None if reference is None else _described(reference, sets["reference"]),
+        "comparison": comparison,
+        "truth": truth,
+        "histogram": _histogram(sets),
+    }
+
+
+def _described(energies: DatasetEnergies, values: Floats) -> dict[str, Any]:
+    return {
+        "count": len(energies),
+        "energy": _spread(values),
+        "shapes": {"x".join(map(str, shape)): count for shape, count in sorted(energies.shapes.items())},
+    }
+
+
+def _comparison(values: Floats, clean: Floats, seed: int) -> dict[str, Any]:
+    high, low = threshold(clean), -threshold(-clean)
+    beyond = {"above": values > high, "below": values < low}
+    return {
+        "threshold": _figures(high),
+        "threshold_below": _figures(low),
+        **{
+            name: {
+                "count": int(found.sum()),
+                "share": _figures(float(found.mean())),
+                "expected": _figures(expected_share(len(clean))),
+            }
+            for name, found in beyond.items()
+        },
+        "auc": _figures(auc(clean.tolist(), values.tolist())),
+        "halves": halves(clean, len(values), seed),
+    }

@@ -1,0 +1,99 @@
+"""The energies as a histogram. matplotlib is an extra, imported when a picture is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+
+from purifyloader.audit.compare import FORMAT, VERSION
+from purifyloader.audit.report import MEANING, in_words
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.files import replacing
+
+__all__ = ["picture"]
+
+_DPI = 110
+_WIDTH = 162  # characters of a line below
+_COLOURS = {"reference": "#1a3f8f", "data": "#f2b134", "poisoned": "#d1603d"}
+_GREY = "#555555"
+
+
+def picture(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw what `audit_energy` found as a PNG, whole or not at all.
+
+    Args:
+        results: of `audit_energy`, or read from its JSON.
+        path: replaced where it is.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: results of something else, or of a newer version.
+        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """
+    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
+        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
+        raise InputError(f"Expected results of audit_energy, {FORMAT!r} of version {VERSION}. Got {got}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PurifyError(
+            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
+        ) from None
+    path = Path(path)
+    figure: Any = Figure(figsize=(11, 6.8), dpi=_DPI)
+    axis = figure.add_axes((0.065, 0.36, 0.905, 0.57))
+    _histogram(axis, results)
+    lines = [line for sentence in in_words(results) for line in wrap(sentence, _WIDTH)]
+    lines += ["", *wrap(MEANING, _WIDTH)]
+    figure.text(0.065, 0.265, "\n".join(lines), va="top", fontsize=8.5, color=_GREY, linespacing=1.4)
+    try:
+        with replacing(path) as temporary:
+            # no version of matplotlib in the file: the same results are the same bytes
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
+    return path
+
+
+def _histogram(axis: Any, results: Mapping[str, Any]) -> None:
+    found = results["histogram"]
+    edges = np.asarray(found["edges"])
+    described = results["data"].get("description")
+    names = {
+        "reference": "clean reference",
+        "data": "your data" + (f" ({described})" if described else ""),
+        "poisoned": "known to be poisoned",
+    }
+    for name in ("data", "reference", "poisoned"):
+        if name not in found:
+            continue
+        counts = np.asarray(found[name])
+        share = 100 * counts / counts.sum()
+        label = f"{names[name]}: {counts.sum():,} images"
+        if name == "data":
+            axis.stairs(share, edges, fill=True, color=_COLOURS[name], alpha=0.55, label=label)
+        else:
+            axis.stairs(share, edges, color=_COLOURS[name], lw=1.8, label=label)
+    if (comparison := results["comparison"]) is not None:
+        axis.axvline(comparison["threshold"], color=_GREY, ls="--", lw=1.2, label="99th percentile of the reference")
+    beyond = {name: sum(counts) for name, counts in found["beyond"].items() if sum(counts)}
+    if beyond:
+        outside = ", ".join(f"{count:,} of {names[name].split(' (')[0]}" for name, count in beyond.items())
+        axis.set_title(f"beyond the ends: {outside}, counted in the last bars", fontsize=9, color=_GREY, loc="right")
+    model = results.get("model", {}).get("name") or "an energy model"
+    axis.set_title(f"How unlike clean images: energies by {model}", fontsize=12, loc="left")
+    temperature = results["energy"]["temperature"]
+    axis.set(
+        xlabel=f"energy, U = E / {temperature:g} (no unit; usual images left, unusual ones right)",
+        ylabel="share of the images (%)",
+    )
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", "\N{MINUS SIGN}"))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)

@@ -1,0 +1,193 @@
+"""What is found, in words and as a table: for people who know nothing of energy models."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Collection, Iterator, Mapping
+from textwrap import wrap
+from typing import Any
+
+from purifyloader.audit.compare import percentiles, ranking
+from purifyloader.audit.energies import DatasetEnergies
+from purifyloader.energy.langevin import TEMPERATURE
+
+__all__ = ["MEANING", "in_words", "number", "ranked_csv", "table"]
+
+_WIDTH = 118
+
+MEANING = (
+    "A high energy says that the model finds an image unlike the clean ones it was trained on: unusual, noisy, full of "
+    "fine detail, saturated, or poisoned. It is a reason to look, not a proof. A low energy is no proof either: a "
+    "smooth or small poison may hardly raise it, and flat, blurred or strongly compressed images have low ones anyway."
+)
+"""An honest sentence.
+
+Measured with a small energy model on CIFAR-10: noise of 4 px moves the median image to where a tenth of the clean ones
+are, JPEG at quality 10 and blur lower it, and flat images lie below all others.
+"""
+
+
+def ranked_csv(
+    data: DatasetEnergies,
+    reference: DatasetEnergies | None = None,
+    *,
+    poisoned: Collection[int] | None = None,
+    temperature: float = TEMPERATURE,
+) -> str:
+    """All images from the highest energy to the lowest, a line each.
+
+    The columns are rank (from 1), index in the dataset, name and label (empty where there is none), energy (U =
+    E / T) and, with a reference, percentile: percent of the reference's energies below it; with `poisoned`, 1 for
+    those poisoned and 0 for the others.
+    """
+    values = data.energies.double().cpu().numpy() / temperature
+    heads = ["rank", "index", "name", "label", "energy"]
+    columns: dict[str, Any] = {}
+    if reference is not None:
+        columns["percentile"] = percentiles(values, reference.energies.double().cpu().numpy() / temperature)
+    if poisoned is not None:
+        chosen = set(poisoned)
+        columns["poisoned"] = [int(index in chosen) for index in data.indices]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*heads, *columns])
+    for rank, row in enumerate(ranking(values), start=1):
+        name, label = data.names[row], data.labels[row]
+        writer.writerow(
+            [
+                rank,
+                data.indices[row],
+                # a file name of bytes that are no text
+                "" if name is None else name.encode("utf-8", "backslashreplace").decode(),
+                "" if label is None else label,
+                f"{values[row]:.8g}",
+                *(f"{column[row]:.6g}" for column in columns.values()),
+            ]
+        )
+    return out.getvalue()
+
+
+def in_words(results: Mapping[str, Any]) -> Iterator[str]:
+    """The comparison with the reference, in sentences."""
+    found = results["comparison"]
+    if found is None:
+        yield "No reference was given: the list is ranked, but nothing says what is usual among clean images."
+        return
+    above, halves = found["above"], found["halves"]
+    yield (
+        f"{above['count']:,} of {results['data']['count']:,} images ({_percent(above['share'])}) are above the "
+        f"reference's 99th percentile, where {_percent(above['expected'])} of clean images are expected."
+    )
+    if halves is not None:
+        yield from _against_halves(above["share"], found["auc"], halves)
+    if found["same_images"]:
+        yield (
+            f"Caution: {found['same_images']:,} images of the data are in the reference too, which makes the two look "
+            "alike."
+        )
+
+
+def _against_halves(share: float, told: float, halves: Mapping[str, Any]) -> Iterator[str]:
+    """What is found, beside what clean images do among themselves."""
+    tail, whole = halves["share_above"], halves["auc"]
+    judged = "more" if share > tail["high"] else "less" if share < tail["low"] else "no more"
+    yield (
+        f"That is {judged} than clean images vary among themselves: of a half of the reference ({halves['images']:,} "
+        f"images, against the other {halves['against']:,}), {_percent(tail['low'])} to {_percent(tail['high'])} are."
+    )
+    side = "higher" if told > whole["high"] else "lower" if told < whole["low"] else "neither higher nor lower"
+    yield (
+        f"As a whole its energies are {side}: an image of the data is above one of the reference in {_percent(told)} "
+        f"of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
+    )
+    if share > tail["high"]:
+        yield (
+            "So some of the data is unlike the reference: poison, or images of another kind. Look at the top of the "
+            "list."
+        )
+    elif told > whole["high"]:
+        yield (
+            "So the data as a whole differs from the reference: images of another kind, or a poison in many of them "
+            "that moves each a little. Look at the top of the list first."
+        )
+    elif told < whole["low"]:
+        yield "So the data is of another kind than the reference: smoother, more compressed, or trained on."
+    else:
+        yield "By this measure the data cannot be told from the reference, which does not prove it clean."
+
+
+def number(value: float, spread: float | None) -> str:
+    """An energy, to a thousandth of how much energies spread."""
+    digits = 2 - math.floor(math.log10(spread)) if spread else 4
+    return f"{value:,.{min(max(0, digits), 9)}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetEnergies | None) -> Iterator[str]:
+    """What the command prints."""
+    temperature = results["energy"]["temperature"]
+    yield (
+        f"{results['model']['name'] or 'An energy model'}, weights {results['model']['weights_sha256'][:12]}: "
+        f"{results['data']['count']:,} images of {results['data']['description']}"
+    )
+    yield f"Energies are U = E / {temperature:g}: no unit and no zero, only differences count."
+    yield ""
+    spread = (results["reference"] or results["data"])["energy"]["standard_deviation"]
+    quantiles = {"0.01": "1 %", "0.25": "25 %", "0.5": "median", "0.75": "75 %", "0.99": "99 %"}
+    yield _line("energy", ["images", "lowest", *quantiles.values(), "highest"])
+    shown = [("data", results["data"]), ("reference", results["reference"]), ("poisoned", results["truth"])]
+    for name, part in shown:
+        if part is not None:
+            count = part["poisoned"] if name == "poisoned" else part["count"]
+            values = part["energy"]["quantiles"]
+            yield _line(name, [f"{count:,}", *(number(values[q], spread) for q in ("0", *quantiles, "1"))])
+    yield ""
+    for sentence in in_words(results):
+        yield from wrap(sentence, _WIDTH)
+    if (truth := results["truth"]) is not None:
+        yield ""
+        told = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"
+        yield f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: {told}):"
+        yield _line("flagged", ["images", "poisoned", "of flagged", "of poisoned"])
+        for row in truth["top"]:
+            cells = [f"{row['flagged']:,}", f"{row['poisoned']:,}", _percent(row["of_flagged"])]
+            yield _line(f"top {row['percent']:g} %", [*cells, _percent(row["of_poisoned"])])
+    yield ""
+    yield from _highest(data, reference, temperature, spread)
+    yield ""
+    yield from wrap(MEANING, _WIDTH)
+
+
+def _highest(
+    data: DatasetEnergies,
+    reference: DatasetEnergies | None,
+    temperature: float,
+    spread: float | None,
+    count: int = 10,
+) -> Iterator[str]:
+    values = data.energies.double().cpu().numpy() / temperature
+    order = ranking(values)[:count]
+    heads = ["rank", "index", "energy"]
+    known = None
+    if reference is not None:
+        known = percentiles(values[order], reference.energies.double().cpu().numpy() / temperature)
+        heads.append("percentile")
+    labelled = any(data.labels[row] is not None for row in order)
+    heads += ["label"] if labelled else []
+    named = any(data.names[row] is not None for row in order)
+    yield "Highest energies" + (", and the percent of the reference below" if known is not None else "")
+    yield _line(heads[0], heads[1:]) + ("   name" if named else "")
+    for rank, row in enumerate(order):
+        cells = [str(data.indices[row]), number(values[row], spread)]
+        cells += [] if known is None else [f"{known[rank]:.1f}"]
+        cells += [str("-" if data.labels[row] is None else data.labels[row])] if labelled else []
+        yield _line(str(rank + 1), cells) + (f"   {data.names[row] or '-'}" if named else "")
+
+
+def _line(first: str, cells: list[str]) -> str:
+    return f"{first:>10}" + "".join(f"{cell:>13}" for cell in cells)

@@ -1,0 +1,306 @@
+"""Purification to one level after another: along one Langevin walk, or by one diffusion for each level.
+
+What comes out is the image as it would be stored, in 8 bits. As everywhere, an image's is a function of (weights,
+configuration, key, image), whatever images come with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.batches import in_batches
+from purifyloader.devices import exact_arithmetic
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.diffusion.schedule import Schedule
+from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.energy import EnergyNetwork, walk
+from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics
+from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.evaluation.measures import device_of
+from purifyloader.images import quantize
+from purifyloader.purifiers import Diffuse, Langevin
+
+__all__ = ["DiffusionPath", "LangevinPath", "Path", "Piece", "model_facts"]
+
+
+class Piece(NamedTuple):
+    """Some images at one level.
+
+    Attributes:
+        level: its position among the levels.
+        rows: of the images.
+        images: purified to it, uint8 (B, C, H, W), on the CPU.
+        seconds: an image took from the start, in a full batch.
+    """
+
+    level: int
+    rows: slice
+    images: Tensor
+    seconds: float
+
+
+class Path(Protocol):
+    """A kind of purification, and the levels of it that are looked at, rising and above 0."""
+
+    @property
+    def levels(self) -> tuple[float, ...]: ...
+
+    @property
+    def work(self) -> tuple[int, ...]:
+        """Network calls that each level takes beyond what the one before it left behind."""
+
+    @property
+    def image_channels(self) -> int: ...
+
+    def config(self) -> dict[str, Any]:
+        """What it is as plain data: `unit` says what a level is, `levels` has what is known of each."""
+
+    def only(self, level: int) -> Path:
+        """The same with one of the levels alone, by its position; an image comes out of it the same."""
+
+    def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
+        """Every image at every level, in any order. uint8, and an int64 key for each."""
+
+
+def _check_levels(levels: Sequence[float], what: str) -> None:
+    if not levels or not all(b > a for a, b in zip((0, *levels), levels, strict=False)):
+        raise ConfigError(f"Expected {what}, rising, above 0 and at least one. Got {list(levels)}.")
+
+
+def model_facts(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "weights_sha256": weights_sha256(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _finish(device: torch.device) -> float:
+    """The time, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class LangevinPath:
+    """One Langevin walk (PureGen-EBM), looked at after some of its steps.
+
+    An image after n steps is, bit for bit, that of `purifyloader.purifiers.Langevin` with n steps.
+
+    Args:
+        energy: on the device to work on.
+        steps: after which it is looked at, rising; the walk is as long as the last.
+        step_size, temperature: see `purifyloader.energy.langevin`.
+        compute_batch: images of every network call, at least 16 on the CPU.
+
+    Raises:
+        InputError: no energy model.
+        ConfigError: no such steps, step size or temperature.
+    """
+
+    def __init__(
+        self,
+        energy: EnergyNetwork,
+        steps: Sequence[int],
+        *,
+        step_size: float = STEP_SIZE,
+        temperature: float = TEMPERATURE,
+        compute_batch: int = 32,
+    ) -> None:
+        _check_levels(steps, "numbers of Langevin steps")
+        for count in steps:
+            check_dynamics(count, step_size, temperature)
+        self.purifier = Langevin(
+            energy, steps[-1], step_size=step_size, temperature=temperature, compute_batch=compute_batch
+        )
+        self.energy, self.steps = energy, tuple(steps)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.steps
+
+    @property
+    def work(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip((0, *self.steps), self.steps, strict=False))
+
+    @property
+    def image_channels(self) -> int:
+        return self.energy.config.image_channels
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "kind": "langevin",
+            "unit": "Langevin steps",
+            "model": model_facts(self.energy),
+            "step_size_px": float(f"{255 * self.purifier.step_size:.6g}"),
+            "temperature": self.purifier.temperature,
+            "compute_batch": self.purifier.compute_batch,
+            "levels": [{"level": count, "calls": count} for count in self.steps],
+        }
+
+    def only(self, level: int) -> LangevinPath:
+        its = self.purifier
+        return LangevinPath(
+            self.energy,
+            self.steps[level : level + 1],
+            step_size=its.step_size,
+            temperature=its.temperature,
+            compute_batch=its.compute_batch,
+        )
+
+    def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
+        device, size = self.energy.readout.weight.device, self.purifier.compute_batch
+        for start in range(0, len(images_NCHW), size):
+            rows = slice(start, min(start + size, len(images_NCHW)))
+            seconds: list[float] = []
+            with torch.no_grad(), exact_arithmetic(device):
+                x = images_NCHW[rows].to(device).float() / 255
+                walked = partial(self._walked, seconds=seconds)
+                seen_BL = in_batches(walked, size, x, keys_N[rows].to(device)).cpu()
+            for level, images in enumerate(seen_BL.unbind(dim=1)):
+                yield Piece(level, rows, images, seconds[level])
+
+    def _walked(self, x_BCHW: Tensor, keys_B: Tensor, seconds: list[float]) -> Tensor:
+        """uint8 (B, levels, C, H, W); the seconds that an image took to each level are put into `seconds`."""
+        its, shape = self.purifier, x_BCHW.shape[1:]
+        begun = _finish(x_BCHW.device)
+        steps = walk(
+            its.energy,
+            x_BCHW.contiguous(memory_format=torch.channels_last),
+            its.steps,
+            lambda step: noise.normal(keys_B, shape, step).contiguous(memory_format=torch.channels_last),
+            step_size=its.step_size,
+            temperature=its.temperature,
+        )
+        seen = []
+        for step, x in enumerate(steps, start=1):
+            if step in self.steps:
+                seconds.append((_finish(x.device) - begun) / len(x))
+                # what is not finite waits for the end of the walk, which says what that means
+                seen.append(quantize(x.nan_to_num(0, 0, 0)))
+        return torch.stack(seen, dim=1)
+
+
+class DiffusionPath:
+    """Noise and denoise (`purifyloader.purifiers.Diffuse`), once for each level: each is a purification by itself.
+
+    Give the levels as `t`, read through `schedule`, or as `sigmas`.
+
+    Args:
+        denoiser: on the device to work on.
+        t: timesteps to noise to, rising.
+        sigmas: or noise levels, rising, in image units (25 px is 25/255).
+        schedule: what `t` means; see `Diffuse`.
+        calls: network calls of a level at most, evenly spaced. Default: every timestep for `t`, one for `sigmas`.
+        sampler, compute_batch: see `Diffuse`.
+
+    Raises:
+        InputError: no denoiser, or a level outside its range.
+        ConfigError: no such levels, calls or sampler.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        t: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        schedule: Schedule | None = None,
+        calls: int | None = None,
+        sampler: str = "ancestral",
+        compute_batch: int = 32,
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise InputError(
+                f"Expected a denoiser, as `purifyloader.pretrained.load` gives. Got {type(denoiser).__name__}."
+            )
+        if (t is None) == (sigmas is None):
+            raise ConfigError(f"Give the noise levels as t or as sigmas, one of them. Got t={t!r}, sigmas={sigmas!r}.")
+        if calls is not None and (type(calls) is not int or calls < 1):
+            raise ConfigError(f"calls is the number of network calls of a level, at least 1. Got {calls!r}.")
+        self.denoiser, self.sampler, self.compute_batch = denoiser, sampler, compute_batch
+        self.schedule, self.by_t = schedule, t is not None
+        self._levels: tuple[float, ...] = tuple(t if t is not None else sigmas or ())
+        _check_levels(self._levels, "timesteps t" if self.by_t else "noise levels sigma")
+        if self.by_t:
+            self._calls = tuple(min(int(level), calls or int(level)) for level in self._levels)
+        else:
+            self._calls = (1 if calls is None else calls,) * len(self._levels)
+        # before hours of work; one at a time, for each holds a copy of the network
+        self._sigmas = tuple(self._purifier(level).sigmas[0] for level in range(len(self._levels)))
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self._levels
+
+    @property
+    def work(self) -> tuple[int, ...]:
+        return self._calls
+
+    @property
+    def image_channels(self) -> int:
+        return self.denoiser.image_channels
+
+    def _purifier(self, level: int) -> Diffuse:
+        value = self._levels[level]
+        return Diffuse(
+            self.denoiser,
+            t=value if self.by_t else None,
+            sigma=None if self.by_t else value,
+            steps=self._calls[level],
+            schedule=self.schedule,
+            sampler=self.sampler,
+            compute_batch=self.compute_batch,
+        )
+
+    def config(self) -> dict[str, Any]:
+        first = self._purifier(0)
+        levels = zip(self._levels, self._sigmas, self._calls, strict=True)
+        return {
+            "kind": "diffusion",
+            "unit": "timestep t" if self.by_t else "noise sigma",
+            "model": model_facts(self.denoiser),
+            "schedule": first.schedule.config(),
+            "sampler": self.sampler,
+            "compute_batch": self.compute_batch,
+            "levels": [
+                {"level": level, "sigma_px": float(f"{255 * sigma:.5g}"), "calls": calls}
+                for level, sigma, calls in levels
+            ],
+        }
+
+    def only(self, level: int) -> DiffusionPath:
+        one = self._levels[level : level + 1]
+        return DiffusionPath(
+            self.denoiser,
+            t=[int(t) for t in one] if self.by_t else None,
+            sigmas=None if self.by_t else one,
+            schedule=self.schedule,
+            calls=self._calls[level],
+            sampler=self.sampler,
+            compute_batch=self.compute_batch,
+        )
+
+    def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
+        device = device_of(self.denoiser)
+        for level in range(len(self._levels)):
+            purifier = self._purifier(level)
+            for start in range(0, len(images_NCHW), self.compute_batch):
+                rows = slice(start, min(start + self.compute_batch, len(images_NCHW)))
+                x = images_NCHW[rows].to(device).float() / 255
+                begun = _finish(device)
+                out = purifier(x, keys_N[rows].to(device))
+                seconds = (_finish(device) - begun) / max(len(x), self.compute_batch)
+                if not bool(out.isfinite().all()):
+                    raise PurifyError(
+                        f"Purified images must be finite. Got NaN or infinity at level {self._levels[level]:g}: the "
+                        f"denoiser {self.denoiser.name or '(unnamed)'} is broken. Give another one."
+                    )
+                yield Piece(level, rows, quantize(out).cpu(), seconds)

@@ -1,0 +1,207 @@
+"""The dynamics as one picture: distances on the left, energies on the right, a row for each attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from purifyloader.dynamics.measure import FORMAT, VERSION
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.files import replacing
+
+__all__ = ["picture"]
+
+_DPI = 110
+_CLEAN, _WASHED, _AWAY, _GREY = "#1f6fb4", "#2e8b57", "#e67e22", "#666666"  # the paper's blue, green and orange
+_MOST_TICKS = 9
+
+
+def picture(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw what `dynamics` found as a PNG, whole or not at all.
+
+    Args:
+        results: of `dynamics`, or read from its JSON.
+        path: replaced where it is.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: results of something else, or of a newer version.
+        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """
+    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
+        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
+        raise InputError(f"Expected results of dynamics, {FORMAT!r} of version {VERSION}. Got {got}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PurifyError(
+            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
+        ) from None
+    path = Path(path)
+    names: list[str | None] = sorted(results["poisons"]) or [None]
+    columns = 1 if results["energy"] is None else 2
+    figure: Any = Figure(figsize=(7.2 * columns, 0.6 + 4.5 * len(names)), dpi=_DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure.suptitle(_title(results, columns), fontsize=12, x=0.01, ha="left")
+    axes = figure.subplots(len(names), columns, squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        _distances(row[0], results, name)
+        if columns == 2:
+            _energies(row[1], results, name)
+        for axis in row:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+    try:
+        with replacing(path) as temporary:
+            # no version of matplotlib in the file: the same results are the same bytes
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
+    return path
+
+
+def _title(results: Mapping[str, Any], columns: int) -> str:
+    purification, images = results["purification"], results["images"]
+    how = "Langevin steps with" if purification["kind"] == "langevin" else "diffusion with"
+    data = results.get("data", {}).get("description")
+    text = f"Purification by {how} {purification['model']['name'] or 'a model'}"
+    return text + ("," if columns == 2 else "\n") + f" {images['count']:,} images" + (f" of {data}" if data else "")
+
+
+def _positions(results: Mapping[str, Any]) -> tuple[list[float], str]:
+    """Where the levels lie on the axis, and what it is."""
+    purification, levels = results["purification"], results["levels"]
+    if purification["unit"] == "noise sigma":
+        return [level.get("sigma_px", 0.0) for level in levels], "noise (px of 255)"
+    if purification["kind"] == "langevin":
+        return [level["level"] for level in levels], "Langevin steps"
+    schedule = purification["schedule"]
+    return [
+        level["level"] for level in levels
+    ], f"timestep t, {schedule['kind']} schedule, T = {schedule['timesteps']:g}"
+
+
+def _over_levels(axis: Any, results: Mapping[str, Any]) -> list[float]:
+    """An axis of levels; below each tick the noise of a timestep, and the seconds that an image takes."""
+    at, what = _positions(results)
+    levels = results["levels"]
+    if results["purification"]["unit"] == "timestep t":  # where the noise is known: levels, unless they would touch
+        ticks: list[float] = []
+        for position in at:
+            if not ticks or position - ticks[-1] >= at[-1] / _MOST_TICKS:
+                ticks.append(position)
+        labels = [f"{t:g}\n{levels[at.index(t)].get('sigma_px', 0):.3g} px" for t in ticks]
+        what += "; below, its noise, and seconds an image takes here"
+    else:
+        step = at[-1] / _MOST_TICKS
+        unit = 10.0 ** math.floor(math.log10(step))
+        step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= step * 0.999)
+        ticks = [i * step for i in range(int(at[-1] / step + 1e-6) + 1)]
+        labels = [f"{t:g}" for t in ticks]
+        what += "; below, seconds an image takes here"
+    seconds = [level["seconds_per_image"] for level in levels]
+    times = [_interpolated(t, at, seconds) for t in ticks]
+    axis.set_xticks(
+        ticks, [f"{label}\n{_seconds(time)}" for label, time in zip(labels, times, strict=True)], fontsize=9
+    )
+    axis.set_xlabel(what)
+    axis.set_xlim(0, at[-1])
+    return at
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value else "0 s"
+
+
+def _distances(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
+    at = _over_levels(axis, results)
+    levels = results["levels"]
+
+    def curve(found: Sequence[Mapping[str, Any]], label: str, colour: str) -> list[float]:
+        means = [value["l2"] for value in found]
+        error = [2 * (value["standard_error_l2"] or 0) for value in found]
+        axis.plot(at, means, color=colour, lw=2, marker="o", ms=3, label=label)
+        axis.fill_between(
+            at,
+            [mean - e for mean, e in zip(means, error, strict=True)],
+            [mean + e for mean, e in zip(means, error, strict=True)],
+            color=colour,
+            alpha=0.2,
+            lw=0,
+        )
+        return means
+
+    curve([level["clean_to_purified_clean"] for level in levels], "clean to purified clean", _CLEAN)
+    title = "Distance"
+    if name is not None:
+        found = [level["poisoned"][name] for level in levels]
+        curve([f["clean_to_purified_poisoned"] for f in found], "clean to purified poisoned", _WASHED)
+        curve([f["poisoned_to_purified_poisoned"] for f in found], "poisoned to purified poisoned", _AWAY)
+        poison = results["poisons"][name]
+        title += f", {_label(name)}: {poison['size']['rms_px']:.3g} px RMS, at most {poison['largest_px']:.3g} px"
+        cross = poison["crossing"]
+        if cross is not None:
+            where = _interpolated(cross, [level["level"] for level in levels], at)
+            axis.axvline(where, ymax=0.82, color="#c0392b", ls=":", lw=1.5)  # below the legend
+            left = where > 0.7 * at[-1]
+            axis.annotate(
+                f"as near to clean\nas to poisoned: {where:.3g}",
+                (where, 0.04),
+                xycoords=("data", "axes fraction"),
+                xytext=(-5 if left else 5, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=8.5,
+                color="#c0392b",
+            )
+    axis.set_title(title, fontsize=10.5, loc="left")
+    axis.set_ylabel("l2 of images in [0, 1]")
+    high = axis.get_ylim()[1]
+    axis.set_ylim(0, 1.22 * high)  # room for the legend
+    channels, height, width = results["images"]["shape"]
+    scale = 255 / math.sqrt(channels * height * width)
+    right = axis.secondary_yaxis("right", functions=(lambda l2: scale * l2, lambda px: px / scale))
+    right.set_ylabel("root mean square (px of 255)")
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
+
+
+def _interpolated(value: float, known: Sequence[float], at: Sequence[float]) -> float:
+    for i in range(1, len(known)):
+        if value <= known[i]:
+            return at[i - 1] + (at[i] - at[i - 1]) * (value - known[i - 1]) / (known[i] - known[i - 1])
+    return at[-1]
+
+
+def _label(name: str) -> str:
+    return name.upper() if name in ("lsp", "ar") else name[:32]
+
+
+def _energies(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
+    at = _over_levels(axis, results)
+    levels = results["levels"]
+
+    def curve(found: Sequence[Mapping[str, Any]], label: str, colour: str) -> None:
+        axis.plot(at, [f["mean"] for f in found], color=colour, lw=2, marker="o", ms=3, label=label)
+        quantiles = [f["quantiles"] for f in found]
+        axis.fill_between(
+            at, [q["0.25"] for q in quantiles], [q["0.75"] for q in quantiles], color=colour, alpha=0.18, lw=0
+        )
+
+    clean = [level["energy"] for level in levels]
+    axis.axhline(clean[0]["mean"], color=_CLEAN, ls="--", lw=1.2, label="clean, as it is")
+    curve(clean, "purified clean", _CLEAN)
+    if name is not None:
+        poisoned = [level["poisoned"][name]["energy"] for level in levels]
+        axis.axhline(poisoned[0]["mean"], color=_AWAY, ls="--", lw=1.2, label="poisoned, as it is")
+        curve(poisoned, "purified poisoned", _WASHED)
+    model = results["energy"]["name"] or "the energy model"
+    axis.set_title(f"Energies by {model}: means, and the middle half of the images", fontsize=10.5, loc="left")
+    axis.set_ylabel(f"U = E / {results['energy']['temperature']:g} (no unit)")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", "\N{MINUS SIGN}"))
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.2 * (high - low))
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)

@@ -1,0 +1,228 @@
+"""How strongly to purify, from curves measured on clean images and attacks on them.
+
+The criterion is PureGen's (Bhat et al. 2024, section 3.4): the smallest level at which a poisoned image, purified, has
+come closer to the clean image than to the poisoned one; here for a share of the images, and for every attack tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.audit.compare import halves, threshold
+from purifyloader.dynamics.measure import in_numbers, measure
+from purifyloader.dynamics.paths import Path
+from purifyloader.energy import EnergyNetwork, image_energies
+from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.errors import InputError
+from purifyloader.evaluation.measures import auc, check_images
+
+__all__ = ["FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
+
+FORMAT = "purifyloader-tune"
+VERSION = 1
+
+_OTHER, _PROBE = 1, 2  # what the noise is for: images that are no one's twins, and the probe
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Positions among the levels.
+
+    Attributes:
+        chosen: the smallest level that does for every attack; None where none does.
+        best: the level at which the attack that fares worst does best, the smallest of such; the last, where none
+            brings a single image of that attack closer.
+    """
+
+    chosen: int | None
+    best: int
+
+
+def choose_level(closer: Mapping[str, Sequence[float]], share: float = 0.5) -> Choice:
+    """The level that the criterion asks for.
+
+    Args:
+        closer: for each attack, at each level, the share of images closer to clean than to poisoned.
+        share: that must be reached.
+
+    Raises:
+        InputError: no attack or level, or a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"share is the part of the images that must come closer, above 0, at most 1. Got {share!r}.")
+    if not closer or not all(len(values) for values in closer.values()):
+        raise InputError("Expected one attack or more, measured at one level or more. Got none.")
+    worst = np.min(np.array(list(closer.values())), axis=0)
+    enough = np.flatnonzero(worst >= share)
+    return Choice(int(enough[0]) if len(enough) else None, int(worst.argmax()) if worst.any() else len(worst) - 1)
+
+
+def tune(
+    path: Path,
+    clean_NCHW: Tensor,
+    poisoned: Mapping[str, Tensor],
+    *,
+    share: float = 0.5,
+    data_NCHW: Tensor | None = None,
+    energy: EnergyNetwork | None = None,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Choose a level of a path: the smallest at which every attack is undone for a share of its images.
+
+    Args:
+        path: `LangevinPath` or `DiffusionPath`, whose levels are tried; no others are proposed.
+        clean_NCHW: uint8 (N, C, H, W), known to be clean, not trained on.
+        poisoned: the same images by attack.
+        share: of the images of each attack that must come closer to clean than to poisoned.
+        data_NCHW: images of the dataset to be purified, which are nobody's twins, of the same shape: how they compare
+            with the clean ones before and after; see `compare_unpaired`.
+        energy: also measure energies.
+        temperature: T of the energies, U = E / T.
+        seed: of the noise.
+        progress: called with the network calls made since the last time, and all of the curves.
+
+    Returns:
+        What `json.dumps` takes: "proposal", the level chosen, None where none in the range does; "best", the one that
+        comes nearest, which is the same where there is a proposal; each with what is known of it (level, calls,
+        sigma_px), seconds_per_image, cost_px (how far clean images are moved, RMS) and for each attack the share that
+        is closer to clean, and the distance to clean before and after. "before" is the level just below, and "alone"
+        has the level that each attack alone would need. "unpaired" is of `compare_unpaired` at the best level, None
+        without `data_NCHW`. "curves" is what `dynamics` gives.
+
+    Raises:
+        InputError: no attack, or images that do not fit each other.
+    """
+    if not poisoned:
+        raise InputError("tune needs one attack or more on the clean images. Got none: give --poisoned lsp ar.")
+    if data_NCHW is not None:
+        check_images(data_NCHW, "The dataset's images are")
+        if data_NCHW.shape[1:] != clean_NCHW.shape[1:]:
+            raise InputError(
+                f"Expected images of one size, {tuple(clean_NCHW.shape[1:])} (C, H, W), as the clean ones. Got "
+                f"{tuple(data_NCHW.shape[1:])} in the dataset: give --size for both."
+            )
+    choose_level({"": [0.0]}, share)  # before minutes of work
+    measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)
+    curves = in_numbers(measured, path, clean_NCHW, poisoned, energy=energy, temperature=temperature, seed=seed)
+    levels = curves["levels"][1:]  # nothing is proposed without purification
+    closer = {name: [level["poisoned"][name]["closer_to_clean"] for level in levels] for name in poisoned}
+    found = choose_level(closer, share)
+    alone = {name: choose_level({name: values}, share).chosen for name, values in closer.items()}
+    at = found.best if found.chosen is None else found.chosen
+    unpaired = None
+    if data_NCHW is not None:
+        unpaired = compare_unpaired(
+            path.only(at), path.only(0), clean_NCHW, data_NCHW, energy=energy, temperature=temperature, seed=seed
+        )
+    records = [_record(level, curves["poisons"]) for level in levels]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "share": share,
+        "proposal": None if found.chosen is None else records[found.chosen],
+        "best": records[at],
+        "before": records[at - 1] if at else None,
+        "alone": {name: None if i is None else records[i] for name, i in alone.items()},
+        "unpaired": unpaired,
+        "curves": curves,
+    }
+
+
+def _record(level: Mapping[str, Any], poisons: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: level[key] for key in ("level", "sigma_px", "calls", "seconds_per_image") if key in level},
+        "cost_px": level["clean_to_purified_clean"]["rms_px"],
+        "attacks": {
+            name: {
+                "closer_to_clean": its["closer_to_clean"],
+                "to_clean_px": its["clean_to_purified_poisoned"]["rms_px"],
+                "to_clean_before_px": poisons[name]["size"]["rms_px"],
+            }
+            for name, its in level["poisoned"].items()
+        },
+    }
+
+
+def compare_unpaired(
+    path: Path,
+    probe: Path,
+    clean_NCHW: Tensor,
+    data_NCHW: Tensor,
+    *,
+    energy: EnergyNetwork | None = None,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How images of a dataset compare with clean ones that are not their twins, before and after purification.
+
+    Measured is what a light purification removes from an image (RMS, px): a poison is often what goes first. With an
+    energy model, the energy U = E / T too.
+
+    Args:
+        path: of one level, the purification between before and after.
+        probe: of one level, a low one, whose removal is measured.
+        clean_NCHW, data_NCHW: uint8, of one shape (C, H, W).
+
+    Returns:
+        "removed_px" and "energy" (None without an energy model), each with "before" and "after": the median of clean
+        and data; auc: P(one of the data is above one of the clean), 0.5 where nothing tells them apart; clean_auc:
+        from where to where it is for halves of the clean images; and share_above, of the data above the 99th
+        percentile of the clean ones (about 0.01 where they are alike).
+    """
+    removed: dict[str, list[Floats]] = {}
+    u: dict[str, list[Floats]] = {}
+    for name, images, part in (("clean", clean_NCHW, 0), ("data", data_NCHW, _OTHER)):
+        keys = noise.image_keys(seed, part, torch.arange(len(images)))
+        both = [images, _purified(path, images, keys)]
+        removed[name] = [_rms_px(x, _purified(probe, x, noise.fold_in(keys, _PROBE))) for x in both]
+        if energy is not None:
+            device = energy.readout.weight.device
+            found = [image_energies(energy, x.to(device).float() / 255) for x in both]
+            u[name] = [values.double().cpu().numpy() / temperature for values in found]
+    return {
+        "images": {"clean": len(clean_NCHW), "data": len(data_NCHW)},
+        "removed_px": _before_and_after(removed, seed),
+        "energy": None if energy is None else _before_and_after(u, seed),
+    }
+
+
+def _purified(path: Path, images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
+    out = torch.empty_like(images_NCHW)
+    for piece in path.purify(images_NCHW, keys_N):
+        out[piece.rows] = piece.images
+    return out
+
+
+def _rms_px(a: Tensor, b: Tensor) -> Floats:
+    return (a.double() - b.double()).square().mean(dim=(1, 2, 3)).sqrt().numpy()
+
+
+def _before_and_after(values: Mapping[str, Sequence[Floats]], seed: int) -> dict[str, Any]:
+    found = {}
+    for i, when in enumerate(("before", "after")):
+        clean, data = values["clean"][i], values["data"][i]
+        among = halves(clean, len(data), seed)
+        found[when] = {
+            "clean_median": _figures(float(np.median(clean))),
+            "data_median": _figures(float(np.median(data))),
+            "auc": _figures(auc(clean.tolist(), data.tolist())),
+            "clean_auc": None if among is None else [among["auc"]["low"], among["auc"]["high"]],
+            "share_above": _figures(float((data > threshold(clean)).mean())),
+        }
+    return found
+
+
+def _figures(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,125 @@
+"""Langevin dynamics: a walk downhill in energy, with noise (PureGen, Eq. 4; Bhat et al. 2024, arXiv:2405.18627).
+
+One step on images in [0, 1], with s the `step_size` and T the `temperature`:
+
+    x <- x - s^2 / 2 * grad E(x) / T + s * z,        z standard normal
+
+so `step_size` is the noise that a step adds, in image units. The paper writes Eq. 4 with a step of time dt =
+s^2 / 2; the published code writes it on images in [-1, 1], where its eps is 2 s and the formula is the same. Nothing
+is clamped on the way. The walk draws from p(x) proportional to exp(-E(x) / T), in the limit of small steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from purifyloader.errors import ConfigError, PurifyError
+
+__all__ = ["STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energy_gradient", "langevin", "walk"]
+
+STEP_SIZE = 0.00625
+"""PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step."""
+
+TEMPERATURE = 1e-4
+"""PureGen's: what an energy is divided by."""
+
+_FAR = 10.0  # image units: no image is out there
+
+Energy = Callable[[Tensor], Tensor]
+"""`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""
+
+
+def check_dynamics(steps: int, step_size: float, temperature: float) -> None:
+    """
+    Raises:
+        ConfigError: no such number of steps, step size or temperature.
+    """
+    if type(steps) is not int or steps < 1:
+        raise ConfigError(f"steps is the number of Langevin steps, at least 1. Got {steps!r}.")
+    for name, value, what in (
+        ("step_size", step_size, "the noise that a step adds, in image units"),
+        ("temperature", temperature, "what the energy is divided by"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {what}, a positive number. Got {value!r}.")
+
+
+def energy_gradient(energy: Energy, x_BCHW: Tensor, create_graph: bool = False) -> Tensor:
+    """The gradient of each image's energy, (B, C, H, W); of the weights none is computed.
+
+    Args:
+        create_graph: make it differentiable in `x_BCHW`, which must then require a gradient.
+    """
+    with torch.enable_grad():
+        x = x_BCHW if create_graph else x_BCHW.detach().requires_grad_(True)
+        # images share no energy, so the gradient of the sum is each image's own
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=create_graph)
+    return gradient
+
+
+def walk(
+    energy: Energy,
+    x_BCHW: Tensor,
+    steps: int,
+    noise: Callable[[int], Tensor] | None,
+    *,
+    step_size: float = STEP_SIZE,
+    temperature: float = TEMPERATURE,
+) -> Iterator[Tensor]:
+    """The images after each of `steps` Langevin steps.
+
+    Nothing of a step is kept for the next but the images, unless gradients of them are wanted: where torch records
+    them and the images require one, the whole walk is differentiable, and its memory grows with its length.
+
+    Args:
+        energy: see `Energy`.
+        x_BCHW: float images in [0, 1], or from an earlier walk.
+        steps: how many.
+        noise: `noise(step)` gives standard normals like `x_BCHW` for the steps 0, 1, ...; None walks downhill without.
+        step_size: s, in image units.
+        temperature: T.
+
+    Raises:
+        ConfigError: no such number of steps, step size or temperature.
+        PurifyError: the images became infinite or NaN, or ran away.
+    """
+    check_dynamics(steps, step_size, temperature)
+    slope = step_size**2 / 2 / temperature
+    x = x_BCHW
+    for step in range(steps):
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        x = x - slope * energy_gradient(energy, x, differentiable)
+        if noise is not None:
+            x = x + step_size * noise(step)
+        yield x
+    if not bool((x.detach() - 0.5).abs().max() <= _FAR if x.numel() else True):
+        raise PurifyError(
+            f"Langevin steps must leave images about [0, 1]. Got values {_extremes(x)} after {steps} of "
+            f"{255 * step_size:.3g} px at temperature {temperature:g}: the energy is not one that images were trained "
+            "into. Give another energy model, smaller steps or a higher temperature."
+        )
+
+
+def _extremes(x: Tensor) -> str:
+    if bool(x.isnan().any()):
+        return "that are NaN"
+    return f"from {float(x.min()):.3g} to {float(x.max()):.3g}"
+
+
+def langevin(
+    energy: Energy,
+    x_BCHW: Tensor,
+    steps: int,
+    noise: Callable[[int], Tensor] | None,
+    *,
+    step_size: float = STEP_SIZE,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """The images at the end of a `walk`."""
+    for x in walk(energy, x_BCHW, steps, noise, step_size=step_size, temperature=temperature):
+        x_BCHW = x
+    return x_BCHW

@@ -1,0 +1,90 @@
+"""The folder that a command writes its results to: refused early, and no old file stays beside a newer one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.files import write_text
+
+__all__ = ["check_out", "has_matplotlib", "write_results", "writing"]
+
+
+def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: str) -> None:
+    """Refuse before minutes of work what could not be written after them.
+
+    Args:
+        folder: that --out names, None without.
+        files: names of all that will be written there.
+        what: the files are, with its article, such as "an audit".
+
+    Raises:
+        InputError: the folder holds one of the files and they are not to be replaced, or is none.
+        PurifyError: it cannot be looked into.
+    """
+    if folder is None:
+        if overwrite:
+            raise InputError("--overwrite is about files in --out. Got no --out: give the folder.")
+        return
+    with writing(folder):  # or it may not be searched
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"Expected a folder as --out. Got the file {folder}.")
+        found = [name for name in files if (folder / name).exists()]
+    if found and not overwrite:
+        raise InputError(
+            f"Expected a folder without {what} as --out. Got {folder} with {', '.join(found)}: give another one, or "
+            "--overwrite."
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise PurifyError(
+            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
+        ) from error
+
+
+def has_matplotlib() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def write_results(
+    folder: Path,
+    texts: Mapping[str, str],
+    picture_file: str,
+    draw: Callable[[Path], object],
+    say: Callable[[str], None],
+) -> None:
+    """Write the files of one result, each whole or not at all, and say where they are.
+
+    Args:
+        texts: name and content of each file but the picture.
+        draw: writes the picture to a path; not called without matplotlib, which is then said.
+        say: takes a line for people.
+
+    Raises:
+        PurifyError: a file cannot be written.
+    """
+    drawing = folder / picture_file
+    for name in (*texts, picture_file):  # none of an older result may stay beside these
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        with writing(folder / name):
+            write_text(folder / name, text)
+        say(f"results: {folder / name}")
+    if not has_matplotlib():
+        say("picture: none without matplotlib: pip install 'purifyloader[plots]'")
+        return
+    draw(drawing)
+    say(f"picture: {drawing}")

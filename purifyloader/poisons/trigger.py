@@ -1,0 +1,120 @@
+"""A back door by an additive trigger on some images of the target class (Narcissus; arXiv:2204.05255).
+
+The labels stay right. A victim learns the trigger as a sign of the class, and calls any image that carries it so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.errors import InputError
+from purifyloader.images import quantize
+from purifyloader.poisons.additive import Images, Integers, as_labels, purpose_keys, size_of
+
+__all__ = ["add_trigger", "backdoor", "read_trigger"]
+
+_ATTACK, _CHOICE = 0x74726967, 0  # "trig"
+
+
+def read_trigger(path: str | os.PathLike[str]) -> Tensor:
+    """The published trigger file, `.npy` (1, 3, H, W) or (3, H, W) float in units of [-1, 1] images.
+
+    Returns:
+        float32 (H, W, 3) in units of [0, 1] images: half of the numbers in the file.
+
+    Raises:
+        InputError: no such file, another format or shape, or numbers that cannot be in these units.
+    """
+    path = Path(path)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"A trigger is a .npy file of numbers. Got {path}: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.shape[-3:-2] != (3,) or array.ndim > 4:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InputError(f"A trigger is floating-point, of shape (1, 3, H, W) or (3, H, W). Got {got} in {path}.")
+    array = array.reshape(-1, *array.shape[-3:])
+    if len(array) != 1:
+        raise InputError(f"A trigger file holds one trigger. Got {len(array)} in {path}.")
+    largest = float(np.abs(array).max())
+    if not 0 < largest <= 2:
+        raise InputError(
+            f"A trigger is in units of [-1, 1] images, at most 2 and not all zero. Got {largest} in {path}: "
+            "divide numbers on the 0-255 scale by 127.5."
+        )
+    return torch.from_numpy(array[0].astype(np.float32)).permute(1, 2, 0) / 2
+
+
+def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indices: Integers | None = None) -> Images:
+    """A copy of the images, uint8 (N, H, W, 3), with the trigger added to those at `indices` (all if None).
+
+    Args:
+        trigger_HWC: in units of [0, 1] images, of the size of the images.
+        strength: what the trigger is multiplied by; Narcissus tests with 3, PureGen with 1.
+
+    Raises:
+        InputError: sizes that do not fit, or a strength that is no number.
+    """
+    height, width = size_of(images)
+    if trigger_HWC.shape != (height, width, 3):
+        raise InputError(
+            f"A trigger must have the shape of the images, {(height, width, 3)}. Got {tuple(trigger_HWC.shape)}."
+        )
+    if not math.isfinite(strength):
+        raise InputError(f"strength must be a finite number. Got {strength!r}.")
+    out = images.clone() if isinstance(images, Tensor) else images.copy()
+    view = out if isinstance(out, Tensor) else torch.from_numpy(out)
+    chosen = torch.arange(len(images)) if indices is None else torch.as_tensor(np.asarray(indices, np.int64))
+    if bool(((chosen < 0) | (chosen >= len(images))).any()):
+        raise InputError(f"indices must lie in [0, {len(images)}). Got {int(chosen.min())} to {int(chosen.max())}.")
+    delta = strength * trigger_HWC.to(view.device, torch.float32)
+    for part in chosen.to(view.device).split(1024):
+        view[part] = quantize(view[part].to(torch.float32) / 255 + delta)
+    return out
+
+
+def backdoor(
+    images: Images,
+    labels: Integers,
+    trigger_HWC: Tensor,
+    target: int,
+    count: int,
+    *,
+    classes: int = 10,
+    seed: int = 0,
+) -> tuple[Images, NDArray[np.int64]]:
+    """`count` images of the class `target`, chosen by `seed`, with the trigger.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        labels: integers (N,).
+        trigger_HWC: see `read_trigger`.
+        target: the class that the trigger is to stand for.
+        count: images to poison; PureGen takes 1 % of the set.
+
+    Returns:
+        The poisoned set, and the rising indices of what was poisoned in it.
+
+    Raises:
+        InputError: the class has fewer images than `count`, or what `add_trigger` refuses.
+    """
+    labels_N = as_labels(labels, classes)
+    if len(labels_N) != len(images):
+        raise InputError(f"There must be one label an image. Got {len(images)} images and {len(labels_N)} labels.")
+    of_target = (labels_N == target).nonzero()[:, 0]
+    if type(count) is not int or not 1 <= count <= len(of_target):
+        raise InputError(
+            f"count must be from 1 to the {len(of_target)} images of the class {target}. Got {count!r}: "
+            "poison fewer, or another class."
+        )
+    keys = purpose_keys(seed, _ATTACK, _CHOICE, of_target)
+    chosen = of_target[noise.uniform(keys, (1,))[:, 0].argsort(stable=True)[:count]].sort().values
+    return add_trigger(images, trigger_HWC, indices=chosen), chosen.numpy()

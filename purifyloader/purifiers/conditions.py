@@ -1,0 +1,234 @@
+"""Which images to purify: conditions, some of which need a look at the whole dataset first.
+
+That look is a plan (`purifyloader.plans`): one pass that yields numbers, with which the condition is again a
+function of one image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from purifyloader.energy import EnergyNetwork, image_energies
+from purifyloader.errors import ConfigError
+from purifyloader.purifiers.base import Resolver, by_shape, check_number
+from purifyloader.purifiers.networks import check_compute_batch, check_energy, entry
+
+__all__ = ["Condition", "EnergyAbove", "check_share", "condition_from_config", "conditions_of", "refuse_plans"]
+
+
+class Condition(nn.Module):
+    """Base of all conditions: of each image whether it holds. Frozen, and stateless but for its plan.
+
+    Attributes:
+        planned: what a plan has found, a JSON object; None before, and for a condition that needs no plan.
+    """
+
+    kind: ClassVar[str]
+    image_channels: int | None = None
+    planned: dict[str, Any] | None = None
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether it is a statement about the whole dataset, planned by now or not."""
+        return False
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain data, with its `kind`; `condition_from_config` builds it back."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        """The inverse of `config` (whose `kind` is gone from `values`)."""
+        raise NotImplementedError
+
+    def measure(self, x_BCHW: Tensor) -> Tensor:
+        """The number that decides about each image, float32 (B,): what a plan collects."""
+        raise NotImplementedError
+
+    def holds(self, x_BCHW: Tensor) -> Tensor:
+        """bool (B,).
+
+        Raises:
+            ConfigError: it needs a plan and has none.
+        """
+        raise NotImplementedError
+
+    def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
+        """What `planned` is to be for a dataset of these `measure`s, on the CPU."""
+        raise NotImplementedError
+
+    def check_plan(self, planned: Any) -> None:
+        """Raise `ConfigError` unless `make_plan` may have given this."""
+        raise NotImplementedError
+
+    def measure_images(self, images: Sequence[Tensor]) -> Tensor:
+        """`measure` of images (C, H, W) of any sizes, (B,)."""
+        out = torch.empty(len(images))
+        for rows in by_shape(images):
+            out[rows] = self.measure(torch.stack([images[row] for row in rows])).cpu()
+        return out
+
+    def holds_images(self, images: Sequence[Tensor]) -> list[int]:
+        """The positions of those images (C, H, W), of any sizes, for which it holds."""
+        found: list[int] = []
+        for rows in by_shape(images):
+            holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
+            found += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
+        return sorted(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Never in training mode, as purifiers."""
+        return super().train(False)
+
+
+def check_share(k: Any) -> None:
+    """Raise `ConfigError` unless k is a share of a dataset, in (0, 1]."""
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= 1:
+        raise ConfigError(f"k is the share of the images to purify, above 0 and at most 1. Got {k!r}.")
+
+
+class EnergyAbove(Condition):
+    """The image's energy is at least a threshold (PureGen-Filt; Bhat et al. 2024, arXiv:2405.18627).
+
+    Energies are computed in float32, whatever the purifier computes in.
+
+    Args:
+        energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
+        threshold: in the network's own unit, which the paper divides by its temperature. Give this,
+        k: or the share of a dataset, in (0, 1], that has the highest energies. A plan over the dataset finds the
+            threshold: the energy of the round(k n)-th highest of n images (of the highest, if that is 0). Images
+            of the very same energy are all above it.
+        compute_batch: images of every network call.
+
+    Raises:
+        InputError: no energy model.
+        ConfigError: not one of threshold and k, or no such threshold, share or batch.
+    """
+
+    kind = "energy-above"
+
+    def __init__(
+        self,
+        energy: EnergyNetwork,
+        threshold: float | None = None,
+        *,
+        k: float | None = None,
+        compute_batch: int = 32,
+    ) -> None:
+        super().__init__()
+        check_energy("EnergyAbove", energy)
+        if (threshold is None) == (k is None):
+            raise ConfigError(
+                f"Give the threshold of the energy, or the share k of the images. Got threshold={threshold!r}, k={k!r}."
+            )
+        if k is None:
+            check_number("threshold", threshold)
+        else:
+            check_share(k)
+        check_compute_batch(compute_batch)
+        self._threshold = None if threshold is None else float(threshold)
+        self.k = None if k is None else float(k)
+        self.compute_batch = compute_batch
+        self.image_channels = energy.config.image_channels
+        self._entry = entry(energy)
+        self.energy = copy.deepcopy(energy).float().requires_grad_(False)
+        self.eval()
+
+    @property
+    def threshold(self) -> float | None:
+        """The lowest energy for which it holds; None before a plan has found it."""
+        return self._threshold if self.planned is None else float(self.planned["threshold"])
+
+    @property
+    def needs_plan(self) -> bool:
+        return self.k is not None
+
+    def config(self) -> dict[str, Any]:
+        level = {"threshold": self._threshold} if self.k is None else {"k": self.k}
+        return {
+            "kind": self.kind,
+            "energy": self._entry,
+            **level,
+            **({} if self.planned is None else {"planned": self.planned}),
+            "compute_batch": self.compute_batch,
+        }
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        planned = values.pop("planned", None)
+        self = cls(resolve(values.pop("energy"), "energy"), **values)
+        if planned is not None:
+            self.check_plan(planned)
+            self.planned = dict(planned)
+        return self
+
+    def measure(self, x_BCHW: Tensor) -> Tensor:
+        return image_energies(self.energy, x_BCHW.detach(), self.compute_batch)
+
+    def holds(self, x_BCHW: Tensor) -> Tensor:
+        if self.threshold is None:
+            raise ConfigError(
+                f"Which images have the highest energies, the share k = {self.k:g} of a dataset, is known after a look "
+                "at all of them. Got images before it. PurifiedDataset and precompute look by themselves; by hand it "
+                "is purifier = purifyloader.plans.plan(purifier, dataset)."
+            )
+        return self.measure(x_BCHW) >= self.threshold
+
+    def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
+        assert self.k is not None
+        count = max(1, round(self.k * len(measures_N)))
+        threshold = measures_N.topk(count).values[-1]
+        purified = int((measures_N >= threshold).sum())
+        return {"threshold": float(threshold), "purified": purified, "images": len(measures_N)}
+
+    def check_plan(self, planned: Any) -> None:
+        if self.k is None:
+            raise ConfigError(f"A condition with a threshold needs no plan. Got {planned!r}: leave it out.")
+        values = planned if isinstance(planned, Mapping) else {}
+        counts = [values.get(name) for name in ("purified", "images")]
+        if len(values) != 3 or not all(type(count) is int and count > 0 for count in counts):
+            raise ConfigError(
+                f"The plan of an energy condition has a threshold, and how many images of how many it holds for. Got "
+                f"{planned!r}: leave it out, and plan again."
+            )
+        check_number("The threshold of a plan", values.get("threshold"))
+
+
+_KINDS: dict[str, type[Condition]] = {EnergyAbove.kind: EnergyAbove}
+
+
+def condition_from_config(config: Any, resolve: Resolver) -> Condition:
+    """Build back what `Condition.config` said.
+
+    Raises:
+        ConfigError: no such kind, or values that do not fit it.
+    """
+    values = dict(config) if isinstance(config, Mapping) else {}
+    kind = values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ConfigError(f"A condition's kind must be one of {sorted(_KINDS)}. Got {kind!r}.")
+    try:
+        return _KINDS[kind].build(values, resolve)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
+
+
+def conditions_of(purifier: nn.Module) -> Iterator[Condition]:
+    """The conditions inside that need a plan, planned or not, in the order in which images come to them."""
+    parts = (part for _, part in purifier.named_modules(remove_duplicate=False))
+    return (part for part in parts if isinstance(part, Condition) and part.needs_plan)
+
+
+def refuse_plans(taker: str, purifier: nn.Module) -> None:
+    """Raise `ConfigError` where a condition about the whole dataset is inside something that does not see it."""
+    if any(True for _ in conditions_of(purifier)):
+        raise ConfigError(
+            f"{taker} takes no condition with a share k, because k counts the whole images of a dataset, once. Got one "
+            f"inside: put {taker} inside the Where, as in Where(EnergyAbove(energy, k=0.5), {taker}(...)), or give "
+            "the condition a threshold."
+        )

@@ -1,0 +1,116 @@
+"""Light corruptions of an image, with no network: the baselines to try first, and ECLIPSE's compensation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from purifyloader import corruptions
+from purifyloader.purifiers.base import Purifier, Resolver, pixels
+
+__all__ = ["BitDepth", "Coin", "Compensation", "Grayscale", "Jpeg", "Squeeze"]
+
+
+class Squeeze(Purifier):
+    """Base of the baselines that squeeze an image until what is fine in it is gone.
+
+    Each is a pure function of `purifyloader.corruptions`; `options` names its parameters, which are attributes.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.options}}
+
+
+class Jpeg(Squeeze):
+    """JPEG compression (image shortcut squeezing, ISS-J; Liu et al. 2023), the baseline to try first."""
+
+    kind = "jpeg"
+    options = ("quality",)
+
+    def __init__(self, quality: int = 10) -> None:
+        super().__init__()
+        corruptions.check_quality(quality)
+        self.quality = quality
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return corruptions.jpeg(x_BCHW, self.quality)
+
+
+class Grayscale(Squeeze):
+    """The brightness alone, in all channels (image shortcut squeezing, ISS-G; Liu et al. 2023)."""
+
+    kind = "grayscale"
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return corruptions.grayscale(x_BCHW)
+
+
+class BitDepth(Squeeze):
+    """The first bits of each channel (image shortcut squeezing, ISS-BDR; Liu et al. 2023, arXiv:2301.13838).
+
+    White becomes darker by it, as published: 192 of 255 with 2 bits.
+
+    Args:
+        bits: of the 8 of a channel, 1 to 8.
+    """
+
+    kind = "bit-depth"
+    options = ("bits",)
+
+    def __init__(self, bits: int = 2) -> None:
+        super().__init__()
+        corruptions.check_bits(bits)
+        self.bits = bits
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return corruptions.bit_depth(x_BCHW, self.bits)
+
+
+class Coin(Squeeze):
+    """Every pixel moved at random by a little (COIN; Wang et al. 2023, arXiv:2311.18403).
+
+    One fixed draw an image; the published training script draws it afresh in every epoch, after the crop and flip.
+
+    Args:
+        alpha: the furthest that a pixel moves along each side, in pixels.
+    """
+
+    kind = "coin"
+    options = ("alpha",)
+
+    def __init__(self, alpha: float = 2.0) -> None:
+        super().__init__()
+        corruptions.check_alpha(alpha)
+        self.alpha = float(alpha)
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return corruptions.coin(x_BCHW, seeds_B, self.alpha)
+
+
+class Compensation(Purifier):
+    """One fixed draw of ECLIPSE's corruption, as Algorithm 1 prints it (Eq. 13).
+
+    The published training script draws it afresh in every epoch, which is what
+    `purifyloader.transforms.Compensate` does and what defends better.
+    """
+
+    kind = "compensation"
+
+    def __init__(self, p: float = 0.4, sigma: float = 0.05) -> None:
+        super().__init__()
+        corruptions.check_compensation(p, sigma)
+        self.p, self.sigma = p, sigma
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "p": self.p, "sigma": self.sigma, "sigma_px": pixels(self.sigma)}
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        values.pop("sigma_px", None)
+        return cls(**values)
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return corruptions.compensate(x_BCHW, seeds_B, self.p, self.sigma)

@@ -1,0 +1,254 @@
+"""What the training commands share: their options, their processes, and the clean images that they are given."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purifyloader import __version__
+from purifyloader.cache.locks import Lock, lock_path
+from purifyloader.datasets import describe, open_dataset
+from purifyloader.devices import as_device
+from purifyloader.errors import CheckpointError, InputError, TrainingError
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
+from purifyloader.train.data import choose, hold_out, load_images, read_indices
+from purifyloader.train.state import STATE_FILE, images_sha256, writing
+
+__all__ = [
+    "CleanSet",
+    "add_card",
+    "add_data",
+    "add_run",
+    "alone",
+    "clean_set",
+    "details",
+    "held_out_images",
+    "machine",
+    "prepare",
+    "processes",
+]
+
+log = logging.getLogger("purifyloader")
+
+_NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
+
+
+def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """The options that say which images; `purpose` is what the held-out ones are for."""
+    data = parser.add_argument_group("the clean images")
+    data.add_argument(
+        "--data",
+        required=True,
+        help="cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function",
+    )
+    data.add_argument("--root", default="data", help="where a dataset given by name is (default: data)")
+    chosen = data.add_mutually_exclusive_group()
+    chosen.add_argument("--count", type=int, help="use this many images, chosen by --choose-seed (default: all)")
+    chosen.add_argument(
+        "--indices", type=Path, help="use the images listed in this JSON file, or in a checkpoint's config.json"
+    )
+    data.add_argument("--choose-seed", type=int, default=0, help="decides which images --count takes (default: 0)")
+    data.add_argument("--size", type=int, metavar="PX", help="resize the shorter side to this and crop the centre")
+    data.add_argument(
+        "--validation",
+        help=f"clean images to {purpose}: like --data, where cifar10 and cifar100 mean the test split, or none "
+        "(default: images of --data that are not trained on; a twentieth of them if all were chosen)",
+    )
+    data.add_argument("--validation-count", type=int, default=1000, help="at most (default: 1000)")
+
+
+def add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that say where and how it runs."""
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
+    run.add_argument("--plan", action="store_true", help="print what it would cost on this machine, and stop")
+    run.add_argument("--device", help="such as cpu or cuda (default: a GPU for each process, else the CPU)")
+    run.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between states (default: 60)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return run
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """The options that the card says as they are."""
+    about = parser.add_argument_group("the card")
+    about.add_argument("--name", help="of the model (default: the folder's)")
+    about.add_argument("--description", help="what the images are (default: --data)")
+    about.add_argument("--validation-description", help="what the held-out images are (default: --validation)")
+    about.add_argument("--licence", help="of the images and so of the weights")
+    about.add_argument("--note", help="what else the card should say")
+
+
+def prepare(options: argparse.Namespace, rank: int) -> bool:
+    """Logging, and --out looked at before hours of training; whether to be quiet."""
+    quiet: bool = options.quiet or rank > 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("purifyloader").setLevel(logging.WARNING if quiet else logging.INFO)
+    if not options.plan:
+        if options.out is None:
+            raise InputError("Expected --out, a folder for the checkpoint, or --plan. Got neither.")
+        _check_out(options.out)
+    return quiet
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before hours of training what could not be written after them.
+
+    Files beside the state of a run, without config.json, are of a save that was killed: written again.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"Expected a folder as --out. Got the file {out}.")
+    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
+    if CONFIG_FILE in found or (found and not (out / STATE_FILE).exists()):
+        raise CheckpointError(
+            f"Expected a folder without a checkpoint. Got {out} with {', '.join(found)}: give another --out."
+        )
+
+
+@contextlib.contextmanager
+def processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
+    """(rank, device): joined with the other processes where a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    from accelerate import PartialState
+
+    on_cpu = name == "cpu" or (name is None and not torch.cuda.is_available())
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"With several processes --device must be cpu or cuda, one GPU for each. Got {name!r}.")
+    state = PartialState(cpu=on_cpu)
+    try:
+        yield state.process_index, torch.device("cpu") if on_cpu else state.device
+    finally:
+        state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone(options: argparse.Namespace, rank: int) -> Iterator[None]:
+    """--out is this run's while it lasts: two that write to one folder would undo each other's work.
+
+    Raises:
+        TrainingError: another process trains into it.
+    """
+    if options.plan or rank > 0:
+        yield
+        return
+    made = not options.out.exists()
+    with writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(options.out, STATE_FILE)
+    try:
+        if not lock.acquire(wait=False):
+            raise TrainingError(
+                f"Expected --out to be for this run alone. Got {options.out}, into which "
+                "another process is training now: wait for it, stop it, or give another folder."
+            )
+        try:
+            yield
+        finally:
+            lock_path(options.out, STATE_FILE).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: a state, or a checkpoint
+                options.out.rmdir()
+
+
+@dataclass(frozen=True)
+class CleanSet:
+    """The images to train on.
+
+    Attributes:
+        dataset: all there are, of which there are `length`.
+        indices: those to train on, and the `held_out` ones where no other dataset is for that; rising.
+        images: uint8 (N, C, H, W) at `indices`.
+    """
+
+    dataset: Any
+    length: int
+    indices: list[int]
+    images: Tensor
+    held_out: list[int] = field(default_factory=list)
+
+
+def clean_set(options: argparse.Namespace, quiet: bool) -> CleanSet:
+    """The images that the options of `add_data` say."""
+    dataset = open_dataset(options.data, options.root)
+    length = len(dataset)  # type: ignore[arg-type]
+    if options.indices is not None:
+        indices = read_indices(options.indices)
+    else:
+        indices = choose(length, length if options.count is None else options.count, options.choose_seed)
+    held_out: list[int] = []
+    if options.validation is None:
+        indices, held_out = hold_out(length, indices, options.choose_seed, options.validation_count)
+    images = load_images(dataset, indices, size=options.size, progress=not quiet)
+    return CleanSet(dataset, length, indices, images, held_out)
+
+
+def held_out_images(options: argparse.Namespace, clean: CleanSet, quiet: bool) -> tuple[Tensor | None, str]:
+    """The held-out images, and what they are, for the card."""
+    if options.validation == "none" or (options.validation is None and not clean.held_out):
+        return None, ""
+    chosen: Sequence[int]
+    if options.validation is None:
+        what, source, chosen = "images of the same data that it was not trained on", clean.dataset, clean.held_out
+    else:
+        source = open_dataset(options.validation, options.root, train=False)
+        if options.validation_count < 1:
+            raise InputError(f"--validation-count must be at least 1. Got {options.validation_count}.")
+        length = len(source)  # type: ignore[arg-type]
+        count = min(options.validation_count, length)
+        # a folder may be sorted by class; the named test splits are shuffled, and their first images comparable
+        chosen = range(count) if options.validation in _NAMED else choose(length, count, options.choose_seed)
+        what = f"images of {describe(options.validation)}" + (", test split" if options.validation in _NAMED else "")
+    what = options.validation_description or what
+    loaded = load_images(source, chosen, size=options.size, channels=clean.images.shape[1], progress=not quiet)
+    trained = {image.numpy().tobytes() for image in clean.images}
+    apart = [i for i, image in enumerate(loaded) if image.numpy().tobytes() not in trained]
+    if len(apart) == len(loaded):
+        return loaded, what
+    if options.validation is not None:
+        raise InputError(
+            f"Expected validation images apart from those trained on. Got {len(loaded) - len(apart)} of {len(loaded)} "
+            "that are among them: give other images as --validation, or leave it out."
+        )
+    log.info("%d held-out images are copies of ones trained on, and left out", len(loaded) - len(apart))
+    return (loaded[apart], what) if apart else (None, "")
+
+
+def details(
+    options: argparse.Namespace, clean: CleanSet, held_out: str, config: Any, record: Any, where: str
+) -> dict[str, Any]:
+    """What a checkpoint says of its training, whatever was trained."""
+    return {
+        "purifyloader": __version__,
+        # never a path: the card travels
+        "data": options.description or describe(options.data),
+        "data_length": clean.length,
+        "image_size": list(clean.images.shape[-2:]),
+        "resized": options.size,
+        "indices": clean.indices,
+        "images_sha256": images_sha256(clean.images),
+        "held_out": held_out,
+        "train": config.to_dict(),
+        "record": record,
+        "machine": where,
+        "licence": options.licence,
+        "note": options.note,
+    }
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)} ({platform.machine()})"
