@@ -56,10 +56,10 @@ def _models() -> Iterator[str]:
         except PurifyError as error:
             yield f"{name:<23} cannot be read: {' '.join(str(error).split())}"
             continue
-        what = f"of kind {its.kind}"
+        what = "an energy model"
         if its.noise_px is not None:
             what = "for noise from {:.2g} to {:.0f} px".format(*its.noise_px)
-        yield f"{name:<23} {its.parameters / 1e6:>6.1f} M parameters, {what}"
+        yield f"{name:<23} {its.parameters / 1e6:>6.2f} M parameters, {what}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -88,9 +88,8 @@ def test_a_gaussian_energy_draws_its_gaussian(temperature):
 
 def test_without_noise_the_energy_falls_at_each_step():
     energy, x = network().double(), images(5).double()
-    energies = [energy(x)]
-    for y in walk(energy, x, 50, None, step_size=1e-3, temperature=1e-3):
-        energies.append(energy(y))
+    steps = walk(energy, x, 50, None, step_size=1e-3, temperature=1e-3)
+    energies = [energy(x), *(energy(y) for y in steps)]
     falls = torch.stack(energies).diff(dim=0)
     assert bool((falls < 0).all())
 

@@ -187,7 +187,7 @@ def test_the_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == pretrained.available()
     for line in lines:
-        assert re.fullmatch(r"\S+ +\d+\.\d M parameters, for noise from [\d.]+ to \d+ px", line)
+        assert re.fullmatch(r"\S+ +\d+\.\d\d M parameters, (an energy model|for noise from [\d.]+ to \d+ px)", line)
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0
@@ -214,8 +214,8 @@ def test_models_are_listed_beside_a_broken_one(tmp_path, monkeypatch, capsys):
     assert f"cannot be read: {weights}" in cut
     assert edited.startswith("b-edited ")
     assert "must be JSON" in edited
-    assert re.fullmatch(r"c-energy +0\.0 M parameters, of kind energy", energy)
-    assert re.fullmatch(r"d-good-\S+ +0\.0 M parameters, for noise from \S+ to \S+ px", good)
+    assert re.fullmatch(r"c-energy +0\.00 M parameters, an energy model", energy)
+    assert re.fullmatch(r"d-good-\S+ +0\.04 M parameters, for noise from \S+ to \S+ px", good)
 
 
 def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):

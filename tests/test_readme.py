@@ -68,6 +68,11 @@ def test_the_table_of_models_is_what_their_files_say():
     assert len(rows) == len(pretrained.available())
     for row, name in zip(rows, pretrained.available(), strict=True):
         config = json.loads((ROOT / "pretrained" / name / "config.json").read_text())
+        if "energy" in config:
+            parameters = sum(p.numel() for p in pretrained.load(name, kind="energy").parameters())
+            for cell in (f"](pretrained/{name}/README.md)", f"{parameters / 1e6:.2f} M", "an energy"):
+                assert cell in row, name
+            continue
         psnr = {entry["sigma_px"]: entry["denoiser"] for entry in config["details"]["psnr"]}
         figures = " / ".join(f"{psnr[px]:.1f}" for px in (10, 25, 50))
         low, high = (255 * sigma for sigma in config["denoiser"]["sigma_range"])
@@ -91,7 +96,7 @@ def test_commands_have_the_options_they_show(line):
         ["precompute"]
         if words[0] == "accelerate"
         else name[:2]
-        if name[0] in ("train", "cache", "denoiser")
+        if name[0] in ("train", "cache", "denoiser", "audit")
         else name[:1]
     )
     done = subprocess.run([sys.executable, "-m", "purifyloader", *command, "--help"], capture_output=True, text=True)

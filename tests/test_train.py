@@ -696,6 +696,15 @@ def test_rows_of_one_step_are_merged(tmp_path):
     assert [r["step"] for r in curves.validated()] == [2]
 
 
+def test_the_columns_of_a_resumed_run_stand_where_they_stood(tmp_path):
+    row = {"step": 1, "loss": 2.0, "held_out_10px": 3.0, "trained_10px": 3.0, "held_out_6.37px": 4.0, "seconds": 1.0}
+    Curves([row]).write_csv(tmp_path)
+    first = (tmp_path / CURVES_CSV).read_text()
+    Curves([dict(sorted(row.items()))]).write_csv(tmp_path)
+    assert (tmp_path / CURVES_CSV).read_text() == first
+    assert first.splitlines()[0] == "step,seconds,loss,held_out_6.37px,held_out_10px,trained_10px"
+
+
 # -- another denoiser's weights ----------------------------------------------------------------------
 
 
