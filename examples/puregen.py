@@ -29,10 +29,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader import PurifiedDataset, noise, recipes
+from purifyloader import PurifiedDataset, noise, pretrained, recipes
+from purifyloader.audit import dataset_energies
 from purifyloader.bench.defence import ArrayDataset, compensation
 from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.evaluation.measures import auc
 from purifyloader.files import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier
@@ -70,7 +72,7 @@ DEFENCES: dict[str, Defence] = {
 def main() -> None:
     options = parse_arguments()
     if options.readme:
-        options.readme.write_text(with_table(options.readme.read_text(), read(options.out)))
+        options.readme.write_text(with_tables(options.readme.read_text(), read(options.out)))
         return
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -80,6 +82,9 @@ def main() -> None:
     trigger = None if options.trigger is None else read_trigger(options.trigger)
     if options.time:
         merge(options.out, {"seconds": seconds_per_thousand(images, options.time)})
+        return
+    if options.audit:
+        merge(options.out, {"audit": audits(images, labels, test[0], trigger)})
         return
     for poison, defence in wanted(options.cells, trigger is not None):
         its = DEFENCES[defence]
@@ -121,6 +126,28 @@ def purify(images: Images, labels: Labels, purifier: Purifier, cache: Path) -> I
     """All images purified, through a cache in which a stopped run goes on."""
     dataset = PurifiedDataset(ArrayDataset(images, labels), purifier, cache=cache, missing="precompute")
     return np.stack([np.asarray(dataset[i][0]) for i in range(len(dataset))])
+
+
+def audits(images: Images, labels: Labels, reference: Images, trigger: torch.Tensor | None) -> dict[str, Any]:
+    """How well the energy finds a tenth of the images poisoned: AUC, its highest tenth, and above the clean 99 %."""
+    energy = pretrained.load(ENERGY, kind="energy")
+    chosen = np.arange(0, len(images), 10)
+    poisoned = {"LSP": lsp(images, labels, indices=chosen), "AR": autoregressive(images, labels, indices=chosen)}
+    if trigger is not None:
+        poisoned["back door"] = add_trigger(images, trigger, indices=chosen)
+    clean = dataset_energies(energy, ArrayDataset(reference, np.zeros(len(reference), np.int64)))
+    found = {}
+    for poison, its in poisoned.items():
+        data = dataset_energies(energy, ArrayDataset(its, labels))
+        values, bad = data.energies.double().numpy(), np.isin(np.arange(len(its)), chosen)
+        highest = np.argsort(-values, kind="stable")[: len(chosen)]
+        found[poison] = {
+            "auc": round(auc(torch.from_numpy(values[~bad]), torch.from_numpy(values[bad])), 3),
+            "of_the_highest_tenth": round(float(bad[highest].mean()), 3),
+            "above_99_percent_of_clean": round(float((values > np.quantile(clean.energies.double(), 0.99)).mean()), 4),
+        }
+        print(poison, found[poison], flush=True)
+    return found
 
 
 def seconds_per_thousand(images: Images, count: int, rounds: int = 3) -> dict[str, float]:
@@ -170,14 +197,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def with_table(text: str, results: dict[str, Any]) -> str:
-    """The README with the table between its markers made from the results."""
-    made = table(results)
-    text, found = re.subn(
-        r"(<!-- puregen -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL
-    )
-    if found != 1:
-        raise SystemExit(f"The README must have one place for the table 'puregen'. Got {found}.")
+def audit_table(results: dict[str, Any]) -> str:
+    head = ["a tenth poisoned with", "AUC", "of the highest tenth are", "above 99 % of clean ones"]
+    lines: list[Sequence[str]] = [head, ["---"] * len(head)]
+    for poison, its in results.get("audit", {}).items():
+        shares = [f"{100 * its[name]:.0f} %" for name in ("of_the_highest_tenth",)]
+        lines.append([poison, f"{its['auc']:.2f}", *shares, f"{100 * its['above_99_percent_of_clean']:.1f} %"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_tables(text: str, results: dict[str, Any]) -> str:
+    """The README with the tables between its markers made from the results; a table it has no place for is left out."""
+    for name, made in {"puregen": table(results), "audit": audit_table(results)}.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        if found > 1:
+            raise SystemExit(f"The README must have one place for the table {name!r}. Got {found}.")
     return text
 
 
@@ -214,6 +249,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cells", help="part of the table, such as 'AR:EBM;LSP:none, 2,000' (default: all of it)")
     parser.add_argument("--all-images", action="store_true", help="4,000 images for each defence: for a GPU")
+    parser.add_argument("--audit", action="store_true", help="how well energies find the poisoned images, and stop")
     parser.add_argument("--time", type=int, metavar="N", help="time each defence on N images, and stop")
     parser.add_argument("--threads", type=int, help="of this process")
     parser.add_argument("--work", type=Path, default=Path("puregen-caches"), help="folder of the caches")

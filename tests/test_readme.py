@@ -57,6 +57,12 @@ def test_the_tables_are_the_measured_results():
     assert all(len(entry["accuracy"]) == 3 for entry in results.values()), "three seeds in every cell"
 
 
+def test_the_tables_of_puregen_are_the_measured_ones():
+    results = json.loads((ROOT / "examples" / "results" / "puregen.json").read_text())
+    assert example("puregen").with_tables(TEXT, results) == TEXT
+    assert "<!-- audit -->" in TEXT
+
+
 def test_the_table_of_reading_is_the_measured_one():
     results = json.loads((ROOT / "examples" / "results" / "cache_speed.json").read_text())
     assert example("cache_speed").with_tables(TEXT, results) == TEXT
