@@ -38,7 +38,10 @@ def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[tuple[
     train, record = details["train"], details["record"]
     low, high = denoiser.sigma_range
     parameters = sum(p.numel() for p in denoiser.parameters())
-    objective = train["objective"] if train["objective"] == "sigma" else f"hybrid (Eq. 8, gamma = {train['gamma']:g})"
+    objective = train["objective"]
+    if objective == "hybrid":  # whose variational terms train the variance, and are nothing without one
+        of_both = f"hybrid (Eq. 8, gamma = {train['gamma']:g})"
+        objective = of_both if denoiser.learned_variance else "the error of the noise (Eq. 8 without its second term)"
     processes = f" in {record['processes']} processes" if record["processes"] > 1 else ""
     return [
         ("Parameters", f"{parameters:,}"),
