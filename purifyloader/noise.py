@@ -30,12 +30,6 @@ _ROUNDS = 10
 _FOLD, _NORMAL, _UNIFORM = 0x666F6C64, 0x6E6F726D, 0x756E6966  # "fold", "norm", "unif"
 
 
-def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product. int64 wraps around, which leaves the bits right."""
-    product = a * constant
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
     """Philox4x32-10.
 
@@ -51,13 +45,21 @@ def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> 
     tensors = [w for w in (*counter, *key) if isinstance(w, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     words = [torch.as_tensor(w, dtype=torch.int64, device=device) for w in (*counter, *key)]
-    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*words)
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    c0, c1, c2, c3 = (word.broadcast_to(shape).clone(memory_format=torch.contiguous_format) for word in words[:4])
+    k0, k1 = words[4:]
+    # In place, for most of the time would go into memory for the results. Words are kept in the low 32 bits, whatever
+    # is above them, and cut off before a product, whose 64 bits wrap around and are right.
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     for _ in range(_ROUNDS):
-        hi0, lo0 = _multiply(c0, _MULTIPLIERS[0])
-        hi1, lo1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        torch.mul(c0.bitwise_and_(_MASK), _MULTIPLIERS[0], out=p0)
+        torch.mul(c2.bitwise_and_(_MASK), _MULTIPLIERS[1], out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, p1 = p1, c1
+        c3, p0 = p0, c3
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return tuple(word.bitwise_and_(_MASK) for word in (c0, c1, c2, c3))
 
 
 def _split(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,7 @@ def _count(shape: Sequence[int]) -> int:
 
 def _unit(word: Tensor) -> Tensor:
     """A word as a float64 in (0, 1): the middle of its 2^-32 interval, so that the logarithm is finite."""
-    return (word.to(torch.float64) + 0.5) * 2.0**-32
+    return word.to(torch.float64).add_(0.5).mul_(2.0**-32)
 
 
 def uniform(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
@@ -157,10 +159,11 @@ def normal(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
     the arithmetic. The largest magnitude possible is 6.77.
     """
     count = _count(shape)
-    u = [_unit(word) for word in _words(keys_B, count, step, _NORMAL)]
-    radius0, radius1 = (-2.0 * u[0].log()).sqrt(), (-2.0 * u[2].log()).sqrt()
-    angle0, angle1 = 2.0 * math.pi * u[1], 2.0 * math.pi * u[3]
-    z = torch.stack(
-        [radius0 * angle0.cos(), radius0 * angle0.sin(), radius1 * angle1.cos(), radius1 * angle1.sin()], dim=-1
-    )
-    return z.flatten(1)[:, :count].to(torch.float32).reshape(keys_B.numel(), *shape)
+    words = _words(keys_B, count, step, _NORMAL)
+    z = torch.empty(*words[0].shape, 4, dtype=torch.float32, device=keys_B.device)
+    for pair in (0, 2):  # in place, as the words
+        radius = _unit(words[pair]).log_().mul_(-2.0).sqrt_()
+        angle = _unit(words[pair + 1]).mul_(2.0 * math.pi)
+        z[..., pair] = angle.cos().mul_(radius)
+        z[..., pair + 1] = angle.sin_().mul_(radius)
+    return z.flatten(1)[:, :count].contiguous().reshape(keys_B.numel(), *shape)
