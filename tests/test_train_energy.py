@@ -548,6 +548,22 @@ def test_from_a_folder_to_a_model_with_its_card(folder, small, tmp_path, capsys)
     assert same(weights(energy), weights(pretrained.load(tmp_path / "again", kind="energy")))
 
 
+def test_chains_that_run_away_do_not_cost_the_checkpoint(folder, small, tmp_path, monkeypatch, capsys):
+    def steep(*arguments: Any, **options: Any) -> Any:
+        energy, record = train_energy(*arguments, **options)
+        energy.readout.weight.data.mul_(1e6)
+        return energy, record
+
+    monkeypatch.setattr("purifyloader.train.energy.command.train_energy", steep)
+    out = tmp_path / "energy"
+    assert run("--data", folder, "--config", small, "--out", out) == 0
+    assert details_of(out)["chains"] == []
+    card = (out / "README.md").read_text()
+    assert "long chains run away within 4 Langevin steps" in card
+    assert "![Images, and chains" not in card
+    assert pretrained.load(out, kind="energy").config == EnergyConfig(channels=4)
+
+
 def test_options_replace_fields(folder, small, tmp_path):
     arguments = ("--data", folder, "--config", small, "--steps", 3, "--channels", 5, "--langevin-steps", 1)
     assert run(*arguments, "--batch-size", 2, "--rejuvenation", 0, "--out", tmp_path / "energy") == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from purifyloader.errors import ConfigError, PurifyError
 
-__all__ = ["STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energy_gradient", "langevin", "walk"]
+__all__ = ["FAR", "STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energy_gradient", "langevin", "walk"]
 
 STEP_SIZE = 0.00625
 """PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step."""
@@ -27,7 +27,8 @@ STEP_SIZE = 0.00625
 TEMPERATURE = 1e-4
 """PureGen's: what an energy is divided by."""
 
-_FAR = 10.0  # image units: no image is out there
+FAR = 10.0
+"""Image units from the middle grey: no image is out there, and a walk that is has run away."""
 
 Energy = Callable[[Tensor], Tensor]
 """`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""
@@ -96,7 +97,7 @@ def walk(
         if noise is not None:
             x = x + step_size * noise(step)
         yield x
-    if not bool((x.detach() - 0.5).abs().max() <= _FAR if x.numel() else True):
+    if not bool((x.detach() - 0.5).abs().max() <= FAR if x.numel() else True):
         raise PurifyError(
             f"Langevin steps must leave images about [0, 1]. Got values {_extremes(x)} after {steps} of "
             f"{255 * step_size:.3g} px at temperature {temperature:g}: the energy is not one that images were trained "

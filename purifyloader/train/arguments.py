@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from purifyloader import __version__
 from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
-from purifyloader.errors import CheckpointError, InputError, TrainingError
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
+from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
 from purifyloader.train.data import choose, hold_out, load_images, read_indices
 from purifyloader.train.state import STATE_FILE, images_sha256, writing
 
@@ -36,6 +36,7 @@ __all__ = [
     "machine",
     "prepare",
     "processes",
+    "start_name",
 ]
 
 log = logging.getLogger("purifyloader")
@@ -130,6 +131,23 @@ def processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
         yield state.process_index, torch.device("cpu") if on_cpu else state.device
     finally:
         state.destroy_process_group()
+
+
+def start_name(options: argparse.Namespace, named: Mapping[str, Any] | None) -> str | None:
+    """The model to start from: --start-from, else the one that a --config names; None for random weights.
+
+    Raises:
+        ConfigError: the configuration names one that is not here.
+    """
+    if options.start_from is not None or named is None:
+        return options.start_from
+    # a name in somebody's file must not lead to a download
+    if named["name"] is None or not is_local(named["name"]):
+        raise ConfigError(
+            f"{options.config} starts from the weights {named['weights_sha256'][:16]} of {named['name'] or 'a model'}. "
+            "Got no such model here: give its folder as --start-from."
+        )
+    return str(named["name"])
 
 
 @contextlib.contextmanager

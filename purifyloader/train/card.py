@@ -7,7 +7,7 @@ from typing import Any
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 
-__all__ = ["card"]
+__all__ = ["again", "card", "start_words"]
 
 
 def _noise(train: Mapping[str, Any], low: float, high: float) -> str:
@@ -18,11 +18,12 @@ def _noise(train: Mapping[str, Any], low: float, high: float) -> str:
     return f"{text}: timesteps 1 to {top:,} of the {train['schedule']} schedule with T = {train['timesteps']:,}"
 
 
-def _start(train: Mapping[str, Any]) -> str:
+def start_words(train: Mapping[str, Any]) -> str:
+    """What a training started from."""
     start = train["start_from"]
     if start is None:
         return "random weights"
-    return f"the weights of `{start['name'] or 'an unnamed denoiser'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
+    return f"the weights of `{start['name'] or 'an unnamed model'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
 
 
 def _rate(train: Mapping[str, Any]) -> str:
@@ -48,7 +49,7 @@ def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[tuple[
         ("Predicts", f"{denoiser.parameterization}, {'learned' if denoiser.learned_variance else 'fixed'} variance"),
         ("Noise it was trained for", _noise(train, low, high)),
         ("Trained on", f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}"),
-        ("Started from", _start(train)),
+        ("Started from", start_words(train)),
         (
             "Objective",
             f"{objective}; augmentation: {', '.join(train['augment']) or 'none'}; M = {train['replicate']}"
@@ -93,15 +94,23 @@ def card(name: str, denoiser: NetworkDenoiser, details: Mapping[str, Any], pictu
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
+    return "\n".join([*text, *again("denoiser", details)])
+
+
+def again(what: str, details: Mapping[str, Any]) -> list[str]:
+    """The end of a card: how to train `purifyloader train WHAT` again, and on which images."""
     size = f" --size {details['resized']}" if details.get("resized") else ""
-    text += [
+    return [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        f"purifyloader train denoiser --data DATA --config config.json --indices config.json{size} --out again",
+        f"purifyloader train {what} --data DATA --config config.json --indices config.json{size} --out again",
         "```",
         "",
+        "<details><summary>Indices of the training images</summary>",
+        "",
+        ", ".join(map(str, details["indices"])),
+        "",
+        "</details>",
+        "",
     ]
-    text += ["<details><summary>Indices of the training images</summary>", ""]
-    text += [", ".join(map(str, details["indices"])), "", "</details>", ""]
-    return "\n".join(text)

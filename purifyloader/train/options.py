@@ -16,7 +16,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.pretrained.registry import is_local
+from purifyloader.train.arguments import start_name
 from purifyloader.train.config import TrainConfig, check_start_from, recipe
 from purifyloader.train.loop import started_from
 
@@ -56,20 +56,6 @@ def _of_checkpoint(config: Mapping[str, Any]) -> Any:
         values["parameterization"] = denoiser["parameterization"]
         values["time"] = "log-sigma" if denoiser["schedule"] is None else "timestep"
     return values
-
-
-def _load_start(options: argparse.Namespace, named: Mapping[str, Any] | None) -> NetworkDenoiser | None:
-    if options.start_from is not None:
-        return pretrained.load(options.start_from)
-    if named is None:
-        return None
-    # a name in somebody's file must not lead to a download
-    if named["name"] is None or not is_local(named["name"]):
-        raise ConfigError(
-            f"{options.config} starts from the weights {named['weights_sha256'][:16]} of {named['name'] or 'a model'}. "
-            "Got no such model here: give its folder as --start-from."
-        )
-    return pretrained.load(named["name"])
 
 
 def _follow(start: NetworkDenoiser, base: TrainConfig, fields: dict[str, Any]) -> None:
@@ -116,7 +102,8 @@ def configuration(
     fields = _fields(options.config) if options.config is not None else {}
     named = fields.pop("start_from", None)
     check_start_from(named)
-    start = _load_start(options, named)
+    name = start_name(options, named)
+    start = None if name is None else pretrained.load(name)
     if start is not None:
         _follow(start, base, fields)
     if type(fields.get("steps")) is int:

@@ -6,15 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from purifyloader.energy.network import EnergyNetwork
+from purifyloader.train.card import again, start_words
 
 __all__ = ["energy_card"]
-
-
-def _start(train: Mapping[str, Any]) -> str:
-    start = train["start_from"]
-    if start is None:
-        return "random weights"
-    return f"the weights of `{start['name'] or 'an unnamed energy model'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
 
 
 def _rate(train: Mapping[str, Any]) -> str:
@@ -45,7 +39,7 @@ def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[tuple[str,
             f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}"
             f"{' and their mirror images' if train['flip'] else ''}, with {255 * train['data_noise']:.3g} px of noise",
         ),
-        ("Started from", _start(train)),
+        ("Started from", start_words(train)),
         (
             "Langevin steps",
             f"{train['langevin_steps']} an update, of {255 * train['step_size']:.3g} px of noise, "
@@ -100,15 +94,4 @@ def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pi
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    size = f" --size {details['resized']}" if details.get("resized") else ""
-    text += [
-        "To train it again, `config.json` of this folder says the rest:",
-        "",
-        "```bash",
-        f"purifyloader train energy --data DATA --config config.json --indices config.json{size} --out again",
-        "```",
-        "",
-    ]
-    text += ["<details><summary>Indices of the training images</summary>", ""]
-    text += [", ".join(map(str, details["indices"])), "", "</details>", ""]
-    return "\n".join(text)
+    return "\n".join([*text, *again("energy", details)])

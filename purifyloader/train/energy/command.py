@@ -18,8 +18,7 @@ from torch import Tensor
 
 from purifyloader import pretrained
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.errors import ConfigError, InputError
-from purifyloader.pretrained.registry import is_local
+from purifyloader.errors import InputError
 from purifyloader.train import plan
 from purifyloader.train.arguments import (
     add_card,
@@ -32,6 +31,7 @@ from purifyloader.train.arguments import (
     machine,
     prepare,
     processes,
+    start_name,
 )
 from purifyloader.train.config import check_start_from
 from purifyloader.train.curves import CURVES_PNG
@@ -131,8 +131,10 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
         return 0
     about = details(options, clean, held_out_name or "images trained on", config, record, machine(device))
     with writing(options.out):
-        rows, count = _chains(options, energy, clean.images if held_out is None else held_out, config, device)
+        rows, count, failure = _chains(options, energy, clean.images if held_out is None else held_out, config, device)
         about |= {"chains": rows, "chain_images": count}
+        if failure is not None:  # of the chains, and no reason to lose what was trained
+            record["warnings"].append(failure)
         save(energy, options.out, options.name or options.out.resolve().name, about)
     (options.out / STATE_FILE).unlink(missing_ok=True)
     print(f"{options.out}: {record['steps']:,} updates, {record['seconds']:.0f} s")
@@ -168,7 +170,8 @@ def _configuration(
     fields = _fields(options.config) if options.config is not None else {}
     named = fields.pop("start_from", None)
     check_start_from(named)
-    start = _start(options, named)
+    name = start_name(options, named)
+    start = None if name is None else pretrained.load(name, kind="energy")
     if options.channels is not None:
         fields["network"] = {**fields.get("network", {}), "channels": options.channels}
     if start is not None:
@@ -187,31 +190,18 @@ def _configuration(
     return (config, None) if start is None else (energy_started_from(config, start), start)
 
 
-def _start(options: argparse.Namespace, named: Mapping[str, Any] | None) -> EnergyNetwork | None:
-    if options.start_from is not None:
-        return pretrained.load(options.start_from, kind="energy")
-    if named is None:
-        return None
-    # a name in somebody's file must not lead to a download
-    if named["name"] is None or not is_local(named["name"]):
-        raise ConfigError(
-            f"{options.config} starts from the weights {named['weights_sha256'][:16]} of {named['name'] or 'a model'}. "
-            "Got no such model here: give its folder as --start-from."
-        )
-    return pretrained.load(named["name"], kind="energy")
-
-
 def _chains(
     options: argparse.Namespace, energy: EnergyNetwork, images: Tensor, config: EnergyTrainConfig, device: torch.device
-) -> tuple[list[dict[str, float]], int]:
+) -> tuple[list[dict[str, float]], int, str | None]:
     longest = options.chain_steps
     if longest is None:
         longest = 1500 if device.type == "cuda" else 500
     if longest == 0:
-        return [], 0
+        return [], 0, None
     steps = sorted({step for step in _CHAIN_STEPS if step < longest} | {longest})
     images = images[:64].to(device)
-    return long_chains(energy, images, config, steps, options.out / CHAINS_PNG), len(images)
+    rows, failure = long_chains(energy, images, config, steps, options.out / CHAINS_PNG)
+    return rows, len(images), failure
 
 
 def save(energy: EnergyNetwork, out: Path, name: str, about: Mapping[str, Any]) -> None:
@@ -220,7 +210,8 @@ def save(energy: EnergyNetwork, out: Path, name: str, about: Mapping[str, Any]) 
     captions = {
         CURVES_PNG: "Energies of images and samples, their difference, and the slope, over the run.",
         BANK_PNG: "Samples of the bank at the end.",
-        CHAINS_PNG: f"Images, and chains from them after {at} steps.",
     }
+    if about["chains"]:
+        captions[CHAINS_PNG] = f"Images, and chains from them after {at} steps."
     text = energy_card(name, energy, about, {p: c for p, c in captions.items() if (out / p).exists()})
     pretrained.save(energy, out, name=name, card=text, details=about, overwrite=True)

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchvision.utils import make_grid
 
 from purifyloader import noise
 from purifyloader.energy.energies import image_energies
-from purifyloader.energy.langevin import walk
+from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.files import replacing, write_text
 from purifyloader.images import quantize
@@ -124,7 +125,7 @@ def _picture(images: Tensor, columns: int, path: Path) -> None:
 @torch.no_grad()
 def long_chains(
     energy: EnergyNetwork, images: Tensor, config: EnergyTrainConfig, steps: Sequence[int], path: Path
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], str | None]:
     """Walk from images on, far beyond purification: does the model hold, or do its samples stop being images?
 
     Args:
@@ -137,7 +138,8 @@ def long_chains(
     Returns:
         A row for each of `steps`: `moved_px` (root mean square from the start), `energy` (mean change, in
         temperatures, over the standard deviation of the images' own energies), `contrast` (mean standard deviation of
-        an image over that at its start), and `outside` (share of pixels out of [0, 1]).
+        an image over that at its start), and `outside` (share of pixels out of [0, 1]). And a sentence where the
+        chains ran away, with the rows before that; else None.
     """
     start = images[:_MEASURED].to(torch.float32) / 255
     keys = noise.image_keys(config.seed, 0, torch.arange(len(start))).to(start.device)
@@ -152,8 +154,13 @@ def long_chains(
         step_size=config.step_size,
         temperature=config.temperature,
     )
-    for done, x in enumerate(chain, start=1):
+    failure = None
+    for done, x in enumerate(islice(chain, max(steps)), start=1):
         if done in steps:
+            if not float((x - 0.5).abs().max()) <= FAR:
+                failure = f"long chains run away within {done:,} Langevin steps"
+                log.warning("%s: use the model for short ones only, or train it longer", failure)
+                break
             shown.append(x[:_CHAINS])
             rows.append(
                 {
@@ -165,4 +172,4 @@ def long_chains(
                 }
             )
     _picture(torch.cat(shown), _CHAINS, path)
-    return rows
+    return rows, failure
