@@ -173,7 +173,8 @@ def draw(
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--model", default="cifar10-sparse", help=f"one of {pretrained.available()}, or a folder")
+    shipped = ", ".join(pretrained.available("denoiser"))
+    parser.add_argument("--model", default="cifar10-sparse", help=f"one of {shipped}, or a folder")
     parser.add_argument("--sigma-px", type=float, default=12.75, help="noise of the purification on the 0-255 scale")
     parser.add_argument("--steps", type=int, default=1, help="network calls an image")
     parser.add_argument("--images", type=int, help="take only the first of the training images")

@@ -29,12 +29,9 @@ from purifyloader.energy.network import EnergyNetwork, energy_from_config
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files import canonical_json, file_sha256, replacing, write_text
 from purifyloader.pretrained.messages import listed
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, FORMATS, MODEL_FILE, check_not_foreign, find
 
-__all__ = ["FORMATS", "VERSION", "Summary", "load", "model_facts", "read_config", "save", "summary"]
-
-FORMATS = {"denoiser": "purifyloader-denoiser", "energy": "purifyloader-energy"}
-"""The format that config.json names, for each kind of model. The kind is also the name of a field."""
+__all__ = ["VERSION", "Summary", "load", "model_facts", "read_config", "save", "summary"]
 
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order

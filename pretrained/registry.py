@@ -6,19 +6,32 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained import hub
 from purifyloader.pretrained.messages import listed
 
-__all__ = ["CONFIG_FILE", "MODEL_FILE", "CARD_FILE", "PICKLES", "available", "check_not_foreign", "find", "is_local"]
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "FORMATS",
+    "MODEL_FILE",
+    "PICKLES",
+    "available",
+    "check_not_foreign",
+    "find",
+    "is_local",
+]
 
 log = logging.getLogger("purifyloader")
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+
+FORMATS = {"denoiser": "purifyloader-denoiser", "energy": "purifyloader-energy"}
+"""The format that config.json names, for each kind of model. The kind is also the name of a field."""
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that are, or hold, pickles."""
@@ -27,9 +40,23 @@ _SHIPPED = Path(__file__).parent
 _CONVERT = "Convert it once: purifyloader convert {source} OUT --format {format}."
 
 
-def available() -> list[str]:
-    """Names of the models that ship with this installation, sorted; `load` takes each."""
-    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
+def available(kind: Literal["denoiser", "energy"] | None = None) -> list[str]:
+    """Names of the models that ship with this installation, sorted; `load(name, kind)` takes each.
+
+    Args:
+        kind: only the models of this kind, "denoiser" or "energy"; None for all.
+
+    Raises:
+        InputError: no such kind.
+    """
+    if kind is not None and kind not in FORMATS:
+        raise InputError(f"kind must be one of {', '.join(map(repr, FORMATS))}, or None for all. Got {kind!r}.")
+    files = sorted(_SHIPPED.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.parent.name)
+    return [
+        file.parent.name
+        for file in files
+        if kind is None or json.loads(file.read_text(encoding="utf-8"))["format"] == FORMATS[kind]
+    ]
 
 
 def is_local(name_or_path: str | os.PathLike[str]) -> bool:

@@ -143,10 +143,15 @@ def test_the_card(tmp_path: Path) -> None:
 
 
 def test_shipped_models() -> None:
-    names = pretrained.available()
-    assert names == sorted(names)
-    for name in names:
-        assert pretrained.load(name).name == name
+    names = {kind: pretrained.available(kind) for kind in ("denoiser", "energy")}
+    assert pretrained.available() == sorted(names["denoiser"] + names["energy"])
+    for kind, its in names.items():
+        assert its
+        assert its == sorted(its)
+        for name in its:
+            assert pretrained.load(name, kind).name == name
+    with pytest.raises(InputError, match=r"kind must be one of 'denoiser', 'energy'.*Got 'energies'"):
+        pretrained.available("energies")
 
 
 def test_a_shipped_name_comes_before_a_folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

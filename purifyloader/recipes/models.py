@@ -13,7 +13,7 @@ from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import find
+from purifyloader.pretrained.registry import FORMATS, find
 from purifyloader.purifiers import Purifier
 
 __all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "from_json"]
@@ -22,7 +22,6 @@ Model = str | Path | Denoiser
 EnergyModel = str | Path | EnergyNetwork
 
 _WORDS = {"denoiser": ("denoiser", "an unnamed denoiser"), "energy": ("energy model", "an unnamed energy model")}
-_FORMATS = {"purifyloader-denoiser": "denoiser", "purifyloader-energy": "energy"}
 
 
 def as_denoiser(model: Model) -> Denoiser:
@@ -70,7 +69,8 @@ def _kind(model: Model | EnergyModel) -> str:
     if isinstance(model, Denoiser | EnergyNetwork):
         return "denoiser" if isinstance(model, Denoiser) else "energy"
     if isinstance(model, str | os.PathLike):
-        return _FORMATS[read_config(find(model), None)["format"]]
+        found = read_config(find(model), None)["format"]
+        return next(kind for kind, its in FORMATS.items() if its == found)
     raise InputError(
         f"A model is a denoiser, an energy model, or the name or folder of one. Got {type(model).__name__}."
     )
