@@ -10,8 +10,12 @@ the clean ones. All of it is kept in the results file and in the caches of `--wo
 processes may fill the table at once, each given its `--cells`.
 
 Without a GPU the defences of many network calls are measured on fewer images, which costs the victim accuracy by
-itself: the rows without a defence are there for each number of images. The trigger is the published one of Narcissus
-(reds-lab/Narcissus, `resnet18_trigger.npy`), in 1 % of the set; without the file that poison is left out.
+itself: the rows without a defence are there for each number of images.
+
+The back door's trigger is the published one of Narcissus (reds-lab/Narcissus, `resnet18_trigger.npy`), within 16 px;
+without the file that poison is left out. It is on three quarters of the images of its class, which is 7 % of the set,
+and is tested three times as strong, as Narcissus does: a victim this small, trained for ten epochs, does not learn it
+from the 1 % that PureGen poisons (9 to 13 % called the target, where 10 % is chance).
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 TARGET = 2  # bird, for which the published trigger was made
+POISONED_SHARE = 0.75  # of the images of that class
+TEST_STRENGTH = 3.0
 ENERGY, MODEL, SPARSE = "cifar10-energy", "cifar10-puregen-ddpm", "cifar10-sparse"
 
 
@@ -99,7 +105,7 @@ def main() -> None:
             "clean": lambda clean=clean: clean,
             "LSP": lambda clean=clean, y=y: lsp(clean, y),
             "AR": lambda clean=clean, y=y: autoregressive(clean, y),
-            "back door": lambda clean=clean, y=y: backdoor(clean, y, trigger, TARGET, max(1, len(clean) // 100))[0],
+            "back door": lambda clean=clean, y=y: with_trigger(clean, y, trigger),
         }[poison]()
         purified = poisoned
         if its.make is not None:
@@ -112,7 +118,7 @@ def main() -> None:
             entry["accuracy"][str(seed)] = round(100 * accuracy(victim, *test), 2)
             if poison == "back door":
                 others = test[1] != TARGET
-                shown = add_trigger(test[0][others], trigger)
+                shown = add_trigger(test[0][others], trigger, TEST_STRENGTH)
                 entry["success"][str(seed)] = round(100 * accuracy(victim, shown, np.full(len(shown), TARGET)), 2)
             print(
                 f"{cell} seed {seed}: {entry['accuracy'][str(seed)]:.1f}",
@@ -120,6 +126,10 @@ def main() -> None:
                 flush=True,
             )
             merge(options.out, {"cells": {cell: entry}})
+
+
+def with_trigger(images: Images, labels: Labels, trigger: torch.Tensor) -> Images:
+    return backdoor(images, labels, trigger, TARGET, round(POISONED_SHARE * int((labels == TARGET).sum())))[0]
 
 
 def purify(images: Images, labels: Labels, purifier: Purifier, cache: Path) -> Images:

@@ -10,14 +10,26 @@ if TYPE_CHECKING:
     from purifyloader.dataset import PurifiedDataset
     from purifyloader.errors import PurifyError
     from purifyloader.filling import precompute
+    from purifyloader.loader import PurifiedLoader
 
 __version__ = "0.1.0"
 
-__all__ = ["PurifiedDataset", "PurifyError", "plans", "precompute", "pretrained", "purifiers", "recipes", "transforms"]
+__all__ = [
+    "PurifiedDataset",
+    "PurifiedLoader",
+    "PurifyError",
+    "plans",
+    "precompute",
+    "pretrained",
+    "purifiers",
+    "recipes",
+    "transforms",
+]
 
 # torch and torchvision take seconds to import: each name is loaded when it is first used.
 _ORIGIN = {
     "PurifiedDataset": "purifyloader.dataset",
+    "PurifiedLoader": "purifyloader.loader",
     "PurifyError": "purifyloader.errors",
     "precompute": "purifyloader.filling",
 }

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from purifyloader import noise
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
+from purifyloader.images import luma, quantize
 
 __all__ = [
     "bit_depth",
@@ -78,15 +78,15 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
     if keys_B.shape != x_BCHW.shape[:1]:
         raise InputError(f"compensate needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
     grey_B = noise.uniform(keys_B, (1,), _GRAY)[:, 0] < p
-    return grey_and_noise(x_BCHW, grey_B, sigma * noise.normal(keys_B, x_BCHW.shape[1:], _NOISE))
+    return grey_and_noise(x_BCHW, grey_B, noise.normal(keys_B, x_BCHW.shape[1:], _NOISE), sigma)
 
 
-def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-    """Eq. 13 with its draws given: grey where `grey_B`, plus the (scaled) noise, clamped to [0, 1]."""
+def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: float) -> Tensor:
+    """Eq. 13 with its draws given: grey where `grey_B`, plus sigma times the noise, clamped to [0, 1]."""
     x = x_BCHW.float()
     if x.shape[1] == 3:
-        x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x, num_output_channels=3), x)
-    return (x + noise_BCHW).clamp(0, 1).to(x_BCHW.dtype)
+        x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x), x)
+    return torch.mul(noise_BCHW, sigma).add_(x).clamp_(0, 1).to(x_BCHW.dtype)
 
 
 def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
@@ -112,8 +112,7 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
         raise InputError(f"grayscale takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
     if x_BCHW.shape[1] == 1:
         return x_BCHW
-    red, green, blue = x_BCHW.unbind(1)
-    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None].expand(-1, 3, -1, -1).contiguous()
+    return luma(x_BCHW).expand(-1, 3, -1, -1).contiguous()
 
 
 def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:

@@ -26,6 +26,7 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.filling import ShardsOnDemand, choose_layout, fill, notes_of
 from purifyloader.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, to_engine, type_of
 from purifyloader.jobs import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
+from purifyloader.purified import transform_that_purifies
 from purifyloader.purifiers import Purifier
 from purifyloader.samples import ImageKey, assemble, get_image, is_plain
 from purifyloader.sources import REMEDY, check_honest, random_state_kept, take_over, without_source
@@ -131,6 +132,11 @@ class PurifiedDataset(Dataset[Any]):
         self.batch_size = as_integer("batch_size", batch_size, 1)
         self.image_key = image_key
         self.purifier: Purifier | None = placed(purifier, device)
+        if (already := transform_that_purifies(dataset, transform)) is not None:
+            raise InputError(
+                f"Expected images that are not purified yet. Got ones that are purified already, by its {already}: "
+                "leave it out of the transform."
+            )
         self._source = take_over(dataset, transform)
         self._job: Job | None = Job(self._source, self.purifier, self.seed, self.draws, image_key)
         probed = check_honest(self._source, self.purifier.image_channels, image_key)

@@ -26,6 +26,7 @@ __all__ = [
     "from_bytes",
     "from_engine",
     "is_image",
+    "luma",
     "own_channels",
     "pil_mode",
     "quantize",
@@ -99,9 +100,14 @@ def _as_chw(image: Any) -> tuple[Tensor, str, bool]:
     """The image's own values as a CHW tensor, what held it, and whether it had no channel axis."""
     if isinstance(image, Image.Image):
         if image.mode not in _PIL_MODES:
+            deep = image.mode in ("I", "F") or image.mode.startswith("I;")
             raise InputError(
                 f"A PIL image's mode must be one of {', '.join(_PIL_MODES)}. Got {image.mode!r}. "
-                'Convert it in the dataset: image.convert("RGB").'
+                + (
+                    "Scale its levels to 8 bits in the dataset; image.convert would only cut them off."
+                    if deep
+                    else 'Convert it in the dataset: image.convert("RGB").'
+                )
             )
         array = np.array(image)
         return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1), "pil", array.ndim == 2
@@ -188,15 +194,18 @@ def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
     return (x.float() / 255 if x.dtype == torch.uint8 else x), kind
 
 
-def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
-    """Grey again where the image was grey (ITU-R 601-2 luma, as PIL's convert("L")).
+def luma(x: Tensor) -> Tensor:
+    """The brightness, (..., 1, H, W), of colour images (..., 3, H, W): ITU-R 601-2 luma, as PIL's convert("L").
 
     The weights sum to 1, where torchvision's are 0.01 % short and would darken a grey image.
     """
-    if kind.channels > 2 or x_CHW.shape[0] != 3:
-        return x_CHW
-    red, green, blue = x_CHW
-    return (0.299 * red + 0.587 * green + 0.114 * blue)[None]
+    red, green, blue = x.unbind(-3)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(-3)
+
+
+def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
+    """Grey again where the image was grey."""
+    return x_CHW if kind.channels > 2 or x_CHW.shape[0] != 3 else luma(x_CHW)
 
 
 def from_engine(x_CHW: Tensor, kind: ImageKind) -> Any:

@@ -148,6 +148,7 @@ def agreed(
     with Lock(writer.folder, fmt.PLAN_FILE):
         found = _stored(job, writer)
         if found is None:
+            writer.check_same_device()  # before a pass that would be in vain
             found = make(job, batch_size, workers=workers, progress=progress)
             writer.write_plan(found)
         return found

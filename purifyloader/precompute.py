@@ -31,7 +31,7 @@ log = logging.getLogger("purifyloader")
 
 # Options of the recipes, which recipe takes which, and which models it uses.
 _RESIZING = ("resize", "crop", "tile", "overlap")
-_BOTH = ("ebm_steps", "ddpm_steps", "calls", "compile", "compute_batch", *_RESIZING)
+_BOTH = ("ebm_steps", "ddpm_steps", "calls", "step_size", "temperature", "compile", "compute_batch", *_RESIZING)
 _OPTIONS = {
     "eclipse": ("t", "sigma", "steps", "sampler", "compensate_once", "compute_batch", *_RESIZING),
     "denoise-once": ("sigma", "compute_batch", *_RESIZING),
@@ -193,10 +193,11 @@ def _purifier(options: argparse.Namespace) -> Purifier:
     if options.recipe not in _OPTIONS:
         return _from_file(options, given)
     takes = _OPTIONS[options.recipe]
-    if foreign := sorted(set(given) - set(takes)):
-        raise ConfigError(f"The recipe {options.recipe} takes {_flags(takes)}. Got {_flags(foreign)}: leave it out.")
-    models = {name: getattr(options, name) for name in ("energy", "model") if getattr(options, name) is not None}
     uses = _MODELS.get(options.recipe, ())
+    if foreign := sorted(set(given) - set(takes)):
+        known = _flags((*uses, *takes, *(("dtype",) if uses else ())))
+        raise ConfigError(f"The recipe {options.recipe} takes {known}. Got {_flags(foreign)}: leave it out.")
+    models = {name: getattr(options, name) for name in ("energy", "model") if getattr(options, name) is not None}
     if not uses and (models or options.dtype is not None):
         raise ConfigError(
             f"The recipe {options.recipe} has no network. Got --energy, --model or --dtype: leave them out."

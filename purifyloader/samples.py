@@ -9,13 +9,17 @@ from typing import Any
 from purifyloader.errors import InputError
 from purifyloader.images import is_image
 
-__all__ = ["assemble", "fields", "get_image", "is_plain", "structure_of", "with_image"]
+__all__ = ["ImageKey", "assemble", "fields", "get_image", "is_plain", "place", "structure_of", "with_image"]
 
 ImageKey = str | int | None
 
 
-def _key(sample: Any, image_key: ImageKey) -> Any:
-    """The position or key of the image; None for a sample that is the image itself."""
+def place(sample: Any, image_key: ImageKey = None) -> Any:
+    """The position or key of the image in a sample; None for a sample that is the image itself.
+
+    Raises:
+        InputError: there is no such field.
+    """
     if isinstance(sample, Mapping):
         key: Any = "image" if image_key is None else image_key
         if key not in sample:
@@ -40,7 +44,7 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
     Raises:
         InputError: there is no image there.
     """
-    key = _key(sample, image_key)
+    key = place(sample, image_key)
     image = sample if key is None else sample[key]
     if not is_image(image):
         where = "the sample" if key is None else f"field {key!r} of the sample"
@@ -53,7 +57,7 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
 
 def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
     """The sample with `image` in the image's place; every other field is the same object."""
-    key = _key(sample, image_key)
+    key = place(sample, image_key)
     if key is None:
         return image
     if isinstance(sample, Mapping):
@@ -71,7 +75,7 @@ def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
 def fields(sample: Any, image_key: ImageKey = None) -> Any:
     """What a sample holds beside its image: None for a bare image, the other field of a pair, a list of
     the others of a longer tuple or list, a dict of the others of a mapping."""
-    key = _key(sample, image_key)
+    key = place(sample, image_key)
     if key is None:
         return None
     if isinstance(sample, Mapping):
@@ -83,7 +87,7 @@ def fields(sample: Any, image_key: ImageKey = None) -> Any:
 def structure_of(sample: Any, image_key: ImageKey = None) -> dict[str, Any]:
     """How `assemble` puts a sample together again, as JSON: what it is, where its image is, how many
     fields a tuple or list has. A named tuple is a tuple, any mapping a dict."""
-    key = _key(sample, image_key)
+    key = place(sample, image_key)
     if key is None:
         return {"type": "image"}
     if isinstance(sample, Mapping):

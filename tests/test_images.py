@@ -348,6 +348,7 @@ def with_value(value: float, array: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (Image.new("I;16", (4, 4)), r"Got 'I;16'\. Scale its levels to 8 bits"),
         (Image.new("P", (4, 4)), r"mode must be one of L, LA, RGB, RGBA\. Got 'P'"),
         (Image.new("CMYK", (4, 4)), "Got 'CMYK'"),
         (Image.new("1", (4, 4)), "Got '1'"),

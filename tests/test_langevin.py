@@ -113,6 +113,13 @@ def test_nothing_is_kept_over_steps_and_the_weights_get_no_gradient():
     assert torch.is_grad_enabled()
 
 
+def test_in_inference_mode_it_is_the_same_walk():
+    energy, x = network(), images()
+    expected = langevin(energy, x, 3, draws(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(langevin(energy, x.clone(), 3, draws(x)), expected, rtol=0, atol=0)
+
+
 def test_with_gradients_the_whole_walk_is_differentiable():
     class Smooth(nn.Module):
         """ReLU has no second derivative to speak of."""

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "purifyloader": [
         "PurifiedDataset",
+        "PurifiedLoader",
         "PurifyError",
         "plans",
         "precompute",
@@ -94,8 +95,15 @@ PUBLIC = {
         "puregen_naive",
         "puregen_reps",
     ],
-    "purifyloader.transforms": ["Compensate"],
-    "purifyloader.transforms.webdataset": ["purified"],
+    "purifyloader.transforms": [
+        "Compensate",
+        "Purify",
+        "RandomCompensate",
+        "RandomPurify",
+        "RandomSqueeze",
+        "Squeeze",
+    ],
+    "purifyloader.transforms.webdataset": ["compensated", "purified"],
     "purifyloader.transforms.functional": ["bit_depth", "coin", "compensate", "grayscale", "jpeg"],
     "purifyloader.pretrained": ["available", "list", "load", "save"],
     "purifyloader.pretrained.convert": ["FORMATS", "Format", "convert"],

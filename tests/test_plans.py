@@ -21,6 +21,7 @@ from purifyloader.cache.command import describe, main
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError
 from purifyloader.filling import precompute
+from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Coin, EnergyAbove, Jpeg, Purifier, Resize, Where
 from tests.conftest import PictureDataset, random_images, tiny_energy
 
@@ -206,6 +207,20 @@ def test_a_plan_of_another_kind_of_device_is_made_again(
     filled(tmp_path)
     assert passes == [1, 1]
     assert contents(tmp_path) == whole
+
+
+def test_no_pass_for_a_cache_that_another_kind_of_device_began(
+    tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path, after=10)
+    assert list(tmp_path.glob("shard-*"))
+    before = (tmp_path / fmt.PLAN_FILE).read_bytes()
+    made = Job.made
+    monkeypatch.setattr(Job, "made", lambda job: {**made(job), "device": "cuda"})
+    with pytest.raises(CacheError, match="cuda"):
+        filled(tmp_path)
+    assert passes == [1]
+    assert (tmp_path / fmt.PLAN_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 1000}, {"workers": 2, "batch_size": 5}])

@@ -239,6 +239,34 @@ def test_models_by_folder(folders, x, seeds):
         recipes.from_json(purifier.to_json(), folders["model"])
 
 
+def test_a_name_in_json_downloads_nothing(folders, monkeypatch):
+    def asked(*arguments):
+        raise AssertionError(f"the hub was asked for {arguments}")
+
+    monkeypatch.setattr("purifyloader.pretrained.registry._from_hub", asked)
+    text = recipes.puregen_ddpm(2, model=folders["model"]).to_json().replace("a-ddpm", "owner/name")
+    with pytest.raises(CheckpointError, match=r"'owner/name'\. Got no model of that name here: give it as model="):
+        recipes.from_json(text)
+    assert recipes.from_json(text, folders["model"]).to_json()
+
+
+def test_an_energy_is_walked_at_the_temperature_it_was_trained_for(tmp_path, x, seeds):
+    hot = tiny_energy()
+    hot.temperature = 4e-4
+    pretrained.save(hot, tmp_path / "hot", name="hot")
+    assert pretrained.load(tmp_path / "hot", kind="energy").temperature == 4e-4
+    expected = recipes.puregen_ebm(3, energy=tiny_energy(), temperature=4e-4)(x, seeds)
+    assert not torch.equal(recipes.puregen_ebm(3, energy=tiny_energy())(x, seeds), expected)
+    assert torch.equal(recipes.puregen_ebm(3, energy=tmp_path / "hot")(x, seeds), expected)
+    assert torch.equal(recipes.puregen_naive(3, 0, energy=hot)(x, seeds), expected)
+    plain = recipes.puregen_naive(3, 0, energy=hot, temperature=1e-4, step_size=0.005)
+    assert torch.equal(plain(x, seeds), recipes.puregen_ebm(3, energy=tiny_energy(), step_size=0.005)(x, seeds))
+    for bad in (0, -1.0, float("nan"), True):
+        with pytest.raises(ConfigError, match="temperature"):
+            recipes.puregen_reps(1, 1, 1, temperature=bad)
+    assert "temperature" not in tiny_energy().describe()  # the published one
+
+
 def test_a_model_of_the_wrong_kind(folders):
     for make, message in (
         (lambda: recipes.puregen_ebm(energy=folders["model"]), r"must hold an energy model\. Got a denoiser"),

@@ -298,6 +298,8 @@ def test_json_of_other_weights_is_refused(tmp_path):
     ("text", "message"),
     [
         ("not json", "not JSON"),
+        (None, "JSON text. Got NoneType"),
+        ({"schema": 1}, "JSON text. Got dict"),
         ("[]", "schema and purifier"),
         ('{"schema": 2, "purifier": {}}', "reads purifier schema 1. Got 2"),
         ('{"schema": 1, "purifier": {"kind": "os.system"}}', "must be one of"),

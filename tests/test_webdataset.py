@@ -19,8 +19,10 @@ from torchvision import tv_tensors
 from purifyloader import noise
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import quantize, to_engine
+from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Chain, DenoiseOnce, Jpeg, Purifier, Resize
-from purifyloader.transforms.webdataset import purified
+from purifyloader.transforms import Compensate
+from purifyloader.transforms.webdataset import _index, compensated, purified
 from tests.conftest import random_images, tiny_denoiser
 
 COUNT = 10
@@ -317,3 +319,60 @@ def test_samples_stream_batch_by_batch():
     out = purified(stage, batch_size=4)(endless())
     assert [next(out)["__key__"] for _ in range(5)] == ["0", "1", "2", "3", "4"]
     assert len(read) == 8
+
+
+# -- compensated -------------------------------------------------------------------------------------
+
+
+def compensate_epochs(folder: Path, passes: int, workers: int = 0, **options) -> list[dict[str, bytes]]:
+    """What a loader reads in each of so many passes."""
+    stage = compensated(Compensate(), seed=3)
+    loader = wds.WebLoader(pipeline(folder, stage), batch_size=None, num_workers=workers, **options)
+    return [pixels(loader) for _ in range(passes)]
+
+
+def by_hand(epoch: int) -> dict[str, bytes]:
+    found = {}
+    for i in range(COUNT):
+        sample = {"__key__": f"{i:04}", "__url__": f"train-{i // (COUNT // 2):04}.tar"}
+        key = noise.fold_in(noise.image_keys(3, epoch, _index(sample)), COMPENSATE)
+        found[sample["__key__"]] = np.asarray(Compensate().apply(picture(i), key)).tobytes()
+    return found
+
+
+def test_compensation_is_that_of_the_key_of_each_sample(folder):
+    assert compensate_epochs(folder, 2) == [by_hand(0), by_hand(1)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_count_passes_as_one_process_does(start, persistent, folder):
+    options = {"multiprocessing_context": start, "persistent_workers": persistent}
+    assert compensate_epochs(folder, 3, workers=2, **options) == [by_hand(0), by_hand(1), by_hand(2)]
+
+
+def test_set_epoch_and_batches(folder):
+    stage = compensated(seed=3, batch_size=3)
+    stage.set_epoch(7)
+    again = pickle.loads(pickle.dumps(stage))
+    for its in (stage, again):
+        assert pixels(pipeline(folder, its)) == by_hand(7)
+        assert pixels(pipeline(folder, its)) == by_hand(8)
+    stage.set_epoch(7)
+    assert pixels(pipeline(folder, stage)) == by_hand(7)
+    assert pixels(pipeline(folder, again)) == by_hand(9)  # a copy counts for itself
+
+
+def test_compensation_refuses(folder):
+    for arguments, message in (
+        ({"compensate": 0.4}, "object with apply"),
+        ({"seed": "a"}, "integer"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"image_key": 1}, "image_key"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compensated(**arguments)
+    with pytest.raises(InputError, match="epoch"):
+        compensated().set_epoch(-1)
+    with pytest.raises(InputError, match=r"Sample '0000' of train-0000\.tar: Expected an image"):
+        list(pipeline(folder, compensated(image_key="cls")))

@@ -385,6 +385,13 @@ def test_without_its_plan_it_does_not_run(x, seeds):
 class Always(Condition):
     kind = "always"
 
+    def config(self):
+        return {"kind": self.kind}
+
+    @classmethod
+    def build(cls, values, resolve):
+        return cls(**values)
+
     def holds(self, x_BCHW: Tensor) -> Tensor:
         return torch.ones(len(x_BCHW), dtype=torch.bool)
 
@@ -408,9 +415,37 @@ def test_a_condition_of_ones_own(x, seeds):
         planned(Twice(half()))
 
 
+def test_a_condition_of_ones_own_is_built_back_by_its_entry_point(x, seeds, tmp_path, monkeypatch):
+    """Of an installed package, as importlib finds it."""
+    installed = tmp_path / "plugin-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(f"[purifyloader.conditions]\nalways = {__name__}:Always\n")
+    purifier = Where(Always(), Coin())
+    with pytest.raises(ConfigError, match=r"one of \['energy-above'\]\. Got 'always'"):
+        recipes.from_json(purifier.to_json())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch.equal(recipes.from_json(purifier.to_json())(x, seeds), purifier(x, seeds))
+
+
+def test_a_threshold_does_not_depend_on_how_weights_and_numbers_are_held():
+    ours = half()
+    plain = planned(ours).condition.threshold
+    weights = tiny_energy().to(memory_format=torch.channels_last)
+    assert planned(Where(EnergyAbove(weights, k=0.5), Coin())).condition.threshold == plain
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert planned(ours).condition.threshold == plain
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda e: Repeat(Jpeg(), True), ConfigError, "positive number of times"),
+        (lambda e: EnergyAbove(e, k=0.5, compute_batch=True), ConfigError, "compute_batch"),
         (lambda e: EnergyAbove(e), ConfigError, "Give the threshold .* or the share"),
         (lambda e: EnergyAbove(e, 1.0, k=0.5), ConfigError, r"Got threshold=1\.0, k=0\.5"),
         (lambda e: EnergyAbove(e, k=0), ConfigError, "k is the share .* Got 0"),

@@ -1,4 +1,4 @@
-"""Purification as a stage of a WebDataset pipeline, for those who never have a map-style dataset."""
+"""Purification and compensation as stages of a WebDataset pipeline, for those who never have a map-style dataset."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from purifyloader import noise
+from purifyloader.dataset import KeyedCorruption
 from purifyloader.devices import check_worker
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import ImageKind, from_engine, to_engine
-from purifyloader.jobs import PURIFY
+from purifyloader.jobs import COMPENSATE, PURIFY, as_integer
 from purifyloader.purifiers import Purifier
+from purifyloader.purifiers.base import by_shape
 from purifyloader.samples import get_image, with_image
+from purifyloader.transforms.compensation import Compensate
 
-__all__ = ["purified"]
-
+__all__ = ["compensated", "purified"]
 
 Sample = Mapping[str, Any]
+
+_WORKERS = 4096  # places for the counts of passes
 
 
 def purified(
@@ -59,42 +64,91 @@ def purified(
     return _Purified(purifier, seed, batch_size, image_key, epoch)
 
 
-class _Purified:
+def compensated(
+    compensate: KeyedCorruption | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    image_key: str | None = None,
+) -> _Compensated:
+    """A stage that compensates the image of each sample (ECLIPSE, Eq. 13): see `Compensate`.
+
+        wds.WebDataset(urls).decode("pil").compose(purified(purifier)).map_dict(png=crop_and_flip).compose(compensated())
+
+    Put it after crop and flip, and before what normalises and before `to_tuple`. Every pass draws afresh, from (seed,
+    epoch, base name of the shard's file, key): the epoch counts the passes of each worker by itself, also where
+    workers end with each of them, and `set_epoch` of the stage sets it.
+
+    Args:
+        compensate: `Compensate()`, or anything with its `apply`.
+        seed: of all draws.
+        batch_size: samples held and compensated at a time.
+        image_key: the image's field, as in `purified`.
+
+    Returns:
+        A picklable callable, from an iterable of sample dicts to an iterator of them.
+
+    Raises:
+        InputError: as `purified`.
+    """
+    return _Compensated(Compensate() if compensate is None else compensate, seed, batch_size, image_key)
+
+
+class _Stage:
+    """Something done to the image of each sample, some samples at a time."""
+
+    channels: int | None = None  # of the images that `_work` takes
+
+    def __init__(self, seed: int, batch_size: int, image_key: str | None) -> None:
+        if image_key is not None and not isinstance(image_key, str):
+            raise InputError(f"image_key must be the name of a field, such as 'png', or None. Got {image_key!r}.")
+        noise.image_keys(seed, 0, 0)  # refuses what is no 64-bit integer
+        self.seed, self.image_key = seed, image_key
+        self.batch_size = _positive("batch_size", batch_size)
+
+    def _work(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _samples(self, samples: Iterable[Sample], epoch: int, purpose: int) -> Iterator[Sample]:
+        source = iter(samples)
+        while batch := list(islice(source, self.batch_size)):
+            fields, images = [], []
+            for sample in batch:
+                name = _name(sample)
+                try:
+                    field = _image_field(sample) if self.image_key is None else self.image_key
+                    images.append(self._converted(get_image(sample, field)))
+                except InputError as error:
+                    raise InputError(f"{name}: {error}") from None
+                fields.append(field)
+            indices = torch.tensor([_index(sample) for sample in batch])
+            keys_B = noise.fold_in(noise.image_keys(self.seed, epoch, indices), purpose)
+            results = self._work([x for x, _ in images], keys_B, batch)
+            for sample, field, (_, kind), x in zip(batch, fields, images, results, strict=True):
+                yield with_image(sample, from_engine(x, kind), field)
+
+    def _converted(self, image: Any) -> tuple[Tensor, ImageKind]:
+        return to_engine(image, self.channels)
+
+
+class _Purified(_Stage):
     def __init__(self, purifier: Purifier, seed: int, batch_size: int, image_key: str | None, epoch: int) -> None:
         if not isinstance(purifier, Purifier):
             raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
-        if image_key is not None and not isinstance(image_key, str):
-            raise InputError(f"image_key must be the name of a field, such as 'png', or None. Got {image_key!r}.")
-        noise.image_keys(seed, epoch, 0)  # refuses what is no 64-bit integer
-        self.purifier, self.seed, self.epoch, self.image_key = purifier, seed, epoch, image_key
-        self.batch_size = _positive("batch_size", batch_size)
+        super().__init__(seed, batch_size, image_key)
+        noise.image_keys(seed, epoch, 0)
+        self.purifier, self.epoch = purifier, epoch
+        self.channels = purifier.image_channels
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        parameter = next(self.purifier.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        check_worker(device)
-        source = iter(samples)
-        while batch := list(islice(source, self.batch_size)):
-            yield from self._purify(batch, device)
+        check_worker(self._device())
+        return self._samples(samples, self.epoch, PURIFY)
 
-    def _purify(self, batch: Sequence[Sample], device: torch.device) -> Iterator[Sample]:
-        fields, images = [], []
-        for sample in batch:
-            name = _name(sample)
-            try:
-                field = _image_field(sample) if self.image_key is None else self.image_key
-                images.append(self._converted(get_image(sample, field)))
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-            fields.append(field)
-        indices = torch.tensor([_index(sample) for sample in batch])
-        keys_B = noise.fold_in(noise.image_keys(self.seed, self.epoch, indices), PURIFY)
-        results = self._purify_images([x.to(device) for x, _ in images], keys_B, batch)
-        for sample, field, (_, kind), x in zip(batch, fields, images, results, strict=True):
-            yield with_image(sample, from_engine(x, kind), field)
+    def _device(self) -> torch.device:
+        parameter = next(self.purifier.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def _converted(self, image: Any) -> tuple[Tensor, ImageKind]:
-        x, kind = to_engine(image, self.purifier.image_channels)
+        x, kind = super()._converted(image)
         channels, height, width = x.shape
         if kind.alpha is not None and self.purifier.output_shape((channels, height, width)) != x.shape:
             raise InputError(
@@ -103,7 +157,8 @@ class _Purified:
             )
         return x, kind
 
-    def _purify_images(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
+    def _work(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
+        images = [x.to(self._device()) for x in images]
         try:
             return self.purifier.purify_images(images, keys_B)
         except PurifyError:
@@ -114,6 +169,44 @@ class _Purified:
                 except PurifyError as error:
                     raise type(error)(f"{_name(sample)}: {error}") from None
             raise
+
+
+class _Compensated(_Stage):
+    def __init__(self, compensate: KeyedCorruption, seed: int, batch_size: int, image_key: str | None) -> None:
+        if not callable(getattr(compensate, "apply", None)):
+            raise InputError(
+                f"Expected compensate=Compensate() or an object with apply(image, keys). Got {compensate!r}."
+            )
+        super().__init__(seed, batch_size, image_key)
+        self.compensate = compensate
+        # Shared memory, so that workers which end with each pass know how many there were before them: the epoch, and
+        # the passes of each worker since it was set. Each has a place of its own, for two might write at once.
+        self._shared = torch.zeros(1 + _WORKERS, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is read next. Reaches running workers."""
+        self._shared.zero_()
+        self._shared[0] = as_integer("epoch", epoch, 0)
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        info = get_worker_info()
+        place = 1 + (0 if info is None else info.id % _WORKERS)
+        epoch = int(self._shared[0] + self._shared[place])
+        self._shared[place] += 1
+        return self._samples(samples, epoch, COMPENSATE)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shared = self._shared.clone() if not self._shared.is_shared() else self._shared
+        self._shared.share_memory_()
+
+    def _work(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
+        out = list(images)
+        for rows in by_shape(images):
+            results = self.compensate.apply(torch.stack([images[row] for row in rows]), keys_B[rows])
+            for row, x in zip(rows, results, strict=True):
+                out[row] = x
+        return out
 
 
 def _positive(name: str, value: Any) -> int:

@@ -34,7 +34,7 @@ Energy = Callable[[Tensor], Tensor]
 """`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""
 
 
-def check_dynamics(steps: int, step_size: float, temperature: float) -> None:
+def check_dynamics(steps: int = 1, step_size: float = STEP_SIZE, temperature: float = TEMPERATURE) -> None:
     """
     Raises:
         ConfigError: no such number of steps, step size or temperature.
@@ -55,8 +55,9 @@ def energy_gradient(energy: Energy, x_BCHW: Tensor, create_graph: bool = False) 
     Args:
         create_graph: make it differentiable in `x_BCHW`, which must then require a gradient.
     """
-    with torch.enable_grad():
-        x = x_BCHW if create_graph else x_BCHW.detach().requires_grad_(True)
+    # a caller's inference_mode would record nothing, and its tensors would take no gradient
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_BCHW if create_graph else x_BCHW.detach().clone().requires_grad_(True)
         # images share no energy, so the gradient of the sum is each image's own
         (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=create_graph)
     return gradient

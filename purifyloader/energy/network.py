@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.energy.langevin import TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError, InputError
 
 __all__ = ["EnergyConfig", "EnergyNetwork", "energy_from_config"]
@@ -88,12 +89,18 @@ class EnergyNetwork(nn.Module):
 
     Args:
         config: the shape.
+        temperature: T, for which it was trained: images are as frequent as exp(-E / T). Langevin steps divide by it.
+
+    Raises:
+        ConfigError: a temperature that is no positive number.
     """
 
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
 
-    def __init__(self, config: EnergyConfig | None = None) -> None:
+    def __init__(self, config: EnergyConfig | None = None, temperature: float = TEMPERATURE) -> None:
         super().__init__()
+        check_dynamics(temperature=temperature)
+        self.temperature = float(temperature)
         self.config = config = EnergyConfig() if config is None else config
         c = config.channels
         self.blocks = nn.Sequential(
@@ -111,7 +118,8 @@ class EnergyNetwork(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """What `energy_from_config` builds it back from, as JSON."""
-        return {"network": {"kind": "resnet", **self.config.to_dict()}}
+        own = {} if self.temperature == TEMPERATURE else {"temperature": self.temperature}
+        return {"network": {"kind": "resnet", **self.config.to_dict()}, **own}
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """
@@ -144,4 +152,5 @@ def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:
     if not isinstance(network, Mapping) or (kind := network.get("kind")) != "resnet":
         got = repr(kind) if isinstance(network, Mapping) else type(network).__name__
         raise ConfigError(f"An energy model's configuration needs a network of the kind 'resnet'. Got {got}.")
-    return EnergyNetwork(EnergyConfig.from_dict({key: value for key, value in network.items() if key != "kind"}))
+    shape = EnergyConfig.from_dict({key: value for key, value in network.items() if key != "kind"})
+    return EnergyNetwork(shape, config.get("temperature", TEMPERATURE))

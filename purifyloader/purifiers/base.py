@@ -264,6 +264,8 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
     """Build back what `Purifier.to_json` said; a newer schema than this library's is an error."""
     try:
         values = json.loads(text)
+    except TypeError:
+        raise ConfigError(f"Expected a purifier as JSON text. Got {type(text).__name__}.") from None
     except ValueError as error:
         raise ConfigError(f"Expected a purifier as JSON. Got text that is not JSON ({error}).") from None
     if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):

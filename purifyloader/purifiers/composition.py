@@ -76,7 +76,7 @@ class Repeat(Purifier):
 
     def __init__(self, purifier: Purifier, times: int) -> None:
         super().__init__()
-        if not isinstance(purifier, Purifier) or not isinstance(times, int) or times < 1:
+        if not isinstance(purifier, Purifier) or type(times) is not int or times < 1:
             raise ConfigError(
                 f"Repeat takes a purifier and a positive number of times. Got {type(purifier).__name__} and {times!r}."
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self
 
 import torch
@@ -68,7 +69,7 @@ class Condition(nn.Module):
 
     def measure_images(self, images: Sequence[Tensor]) -> Tensor:
         """`measure` of images (C, H, W) of any sizes, (B,)."""
-        out = torch.empty(len(images))
+        out = torch.empty(len(images), dtype=torch.float32, device="cpu")
         for rows in by_shape(images):
             out[rows] = self.measure(torch.stack([images[row] for row in rows])).cpu()
         return out
@@ -99,7 +100,8 @@ class EnergyAbove(Condition):
 
     Args:
         energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
-        threshold: in the network's own unit, which the paper divides by its temperature. Give this,
+        threshold: E in the network's own unit, which the paper divides by its temperature: `purifyloader audit
+            energy` gives it as threshold_energy, beside U = E / T. Give this,
         k: or the share of a dataset, in (0, 1], that has the highest energies. A plan over the dataset finds the
             threshold: the energy of the round(k n)-th highest of n images (of the highest, if that is 0). Images
             of the very same energy are all above it.
@@ -136,7 +138,9 @@ class EnergyAbove(Condition):
         self.compute_batch = compute_batch
         self.image_channels = energy.config.image_channels
         self._entry = entry(energy)
-        self.energy = copy.deepcopy(energy).float().requires_grad_(False)
+        # in one memory format, or the same weights would have other last bits, and another threshold
+        self.energy = copy.deepcopy(energy).to(dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.energy.requires_grad_(False)
         self.eval()
 
     @property
@@ -199,7 +203,8 @@ class EnergyAbove(Condition):
         check_number("The threshold of a plan", values.get("threshold"))
 
 
-_KINDS: dict[str, type[Condition]] = {EnergyAbove.kind: EnergyAbove}
+CONDITIONS: dict[str, type[Condition]] = {EnergyAbove.kind: EnergyAbove}
+"""The closed table of kinds; others come in by the entry points `purifyloader.conditions`, as those of purifiers do."""
 
 
 def condition_from_config(config: Any, resolve: Resolver) -> Condition:
@@ -210,10 +215,15 @@ def condition_from_config(config: Any, resolve: Resolver) -> Condition:
     """
     values = dict(config) if isinstance(config, Mapping) else {}
     kind = values.pop("kind", None)
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ConfigError(f"A condition's kind must be one of {sorted(_KINDS)}. Got {kind!r}.")
+    cls = CONDITIONS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        plugins = {entry.name: entry for entry in entry_points(group="purifyloader.conditions")}
+        if kind not in plugins:
+            raise ConfigError(f"A condition's kind must be one of {sorted({*CONDITIONS, *plugins})}. Got {kind!r}.")
+        cls = plugins[kind].load()
+    assert cls is not None
     try:
-        return _KINDS[kind].build(values, resolve)
+        return cls.build(values, resolve)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
 

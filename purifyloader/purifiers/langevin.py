@@ -11,7 +11,7 @@ from torch import Tensor
 
 from purifyloader import noise
 from purifyloader.energy import EnergyNetwork
-from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics, langevin
+from purifyloader.energy.langevin import STEP_SIZE, check_dynamics, langevin
 from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.purifiers.base import Resolver, pixels
 from purifyloader.purifiers.networks import DTYPES, NetworkPurifier, check_energy
@@ -33,7 +33,7 @@ class Langevin(NetworkPurifier):
             alone.
         steps: Langevin steps, each a forward and a backward pass of the network.
         step_size: the noise that a step adds, in image units.
-        temperature: what the energy is divided by.
+        temperature: what the energy is divided by; None for the one it was trained for.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; the image itself stays in float32.
         compute_batch: images of every network call.
         compile: compile the network with torch.compile, which takes half a minute for each shape of images: for
@@ -54,12 +54,13 @@ class Langevin(NetworkPurifier):
         steps: int = 150,
         *,
         step_size: float = STEP_SIZE,
-        temperature: float = TEMPERATURE,
+        temperature: float | None = None,
         dtype: str = "float32",
         compute_batch: int = 32,
         compile: bool = False,
     ) -> None:
         check_energy("Langevin", energy)
+        temperature = energy.temperature if temperature is None else temperature
         check_dynamics(steps, step_size, temperature)
         if not isinstance(compile, bool):
             raise ConfigError(f"compile must be True or False. Got {compile!r}.")

@@ -30,7 +30,7 @@ def entry(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
 
 def check_compute_batch(compute_batch: Any) -> None:
     """Raise `ConfigError` unless this is a positive integer."""
-    if not isinstance(compute_batch, int) or compute_batch < 1:
+    if type(compute_batch) is not int or compute_batch < 1:
         raise ConfigError(f"compute_batch must be a positive integer. Got {compute_batch!r}.")
 
 
@@ -99,7 +99,9 @@ class _DenoiserPurifier(NetworkPurifier):
         _check_denoiser(denoiser)
         super().__init__(denoiser, dtype, compute_batch)
         self.image_channels = denoiser.image_channels
-        self.denoiser = copy.deepcopy(denoiser).to(DTYPES[dtype]).requires_grad_(False)
+        # in one memory format, for another would choose other kernels, and so other bits
+        self.denoiser = copy.deepcopy(denoiser).to(dtype=DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.denoiser.requires_grad_(False)
         self.eval()
 
 

@@ -13,7 +13,7 @@ from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import FORMATS, find
+from purifyloader.pretrained.registry import FORMATS, find, is_local
 from purifyloader.purifiers import Purifier
 
 __all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "from_json"]
@@ -48,6 +48,12 @@ class _Found:
         if not candidates:
             if not isinstance(name, str):
                 raise CheckpointError(f"This purifier uses {unnamed}. Give it as model=.")
+            if not is_local(name):  # a name in somebody's file must not lead to a download
+                raise CheckpointError(
+                    f"This purifier uses the {what} {name!r}. Got no model of that name here: give it as model= "
+                    f"(--{'model' if kind == 'denoiser' else kind} of precompute), by its folder or, to have it "
+                    "downloaded, by its name on the hub."
+                )
             candidates = [self._load(kind, name)]
         hashes = [weights_sha256(model) for model in candidates]
         if wanted not in hashes:

@@ -26,7 +26,7 @@ def puregen_ebm(
     *,
     energy: EnergyModel = ENERGY,
     step_size: float = STEP_SIZE,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
     fast: bool = False,
     compile: bool = False,
     compute_batch: int = 32,
@@ -44,7 +44,7 @@ def puregen_ebm(
         steps: Langevin steps, T_ebm.
         energy: name, folder or energy model.
         step_size: the noise that a step adds, in image units; 1.6 px by default.
-        temperature: what the energy is divided by.
+        temperature: what the energy is divided by; by default the one it was trained for.
         fast: bfloat16 network arithmetic.
         compile: compile the network (30 s and more a shape): for many images.
         compute_batch: images of every network call.
@@ -55,7 +55,7 @@ def puregen_ebm(
         InputError, CheckpointError: no energy model.
     """
     check_sizes(resize, crop, tile, overlap)
-    check_dynamics(steps, step_size, temperature)
+    _check_dynamics(steps, step_size, temperature)
     purifier = Langevin(
         as_energy(energy),
         steps,
@@ -112,6 +112,8 @@ def puregen_naive(
     energy: EnergyModel = ENERGY,
     model: Model = MODEL,
     calls: int | None = None,
+    step_size: float = STEP_SIZE,
+    temperature: float | None = None,
     fast: bool = False,
     compile: bool = False,
     compute_batch: int = 32,
@@ -126,7 +128,7 @@ def puregen_naive(
         ebm_steps, ddpm_steps: T_ebm and T_ddpm; a stage of 0 steps is left out, and its model not loaded.
         energy, model: name, folder or model.
         calls: see `puregen_ddpm`.
-        fast, compile, compute_batch: see `puregen_ebm`.
+        step_size, temperature, fast, compile, compute_batch: see `puregen_ebm`.
         resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
 
     Raises:
@@ -134,7 +136,9 @@ def puregen_naive(
         InputError, CheckpointError: not the right kind of model.
     """
     check_sizes(resize, crop, tile, overlap)
-    purifier = _stages(ebm_steps, ddpm_steps, energy, model, calls, fast, compile, compute_batch)
+    purifier = _stages(
+        ebm_steps, ddpm_steps, energy, model, calls, step_size, temperature, fast, compile, compute_batch
+    )
     return resized(tiled(purifier, tile, overlap), resize, crop)
 
 
@@ -146,6 +150,8 @@ def puregen_reps(
     energy: EnergyModel = ENERGY,
     model: Model = MODEL,
     calls: int | None = None,
+    step_size: float = STEP_SIZE,
+    temperature: float | None = None,
     fast: bool = False,
     compile: bool = False,
     compute_batch: int = 32,
@@ -161,7 +167,7 @@ def puregen_reps(
         repeats: T_reps.
         energy, model: name, folder or model.
         calls: of each repetition; see `puregen_ddpm`.
-        fast, compile, compute_batch: see `puregen_ebm`.
+        step_size, temperature, fast, compile, compute_batch: see `puregen_ebm`.
         resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
 
     Raises:
@@ -170,7 +176,7 @@ def puregen_reps(
     """
     check_sizes(resize, crop, tile, overlap)
     _check_count("repeats", repeats, 1)
-    stages = _stages(ebm_steps, ddpm_steps, energy, model, calls, fast, compile, compute_batch)
+    stages = _stages(ebm_steps, ddpm_steps, energy, model, calls, step_size, temperature, fast, compile, compute_batch)
     return resized(tiled(Repeat(stages, repeats), tile, overlap), resize, crop)
 
 
@@ -183,6 +189,8 @@ def puregen_filt(
     energy: EnergyModel = ENERGY,
     model: Model = MODEL,
     calls: int | None = None,
+    step_size: float = STEP_SIZE,
+    temperature: float | None = None,
     fast: bool = False,
     compile: bool = False,
     compute_batch: int = 32,
@@ -202,7 +210,7 @@ def puregen_filt(
         energy: name, folder or energy model, also of the choice, which is made in float32.
         model: name, folder or denoiser.
         calls: of each repetition; see `puregen_ddpm`.
-        fast, compile, compute_batch: see `puregen_ebm`.
+        step_size, temperature, fast, compile, compute_batch: see `puregen_ebm`.
         resize, crop: before the energy is taken.
         tile, overlap: of the purification alone; the energy is the whole image's.
 
@@ -215,7 +223,9 @@ def puregen_filt(
     _check_count("repeats", repeats, 1)
     _check_stages(ebm_steps, ddpm_steps, calls, compile)
     loaded = as_energy(energy)
-    purifier = _stages(ebm_steps, ddpm_steps, loaded, model, calls, fast, compile, compute_batch)
+    purifier = _stages(
+        ebm_steps, ddpm_steps, loaded, model, calls, step_size, temperature, fast, compile, compute_batch
+    )
     if repeats > 1:
         purifier = Repeat(purifier, repeats)
     condition = EnergyAbove(loaded, k=k, compute_batch=compute_batch)
@@ -224,6 +234,11 @@ def puregen_filt(
 
 def _dtype(fast: bool) -> str:
     return "bfloat16" if fast else "float32"
+
+
+def _check_dynamics(steps: int, step_size: float, temperature: float | None) -> None:
+    """Before a model is loaded."""
+    check_dynamics(steps, step_size, TEMPERATURE if temperature is None else temperature)
 
 
 def _check_count(name: str, value: Any, low: int) -> None:
@@ -272,6 +287,8 @@ def _stages(
     energy: EnergyModel,
     model: Model,
     calls: int | None,
+    step_size: float,
+    temperature: float | None,
     fast: bool,
     compile: bool,
     compute_batch: int,
@@ -280,8 +297,17 @@ def _stages(
     _check_stages(ebm_steps, ddpm_steps, calls, compile)
     stages: list[Purifier] = []
     if ebm_steps:
+        _check_dynamics(ebm_steps, step_size, temperature)
         stages.append(
-            Langevin(as_energy(energy), ebm_steps, dtype=_dtype(fast), compute_batch=compute_batch, compile=compile)
+            Langevin(
+                as_energy(energy),
+                ebm_steps,
+                step_size=step_size,
+                temperature=temperature,
+                dtype=_dtype(fast),
+                compute_batch=compute_batch,
+                compile=compile,
+            )
         )
     if ddpm_steps:
         stages.append(_ddpm(ddpm_steps, model, calls, fast, compute_batch))

@@ -1,0 +1,412 @@
+"""`PurifiedLoader`: the batches of any loader, purified on the device, ahead of the training step."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from purifyloader import corruptions, noise
+from purifyloader.dataset import KeyedCorruption
+from purifyloader.devices import as_device, exact_arithmetic
+from purifyloader.errors import InputError, PurifyError
+from purifyloader.images import luma
+from purifyloader.jobs import COMPENSATE, PURIFY, as_integer, placed
+from purifyloader.purified import purified_by
+from purifyloader.purifiers import Purifier
+from purifyloader.samples import ImageKey, place, with_image
+from purifyloader.tensors import check_applicable, device_of
+from purifyloader.transforms.compensation import Compensate
+
+__all__ = ["PurifiedLoader"]
+
+log = logging.getLogger(__name__)
+
+_RANK_BITS = 40  # of an image's number: the processes of a job count apart
+_STATE = ("state_dict", "load_state_dict")
+
+
+class _Ready(NamedTuple):
+    """A batch to hand out, and what must be true before."""
+
+    batch: Any
+    checks: list[tuple[Tensor, str]]  # on the device: what must hold, and the error where it does not
+    done: torch.cuda.Event | None
+    images: list[Tensor]
+    state: dict[str, Any] | None  # of the loader when it had given this batch
+    position: int  # images up to its end
+
+
+class PurifiedLoader:
+    """A loader whose batches come purified: the last line before the training loop.
+
+        loader = PurifiedLoader(DataLoader(dataset, 128, shuffle=True), recipes.eclipse("cifar10-sparse"), "cuda")
+
+    Whole batches are purified after collation, in this process, on `device`; on a GPU on a stream of its own, while
+    the training step before runs. A batch comes out as the loader gives it: the same tuple, dict or named tuple, the
+    images of the same type and memory format, and everything else untouched; only the images are on `device`.
+
+    Draws are a function of (seed, epoch, position), and of the rank where there are several processes: the same
+    batches in the same order are purified alike. With `index_key` they are a function of (seed, epoch, index), and an
+    image is purified alike wherever it comes in the epoch. An epoch is one pass: they count up by themselves, and
+    `set_epoch` sets the next one.
+
+    Whatever else the loader has is read and set through this object; `len` too. Where it has `state_dict` and
+    `load_state_dict` (torchdata's StatefulDataLoader), so has this object, and a run goes on in mid-epoch with the
+    same pixels.
+
+    Args:
+        loader: any iterable of batches: torch's DataLoader, StatefulDataLoader, webdataset's WebLoader, timm's, or
+            one that `accelerator.prepare` gave. Images are a tensor (B, C, H, W), or a list or tuple of tensors
+            (C, H, W), uint8, or floating point in [0, 1], or normalised.
+        purifier: see `purifyloader.recipes`. It runs in every epoch: use one of few network calls, such as
+            `recipes.eclipse` as it is, or else a cache (`PurifiedDataset`). None only compensates.
+        device: where to purify and to leave the images; by default where the purifier is, or, without one or for one
+            without weights, where they are.
+        compensate: ECLIPSE's other half, `Compensate()`, right after purification.
+        normalize: (mean, std), a number a channel each, of batches that are normalised: undone before, redone after.
+        seed: of all noise.
+        image_key: where the image is in a batch; position 0 of a tuple, "image" of a dict by default.
+        index_key: where the indices of the images are in a batch, integers (B,), if they are.
+        ahead: batches in work while one is used. By default 1 on a GPU and 0 elsewhere.
+
+    Raises:
+        InputError: a loader that is none or purifies already, a purifier that needs a plan, or, while iterating,
+            images in another form or range; the batch is named.
+        PurifyError: while iterating, a purifier that gives NaN.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        purifier: Purifier | None,
+        device: str | torch.device | None = None,
+        *,
+        compensate: KeyedCorruption | None = None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        seed: int = 0,
+        image_key: ImageKey = None,
+        index_key: ImageKey = None,
+        ahead: int | None = None,
+    ) -> None:
+        if not hasattr(loader, "__iter__") or isinstance(loader, Iterator):
+            raise InputError(
+                f"Expected a loader that can be iterated in every epoch. Got {type(loader).__name__}"
+                + (", which is used up after one." if isinstance(loader, Iterator) else ".")
+            )
+        if purifier is not None:
+            check_applicable(purifier)
+            if (already := purified_by(loader)) is not None:
+                raise InputError(
+                    f"Expected a loader of images that are not purified yet. Got one over a {already}: take one of the "
+                    "two away, or give purifier=None to compensate only."
+                )
+        elif compensate is None:
+            raise InputError("Expected a purifier, or compensate=, or both. Got neither: use the loader as it is.")
+        if compensate is not None and not callable(getattr(compensate, "apply", None)):
+            raise InputError(
+                f"Expected compensate=Compensate() or an object with apply(image, keys). Got {compensate!r}."
+            )
+        own = self.__dict__
+        own["loader"] = loader
+        own["purifier"] = purifier if purifier is None else placed(purifier, device)
+        own["device"] = None if device is None else as_device(device)
+        if device is None and purifier is not None:
+            own["device"] = device_of(purifier)
+        own["compensate"] = compensate
+        own["normalize"] = None if normalize is None else _as_normalize(normalize)
+        own["seed"] = as_integer("seed", seed, -(2**63))
+        own["image_key"], own["index_key"] = image_key, index_key
+        own["ahead"] = None if ahead is None else as_integer("ahead", ahead, 0)
+        own["_looked"] = False  # whether the first batch seems normalised
+        own["_next"] = 0  # epoch of the next pass
+        own["_resumed"] = 0  # images of it that a loaded state has behind it
+        own["_state"] = None  # after the batch last handed out: of the loader, epoch, position
+
+    # -- what a training script sees -----------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, position = self._next, self._resumed
+        self.__dict__.update(_next=epoch + 1, _resumed=0)
+        # before anything is read: torch's loaders draw their seed here
+        return self._batches(iter(self.loader), epoch, position)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is; the loader is told too, where it wants to know."""
+        self.__dict__.update(_next=as_integer("epoch", epoch, 0), _resumed=0)
+        if callable(inner := getattr(self.loader, "set_epoch", None)):
+            inner(epoch)
+
+    def __getattr__(self, name: str) -> Any:
+        if "loader" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        inner = getattr(self.loader, name)
+        return getattr(self, f"_{name}") if name in _STATE else inner
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"{name} of a PurifiedLoader is given when it is made.")
+        setattr(self.loader, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _state_dict(self) -> dict[str, Any]:
+        if self._state is not None:
+            return dict(self._state)
+        return {"loader": self.loader.state_dict(), "epoch": self._next, "position": self._resumed}
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or set(state) != {"loader", "epoch", "position"}:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise InputError(f"Expected what state_dict() of a PurifiedLoader gave. Got {got}.")
+        self.loader.load_state_dict(state["loader"])
+        self.__dict__.update(_next=state["epoch"], _resumed=state["position"], _state=None)
+
+    # -- what happens to a batch ---------------------------------------------------------------------
+
+    def _batches(self, batches: Iterator[Any], epoch: int, position: int) -> Iterator[Any]:
+        stateful = hasattr(self.loader, "state_dict")
+        ready: deque[_Ready] = deque()
+        streams: dict[torch.device, torch.cuda.Stream] = {}
+        number = 0
+        for batch in batches:
+            state = self.loader.state_dict() if stateful else None
+            try:
+                ready.append(self._prepared(batch, epoch, position, state, streams))
+            except PurifyError as error:
+                raise type(error)(f"Batch {number} of the loader: {error}") from None
+            position, number = ready[-1].position, number + 1
+            if len(ready) > self._depth(ready[-1]):
+                yield self._handed_out(ready.popleft(), epoch, number - 1 - len(ready))
+        while ready:
+            yield self._handed_out(ready.popleft(), epoch, number - 1 - len(ready))
+        if stateful:
+            end = {"loader": self.loader.state_dict(), "epoch": epoch + 1, "position": 0}
+            self.__dict__["_state"] = end
+
+    def _depth(self, ready: _Ready) -> int:
+        if self.ahead is not None:
+            return int(self.ahead)
+        return 0 if ready.done is None else 1
+
+    def _handed_out(self, ready: _Ready, epoch: int, number: int) -> Any:
+        if ready.done is not None:
+            # It was begun a training step ago. Waiting for it here costs a GPU nothing that has that step to do, and
+            # nobody gets an image that was not found good.
+            ready.done.synchronize()
+            for x in ready.images:
+                x.record_stream(torch.cuda.current_stream(x.device))
+        try:
+            _verify(ready.checks)
+        except InputError as error:
+            raise InputError(f"Batch {number} of the loader: {error}") from None
+        if ready.state is not None:
+            self.__dict__["_state"] = {"loader": ready.state, "epoch": epoch, "position": ready.position}
+        return ready.batch
+
+    def _prepared(
+        self, batch: Any, epoch: int, position: int, state: dict[str, Any] | None, streams: dict[Any, Any]
+    ) -> _Ready:
+        where = place(batch, self.image_key)
+        held = batch if where is None else batch[where]
+        images = [held] if isinstance(held, Tensor) and held.ndim == 4 else held
+        if not isinstance(images, list | tuple) or not all(isinstance(x, Tensor) for x in images):
+            raise InputError(
+                "Expected the images of a batch as a tensor (B, C, H, W), or a list of tensors (C, H, W). Got "
+                f"{_described(held)}: collate them so, or name their field as image_key=."
+            )
+        ragged = images is held
+        if ragged and any(x.ndim != 3 for x in images):
+            raise InputError(f"Expected a list of images (C, H, W). Got {', '.join(map(_described, images[:4]))}.")
+        count = len(images) if ragged else len(images[0])
+        keys_B = noise.image_keys(self.seed, epoch, self._numbers(batch, position, count))
+        checks: list[tuple[Tensor, str]] = []
+        device = self.device or (images[0].device if images else torch.device("cpu"))
+        done = None
+        if device.type == "cuda":
+            stream = streams.setdefault(device, torch.cuda.Stream(device))
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                out = self._processed(images, keys_B, device, checks)
+                done = torch.cuda.Event()
+                done.record(stream)
+            for x in images:
+                if x.is_cuda:
+                    x.record_stream(stream)
+        else:
+            out = self._processed(images, keys_B, device, checks)
+        result = with_image(batch, type(held)(out) if ragged else out[0], self.image_key)
+        return _Ready(result, checks, done, out, state, position + count)
+
+    def _numbers(self, batch: Any, position: int, count: int) -> Tensor:
+        if self.index_key is None:
+            return torch.arange(position, position + count) + (_rank() << _RANK_BITS)
+        indices = batch[place(batch, self.index_key)]
+        if not isinstance(indices, Tensor):
+            try:
+                indices = torch.as_tensor(indices)
+            except (TypeError, ValueError, RuntimeError):
+                indices = torch.empty(0)
+        if indices.is_floating_point() or indices.shape != (count,):
+            raise InputError(
+                f"Expected the indices of {count} images under index_key={self.index_key!r}, integers ({count},). Got "
+                f"{_described(indices)}."
+            )
+        return indices.cpu()
+
+    @torch.no_grad()
+    def _processed(
+        self, images: Sequence[Tensor], keys: Tensor, device: torch.device, checks: list[tuple[Tensor, str]]
+    ) -> list[Tensor]:
+        """Each tensor of images purified, compensated, and of its own type again; keys in the order of the images."""
+        opened = [self._opened(x.as_subclass(Tensor).to(device, non_blocking=True), checks) for x in images]
+        if device.type != "cuda":
+            _verify(checks)  # what is no image must not reach a network that would complain about something else
+        keys = keys.to(device, non_blocking=True)
+        single = len(opened) == 1 and opened[0].ndim == 4
+        if self.purifier is not None:
+            self._check_shapes(opened)
+            grey = [x.shape[-3] == 1 and self.purifier.image_channels == 3 for x in opened]
+            coloured = [_coloured(x) if g else x for x, g in zip(opened, grey, strict=True)]
+            purify_keys = noise.fold_in(keys, PURIFY)
+            with exact_arithmetic(device):
+                # not by calling it: that looks at the values, and would wait for a GPU
+                out = (
+                    [self.purifier.run(coloured[0], purify_keys)]
+                    if single and len(keys)
+                    else self.purifier.run_images(coloured, purify_keys)
+                    if not single
+                    else coloured
+                )
+            opened = [luma(x) if g else x for x, g in zip(out, grey, strict=True)]
+            checks += [(x.isfinite().all(), "the purifier must give finite images. Got NaN or infinity.") for x in out]
+        opened = [x.clamp(0, 1) for x in opened]
+        if self.compensate is not None:
+            children = noise.fold_in(keys, COMPENSATE)
+            rows = [children] if single else list(children[:, None])
+            opened = [self._compensated(x, k) for x, k in zip(opened, rows, strict=True)]
+        return [self._closed(x, like) for x, like in zip(opened, images, strict=True)]
+
+    def _compensated(self, x: Tensor, keys_B: Tensor) -> Tensor:
+        if type(self.compensate) is Compensate:  # its `apply` looks at the values, and would wait for a GPU
+            batch = x if x.ndim == 4 else x[None]
+            return corruptions.compensate(batch, keys_B, self.compensate.p, self.compensate.sigma).reshape(x.shape)
+        assert self.compensate is not None
+        out = self.compensate.apply(x, keys_B)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise InputError(f"compensate must keep the shape {tuple(x.shape)}. Got {_described(out)}.")
+        return out.clamp(0, 1)
+
+    def _check_shapes(self, images: Sequence[Tensor]) -> None:
+        assert self.purifier is not None
+        wanted = self.purifier.image_channels
+        for x in images:
+            if wanted not in (None, x.shape[-3]) and not (wanted == 3 and x.shape[-3] == 1):
+                raise InputError(f"This purifier takes images of {wanted} channels. Got {tuple(x.shape)}.")
+            if 0 in x.shape[-3:]:
+                raise InputError(f"An image needs at least one pixel and one channel. Got {tuple(x.shape)}.")
+
+    def _opened(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
+        """float32 in [0, 1]; that they are is left to `checks`."""
+        if x.dtype == torch.uint8:
+            if self.normalize is not None:
+                raise InputError("Expected normalised images with normalize=. Got uint8: leave normalize= out.")
+            return x.float() / 255
+        if not x.is_floating_point():
+            raise InputError(f"Expected images of uint8 or floating point. Got {x.dtype}.")
+        values, slack = x.float(), 0.0
+        if self.normalize is not None:
+            mean, std = (_per_channel(numbers, x) for numbers in self.normalize)
+            # what rounding to the batch's own type may have moved
+            slack = 4 * torch.finfo(x.dtype).eps
+            if not self._looked and values.numel():
+                self.__dict__["_looked"] = True
+                if values.min() >= 0 and values.max() <= 1:
+                    log.warning(
+                        "normalize= was given, but the first batch lies in [0, 1], from %.3g to %.3g, as images that "
+                        "are not normalised do.",
+                        values.min(),
+                        values.max(),
+                    )
+            values = values * std + mean
+        if values.numel():
+            low, high = values.aminmax()
+            inside = (low >= -slack) & (high <= 1 + slack)  # False for NaN
+            message = (
+                "images in floating point lie in [0, 1]. Got others, or NaN: give normalize=(mean, std) where the "
+                "loader normalises, and divide 0-255 floats by 255."
+                if self.normalize is None
+                else "normalize= must be the mean and std that the loader normalises with. Got images that it does not "
+                "bring back into [0, 1]."
+            )
+            checks.append((inside, message))
+        return values.clamp(0, 1)
+
+    def _closed(self, x: Tensor, like: Tensor) -> Tensor:
+        """Images in [0, 1] in the type, normalisation, tensor type and memory format of `like`."""
+        if like.dtype == torch.uint8:
+            x = (x * 255).round().to(torch.uint8)  # as `quantize`, which looks at the values first
+        elif self.normalize is not None:
+            mean, std = (_per_channel(numbers, x) for numbers in self.normalize)
+            x = (x - mean) / std
+        x = x.to(like.dtype)
+        if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            x = x.contiguous()
+        return tv_tensors.wrap(x, like=like) if isinstance(like, tv_tensors.TVTensor) else x
+
+
+def _verify(checks: list[tuple[Tensor, str]]) -> None:
+    """Raise the first error whose condition does not hold; waits for the device."""
+    for good, message in checks:
+        if not bool(good):
+            raise InputError(message[0].upper() + message[1:])
+
+
+def _as_normalize(normalize: Any) -> tuple[Tensor, Tensor]:
+    try:
+        mean, std = (torch.as_tensor(numbers, dtype=torch.float32).reshape(-1) for numbers in normalize)
+        good = len(mean) == len(std) and bool((mean.isfinite() & std.isfinite() & (std > 0)).all())
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        raise InputError(
+            f"normalize must be (mean, std), a number a channel each, std positive. Got {normalize!r}: leave it out "
+            "for images that are not normalised."
+        )
+    return mean, std
+
+
+def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
+    if len(numbers) not in (1, x.shape[-3]):
+        raise InputError(f"normalize has {len(numbers)} channels, and the images {x.shape[-3]}. Got {tuple(x.shape)}.")
+    return numbers.to(x.device, non_blocking=True)[:, None, None]
+
+
+def _coloured(x: Tensor) -> Tensor:
+    return x.expand(*x.shape[:-3], 3, -1, -1)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _rank() -> int:
+    """Of this process: from torch.distributed where it runs, else from the environment, as torchrun sets it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,69 @@
+"""A batch of images as a training script holds it, through a purifier and back: same type, channels and device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from purifyloader import plans
+from purifyloader.devices import check_worker
+from purifyloader.errors import InputError
+from purifyloader.images import luma, quantize, to_unit
+from purifyloader.purifiers import Purifier
+
+__all__ = ["check_applicable", "device_of", "purify_tensor"]
+
+
+def check_applicable(purifier: Purifier) -> None:
+    """Refuse what cannot be applied to images as they come.
+
+    Raises:
+        InputError: no purifier, or one that needs a plan over the whole dataset and has none.
+    """
+    if not isinstance(purifier, Purifier):
+        raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
+    if plans.is_open(purifier):
+        raise InputError(
+            "Expected a purifier that decides about each image by itself. Got one that needs a plan over the whole "
+            "dataset: make it first, `plans.plan(purifier, dataset)`, or use PurifiedDataset, which does."
+        )
+
+
+def device_of(purifier: Purifier) -> torch.device | None:
+    """Where the purifier's weights are; None where it has none and works anywhere."""
+    parameter = next(purifier.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def purify_tensor(purifier: Purifier, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
+    """Purified images of the type, channels and device that came in.
+
+    Grey images go through a purifier for colour as three equal channels, and come back as their brightness.
+
+    Args:
+        x_BCHW: uint8, or floating point in [0, 1]; also no images at all.
+        keys_B: int64, one an image.
+
+    Returns:
+        Images in the range of their type, uint8 by `quantize`; without a gradient.
+
+    Raises:
+        InputError: another type, shape or range, NaN, or images on a GPU and weights that are not.
+        PurifyError: weights on a GPU in a forked worker.
+    """
+    if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4:
+        got = tuple(x_BCHW.shape) if isinstance(x_BCHW, Tensor) else type(x_BCHW).__name__
+        raise InputError(f"Expected images of shape (B, C, H, W). Got {got}.")
+    x = to_unit(x_BCHW)
+    device = device_of(purifier) or x.device
+    check_worker(device)
+    if x.device != device and device.type == "cpu":
+        raise InputError(f"Expected the purifier where the images are, on {str(x.device)!r}. Got it on 'cpu': move it.")
+    if not len(x):
+        _, *shape = x.shape
+        channels, height, width = shape
+        return x_BCHW.new_empty(0, *purifier.output_shape((channels, height, width)))
+    grey = x.shape[1] == 1 and purifier.image_channels == 3
+    out = purifier((x.expand(-1, 3, -1, -1) if grey else x).to(device), keys_B).to(x.device)
+    out = luma(out) if grey else out
+    return quantize(out) if x_BCHW.dtype == torch.uint8 else out.clamp(0, 1).to(x_BCHW.dtype)

@@ -1,0 +1,80 @@
+"""What our torchvision v2 transforms have in common: which images they take, and how these come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from purifyloader.errors import InputError
+from purifyloader.images import from_engine, to_engine
+
+__all__ = ["ImageTransform"]
+
+_EXPLICIT = (Image.Image, tv_tensors.Image, tv_tensors.Video)
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, tv_tensors.TVTensor)
+
+
+def _may_be_images(x: Tensor) -> bool:
+    return x.ndim >= 3 and (x.dtype == torch.uint8 or x.is_floating_point())
+
+
+class ImageTransform(v2.Transform):
+    """Base: a function of each image of a sample by itself; masks, boxes and labels pass untouched.
+
+    torchvision takes the first plain tensor of a sample without an explicit image for the image, whatever it is. Where
+    that may be wrong we raise.
+    """
+
+    _transformed_types = (*_EXPLICIT, _is_plain_tensor)
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        if any(isinstance(value, _EXPLICIT) for value in flat_inputs):
+            return
+        plain = [value for value in flat_inputs if _is_plain_tensor(value)]
+        candidates = [x for x in plain if _may_be_images(x)]
+        if plain and (len(candidates) > 1 or not candidates or candidates[0] is not plain[0]):
+            got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in plain)
+            raise InputError(
+                f"{type(self).__name__} takes one plain tensor of a sample as its image: the first, uint8 or floating "
+                f"point, of shape (..., C, H, W), and no other like it. Got {got}: mark the image, "
+                "torchvision.tv_tensors.Image(tensor)."
+            )
+
+    def _batched(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` of all images of a tensor (..., C, H, W) as one batch, in the same shape and tensor type."""
+        name = type(self).__name__
+        if x.ndim < 3 or x.shape[-3] not in (1, 3):
+            raise InputError(
+                f"{name} takes image tensors of shape (..., C, H, W) with 1 or 3 channels. Got {tuple(x.shape)}."
+            )
+        plain = x.as_subclass(Tensor)
+        out = function(plain.reshape(-1, *x.shape[-3:]))
+        out = out.reshape(*x.shape[:-3], *out.shape[1:])
+        return tv_tensors.wrap(out, like=x) if isinstance(x, tv_tensors.TVTensor) else out
+
+    def _apply_to(self, image: Any, function: Callable[[Tensor], Tensor], channels: int | None = None) -> Any:
+        """`function` of the image or images in whatever holds them, as a batch (B, C, H, W) in the type of the
+        pixels; what comes out is held in the same way.
+
+        Args:
+            channels: what the function takes of PIL images and numpy arrays, None for any. (Tensors reach it with
+                the channels they have.)
+        """
+        if isinstance(image, Tensor):
+            return self._batched(image, function)
+        if isinstance(image, Image.Image | np.ndarray):
+            x, kind = to_engine(image, channels)
+            return from_engine(function(x[None])[0], kind)
+        raise InputError(
+            f"{type(self).__name__} takes PIL images, numpy arrays and tensors. Got {type(image).__name__}."
+        )

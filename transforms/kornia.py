@@ -1,0 +1,129 @@
+"""Purification and compensation as kornia augmentations.
+
+They are `IntensityAugmentationBase2D`: in `AugmentationSequential`, `ImageSequential`, `VideoSequential` and
+`PatchSequential` masks, boxes, keypoints and labels pass untouched, and `aug(x, params=aug._params)` gives the same
+output again. Convention of kornia: float images (B, C, H, W) in [0, 1], before `Normalize`; an image (C, H, W) comes
+back as a batch of one, unless `keepdim=True`; draws are torch's, on the device that the augmentation was moved to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kornia.augmentation import IntensityAugmentationBase2D
+from torch import Tensor
+
+from purifyloader import corruptions
+from purifyloader.errors import InputError
+from purifyloader.purifiers import Purifier
+from purifyloader.tensors import purify_tensor
+from purifyloader.transforms.held import HoldsPurifier
+from purifyloader.transforms.purification import squeezing
+
+__all__ = ["RandomCompensate", "RandomPurify", "RandomSqueeze"]
+
+
+class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
+    """A purifier as a kornia augmentation. With p < 1 only the chosen images go through the network.
+
+    What is purified has no gradient. The purifier is no submodule, and always in float32; `to(device)` moves it.
+    `params` holds `seeds`, int64, one an image.
+
+    Args:
+        purifier: see `purifyloader.recipes`. One that changes the size of images is refused as it runs.
+        p: probability that an image is purified.
+        same_on_batch: the same noise for all images of a batch, and the same decision.
+        keepdim: whether an image (C, H, W) comes back as one.
+
+    Raises:
+        InputError: no purifier, one without its plan, or, as it runs, images that it does not take.
+    """
+
+    def __init__(self, purifier: Purifier, p: float = 1.0, same_on_batch: bool = False, keepdim: bool = False) -> None:
+        super().__init__(p=p, same_on_batch=same_on_batch, keepdim=keepdim)
+        self._hold(purifier)
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
+        count = batch_shape[0]
+        drawn = torch.randint(-(2**63), 2**63 - 1, (min(count, 1) if self.same_on_batch else count,))
+        return {"seeds": drawn.expand(count).clone()}
+
+    def apply_transform(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        shape = (input.shape[1], input.shape[2], input.shape[3])
+        if self.purifier.output_shape(shape) != shape:
+            raise InputError(
+                f"{type(self).__name__} takes no purifier that changes the size of images. Got images {shape} that "
+                f"would become {self.purifier.output_shape(shape)}: resize them by an augmentation of kornia's."
+            )
+        seeds = params["seeds"].to(input.device)
+        if self.p == 1:  # kornia does not look at its own decisions then, and so neither do we
+            return purify_tensor(self.purifier, input, seeds)
+        # kornia sends all images here and would throw away what was made of the others
+        chosen = (params["batch_prob"] > 0.5).to(input.device)
+        out = input.detach().clone()
+        if bool(chosen.any()):
+            out[chosen] = purify_tensor(self.purifier, input[chosen], seeds[chosen])
+        return out
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._says()}, p={self.p}, same_on_batch={self.same_on_batch})"
+
+    def _says(self) -> str:
+        return self.purifier.to_json()
+
+
+class RandomCompensate(IntensityAugmentationBase2D):
+    """ECLIPSE's compensation (Eq. 13): grayscale with probability p, then Gaussian noise, then clamp.
+
+    The noise is added to every image; `p` is the probability of grayscale, as in `Compensate`. `params` holds `grey`,
+    bool (B,), and `noise`, (B, C, H, W), standard normal.
+
+    Args:
+        p: probability of grayscale, an image.
+        sigma: standard deviation of the noise, in image units (0.05 is 12.75 px).
+        same_on_batch: one draw for all images of a batch.
+        keepdim: whether an image (C, H, W) comes back as one.
+
+    Raises:
+        InputError: p or sigma outside [0, 1].
+    """
+
+    def __init__(self, p: float = 0.4, sigma: float = 0.05, same_on_batch: bool = False, keepdim: bool = False) -> None:
+        corruptions.check_compensation(p, sigma)
+        super().__init__(p=1.0, same_on_batch=same_on_batch, keepdim=keepdim)
+        self.flags = {"grayscale_p": p, "sigma": sigma}
+
+    def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
+        count, *shape = batch_shape
+        drawn = min(count, 1) if self.same_on_batch else count
+        grey = torch.rand(drawn, device=self.device) < self.flags["grayscale_p"]
+        noise = torch.randn(drawn, *shape, device=self.device)
+        return {"grey": grey.expand(count), "noise": noise.expand(count, *shape)}
+
+    def apply_transform(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        grey, noise = (params[name].to(input.device) for name in ("grey", "noise"))
+        return corruptions.grey_and_noise(input, grey, noise, flags["sigma"])
+
+
+class RandomSqueeze(RandomPurify):
+    """A cheap baseline in one word: `RandomSqueeze("jpeg", quality=10)`; see `purifyloader.transforms.Squeeze`.
+
+    Args:
+        method: "jpeg", "grayscale", "bit_depth" or "coin".
+        p: probability that an image is squeezed.
+        options: of the method.
+    """
+
+    def __init__(
+        self, method: str = "jpeg", p: float = 1.0, same_on_batch: bool = False, keepdim: bool = False, **options: Any
+    ) -> None:
+        super().__init__(squeezing(method, options), p, same_on_batch, keepdim)
+        self.method, self.options = method, options
+
+    def _says(self) -> str:
+        return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in self.options.items())])

@@ -1,0 +1,104 @@
+"""Purification, and the baselines to try first, as torchvision v2 transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from purifyloader import recipes
+from purifyloader.errors import InputError
+from purifyloader.purifiers import Purifier
+from purifyloader.tensors import purify_tensor
+from purifyloader.transforms.base import ImageTransform
+from purifyloader.transforms.held import HoldsPurifier
+
+__all__ = ["SQUEEZES", "Purify", "Squeeze", "squeezing"]
+
+SQUEEZES = {
+    "jpeg": recipes.jpeg,
+    "grayscale": recipes.grayscale,
+    "bit_depth": recipes.bit_depth,
+    "coin": recipes.coin,
+}
+"""The baselines that `Squeeze` and `RandomSqueeze` know by name."""
+
+
+class Purify(HoldsPurifier, ImageTransform):
+    """A purifier as a step of a transform: the first, on the image as it is stored.
+
+    Each image of a batch (each frame of a video) has its own noise, fresh at each call from torch's random generator,
+    so that the same image comes out a little different in every epoch. It is computed where the transform runs, in a
+    loader's workers for `transform=` of a dataset: for networks `PurifiedLoader`, which does a whole batch at once
+    and on a GPU, or a cache (`PurifiedDataset(..., cache=)`) is cheaper.
+
+    Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
+    `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass untouched.
+    The purifier is no submodule, and always in float32; `to(device)` moves it.
+
+    Args:
+        purifier: see `purifyloader.recipes`.
+
+    Raises:
+        InputError: no purifier, one without its plan, images that it does not take, a sample in which the image may
+            be any of several plain tensors, or masks and boxes with a purifier that changes the size of images.
+        PurifyError: weights on a GPU in a forked worker.
+    """
+
+    def __init__(self, purifier: Purifier) -> None:
+        super().__init__()
+        self._hold(purifier)
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        super().check_inputs(flat_inputs)
+        spatial = [v for v in flat_inputs if isinstance(v, tv_tensors.TVTensor) and not isinstance(v, _IMAGES)]
+        if spatial and self.purifier.output_shape((3, 97, 101)) != (3, 97, 101):
+            raise InputError(
+                "A purifier that changes the size of images takes samples without masks, boxes and keypoints. Got "
+                f"{type(spatial[0]).__name__}: resize the sample by a transform before this one."
+            )
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._apply_to(inpt, self._purified, self.purifier.image_channels)
+
+    def _purified(self, x_BCHW: Tensor) -> Tensor:
+        keys_B = torch.randint(-(2**63), 2**63 - 1, (len(x_BCHW),))
+        return purify_tensor(self.purifier, x_BCHW, keys_B)
+
+    def extra_repr(self) -> str:
+        return self.purifier.to_json()
+
+
+_IMAGES = (tv_tensors.Image, tv_tensors.Video)
+
+
+class Squeeze(Purify):
+    """A cheap baseline in one word: `Squeeze("jpeg", quality=10)`, `Squeeze("grayscale")`, `Squeeze("bit_depth",
+    bits=2)`, `Squeeze("coin", alpha=2)`. COIN is drawn afresh at each call, as its published script does.
+
+    Args:
+        method: one of `SQUEEZES`, functions of `purifyloader.recipes`.
+        options: of that function.
+
+    Raises:
+        InputError: no such method, or options that it does not have or take.
+    """
+
+    def __init__(self, method: str = "jpeg", **options: Any) -> None:
+        super().__init__(squeezing(method, options))
+        self.method, self.options = method, options
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.method), *(f"{name}={value!r}" for name, value in self.options.items())])
+
+
+def squeezing(method: str, options: dict[str, Any]) -> Purifier:
+    """The purifier that a baseline's name and options mean."""
+    if method not in SQUEEZES:
+        raise InputError(f"A baseline must be one of {', '.join(SQUEEZES)}. Got {method!r}.")
+    try:
+        return SQUEEZES[method](**options)
+    except TypeError as error:
+        raise InputError(f"The options of {method!r} do not fit it: {error}.") from None
