@@ -30,6 +30,7 @@ TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
 _TAR_IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
+_NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
 _OPEN_TARS = 64  # of the 1024 files that a process may usually have open
 
 # WebDataset's own: path up to the first dot of the base name, and the rest; and what it leaves out.
@@ -43,16 +44,29 @@ def _read_image(file: Path | BinaryIO, what: str, modes: Sequence[str] = ("RGB",
     """The decoded image, converted to RGB where it is of none of `modes`; `what` names it in an error."""
     try:
         with Image.open(file) as image:
-            # to its own mode this is a copy, which no open file stays with
-            return image.convert(image.mode if image.mode in modes else "RGB")
+            mode = image.mode
+            if mode not in _NO_RANGE:
+                grey_or_colour = _as_bytes(image) if mode.startswith("I;16") else image
+                # to its own mode this is a copy, which no open file stays with
+                return grey_or_colour.convert(grey_or_colour.mode if grey_or_colour.mode in modes else "RGB")
     except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
         raise InputError(f"{what} is no readable image ({error}). Remove or replace it.") from None
+    raise InputError(
+        f"{what} must be an image of 8 or 16 bits, of which it is known what is white. Got {_NO_RANGE[mode]} (Pillow's "
+        f"mode {mode!r}): save it with 8 bits."
+    )
+
+
+def _as_bytes(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits in 8, rounded: Pillow's own conversion takes all above 255 for white."""
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 class ImageFiles(Dataset[Image.Image]):
     """Every image file below a folder, in the order of their paths, as RGB."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.files:
             raise InputError(f"Expected image files ({', '.join(SUFFIXES)}) below {folder}. Got none.")

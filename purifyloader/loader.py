@@ -150,7 +150,11 @@ class PurifiedLoader:
         if "loader" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         inner = getattr(self.loader, name)
-        return getattr(self, f"_{name}") if name in _STATE else inner
+        if name in _STATE:
+            if not _is_stateful(self.loader):
+                raise AttributeError(f"The loader in this {type(self).__name__} has no state.")
+            return getattr(self, f"_{name}")
+        return inner
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -178,7 +182,7 @@ class PurifiedLoader:
     # -- what happens to a batch ---------------------------------------------------------------------
 
     def _batches(self, batches: Iterator[Any], epoch: int, position: int) -> Iterator[Any]:
-        stateful = hasattr(self.loader, "state_dict")
+        stateful = _is_stateful(self.loader)
         ready: deque[_Ready] = deque()
         streams: dict[torch.device, torch.cuda.Stream] = {}
         number = 0
@@ -368,6 +372,12 @@ class PurifiedLoader:
         else:
             x = x.contiguous()
         return tv_tensors.wrap(x, like=like) if isinstance(like, tv_tensors.TVTensor) else x
+
+
+def _is_stateful(loader: Any) -> bool:
+    """Whether it can say where it is. A loader that accelerate prepared has the methods also where it cannot."""
+    able = getattr(loader, "use_stateful_dataloader", True)
+    return bool(able) and all(callable(getattr(loader, name, None)) for name in _STATE)
 
 
 def _verify(checks: list[tuple[Tensor, str]]) -> None:

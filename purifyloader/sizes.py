@@ -22,10 +22,18 @@ Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
 
 
+_LARGEST = 4096  # a square of it is 200 MB of float32, and photographs of 16 megapixels keep their size
+
+
 def check_resize(size: Any, crop: Any) -> None:
-    """Raise `ConfigError` unless the shorter side is a positive integer, and the crop, if any, is no larger."""
+    """Raise `ConfigError` unless the shorter side is an integer from 1 to 4096, and the crop, if any, no larger."""
     if type(size) is not int or size < 1:
         raise ConfigError(f"The size of the shorter side must be a positive integer, in pixels. Got {size!r}.")
+    if size > _LARGEST:
+        raise ConfigError(
+            f"The size of the shorter side must be at most {_LARGEST} pixels. Got {size}, at which one image may not "
+            "fit into memory: give the size that the model was trained for."
+        )
     if crop is not None and (type(crop) is not int or not 1 <= crop <= size):
         raise ConfigError(
             f"crop must be an integer from 1 to size={size}, in pixels, or None. Got {crop!r}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from purifyloader.audit.report import in_words, number
 from purifyloader.datasets import ImageFiles, TarDataset
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.purifiers import EnergyAbove
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.test_evaluation import Listed, clean_sample, folder_of, sample, sha256_of
 
@@ -240,6 +242,27 @@ def test_the_histogram_counts_every_image_and_says_which_lie_beyond():
     assert sum(same["data"]) == 2
 
 
+def test_the_threshold_is_that_of_the_condition():
+    """In the network's own unit, and exact enough that it holds for the very images that are counted."""
+    network, images = tiny_energy(), random_images(300)
+    found = [dataset_energies(network, Listed(part.permute(0, 2, 3, 1).numpy())) for part in images.split([120, 180])]
+    comparison = audit_energy(*found, temperature=0.37)["comparison"]
+    assert comparison["threshold_energy"] == pytest.approx(0.37 * comparison["threshold"], rel=1e-5)
+    holds = EnergyAbove(network, comparison["threshold_energy"]).holds(images[:120] / 255)
+    assert int(holds.sum()) == comparison["above"]["count"] > 0
+
+
+def test_energies_of_other_sizes_do_not_compare():
+    data, reference = energies(normal(500, -1, 1)), energies(normal(600, 0, 9))
+    larger = dataclasses.replace(data, shapes={(3, 64, 48): 500})
+    text = " ".join(in_words(audit_energy(larger, reference)))
+    assert "Caution: the data has 48 × 64 px, the reference 8 × 8 px. Energies of different sizes do not" in text
+    assert "another kind" not in text
+    mixed = dataclasses.replace(data, shapes={(3, 8, 8): 499, (3, 9, 8): 1})
+    assert "the data has 2 sizes" in " ".join(in_words(audit_energy(mixed, reference)))
+    assert "Caution" not in " ".join(in_words(audit_energy(data, reference)))
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -348,7 +371,14 @@ def test_the_command_as_a_process_on_real_images(model, tmp_path):
     assert {row["index"] for row in rows if row["poisoned"] == "1"} == {"3", "20"}
     truth = results["truth"]
     assert (truth["poisoned"], len(truth["top"])) == (2, 4)
-    for text in ("A high energy says", "Energies are U = E / 0.0001", "halves of the reference", f"{order[0]:03}.png"):
+    taken = f"as a threshold of EnergyAbove, which takes E: {results['comparison']['threshold_energy']:.9g}"
+    for text in (
+        "A high energy says",
+        "Energies are U = E / 0.0001",
+        "halves of the reference",
+        f"{order[0]:03}.png",
+        taken,
+    ):
         assert text in done.stdout
     assert max(map(len, done.stdout.splitlines()[:-3])) <= 120
     with Image.open(out / "audit.png") as drawn:
@@ -415,6 +445,7 @@ def empty():
         (["--poisoned", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
         (["--top", "0"], "--top must be percentages above 0"),
         (["--size", "0"], "size"),
+        (["--size", "99999"], "at most 4096 pixels. Got 99999"),
         (["--overwrite"], "--overwrite is about files in --out"),
         (["--device", "abacus"], "Expected a device"),
         (["--data", "nothing at all"], "Got 'nothing at all'"),
@@ -477,3 +508,60 @@ def test_many_sizes_are_warned_of(model, tmp_path, capsys):
     assert "images of 9 sizes" in capsys.readouterr().err
     assert run(model, "--size", "8", data=str(tmp_path / "d")) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_other_sizes_than_the_reference_has_are_warned_of(model, tmp_path, capsys):
+    images, _ = sample(12)
+    data = folder_of(tmp_path / "d", images[:6].repeat(2, 1).repeat(2, 2))
+    reference = folder_of(tmp_path / "r", images[6:])
+    assert run(model, "--reference", reference, data=data) == 0
+    said = capsys.readouterr()
+    assert "in --data have 64 × 64 px, those in --reference 32 × 32 px. Energies of different sizes do not" in said.err
+    assert "give --size" in said.err
+    assert "Caution: the data has 64 × 64 px" in " ".join(said.out.split())
+    assert run(model, "--reference", reference, "--size", "32", data=data) == 0
+    said = capsys.readouterr()
+    assert "sizes" not in said.err + said.out
+
+
+# -- what is known to be poisoned --------------------------------------------------------------------
+
+
+def test_files_known_to_be_poisoned_may_be_named(model, tmp_path, capsys):
+    images, _ = sample(6)
+    (tmp_path / "d").mkdir()
+    folder_of(tmp_path / "d" / "a b", images)
+    truth = tmp_path / "truth"
+    found = []
+    for text in ("[1, 4]", '["a b/004.png", "a b/001.png"]', "a b/001.png\r\n\na b/004.png\n"):
+        truth.write_text(text, newline="")
+        assert run(model, "--poisoned", str(truth), "--json", data=str(tmp_path / "d")) == 0
+        found.append(json.loads(capsys.readouterr().out)["truth"])
+    assert found[0] == found[1] == found[2]
+    assert found[0]["poisoned"] == 2
+    # the same files by class
+    assert run(model, "--poisoned", str(truth), "--root", str(tmp_path / "d"), "--json", data="imagefolder") == 0
+    assert json.loads(capsys.readouterr().out)["truth"] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "message"),
+    [
+        ("0.png\nb.png\nc.png", None, r"such as '000.png'. Got '0.png', which is none of them, and 2 more\."),
+        ('["000.png", "x"]', None, r"Got 'x', which is none of them\."),
+        ("000.png\n000.png", None, "each image once. Got '000.png' more than once"),
+        ('["000.png"]', CLEAN, "where --data is a folder of images. Got '000.png', .* list of indices"),
+        ("[1, 1, 2]", None, "each index once. Got 1 more than once \\(3 entries for 2 indices\\): leave the copies"),
+        ("[]", None, "Got an empty list"),
+        ('[1, "000.png"]', None, "Got '000.png' in it"),
+        ("[2, -3]", None, "Got -3 in it"),
+        ("7", None, r"Got 7\."),
+        ("[2, 3", None, "Got: Expecting"),
+    ],
+)
+def test_a_bad_truth_says_what_it_is(text, data, message, model, tmp_path):
+    folder = folder_of(tmp_path / "d", sample(3)[0])
+    (tmp_path / "truth").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        run(model, "--poisoned", str(tmp_path / "truth"), data=data or folder)
+    assert "--replicate" not in str(error.value)

@@ -131,6 +131,35 @@ def test_grouping_equals_webdatasets_on_odd_names(tmp_path):
     assert all(same(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize(("order", "kind"), [("<u2", "PNG"), (">u2", "TIFF")])
+def test_grey_images_of_16_bits_keep_their_levels(order, kind, tmp_path):
+    """Pillow's own conversion makes white of all but 256 of the levels."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (256, 256), levels.astype(order).tobytes())
+    want = np.round(levels / 257).astype(np.uint8)
+    assert (want[0, 0], want[128, 0], want[255, 255]) == (0, 128, 255)
+    name = f"0.{kind.lower()}"
+    (sample,) = TarDataset([write_tar(tmp_path / "a.tar", [(name, encoded(image, kind))])])
+    assert sample["image"].mode == "L"
+    np.testing.assert_array_equal(np.asarray(sample["image"]), want)
+    if kind == "PNG":
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / name).write_bytes(encoded(image))
+        for read in (ImageFiles(tmp_path / "c")[0], open_dataset("imagefolder", tmp_path)[0][0]):
+            np.testing.assert_array_equal(np.asarray(read), np.repeat(want[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize(("dtype", "message"), [(np.int32, "integers of 32 bits"), (np.float32, "floating point")])
+def test_images_whose_white_is_not_known_are_refused(dtype, message, tmp_path):
+    image = Image.fromarray(np.full((4, 4), 1000, dtype))
+    tars = TarDataset([write_tar(tmp_path / "a.tar", [("0.tif", encoded(image, "TIFF"))])])
+    with pytest.raises(InputError, match=rf"a.tar: 0.tif must be an image of 8 or 16 bits.*Got {message}.*save it"):
+        tars[0]
+    (tmp_path / "a.ppm").write_bytes(b"P5 1 1 65535 " + bytes(2))  # Pillow reads it as integers
+    with pytest.raises(InputError, match=r"a.ppm must be an image of 8 or 16 bits.*Got integers of 32 bits"):
+        ImageFiles(tmp_path)[0]
+
+
 @pytest.mark.parametrize(("mode", "out"), [("L", "L"), ("LA", "LA"), ("RGBA", "RGBA"), ("P", "RGB"), ("1", "RGB")])
 def test_modes_are_kept_where_the_engine_takes_them(mode, out, tmp_path):
     image = picture(0, mode)

@@ -420,6 +420,8 @@ def other_order():
         (["--model", "{tmp}/energy"], "must hold a denoiser. Got an energy model"),
         (["--energy", "{tmp}/energy", "--sigma-px", "9"], "Langevin steps take --steps. Got --sigma-px"),
         (["--energy", "{tmp}/energy", "--schedule", "linear"], "Got --schedule"),
+        (["--energy", "{tmp}/energy", "--sampler", "ddim"], "Got --sampler, which is about diffusion"),
+        (["--energy", "{tmp}/energy", "--size", "99999"], "at most 4096 pixels. Got 99999"),
         (["--energy", "{tmp}/energy", "--steps", "0"], "rising, above 0"),
         (
             ["--model", "{tmp}/denoiser", "--sigma-px", "9", "--steps", "3"],
@@ -485,6 +487,24 @@ def test_the_command_is_listed(capsys):
     with pytest.raises(ConfigError):
         main(["--data", CLEAN])
     assert isinstance(tiny_energy(), EnergyNetwork)
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(2, "0 1 2"), (9, "0 1 2 3 4 5 6 7 8 9"), (20, "0 5 10 15 20"), (30, "0 5 10 15 20 25 30"), (225, "0 25 50 75")],
+)
+def test_langevin_steps_are_counted_in_whole_numbers(last, ticks):
+    from matplotlib.figure import Figure
+
+    from purifyloader.dynamics.pictures import _over_levels
+
+    axis = Figure().add_subplot()
+    purification = {"kind": "langevin", "unit": "Langevin steps"}
+    levels = [{"level": 0, "seconds_per_image": 0}, {"level": last, "seconds_per_image": 1}]
+    _over_levels(axis, {"purification": purification, "levels": levels})
+    shown = [label.get_text().split("\n")[0] for label in axis.get_xticklabels()]
+    assert shown[: len(ticks.split())] == ticks.split()
+    assert [float(label) for label in shown] == axis.get_xticks().tolist()
 
 
 def test_a_picture_is_the_same_from_results_and_from_their_json(tmp_path):

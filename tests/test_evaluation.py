@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from purifyloader.evaluation import (
     variance_calibration,
 )
 from purifyloader.evaluation.command import main, to_json
+from purifyloader.evaluation.output import check_out
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train.data import load_images
 from tests.conftest import random_images, tiny_denoiser, tiny_network
@@ -729,6 +731,31 @@ def test_what_cannot_be_written_is_one_clear_error(model, tmp_path, monkeypatch)
         run(model, "--count", "3", "--out", str(tmp_path / "c"))
 
 
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PurifyError, match=r"Expected to write .*file/out. Got: .*Give a folder"):
+        run(model, "--out", str(tmp_path / "file" / "out"), data="tests.test_evaluation:Nothing")
+
+    def check(folder: Path) -> None:
+        check_out(folder, ("a.json",), False, "an evaluation")
+
+    before = sorted(tmp_path.rglob("*"))
+    check(tmp_path)
+    check(tmp_path / "a" / "b" / "c")
+    monkeypatch.chdir(tmp_path)
+    check(Path("d"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        with pytest.raises(PurifyError, match=r"Expected to write .*Permission denied"):
+            check(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_modules_of_the_working_directory_are_not_run(model, tmp_path, monkeypatch):
     for name in ("matplotlib", "PIL"):
         (tmp_path / f"{name}.py").write_text("open('executed', 'w')\n")
@@ -786,7 +813,12 @@ def test_poisoned_sets_are_aligned_with_the_data(model, tmp_path):
         (["--poisoned", "bad/text.npy"], "must be an array"),
         (["--count", "41"], "from 1 to 40"),
         (["--count", "0"], "from 1 to 40"),
-        (["--indices", "bad/twice.json"], "once"),
+        (["--indices", "bad/twice.json"], r"each index once. Got 1 more than once \(2 entries"),
+        (["--indices", "bad/none.json"], "Got an empty list"),
+        (["--indices", "bad/names.json"], "Got 'a.png' in it"),
+        (["--indices", "bad/negative.json"], "Got -3 in it"),
+        (["--indices", "bad/object.json"], "Got {'a': 1}"),
+        (["--indices", "bad/card.json"], "Got {'details': {}}"),
         (["--indices", "bad/far.json"], r"\[0, 40\)"),
         (["--indices", "bad/missing.json"], "JSON list"),
         (["--sigma-px", "200"], r"to 76.5 px\). Got"),
@@ -811,6 +843,14 @@ def test_bad_options_are_named_and_write_nothing(options, message, model, tmp_pa
     (bad / "text.npy").write_text("no array")
     (bad / "twice.json").write_text("[1, 1]")
     (bad / "far.json").write_text("[1, 40]")
+    for name, text in (
+        ("none", "[]"),
+        ("names", '["a.png"]'),
+        ("negative", "[1, -3]"),
+        ("object", '{"a": 1}'),
+        ("card", '{"details": {}}'),
+    ):
+        (bad / f"{name}.json").write_text(text)
     with pytest.raises((InputError, ConfigError), match=message):
         run(model, *(["--out", "out"] if "--out" not in options and "--overwrite" not in options else []), *options)
     assert not (tmp_path / "out").exists()

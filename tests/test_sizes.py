@@ -331,6 +331,7 @@ def test_golden_json():
     ("make", "message"),
     [
         (lambda: Resize(0), r"positive integer, in pixels\. Got 0"),
+        (lambda: Resize(99999), r"at most 4096 pixels\. Got 99999, .*: give the size"),
         (lambda: Resize(True), "Got True"),
         (lambda: Resize(32.0), r"Got 32\.0"),
         (lambda: Resize(32, 33), r"from 1 to size=32.*Got 33: resize to at least"),

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import socket
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from purifyloader import noise
+from purifyloader.devices import exact_arithmetic
 from purifyloader.diffusion.objective import sigma_loss
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError, TrainingError
@@ -30,7 +32,7 @@ from purifyloader.evaluation.measures import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, loop, started_from, train_denoiser
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG, SAMPLES_PNG, Curves, overfitting, validation_levels
 from purifyloader.train.loop import batch_indices, build_denoiser, draw_sigma, learning_rate
-from purifyloader.train.state import STATE_FILE, identity, load_state
+from purifyloader.train.state import STATE_FILE, identity, load_state, save_state, tidy
 from tests.conftest import random_images, tiny_denoiser
 from tests.faults import Run
 
@@ -217,6 +219,35 @@ def test_torchs_own_generator_is_left_alone(tmp_path):
     assert torch.equal(torch.rand(1), want)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_other_gpu_is_seeded(dropout, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("It seeds all GPUs."))
+    before = torch.random.get_rng_state()
+    config = dataclasses.replace(SIGMA, steps=2, network=dataclasses.replace(TINY, dropout=dropout))
+    train_denoiser(IMAGES, tmp_path, config, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [0, 5, -5, 2**62, -(2**63), 2**63 - 1])
+def test_seeds_draw_what_torch_draws_with_them(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        want = torch.rand(3)
+    with loop.seeded(seed, torch.device("cpu")):
+        assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.gpu
+def test_a_gpus_generator_is_seeded_and_left_where_it_was():
+    device = torch.device("cuda", 0)
+    torch.cuda.manual_seed(3)
+    want = torch.rand(3, device=device)
+    before = torch.cuda.get_rng_state(device)
+    with loop.seeded(3, device):
+        assert torch.equal(torch.rand(3, device=device), want)
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
+
+
 # -- kills -------------------------------------------------------------------------------------------
 
 
@@ -228,6 +259,30 @@ def in_a_process(folder: Path, config: TrainConfig, options: dict[str, Any], pic
     denoiser, record = train_denoiser(WIDE, folder, config, save_every=0.0, progress=False, **options)
     torch.save(weights(denoiser), folder / "weights.pt")
     return float(record["loss"])
+
+
+def saving_for_ever(folder: Path) -> None:
+    """In a child: one state after the other, of some megabytes."""
+    groups = {"model": {"weight": torch.zeros(5_000_000)}}
+    while True:
+        save_state(folder / STATE_FILE, {"step": 1}, groups)
+
+
+def test_what_a_killed_save_leaves_is_known_by_its_name(tmp_path: Path):
+    """Wherever in it the kill was; so that the next run removes it."""
+    folder = tmp_path / "run"
+    for i in range(4):
+        child = Run(saving_for_ever, folder, outcome=tmp_path / f"outcome{i}")
+        while child.alive and not list(folder.glob(".*")):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        assert child.kill()
+    left = {path.name for path in folder.iterdir()}
+    assert all(re.fullmatch(rf"(\.{re.escape(STATE_FILE)}\..*\.tmp|{re.escape(STATE_FILE)})", name) for name in left)
+    assert left - {STATE_FILE}
+    (folder / ".another.tmp").touch()
+    tidy(folder, [STATE_FILE])
+    assert {path.name for path in folder.iterdir()} == {".another.tmp", *({STATE_FILE} & left)}
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
@@ -829,6 +884,41 @@ def test_a_run_that_breaks_early_keeps_a_state_from_before_too(tmp_path, monkeyp
     config = dataclasses.replace(SIGMA, learning_rate=3e-3, steps=60)
     _, header = blown_up(tmp_path, config, smooth_images(16), "The loss")
     assert header["step"] == 20
+
+
+@pytest.mark.usefixtures("saving_always")
+@pytest.mark.parametrize("save_every", [0, math.inf])
+def test_an_interrupt_of_a_run_that_breaks_keeps_the_last_good_state(save_every, tmp_path, monkeypatch, caplog):
+    images = smooth_images(16)
+    monkeypatch.setattr(loop, "learning_rate", blowing_up_after(20, 10.0))
+    config = dataclasses.replace(SIGMA, learning_rate=3e-3, steps=60)
+    train_denoiser(images, tmp_path, dataclasses.replace(config, steps=20), progress=False)
+
+    def interrupt(step: int, loss: float) -> None:
+        if step == 22:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(images, tmp_path, config, progress=False, save_every=save_every, on_step=interrupt)
+    assert header_of(tmp_path, config, images)["step"] == 20
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert re.match(r"step 2[12] is not saved", said[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "tf32"),
+    [
+        (SIGMA, "cpu", False),
+        (SIGMA, "cuda", True),
+        (dataclasses.replace(SIGMA, dtype="bfloat16"), "cuda", False),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_makes_of_float32_is_known(config, device, tf32):
+    assert loop._in_tf32(config, torch.device(device)) == tf32
+    with exact_arithmetic(torch.device("cuda")):
+        assert not loop._in_tf32(config, torch.device(device))
 
 
 @pytest.mark.usefixtures("saving_always")

@@ -26,6 +26,7 @@ from purifyloader import cli, pretrained
 from purifyloader.datasets import open_dataset
 from purifyloader.evaluation.measures import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, loop, recipe, train_denoiser
+from purifyloader.train.card import card as card_of
 from purifyloader.train.data import choose, hold_out, load_images
 from purifyloader.train.state import STATE_FILE
 from tests.conftest import random_images, tiny_denoiser
@@ -158,6 +159,9 @@ def test_the_card_says_what_the_configuration_says_and_no_path(folder, small, tm
         assert part in facts["Optimiser"]
     assert facts["Average"] == "EMA 0.999"
     assert facts["Arithmetic"] == "float32, seed 7"
+    assert details["record"]["tf32"] is False
+    on_a_gpu = {**details, "record": {**details["record"], "tf32": True}}
+    assert "| Arithmetic | float32 with convolutions in TF32, seed 7 |" in card_of("washer-1", denoiser, on_a_gpu, {})
     assert "5 images of an image folder" in card
     for row in details["psnr"]:
         assert re.search(rf"\| {row['sigma_px']:g} px \| {row['denoiser']:.2f} \| {row['jpeg10']:.2f} \|", card)
@@ -563,6 +567,39 @@ def test_a_killed_command_goes_on(folder, small, tmp_path):
     assert rows(killed) == rows(whole)
     assert details_of(killed)["psnr"] == details_of(whole)["psnr"]
     assert not state.exists()
+
+
+def stuck_in_writing(name: str, out: str, *arguments: str) -> None:
+    """In a child: the command, which stops for good when a file has been written and not yet renamed."""
+    replace = os.replace
+
+    def never(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            Path(out).with_name("stuck").touch()
+            time.sleep(600)
+        replace(source, target)
+
+    os.replace = never
+    loop._SAVING_SHARE = float("inf")
+    command("--out", out, *arguments)
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, "curves.csv", "samples.png", "README.md"])
+def test_what_killed_saves_have_left_is_removed(name, folder, small, tmp_path):
+    out = tmp_path / "model"
+    arguments = ["--data", str(folder), "--config", str(small), "--save-every", "0"]
+    for i in range(2):
+        child = Run(stuck_in_writing, name, str(out), *arguments, outcome=tmp_path / f"outcome{i}")
+        deadline = time.monotonic() + 60
+        while child.alive and not (tmp_path / "stuck").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert child.kill(), "It has ended before it could be killed."
+        (tmp_path / "stuck").unlink()
+        (left,) = (found for found in names(out) if found.endswith(".tmp"))
+        assert left.startswith(f".{name}.")
+    (out / ".notes.tmp").touch()
+    assert run(*arguments, "--out", out) == 0
+    assert names(out) == sorted([".notes.tmp", *FILES, *PICTURES])
 
 
 def test_a_save_that_was_killed_is_finished_and_a_strangers_folder_refused_at_once(folder, small, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -20,6 +21,8 @@ from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.train import RECIPES, TrainConfig, options, recipe
 from purifyloader.train.data import choose, hold_out, load_images, read_indices
+from purifyloader.train.denoiser import _parser
+from purifyloader.train.energy import EnergyTrainConfig
 from purifyloader.train.loop import build_denoiser
 from tests.conftest import random_images
 
@@ -105,7 +108,9 @@ BAD_RANGES = [("sigma_range", value) for value in ((0.3, 0.001), (0.0, 0.3), (0.
 OTHER_TYPES = [
     *((name, "x") for name in ("steps", "batch_size", "timesteps", "replicate", "warmup", "decay_steps", "seed")),
     *((name, 2.5) for name in ("steps", "batch_size", "timesteps", "max_timestep", "patch_size", "seed")),
-    *((name, True) for name in ("steps", "batch_size", "replicate")),
+    *((name, True) for name in ("steps", "batch_size", "timesteps", "replicate", "warmup", "decay_steps", "seed")),
+    *((name, True) for name in ("max_timestep", "patch_size", "learning_rate", "clip_norm", "gamma", "sigma_center")),
+    *(("compile", value) for value in (0, 1, 1.0)),
     *((name, "x") for name in ("learning_rate", "clip_norm", "weight_decay", "gamma", "ema_decay", "sigma_center")),
     *((name, None) for name in ("learning_rate", "steps", "augment", "network", "sigma_range", "seed")),
     ("max_timestep", "x"),
@@ -120,6 +125,7 @@ OTHER_TYPES = [
     ("sigma_range", [0.001]),
     ("sigma_range", [0.001, 0.1, 0.3]),
     ("sigma_range", ["a", "b"]),
+    ("sigma_range", [0.001, True]),
     ("start_from", "cifar10-sparse"),
     ("start_from", {"name": "cifar10-sparse"}),
     ("start_from", ["cifar10-sparse", "ab"]),
@@ -168,6 +174,32 @@ def test_what_does_not_go_together_is_refused():
         TrainConfig(timesteps=1000, max_timestep=2000)
     with pytest.raises(ConfigError, match=r"more than 20 timesteps\. Got 10"):
         build_denoiser(TrainConfig(schedule="linear", timesteps=10, network=UNetConfig.small()))
+
+
+STRANGE = [None, True, 3, -1, 0, 2.5, 1e400, "x", [], [1], ["x"], [[1]], {}, {"x": 1}, {"multipliers": 3}, 10**30]
+
+
+def configured(tmp_path: Path, fields: Any, *arguments: str) -> TrainConfig:
+    """What the command makes of a file and options."""
+    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    given = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *arguments]
+    return options.configuration(_parser().parse_args(given), (3, 32, 32), torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--steps", "5"], ["--recipe", "eclipse"]], ids=str)
+@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(TrainConfig)), "flip", "nonsense"])
+def test_any_file_is_taken_or_refused(name, arguments, tmp_path):
+    for value in STRANGE:
+        train = {name: value}
+        for fields in (train, {"details": {"train": train}}, {"details": {"train": train}, "denoiser": {}}):
+            with contextlib.suppress(ConfigError, InputError):
+                configured(tmp_path, fields, *arguments)
+
+
+def test_an_energy_models_configuration_is_refused_by_its_fields(tmp_path):
+    train = EnergyTrainConfig(flip=True).to_dict()
+    with pytest.raises(ConfigError, match=r"Known fields of a TrainConfig: .*Got bank, .*langevin_steps"):
+        configured(tmp_path, {"details": {"train": train}, "energy": {}})
 
 
 # -- recipes -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -18,12 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from purifyloader import cli, noise, pretrained
+from purifyloader.cache.locks import Lock
+from purifyloader.devices import exact_arithmetic
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
-from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe, loop, train_energy
-from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, step_keys
+from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, command, energy_recipe, loop, train_energy
+from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
+from purifyloader.train.energy.curves import float32_arithmetic, long_chains
 from purifyloader.train.energy.loop import build_energy, energy_learning_rate, energy_started_from
 from purifyloader.train.state import STATE_FILE, load_state
 from tests.conftest import random_images, tiny_denoiser
@@ -37,6 +42,7 @@ FROM_NOISE = dataclasses.replace(
     PLAIN, bank="noise", rejuvenation=0.3, optimizer="sgd", learning_rate=1e-9, bank_size=6, step_size=0.005
 )
 IMAGES = random_images(10, 8)
+BLACK = random_images(10, 8) // 200 * 255  # black, with some white
 
 
 def train(folder: Path, config: EnergyTrainConfig, **options: Any) -> tuple[EnergyNetwork, dict[str, Any]]:
@@ -132,6 +138,41 @@ def test_an_interrupt_saves_the_step_it_reached(tmp_path):
     assert same(weights(train(tmp_path, PLAIN)[0]), weights(train(tmp_path / "whole", PLAIN)[0]))
 
 
+def becoming_steep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on an energy that is too steep to be saved, and not yet so steep that the run is stopped."""
+    walked = loop._walked
+    steep = 0.6 * loop._STEEP * PLAIN.step_size
+    monkeypatch.setattr(loop, "_SMOOTH", 1.0)
+    monkeypatch.setattr(loop, "_walked", lambda *arguments: (walked(*arguments)[0], steep))
+
+
+@pytest.mark.usefixtures("saving_always")
+def test_an_interrupt_of_a_run_that_breaks_keeps_the_last_good_state(tmp_path, monkeypatch, caplog):
+    def interrupt(step: int, difference: float) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    train(tmp_path, dataclasses.replace(PLAIN, steps=3))
+    before = (tmp_path / STATE_FILE).read_bytes()
+    becoming_steep(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, PLAIN, save_every=math.inf, on_step=interrupt)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+    assert "step 6 is not saved" in caplog.text
+
+
+@pytest.mark.usefixtures("saving_always")
+def test_that_states_are_not_saved_is_said_once(tmp_path, monkeypatch, caplog):
+    becoming_steep(monkeypatch)
+    with pytest.raises(Stop):
+        train(tmp_path, PLAIN, save_every=0, on_step=stopping_after(7))
+    assert not (tmp_path / STATE_FILE).exists()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "step 1 is not saved" in said[0]
+    assert "so steep that" in said[0]
+
+
 def test_a_run_that_is_done_is_not_done_again(tmp_path):
     first, _ = train(tmp_path, PLAIN)
     steps: list[int] = []
@@ -214,9 +255,13 @@ def broken_rank(folder: Path) -> None:
     train(folder, PLAIN)
 
 
-def test_what_breaks_in_one_process_stops_all(tmp_path):
-    for outcome in [r.join(100) for r in start_ranks(tmp_path, 2, broken_rank, tmp_path / "run")]:
+def test_what_breaks_in_one_process_stops_all_and_all_say_what(tmp_path):
+    first, second = (r.join(100) for r in start_ranks(tmp_path, 2, broken_rank, tmp_path / "run"))
+    for outcome in (first, second):
         assert outcome.error == "TrainingError", outcome.traceback
+        assert "at step 1." in outcome.message
+    assert first.message.startswith("The samples of another process ran away")
+    assert second.message.startswith("The samples ran away (of this process alone)")
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path):
@@ -304,6 +349,107 @@ def test_learning_rates():
     assert [round(energy_learning_rate(config, s), 6) for s in range(8)] == [0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
+def test_torchs_generators_are_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("It seeds the GPUs."))
+    before = torch.random.get_rng_state()
+    first, again = build_energy(PLAIN), build_energy(PLAIN)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert same(weights(first), weights(again))
+    assert not same(weights(first), weights(build_energy(dataclasses.replace(PLAIN, seed=-1))))
+
+
+def test_the_energy_knows_the_temperature_it_is_trained_for(tmp_path):
+    energy, _ = train(tmp_path, dataclasses.replace(PLAIN, steps=1, temperature=2e-4))
+    assert energy.temperature == 2e-4
+
+
+CONVOLUTIONS = torch.backends.cudnn.conv  # of a GPU; any build of torch knows what it would do
+
+
+def test_float32_on_a_gpu_is_the_arithmetic_of_the_purifier():
+    """And on a CPU nothing is touched: threads above all, whose number decides the bits."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    with exact_arithmetic(gpu):
+        wanted = CONVOLUTIONS.fp32_precision
+    before = CONVOLUTIONS.fp32_precision
+    assert (before, wanted) == ("tf32", "ieee")
+    for config, device, seen in (
+        (PLAIN, gpu, wanted),
+        (PLAIN, cpu, before),
+        (dataclasses.replace(PLAIN, dtype="bfloat16"), gpu, before),
+    ):
+        with loop._arithmetic(config, device):
+            assert CONVOLUTIONS.fp32_precision == seen
+        assert CONVOLUTIONS.fp32_precision == before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with loop._arithmetic(PLAIN, cpu), float32_arithmetic(cpu):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_network_call_of_a_step_is_in_that_arithmetic(dtype, tmp_path, monkeypatch):
+    """As on a GPU, which is played by the CPU."""
+    seen: list[str] = []
+    arithmetic, forward = loop._arithmetic, EnergyNetwork.forward
+
+    def watched(self: EnergyNetwork, x: Tensor) -> Tensor:
+        seen.append(CONVOLUTIONS.fp32_precision)
+        return forward(self, x)
+
+    monkeypatch.setattr(loop, "_arithmetic", lambda config, _: arithmetic(config, torch.device("cuda")))
+    monkeypatch.setattr(EnergyNetwork, "forward", watched)
+    train(tmp_path, dataclasses.replace(PLAIN, dtype=dtype, steps=2))
+    assert len(seen) == 2 * (PLAIN.langevin_steps + 1)
+    assert set(seen) == {"ieee" if dtype == "float32" else "tf32"}
+
+
+def test_long_chains_are_in_the_arithmetic_of_the_purifier(tmp_path, monkeypatch):
+    seen: list[str] = []
+    forward = EnergyNetwork.forward
+
+    def watched(self: EnergyNetwork, x: Tensor) -> Tensor:
+        seen.append(CONVOLUTIONS.fp32_precision)
+        return forward(self, x)
+
+    as_on_a_gpu = float32_arithmetic(torch.device("cuda"))
+    monkeypatch.setattr("purifyloader.train.energy.curves.float32_arithmetic", lambda device: as_on_a_gpu)
+    monkeypatch.setattr(EnergyNetwork, "forward", watched)
+    long_chains(build_energy(PLAIN), IMAGES, PLAIN, [2, 3], tmp_path / "chains.png")
+    assert set(seen) == {"ieee"}
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_float32(tmp_path, monkeypatch):
+    seen: list[str] = []
+    gradients = loop._gradients
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(CONVOLUTIONS.fp32_precision)
+        return gradients(*arguments)
+
+    monkeypatch.setattr(loop, "_gradients", watched)
+    train(tmp_path, PLAIN, device="cuda")
+    assert set(seen) == {"ieee"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 10])
+def test_each_chain_has_its_column(count, tmp_path):
+    images = smooth_images(count, 8)
+    energy = build_energy(PLAIN)
+    rows, failure = long_chains(energy, images, PLAIN, [1, 2], tmp_path / "chains.png")
+    assert failure is None
+    assert [row["steps"] for row in rows] == [1, 2]
+    with Image.open(tmp_path / "chains.png") as picture:
+        pixels = pil_to_tensor(picture)
+    assert pixels.shape == (3, 3 * 66 + 2, min(count, 8) * 66 + 2)
+    for i in range(min(count, 8)):  # the images themselves, each at the head of its chain
+        assert torch.equal(pixels[:, 2:66:8, 2 + 66 * i : 66 + 66 * i : 8], images[i])
+
+
 def test_training_finds_the_images_likelier_than_noisy_ones(tmp_path):
     """What purification needs: noise raises the energy, and a walk lowers what noise has raised."""
     images = smooth_images(64, 8)
@@ -347,17 +493,68 @@ def test_energies_that_run_apart_stop_it_and_a_state_is_kept(tmp_path, monkeypat
     assert train(tmp_path, dataclasses.replace(PLAIN, steps=3))[1]["steps"] == 3
 
 
+@pytest.mark.parametrize("held_out", [None, random_images(3, 8, seed=1)], ids=["", "held out"])
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"learning_rate": 1e6, "optimizer": "sgd"}, "ran away|NaN|nan|inf|apart|steep|left"),
+        ({"learning_rate": 1e30, "optimizer": "sgd"}, "ran away|NaN|nan|inf|apart|steep|left"),
         ({"temperature": 1e-9}, "ran away|NaN|nan|inf|apart|steep|left"),
     ],
 )
-def test_a_run_that_explodes_says_so(changes, word, tmp_path):
+def test_a_run_that_explodes_says_so(changes, word, held_out, tmp_path):
     with pytest.raises(TrainingError, match=word) as error:
-        train(tmp_path, dataclasses.replace(PLAIN, **changes))
+        train(tmp_path, dataclasses.replace(PLAIN, **changes), held_out=held_out)
     assert "start again with another output folder" in str(error.value)
+
+
+@pytest.mark.usefixtures("saving_always")
+def test_an_update_that_breaks_the_held_out_energies_leaves_the_state_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "energy_learning_rate", lambda config, step: 1e-9 if step < 4 else 1e30)
+    config = dataclasses.replace(PLAIN, optimizer="sgd")
+    with pytest.raises(TrainingError, match=r"^The energies broke \(.*\) at step 5\.") as error:
+        train(tmp_path, config, held_out=random_images(3, 8, seed=1), save_every=0)
+    assert "--steps 4 makes a checkpoint" in str(error.value)
+    assert state_of(tmp_path, config)[0]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "config", [energy_recipe("light"), energy_recipe("published"), energy_recipe("paper"), PLAIN], ids=str
+)
+def test_noise_alone_takes_no_pixel_of_black_pictures_out(config):
+    bank = Bank(dataclasses.replace(config, bank_size=200), BLACK)
+    keys = noise.image_keys(1, 2, torch.arange(200))
+    walked = langevin(
+        lambda x: 0 * x.sum((1, 2, 3)),
+        bank.samples,
+        config.langevin_steps,
+        lambda step: noise.normal(keys, (3, 8, 8), WALK + step),
+        step_size=config.step_size,
+    )
+    for samples in (bank.samples, walked):
+        assert outside(samples, config) < 1e-3
+    if config.bank == "data":
+        assert float(((walked < 0) | (walked > 1)).float().mean()) > 0.4
+    assert outside(walked + 0.5, config) > 0.1
+
+
+@pytest.mark.usefixtures("saving_always")
+def test_a_sound_run_on_black_pictures_is_saved_and_not_stopped(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "_SETTLED", 10)
+    config = dataclasses.replace(PLAIN, steps=40, learning_rate=1e-4)
+    with pytest.raises(Stop):
+        train(tmp_path, config, images=BLACK, save_every=0, on_step=stopping_after(35))
+    assert state_of(tmp_path, config, BLACK)[0]["step"] == 34
+    train(tmp_path, config, images=BLACK)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_held_out_images_that_do_not_fit_are_refused(channels, tmp_path):
+    bad = random_images(3, 8, channels=1) if channels == 1 else random_images(3, 8).float()
+    with pytest.raises(InputError, match=r"held_out takes .* Got "):
+        train(tmp_path, PLAIN, held_out=bad)
+    assert not (tmp_path / STATE_FILE).exists()
 
 
 def watch(step: int = 1000, **values: float) -> str | None:
@@ -454,6 +651,11 @@ def test_a_configuration_is_whole_as_json(name):
         ({"paired": True, "bank": "noise"}, "paired"),
         ({"seed": 0.5}, "seed"),
         ({"network": 3}, "network"),
+        *(({name: True}, name) for name in ("steps", "batch_size", "warmup", "bank_size", "seed")),
+        ({"langevin_steps": True}, "steps"),
+        *(({name: True}, name) for name in ("temperature", "step_size", "data_noise", "learning_rate", "clip_norm")),
+        ({"decay_at": (True,)}, "decay_at"),
+        *(({name: value}, name) for name in ("paired", "flip", "compile") for value in (0, 1, 1.0)),
     ],
 )
 def test_bad_fields_are_named(changes, word):
@@ -575,6 +777,60 @@ def test_options_replace_fields(folder, small, tmp_path):
     assert "the weights of `energy`" in (tmp_path / "longer/README.md").read_text()
 
 
+@pytest.mark.parametrize("network", [3, None, True, [], "wide"])
+@pytest.mark.parametrize("options", [[], ["--channels", 5], ["--start-from", "cifar10-energy"]], ids=str)
+def test_a_network_that_is_none_is_refused(network, options, folder, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text(json.dumps({"network": network}))
+    assert run("--data", folder, "--config", tmp_path / "bad.json", "--out", tmp_path / "energy", *options) == 2
+    assert f"network must be an object of its fields. Got {network!r}" in capsys.readouterr().err
+    assert not (tmp_path / "energy").exists()
+
+
+def configured(tmp_path: Path, fields: Any, *options: str) -> EnergyTrainConfig:
+    """What the command makes of a file and options."""
+    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    arguments = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *options]
+    return command._configuration(command._parser().parse_args(arguments), 3, torch.device("cpu"))[0]
+
+
+def test_fields_and_options_are_judged_together(tmp_path):
+    light = energy_recipe("light")
+    got = configured(tmp_path, {"bank_size": 16}, "--batch-size", "4")  # too small for the batch of the recipe
+    assert got == dataclasses.replace(light, bank_size=16, batch_size=4)
+    with pytest.raises(ConfigError, match=r"bank_size .* 32, .*Got 16"):
+        configured(tmp_path, {"bank_size": 16})
+    assert configured(tmp_path, {"paired": True}, "--recipe", "published").paired
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "wanted"),
+    [
+        ({}, [], (3_000, 4_250)),
+        ({"steps": 500}, [], (300, 425)),
+        ({"steps": 500}, ["--steps", "50"], (30, 42)),
+        ({"decay_at": [40]}, [], (40,)),
+        ({"decay_at": [40]}, ["--steps", "500"], (4,)),
+        ({"decay_at": [40], "steps": 100}, ["--steps", "10"], (4,)),
+        ({"decay_at": []}, ["--steps", "10"], ()),
+    ],
+    ids=str,
+)
+def test_the_steps_at_which_the_rate_falls_move_along(fields, options, wanted, tmp_path):
+    assert configured(tmp_path, fields, *options).decay_at == wanted
+
+
+STRANGE = [None, True, 3, -1, 0, 2.5, 1e400, "x", [], [1], ["x"], [[1]], {}, {"x": 1}, {"channels": "x"}, 10**30]
+
+
+@pytest.mark.parametrize("options", [[], ["--channels", "4"], ["--steps", "5"], ["--batch-size", "4"]], ids=str)
+@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(EnergyTrainConfig)), "nonsense"])
+def test_any_file_is_taken_or_refused(name, options, tmp_path):
+    for value in STRANGE:
+        for fields in ({name: value}, {"details": {"train": {name: value}}}):
+            with contextlib.suppress(ConfigError, InputError):
+                configured(tmp_path, fields, *options)
+
+
 def test_the_plan(folder, small, capsys):
     assert run("--data", folder, "--config", small, "--plan") == 0
     printed = capsys.readouterr().out
@@ -623,6 +879,46 @@ def test_two_runs_in_one_folder_are_refused(folder, small, tmp_path, capsys):
     # a lock that a killed process has left is nobody's
     assert run("--data", folder, "--config", small, "--out", out) in (0, 2)
     assert "another process" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, "curves.csv", "bank.png", "model.safetensors"])
+def test_what_killed_saves_have_left_is_removed(name, folder, small, tmp_path):
+    """Also where the kills were in more than one of them; but nothing that is somebody else's."""
+    out = tmp_path / "energy"
+    arguments = ["--data", str(folder), "--config", str(small), "--out", str(out), "--save-every", "0"]
+    for i in range(2):
+        leftovers = set(out.glob(".*.tmp"))
+        child = Run(stuck_in_writing, name, arguments, outcome=tmp_path / f"outcome{i}")
+        deadline = time.monotonic() + 60
+        while child.alive and not (tmp_path / "stuck").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert child.kill(), "It has ended before it could be killed."
+        (tmp_path / "stuck").unlink()
+        left = set(out.glob(".*.tmp"))
+        assert len(left) == 1, "The kill before has left something."
+        assert left != leftovers
+    (out / ".notes.tmp").touch()
+    (out / f"{name}.tmp").touch()
+    with Lock(out, STATE_FILE):  # of a run that may be writing
+        assert run(*arguments) == 2
+    assert set(out.glob(".*.tmp")) == left | {out / ".notes.tmp"}
+    assert run(*arguments) == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted([".notes.tmp", f"{name}.tmp", *FILES])
+
+
+def stuck_in_writing(name: str, arguments: list[str]) -> None:
+    """In a child: the command, which stops for good when a file has been written and not yet renamed."""
+    replace = os.replace
+
+    def never(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            (Path(arguments[5]).parent / "stuck").touch()
+            time.sleep(600)
+        replace(source, target)
+
+    os.replace = never
+    loop._SAVING_SHARE = math.inf
+    run(*arguments)
 
 
 def test_two_launched_processes_and_one_card(folder, small, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from purifyloader import pretrained, recipes
-from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, tune
+from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune
 from purifyloader.dynamics.tune import compare_unpaired
 from purifyloader.dynamics.tune_command import main, reasons
 from purifyloader.errors import InputError, PurifyError
@@ -112,6 +112,36 @@ def test_the_attack_that_asks_for_most_decides():
     assert "It is p that asks for so much" in text
 
 
+def test_what_compensation_removes_need_not_be_washed_off():
+    """As above, p an attack that compensation is known to remove: the level that the others ask for is given too."""
+    clean = torch.full((10, 3, 8, 8), 100, dtype=torch.uint8)
+    poisoned = {"lsp": torch.full_like(clean, 140), "q": torch.full_like(clean, 60)}
+    results = tune(Towards(*LEVELS, grey=110), clean, poisoned)
+    assert (results["proposal"]["level"], results["with_compensation"]["level"]) == (0.7, 0.45)
+    text = " ".join(reasons(results))
+    assert "with it 0.45 Langevin steps may do, where 100 % of q images have come closer" in text
+    assert "`Compensate()`" in text
+    assert "less may do" not in text
+    # also where no level does for all
+    results = tune(Towards(*LEVELS, grey=128), clean, poisoned)
+    assert (results["proposal"], results["with_compensation"]["level"]) == (None, 0.45)
+    # nothing to be said where it is the others that decide, or none of the attacks, or all
+    for others in ({"lsp": poisoned["q"], "q": poisoned["lsp"]}, {"a": poisoned["lsp"]}, {"lsp": poisoned["lsp"]}):
+        results = tune(Towards(*LEVELS, grey=110), clean, others)
+        assert (results["proposal"]["level"], results["with_compensation"]) == (0.7, None)
+        assert "`Compensate()`" not in " ".join(reasons(results))
+
+
+def test_what_is_said_of_compensation_is_what_was_measured():
+    """LSP by noise level, purified and with compensation, in the README's table."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- noise -->")[1].split("<!-- end -->")[0]
+    rows = [[cell.strip().split(" ±")[0] for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    assert rows[0][5:] == ["LSP, purified", "LSP, ECLIPSE"]
+    of_lsp = [(float(row[5]), float(row[6])) for row in rows[2:] if float(row[0].removesuffix(" px")) <= 25]
+    assert len(of_lsp) == 3
+    assert all(44 <= round(alone) <= 62 and 66 <= compensated <= 67 for alone, compensated in of_lsp)
+
+
 def test_a_share_of_the_images_is_enough():
     class TwoSpeeds(Towards):
         """Three images of ten go half as far."""
@@ -137,6 +167,7 @@ def test_unpaired_images_are_compared_before_and_after():
     before, after = found["energy"]["before"], found["energy"]["after"]
     assert (before["auc"], before["share_above"]) == (1, 1)
     assert before["clean_auc"][0] < 0.5 < before["clean_auc"][1]
+    assert 0 == before["clean_share_above"][0] < before["clean_share_above"][1] < 0.5
     assert (after["auc"], after["share_above"], after["clean_median"]) == (0.5, 0, after["data_median"])
     # what is removed by a tenth of the way to grey is a tenth of the distance to it
     assert found["removed_px"]["before"]["auc"] == 1
@@ -148,6 +179,59 @@ def test_unpaired_images_are_compared_before_and_after():
     results = tune(Towards(*LEVELS), flat(), {"p": lifted([40])}, data_NCHW=flat(5))
     assert results["unpaired"]["energy"] is None
     assert "are not told apart before" in " ".join(reasons(results))
+
+
+def test_data_of_which_a_part_is_unusual_is_told_apart():
+    """A fifth is far brighter: an image of the data is above a clean one in little more than half of the pairs."""
+    draw = np.random.default_rng(0)
+
+    def grey(levels) -> torch.Tensor:
+        return torch.from_numpy(levels.round().astype(np.uint8))[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+
+    clean, data = draw.normal(128, 10, 100), draw.normal(128, 10, 100)
+    data[:20] = 200
+    results = tune(Towards(*LEVELS), grey(clean), {"p": grey(clean + 40)}, data_NCHW=grey(data), energy=brightness())
+    before = results["unpaired"]["energy"]["before"]
+    assert before["clean_auc"][0] < before["auc"] < before["clean_auc"][1]
+    assert before["share_above"] == pytest.approx(0.2, abs=0.01)
+    assert before["share_above"] > before["clean_share_above"][1]
+    text = " ".join(reasons(results))
+    assert "Your data and the clean images are apart before" in text
+    assert "20 % of yours are above the clean ones' 99th percentile (of halves, 0 to" in text
+    assert "a part of it is not: that part may be poisoned" in text
+    one = tune(Towards(*LEVELS), grey(clean)[:1], {"p": grey(clean + 40)[:1]}, data_NCHW=grey(data))
+    assert one["unpaired"]["removed_px"]["before"]["clean_share_above"] is None
+    assert "apart" not in " ".join(reasons(one))
+
+
+def test_a_picture_shows_what_was_asked_for_and_proposed(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    clean = torch.full((10, 3, 8, 8), 100, dtype=torch.uint8)
+    poisoned = {"q": torch.full_like(clean, 60), "lsp": torch.full_like(clean, 140)}
+    results = tune(Towards(*LEVELS, grey=110), clean, poisoned, share=0.8, energy=brightness())
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    drawn = picture(results, tmp_path / "1.png").read_bytes()
+    again = json.loads(json.dumps(results, sort_keys=True))
+    assert picture(again, tmp_path / "2.png").read_bytes() == drawn
+    (figure, _) = figures
+    assert len(figure.axes) == 5
+    for axis in figure.axes:
+        at = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
+        assert {0.45, 0.7} <= set(at)
+    shares = figure.axes[0]
+    said = [text.get_text() for text in shares.get_legend().get_texts()]
+    assert said == ["LSP", "q", "asked for: 80 %", "the proposal: 0.7", "with compensation: 0.45"]
+    assert shares.lines[0].get_ydata()[-1] == 100
+    assert list(shares.lines[2].get_ydata()) == [80, 80]
+    picture({**results, "proposal": None}, tmp_path / "3.png")
+    assert "no level proposed" in figures[-1].axes[0].get_title(loc="left")
+    with pytest.raises(
+        InputError, match=r"results of dynamics or tune.*Got {'format': 'purifyloader-tune', 'version': 9}"
+    ):
+        picture({**results, "version": 9}, tmp_path / "4.png")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +297,7 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
     assert precompute._purifier(parsed).to_json() == purifier.to_json()
     assert (parsed.dataset, str(parsed.out)) == (POISONED, "cache/purified")
     assert "Your data and the clean images" in done.stdout
+    assert results["pasted_with_compensation"] is None
     assert str(tmp_path) not in (out / "tune.json").read_text()
     assert max(len(line) for line in done.stdout.splitlines()[:-2] if "precompute" not in line) <= 120
 
@@ -255,6 +340,37 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
     assert eval(python, {"recipes": recipes}).output_shape((3, 40, 30)) == (3, 16, 16)
     assert command[command.index("--dataset") + 1] == "YOUR_DATA"
     assert command[command.index("--crop") + 1] == "16"
+
+
+def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_path, capsys, monkeypatch):
+    """The measurement is the fixture's own: which levels do is not decided by a network with random weights."""
+    from purifyloader.dynamics import tune_command
+
+    real = tune_command.tune
+
+    def known(*arguments, **more):
+        results = real(*arguments, **more)
+        low, high = ({**results["best"], "level": sigma, "sigma_px": 255 * sigma} for sigma in (0.02, 0.2))
+        return {**results, "proposal": high, "best": high, "with_compensation": low}
+
+    monkeypatch.setattr(tune_command, "tune", known)
+    options = ("--model", str(models / "denoiser"), "--sigma-px", "5.1", "51")
+    assert run(*options, "--out", str(tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    where = said.index(
+        "Or, with compensation in training (PurifiedDataset(..., compensate=Compensate())): 5.1 px of noise"
+    )
+    assert said.index("Proposal: 51 px of noise") < where
+    python, command = lines(said[where:])
+    assert eval(python, {"recipes": recipes}).sigma == 0.02
+    assert command[command.index("--sigma") + 1] == "0.02"
+    assert {line.split()[0]: line.split("<-")[1] for line in said.splitlines() if "<-" in line} == {
+        "0.02": " with compensation",
+        "0.2": "",
+    }
+    results = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert "sigma=0.02)" in results["pasted_with_compensation"]
+    assert str(tmp_path) not in results["pasted_with_compensation"]
 
 
 def test_no_proposal_is_said_plainly(models, tmp_path, capsys):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from purifyloader import __version__, pretrained
 from purifyloader.audit.compare import audit_energy
 from purifyloader.audit.energies import DatasetEnergies, dataset_energies
 from purifyloader.audit.pictures import picture
-from purifyloader.audit.report import ranked_csv, table
+from purifyloader.audit.report import ranked_csv, sizes_in_words, table
+from purifyloader.audit.truth import read_poisoned
 from purifyloader.datasets import TORCHVISION, describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.diffusion.weights import weights_sha256
@@ -66,7 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--choose-seed", type=int, default=0, help="decides which images are chosen at random (default: 0)")
     add("--size", type=int, metavar="PX", help="resize the shorter side of each image to this, and crop the centre")
-    add("--poisoned", type=Path, metavar="FILE", help="JSON list of the indices known to be poisoned, to judge by")
+    add(
+        "--poisoned",
+        type=Path,
+        metavar="FILE",
+        help="the images known to be poisoned, to judge by: a JSON list of their indices or, in a folder, of their "
+        "file names below it, or such a name a line",
+    )
     add(
         "--top",
         type=float,
@@ -91,13 +99,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bad := [percent for percent in options.top if not 0 < percent <= 100]:
         raise InputError(f"--top must be percentages above 0, at most 100. Got {bad[0]:g}.")
     energy = pretrained.load(options.model, kind="energy").to(device)
-    poisoned = None if options.poisoned is None else read_indices(options.poisoned)
-    data, said = _data(options, energy, poisoned)
+    dataset = _dataset(options)
+    poisoned = None if options.poisoned is None else read_poisoned(options.poisoned, dataset)
+    data, said = _data(options, energy, dataset)
     reference: DatasetEnergies | None = None
     said_of_reference: dict[str, Any] = {}
     if options.reference is not None:
         reference, said_of_reference = _reference(options, energy)
-    results = audit_energy(data, reference, poisoned=poisoned, top=options.top, seed=options.choose_seed)
+        _warn_of_sizes(data, reference)
+    temperature = energy.temperature
+    results = audit_energy(
+        data, reference, poisoned=poisoned, top=options.top, temperature=temperature, seed=options.choose_seed
+    )
     results = {
         **results,
         "purifyloader": __version__,
@@ -114,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = to_json(results)
     written: list[str] = []
     if options.out is not None:  # before anything is printed, to a pipe that may be closed
-        files = {CSV_FILE: ranked_csv(data, reference, poisoned=poisoned), JSON_FILE: text}
+        files = {CSV_FILE: ranked_csv(data, reference, poisoned=poisoned, temperature=temperature), JSON_FILE: text}
         write_results(options.out, files, PICTURE_FILE, lambda path: picture(results, path), written.append)
     print(text if options.json else "\n".join([*table(results, data, reference), ""]), end="")
     if written:
@@ -126,16 +139,18 @@ def _progress(options: argparse.Namespace) -> bool:
     return not options.quiet and sys.stderr.isatty()
 
 
+def _dataset(options: argparse.Namespace) -> Dataset[Any]:
+    dataset = open_dataset(options.data, options.root, train=options.split == "train")
+    if not len(dataset):  # type: ignore[arg-type]
+        raise InputError("Expected images in --data. Got an empty dataset.")
+    return dataset
+
+
 def _data(
-    options: argparse.Namespace, energy: EnergyNetwork, poisoned: Sequence[int] | None
+    options: argparse.Namespace, energy: EnergyNetwork, dataset: Dataset[Any]
 ) -> tuple[DatasetEnergies, dict[str, Any]]:
     """All images asked for: those trained on too, for their owner wants to see each ranked."""
-    dataset = open_dataset(options.data, options.root, train=options.split == "train")
     length = len(dataset)  # type: ignore[arg-type]
-    if not length:
-        raise InputError("Expected images in --data. Got an empty dataset.")
-    if poisoned is not None and poisoned[-1] >= length:
-        raise InputError(f"--poisoned must be indices of the {length:,} images in --data. Got {poisoned[-1]}.")
     indices: Sequence[int] = range(length)
     if options.indices is not None:
         indices = read_indices(options.indices)
@@ -199,6 +214,16 @@ def _reference(options: argparse.Namespace, energy: EnergyNetwork) -> tuple[Data
     _warn_of_overlap(trained, indices)
     said = _said(options.reference, options.reference_split)
     return kept, {**said, "length": length, "trained_on_left_out": left_out}
+
+
+def _warn_of_sizes(data: DatasetEnergies, reference: DatasetEnergies) -> None:
+    if data.shapes.keys() != reference.shapes.keys():
+        print(
+            f"purifyloader: warning: the images in --data have {sizes_in_words(data.shapes)}, those in --reference "
+            f"{sizes_in_words(reference.shapes)}. Energies of different sizes do not compare: give --size to bring all "
+            "to one.",
+            file=sys.stderr,
+        )
 
 
 def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:

@@ -180,12 +180,12 @@ def audit_energy(
     Returns:
         What `json.dumps` takes; U = E / T throughout. "data" and "reference" have their count, the spread of their
         energies and their shapes. "comparison" (None without a reference) has the threshold, the 99th percentile of
-        the reference; above: count and share of the data beyond it, and the share expected of clean images; below:
-        the same for the 1st percentile; auc: P(an image of the data is above one of the reference), 0.5 for two
-        sets alike; "halves": see `halves`; same_images: of the data, that are in the reference too. "truth" (None
-        without `poisoned`) has the number poisoned among the data, the auc of their energies against those of the
-        others, and for each of `top` how many are flagged, the share of these that is poisoned and of the poisoned
-        that is flagged. "histogram" has counts over common bins.
+        the reference; threshold_energy, the same as E, which `EnergyAbove` takes; above: count and share of the data
+        beyond it, and the share expected of clean images; below: the same for the 1st percentile; auc: P(an image of
+        the data is above one of the reference), 0.5 for two sets alike; "halves": see `halves`; same_images: of the
+        data, that are in the reference too. "truth" (None without `poisoned`) has the number poisoned among the data,
+        the auc of their energies against those of the others, and for each of `top` how many are flagged, the share
+        of these that is poisoned and of the poisoned that is flagged. "histogram" has counts over common bins.
 
     Raises:
         InputError: no energy, one not finite, indices that are not in the data, or percentages outside (0, 100].
@@ -210,7 +210,7 @@ def audit_energy(
     if reference is not None:
         clean = _as_floats(reference, temperature, "the reference")
         sets["reference"] = clean
-        comparison = _comparison(values, clean, seed)
+        comparison = _comparison(values, clean, temperature, seed)
         known = set(reference.sha256)
         comparison["same_images"] = sum(digest in known for digest in data.sha256)
     return {
@@ -236,11 +236,12 @@ def _described(energies: DatasetEnergies, values: Floats) -> dict[str, Any]:
     }
 
 
-def _comparison(values: Floats, clean: Floats, seed: int) -> dict[str, Any]:
+def _comparison(values: Floats, clean: Floats, temperature: float, seed: int) -> dict[str, Any]:
     high, low = threshold(clean), -threshold(-clean)
     beyond = {"above": values > high, "below": values < low}
     return {
         "threshold": _figures(high),
+        "threshold_energy": float(f"{high * temperature:.9g}"),  # of float32, all its digits
         "threshold_below": _figures(low),
         **{
             name: {

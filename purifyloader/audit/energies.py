@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,9 +75,7 @@ def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | N
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index], sample)
     if isinstance(dataset, ImageFiles):
-        # the folder itself is not kept; the files are sorted, so what the first and last share, all do
-        folder = os.path.commonpath([dataset.files[0].parent, dataset.files[-1].parent])
-        return dataset.files[index].relative_to(folder).as_posix()
+        return dataset.files[index].relative_to(dataset.folder).as_posix()
     if isinstance(dataset, tv.DatasetFolder):
         return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
     key = sample.get("__key__") if isinstance(sample, Mapping) else None

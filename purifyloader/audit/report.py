@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
@@ -13,7 +13,7 @@ from purifyloader.audit.compare import percentiles, ranking
 from purifyloader.audit.energies import DatasetEnergies
 from purifyloader.energy.langevin import TEMPERATURE
 
-__all__ = ["MEANING", "in_words", "number", "ranked_csv", "table"]
+__all__ = ["MEANING", "in_words", "number", "ranked_csv", "sizes_in_words", "table"]
 
 _WIDTH = 118
 
@@ -80,8 +80,16 @@ def in_words(results: Mapping[str, Any]) -> Iterator[str]:
         f"{above['count']:,} of {results['data']['count']:,} images ({_percent(above['share'])}) are above the "
         f"reference's 99th percentile, where {_percent(above['expected'])} of clean images are expected."
     )
+    shapes = [_shapes(results[name]) for name in ("data", "reference")]
     if halves is not None:
         yield from _against_halves(above["share"], found["auc"], halves)
+        if shapes[0] == shapes[1]:
+            yield _verdict(above["share"], found["auc"], halves)
+    if shapes[0] != shapes[1]:
+        yield (
+            f"Caution: the data has {sizes_in_words(shapes[0])}, the reference {sizes_in_words(shapes[1])}. Energies "
+            "of different sizes do not compare, and this may be all that is unusual: give --size to bring all to one."
+        )
     if found["same_images"]:
         yield (
             f"Caution: {found['same_images']:,} images of the data are in the reference too, which makes the two look "
@@ -102,20 +110,32 @@ def _against_halves(share: float, told: float, halves: Mapping[str, Any]) -> Ite
         f"As a whole its energies are {side}: an image of the data is above one of the reference in {_percent(told)} "
         f"of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
     )
-    if share > tail["high"]:
-        yield (
+
+
+def _verdict(share: float, told: float, halves: Mapping[str, Any]) -> str:
+    if share > halves["share_above"]["high"]:
+        return (
             "So some of the data is unlike the reference: poison, or images of another kind. Look at the top of the "
             "list."
         )
-    elif told > whole["high"]:
-        yield (
+    if told > halves["auc"]["high"]:
+        return (
             "So the data as a whole differs from the reference: images of another kind, or a poison in many of them "
             "that moves each a little. Look at the top of the list first."
         )
-    elif told < whole["low"]:
-        yield "So the data is of another kind than the reference: smoother, more compressed, or trained on."
-    else:
-        yield "By this measure the data cannot be told from the reference, which does not prove it clean."
+    if told < halves["auc"]["low"]:
+        return "So the data is of another kind than the reference: smoother, more compressed, or trained on."
+    return "By this measure the data cannot be told from the reference, which does not prove it clean."
+
+
+def _shapes(described: Mapping[str, Any]) -> set[tuple[int, ...]]:
+    return {tuple(map(int, shape.split("x"))) for shape in described["shapes"]}
+
+
+def sizes_in_words(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Of the images of these shapes (C, H, W)."""
+    sizes = sorted({(width, height) for _, height, width in shapes})
+    return f"{sizes[0][0]} × {sizes[0][1]} px" if len(sizes) == 1 else f"{len(sizes)} sizes"
 
 
 def number(value: float, spread: float | None) -> str:
@@ -149,6 +169,10 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
     yield ""
     for sentence in in_words(results):
         yield from wrap(sentence, _WIDTH)
+    if (comparison := results["comparison"]) is not None:
+        yield (
+            f"That 99th percentile as a threshold of EnergyAbove, which takes E: {comparison['threshold_energy']:.9g}"
+        )
     if (truth := results["truth"]) is not None:
         yield ""
         told = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"

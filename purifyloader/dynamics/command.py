@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="at most N network calls for each level of diffusion (default: one a timestep; one with --sigma-px)",
     )
-    add("--sampler", choices=sorted(SAMPLERS), default="ancestral", help="of diffusion (default: ancestral)")
+    add("--sampler", choices=sorted(SAMPLERS), help="of diffusion (default: ancestral)")
     add("--seed", type=int, default=0, help="of the noise and the attacks (default: 0)")
     add("--batch-size", type=int, default=32, metavar="N", help="images of a network call; decides the last bit")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +136,8 @@ def make_path(models: Models, options: argparse.Namespace) -> Purification:
         InputError: a level outside the denoiser's range.
     """
     if models.denoiser is None:
-        if given := [flag for flag in ("sigma_px", "schedule", "calls") if getattr(options, flag) is not None]:
+        of_diffusion = ("sigma_px", "schedule", "calls", "sampler")
+        if given := [flag for flag in of_diffusion if getattr(options, flag) is not None]:
             raise ConfigError(
                 f"Langevin steps take --steps. Got --{given[0].replace('_', '-')}, which is about diffusion: leave it "
                 "out, or give a denoiser as --model."
@@ -145,7 +146,7 @@ def make_path(models: Models, options: argparse.Namespace) -> Purification:
         return LangevinPath(models.energy, sorted(set(options.steps or _STEPS)), compute_batch=options.batch_size)
     more: dict[str, Any] = {
         "calls": options.calls,
-        "sampler": options.sampler,
+        "sampler": options.sampler or "ancestral",
         "compute_batch": options.batch_size,
     }
     if options.sigma_px is not None:

@@ -252,20 +252,25 @@ def _maybe(value: float | None) -> float | None:
     return None if value is None else _figures(value)
 
 
+def temperature_of(energy: EnergyNetwork | None) -> float:
+    """T of the energies, which nobody divides where there is no energy model."""
+    return TEMPERATURE if energy is None else energy.temperature
+
+
 def dynamics(
     path: Path,
     clean_NCHW: Tensor,
     poisoned: Mapping[str, Tensor] | None = None,
     *,
     energy: EnergyNetwork | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """PureGen's Figure 2 as numbers. For the arguments see `measure`.
 
     Args:
-        temperature: T of the energies, which are given as U = E / T.
+        temperature: T of the energies, which are given as U = E / T; by default the one of the energy model.
 
     Returns:
         What `json.dumps` takes; it depends on the arguments and the device alone, but for the seconds. "levels" has
@@ -290,10 +295,11 @@ def in_numbers(
     poisoned: Mapping[str, Tensor],
     *,
     energy: EnergyNetwork | None,
-    temperature: float,
+    temperature: float | None,
     seed: int,
 ) -> dict[str, Any]:
     """What `dynamics` gives, of what `measure` found for the same arguments."""
+    temperature = temperature_of(energy) if temperature is None else temperature
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -21,7 +21,7 @@ from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import Schedule
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork, walk
-from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics
+from purifyloader.energy.langevin import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.evaluation.measures import device_of
 from purifyloader.images import quantize
@@ -97,7 +97,7 @@ class LangevinPath:
     Args:
         energy: on the device to work on.
         steps: after which it is looked at, rising; the walk is as long as the last.
-        step_size, temperature: see `purifyloader.energy.langevin`.
+        step_size, temperature: see `purifyloader.purifiers.Langevin`.
         compute_batch: images of every network call, at least 16 on the CPU.
 
     Raises:
@@ -111,12 +111,12 @@ class LangevinPath:
         steps: Sequence[int],
         *,
         step_size: float = STEP_SIZE,
-        temperature: float = TEMPERATURE,
+        temperature: float | None = None,
         compute_batch: int = 32,
     ) -> None:
         _check_levels(steps, "numbers of Langevin steps")
         for count in steps:
-            check_dynamics(count, step_size, temperature)
+            check_dynamics(count, step_size)
         self.purifier = Langevin(
             energy, steps[-1], step_size=step_size, temperature=temperature, compute_batch=compute_batch
         )

@@ -1,13 +1,19 @@
-"""The dynamics as one picture: distances on the left, energies on the right, a row for each attack."""
+"""The dynamics as one picture: distances on the left, energies on the right, a row for each attack.
+
+Of a proposal, the levels proposed are marked, and a row on top has what they were chosen by.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from purifyloader.dynamics.measure import FORMAT, VERSION
+from purifyloader.dynamics.tune import FORMAT as TUNE_FORMAT
+from purifyloader.dynamics.tune import VERSION as TUNE_VERSION
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files import replacing
 
@@ -15,14 +21,16 @@ __all__ = ["picture"]
 
 _DPI = 110
 _CLEAN, _WASHED, _AWAY, _GREY = "#1f6fb4", "#2e8b57", "#e67e22", "#666666"  # the paper's blue, green and orange
+_PROPOSED = "#8e44ad"
+_CURVES = ("#b8860b", "#17828c", "#8c510a", "#c51b7d", "#4d4d4d")
 _MOST_TICKS = 9
 
 
 def picture(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw what `dynamics` found as a PNG, whole or not at all.
+    """Draw what `dynamics` or `tune` found as a PNG, whole or not at all.
 
     Args:
-        results: of `dynamics`, or read from its JSON.
+        results: of `dynamics` or `tune`, or read from their JSON.
         path: replaced where it is.
 
     Returns:
@@ -32,9 +40,14 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
         InputError: results of something else, or of a newer version.
         PurifyError: matplotlib is not installed, or the file cannot be written.
     """
-    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
-        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
-        raise InputError(f"Expected results of dynamics, {FORMAT!r} of version {VERSION}. Got {got}.")
+    got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
+    tuned = results if got == {"format": TUNE_FORMAT, "version": TUNE_VERSION} else None
+    if tuned is None and got != {"format": FORMAT, "version": VERSION}:
+        raise InputError(
+            f"Expected results of dynamics or tune, {FORMAT!r} of version {VERSION} or {TUNE_FORMAT!r} of version "
+            f"{TUNE_VERSION}. Got {got}."
+        )
+    results = results if tuned is None else tuned["curves"]
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -44,17 +57,23 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
     path = Path(path)
     names: list[str | None] = sorted(results["poisons"]) or [None]
     columns = 1 if results["energy"] is None else 2
-    figure: Any = Figure(figsize=(7.2 * columns, 0.6 + 4.5 * len(names)), dpi=_DPI, layout="constrained")
+    first = 0 if tuned is None else 1
+    rows = first + len(names)
+    figure: Any = Figure(figsize=(7.2 * columns, 0.6 + 4.5 * rows), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(_title(results, columns), fontsize=12, x=0.01, ha="left")
-    axes = figure.subplots(len(names), columns, squeeze=False)
-    for row, name in zip(axes, names, strict=True):
-        _distances(row[0], results, name)
+    grid = figure.add_gridspec(rows, columns)
+    if tuned is not None:
+        _shares(figure.add_subplot(grid[0, :]), tuned)
+    for row, name in enumerate(names, start=first):
+        _distances(figure.add_subplot(grid[row, 0]), results, name)
         if columns == 2:
-            _energies(row[1], results, name)
-        for axis in row:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
+            _energies(figure.add_subplot(grid[row, 1]), results, name)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        if tuned is not None:
+            _mark(axis, tuned)
     try:
         with replacing(path) as temporary:
             # no version of matplotlib in the file: the same results are the same bytes
@@ -70,6 +89,42 @@ def _title(results: Mapping[str, Any], columns: int) -> str:
     data = results.get("data", {}).get("description")
     text = f"Purification by {how} {purification['model']['name'] or 'a model'}"
     return text + ("," if columns == 2 else "\n") + f" {images['count']:,} images" + (f" of {data}" if data else "")
+
+
+def _proposals(tuned: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """Where on the axis each level lies that is proposed, and its line."""
+    at, _ = _positions(tuned["curves"])
+    levels = [level["level"] for level in tuned["curves"]["levels"]]
+    styles = {"proposal": ("the proposal", "-"), "with_compensation": ("with compensation", "--")}
+    return {
+        what: (at[levels.index(tuned[key]["level"])], style)
+        for key, (what, style) in styles.items()
+        if tuned[key] is not None
+    }
+
+
+def _mark(axis: Any, tuned: Mapping[str, Any]) -> None:
+    for where, style in _proposals(tuned).values():
+        # below the legend, and whole at the last level
+        axis.axvline(where, ymax=0.82, color=_PROPOSED, ls=style, lw=1.5, zorder=1, clip_on=False)
+
+
+def _shares(axis: Any, tuned: Mapping[str, Any]) -> None:
+    """What a level is chosen by: the share of the images of each attack that have come closer to clean."""
+    results = tuned["curves"]
+    at = _over_levels(axis, results)
+    for name, colour in zip(sorted(results["poisons"]), cycle(_CURVES), strict=False):
+        closer = [100 * level["poisoned"][name]["closer_to_clean"] for level in results["levels"]]
+        axis.plot(at, closer, color=colour, lw=2, marker="o", ms=3, label=_label(name))
+    axis.axhline(100 * tuned["share"], color=_GREY, ls=":", lw=1.5, label=f"asked for: {100 * tuned['share']:g} %")
+    for what, (where, style) in _proposals(tuned).items():
+        axis.plot([], [], color=_PROPOSED, ls=style, lw=1.5, label=f"{what}: {where:.4g}")
+    title = "Images that have come closer to clean than to poisoned"
+    axis.set_title(title if tuned["proposal"] is not None else f"{title}: no level proposed", fontsize=10.5, loc="left")
+    axis.set_ylabel("share of the images (%)")
+    axis.set_ylim(0, 124)  # room for the legend
+    axis.set_yticks(range(0, 101, 20))
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=3)
 
 
 def _positions(results: Mapping[str, Any]) -> tuple[list[float], str]:
@@ -99,7 +154,10 @@ def _over_levels(axis: Any, results: Mapping[str, Any]) -> list[float]:
     else:
         step = at[-1] / _MOST_TICKS
         unit = 10.0 ** math.floor(math.log10(step))
-        step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= step * 0.999)
+        steps = [unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= step * 0.999]
+        if results["purification"]["kind"] == "langevin":  # which are counted
+            steps = [1.0] if unit < 1 else [its for its in steps if its % 1 == 0]
+        step = steps[0]
         ticks = [i * step for i in range(int(at[-1] / step + 1e-6) + 1)]
         labels = [f"{t:g}" for t in ticks]
         what += "; below, seconds an image takes here"

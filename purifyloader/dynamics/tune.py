@@ -17,17 +17,19 @@ from torch import Tensor
 
 from purifyloader import noise
 from purifyloader.audit.compare import halves, threshold
-from purifyloader.dynamics.measure import in_numbers, measure
+from purifyloader.dynamics.measure import in_numbers, measure, temperature_of
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies
-from purifyloader.energy.langevin import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.evaluation.measures import auc, check_images
 
-__all__ = ["FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
+__all__ = ["COMPENSATED", "FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
 
 FORMAT = "purifyloader-tune"
 VERSION = 1
+
+COMPENSATED = ("lsp",)
+"""Attacks of smooth patches: what purification leaves of them, compensation in training removes (README's tables)."""
 
 _OTHER, _PROBE = 1, 2  # what the noise is for: images that are no one's twins, and the probe
 
@@ -75,7 +77,7 @@ def tune(
     share: float = 0.5,
     data_NCHW: Tensor | None = None,
     energy: EnergyNetwork | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def tune(
         data_NCHW: images of the dataset to be purified, which are nobody's twins, of the same shape: how they compare
             with the clean ones before and after; see `compare_unpaired`.
         energy: also measure energies.
-        temperature: T of the energies, U = E / T.
+        temperature: T of the energies, U = E / T; by default the one of the energy model.
         seed: of the noise.
         progress: called with the network calls made since the last time, and all of the curves.
 
@@ -98,8 +100,9 @@ def tune(
         comes nearest, which is the same where there is a proposal; each with what is known of it (level, calls,
         sigma_px), seconds_per_image, cost_px (how far clean images are moved, RMS) and for each attack the share that
         is closer to clean, and the distance to clean before and after. "before" is the level just below, and "alone"
-        has the level that each attack alone would need. "unpaired" is of `compare_unpaired` at the best level, None
-        without `data_NCHW`. "curves" is what `dynamics` gives.
+        has the level that each attack alone would need. "with_compensation" is the smallest level that does for the
+        attacks that are not `COMPENSATED`; None where there is none, or it is the proposal itself. "unpaired" is of
+        `compare_unpaired` at the best level, None without `data_NCHW`. "curves" is what `dynamics` gives.
 
     Raises:
         InputError: no attack, or images that do not fit each other.
@@ -119,6 +122,8 @@ def tune(
     levels = curves["levels"][1:]  # nothing is proposed without purification
     closer = {name: [level["poisoned"][name]["closer_to_clean"] for level in levels] for name in poisoned}
     found = choose_level(closer, share)
+    others = {name: values for name, values in closer.items() if name not in COMPENSATED}
+    less = choose_level(others, share).chosen if others else None
     alone = {name: choose_level({name: values}, share).chosen for name, values in closer.items()}
     at = found.best if found.chosen is None else found.chosen
     unpaired = None
@@ -134,6 +139,7 @@ def tune(
         "proposal": None if found.chosen is None else records[found.chosen],
         "best": records[at],
         "before": records[at - 1] if at else None,
+        "with_compensation": None if less is None or less == found.chosen else records[less],
         "alone": {name: None if i is None else records[i] for name, i in alone.items()},
         "unpaired": unpaired,
         "curves": curves,
@@ -162,7 +168,7 @@ def compare_unpaired(
     data_NCHW: Tensor,
     *,
     energy: EnergyNetwork | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """How images of a dataset compare with clean ones that are not their twins, before and after purification.
@@ -178,9 +184,11 @@ def compare_unpaired(
     Returns:
         "removed_px" and "energy" (None without an energy model), each with "before" and "after": the median of clean
         and data; auc: P(one of the data is above one of the clean), 0.5 where nothing tells them apart; clean_auc:
-        from where to where it is for halves of the clean images; and share_above, of the data above the 99th
-        percentile of the clean ones (about 0.01 where they are alike).
+        from where to where it is for halves of the clean images; share_above, of the data above the 99th percentile
+        of the clean ones (about 0.01 where they are alike); and clean_share_above, as clean_auc. Where a part of the
+        data is poisoned, share_above tells what auc may not.
     """
+    temperature = temperature_of(energy) if temperature is None else temperature
     removed: dict[str, list[Floats]] = {}
     u: dict[str, list[Floats]] = {}
     for name, images, part in (("clean", clean_NCHW, 0), ("data", data_NCHW, _OTHER)):
@@ -220,6 +228,7 @@ def _before_and_after(values: Mapping[str, Sequence[Floats]], seed: int) -> dict
             "auc": _figures(auc(clean.tolist(), data.tolist())),
             "clean_auc": None if among is None else [among["auc"]["low"], among["auc"]["high"]],
             "share_above": _figures(float((data > threshold(clean)).mean())),
+            "clean_share_above": None if among is None else [among["share_above"]["low"], among["share_above"]["high"]],
         }
     return found
 

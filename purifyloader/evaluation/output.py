@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from purifyloader.errors import InputError, PurifyError
@@ -22,7 +23,7 @@ def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: 
 
     Raises:
         InputError: the folder holds one of the files and they are not to be replaced, or is none.
-        PurifyError: it cannot be looked into.
+        PurifyError: it cannot be looked into, or not be written to.
     """
     if folder is None:
         if overwrite:
@@ -37,6 +38,20 @@ def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: 
             f"Expected a folder without {what} as --out. Got {folder} with {', '.join(found)}: give another one, or "
             "--overwrite."
         )
+    with writing(folder):
+        _try_writing(folder)
+
+
+def _try_writing(folder: Path) -> None:
+    """Create the folder and a file in it, and leave nothing behind that was not there."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        for path in created:
+            with suppress(OSError):  # not created, or somebody else's file is in it by now
+                path.rmdir()
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
+from purifyloader.train.curves import CURVES_CSV
 from purifyloader.train.data import choose, hold_out, load_images, read_indices
-from purifyloader.train.state import STATE_FILE, images_sha256, writing
+from purifyloader.train.state import STATE_FILE, images_sha256, tidy, writing
 
 __all__ = [
     "CleanSet",
@@ -41,6 +42,7 @@ __all__ = [
 
 log = logging.getLogger("purifyloader")
 
+_WRITTEN = (STATE_FILE, CURVES_CSV, CONFIG_FILE, MODEL_FILE, CARD_FILE)  # by each of the commands
 _NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
 
 
@@ -151,8 +153,11 @@ def start_name(options: argparse.Namespace, named: Mapping[str, Any] | None) -> 
 
 
 @contextlib.contextmanager
-def alone(options: argparse.Namespace, rank: int) -> Iterator[None]:
+def alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> Iterator[None]:
     """--out is this run's while it lasts: two that write to one folder would undo each other's work.
+
+    Args:
+        pictures: names of those that the command writes. What killed saves have left of all files is removed.
 
     Raises:
         TrainingError: another process trains into it.
@@ -170,6 +175,8 @@ def alone(options: argparse.Namespace, rank: int) -> Iterator[None]:
                 f"Expected --out to be for this run alone. Got {options.out}, into which "
                 "another process is training now: wait for it, stop it, or give another folder."
             )
+        if lock.real:  # else another run may be writing just now
+            tidy(options.out, (*_WRITTEN, *pictures))
         try:
             yield
         finally:

@@ -63,7 +63,11 @@ def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[tuple[
         ),
         ("Optimiser", _rate(train)),
         ("Average", f"EMA {train['ema_decay']}" if train["ema_decay"] else "none"),
-        ("Arithmetic", f"{train['dtype']}{', compiled' if train['compile'] else ''}, seed {train['seed']}"),
+        (
+            "Arithmetic",
+            f"{train['dtype']}{' with convolutions in TF32' if record['tf32'] else ''}"
+            f"{', compiled' if train['compile'] else ''}, seed {train['seed']}",
+        ),
         ("Licence", details["licence"] or "not stated"),
     ]
 

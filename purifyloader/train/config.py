@@ -106,7 +106,7 @@ class TrainConfig:
         if (
             not isinstance(self.sigma_range, tuple)
             or len(self.sigma_range) != 2
-            or not all(isinstance(s, int | float) for s in self.sigma_range)
+            or not all(isinstance(s, int | float) and not isinstance(s, bool) for s in self.sigma_range)
             or not 0 < self.sigma_range[0] < self.sigma_range[1] < math.inf
         ):
             raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {self.sigma_range!r}.")
@@ -121,7 +121,8 @@ class TrainConfig:
             "compile": (False, True),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            # 1 is equal to True, and would be written down as a number
+            if not isinstance(getattr(self, name), type(allowed[0])) or getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(repr, allowed))}. Got {getattr(self, name)!r}."
                 )

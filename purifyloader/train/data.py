@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,24 @@ def read_indices(path: str | Path) -> list[int]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be a JSON list of indices. Got: {error}.") from None
     if isinstance(values, dict) and isinstance(values.get("details"), dict):
-        values = values["details"].get("indices")
+        values = values["details"].get("indices", values)
     if not isinstance(values, list) or not values or any(type(v) is not int or v < 0 for v in values):
-        raise InputError(f"{path} must be a JSON list of one or more indices from 0. Got something else.")
+        raise InputError(f"{path} must be a JSON list of one or more indices from 0. Got {_instead(values)}.")
     if len(set(values)) < len(values):
+        first = next(value for value, count in Counter(values).items() if count > 1)
         raise InputError(
-            f"{path} must list each index once (--replicate repeats images). Got {len(values) - len(set(values))} "
-            "more than once: leave them out."
+            f"{path} must list each index once. Got {first} more than once ({len(values)} entries for "
+            f"{len(set(values))} indices): leave the copies out."
         )
     return sorted(values)
+
+
+def _instead(values: Any) -> str:
+    """What a file has that is no list of indices."""
+    if not isinstance(values, list):
+        return f"{values!r:.80}"
+    wrong = [value for value in values if type(value) is not int or value < 0]
+    return f"{wrong[0]!r:.80} in it" if wrong else "an empty list"
 
 
 def load_images(

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with processes(options.device) as (rank, device):
         quiet = prepare(options, rank)
-        with alone(options, rank):
+        with alone(options, rank, (CURVES_PNG, SAMPLES_PNG)):
             return _train(options, rank, device, quiet)
 
 

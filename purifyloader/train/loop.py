@@ -42,9 +42,11 @@ from purifyloader.train.state import STATE_FILE, Groups, identity, load_state, s
 __all__ = [
     "batch_indices",
     "build_denoiser",
+    "check_images",
     "draw_sigma",
     "learning_rate",
     "peak_memory",
+    "seeded",
     "started_from",
     "train_denoiser",
 ]
@@ -68,6 +70,20 @@ def started_from(config: TrainConfig, start: NetworkDenoiser) -> TrainConfig:
     return dataclasses.replace(config, start_from={"name": start.name, "weights_sha256": weights_sha256(start)})
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators of the CPU and of `device` at `seed`, and afterwards where they were.
+
+    Not by torch.manual_seed, which seeds those of all other GPUs too.
+    """
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if gpu:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
 def build_denoiser(
     config: TrainConfig, image_channels: int = 3, start: NetworkDenoiser | None = None
 ) -> NetworkDenoiser:
@@ -86,8 +102,7 @@ def build_denoiser(
             f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
             "Set image_channels in its configuration."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed, torch.device("cpu")):
         network = UNet(config.network)
     timesteps = config.time == "timestep"
     if config.objective == "hybrid":
@@ -208,8 +223,7 @@ def _dropout_seed(config: TrainConfig, step: int, first: int, device: torch.devi
     if not config.network.dropout:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(noise.image_keys(config.seed, step, first)[0]))
+    with seeded(int(noise.image_keys(config.seed, step, first)[0]), device):
         yield
 
 
@@ -220,16 +234,27 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * up * down
 
 
-def _check_images(images: Tensor, what: str) -> None:
+def check_images(images: Tensor, what: str, channels: int | None = None) -> None:
+    """
+    Args:
+        channels: of the images trained on, where these are others.
+
+    Raises:
+        InputError: of another type or shape, or with other channels.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise InputError(
             f"{what} takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
             f"Got {images.dtype} {tuple(images.shape)}."
         )
+    if channels is not None and images.shape[1] != channels:
+        raise InputError(
+            f"{what} takes images with the channels of those trained on, {channels}. Got {images.shape[1]}."
+        )
 
 
 def _check(images: Tensor, config: TrainConfig, world_size: int) -> None:
-    _check_images(images, "Training")
+    check_images(images, "Training")
     if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
         raise ConfigError(
             f"patch_size must be at most the side of the images, {min(images.shape[-2:])}. Got {config.patch_size}."
@@ -251,6 +276,12 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _in_tf32(config: TrainConfig, device: torch.device) -> bool:
+    """Whether its float32 convolutions are a GPU's TF32, as torch has it unless it is told otherwise."""
+    backends: Any = torch.backends
+    return device.type == "cuda" and config.dtype == "float32" and backends.cudnn.conv.fp32_precision == "tf32"
 
 
 class _Watch:
@@ -363,7 +394,7 @@ def train_denoiser(
 
     Returns:
         The denoiser with averaged weights, and a record: steps, seconds, epochs, running mean of the loss,
-        processes, peak memory, and `warnings`.
+        processes, peak memory, whether its convolutions were in TF32, and `warnings`.
 
     Raises:
         InputError: images of another type or shape.
@@ -376,12 +407,7 @@ def train_denoiser(
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
     _check(images, config, world_size)
     if validation is not None:
-        _check_images(validation, "Validation")
-        if validation.shape[1] != images.shape[1]:
-            raise InputError(
-                f"Validation takes images with the channels of those trained on, {images.shape[1]}. "
-                f"Got {validation.shape[1]}."
-            )
+        check_images(validation, "Validation", images.shape[1])
     for name, given in (("micro_batch", micro_batch), ("validate_every", validate_every)):
         if given is not None and (type(given) is not int or given < 1):
             raise InputError(f"{name} must be a positive integer. Got {given}.")
@@ -430,6 +456,7 @@ def train_denoiser(
     # of the steps that are done, while one is being taken: a resumed run takes that one again
     settled = watch.header()
     between = True  # the weights are those of whole steps
+    told = False  # that states are not saved
     log_every = max(1, config.steps // 500)
 
     def save() -> None:
@@ -437,6 +464,23 @@ def train_denoiser(
         save_state(path, {**header, "curves": curves.rows, "warnings": warnings}, weights.groups())
         with writing(folder / pictures.CURVES_CSV):
             curves.write_csv(folder)
+
+    def save_if_sound() -> bool:
+        """Whether it was: else the state that stands there is worth more."""
+        nonlocal told
+        if not watch.suspect:
+            save()
+            return True
+        if not told:
+            told = True
+            log.warning(
+                "step %d is not saved, nor any later one while the loss is this far above its lowest, %.4g over %.4g "
+                "(running means). A state from before, if there is one, is kept.",
+                weights.step,
+                watch.mean,
+                watch.lowest,
+            )
+        return False
 
     def validate() -> None:
         if judge is None or any(row["step"] == weights.step for row in curves.validated()):
@@ -502,8 +546,7 @@ def train_denoiser(
             seconds, last = seconds + now - last, now
             # The weights that gave this finite loss are what is saved, so that a state is never a broken one.
             due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
-            if rank == 0 and due and not watch.suspect:
-                save()
+            if rank == 0 and due and save_if_sound():
                 saved = time.monotonic()
                 saving = saved - now
             rate = learning_rate(config, step)
@@ -526,7 +569,7 @@ def train_denoiser(
     except KeyboardInterrupt:
         bar.close()
         if rank == 0 and between and last > begun:
-            save()
+            save_if_sound()
         raise
     bar.close()
     if not weights.finite():
@@ -542,6 +585,7 @@ def train_denoiser(
         "loss": watch.mean,
         "processes": world_size,
         "peak_memory": peak_memory(device),
+        "tf32": _in_tf32(config, device),
         "warnings": warnings,
     }
     return weights.average, record

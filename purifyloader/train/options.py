@@ -48,9 +48,10 @@ def _of_checkpoint(config: Mapping[str, Any]) -> Any:
         return values
     if isinstance(network := values.get("network"), dict):
         # whole: what it leaves out is at its default there, whatever the recipe has
-        values["network"] = dataclasses.asdict(UNetConfig.from_dict(network))
-    if "flip" in values:  # a card from before the recipes
-        denoiser = config["denoiser"]
+        values["network"] = {**dataclasses.asdict(UNetConfig()), **network}
+    denoiser = config.get("denoiser")  # an energy model's flip is its own
+    if "flip" in values and isinstance(denoiser, dict) and {"parameterization", "schedule"} <= denoiser.keys():
+        # a card from before the recipes
         flip = values.pop("flip")
         values["augment"] = ["flip"] if flip else []
         values["parameterization"] = denoiser["parameterization"]

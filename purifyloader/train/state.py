@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files import canonical_json, replacing
 from purifyloader.train.config import TrainConfig
 
-__all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "writing"]
+__all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "tidy", "writing"]
 
 STATE_FILE = "training-state.safetensors"
 
@@ -56,8 +59,27 @@ def save_state(path: Path, header: dict[str, Any], groups: Groups) -> None:
         TrainingError: no room; the state that stood there is kept.
     """
     tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, d in groups.items() for k, v in d.items()}
-    with writing(path), replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
+    with writing(path), _hidden_folder(path) as folder:
+        # in a folder of its own: save_file writes to a temporary file beside, which a kill leaves under a random name
+        with replacing(folder / path.name) as temporary:
+            save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
+        os.replace(folder / path.name, path)
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, named as `replacing` names its files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as name:
+        yield Path(name)
+
+
+def tidy(folder: Path, files: Iterable[str]) -> None:
+    """Remove what killed saves of these files have left; nobody may be writing them."""
+    for name in files:
+        for path in folder.glob(f".{name}.*.tmp"):
+            with suppress(OSError):  # no reason not to train
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Groups]:

@@ -15,7 +15,7 @@ from purifyloader import noise
 from purifyloader.errors import ConfigError
 from purifyloader.train.energy.config import EnergyTrainConfig
 
-__all__ = ["DATA_NOISE", "WALK", "Bank", "image_positions", "step_keys"]
+__all__ = ["DATA_NOISE", "WALK", "Bank", "image_positions", "outside", "step_keys"]
 
 # What each number drawn for a position of a step is for; the Langevin steps have the words from `WALK` on.
 DATA_NOISE, FRESH, WALK = 0, 1, 2  # normals; FRESH uniforms too, where the bank is of noise
@@ -48,6 +48,11 @@ def image_positions(config: EnergyTrainConfig, count: int, step: int) -> Tensor:
         keys_B = noise.fold_in(step_keys(config, step, 0, config.batch_size), _IMAGES)
         return (noise.uniform(keys_B, (1,))[:, 0] * count).floor().to(torch.int64)
     return _drawn(config.seed, _IMAGES, step, config.batch_size, count)
+
+
+def outside(x_BCHW: Tensor, config: EnergyTrainConfig) -> float:
+    """Share of the pixels that are further outside of [0, 1] than noise alone takes them."""
+    return float(((x_BCHW < -config.margin) | (x_BCHW > 1 + config.margin)).float().mean())
 
 
 class Bank:

@@ -59,11 +59,11 @@ def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[tuple[str,
     ]
 
 
-def _chains(rows: Sequence[Mapping[str, Any]], images: int, held_out: str) -> list[str]:
+def _chains(rows: Sequence[Mapping[str, Any]], images: int, held_out: str, margin_px: float) -> list[str]:
     text = [
         f"Chains of Langevin steps from {images} {held_out}: how far they move (root mean square), how their energy "
         "changes (in standard deviations of the images' own energies), how their contrast does (1 is as it was), and "
-        "how many of their pixels leave [0, 1]:",
+        f"how many of their pixels leave [0, 1] by more than {margin_px:.3g} px, further than noise alone takes them:",
         "",
         "| steps | moved | energy | contrast | outside |",
         "|---|---|---|---|---|",
@@ -89,7 +89,7 @@ def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pi
         text += [details["note"], ""]
     text += ["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _facts(energy, details)), ""]
     if details["chains"]:
-        text += _chains(details["chains"], details["chain_images"], details["held_out"])
+        text += _chains(details["chains"], details["chain_images"], details["held_out"], details["margin_px"])
     if details["record"]["warnings"]:
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():

@@ -6,7 +6,6 @@ From a folder of clean images to an energy model with its card.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from purifyloader import pretrained
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.errors import InputError
+from purifyloader.errors import ConfigError, InputError
 from purifyloader.train import plan
 from purifyloader.train.arguments import (
     add_card,
@@ -104,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"--chain-steps must be 0 or more. Got {options.chain_steps}.")
     with processes(options.device) as (rank, device):
         quiet = prepare(options, rank)
-        with alone(options, rank):
+        with alone(options, rank, (CURVES_PNG, BANK_PNG, CHAINS_PNG)):
             return _train(options, rank, device, quiet)
 
 
@@ -132,7 +131,7 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
     about = details(options, clean, held_out_name or "images trained on", config, record, machine(device))
     with writing(options.out):
         rows, count, failure = _chains(options, energy, clean.images if held_out is None else held_out, config, device)
-        about |= {"chains": rows, "chain_images": count}
+        about |= {"chains": rows, "chain_images": count, "margin_px": round(255 * config.margin, 2)}
         if failure is not None:  # of the chains, and no reason to lose what was trained
             record["warnings"].append(failure)
         save(energy, options.out, options.name or options.out.resolve().name, about)
@@ -141,7 +140,7 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
     for row in rows:
         print(
             f"  {row['steps']:,} steps on: moved {row['moved_px']:.1f} px, energy {row['energy']:+.2f}, "
-            f"contrast {row['contrast']:.2f}, outside {row['outside']:.1%}"
+            f"contrast {row['contrast']:.2f}, {row['outside']:.1%} outside by more than {about['margin_px']:.3g} px"
         )
     return 0
 
@@ -162,6 +161,15 @@ def _fields(path: Path) -> dict[str, Any]:
     return values
 
 
+def _decay_at(base: EnergyTrainConfig, fields: Mapping[str, Any], steps: int | None) -> tuple[int, ...]:
+    """Where the rate falls: as the file says it, else as the recipe does; moved along with another number of steps."""
+    length = {name: fields[name] for name in ("steps", "decay_at") if name in fields}
+    config = EnergyTrainConfig.from_dict(length, base)
+    known = config if "decay_at" in fields else base
+    steps = config.steps if steps is None else steps
+    return tuple(max(1, step * steps // known.steps) for step in known.decay_at)
+
+
 def _configuration(
     options: argparse.Namespace, image_channels: int, device: torch.device
 ) -> tuple[EnergyTrainConfig, EnergyNetwork | None]:
@@ -172,21 +180,19 @@ def _configuration(
     check_start_from(named)
     name = start_name(options, named)
     start = None if name is None else pretrained.load(name, kind="energy")
-    if options.channels is not None:
-        fields["network"] = {**fields.get("network", {}), "channels": options.channels}
-    if start is not None:
-        fields["network"] = {**start.config.to_dict(), **fields.get("network", {})}
-    config = EnergyTrainConfig.from_dict(fields, base)
+    network = fields.get("network", {})
+    if not isinstance(network, Mapping):
+        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
+    shape = {} if start is None else start.config.to_dict()
+    channels = {} if options.channels is None else {"channels": options.channels}
     changes: dict[str, Any] = {n: getattr(options, n) for n in _OPTIONS if getattr(options, n) is not None}
-    steps = changes.get("steps", config.steps)
-    if "decay_at" not in fields or options.steps is not None:
-        known = base if "decay_at" not in fields else config
-        changes["decay_at"] = tuple(max(1, step * steps // known.steps) for step in known.decay_at)
+    changes |= {"network": {**shape, **network, **channels}, "decay_at": _decay_at(base, fields, options.steps)}
     if options.compile is not None:
         changes["compile"] = options.compile
     elif "compile" not in fields:
         changes["compile"] = device.type == "cuda"
-    config = dataclasses.replace(config, **changes)
+    # once all of it is known: a bank that is too small for the recipe's batch may fit the one that is asked for
+    config = EnergyTrainConfig.from_dict({**fields, **changes}, base)
     return (config, None) if start is None else (energy_started_from(config, start), start)
 
 

@@ -85,7 +85,8 @@ class EnergyTrainConfig:
             "compile": (False, True),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            # 1 is equal to True, and would be written down as a number
+            if not isinstance(getattr(self, name), type(allowed[0])) or getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(repr, allowed))}. Got {getattr(self, name)!r}."
                 )
@@ -112,6 +113,15 @@ class EnergyTrainConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
             raise ConfigError(f"{name} must be {range_}. Got {value!r}.")
+
+    @property
+    def margin(self) -> float:
+        """How far outside of [0, 1] a pixel must be to have left it, in image units.
+
+        Four standard deviations of the noise of an image and of one update's walk: a pixel at 0 is below it in half
+        of all draws. The noise of earlier updates is the energy's to hold back, and four leave it the time to learn to.
+        """
+        return 4 * math.sqrt(self.data_noise**2 + self.langevin_steps * self.step_size**2)
 
     def to_dict(self) -> dict[str, Any]:
         values = {**asdict(self), "network": self.network.to_dict()}

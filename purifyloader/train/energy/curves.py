@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from purifyloader import noise
+from purifyloader.devices import exact_arithmetic
 from purifyloader.energy.energies import image_energies
 from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.files import replacing, write_text
 from purifyloader.images import quantize
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG
+from purifyloader.train.energy.bank import outside
 from purifyloader.train.energy.config import EnergyTrainConfig
 
-__all__ = ["BANK_PNG", "CHAINS_PNG", "EnergyCurves", "long_chains"]
+__all__ = ["BANK_PNG", "CHAINS_PNG", "EnergyCurves", "float32_arithmetic", "long_chains"]
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +115,14 @@ class EnergyCurves:
             figure.savefig(temporary, dpi=100, format="png")
 
 
+def float32_arithmetic(device: torch.device) -> AbstractContextManager[None]:
+    """Float32 as the purifier has it that will run the model: torch's own is TF32 in the convolutions of a GPU.
+
+    On a CPU it is float32 anyway, and exact_arithmetic would only take threads away.
+    """
+    return exact_arithmetic(device) if device.type == "cuda" else nullcontext()
+
+
 def _picture(images: Tensor, columns: int, path: Path) -> None:
     from PIL import Image
 
@@ -138,8 +149,8 @@ def long_chains(
     Returns:
         A row for each of `steps`: `moved_px` (root mean square from the start), `energy` (mean change, in
         temperatures, over the standard deviation of the images' own energies), `contrast` (mean standard deviation of
-        an image over that at its start), and `outside` (share of pixels out of [0, 1]). And a sentence where the
-        chains ran away, with the rows before that; else None.
+        an image over that at its start), and `outside` (share of pixels out of [0, 1] by more than `config.margin`).
+        And a sentence where the chains ran away, with the rows before that; else None.
     """
     start = images[:_MEASURED].to(torch.float32) / 255
     keys = noise.image_keys(config.seed, 0, torch.arange(len(start))).to(start.device)
@@ -155,21 +166,24 @@ def long_chains(
         temperature=config.temperature,
     )
     failure = None
-    for done, x in enumerate(islice(chain, max(steps)), start=1):
-        if done in steps:
+    with float32_arithmetic(start.device):
+        for done, x in enumerate(islice(chain, max(steps)), start=1):
+            if done not in steps:
+                continue
             if not float((x - 0.5).abs().max()) <= FAR:
                 failure = f"long chains run away within {done:,} Langevin steps"
                 log.warning("%s: use the model for short ones only, or train it longer", failure)
                 break
             shown.append(x[:_CHAINS])
+            contrast = x.flatten(1).std(1) / start.flatten(1).std(1).clamp(min=1e-6)
             rows.append(
                 {
                     "steps": done,
                     "moved_px": round(255 * float((x - start).square().mean().sqrt()), 2),
                     "energy": round(float((image_energies(energy, x) - own).mean()) / max(spread, 1e-12), 3),
-                    "contrast": round(float((x.flatten(1).std(1) / start.flatten(1).std(1).clamp(min=1e-6)).mean()), 3),
-                    "outside": round(float(((x < 0) | (x > 1)).float().mean()), 4),
+                    "contrast": round(float(contrast.mean()), 3),
+                    "outside": round(outside(x, config), 4),
                 }
             )
-    _picture(torch.cat(shown), _CHAINS, path)
+    _picture(torch.cat(shown), len(shown[0]), path)
     return rows, failure

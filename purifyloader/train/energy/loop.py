@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy.langevin import walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
-from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, step_keys
+from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
-from purifyloader.train.energy.curves import EnergyCurves
-from purifyloader.train.loop import peak_memory
+from purifyloader.train.energy.curves import EnergyCurves, float32_arithmetic
+from purifyloader.train.loop import check_images, peak_memory, seeded
 from purifyloader.train.state import STATE_FILE, Groups, images_sha256, load_state, save_state, writing
 
 __all__ = ["build_energy", "energy_learning_rate", "energy_started_from", "train_energy"]
@@ -44,7 +45,7 @@ _SMOOTH = 0.02  # of a new value in its running mean
 _SETTLED = 100  # steps before a running mean is worth stopping for
 _APART = 10.0  # times the spread of the images' own energies (or the smallest difference so far): no way back
 _STEEP = 5.0  # times the noise of a Langevin step: its slope overshoots
-_OUTSIDE = 0.5  # of the samples' pixels outside [0, 1]: no images any more
+_OUTSIDE = 0.5  # of the samples' pixels have left [0, 1]: no images any more
 _SUSPECT = 0.3  # of any of these: not a state worth keeping
 _SAVING_SHARE = 0.05  # of the time, at most, goes into writing states
 
@@ -57,7 +58,7 @@ def energy_started_from(config: EnergyTrainConfig, start: EnergyNetwork) -> Ener
 def build_energy(
     config: EnergyTrainConfig, image_channels: int = 3, start: EnergyNetwork | None = None
 ) -> EnergyNetwork:
-    """The energy model before training. Random weights are a function of `config.seed`.
+    """The energy model before training. Random weights are a function of `config.seed`, torch's generator left alone.
 
     Raises:
         ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
@@ -67,9 +68,8 @@ def build_energy(
             f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
             "Set image_channels in its configuration."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        energy = EnergyNetwork(config.network)
+    with seeded(config.seed, torch.device("cpu")):
+        energy = EnergyNetwork(config.network, config.temperature)
     wanted = config.start_from
     got = None if start is None else weights_sha256(start)
     if (None if wanted is None else wanted["weights_sha256"]) != got:
@@ -102,11 +102,7 @@ def _identity(config: EnergyTrainConfig, images: Tensor) -> dict[str, Any]:
 
 
 def _check(images: Tensor, config: EnergyTrainConfig, world_size: int) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-        raise InputError(
-            "Training takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
-            f"Got {images.dtype} {tuple(images.shape)}."
-        )
+    check_images(images, "Training")
     if config.batch_size % world_size:
         raise ConfigError(
             f"batch_size must be a multiple of the number of processes, {world_size}, which share each batch. "
@@ -172,7 +168,7 @@ class _Watch:
     NAMES = ("difference", "spread", "drift", "outside")
 
     def __init__(self, config: EnergyTrainConfig, values: dict[str, float] | None = None) -> None:
-        self._noise = config.step_size
+        self._noise, self._margin_px = config.step_size, 255 * config.margin
         self.values = dict(values or {})
 
     def see(self, step: int, new: dict[str, float]) -> str | None:
@@ -181,7 +177,7 @@ class _Watch:
         Args:
             new: in units of the temperature, `difference` (mean energy of images less that of samples) and `spread`
                 (standard deviation over the images); `drift` of a Langevin step without its noise, root mean square
-                in image units; `outside`, share of the samples' pixels outside [0, 1].
+                in image units; `outside`, share of the samples' pixels outside [0, 1] by more than `config.margin`.
         """
         for name in self.NAMES:
             before = self.values.get(name, new[name])
@@ -211,13 +207,17 @@ class _Watch:
                 f"The energy has become so steep that a Langevin step moves {255 * its['drift']:.3g} px downhill "
                 f"beside {255 * self._noise:.3g} px of noise",
             ),
-            (its["outside"] / _OUTSIDE, f"{its['outside']:.0%} of the samples' pixels have left [0, 1]"),
+            (
+                its["outside"] / _OUTSIDE,
+                f"{its['outside']:.0%} of the samples' pixels have left [0, 1] by more than {self._margin_px:.3g} px",
+            ),
         ]
 
     @property
-    def suspect(self) -> bool:
-        """The state is not worth keeping."""
-        return bool(self.values) and any(share > _SUSPECT for share, _ in self._measures())
+    def suspicion(self) -> str | None:
+        """Why the state is not worth keeping; None where it is."""
+        share, what = max(self._measures()) if self.values else (0.0, "")
+        return what if share > _SUSPECT else None
 
 
 def train_energy(
@@ -253,7 +253,7 @@ def train_energy(
         watched, processes, peak memory, and `warnings`.
 
     Raises:
-        InputError: images of another type or shape.
+        InputError: images, or held-out ones, of another type or shape.
         ConfigError: images or processes that the configuration does not fit.
         TrainingError: the energies ran apart, exploded or became NaN, or the samples left the images; or `out` holds
             the state of another run.
@@ -262,6 +262,8 @@ def train_energy(
     spread = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
     _check(images, config, world_size)
+    if held_out is not None:
+        check_images(held_out, "held_out", images.shape[1])
     if not save_every >= 0:
         raise InputError(f"save_every must be at least 0 seconds. Got {save_every}.")
     device = as_device(device)
@@ -297,6 +299,7 @@ def train_energy(
     share = config.batch_size // world_size
     mine = slice(rank * share, (rank + 1) * share)
     between = True  # weights and bank are those of whole steps
+    told = False  # that states are not saved
     settled = dict(watch.values)  # of the steps that are done, while one is being taken: a resumed run takes it again
     log_every = max(1, config.steps // 500)
 
@@ -307,14 +310,31 @@ def train_energy(
         with writing(folder):
             curves.write(model.average, bank.samples)
 
-    def stop(reason: str) -> TrainingError:
+    def save_if_sound() -> bool:
+        """Whether it was: else the state that stands there is worth more."""
+        nonlocal told
+        reason = watch.suspicion
+        if reason is None:
+            save()
+            return True
+        if not told:
+            told = True
+            log.warning(
+                "step %d is not saved, nor any later one while this looks like a run that breaks: %s (running means). "
+                "A state from before, if there is one, is kept.",
+                model.step,
+                reason,
+            )
+        return False
+
+    def stop(reason: str, step: int) -> TrainingError:
         bar.close()
         kept = ""
         if path.exists():
             done = load_state(path, own)[0]["step"]
             kept = f" The last good state is kept in {path}: the same command with --steps {done} makes a checkpoint."
         return TrainingError(
-            f"{reason} at step {model.step + 1}.{kept} Lower the learning rate, take more Langevin steps, or use "
+            f"{reason} at step {step}.{kept} Lower the learning rate, take more Langevin steps, or use "
             "float32, and start again with another output folder."
         )
 
@@ -332,19 +352,23 @@ def train_energy(
             drawn = keys.to(device)
             failure = None
             try:
-                samples, drift = _walked(model.walker, samples, drawn, config)
+                with _arithmetic(config, device):
+                    samples, drift = _walked(model.walker, samples, drawn, config)
             except PurifyError as error:  # said below, by all processes at the same place
                 failure, drift = f"The samples ran away ({error})", math.nan
             x = shown[origin_B[mine].to(device)].to(torch.float32) / 255
             x = x + config.data_noise * noise.normal(drawn, x.shape[1:], DATA_NOISE)
-            measured, norm = _gradients(model, x, samples, config, world_size)
-            measured = {**measured, "drift": drift, "outside": float(((samples < 0) | (samples > 1)).float().mean())}
+            with _arithmetic(config, device):
+                measured, norm = _gradients(model, x, samples, config, world_size)
+            measured |= {"drift": drift, "outside": outside(samples, config), "away": float(failure is not None)}
             if spread:
                 measured = _shared(measured, device)
+            if measured["away"]:
+                raise stop(failure or "The samples of another process ran away", step + 1)
             if not math.isfinite(norm):
-                raise stop(f"The gradient has the norm {norm}")
+                raise stop(f"The gradient has the norm {norm}", step + 1)
             if (reason := watch.see(step, measured)) is not None:
-                raise stop(failure or reason)
+                raise stop(reason, step + 1)
             now = time.monotonic()
             seconds, last = seconds + now - last, now
             if spread:
@@ -353,8 +377,7 @@ def train_energy(
                 samples = torch.cat(parts)
             # state and weights that gave these finite energies are what is saved, so that a state is never broken
             due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
-            if rank == 0 and due and not watch.suspect:
-                save()
+            if rank == 0 and due and save_if_sound():
                 saved = time.monotonic()
                 saving = saved - now
             rate = energy_learning_rate(config, step)
@@ -363,15 +386,12 @@ def train_energy(
             model.update(rate)
             between, settled = True, dict(watch.values)
             if model.step % log_every == 0 or model.step == config.steps:
-                curves.add(
-                    model.average,
-                    shown,
-                    step=model.step,
-                    seconds=round(seconds, 2),
-                    learning_rate=rate,
-                    gradient_norm=float(f"{norm:.5g}"),
-                    **{name: float(f"{measured[name]:.6g}") for name in ("data", "samples", *_Watch.NAMES)},
-                )
+                row = {name: float(f"{measured[name]:.6g}") for name in ("data", "samples", *_Watch.NAMES)}
+                row |= {"learning_rate": rate, "gradient_norm": float(f"{norm:.5g}")}
+                try:
+                    curves.add(model.average, shown, step=model.step, seconds=round(seconds, 2), **row)
+                except PurifyError as error:  # in all processes alike: they have the same weights
+                    raise stop(f"The energies broke ({error})", model.step) from None
             if on_step is not None:
                 on_step(model.step, measured["difference"])
             bar.update()
@@ -379,11 +399,11 @@ def train_energy(
     except KeyboardInterrupt:
         bar.close()
         if rank == 0 and between and last > begun:
-            save()
+            save_if_sound()
         raise
     bar.close()
     if not all(bool(p.isfinite().all()) for p in model.average.parameters()):
-        raise stop("The weights became infinite or NaN")
+        raise stop("The weights became infinite or NaN", model.step)
     if rank == 0 and (last > begun or not path.exists()):
         save()
     record = {
@@ -396,6 +416,10 @@ def train_energy(
         "warnings": warnings,
     }
     return model.average.to(memory_format=torch.contiguous_format), record
+
+
+def _arithmetic(config: EnergyTrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    return float32_arithmetic(device) if config.dtype == "float32" else nullcontext()
 
 
 def _walked(walker: EnergyNetwork, samples: Tensor, keys_B: Tensor, config: EnergyTrainConfig) -> tuple[Tensor, float]:

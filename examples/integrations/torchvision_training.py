@@ -1,0 +1,43 @@
+"""A torchvision script: one line in front of the transform, one behind the augmentation.
+
+    python examples/integrations/torchvision_training.py
+
+`Purify` runs in the loader's workers, image by image: for a cheap purifier. (A network is cheaper in a PurifiedLoader
+or a cache.) To purify with JPEG alone, write `Squeeze("jpeg")` in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from sample import MEAN, STD, Sample, arguments, model, report
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from purifyloader import recipes
+from purifyloader.transforms import Compensate, Purify
+
+options = arguments(__doc__)
+transform = v2.Compose(
+    [
+        Purify(recipes.eclipse("cifar10-sparse")),  # <- first: on the image as it is stored
+        v2.RandomCrop(32, padding=4),
+        v2.RandomHorizontalFlip(),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        Compensate(),  # <- after the augmentation, before Normalize
+        v2.Normalize(MEAN, STD),
+    ]
+)
+if __name__ == "__main__":
+    loader = DataLoader(Sample(options.images, transform), batch_size=128, shuffle=True, num_workers=options.workers)
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(options.epochs):
+        losses = []
+        for images, labels in loader:
+            loss = torch.nn.functional.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        report(epoch, losses)
