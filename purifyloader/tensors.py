@@ -35,6 +35,8 @@ def device_of(purifier: Purifier) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
+# a network has graphs of its own, and looking at values breaks any
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def purify_tensor(purifier: Purifier, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
     """Purified images of the type, channels and device that came in.
 

@@ -54,6 +54,35 @@ def test_cache_speed_compares_what_the_readme_shows(tmp_path):
         assert all(value > 0 for value in results[part].values())
 
 
+INTEGRATIONS = [
+    ("torchvision",),
+    ("torchvision", "--workers", 1),
+    ("kornia",),
+    ("webdataset",),
+    ("accelerate",),
+    ("lightning",),
+    ("timm",),
+    ("timm", "--prefetcher"),
+    ("hf_datasets",),
+    ("hf_datasets", "--loader"),
+]
+
+
+@pytest.mark.parametrize("words", INTEGRATIONS, ids=lambda words: " ".join(map(str, words)))
+def test_integrations(words):
+    """Other people's containers, each in a script of its own; what they warn of is theirs."""
+    script = ROOT / "examples" / "integrations" / f"{words[0]}_training.py"
+    command = [sys.executable, script, "--images", 48, "--epochs", 2, *words[1:]]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"epoch (\d): loss \d+\.\d+ -> \d+\.\d+ over 1 steps", done.stdout) == ["0", "1"]
+
+
+def test_integrations_are_all_tried():
+    scripts = {path.name for path in (ROOT / "examples" / "integrations").glob("*_training.py")}
+    assert scripts == {f"{words[0]}_training.py" for words in INTEGRATIONS}
+
+
 @pytest.mark.slow
 def test_quickstart_shows_what_the_readme_says(tmp_path):
     out = run("quickstart.py", "--out", tmp_path / "quickstart.png")

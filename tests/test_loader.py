@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import webdataset as wds
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -317,6 +319,40 @@ def test_a_run_goes_on_in_mid_epoch(ahead: int, seen: int) -> None:
         got += list(again)
     assert len(got) == 18
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata's own
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_torchdatas_loader_goes_on_in_mid_epoch(workers: int, ahead: int) -> None:
+    def loader() -> PurifiedLoader:
+        data = TensorDataset(numbered(40), torch.arange(40))
+        inner = StatefulDataLoader(data, 8, shuffle=True, num_workers=workers, generator=torch.Generator())
+        return PurifiedLoader(inner, Seeds(), ahead=ahead, index_key=1)
+
+    def images(batches: Any) -> dict[int, bytes]:
+        return {int(i): x.numpy().tobytes() for x, index in batches for x, i in zip(x, index, strict=True)}
+
+    first = loader()
+    batches = iter(first)
+    before = images([next(batches), next(batches)])
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    rest = images(batches)
+    again = loader()
+    again.load_state_dict(state)
+    assert images(again) == rest
+    assert sorted([*before, *rest]) == list(range(40))
+
+
+def test_a_loader_that_accelerate_prepared() -> None:
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(loader_of(numbered(20)))
+    loader = PurifiedLoader(prepared, Counting())
+    assert not hasattr(loader, "state_dict")  # it has the method, and no state
+    numbers, times = read(collected(loader))
+    assert (numbers, set(times)) == (list(range(20)), {1})
+    with pytest.raises(InputError, match="not purified yet"):
+        PurifiedLoader(accelerator.prepare(DataLoader(PurifiedDataset(Numbered(9), Counting()), 4)), Counting())
 
 
 def test_the_rest_of_the_loader_shows_through() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from purifyloader.devices import exact_arithmetic
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files import canonical_json
 from purifyloader.images import to_unit
+from purifyloader.purifiers.packing import reduced
 
 if TYPE_CHECKING:
     from purifyloader.purifiers.conditions import Condition
@@ -184,6 +185,10 @@ class Purifier(nn.Module):
         if 0 in x.shape[-3:]:
             raise InputError(f"An {what} needs at least one pixel and one channel. Got {tuple(x.shape)}.")
         to_unit(x.detach(), what)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """For another process: see `purifyloader.purifiers.packing`."""
+        return reduced(self) or super().__reduce_ex__(protocol)
 
     def train(self, mode: bool = True) -> Self:
         """Purifiers are never in training mode, whatever module holds them."""
