@@ -29,6 +29,7 @@ __all__ = ["PurifiedLoader"]
 log = logging.getLogger(__name__)
 
 _RANK_BITS = 40  # of an image's number: the processes of a job count apart
+_MANY_CALLS = 10
 _STATE = ("state_dict", "load_state_dict")
 
 
@@ -46,7 +47,8 @@ class _Ready(NamedTuple):
 class PurifiedLoader:
     """A loader whose batches come purified: the last line before the training loop.
 
-        loader = PurifiedLoader(DataLoader(dataset, 128, shuffle=True), recipes.eclipse("cifar10-sparse"), "cuda")
+        purifier = recipes.eclipse("cifar10-sparse", sigma=0.05)
+        loader = PurifiedLoader(DataLoader(dataset, batch_size=128, shuffle=True), purifier, "cuda")
 
     Whole batches are purified after collation, in this process, on `device`; on a GPU on a stream of its own, while
     the training step before runs. A batch comes out as the loader gives it: the same tuple, dict or named tuple, the
@@ -65,8 +67,9 @@ class PurifiedLoader:
         loader: any iterable of batches: torch's DataLoader, StatefulDataLoader, webdataset's WebLoader, timm's, or
             one that `accelerator.prepare` gave. Images are a tensor (B, C, H, W), or a list or tuple of tensors
             (C, H, W), uint8, or floating point in [0, 1], or normalised.
-        purifier: see `purifyloader.recipes`. It runs in every epoch: use one of few network calls, such as
-            `recipes.eclipse` as it is, or else a cache (`PurifiedDataset`). None only compensates.
+        purifier: see `purifyloader.recipes`. It runs in every epoch: take one of one network call, such as
+            `recipes.eclipse(model, sigma=0.05)`; one of many gives a warning, and is for a cache (`PurifiedDataset`).
+            None only compensates.
         device: where to purify and to leave the images; by default where the purifier is, or, without one or for one
             without weights, where they are.
         compensate: ECLIPSE's other half, `Compensate()`, right after purification.
@@ -106,6 +109,12 @@ class PurifiedLoader:
                 raise InputError(
                     f"Expected a loader of images that are not purified yet. Got one over a {already}: take one of the "
                     "two away, or give purifier=None to compensate only."
+                )
+            if purifier.calls > _MANY_CALLS:
+                log.warning(
+                    "A PurifiedLoader purifies in every epoch, and this purifier takes %d network calls an image: "
+                    "precompute a cache, or take one of fewer calls.",
+                    purifier.calls,
                 )
         elif compensate is None:
             raise InputError("Expected a purifier, or compensate=, or both. Got neither: use the loader as it is.")

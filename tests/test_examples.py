@@ -72,7 +72,7 @@ INTEGRATIONS = [
 def test_integrations(words):
     """Other people's containers, each in a script of its own; what they warn of is theirs."""
     script = ROOT / "examples" / "integrations" / f"{words[0]}_training.py"
-    command = [sys.executable, script, "--images", 48, "--epochs", 2, *words[1:]]
+    command = [sys.executable, script, "--images", 128, "--epochs", 2, *words[1:]]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"epoch (\d): loss \d+\.\d+ -> \d+\.\d+ over 1 steps", done.stdout) == ["0", "1"]

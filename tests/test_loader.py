@@ -419,6 +419,13 @@ def test_a_purifier_that_gives_nan() -> None:
         list(PurifiedLoader([random_images(2, 8)], Nan()))
 
 
+def test_a_purifier_of_many_calls_is_warned_of(caplog) -> None:
+    PurifiedLoader([], recipes.eclipse(tiny_denoiser(), sigma=0.1))
+    assert not caplog.text
+    PurifiedLoader([], recipes.eclipse(tiny_denoiser(), sigma=0.1, steps=50))
+    assert "takes 50 network calls an image: precompute a cache" in caplog.text
+
+
 def test_bad_arguments() -> None:
     loader = loader_of(random_images(4, 8))
     for make, message in {

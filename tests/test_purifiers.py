@@ -27,6 +27,7 @@ from purifyloader.purifiers import (
     Langevin,
     Purifier,
     Repeat,
+    Tiles,
     Where,
     from_config,
     from_json,
@@ -412,6 +413,28 @@ def test_an_unknown_model_lists_the_known_ones():
         recipes.eclipse("cifar11")
     for name in pretrained.available():
         assert name in str(caught.value)
+
+
+def test_calls_are_those_of_the_network():
+    counted = []
+
+    class Watched(NetworkDenoiser):
+        def predict(self, x_BCHW, sigma_B):
+            counted.append(len(x_BCHW))
+            return super().predict(x_BCHW, sigma_B)
+
+    watched = Watched(tiny_network(), "edm", (0.001, 0.3))
+    once = DenoiseOnce(watched, 0.1)
+    three = Diffuse(watched, sigma=0.1, steps=3)
+    x, seeds = random_images(2, 8).float() / 255, noise.image_keys(0, 0, range(2))
+    for purifier, calls in ((once, 1), (three, 3), (Chain(three, Jpeg(), once), 4), (Repeat(Chain(once, three), 2), 8)):
+        counted.clear()
+        purifier(x, seeds)
+        assert purifier.calls == len(counted) == calls
+    assert Tiles(three, 8).calls == 3
+    assert Jpeg().calls == 0
+    assert Langevin(tiny_energy(), 7).calls == 7
+    assert Where(EnergyAbove(tiny_energy(), 0.0), three).calls == 4
 
 
 def test_grey_networks(seeds):

@@ -292,6 +292,16 @@ def test_as_the_transform_of_torchvisions_datasets(tmp_path):
         assert image.size == before.size
 
 
+def test_a_network_for_single_images_is_warned_of_once(caplog):
+    transform = once()
+    transform(random_images(2, 8))
+    Squeeze("jpeg")(random_images(1, 8)[0])
+    assert not caplog.text
+    for _ in range(2):
+        transform(random_images(1, 8)[0])
+    assert caplog.text.count("as much as for a whole batch") == 1
+
+
 def test_never_twice_in_a_dataset():
     transform = v2.Compose([Purify(Counting()), v2.ToImage()])
     for dataset in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from purifyloader.transforms.held import HoldsPurifier
 
 __all__ = ["SQUEEZES", "Purify", "Squeeze", "squeezing"]
 
+log = logging.getLogger(__name__)
+
 SQUEEZES = {
     "jpeg": recipes.jpeg,
     "grayscale": recipes.grayscale,
@@ -31,8 +34,9 @@ class Purify(HoldsPurifier, ImageTransform):
 
     Each image of a batch (each frame of a video) has its own noise, fresh at each call from torch's random generator,
     so that the same image comes out a little different in every epoch. It is computed where the transform runs, in a
-    loader's workers for `transform=` of a dataset: for networks `PurifiedLoader`, which does a whole batch at once
-    and on a GPU, or a cache (`PurifiedDataset(..., cache=)`) is cheaper.
+    loader's workers for `transform=` of a dataset. There a network costs as much for one image as for its
+    `compute_batch`, usually 32, and a warning says so: use `PurifiedLoader`, which does a whole batch at once and on a
+    GPU, or a cache (`PurifiedDataset(..., cache=)`).
 
     Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
     `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass untouched.
@@ -49,6 +53,7 @@ class Purify(HoldsPurifier, ImageTransform):
 
     def __init__(self, purifier: Purifier) -> None:
         super().__init__()
+        self._warned = False
         self._hold(purifier)
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:
@@ -64,6 +69,12 @@ class Purify(HoldsPurifier, ImageTransform):
         return self._apply_to(inpt, self._purified, self.purifier.image_channels)
 
     def _purified(self, x_BCHW: Tensor) -> Tensor:
+        if len(x_BCHW) == 1 and self.purifier.calls and not self._warned:
+            self._warned = True
+            log.warning(
+                "Purify got a single image, for which a network costs as much as for a whole batch: purify in a "
+                "PurifiedLoader or a cache (PurifiedDataset(..., cache=...)) instead."
+            )
         keys_B = torch.randint(-(2**63), 2**63 - 1, (len(x_BCHW),))
         return purify_tensor(self.purifier, x_BCHW, keys_B)
 

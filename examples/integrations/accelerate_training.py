@@ -35,7 +35,11 @@ if __name__ == "__main__":
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     loader = PurifiedLoader(  # <-
-        loader, recipes.eclipse("cifar10-sparse"), accelerator.device, compensate=Compensate(), normalize=(MEAN, STD)
+        loader,
+        recipes.eclipse("cifar10-sparse", sigma=0.05),
+        accelerator.device,
+        compensate=Compensate(),
+        normalize=(MEAN, STD),
     )
     for epoch in range(options.epochs):
         losses = []

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     sample = Sample(options.images)
     rows = {"image": [image for image, _ in sample], "label": sample.targets}
     data = Dataset.from_dict(rows, Features({"image": Image(), "label": ClassLabel(num_classes=10)}))
-    purifier = recipes.eclipse("cifar10-sparse")
+    purifier = recipes.eclipse("cifar10-sparse", sigma=0.05)
     with tempfile.TemporaryDirectory() as cache:
         if on_the_fly:
             loader: Any = DataLoader(data.with_transform(examples), 128, shuffle=True, num_workers=options.workers)

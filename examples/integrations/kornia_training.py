@@ -20,7 +20,7 @@ if __name__ == "__main__":
     transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     loader = DataLoader(Sample(options.images, transform), batch_size=128, shuffle=True, num_workers=options.workers)
     augment = K.AugmentationSequential(
-        RandomPurify(recipes.eclipse("cifar10-sparse")),  # <- first
+        RandomPurify(recipes.eclipse("cifar10-sparse", sigma=0.05)),  # <- first
         K.RandomCrop((32, 32), padding=4),
         K.RandomHorizontalFlip(),
         RandomCompensate(),  # <- before Normalize

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     )
     loader = DataLoader(Sample(options.images, transform), batch_size=128, shuffle=True, num_workers=options.workers)
     purified = PurifiedLoader(  # <-
-        loader, recipes.eclipse("cifar10-sparse"), compensate=Compensate(), normalize=(MEAN, STD)
+        loader, recipes.eclipse("cifar10-sparse", sigma=0.05), compensate=Compensate(), normalize=(MEAN, STD)
     )
     trainer = L.Trainer(
         max_epochs=options.epochs,

@@ -37,7 +37,7 @@ if __name__ == "__main__":
         device=device,
     )
     loader = PurifiedLoader(  # <-
-        loader, recipes.eclipse("cifar10-sparse"), device, compensate=Compensate(), normalize=(MEAN, STD)
+        loader, recipes.eclipse("cifar10-sparse", sigma=0.05), device, compensate=Compensate(), normalize=(MEAN, STD)
     )
     torch.manual_seed(0)
     net = timm.create_model("resnet10t", num_classes=10).to(device)

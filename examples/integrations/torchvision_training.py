@@ -2,8 +2,9 @@
 
     python examples/integrations/torchvision_training.py
 
-`Purify` runs in the loader's workers, image by image: for a cheap purifier. (A network is cheaper in a PurifiedLoader
-or a cache.) To purify with JPEG alone, write `Squeeze("jpeg")` in its place.
+Transforms run in the loader's workers, image by image: the place for a cheap purifier, such as JPEG. `Purify(purifier)`
+in its place takes any, but a network costs there as much for one image as for a batch of 32: a cache or a PurifiedLoader
+is the place for it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from sample import MEAN, STD, Sample, arguments, model, report
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from purifyloader import recipes
-from purifyloader.transforms import Compensate, Purify
+from purifyloader.transforms import Compensate, Squeeze
 
 options = arguments(__doc__)
 transform = v2.Compose(
     [
-        Purify(recipes.eclipse("cifar10-sparse")),  # <- first: on the image as it is stored
+        Squeeze("jpeg", quality=10),  # <- first: on the image as it is stored
         v2.RandomCrop(32, padding=4),
         v2.RandomHorizontalFlip(),
         v2.ToImage(),

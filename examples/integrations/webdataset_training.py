@@ -25,7 +25,7 @@ if __name__ == "__main__":
         wds.WebDataset(shards, shardshuffle=len(shards), seed=0)
         .slice(options.images)
         .decode("pil")
-        .compose(purified(recipes.eclipse("cifar10-sparse")))  # <-
+        .compose(purified(recipes.eclipse("cifar10-sparse", sigma=0.05)))  # <-
         .map_dict(png=AUGMENT)
         .compose(compensated())  # <-
         .map_dict(png=NORMALIZE)

@@ -69,6 +69,11 @@ class Purifier(nn.Module):
     image_channels: int | None = None
     """Channels it takes, None for any."""
 
+    @property
+    def calls(self) -> int:
+        """Network calls an image (NFE), of a tile with `Tiles`, at most; a Langevin step counts as one."""
+        return 0
+
     def config(self) -> dict[str, Any]:
         """The configuration as plain data, with its `kind`; `from_config` builds it back."""
         raise NotImplementedError

@@ -33,6 +33,10 @@ class Chain(Purifier):
             raise ConfigError(f"The stages of a chain must take the same channels. Got {sorted(channels)}.")
         self.image_channels = channels.pop() if channels else None
 
+    @property
+    def calls(self) -> int:
+        return sum(stage.calls for stage in self._stages())
+
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "stages": [stage.config() for stage in self._stages()]}
 
@@ -83,6 +87,10 @@ class Repeat(Purifier):
         refuse_plans("Repeat", purifier)
         self.purifier, self.times = purifier, times
         self.image_channels = purifier.image_channels
+
+    @property
+    def calls(self) -> int:
+        return self.times * self.purifier.calls
 
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "purifier": self.purifier.config(), "times": self.times}

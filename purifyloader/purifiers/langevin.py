@@ -78,6 +78,10 @@ class Langevin(NetworkPurifier):
         """For a copy or another process, which compiles for itself."""
         return {**self.__dict__, "_compiled": {}}
 
+    @property
+    def calls(self) -> int:
+        return self.steps
+
     def config(self) -> dict[str, Any]:
         return {
             "kind": self.kind,

@@ -115,6 +115,7 @@ class DenoiseOnce(_DenoiserPurifier):
     """
 
     kind = "denoise-once"
+    calls = 1
 
     def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
         super().__init__(denoiser, dtype, compute_batch)
@@ -193,6 +194,10 @@ class Diffuse(_DenoiserPurifier):
         # a sigma asked for is used as it is, not as it comes back from the schedule
         self.sigmas = levels if sigma is None else (float(sigma), *levels[1:])
         denoiser.check_sigma(torch.tensor(self.sigmas[:-1], dtype=torch.float64))
+
+    @property
+    def calls(self) -> int:
+        return self.steps
 
     def config(self) -> dict[str, Any]:
         level = {"t": self.t} if self.sigma is None else {"sigma": self.sigma}

@@ -104,6 +104,10 @@ class Tiles(Purifier):
         self.purifier, self.size, self.overlap = purifier, size, overlap
         self.image_channels = purifier.image_channels
 
+    @property
+    def calls(self) -> int:
+        return self.purifier.calls
+
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "purifier": self.purifier.config(), "size": self.size, "overlap": self.overlap}
 

@@ -58,6 +58,10 @@ class Where(Purifier):
         self.image_channels = channels.pop() if channels else None
         self.condition, self.purifier = condition, purifier
 
+    @property
+    def calls(self) -> int:
+        return 1 + self.purifier.calls  # the condition's own
+
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "condition": self.condition.config(), "purifier": self.purifier.config()}
 
