@@ -3,8 +3,8 @@
     python examples/integrations/torchvision_training.py
 
 Transforms run in the loader's workers, image by image: the place for a cheap purifier, such as JPEG. `Purify(purifier)`
-in its place takes any, but a network costs there as much for one image as for a batch of 32: a cache or a PurifiedLoader
-is the place for it.
+in its place takes any, but a network costs there as much for one image as for a batch of 32: a cache or a
+PurifiedLoader is the place for it.
 """
 
 from __future__ import annotations
