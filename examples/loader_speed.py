@@ -38,6 +38,7 @@ from purifyloader.bench.training import CIFAR_MEAN, CIFAR_STD
 from purifyloader.files import write_text
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, Squeeze
 
+PARTS = ("loader", "step", "compensate")
 BATCH = 128
 MODEL = "cifar10-sparse"
 AUGMENT = (v2.RandomCrop(32, 4), v2.RandomHorizontalFlip())
@@ -64,12 +65,13 @@ def main() -> None:
         options.readme.write_text(with_tables(options.readme.read_text(), results))
         return
     device = torch.device(options.device)
-    results = {
-        "machine": machine(device),
-        "loader": loaders(options.images, options.workers, options.rounds, device),
-        "step": steps(options.rounds, device),
-        "compensate": compensations(options.rounds, device),
+    parts: dict[str, Callable[[], Any]] = {
+        "loader": lambda: loaders(options.images, options.workers, options.rounds, device),
+        "step": lambda: steps(options.rounds, device),
+        "compensate": lambda: compensations(options.rounds, device),
     }
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = {**before, "machine": machine(device), **{part: parts[part]() for part in options.parts}}
     print(json.dumps(results, indent=1))
     write_text(options.out, json.dumps(results, indent=1) + "\n")
 
@@ -233,7 +235,7 @@ def take_turns(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, flo
             count = function()
             if turn:
                 rates[name].append(count / (time.perf_counter() - start))
-    return {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    return {name: float(f"{statistics.median(values):.4g}") for name, values in rates.items()}
 
 
 def loader_table(results: dict[str, Any]) -> str:
@@ -267,6 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1024, help="of an epoch of the loader")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="others stay as they are in --out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loader_speed.json")

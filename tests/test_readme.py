@@ -24,11 +24,20 @@ def test_the_two_commands():
     assert commands == ['".[plots]" && python examples/quickstart.py', '-e ".[dev]" && pytest']
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+@pytest.mark.parametrize("page", ["README.md", "transforms/README.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert len(links) >= 4
     for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_page_of_the_transforms_shows_what_was_measured():
+    page = (ROOT / "transforms" / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "examples" / "results" / "loader_speed.json").read_text())
+    assert example("loader_speed").with_tables(page, results) == page
+    # compensation costs no more than kornia's two augmentations
+    assert results["compensate"]["RandomCompensate"] > results["compensate"]["kornia's two"]
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL))
