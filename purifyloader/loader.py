@@ -152,6 +152,8 @@ class PurifiedLoader:
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is; the loader is told too, where it wants to know."""
         self.__dict__.update(_next=as_integer("epoch", epoch, 0), _resumed=0)
+        if self._state is not None and self._state["position"] == 0:  # between two passes
+            self.__dict__["_state"] = {**self._state, "epoch": self._next}
         if callable(inner := getattr(self.loader, "set_epoch", None)):
             inner(epoch)
 
@@ -250,8 +252,10 @@ class PurifiedLoader:
         device = self.device or (images[0].device if images else torch.device("cpu"))
         done = None
         if device.type == "cuda":
-            stream = streams.setdefault(device, torch.cuda.Stream(device))
-            stream.wait_stream(torch.cuda.current_stream(device))
+            if (stream := streams.get(device)) is None or any(x.is_cuda for x in images):
+                # for the weights, and for images that are being copied; else it need not wait for the training step
+                stream = streams.setdefault(device, stream or torch.cuda.Stream(device))
+                stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 out = self._processed(images, keys_B, device, checks)
                 done = torch.cuda.Event()

@@ -360,6 +360,12 @@ def test_the_rest_of_the_loader_shows_through() -> None:
     loader = PurifiedLoader(inner, Counting())
     loader.set_epoch(4)
     assert inner.epochs == [4]
+    assert loader.state_dict()["epoch"] == 4
+    list(loader)
+    assert loader.state_dict()["epoch"] == 5
+    loader.set_epoch(4)
+    assert loader.state_dict()["epoch"] == 4
+    inner.epochs.pop()
     assert loader.epochs == [4]
     loader.mixup_enabled = False
     assert inner.mixup_enabled is False
