@@ -56,7 +56,6 @@ def test_cache_speed_compares_what_the_readme_shows(tmp_path):
 
 INTEGRATIONS = [
     ("torchvision",),
-    ("torchvision", "--workers", 1),
     ("kornia",),
     ("webdataset",),
     ("accelerate",),

@@ -584,7 +584,7 @@ def stuck_in_writing(name: str, out: str, *arguments: str) -> None:
     command("--out", out, *arguments)
 
 
-@pytest.mark.parametrize("name", [STATE_FILE, "curves.csv", "samples.png", "README.md"])
+@pytest.mark.parametrize("name", [STATE_FILE, "curves.csv"])
 def test_what_killed_saves_have_left_is_removed(name, folder, small, tmp_path):
     out = tmp_path / "model"
     arguments = ["--data", str(folder), "--config", str(small), "--save-every", "0"]

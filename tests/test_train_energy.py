@@ -881,7 +881,7 @@ def test_two_runs_in_one_folder_are_refused(folder, small, tmp_path, capsys):
     assert "another process" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [STATE_FILE, "curves.csv", "bank.png", "model.safetensors"])
+@pytest.mark.parametrize("name", [STATE_FILE, "bank.png"])
 def test_what_killed_saves_have_left_is_removed(name, folder, small, tmp_path):
     """Also where the kills were in more than one of them; but nothing that is somebody else's."""
     out = tmp_path / "energy"
