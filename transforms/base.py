@@ -31,8 +31,9 @@ def _may_be_images(x: Tensor) -> bool:
 class ImageTransform(v2.Transform):
     """Base: a function of each image of a sample by itself; masks, boxes and labels pass untouched.
 
-    torchvision takes the first plain tensor of a sample without an explicit image for the image, whatever it is. Where
-    that may be wrong we raise.
+    torchvision takes the first plain tensor of a sample without an explicit image for the image, whatever it is, and
+    lets a sample without any pass, such as one with a numpy array. Where the first may be wrong, and for the second,
+    we raise: an image that nobody touched would be trained on as a clean one.
     """
 
     _transformed_types = (*_EXPLICIT, _is_plain_tensor)
@@ -41,6 +42,12 @@ class ImageTransform(v2.Transform):
         if any(isinstance(value, _EXPLICIT) for value in flat_inputs):
             return
         plain = [value for value in flat_inputs if _is_plain_tensor(value)]
+        if not plain:
+            got = ", ".join(type(value).__name__ for value in flat_inputs) or "an empty sample"
+            raise InputError(
+                f"{type(self).__name__} takes samples with an image: PIL, or a tensor. Got {got}: put "
+                "torchvision.transforms.v2.ToImage() before it, which makes one of a numpy array."
+            )
         candidates = [x for x in plain if _may_be_images(x)]
         if plain and (len(candidates) > 1 or not candidates or candidates[0] is not plain[0]):
             got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in plain)

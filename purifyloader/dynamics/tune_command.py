@@ -298,8 +298,10 @@ def _unusual(before: Mapping[str, Any]) -> list[str] | None:
     """The measures that are not as between halves of the clean images; None of one clean image, which has no halves."""
     if before["clean_auc"] is None:
         return None
-    ranges = {name: before[f"clean_{name}"] for name in ("auc", "share_above")}
-    return [name for name, (low, high) in ranges.items() if not low <= before[name] <= high]
+    low, high = before["clean_auc"]
+    unusual = [] if low <= before["auc"] <= high else ["auc"]
+    # fewer images above than usual are no sign of a poison
+    return unusual + (["share_above"] if before["share_above"] > before["clean_share_above"][1] else [])
 
 
 def _range(what: str, among: Sequence[float] | None) -> str:
