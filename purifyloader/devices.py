@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import get_worker_info
 
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["as_device", "check_worker", "exact_arithmetic"]
+__all__ = ["as_device", "check_worker", "device_of", "exact_arithmetic"]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -28,6 +29,12 @@ def as_device(device: str | torch.device) -> torch.device:
             f"Expected a device of this machine, such as 'cpu' or 'cuda'. Got {device!r}: {reason}"
         ) from None
     return found
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's weights are; None where it has none and works anywhere."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
 
 
 def check_worker(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from purifyloader import __version__, noise
 from purifyloader.cache.source import is_hashable, source_hashes
-from purifyloader.devices import as_device, check_worker, exact_arithmetic
+from purifyloader.devices import as_device, check_worker, device_of, exact_arithmetic
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.images import ImageKind, as_stored, quantize, to_bytes, type_of
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
@@ -159,8 +159,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        parameter = next(self.purifier.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.purifier) or torch.device("cpu")
 
     def config(self) -> dict[str, Any]:
         """All that decides the pixels beside the source and the kind of device."""
@@ -255,8 +254,7 @@ def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
     if device is None:
         return purifier
     device = as_device(device)
-    here = next(purifier.parameters(), None)
-    if here is None or here.device == device:
+    if device_of(purifier) in (None, device):
         return purifier
     return copy.deepcopy(purifier).to(device)
 

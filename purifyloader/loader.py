@@ -14,14 +14,14 @@ from torchvision import tv_tensors
 
 from purifyloader import corruptions, noise
 from purifyloader.dataset import KeyedCorruption
-from purifyloader.devices import as_device, exact_arithmetic
+from purifyloader.devices import as_device, device_of, exact_arithmetic
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import luma
 from purifyloader.jobs import COMPENSATE, PURIFY, as_integer, placed
 from purifyloader.purified import purified_by
 from purifyloader.purifiers import Purifier
 from purifyloader.samples import ImageKey, place, with_image
-from purifyloader.tensors import check_applicable, device_of
+from purifyloader.tensors import check_applicable
 from purifyloader.transforms.compensation import Compensate
 
 __all__ = ["PurifiedLoader"]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from purifyloader import plans
-from purifyloader.devices import check_worker
+from purifyloader.devices import check_worker, device_of
 from purifyloader.errors import InputError
 from purifyloader.images import luma, quantize, to_unit
 from purifyloader.purifiers import Purifier
 
-__all__ = ["check_applicable", "device_of", "purify_tensor"]
+__all__ = ["check_applicable", "purify_tensor"]
 
 
 def check_applicable(purifier: Purifier) -> None:
@@ -27,12 +27,6 @@ def check_applicable(purifier: Purifier) -> None:
             "Expected a purifier that decides about each image by itself. Got one that needs a plan over the whole "
             "dataset: make it first, `plans.plan(purifier, dataset)`, or use PurifiedDataset, which does."
         )
-
-
-def device_of(purifier: Purifier) -> torch.device | None:
-    """Where the purifier's weights are; None where it has none and works anywhere."""
-    parameter = next(purifier.parameters(), None)
-    return None if parameter is None else parameter.device
 
 
 # a network has graphs of its own, and looking at values breaks any

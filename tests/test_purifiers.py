@@ -301,6 +301,7 @@ def test_json_of_other_weights_is_refused(tmp_path):
         ("not json", "not JSON"),
         (None, "JSON text. Got NoneType"),
         ({"schema": 1}, "JSON text. Got dict"),
+        ('{"schema": 1, "purifier": {"kind": ["jpeg"]}}', r"kind must be one of .*Got \['jpeg'\]"),
         ("[]", "schema and purifier"),
         ('{"schema": 2, "purifier": {}}', "reads purifier schema 1. Got 2"),
         ('{"schema": 1, "purifier": {"kind": "os.system"}}', "must be one of"),

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from purifyloader.devices import device_of
 from purifyloader.purifiers import Purifier
-from purifyloader.tensors import check_applicable, device_of
+from purifyloader.tensors import check_applicable
 
 __all__ = ["HoldsPurifier"]
 

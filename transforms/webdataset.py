@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from purifyloader import noise
 from purifyloader.dataset import KeyedCorruption
-from purifyloader.devices import check_worker
+from purifyloader.devices import check_worker, device_of
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.images import ImageKind, from_engine, to_engine
 from purifyloader.jobs import COMPENSATE, PURIFY, as_integer
@@ -144,8 +144,7 @@ class _Purified(_Stage):
         return self._samples(samples, self.epoch, PURIFY)
 
     def _device(self) -> torch.device:
-        parameter = next(self.purifier.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.purifier) or torch.device("cpu")
 
     def _converted(self, image: Any) -> tuple[Tensor, ImageKind]:
         x, kind = super()._converted(image)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,11 @@ __all__ = [
     "check_number",
     "from_config",
     "from_json",
+    "of_kind",
     "pixels",
 ]
+
+Named = TypeVar("Named")
 
 SCHEMA = 1
 """Version of the JSON that purifiers say themselves in."""
@@ -242,6 +245,21 @@ KINDS: dict[str, type[Purifier]] = {}
 """The closed table of kinds, filled in `purifyloader.purifiers`."""
 
 
+def of_kind(kind: Any, table: Mapping[str, type[Named]], group: str, what: str) -> type[Named]:
+    """The class of a kind, from a closed table or from the entry points of a group, never by an import path.
+
+    Raises:
+        ConfigError: it is in neither.
+    """
+    if isinstance(kind, str) and kind in table:
+        return table[kind]
+    plugins = {entry.name: entry for entry in entry_points(group=group)}
+    if not isinstance(kind, str) or kind not in plugins:
+        raise ConfigError(f"A {what}'s kind must be one of {sorted({*table, *plugins})}. Got {kind!r}.")
+    found: type[Named] = plugins[kind].load()
+    return found
+
+
 def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
     """Build back what `Purifier.config` said.
 
@@ -257,13 +275,7 @@ def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
         raise ConfigError(f"A purifier's configuration is an object with a kind. Got {type(config).__name__}.")
     values = dict(config)
     kind = values.pop("kind", None)
-    cls = KINDS.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        plugins = {entry.name: entry for entry in entry_points(group="purifyloader.purifiers")}
-        if kind not in plugins:
-            raise ConfigError(f"A purifier's kind must be one of {sorted({*KINDS, *plugins})}. Got {kind!r}.")
-        cls = plugins[kind].load()
-    assert cls is not None
+    cls = of_kind(kind, KINDS, "purifyloader.purifiers", "purifier")
     try:
         return cls.build(values, resolve)
     except (KeyError, TypeError) as error:

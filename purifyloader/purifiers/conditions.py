@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Resolver, by_shape, check_number
+from purifyloader.purifiers.base import Resolver, by_shape, check_number, of_kind
 from purifyloader.purifiers.networks import check_compute_batch, check_energy, entry
 
 __all__ = ["Condition", "EnergyAbove", "check_share", "condition_from_config", "conditions_of", "refuse_plans"]
@@ -215,13 +214,7 @@ def condition_from_config(config: Any, resolve: Resolver) -> Condition:
     """
     values = dict(config) if isinstance(config, Mapping) else {}
     kind = values.pop("kind", None)
-    cls = CONDITIONS.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        plugins = {entry.name: entry for entry in entry_points(group="purifyloader.conditions")}
-        if kind not in plugins:
-            raise ConfigError(f"A condition's kind must be one of {sorted({*CONDITIONS, *plugins})}. Got {kind!r}.")
-        cls = plugins[kind].load()
-    assert cls is not None
+    cls = of_kind(kind, CONDITIONS, "purifyloader.conditions", "condition")
     try:
         return cls.build(values, resolve)
     except (KeyError, TypeError) as error:
