@@ -65,8 +65,8 @@ class PurifiedDataset(Dataset[Any]):
         dataset: map-style, of (image, target, ...) tuples, dicts, or bare images: PIL, numpy (H, W[, C])
             or tensors ([C,] H, W), uint8 or float in [0, 1]. A torchvision dataset's transforms are taken
             over, also inside `Subset`, `random_split` and `ConcatDataset`; the object itself is never
-            changed, and a transform that it is given later is not seen. Images already normalised or
-            augmented are refused.
+            changed, and a transform that it is given later is not seen. (One that this object is given
+            later, `purified.transform = ...`, is.) Images already normalised or augmented are refused.
         purifier: see `purifyloader.recipes`. Its draws are a function of (seed, draw, index): every epoch
             of a draw and a cache see the same purified image. One with a condition over the dataset, such as
             `recipes.puregen_filt`, is planned here: that is one pass over all of it, unless a cache has the plan
@@ -207,6 +207,7 @@ class PurifiedDataset(Dataset[Any]):
         self._is_pair = False
         self._pil: tuple[str, tuple[int, int]] | None = None  # mode and size, where all are alike
         self._conversion: Conversion | None = None
+        self._may_convert = False  # pairs of a PIL image, all alike, out of a cache
         self._converts = False
         self._target_list: list[Any] | None = None
 
@@ -265,6 +266,8 @@ class PurifiedDataset(Dataset[Any]):
         return int(self._shared[0])
 
     def __getattr__(self, name: str) -> Any:
+        if name == "transform" and "_source" in self.__dict__:
+            return self._source.transform()
         if name in _INNER_ATTRIBUTES and "dataset" in self.__dict__:
             if name == "targets" and self._is_pair:  # from where the items have them
                 if self._target_list is None:
@@ -278,9 +281,12 @@ class PurifiedDataset(Dataset[Any]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("transform", "transforms"):
-            raise InputError(f"Expected the {name} before wrapping: give it to the dataset, or as transform=.")
-        super().__setattr__(name, value)
+        if name == "transform":
+            self._set_transform(value)
+        elif name == "transforms":
+            raise InputError("Expected the transforms before wrapping: give them to the dataset, or as transform=.")
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a spawned worker: where a finished cache is read, without the model, which would fill a GPU's memory."""
@@ -363,6 +369,24 @@ class PurifiedDataset(Dataset[Any]):
         keys_B = self._keys(self.epoch, positions)
         engine = converted(positions, images, None, COMPENSATE_REMEDY, to_engine)
         return [from_engine(x, kind) for x, kind in _in_batches(engine, keys_B, compensate.apply)]
+
+    def _set_transform(self, transform: Callable[[Any], Any] | None) -> None:
+        """Some loaders give their dataset its transform, as timm's `create_loader` does."""
+        if transform_that_purifies(None, transform) is not None:
+            raise InputError("Expected images to be purified once. Got a transform that purifies too: leave one out.")
+        before = self._source
+        self._source = before.with_transform(transform)
+        try:
+            if self.compensate is not None:
+                with random_state_kept():
+                    sample = self._source.fetch([0])[0] if self._others is None else self._stored_sample(0)
+                self._check_compensated(sample)
+        except InputError:
+            self._source = before
+            raise
+        if isinstance(self._cache, CacheReader) and self._may_convert:
+            assert self._cache.image_shape is not None
+            self._find_conversion(self._cache.image_shape[2])
 
     def _check_compensated(self, sample: Any) -> None:
         """One image as far as compensation, so that a transform it cannot get into fails here, not in a worker."""
@@ -454,12 +478,17 @@ class PurifiedDataset(Dataset[Any]):
             return
         self._others, self._structure = reader.targets, structure
         self._is_pair = structure == {"type": "tuple", "image": 0, "fields": 2}
-        if self._is_pair and reader.image_shape is not None and str(self._types).startswith("pil/"):
+        self._may_convert = self._is_pair and reader.image_shape is not None and str(self._types).startswith("pil/")
+        if self._may_convert:
+            assert reader.image_shape is not None
             if self.compensate is None:
                 height, width, channels = reader.image_shape
                 self._pil = pil_mode(channels), (width, height)
-            self._conversion = self._found_conversion(reader.image_shape[2])
-            self._converts = self._conversion is not None
+            self._find_conversion(reader.image_shape[2])
+
+    def _find_conversion(self, channels: int) -> None:
+        self._conversion = self._found_conversion(channels)
+        self._converts = self._conversion is not None
 
     def _found_conversion(self, channels: int) -> Conversion | None:
         """The whole transform on batches, where it is a mere conversion."""

@@ -74,6 +74,8 @@ class PurifiedLoader:
             without weights, where they are.
         compensate: ECLIPSE's other half, `Compensate()`, right after purification.
         normalize: (mean, std), a number a channel each, of batches that are normalised: undone before, redone after.
+        keep_outside: pixels outside [0, 1] come back as they are. Random erasing behind the normalisation fills its
+            rectangles with such (timm's `--remode pixel`); without this they are an error.
         seed: of all noise.
         image_key: where the image is in a batch; position 0 of a tuple, "image" of a dict by default.
         index_key: where the indices of the images are in a batch, integers (B,), if they are.
@@ -93,6 +95,7 @@ class PurifiedLoader:
         *,
         compensate: KeyedCorruption | None = None,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        keep_outside: bool = False,
         seed: int = 0,
         image_key: ImageKey = None,
         index_key: ImageKey = None,
@@ -130,6 +133,7 @@ class PurifiedLoader:
             own["device"] = device_of(purifier)
         own["compensate"] = compensate
         own["normalize"] = None if normalize is None else _as_normalize(normalize)
+        own["keep_outside"] = bool(keep_outside)
         own["seed"] = as_integer("seed", seed, -(2**63))
         own["image_key"], own["index_key"] = image_key, index_key
         own["ahead"] = None if ahead is None else as_integer("ahead", ahead, 0)
@@ -289,7 +293,8 @@ class PurifiedLoader:
         self, images: Sequence[Tensor], keys: Tensor, device: torch.device, checks: list[tuple[Tensor, str]]
     ) -> list[Tensor]:
         """Each tensor of images purified, compensated, and of its own type again; keys in the order of the images."""
-        opened = [self._opened(x.as_subclass(Tensor).to(device, non_blocking=True), checks) for x in images]
+        values = [self._unit(x.as_subclass(Tensor).to(device, non_blocking=True), checks) for x in images]
+        opened = [x.clamp(0, 1) for x in values]
         if device.type != "cuda":
             _verify(checks)  # what is no image must not reach a network that would complain about something else
         keys = keys.to(device, non_blocking=True)
@@ -315,7 +320,7 @@ class PurifiedLoader:
             children = noise.fold_in(keys, COMPENSATE)
             rows = [children] if single else list(children[:, None])
             opened = [self._compensated(x, k) for x, k in zip(opened, rows, strict=True)]
-        return [self._closed(x, like) for x, like in zip(opened, images, strict=True)]
+        return [self._closed(x, was, like) for x, was, like in zip(opened, values, images, strict=True)]
 
     def _compensated(self, x: Tensor, keys_B: Tensor) -> Tensor:
         if type(self.compensate) is Compensate:  # its `apply` looks at the values, and would wait for a GPU
@@ -336,19 +341,17 @@ class PurifiedLoader:
             if 0 in x.shape[-3:]:
                 raise InputError(f"An image needs at least one pixel and one channel. Got {tuple(x.shape)}.")
 
-    def _opened(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
-        """float32 in [0, 1]; that they are is left to `checks`."""
+    def _unit(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
+        """float32, in [0, 1] but for what `keep_outside` keeps and for rounding; that it is is left to `checks`."""
         if x.dtype == torch.uint8:
             if self.normalize is not None:
                 raise InputError("Expected normalised images with normalize=. Got uint8: leave normalize= out.")
             return x.float() / 255
         if not x.is_floating_point():
             raise InputError(f"Expected images of uint8 or floating point. Got {x.dtype}.")
-        values, slack = x.float(), 0.0
+        values = x.float()
         if self.normalize is not None:
             mean, std = (_per_channel(numbers, x) for numbers in self.normalize)
-            # what rounding to the batch's own type may have moved
-            slack = 4 * torch.finfo(x.dtype).eps
             if not self._looked and values.numel():
                 self.__dict__["_looked"] = True
                 if values.min() >= 0 and values.max() <= 1:
@@ -360,19 +363,34 @@ class PurifiedLoader:
                     )
             values = values * std + mean
         if values.numel():
-            low, high = values.aminmax()
-            inside = (low >= -slack) & (high <= 1 + slack)  # False for NaN
-            message = (
+            checks.append(self._check_range(values, self._slack(x)))
+        return values
+
+    def _slack(self, x: Tensor) -> float:
+        """How far rounding to the batch's own type may have moved a normalised value out of [0, 1]."""
+        return 0.0 if self.normalize is None else 4 * torch.finfo(x.dtype).eps
+
+    def _check_range(self, values: Tensor, slack: float) -> tuple[Tensor, str]:
+        if self.keep_outside:
+            share = _outside(values, slack).float().mean()
+            return (share <= 0.5) & values.isfinite().all(), (
+                "keep_outside= is for the rectangles of random erasing. Got images outside [0, 1] in most of their "
+                "pixels, or NaN: give the mean and std that the loader normalises with."
+            )
+        low, high = values.aminmax()
+        inside = (low >= -slack) & (high <= 1 + slack)  # False for NaN
+        if self.normalize is None:
+            return inside, (
                 "images in floating point lie in [0, 1]. Got others, or NaN: give normalize=(mean, std) where the "
                 "loader normalises, and divide 0-255 floats by 255."
-                if self.normalize is None
-                else "normalize= must be the mean and std that the loader normalises with. Got images that it does not "
-                "bring back into [0, 1]."
             )
-            checks.append((inside, message))
-        return values.clamp(0, 1)
+        return inside, (
+            "normalize= must be the mean and std that the loader normalises with. Got images that it does not bring "
+            "back into [0, 1]. If random erasing comes behind the normalisation (timm's --remode pixel), say "
+            "keep_outside=True, or purify what the loader reads: a PurifiedDataset in place of its dataset."
+        )
 
-    def _closed(self, x: Tensor, like: Tensor) -> Tensor:
+    def _closed(self, x: Tensor, was: Tensor, like: Tensor) -> Tensor:
         """Images in [0, 1] in the type, normalisation, tensor type and memory format of `like`."""
         if like.dtype == torch.uint8:
             x = (x * 255).round().to(torch.uint8)  # as `quantize`, which looks at the values first
@@ -380,11 +398,19 @@ class PurifiedLoader:
             mean, std = (_per_channel(numbers, x) for numbers in self.normalize)
             x = (x - mean) / std
         x = x.to(like.dtype)
+        if self.keep_outside and like.is_floating_point():
+            kept = like.as_subclass(Tensor).to(x.device, non_blocking=True)
+            x = torch.where(_outside(was, self._slack(like)), kept, x)
         if like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
         else:
             x = x.contiguous()
         return tv_tensors.wrap(x, like=like) if isinstance(like, tv_tensors.TVTensor) else x
+
+
+def _outside(values: Tensor, slack: float) -> Tensor:
+    """bool (..., 1, H, W): which pixels are outside [0, 1] in some channel."""
+    return ((values < -slack) | (values > 1 + slack)).any(-3, keepdim=True)
 
 
 def _is_stateful(loader: Any) -> bool:

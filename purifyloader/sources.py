@@ -62,7 +62,7 @@ class _Transform:
     def __init__(
         self, transform: Callable[[Any], Any] | None, target_transform: Callable[[Any], Any] | None = None
     ) -> None:
-        self.target = target_transform
+        self.image, self.target = transform, target_transform
         self.first: Sequence[Callable[[Any], Any]] = ()
         self.then: Sequence[Callable[[Any], Any]] = () if transform is None else (transform,)
         if type(transform) in _COMPOSE:
@@ -152,16 +152,47 @@ class Source:
         """All of the transform, of a sample that is (image, target)."""
         return self._transform.pair(image, target)
 
+    def transform(self) -> Callable[[Any], Any] | None:
+        """The user's transform of an image.
+
+        Raises:
+            AttributeError: there is not one of images alone.
+        """
+        if not isinstance(self._transform, _Transform):
+            raise AttributeError("The dataset's transforms take the target too.")
+        return self._transform.image
+
+    def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
+        """The same raw images with another transform of the image; that of the target stays.
+
+        Raises:
+            InputError: image and target are transformed together.
+        """
+        if not isinstance(self._transform, _Transform):
+            raise InputError(
+                "Expected a transform of images alone to be replaced. Got a dataset whose transforms take the target "
+                "too: give it another one before it is wrapped."
+            )
+        return Source(self.raw, _Transform(transform, self._transform.target))
+
     def conversion(self) -> Conversion | None:
         """The transform as one on whole batches, if it does the same to every image; else None."""
         return conversion(self._transform.first, self._transform.then) if _is_opened(self._transform) else None
 
 
 class _SubsetSource(Source):
+    raw: Subset[Any]
+
     def __init__(self, dataset: Subset[Any], inner: Source) -> None:
         raw = copy.copy(dataset)
         raw.dataset = inner.raw
         self.raw, self.inner, self.indices = raw, inner, dataset.indices
+
+    def transform(self) -> Callable[[Any], Any] | None:
+        return self.inner.transform()
+
+    def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
+        return _SubsetSource(self.raw, self.inner.with_transform(transform))
 
     def before(self, index: int, image: Any) -> Any:
         return self.inner.before(int(self.indices[index]), image)
@@ -177,10 +208,21 @@ class _SubsetSource(Source):
 
 
 class _ConcatSource(Source):
+    raw: ConcatDataset[Any]
+
     def __init__(self, dataset: ConcatDataset[Any], parts: Sequence[Source]) -> None:
         raw = copy.copy(dataset)
         raw.datasets = [part.raw for part in parts]
         self.raw, self.parts, self.ends = raw, parts, list(dataset.cumulative_sizes)
+
+    def transform(self) -> Callable[[Any], Any] | None:
+        found = [part.transform() for part in self.parts]
+        if any(transform is not found[0] for transform in found):
+            raise AttributeError("The datasets that are concatenated have transforms of their own.")
+        return found[0]
+
+    def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
+        return _ConcatSource(self.raw, [part.with_transform(transform) for part in self.parts])
 
     def _part(self, index: int) -> tuple[Source, int]:
         index %= self.ends[-1]  # a Subset may hold negative indices

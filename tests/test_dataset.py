@@ -7,6 +7,7 @@ import logging
 import pickle
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from purifyloader.images import quantize
 from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
 from purifyloader.sources import take_over
-from purifyloader.transforms import Compensate
+from purifyloader.transforms import Compensate, Purify
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
 
 COUNT = 20
@@ -353,9 +354,48 @@ def test_a_dataset_that_never_asks_whether_it_has_a_transform(purifier, images, 
         assert torch.equal(PurifiedDataset(dataset, purifier)[4][0], expected[4])
 
 
-def test_a_transform_set_later_is_refused(purifier, images):
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("compensate", [None, Compensate()])
+def test_a_transform_set_later_comes_behind_purification(purifier, images, tmp_path, wrapped, cached, compensate):
+    """As timm's `create_loader` does it; the same pixels as with that transform from the start."""
+    normalize = v1.Compose([v1.ToTensor(), v1.Normalize(0.5, 0.5)])
+    cache = tmp_path / "cache" if cached else None
+
+    def purified(transform: Any) -> PurifiedDataset:
+        data = PictureDataset(images, transform)
+        if wrapped:
+            data = Subset(ConcatDataset([data, PictureDataset(images, transform)]), range(len(images)))
+        return PurifiedDataset(data, purifier, compensate, cache, progress=False)
+
+    expected = purified(normalize)
+    later = purified(v1.Compose([v1.ToTensor()]))
+    assert later.transform is not normalize
+    later.transform = normalize
+    assert later.transform is normalize
+    got = DataLoader(later, 5), DataLoader(expected, 5)
+    for (x, _), (y, _) in zip(*got, strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(later[3][0], expected[3][0])
+    later.transform = None
+    assert isinstance(later[3][0], Image.Image)
+
+
+def test_a_transform_set_later_that_does_not_fit_changes_nothing(purifier, images):
+    dataset = PurifiedDataset(PictureDataset(images, as_tensor), purifier, Compensate())
+    with pytest.raises(InputError, match=r"purified once.*leave one out"):
+        dataset.transform = Purify(purifier)
+    with pytest.raises(InputError, match="Compensation comes before"):
+        dataset.transform = v1.Compose([lambda image: "no image"])
     with pytest.raises(InputError, match="before wrapping"):
-        PurifiedDataset(PictureDataset(images), purifier).transform = v1.ToTensor()
+        dataset.transforms = lambda image, target: (image, target)
+    assert dataset.transform is as_tensor
+    joint = PictureDataset(images, transforms=lambda image, target: (as_tensor(image), target))
+    with pytest.raises(InputError, match="take the target too"):
+        PurifiedDataset(joint, purifier).transform = as_tensor
+    assert not hasattr(PurifiedDataset(joint, purifier), "transform")
+    parts = ConcatDataset([PictureDataset(images, as_tensor), PictureDataset(images)])
+    assert not hasattr(PurifiedDataset(parts, purifier), "transform")
 
 
 def test_compensation_inside_a_purified_dataset_is_refused(purifier, images):

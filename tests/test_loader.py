@@ -197,6 +197,33 @@ def test_what_a_normalised_batch_is_not(caplog) -> None:
 # -- draws ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_random_erasing_filled_behind_the_normalisation(dtype: torch.dtype, ragged: bool) -> None:
+    x = (numbered(6).float() / 255 - 0.5) / 0.25
+    x[:, :, 1:5, 2:6] = 2.5 * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = x.to(dtype)
+    batches = [(list(x) if ragged else x, 0)]
+    options: Any = {"normalize": ([0.5], [0.25])}
+    with pytest.raises(InputError, match=r"random erasing .* keep_outside=True, or .* PurifiedDataset"):
+        list(PurifiedLoader(batches, Counting(), **options))
+    ((got, _),) = PurifiedLoader(batches, Counting(), keep_outside=True, **options)
+    got = torch.stack(got) if ragged else got
+    outside = ((x.float() * 0.25).abs() > 0.5 + 4 * torch.finfo(dtype).eps).any(1, keepdim=True).expand_as(x)
+    assert 0.05 < outside.float().mean() < 0.25
+    assert torch.equal(got[outside], x[outside])
+    levels = (got.float() * 0.25 + 0.5) * 255
+    purified = ((x.float() * 0.25 + 0.5) * 255).clamp(0, 255)
+    purified[:, 0] += 1
+    assert torch.allclose(levels[~outside], purified.clamp(0, 255)[~outside], atol=0.1 if dtype.itemsize == 2 else 1e-3)
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * 255, lambda x: x.index_fill(0, torch.tensor([1]), float("nan"))])
+def test_keeping_what_is_outside_is_no_way_around_a_wrong_normalisation(spoil: Any) -> None:
+    with pytest.raises(InputError, match="most of their pixels, or NaN"):
+        list(PurifiedLoader([spoil(torch.rand(8, 3, 8, 8))], Counting(), keep_outside=True))
+
+
 def test_the_pixels_are_those_of_the_purifier_called_by_hand() -> None:
     images = random_images(20, 8)
     purifier = recipes.denoise_once(tiny_denoiser(), sigma=0.1)
