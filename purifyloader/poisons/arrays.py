@@ -1,0 +1,63 @@
+"""The images and labels of whatever an attack is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader.errors import InputError
+from purifyloader.images import as_stored
+from purifyloader.poisons.poisoned import Poisoned
+
+__all__ = ["as_arrays"]
+
+
+def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
+
+    Args:
+        dataset: a pair (images uint8 (N, H, W, C), labels), a `Poisoned`, or a map-style dataset of (image, label)
+            without a transform: PIL, uint8 arrays or tensors, all of one size.
+
+    Raises:
+        InputError: anything else, images of several sizes or in floating point, or labels that are no integers.
+    """
+    if isinstance(dataset, Poisoned):
+        return dataset.images, dataset.labels
+    if isinstance(dataset, tuple) and len(dataset) == 2:
+        images, labels = np.asarray(dataset[0]), np.asarray(dataset[1])
+    else:
+        images, labels = _read(dataset)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise InputError(f"Expected images uint8 (N, H, W, 1 or 3), at least one. Got {images.dtype} {images.shape}.")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or int(labels.min()) < 0:
+        raise InputError(
+            f"Expected one label from 0 for each of {len(images)} images. Got {labels.dtype} {labels.shape}."
+        )
+    return images, labels.astype(np.int64)
+
+
+def _read(dataset: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError(f"Expected a map-style dataset, or (images, labels). Got {type(dataset).__name__}.")
+    images, labels = [], []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise InputError(f"Expected (image, label) of item {index}. Got {type(sample).__name__}.")
+        x, kind = as_stored(sample[0])
+        if kind.dtype.is_floating_point:
+            raise InputError(
+                f"Expected images of 8 bits, as they are stored. Got floating point in item {index}: give the dataset "
+                "without its transform."
+            )
+        images.append(np.ascontiguousarray(x.permute(1, 2, 0).numpy()))
+        labels.append(sample[1])
+    if len({image.shape for image in images}) != 1:
+        raise InputError(
+            f"Expected images of one size, at least one. Got {sorted({image.shape for image in images})[:5]}: an attack "
+            "in memory takes one size, so resize them first."
+        )
+    return np.stack(images), np.asarray(labels)

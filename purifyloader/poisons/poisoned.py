@@ -1,0 +1,186 @@
+"""What every attack gives and every reader finds: a poisoned training set, and all that is known of the poison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from purifyloader.errors import InputError
+from purifyloader.images import pil_mode
+
+__all__ = ["Bound", "Moved", "Poisoned", "Target"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far an attack may move an image.
+
+    Attributes:
+        norm: "linf" or "l2", of one image's perturbation.
+        epsilon: the largest it may be, in units of [0, 1] images: 8/255 for l-infinity, 1 for AR's l2.
+    """
+
+    norm: Literal["linf", "l2"]
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2") or not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(
+                "A bound is linf or l2, and a finite epsilon above 0 in units of [0, 1] images. Got "
+                f"{self.norm!r}, {self.epsilon!r}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a targeted attack wants: that one test image is taken for another class.
+
+    Attributes:
+        image: uint8 (H, W, C).
+        label: what the victim is to call it.
+        true_label: what it shows, where that is known.
+        index: its place in the test set, where that is known.
+    """
+
+    image: NDArray[np.uint8]
+    label: int
+    true_label: int | None = None
+    index: int | None = None
+
+
+class Moved(NamedTuple):
+    """How far a poisoned set is from the clean one, in levels of 0 to 255: over the poisoned images.
+
+    Attributes:
+        images: how many differ from the clean ones at all.
+        linf: largest difference of a channel of a pixel.
+        l2_mean, l2_max: of an image's perturbation.
+        mean: signed mean difference over the images that differ.
+        down: share of the values that differ which became smaller: near 0 or 1 where a sign was lost.
+    """
+
+    images: int
+    linf: int
+    l2_mean: float
+    l2_max: float
+    mean: float
+    down: float
+
+
+@dataclass(frozen=True, eq=False)
+class Poisoned(Dataset[tuple[Image.Image, int]]):
+    """A poisoned training set in memory: a map-style dataset of (PIL image, label).
+
+    It goes wherever a torchvision dataset goes: `PurifiedDataset(poisoned, purifier, transform=...)`.
+
+    Attributes:
+        images: uint8 (N, H, W, C), C 1 or 3.
+        labels: int64 (N,), from 0.
+        poisoned: int64 (P,), rising: which images are poisoned.
+        attack: its name.
+        bound: of the perturbation, where the attack has one.
+        target: of a targeted attack.
+        trigger: of a back door: float32 (H, W, C) in units of [0, 1] images.
+        target_class: of a back door: what the trigger stands for.
+        settings: what the attack was made with, or the file that was read; JSON values.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    poisoned: NDArray[np.int64]
+    attack: str
+    bound: Bound | None = None
+    target: Target | None = None
+    trigger: NDArray[np.float32] | None = None
+    target_class: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images, labels, poisoned = self.images, self.labels, self.poisoned
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+            raise InputError(f"images must be uint8 (N, H, W, 1 or 3). Got {images.dtype} {images.shape}.")
+        if labels.dtype != np.int64 or labels.shape != (len(images),) or labels.min() < 0:
+            raise InputError(
+                f"labels must be int64 ({len(images)},), from 0: one an image. Got {labels.dtype} {labels.shape}."
+            )
+        rising = poisoned.ndim == 1 and bool((np.diff(poisoned) > 0).all())
+        if (
+            poisoned.dtype != np.int64
+            or not rising
+            or (len(poisoned) and not 0 <= poisoned[0] <= poisoned[-1] < len(images))
+        ):
+            raise InputError(
+                f"poisoned must be rising int64 indices of the {len(images)} images. Got {poisoned.dtype} "
+                f"{poisoned.shape}."
+            )
+        if self.trigger is not None and self.trigger.shape != images.shape[1:]:
+            raise InputError(
+                f"A trigger must have the shape of an image, {images.shape[1:]}. Got {self.trigger.shape}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = self.images[index]
+        height, width, channels = image.shape
+        return Image.frombytes(pil_mode(channels), (width, height), image.tobytes()), int(self.labels[index])
+
+    @property
+    def targets(self) -> list[int]:
+        """The labels, under the name that torchvision's datasets have for them."""
+        return [int(label) for label in self.labels]
+
+    def moved(self, clean: NDArray[np.uint8]) -> Moved:
+        """Compare with the clean images, uint8 (N, H, W, C) in the same order.
+
+        Raises:
+            InputError: another number or shape of images.
+        """
+        if clean.dtype != np.uint8 or clean.shape != self.images.shape:
+            raise InputError(
+                f"The clean images must be uint8 {self.images.shape}, in the order of the poisoned. Got "
+                f"{clean.dtype} {clean.shape}."
+            )
+        linf = count = below = differing = 0
+        total = total_values = 0.0
+        lengths: list[NDArray[np.float64]] = []
+        for start in range(0, len(clean), 1024):
+            part = slice(start, start + 1024)
+            delta = self.images[part].astype(np.int16) - clean[part]
+            rows = delta.reshape(len(delta), -1)
+            changed = (rows != 0).any(axis=1)
+            rows = rows[changed]
+            if not len(rows):
+                continue
+            linf = max(linf, int(np.abs(rows).max()))
+            count += len(rows)
+            below += int((rows < 0).sum())
+            differing += int((rows != 0).sum())
+            total += float(rows.sum())
+            total_values += rows.size
+            lengths.append(np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)))
+        if not count:
+            return Moved(0, 0, 0.0, 0.0, 0.0, 0.0)
+        length = np.concatenate(lengths)
+        return Moved(count, linf, float(length.mean()), float(length.max()), total / total_values, below / differing)
+
+    @classmethod
+    def of(
+        cls,
+        images: NDArray[np.uint8],
+        labels: Sequence[int] | NDArray[Any],
+        attack: str,
+        poisoned: Sequence[int] | NDArray[Any] | None = None,
+        **known: Any,
+    ) -> Self:
+        """From arrays of any integer type; all images are poisoned if `poisoned` is None."""
+        which = np.arange(len(images)) if poisoned is None else np.sort(np.asarray(poisoned))
+        return cls(images, np.asarray(labels).astype(np.int64), which.astype(np.int64), attack, **known)
