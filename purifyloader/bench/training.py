@@ -1,4 +1,4 @@
-"""Training a victim: one-cycle SGD on arrays in memory, the same weights again for the same seed.
+"""Training a victim: SGD on arrays in memory, the same weights again for the same seed.
 
 The order of a batch is crop, flip, `batch_transform`, normalise: a defence that draws something fresh in
 each epoch (ECLIPSE's compensation) gets the augmented images in [0, 1] and each one's index.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purifyloader import noise
-from purifyloader.bench.victims import resnet9
+from purifyloader.bench.victims import resnet9, victim
 from purifyloader.errors import InputError, TrainingError
 
 __all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Trained", "accuracy", "train_victim"]
@@ -76,6 +76,7 @@ def _to_float(x_BCHW: Tensor) -> Tensor:
 
 
 def _normalise(x_BCHW: Tensor) -> Tensor:
+    # CIFAR-10's numbers for every set: batch normalisation makes a victim indifferent to small differences
     mean = torch.tensor(CIFAR_MEAN, device=x_BCHW.device).reshape(1, 3, 1, 1)
     std = torch.tensor(CIFAR_STD, device=x_BCHW.device).reshape(1, 3, 1, 1)
     return ((x_BCHW - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -97,8 +98,10 @@ def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
     return torch.where(uniform_B3[:, 2].reshape(-1, 1, 1, 1) < 0.5, x_BCHW.flip(3), x_BCHW)
 
 
-def _learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """One cycle: linear from 0 to `peak` over the share `warmup` of the steps, then linear to 0."""
+def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
+    """One cycle: linear from 0 to `peak` over the share `warmup` of the steps, then linear to 0; None is constant."""
+    if warmup is None:
+        return peak
     return peak * min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup))
 
 
@@ -107,11 +110,12 @@ def train_victim(
     labels: Tensor | NDArray | Sequence[int],
     *,
     classes: int = 10,
+    network: str | None = None,
     width: int = 16,
     epochs: int = 10,
     batch_size: int = 64,
     lr: float = 0.2,
-    warmup: float = 0.2,
+    warmup: float | None = 0.2,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     label_smoothing: float = 0.0,
@@ -122,7 +126,7 @@ def train_victim(
     device: torch.device | str = "cpu",
     bfloat16: bool = True,
 ) -> Trained:
-    """Train a `resnet9` and say how long it took.
+    """Train a network and say how long it took.
 
     What an epoch draws (order, crop, flip) is a function of (seed, epoch, index); on the CPU with one
     number of threads the same arguments give the same weights.
@@ -131,9 +135,11 @@ def train_victim(
         images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; or a function of the epoch that gives
             them, always N in the same order, for a training set that changes.
         labels: integers (N,) in [0, classes).
-        width: of the network.
+        network: one of `victims.VICTIMS`; by default a `resnet9` of this width.
+        width: of that.
         batch_size: images a step; what is left over at the end of an epoch is left out of it.
-        lr: highest learning rate of the cycle, reached after the share `warmup` of all steps.
+        lr: highest learning rate of the cycle, reached after the share `warmup` of all steps; with warmup=None the
+            learning rate throughout.
         pad: pixels of black border for the random crop, 0 for none; flip: mirror half of the images.
         batch_transform: called after crop and flip with the float batch in [0, 1], the indices of its
             images and the epoch; its result, clamped by nobody, is normalised and trained on.
@@ -146,15 +152,15 @@ def train_victim(
         InputError: images, labels or arguments that do not fit; TrainingError: the loss is not finite.
     """
     y = _as_labels(labels, classes)
-    if epochs < 1 or batch_size < 1 or not lr > 0 or not 0 <= warmup < 1 or pad < 0:
+    if epochs < 1 or batch_size < 1 or not lr > 0 or not (warmup is None or 0 <= warmup < 1) or pad < 0:
         raise InputError(
-            "epochs and batch_size must be at least 1, lr above 0, warmup in [0, 1), pad at least 0. "
+            "epochs and batch_size must be at least 1, lr above 0, warmup in [0, 1) or None, pad at least 0. "
             f"Got {epochs}, {batch_size}, {lr}, {warmup}, {pad}."
         )
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = resnet9(classes, width).to(device)
+        model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
     optimiser = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from purifyloader.errors import ConfigError
 
-__all__ = ["ResNet9", "resnet9"]
+__all__ = ["VICTIMS", "ResNet9", "densenet121", "mobilenet_v2", "resnet9", "resnet18", "vgg19", "victim"]
 
 # Keeps the softmax soft at the start of training, so that a high learning rate is stable.
 _OUTPUT_SCALE = 0.125
@@ -66,3 +69,68 @@ def resnet9(classes: int = 10, width: int = 16, image_channels: int = 3) -> ResN
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"resnet9: {name} must be an integer of 1 or more. Got {value!r}.")
     return ResNet9(classes, width, image_channels).to(memory_format=torch.channels_last)
+
+
+def resnet18(classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1, and no pooling."""
+    _check_classes(classes)
+    model = models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model.to(memory_format=torch.channels_last)
+
+
+def vgg19(classes: int = 10) -> nn.Module:
+    """torchvision's VGG-19 with batch normalisation, and one linear layer in place of three: 20 million parameters."""
+    _check_classes(classes)
+    model = models.vgg19_bn(num_classes=1)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Linear(512, classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+def densenet121(classes: int = 10) -> nn.Module:
+    """torchvision's DenseNet-121 with the stem for small images."""
+    _check_classes(classes)
+    model = models.densenet121(num_classes=classes)
+    model.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    model.features.pool0 = nn.Identity()
+    return model.to(memory_format=torch.channels_last)
+
+
+def mobilenet_v2(classes: int = 10) -> nn.Module:
+    """torchvision's MobileNetV2 with its first two strides 1, for small images."""
+    _check_classes(classes)
+    model = models.mobilenet_v2(num_classes=classes)
+    model.features[0][0].stride = (1, 1)
+    model.features[2].conv[1][0].stride = (1, 1)
+    return model.to(memory_format=torch.channels_last)
+
+
+VICTIMS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet9": lambda classes: resnet9(classes),
+    "resnet9-64": lambda classes: resnet9(classes, 64),
+    "resnet18": resnet18,
+    "vgg19": vgg19,
+    "densenet121": densenet121,
+    "mobilenet-v2": mobilenet_v2,
+}
+"""Networks for colour images of 32 x 32 and about, by name."""
+
+
+def victim(name: str, classes: int = 10) -> nn.Module:
+    """A network of `VICTIMS`, initialised from torch's global generator.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in VICTIMS:
+        raise ConfigError(f"A victim is one of {', '.join(VICTIMS)}. Got {name!r}.")
+    return VICTIMS[name](classes)
+
+
+def _check_classes(classes: int) -> None:
+    if not isinstance(classes, int) or classes < 1:
+        raise ConfigError(f"classes must be an integer of 1 or more. Got {classes!r}.")

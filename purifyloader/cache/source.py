@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from purifyloader.errors import InputError
 
-__all__ = ["is_hashable", "source_hashes"]
+__all__ = ["hashes_as_text", "hashes_of_text", "image_hashes", "is_hashable", "source_hashes"]
 
 _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes, without long double, whose bytes depend on the machine
 
@@ -51,6 +53,29 @@ def source_hashes(
     for row, (image, target) in enumerate(zip(images, targets, strict=True)):
         out[row] = _short_hash(_image_bytes(image)), _short_hash(_target_bytes(target))
     return out
+
+
+def image_hashes(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """uint64 (N,): the hash of each image alone, as `source_hashes` has it for uint8 (H, W, C)."""
+    return np.array([_short_hash(_image_bytes(image)) for image in images_NHWC], np.uint64)
+
+
+def hashes_as_text(hashes: NDArray[np.uint64]) -> str:
+    """Hashes for a JSON file: base64 of their little-endian bytes."""
+    return base64.b64encode(hashes.astype("<u8").tobytes()).decode("ascii")
+
+
+def hashes_of_text(text: str) -> NDArray[np.uint64]:
+    """The inverse of `hashes_as_text`.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+        return np.frombuffer(data, "<u8").astype(np.uint64)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise InputError(f"Hashes are base64 of 8 bytes each. Got {str(text)[:20]!r}...: {error}.") from None
 
 
 def is_hashable(value: Tensor | NDArray[Any] | np.generic) -> bool:

@@ -57,7 +57,7 @@ def _read(dataset: Any) -> tuple[NDArray[Any], NDArray[Any]]:
         labels.append(sample[1])
     if len({image.shape for image in images}) != 1:
         raise InputError(
-            f"Expected images of one size, at least one. Got {sorted({image.shape for image in images})[:5]}: an attack "
-            "in memory takes one size, so resize them first."
+            f"Expected images of one size, at least one. Got {sorted({image.shape for image in images})[:5]}: resize "
+            "them first."
         )
     return np.stack(images), np.asarray(labels)

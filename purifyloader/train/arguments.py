@@ -17,6 +17,7 @@ from torch import Tensor
 
 from purifyloader import __version__
 from purifyloader.cache.locks import Lock, lock_path
+from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.datasets import describe, open_dataset
 from purifyloader.devices import as_device
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
@@ -264,6 +265,8 @@ def details(
         "resized": options.size,
         "indices": clean.indices,
         "images_sha256": images_sha256(clean.images),
+        # of each, so that a bench can tell whether a set it tests on holds one of them
+        "image_hashes": hashes_as_text(image_hashes(clean.images.permute(0, 2, 3, 1).numpy())),
         "held_out": held_out,
         "train": config.to_dict(),
         "record": record,
