@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "dynamics", help="how purification moves clean and poisoned images, step by step", add_help=False
     )
     commands.add_parser("tune", help="propose how strongly to purify, from clean images and attacks", add_help=False)
+    commands.add_parser("bench", help="train victims on poisons, with and without defences", add_help=False)
+    commands.add_parser("poison", help="poison a dataset, to test a defence on it", add_help=False)
     return parser
 
 
@@ -93,6 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from purifyloader.dynamics.tune_command import main as tune
 
             return tune(argv[1:])
+        if argv[:1] == ["bench"]:
+            from purifyloader.bench.command import main as bench
+
+            return bench(argv[1:])
+        if argv[:1] == ["poison"]:
+            from purifyloader.poisons.command import main as poison
+
+            return poison(argv[1:])
         if argv[:1] == ["convert"]:
             from purifyloader.pretrained.convert.command import main as convert
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["canonical_json", "file_sha256", "replacing", "write_text"]
+from purifyloader.errors import PurifyError
+
+__all__ = ["canonical_json", "file_sha256", "replacing", "replacing_folder", "write_text", "writing"]
 
 
 @contextmanager
@@ -46,3 +49,36 @@ def canonical_json(value: Any) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed to it when the block ends and removed when it fails.
+
+    Raises:
+        OSError: `folder` holds something by then.
+    """
+    folder = folder.resolve()  # a link stays one
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)  # mkdtemp's 0700 would hide it from others
+        if folder.is_dir():
+            folder.rmdir()
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise PurifyError(
+            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
+        ) from error

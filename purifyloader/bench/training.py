@@ -158,40 +158,41 @@ def train_victim(
             f"Got {epochs}, {batch_size}, {lr}, {warmup}, {pad}."
         )
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
+    # what a network draws by itself, as dropout does, comes from the seed too
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
-    )
-    batch_size = min(batch_size, len(y))
-    steps = len(y) // batch_size
-    y = y.to(device)
-    key = noise.fold_in(noise.key_from_seed(seed), _AUGMENT)
-    start = time.perf_counter()
-    for epoch in range(epochs):
-        x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
-        # drawn on the CPU, so that every device trains on the same crops
-        uniform = noise.uniform(noise.fold_in(noise.fold_in(key, epoch), torch.arange(len(y))), (4,))
-        order = uniform[:, 0].argsort(stable=True).to(device)
-        uniform = uniform[:, 1:].to(device)
-        if not flip:
-            uniform[:, 2] = 1.0
-        for step in range(steps):
-            index_B = order[step * batch_size : (step + 1) * batch_size]
-            batch = _crop_and_flip(_to_float(x[index_B]), uniform[index_B], pad)
-            if batch_transform is not None:
-                batch = batch_transform(batch, index_B, epoch)
-            for group in optimiser.param_groups:
-                group["lr"] = _learning_rate((epoch * steps + step + 0.5) / (epochs * steps), lr, warmup)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits = model(_normalise(batch))
-            loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=label_smoothing)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-        if not torch.isfinite(loss):
-            raise TrainingError(f"The loss must be finite: lower lr={lr}. Got {loss.item()} in epoch {epoch}.")
+        optimiser = torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+        )
+        batch_size = min(batch_size, len(y))
+        steps = len(y) // batch_size
+        y = y.to(device)
+        key = noise.fold_in(noise.key_from_seed(seed), _AUGMENT)
+        start = time.perf_counter()
+        for epoch in range(epochs):
+            x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
+            # drawn on the CPU, so that every device trains on the same crops
+            uniform = noise.uniform(noise.fold_in(noise.fold_in(key, epoch), torch.arange(len(y))), (4,))
+            order = uniform[:, 0].argsort(stable=True).to(device)
+            uniform = uniform[:, 1:].to(device)
+            if not flip:
+                uniform[:, 2] = 1.0
+            for step in range(steps):
+                index_B = order[step * batch_size : (step + 1) * batch_size]
+                batch = _crop_and_flip(_to_float(x[index_B]), uniform[index_B], pad)
+                if batch_transform is not None:
+                    batch = batch_transform(batch, index_B, epoch)
+                for group in optimiser.param_groups:
+                    group["lr"] = _learning_rate((epoch * steps + step + 0.5) / (epochs * steps), lr, warmup)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = model(_normalise(batch))
+                loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=label_smoothing)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+            if not torch.isfinite(loss):
+                raise TrainingError(f"The loss must be finite: lower lr={lr}. Got {loss.item()} in epoch {epoch}.")
     return Trained(model.eval(), time.perf_counter() - start)
 
 

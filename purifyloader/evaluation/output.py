@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from purifyloader.errors import InputError, PurifyError
-from purifyloader.files import write_text
+from purifyloader.errors import InputError
+from purifyloader.files import write_text, writing
 
 __all__ = ["check_out", "has_matplotlib", "write_results", "writing"]
 
@@ -52,17 +52,6 @@ def _try_writing(folder: Path) -> None:
         for path in created:
             with suppress(OSError):  # not created, or somebody else's file is in it by now
                 path.rmdir()
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses, as an error of the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise PurifyError(
-            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
-        ) from error
 
 
 def has_matplotlib() -> bool:

@@ -1,22 +1,48 @@
 """Attacks on training sets, for testing defences: nothing here is of use to train a good model.
 
-Autoregressive and LSP perturbations need no surrogate network and are regenerable from a seed. They make a training
-set "unlearnable": a victim learns the added pattern, which is a shortcut to the label, and not the image. A trigger
-plants a back door.
+`make(name, dataset)` gives a poisoned dataset by any attack of `ATTACKS`, and `write` puts it into files; `read` takes
+those, and what others have published, as the README of this folder says. The other functions work on arrays. All
+attacks are regenerable from a seed. An availability attack makes a training set "unlearnable": a victim learns the
+added pattern, which is a shortcut to the label, and not the image. A trigger plants a back door.
 """
 
 from purifyloader.poisons.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
+from purifyloader.poisons.attacks import ATTACKS, Attack, make
+from purifyloader.poisons.class_wise import class_patterns, urp
+from purifyloader.poisons.cuda import cuda, cuda_filters
 from purifyloader.poisons.lsp import lsp, lsp_perturbation
+from purifyloader.poisons.ops import ops, ops_pixels
+from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
+from purifyloader.poisons.reading import check, read
 from purifyloader.poisons.trigger import add_trigger, backdoor, read_trigger
+from purifyloader.poisons.writing import write, write_images, write_npz
 
 __all__ = [
+    "ATTACKS",
+    "Attack",
+    "Bound",
+    "Moved",
+    "Poisoned",
+    "Target",
     "add_trigger",
     "ar_coefficients",
     "ar_perturbation",
     "autoregressive",
     "backdoor",
+    "check",
+    "class_patterns",
+    "cuda",
+    "cuda_filters",
     "lsp",
     "lsp_perturbation",
+    "make",
+    "ops",
+    "ops_pixels",
+    "read",
     "read_ar_coefficients",
     "read_trigger",
+    "urp",
+    "write",
+    "write_images",
+    "write_npz",
 ]

@@ -1,8 +1,9 @@
-"""What additive, class-wise attacks share: checks, a perturbation for each image, adding it in 8 bits.
+"""What class-wise attacks share: checks, a perturbation for each image, adding it in 8 bits.
 
-An attack is a `Draw`: a pure function of an image's label and its position in the dataset. It works in
-float64 with elementwise operations alone, in a fixed order, so that the result does not depend on how
-many images are drawn together, as it would with a matrix product or a reduction of the library.
+An additive attack is a `Draw`: a pure function of an image's label and its position in the dataset; any other is a
+`Change`, which is given the image too. Both work in float64 with elementwise operations alone, in a fixed order, so
+that the result does not depend on how many images are drawn together, as it would with a matrix product or a
+reduction of the library.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from purifyloader.errors import InputError
 from purifyloader.images import quantize
 
 __all__ = [
+    "Change",
     "Draw",
     "Images",
     "Integers",
+    "as_classes",
     "as_labels",
     "as_positions",
     "as_size",
+    "change_images",
     "check_positive",
     "draw_all",
     "poison",
@@ -37,6 +41,9 @@ __all__ = [
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 """(label_B int64, position_B int64) -> float32 (B, H, W, 3), in units of [0, 1] images."""
+
+Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images_BHWC float32 in [0, 1], label_B int64, position_B int64) -> floating point (B, H, W, 3), which is clamped."""
 
 Integers = Tensor | NDArray[np.integer] | Sequence[int]
 Images = TypeVar("Images", NDArray[np.uint8], Tensor)
@@ -65,10 +72,14 @@ def _as_integers(name: str, values: Integers, low: int, high: int, hint: str) ->
     return torch.from_numpy(array.astype(np.int64))  # a copy, as torch warns of arrays it must not write
 
 
-def as_labels(labels: Integers, classes: int, hint: str = ", or classes= must be given") -> Tensor:
+def as_classes(classes: int) -> int:
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
-    labels_N = _as_integers("labels", labels, 0, classes, hint)
+    return classes
+
+
+def as_labels(labels: Integers, classes: int, hint: str = ", or classes= must be given") -> Tensor:
+    labels_N = _as_integers("labels", labels, 0, as_classes(classes), hint)
     if len(labels_N) == 0:
         raise InputError("labels must hold at least one label. Got none.")
     return labels_N
@@ -91,7 +102,8 @@ def as_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
         raise InputError(f"{name} must be a finite number above 0. Got {value!r}.")
 
 
@@ -132,12 +144,16 @@ def draw_all(draw: Draw, labels_N: Tensor, positions_N: Tensor) -> Tensor:
 
 
 def poison(images: Images, labels_N: Tensor, indices: Integers | None, draw: Draw) -> Images:
-    """A copy of the images with x + delta, clamped to [0, 1] and rounded to 8 bits.
+    """A copy of the images with x + delta, clamped to [0, 1] and rounded to 8 bits; see `change_images`."""
+    return change_images(images, labels_N, indices, lambda x, label, index: x + draw(label, index).to(x.device))
+
+
+def change_images(images: Images, labels_N: Tensor, indices: Integers | None, change: Change) -> Images:
+    """A copy of the images, changed, clamped to [0, 1] and rounded to 8 bits.
 
     Args:
         images: checked by `size_of`.
-        indices: which images to poison, all if None; the perturbation is the one they would have had
-            among all.
+        indices: which images to poison, all if None; each becomes what it would be among all.
     """
     count = len(images)
     if len(labels_N) != count:
@@ -150,7 +166,6 @@ def poison(images: Images, labels_N: Tensor, indices: Integers | None, draw: Dra
     out = images.clone() if isinstance(images, Tensor) else images.copy()
     view = out if isinstance(out, Tensor) else torch.from_numpy(out)
     for index_B in chosen.split(_CHUNK):
-        delta = draw(labels_N[index_B], index_B).to(view.device)
         index = index_B.to(view.device)
-        view[index] = quantize(view[index].to(torch.float32) / 255 + delta)
+        view[index] = quantize(change(view[index].to(torch.float32) / 255, labels_N[index_B], index_B))
     return out

@@ -23,18 +23,19 @@ class Bound:
     """How far an attack may move an image.
 
     Attributes:
-        norm: "linf" or "l2", of one image's perturbation.
-        epsilon: the largest it may be, in units of [0, 1] images: 8/255 for l-infinity, 1 for AR's l2.
+        norm: "linf", "l2" or "l0", of one image's perturbation.
+        epsilon: the largest it may be, before rounding to 8 bits, in units of [0, 1] images: 8/255 for l-infinity,
+            1 for AR's l2. For l0 it counts pixels: 1 for OPS.
     """
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l0"]
     epsilon: float
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2") or not (math.isfinite(self.epsilon) and self.epsilon > 0):
+        if self.norm not in ("linf", "l2", "l0") or not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise InputError(
-                "A bound is linf or l2, and a finite epsilon above 0 in units of [0, 1] images. Got "
-                f"{self.norm!r}, {self.epsilon!r}."
+                "A bound is linf, l2 or l0, and a finite epsilon above 0: in units of [0, 1] images, for l0 in pixels. "
+                f"Got {self.norm!r}, {self.epsilon!r}."
             )
 
 
@@ -64,6 +65,7 @@ class Moved(NamedTuple):
         l2_mean, l2_max: of an image's perturbation.
         mean: signed mean difference over the images that differ.
         down: share of the values that differ which became smaller: near 0 or 1 where a sign was lost.
+        pixels: most pixels of an image that differ.
     """
 
     images: int
@@ -72,6 +74,7 @@ class Moved(NamedTuple):
     l2_max: float
     mean: float
     down: float
+    pixels: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +152,7 @@ class Poisoned(Dataset[tuple[Image.Image, int]]):
                 f"The clean images must be uint8 {self.images.shape}, in the order of the poisoned. Got "
                 f"{clean.dtype} {clean.shape}."
             )
-        linf = count = below = differing = 0
+        linf = count = below = differing = pixels = 0
         total = total_values = 0.0
         lengths: list[NDArray[np.float64]] = []
         for start in range(0, len(clean), 1024):
@@ -161,6 +164,7 @@ class Poisoned(Dataset[tuple[Image.Image, int]]):
             if not len(rows):
                 continue
             linf = max(linf, int(np.abs(rows).max()))
+            pixels = max(pixels, int((delta != 0).any(axis=3).sum(axis=(1, 2)).max()))
             count += len(rows)
             below += int((rows < 0).sum())
             differing += int((rows != 0).sum())
@@ -168,9 +172,10 @@ class Poisoned(Dataset[tuple[Image.Image, int]]):
             total_values += rows.size
             lengths.append(np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)))
         if not count:
-            return Moved(0, 0, 0.0, 0.0, 0.0, 0.0)
+            return Moved(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
         length = np.concatenate(lengths)
-        return Moved(count, linf, float(length.mean()), float(length.max()), total / total_values, below / differing)
+        mean, down = total / total_values, below / differing
+        return Moved(count, linf, float(length.mean()), float(length.max()), mean, down, pixels)
 
     @classmethod
     def of(

@@ -1,0 +1,319 @@
+"""`purifyloader bench`: every attack against every defence, in rows that can be trusted and gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from purifyloader.bench import report, rows
+from purifyloader.bench.data import DATA, Data, load
+from purifyloader.bench.defences import DEFENCES, Models, find
+from purifyloader.bench.honest import trained_on
+from purifyloader.bench.run import CLEAN, TRAININGS, AttackSpec, Bench
+from purifyloader.bench.victims import VICTIMS
+from purifyloader.cache.locks import Lock
+from purifyloader.cache.source import image_hashes
+from purifyloader.devices import as_device
+from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.evaluation.sets import training_details
+from purifyloader.files import write_text
+from purifyloader.poisons import attacks
+
+__all__ = ["main"]
+
+ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
+ACCURACY_FILE, COST_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "images.png"
+_SHOWN = 4  # images of a picture, for each attack
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A preset: what is not said on the command line."""
+
+    data: str
+    victim: str
+    training: str
+    preset: str  # of attacks with a surrogate
+    defences: tuple[str, ...]
+
+
+SCALES = {
+    "cpu": Scale("sample", "resnet9", "short", "cpu", tuple(d.name for d in DEFENCES.values() if not d.slow)),
+    "full": Scale("cifar10", "resnet18", "paper", "full", tuple(DEFENCES)),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="purifyloader bench",
+        description="Train victims on poisoned data, with and without defences, and test them on clean images. Rows "
+        "are kept as they are done: the same command goes on, and any number of processes may run it at once.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
+    add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
+    add("--data", choices=DATA, help="(default: of the scale: sample, or cifar10)")
+    add("--root", type=Path, help="where the data are (default: examples/data for the sample, else data)")
+    add("--train", type=int, metavar="N", help="so many training images, drawn at random (default: all)")
+    add("--test", type=int, metavar="N", help="so many test images (default: all)")
+    add(
+        "--leave-out",
+        action="store_true",
+        help="leave the images that the models learned from out of the training set, rather than to refuse it",
+    )
+    add(
+        "--attack",
+        action="append",
+        metavar="ATTACK",
+        help=f"none, {', '.join(attacks.ATTACKS)}, or a poison file; with options, NAME:OPTION=VALUE,...; several "
+        "times (default: none, lsp, ar). none, the clean data, is always among them",
+    )
+    add(
+        "--defence",
+        action="append",
+        metavar="NAME[@PX]",
+        help="with another noise level, in levels of 0 to 255; several times (default: of the scale; --list)",
+    )
+    add("--seeds", type=int, nargs="+", default=[0], help="of victims (default: 0)")
+    add("--attack-seed", type=int, default=0, help="of what an attack draws, for all rows (default: 0)")
+    add("--victim", choices=tuple(VICTIMS), help="(default: of the scale: resnet9, or resnet18)")
+    add("--training", choices=tuple(TRAININGS), help="(default: of the scale: short, or paper)")
+    for field, what in (
+        ("denoiser", "ECLIPSE's"),
+        ("energy", "PureGen's energy model"),
+        ("ddpm", "PureGen's diffusion model"),
+    ):
+        add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
+    add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
+    add("--device", default="cpu", help="(default: cpu)")
+    add("--precise", action="store_true", help="float32 in purifiers and victims; default is bfloat16")
+    add("--processes", type=int, default=1, metavar="N", help="so many on this machine (default: 1)")
+    add("--report", action="store_true", help="write the table and pictures of the rows there are, and stop")
+    add("--list", action="store_true", help="list attacks and defences, and stop")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(_listed()))
+        return 0
+    if options.out is None:
+        parser.error("the following arguments are required: --out (or --list)")
+    if options.processes < 1:
+        raise ConfigError(f"--processes must be at least 1. Got {options.processes}.")
+    as_device(options.device)
+    options.work = options.work or options.out / "work"
+    path = options.out / ROWS_FILE
+    if options.report:
+        if not rows.read(path):
+            raise InputError(f"Expected rows in {path}. Got none: run a bench into {options.out} first.")
+    else:
+        bench, wanted = _prepared(options)
+        if options.processes == 1:
+            _run(bench, wanted, path)
+        else:
+            _run_many(sys.argv[1:] if arguments is None else list(arguments), options.processes)
+        _pictures_of_images(options.out, bench, wanted)
+    _report(options.out)
+    return 0
+
+
+_Wanted = list[tuple[AttackSpec, str, int]]
+
+
+def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
+    scale = SCALES[options.scale]
+    options.data = options.data or scale.data
+    root = options.root or Path("examples/data" if options.data == "sample" else "data")
+    specs = [_attack(text, scale.preset) for text in options.attack or ("lsp", "ar")]
+    specs = [AttackSpec(CLEAN), *(spec for spec in specs if spec.name != CLEAN)]
+    labels = [spec.label or spec.name for spec in specs]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ConfigError(f"Expected attacks of different names. Got {sorted(twice)[0]} twice: name files apart.")
+    defences = list(dict.fromkeys(options.defence or scale.defences))
+    if "none" not in defences:
+        defences.insert(0, "none")
+    if options.seeds != list(dict.fromkeys(options.seeds)) or min(options.seeds) < 0:
+        raise ConfigError(f"--seeds must be different numbers from 0. Got {options.seeds}.")
+    models = Models(options.denoiser, options.energy, options.ddpm)
+    data = load(options.data, root)
+    if options.leave_out:
+        data = _left_out(data, models, defences)
+    data = data.some(options.train, options.test)
+    bench = Bench(
+        data,
+        models,
+        options.victim or scale.victim,
+        options.training or scale.training,
+        options.work,
+        attack_seed=options.attack_seed,
+        device=options.device,
+        fast=not options.precise,
+    )
+    for defence in defences:  # before hours of work
+        bench.check(defence)
+    # a seed of everything first, so that there is something to look at early
+    return bench, [(spec, defence, seed) for seed in options.seeds for spec in specs for defence in defences]
+
+
+def _attack(text: str, preset: str) -> AttackSpec:
+    """NAME[:OPTION=VALUE,...], or a path."""
+    name, _, given = text.partition(":")
+    options = dict(_option(word, text) for word in given.split(",")) if given else {}
+    if name == CLEAN:
+        if options:
+            raise ConfigError(f"none takes no options. Got {text!r}.")
+        return AttackSpec(CLEAN)
+    if name in attacks.ATTACKS:
+        attack = attacks.find(name)
+        if "preset" in attack.options:
+            options.setdefault("preset", preset)
+        attacks.check_options(attack, options)
+        said = {k: v for k, v in options.items() if k != "preset" and not _is_file(v)}
+        label = " ".join([name, *(f"{k}={v}" for k, v in said.items())])
+        return AttackSpec(name, options, None, label)
+    if not Path(name).exists():
+        raise ConfigError(f"An attack is none, {', '.join(attacks.ATTACKS)}, or a poison file. Got {text!r}.")
+    return AttackSpec(Path(name).stem, options, Path(name), Path(name).stem)
+
+
+def _option(word: str, text: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"Expected OPTION=VALUE after the colon. Got {word!r} in {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_file()
+
+
+def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
+    used = {getattr(models, name) for spec in defences for name in find(spec)[0].uses}
+    learned = [trained_on(training_details(model), str(model)) for model in sorted(used)]
+    keep = ~np.isin(image_hashes(data.train), np.concatenate([np.empty(0, np.uint64), *learned]))
+    return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
+
+
+def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
+    """Make every row that is not there yet; leave to other processes what they are making."""
+    claims = bench.work / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    left = [(cell, rows.fingerprint(bench.settings(*cell))) for cell in wanted]
+    wait = False
+    while left:
+        again = []
+        for cell, name in left:
+            if name in {row["fingerprint"] for row in rows.read(path)}:
+                continue
+            lock = Lock(claims, name)
+            if not lock.acquire(wait):
+                again.append((cell, name))
+                continue
+            try:
+                if name not in {row["fingerprint"] for row in rows.read(path)}:
+                    row = bench.row(*cell)
+                    rows.add(path, row)
+                    print(_in_words(row), flush=True)
+            finally:
+                lock.release()
+        # what others are at: wait for it, or make it where they died
+        left, wait = again, True
+
+
+def _run_many(arguments: list[str], processes: int) -> None:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(arguments, threads)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        raise
+    if failed := [worker for worker in workers if worker.exitcode]:
+        raise PurifyError(
+            f"{len(failed)} of {processes} processes stopped, and said why above. What is done is kept: run the same "
+            "again."
+        )
+
+
+def _worker(arguments: list[str], threads: int) -> None:
+    torch.set_num_threads(threads)
+    options = _parser().parse_args(arguments)
+    options.work = options.work or options.out / "work"
+    try:
+        bench, wanted = _prepared(options)
+        _run(bench, wanted, options.out / ROWS_FILE)
+    except PurifyError as error:
+        print(f"purifyloader: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _in_words(row: rows.Row) -> str:
+    also = "".join(f", {name} {row[name]:.1f} %" for name in ("success", "flipped") if name in row)
+    attack = "clean" if row["attack"] == CLEAN else row["attack"]
+    return f"{attack:<12} {row['defence']:<14} seed {row['seed']}: accuracy {row['accuracy']:.1f} %{also}"
+
+
+def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
+    """A few images before and after the strongest of ECLIPSE's kind that was asked for."""
+    from purifyloader.bench.pictures import images
+
+    defences = [defence for _, defence, _ in wanted if bench.makes(defence).purifier is not None]
+    chosen = next((d for d in defences if d.partition("@")[0] == "eclipse"), defences[0] if defences else None)
+    specs = {spec.label: spec for spec, _, _ in wanted if spec.name != CLEAN}
+    if chosen is None or not specs:
+        return
+    shown = {}
+    for label, spec in specs.items():
+        poisoned = bench.poisoned(spec)
+        which = poisoned.poisoned[:_SHOWN]
+        after, _ = bench.purified(poisoned, bench.makes(chosen))
+        shown[label] = bench.data.train[which], poisoned.images[which], after[which]
+    images(shown, chosen, out / IMAGES_FILE)
+
+
+def _report(out: Path) -> None:
+    from purifyloader.bench.pictures import accuracies, costs
+
+    found = rows.read(out / ROWS_FILE)
+    write_text(out / TABLE_FILE, report.markdown(found))
+    # the setting with most rows: bars of two would not compare
+    settings = [report.settings_of(row) for row in found]
+    most = max(dict.fromkeys(settings), key=settings.count)
+    its = [row for row in found if report.settings_of(row) == most]
+    accuracies(its, out / ACCURACY_FILE)
+    costs(its, out / COST_FILE)
+    print("\n".join(str(out / name) for name in (ROWS_FILE, TABLE_FILE, ACCURACY_FILE, COST_FILE)))
+
+
+def _listed() -> list[str]:
+    lines = ["attacks (for testing defences), and any poison file that poisons.read knows:"]
+    lines += [f"  {name:<12} {attack.description}" for name, attack in attacks.ATTACKS.items()]
+    lines.append("defences; with @PX another noise level where it says so:")
+    for its in DEFENCES.values():
+        more = " (@PX)" if its.takes_sigma else " (many calls)" if its.slow else ""
+        lines.append(f"  {its.name:<14} {its.description}{more}")
+    return lines

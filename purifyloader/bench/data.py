@@ -1,0 +1,140 @@
+"""What a bench trains and tests on: two splits in memory, of a named set or of folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import datasets
+
+from purifyloader import noise
+from purifyloader.bench.sample import load_sample
+from purifyloader.datasets import TORCHVISION, open_dataset
+from purifyloader.errors import InputError
+from purifyloader.poisons.arrays import as_arrays
+
+__all__ = ["DATA", "Data", "load"]
+
+DATA = ("sample", "cifar10", "cifar100", "tiny-imagenet", "imagefolder")
+_VALIDATION = ("test", "val", "valid", "validation")
+_DRAW = {"train": 0, "test": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A training and a test split.
+
+    Attributes:
+        name: of `DATA`.
+        train, test: images uint8 (N, H, W, 3).
+        train_labels, test_labels: int64 (N,), in [0, classes).
+        classes: how many.
+    """
+
+    name: str
+    train: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+    classes: int
+
+    def some(self, train: int | None, test: int | None, seed: int = 0) -> Data:
+        """The same data with that many images of each split, drawn by `seed`, in their order; None for all."""
+        rows = {}
+        for split, count, images in (("train", train, self.train), ("test", test, self.test)):
+            every = len(images)
+            if count is not None and not 1 <= count <= every:
+                raise InputError(f"{self.name} has {every} {split} images. Got {count}: ask for as many or fewer.")
+            drawn = noise.uniform(noise.image_keys(seed, _DRAW[split], 0), (every,))[0].argsort(stable=True)
+            rows[split] = drawn[:count].sort().values.numpy()
+        t, v = rows["train"], rows["test"]
+        return Data(self.name, self.train[t], self.train_labels[t], self.test[v], self.test_labels[v], self.classes)
+
+
+def load(name: str, root: str | Path) -> Data:
+    """
+    Args:
+        name: "sample", the CIFAR-10 sample of this repository (`root` is its `examples/data`); "cifar10", "cifar100"
+            in `root`; "tiny-imagenet", the folder as it is distributed; "imagefolder", a folder with `train` and
+            `test` (or `val`), and in each one folder a class, all images of one size.
+
+    Raises:
+        InputError: nothing of that name, or not what it should be.
+    """
+    root = Path(root)
+    if name == "sample":
+        splits = load_sample(root, "train"), load_sample(root, "test")
+        classes = 10
+    elif name in TORCHVISION:
+        found = [open_dataset(name, root, train) for train in (True, False)]
+        splits = as_arrays(found[0]), as_arrays(found[1])
+        classes = len(found[0].classes)  # type: ignore[attr-defined]
+    elif name in ("tiny-imagenet", "imagefolder"):
+        splits, classes = _folders(root, name == "tiny-imagenet")
+    else:
+        raise InputError(f"The data of a bench are {', '.join(DATA)}. Got {name!r}.")
+    (train, train_labels), (test, test_labels) = splits
+    if train.shape[1:] != test.shape[1:] or train.shape[3] != 3:
+        raise InputError(
+            f"Expected colour images of one size in both splits of {name}. Got {train.shape[1:]} and {test.shape[1:]}: "
+            "resize them first."
+        )
+    return Data(name, train, train_labels, test, test_labels, classes)
+
+
+_Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
+    test = next((root / name for name in _VALIDATION if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test is None:
+        raise InputError(
+            f"Expected the folders train and one of {', '.join(_VALIDATION)} in {root}. Got "
+            f"{sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else 'no such folder'}."
+        )
+    train = _open(root / "train")
+    classes: list[str] = train.classes
+    if tiny and (root / "val" / "val_annotations.txt").is_file():
+        return (as_arrays(_Rgb(train)), _tiny_validation(root / "val", train.class_to_idx)), len(classes)
+    other = _open(test)
+    if other.classes != classes:
+        differ = sorted(set(classes) ^ set(other.classes))
+        raise InputError(f"Expected the same classes in train and {test.name}. Got {differ[:5]} in one of them only.")
+    return (as_arrays(_Rgb(train)), as_arrays(_Rgb(other))), len(classes)
+
+
+def _open(folder: Path) -> datasets.ImageFolder:
+    try:
+        return datasets.ImageFolder(str(folder))
+    except (FileNotFoundError, OSError) as error:
+        raise InputError(f"Expected one folder a class, with images, in {folder}. Got: {error}") from None
+
+
+class _Rgb:
+    """An `ImageFolder`, whose loader makes everything RGB, as (array, label)."""
+
+    def __init__(self, folder: datasets.ImageFolder) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        image, label = self.folder[index]
+        return np.asarray(image), label
+
+
+def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
+    """Tiny-ImageNet keeps all validation images in one folder, and their classes in a table."""
+    images, labels = [], []
+    for line in (folder / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split("\t")
+        if wnid not in numbers:
+            raise InputError(f"{folder / 'val_annotations.txt'} names the class {wnid}, which train has not.")
+        with Image.open(folder / "images" / name) as image:
+            images.append(np.asarray(image.convert("RGB")))
+        labels.append(numbers[wnid])
+    return as_arrays((np.stack(images), np.asarray(labels)))

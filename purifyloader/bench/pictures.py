@@ -1,0 +1,143 @@
+"""Pictures of a bench. matplotlib is an extra, imported when one is drawn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader.bench.report import CLEAN, cells
+from purifyloader.bench.rows import Row
+from purifyloader.errors import PurifyError
+from purifyloader.files import replacing
+
+__all__ = ["accuracies", "costs", "images"]
+
+_DPI = 110
+_COLOURS = (
+    *("#1a3f8f", "#f2b134", "#d1603d", "#3b8c6e", "#7a5195"),
+    *("#8c8c8c", "#2ea3c9", "#b8572e", "#5a6b2e", "#c06c9a"),
+)
+_GREY = "#555555"
+_GAIN = 8  # residuals are drawn that much stronger
+
+
+def accuracies(rows: Sequence[Row], path: str | Path) -> None:
+    """A group of bars an attack, a bar a defence; a whisker is the standard deviation over the seeds."""
+    found = cells(rows)
+    attacks = sorted({a for a, _ in found}, key=lambda a: (a != CLEAN, a))
+    defences = list(dict.fromkeys(d for _, d in found))
+    figure = _figure((max(8, 0.28 * len(attacks) * (len(defences) + 2)), 5.2))
+    axis = figure.add_axes((0.07, 0.2, 0.91, 0.7))
+    width = 0.85 / len(defences)
+    for i, defence in enumerate(defences):
+        present = [(n, found[a, defence].accuracy) for n, a in enumerate(attacks) if (a, defence) in found]
+        places = [n + (i - (len(defences) - 1) / 2) * width for n, _ in present]
+        means = [statistics.fmean(values) for _, values in present]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in present]
+        axis.bar(
+            places, means, width, yerr=spread, color=_COLOURS[i % len(_COLOURS)], label=defence, error_kw={"lw": 0.8}
+        )
+    if (CLEAN, CLEAN) in found:
+        level = statistics.fmean(found[CLEAN, CLEAN].accuracy)
+        axis.axhline(level, color=_GREY, lw=0.8, ls="--")
+        axis.text(len(attacks) - 0.5, level + 0.7, "clean, undefended", ha="right", fontsize=8, color=_GREY)
+    axis.set_xticks(range(len(attacks)), ["clean" if a == CLEAN else a for a in attacks])
+    axis.set_ylabel("accuracy on clean test images, %")
+    axis.set_ylim(0, 100)
+    _plain(axis)
+    figure.legend(loc="lower center", ncols=min(6, len(defences)), fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def costs(rows: Sequence[Row], path: str | Path) -> None:
+    """Accuracy, the mean over all poisons measured with the defence, against the seconds that an image takes."""
+    found = cells(rows)
+    every = {a for a, _ in found if a != CLEAN} or {CLEAN}
+    figure = _figure((8, 5))
+    axis = figure.add_axes((0.1, 0.13, 0.86, 0.8))
+    for i, defence in enumerate(dict.fromkeys(d for _, d in found)):
+        its = {a: found[a, defence] for a in every if (a, defence) in found}
+        if its.keys() != every:  # a mean over fewer poisons would not compare
+            continue
+        level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in its.values())
+        seconds = max(1e-6, statistics.median(cell.seconds for cell in its.values()))
+        axis.plot(seconds, level, "o", color=_COLOURS[i % len(_COLOURS)])
+        axis.annotate(defence, (seconds, level), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds to purify an image (1 microsecond: none)")
+    axis.set_ylabel(f"accuracy in %, mean over {', '.join(sorted(every))}")
+    _plain(axis)
+    _save(figure, path)
+
+
+def images(
+    shown: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]], defence: str, path: str | Path
+) -> None:
+    """Some images before and after, with what the poison added and what is left.
+
+    Args:
+        shown: attack → the same few images (clean, poisoned, purified), uint8 (N, H, W, 3).
+        defence: what purified them.
+    """
+    figure = _figure((10.2, 1.95 * len(shown) + 0.4))
+    titles = ("clean", "poisoned", f"poison × {_GAIN}", f"after {defence}", f"after - clean, × {_GAIN}")
+    top = 1 - 0.3 / (1.95 * len(shown) + 0.4)
+    axes = figure.subplots(len(shown), len(titles), squeeze=False)
+    figure.subplots_adjust(0.04, 0.01, 0.99, top, 0.05, 0.05)
+    for row, (attack, (clean, before, after)) in enumerate(shown.items()):
+        panels = (clean, before, _residual(before, clean), after, _residual(after, clean))
+        for axis, panel, title in zip(axes[row], panels, titles, strict=True):
+            axis.imshow(_mosaic(panel), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(title, fontsize=9)
+        axes[row][0].set_ylabel(attack, fontsize=9)
+    _save(figure, path)
+
+
+def _residual(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    difference = images.astype(np.int16) - clean
+    return np.clip(128 + _GAIN * difference, 0, 255).astype(np.uint8)
+
+
+def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    side = math.ceil(math.sqrt(len(images)))
+    height, width, channels = images.shape[1:]
+    out = np.full((side * height, side * width, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, side)
+        out[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    return out
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PurifyError(
+            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
+        ) from None
+    return Figure(figsize=size, dpi=_DPI)
+
+
+def _plain(axis: Any) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error

@@ -1,0 +1,178 @@
+"""What rows say together: means over seeds, what a defence recovers of what a poison took, and what it costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from purifyloader.bench.defences import DEFENCES
+from purifyloader.bench.published import ECLIPSE_TABLE_1, SOURCE
+from purifyloader.bench.rows import Row
+
+__all__ = ["BITES", "Cell", "cells", "markdown", "recovered", "settings_of"]
+
+BITES = 15.0
+"""Points of accuracy that a poison must take from an undefended victim before it is said what a defence gives back."""
+
+CLEAN = "none"
+
+
+class Cell(NamedTuple):
+    """An attack and a defence over all seeds.
+
+    Attributes:
+        accuracy, success, flipped: of each seed, in percent.
+        seconds: of purifying one image.
+        calls: of networks, an image.
+    """
+
+    accuracy: list[float]
+    success: list[float]
+    flipped: list[float]
+    seconds: float
+    calls: int
+    sigma_px: float | None
+    distance_px: float
+
+
+def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
+    """(attack, defence) → its cell. Rows of another setting (data, victim, training, scale) must be apart already."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["attack"], row["defence"]), []).append(row)
+    return {
+        key: Cell(
+            [row["accuracy"] for row in its],
+            [row["success"] for row in its if "success" in row],
+            [row["flipped"] for row in its if "flipped" in row],
+            statistics.median(row["seconds"]["purify_an_image"] for row in its),
+            max(row["calls"] for row in its),
+            its[0]["sigma_px"],
+            statistics.fmean(row["distance_px"] for row in its),
+        )
+        for key, its in found.items()
+    }
+
+
+def settings_of(row: Row) -> tuple[str, int, int, str, str]:
+    """What two rows must have in common to stand in one table."""
+    return row["data"], row["images"], row["test_images"], row["victim"], row["training"]
+
+
+def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
+    """Share of the lost accuracy that a defence gives back, in percent; None for a poison that does not bite.
+
+    100 is the undefended victim's accuracy on clean data, 0 its accuracy on the poisoned.
+    """
+    clean, bare, with_it = (found.get(key) for key in ((CLEAN, CLEAN), (attack, CLEAN), (attack, defence)))
+    if clean is None or bare is None or with_it is None:
+        return None
+    top, bottom = statistics.fmean(clean.accuracy), statistics.fmean(bare.accuracy)
+    if top - bottom < BITES:
+        return None
+    return 100 * (statistics.fmean(with_it.accuracy) - bottom) / (top - bottom)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The tables, one set for each setting that the rows have."""
+    groups: dict[tuple[str, int, int, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(settings_of(row), []).append(row)
+    parts = []
+    for (data, images, tests, victim, training), its in groups.items():
+        seeds = sorted({row["seed"] for row in its})
+        parts.append(
+            f"## {data}: {images:,} training images, {victim}, training `{training}`\n\n"
+            f"Accuracy in % on {tests:,} clean test images: mean and standard deviation over the seeds of the victim "
+            f"({', '.join(map(str, seeds))})."
+        )
+        parts += _tables(its)
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
+    found = cells(rows)
+    attacks = _order({attack for attack, _ in found}, [CLEAN])
+    defences = _order({defence for _, defence in found}, list(DEFENCES))
+    parts = [
+        _table(
+            ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
+            [
+                [
+                    defence,
+                    *(_mean(found[a, defence].accuracy) if (a, defence) in found else "–" for a in attacks),
+                    *_cost(next(found[a, defence] for a in attacks if (a, defence) in found)),
+                ]
+                for defence in defences
+            ],
+        )
+    ]
+    biting = [a for a in attacks if recovered(found, a, CLEAN) is not None]
+    if biting:
+        lines = []
+        for defence in defences:
+            shares = [recovered(found, a, defence) for a in biting]
+            if defence != CLEAN and any(share is not None for share in shares):
+                clean = found.get((CLEAN, defence))
+                cost = "–"
+                if clean is not None and (CLEAN, CLEAN) in found:
+                    bare = statistics.fmean(found[CLEAN, CLEAN].accuracy)
+                    cost = f"{statistics.fmean(clean.accuracy) - bare:+.1f}"
+                lines.append([defence, *("–" if s is None else f"{s:.0f} %" for s in shares), cost])
+        parts.append(
+            f"Of what a poison took, a defence gives back (poisons that take {BITES:.0f} points or more), and what it "
+            "changes on clean data, in points:"
+        )
+        parts.append(_table(["defence", *biting, "on clean data"], lines))
+    for name, title in (
+        ("success", "Test images of other classes that the trigger, as strong as in training, has called its class"),
+        ("flipped", "Targets that are called what the attacker wants"),
+    ):
+        having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
+        if having:
+            lines = [
+                [d, *(_mean(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)] for d in defences
+            ]
+            parts += [f"{title}, in %:", _table(["defence", *having], lines)]
+    beside = [a for a in attacks if any(a in values for values in ECLIPSE_TABLE_1.values())]
+    if beside:
+        lines = [
+            [defence, *(f"{values[a]:.2f}" if a in values else "–" for a in beside)]
+            for defence, values in ECLIPSE_TABLE_1.items()
+            if defence in defences or defence == "eclipse-100"
+        ]
+        parts.append(f"Published, on other poison files and another scale ({SOURCE}):")
+        parts.append(_table(["published", *(_shown(a) for a in beside)], lines))
+    return parts
+
+
+def _order(names: set[str], first: Sequence[str]) -> list[str]:
+    place = {name: i for i, name in enumerate(first)}
+
+    def key(name: str) -> tuple[int, str, float]:
+        base, _, px = name.partition("@")
+        return place.get(base, len(place)), base, float(px or 0)
+
+    return sorted(names, key=key)
+
+
+def _shown(attack: str) -> str:
+    return "clean" if attack == CLEAN else attack
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def _cost(cell: Cell) -> list[str]:
+    noise = "–" if cell.sigma_px is None else f"{cell.sigma_px:g} px"
+    return [noise, str(cell.calls), f"{1000 * cell.seconds:.3g}" if cell.seconds else "–"]
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    aligned = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, aligned, *lines])

@@ -1,0 +1,76 @@
+"""The results of a bench: a line of JSON a row, kept by fingerprint, from any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from purifyloader import __version__
+from purifyloader.cache.locks import Lock
+from purifyloader.errors import InputError
+from purifyloader.files import canonical_json, write_text
+
+__all__ = ["Row", "add", "fingerprint", "read", "versions"]
+
+Row = dict[str, Any]
+
+SCHEMA = 1
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """What a row is known by: SHA-256, cut to 16 hex digits, of all that decides its figures."""
+    return hashlib.sha256(canonical_json({"schema": SCHEMA, **settings}).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    return {
+        "purifyloader": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, in their order; none if there is no such file.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "fingerprint" not in row or row.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path} must hold rows of a bench, one a line, of schema {SCHEMA}. Got another line {number}: move "
+                "the file away, or give another --out."
+            )
+        rows.append(row)
+    return rows
+
+
+def add(path: Path, row: Row) -> None:
+    """Put a row among those of the file, in the place of one with its fingerprint; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(path.parent, path.name):
+        rows = {its["fingerprint"]: its for its in read(path)}
+        rows[row["fingerprint"]] = row
+        write_text(path, "".join(canonical_json(its) + "\n" for its in in_order(rows.values())))
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """By what was measured, and not by which process was done first."""
+    return sorted(rows, key=lambda row: (row["data"], row["attack"], row["defence"], row["seed"], row["fingerprint"]))

@@ -1,0 +1,310 @@
+"""One row of a bench: poison, purify, train a victim, test it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from purifyloader import noise
+from purifyloader.bench import rows
+from purifyloader.bench.data import Data
+from purifyloader.bench.defence import compensation
+from purifyloader.bench.defences import Made, Models, find
+from purifyloader.bench.honest import check_disjoint, trained_on
+from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.cache.locks import Lock
+from purifyloader.cache.source import image_hashes
+from purifyloader.dataset import PurifiedDataset
+from purifyloader.errors import InputError
+from purifyloader.evaluation.sets import training_details
+from purifyloader.files import file_sha256
+from purifyloader.poisons import add_trigger, attacks, reading
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.writing import write_npz
+from purifyloader.purifiers import Purifier
+
+__all__ = ["TRAININGS", "AttackSpec", "Bench", "Training"]
+
+CLEAN = "none"
+_TIMED = 32  # images: what every network call is padded to
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a victim is trained, by SGD with momentum 0.9, crops and flips.
+
+    Attributes:
+        warmup: share of a one-cycle schedule in which the learning rate rises; None is a constant learning rate.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: float | None
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+
+
+TRAININGS: dict[str, Training] = {
+    # tuned for a ResNet-9 on 4,000 images: 69 % where 80 epochs of "paper" are out of reach
+    "short": Training(10, 64, 0.2, 0.2),
+    "modern": Training(30, 128, 0.2, 0.2, label_smoothing=0.1),
+    # ECLIPSE, Implementation details; it does not name its weight decay
+    "paper": Training(80, 128, 0.1, None),
+}
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """What poisons: an attack by name and its options, or a file.
+
+    Attributes:
+        name: of `poisons.ATTACKS`, "none" for clean data, or of the file.
+        options: of the attack.
+        file: of a published poison, for `poisons.read`.
+        label: what a table calls it.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+    label: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its images beside the data, as JSON; never a path."""
+        if self.file is not None:
+            content = file_sha256(self.file) if self.file.is_file() else _folder_sha256(self.file)
+            return {"file_sha256": content, "options": _plain(self.options)}
+        return {"name": self.name, "options": _plain(self.options)}
+
+
+class Bench:
+    """Makes rows of one setting; attacks, defences and seeds are asked for.
+
+    Args:
+        data: clean; what the defences' models learned from must not be in it.
+        models: that the defences use.
+        victim: of `victims.VICTIMS`.
+        training: of `TRAININGS`.
+        work: folder of poisoned sets and purified caches, which rows share and a stopped run goes on in.
+        attack_seed: of what an attack draws. The poison, the purification and the test images are the same for all
+            seeds of a row; the seed is the victim's, and that of compensation.
+        fast: bfloat16 in purifiers and victims.
+
+    Raises:
+        InputError: data that are not apart from what a model learned from, when a row is asked for that uses it.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        models: Models,
+        victim: str,
+        training: str,
+        work: str | Path,
+        *,
+        attack_seed: int = 0,
+        device: str = "cpu",
+        fast: bool = True,
+        progress: bool = False,
+    ) -> None:
+        if training not in TRAININGS:
+            raise InputError(f"A training is one of {', '.join(TRAININGS)}. Got {training!r}.")
+        self.data, self.models, self.victim = data, models, victim
+        self.training, self.how = training, TRAININGS[training]
+        self.work, self.attack_seed, self.device = Path(work), attack_seed, device
+        self.fast, self.progress = fast, progress
+        self._hashes = {"train": image_hashes(data.train), "test": image_hashes(data.test)}
+        self._timed: dict[str, float] = {}
+        hashes = {split: values.tolist() for split, values in self._hashes.items()}
+        labels = {"train": data.train_labels.tolist(), "test": data.test_labels.tolist()}
+        self._identity = {"name": data.name, "sha": rows.fingerprint({"hashes": hashes, "labels": labels})}
+
+    # -- what a row is ---------------------------------------------------------------------------------
+
+    def makes(self, defence: str) -> Made:
+        """A defence by its spec, ready."""
+        its, px = find(defence)
+        return its.ready(self.models, px, self.fast)
+
+    def settings(self, attack: AttackSpec, defence: str, seed: int) -> dict[str, Any]:
+        """All that decides the figures of a row; JSON."""
+        made = self.makes(defence)
+        return {
+            "data": self._identity,
+            "attack": attack.settings() if attack.name != CLEAN else CLEAN,
+            "attack_seed": self.attack_seed,
+            "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
+            "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
+            "victim": self.victim,
+            "training": asdict(self.how),
+            "seed": seed,
+            "fast": self.fast,
+            "device": torch.device(self.device).type,
+        }
+
+    def row(self, attack: AttackSpec, defence: str, seed: int) -> rows.Row:
+        """Measure it.
+
+        Raises:
+            InputError: see the class, and what attacks and purifiers refuse.
+        """
+        compared = self.check(defence)
+        settings = self.settings(attack, defence, seed)
+        made = self.makes(defence)
+        poisoned = self.poisoned(attack)
+        images, purifier = self.purified(poisoned, made)
+        corrupt = None if made.compensate is None else compensation(made.compensate, seed)
+        how = self.how
+        trained = train_victim(
+            images,
+            poisoned.labels,
+            classes=self.data.classes,
+            network=self.victim,
+            **asdict(how),
+            batch_transform=corrupt,
+            seed=seed,
+            device=self.device,
+            bfloat16=self.fast,
+        )
+        found = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
+        found |= self._success(trained.model, poisoned)
+        moved = poisoned.moved(self.data.train)
+        return {
+            "schema": rows.SCHEMA,
+            "fingerprint": rows.fingerprint(settings),
+            "data": self.data.name,
+            "images": len(poisoned),
+            "test_images": len(self.data.test),
+            "attack": attack.label or attack.name,
+            "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
+            "defence": defence,
+            "sigma_px": None if made.sigma is None else round(255 * made.sigma, 2),
+            "calls": 0 if made.purifier is None else made.purifier.calls,
+            "distance_px": round(_rms(images, self.data.train), 2),
+            "seed": seed,
+            "victim": self.victim,
+            "training": self.training,
+            **{name: round(value, 2) for name, value in found.items()},
+            "seconds": {
+                "purify_an_image": self._seconds_an_image(purifier, defence),
+                "train": round(trained.seconds, 1),
+            },
+            "threads": torch.get_num_threads(),
+            "disjoint": compared,
+            "settings": settings,
+            "versions": rows.versions(),
+        }
+
+    # -- its parts -------------------------------------------------------------------------------------
+
+    def check(self, defence: str) -> dict[str, int]:
+        """Refuse a row that would not be honest; else how many images were compared."""
+        its, _ = find(defence)
+        used = dict.fromkeys(getattr(self.models, name) for name in its.uses)
+        learned = {str(model): trained_on(training_details(model), str(model)) for model in used}
+        return check_disjoint(self._hashes["train"], self._hashes["test"], learned)
+
+    def poisoned(self, attack: AttackSpec) -> Poisoned:
+        """The poisoned training set, made once and kept."""
+        data = self.data
+        if attack.name == CLEAN:
+            return Poisoned.of(data.train, data.train_labels, CLEAN, [])
+        known = {"data": self._identity, "attack": attack.settings(), "seed": self.attack_seed}
+        path = self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
+            if not path.exists():
+                if attack.file is not None:
+                    made = reading.read(attack.file, clean=(data.train, data.train_labels), **attack.options)
+                else:
+                    pair = (data.train, data.train_labels)
+                    made = attacks.make(attack.name, pair, self.attack_seed, **attack.options)
+                write_npz(made, path)
+        found = reading.read(path, clean=(data.train, data.train_labels))
+        if len(found) != len(data.train):
+            raise InputError(
+                f"Expected a poison of the {len(data.train)} training images. Got one of {len(found)}: give the data "
+                "that it was made from, whole."
+            )
+        return found
+
+    def purified(self, poisoned: Poisoned, made: Made) -> tuple[NDArray[np.uint8], Purifier | None]:
+        """The training images as the defence leaves them, from a cache, and the purifier with its plan."""
+        if made.purifier is None:
+            return poisoned.images, None
+        purifier = made.purifier.to(self.device)
+        known = {
+            "images": rows.fingerprint({"hashes": image_hashes(poisoned.images).tolist()}),
+            "purifier": json.loads(purifier.to_json()),
+            "device": torch.device(self.device).type,
+        }
+        cache = self.work / "purified" / rows.fingerprint(known)
+        dataset = PurifiedDataset(
+            poisoned, purifier, cache=cache, missing="precompute", check_source=False, progress=self.progress
+        )
+        return np.stack([np.asarray(dataset[i][0]) for i in range(len(dataset))]), dataset.purifier
+
+    def _success(self, model: torch.nn.Module, poisoned: Poisoned) -> dict[str, float]:
+        """Of a back door the share of other classes' test images that it takes, of a targeted attack whether it won."""
+        found = {}
+        if poisoned.trigger is not None and poisoned.target_class is not None:
+            others = self.data.test_labels != poisoned.target_class
+            shown = add_trigger(self.data.test[others], torch.from_numpy(poisoned.trigger))
+            wanted = np.full(len(shown), poisoned.target_class)
+            found["success"] = 100 * accuracy(model, shown, wanted)
+        if poisoned.target is not None:
+            found["flipped"] = 100 * accuracy(model, poisoned.target.image[None], [poisoned.target.label])
+        return found
+
+    def _seconds_an_image(self, purifier: Purifier | None, defence: str) -> float:
+        """Of one full network batch, the median of three after a first; timed again in each process that measures."""
+        if purifier is None:
+            return 0.0
+        if defence not in self._timed:
+            count = min(_TIMED, len(self.data.train))
+            x = torch.from_numpy(self.data.train[:count]).permute(0, 3, 1, 2).float() / 255
+            purifier = purifier.to(self.device)
+            keys = noise.image_keys(0, 0, range(count)).to(self.device)
+            taken = []
+            for _ in range(2 if purifier.calls > 10 else 4):
+                start = time.perf_counter()
+                purifier(x.to(self.device), keys).cpu()
+                taken.append((time.perf_counter() - start) / count)
+            self._timed[defence] = statistics.median(taken[1:])
+        return float(f"{self._timed[defence]:.3g}")
+
+
+def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
+    """Root mean square distance, in levels of 0 to 255."""
+    total = sum(
+        float(((images[i : i + 1024].astype(np.float32) - clean[i : i + 1024]) ** 2).sum(dtype=np.float64))
+        for i in range(0, len(images), 1024)
+    )
+    return float(np.sqrt(total / images.size))
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without paths: a file is what is in it."""
+    plain = {}
+    for name, value in options.items():
+        if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_file()):
+            plain[name] = {"sha256": file_sha256(Path(value))}
+        else:
+            plain[name] = value
+    return plain
+
+
+def _folder_sha256(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        raise InputError(f"Expected a poison file or folder. Got {folder}, which is not there.")
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,102 @@
+"""URP, one random pattern a class (Huang et al. 2021, "Unlearnable Examples", arXiv:2101.04898). For testing defences.
+
+The simplest shortcut: every image of a class carries the same noise, which is easier to learn than what it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.errors import InputError
+from purifyloader.poisons.additive import (
+    Images,
+    Integers,
+    as_classes,
+    as_labels,
+    as_size,
+    check_positive,
+    poison,
+    purpose_keys,
+    size_of,
+)
+
+__all__ = ["class_patterns", "urp"]
+
+_ATTACK = 0x757270  # "urp"
+_PATTERN = 0  # what a key is for
+
+
+def class_patterns(
+    size: Sequence[int],
+    *,
+    classes: int = 10,
+    seed: int = 0,
+    epsilon: float = 8 / 255,
+    distribution: Literal["uniform", "gaussian"] = "uniform",
+) -> Tensor:
+    """The patterns that `urp` adds; class c's is a function of (seed, c, size) and these arguments alone.
+
+    Each value is a whole number of levels within the bound, so that every image of a class gets exactly the same, and
+    no rounding leads out of the bound.
+
+    Args:
+        size: (height, width) of the images.
+        epsilon: the largest value, in units of [0, 1] images; at least a level, 1/255.
+        distribution: "uniform" in [-epsilon, epsilon], or "gaussian" of standard deviation epsilon, clipped there.
+
+    Returns:
+        float32 (classes, H, W, 3), in units of [0, 1] images.
+
+    Raises:
+        InputError: an argument of another type or range.
+    """
+    height, width = as_size(size)
+    keys = purpose_keys(seed, _ATTACK, _PATTERN, torch.arange(as_classes(classes)))
+    check_positive("epsilon", epsilon)
+    levels = math.floor(255 * epsilon + 1e-6)  # 8/255 may be a hair below what it is meant to be
+    if not 1 <= levels <= 255:
+        raise InputError(f"epsilon must be from 1/255 to 1, in units of [0, 1] images. Got {epsilon!r}.")
+    shape = (height, width, 3)
+    if distribution == "uniform":
+        drawn = 2 * noise.uniform(keys, shape) - 1
+    elif distribution == "gaussian":
+        drawn = noise.normal(keys, shape).to(torch.float64)
+    else:
+        raise InputError(f"distribution must be uniform or gaussian. Got {distribution!r}.")
+    return ((255 * epsilon * drawn).round().clamp(-levels, levels) / 255).to(torch.float32)
+
+
+def urp(
+    images: Images,
+    labels: Integers,
+    *,
+    indices: Integers | None = None,
+    classes: int = 10,
+    seed: int = 0,
+    epsilon: float = 8 / 255,
+    distribution: Literal["uniform", "gaussian"] = "uniform",
+) -> Images:
+    """Images poisoned with their class's random pattern.
+
+    Args:
+        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
+        labels: integers (N,) in [0, classes).
+        indices: which images to poison, all if None.
+        others: see `class_patterns`.
+
+    Returns:
+        A poisoned copy of the images, in the container they came in.
+
+    Raises:
+        InputError: images, labels or an argument of another type, shape or range.
+    """
+    size = size_of(images)
+    labels_N = as_labels(labels, classes)
+    patterns = class_patterns(size, classes=classes, seed=seed, epsilon=epsilon, distribution=distribution)
+    return poison(images, labels_N, indices, lambda label_B, _: patterns[label_B])

@@ -1,0 +1,144 @@
+"""What a path holds, whatever attack it is of: which container it is shows in its first bytes, never in its name."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.reading.unpickling import read_pickle, read_torch
+
+__all__ = ["Folder", "as_number_array", "describe", "integers", "open_content", "read_array"]
+
+_TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what torch.save wrote first before 1.6
+_AGAIN = "Download it again."
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder, and the names of what lies in it."""
+
+    path: Path
+    names: tuple[str, ...]
+
+
+def open_content(path: Path) -> Any:
+    """A `Folder`, an array, a dict of arrays, or what a pickle or a file of torch.save holds.
+
+    Raises:
+        InputError: there is nothing, it is damaged or cut short, or it holds what might run code.
+    """
+    if path.is_dir():
+        return Folder(path, tuple(sorted(item.name for item in path.iterdir() if not item.name.startswith("."))))
+    if not path.is_file():
+        raise InputError(f"Expected a poison file or folder. Got {path}, which is neither. Check the path.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise InputError(f"{path} must be a poison file. Got an empty file. {_AGAIN}")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} must be a poison file. Got the note that git keeps in place of a large file: fetch the file "
+            "itself with `git lfs pull`, or download it."
+        )
+    if head.lstrip()[:1] == b"<":
+        raise InputError(f"{path} must be a poison file. Got a web page. {_AGAIN}")
+    if head.startswith(b"\x93NUMPY"):
+        return read_array(path)
+    if head.startswith(b"PK\x03\x04"):
+        return _read_archive(path)
+    return read_torch(path) if head.startswith(_TORCH_LEGACY) else read_pickle(path)
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """The array of an .npy file, of numbers.
+
+    Raises:
+        InputError: no such file, or none of numbers.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # its header is read as Python source, and what that raises is not a closed list
+        raise InputError(f"{path} must be a whole .npy file of numbers. Got: {error}. {_AGAIN}") from None
+    return np.asarray(array)
+
+
+def _read_archive(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if damaged is not None:
+            raise InputError(f"{path} must be a whole file. Got {damaged} in it with another checksum. {_AGAIN}")
+        if any(name.endswith("data.pkl") for name in names):
+            return read_torch(path)
+        if names and all(name.endswith(".npy") for name in names):
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except InputError:
+        raise
+    except Exception as error:  # what zipfile and numpy raise on damaged files is not a closed list
+        raise InputError(f"{path} must be a whole .npz file or file of torch.save. Got: {error}. {_AGAIN}") from None
+    raise InputError(
+        f"{path} must be a poison file. Got an archive with {', '.join(names[:5]) or 'nothing'}: unpack it, and give "
+        "what is in it."
+    )
+
+
+def as_number_array(value: Any) -> NDArray[Any] | None:
+    """A tensor or an array as an array, anything else as None."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy()
+    return np.asarray(value) if isinstance(value, np.ndarray) else None
+
+
+def integers(value: Any, what: str) -> NDArray[np.int64]:
+    """A list, array or tensor of integers as int64 (N,).
+
+    Raises:
+        InputError: it is none; `what` names it.
+    """
+    if isinstance(value, list | tuple):
+        parts = [as_number_array(part) if isinstance(part, Tensor | np.ndarray) else part for part in value]
+        array = np.array([], np.int64) if not parts else _stacked(parts)
+    else:
+        array = as_number_array(value)
+    if array is None or array.dtype.kind not in "iu" or array.ndim != 1:
+        raise InputError(f"{what} must be integers (N,). Got {describe(value)}.")
+    return array.astype(np.int64)
+
+
+def _stacked(parts: list[Any]) -> NDArray[Any] | None:
+    try:
+        return np.array([part.item() if isinstance(part, np.ndarray) else part for part in parts])
+    except ValueError:  # of several lengths
+        return None
+
+
+def describe(value: Any, depth: int = 2) -> str:
+    """What a value is, in a few words for a message."""
+    if isinstance(value, Folder):
+        return f"a folder with {', '.join(value.names[:5]) or 'nothing'}{' ...' if len(value.names) > 5 else ''}"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key}: {describe(part, depth - 1)}" for key, part in list(value.items())[:5])
+        return f"a dict of {len(value)} ({inner})" if depth and value else f"a dict of {len(value)}"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(describe(part, depth - 1) for part in value[:3])
+        kind = type(value).__name__
+        return (
+            f"a {kind} of {len(value)} ({inner}{', ...' if len(value) > 3 else ''})"
+            if depth and value
+            else (f"a {kind} of {len(value)}")
+        )
+    return type(value).__name__

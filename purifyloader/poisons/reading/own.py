@@ -1,0 +1,123 @@
+"""What `purifyloader.poisons.write` says of a poison beside its images, taken back."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.poisoned import Bound, Poisoned, Target
+from purifyloader.poisons.reading.content import describe, integers, read_array
+from purifyloader.poisons.reading.request import Arrays, Request
+from purifyloader.poisons.writing import FORMAT
+
+__all__ = ["WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
+
+WRITTEN_BY = "written_by"  # the setting that says so
+_TARGET = ("label", "true_label", "index")
+
+
+def is_folder(names: tuple[str, ...]) -> bool:
+    return {"poison.json", "labels.csv"} <= set(names)
+
+
+def from_arrays(request: Request, arrays: dict[str, Any], images: NDArray[np.uint8], labels: NDArray[Any]) -> Poisoned:
+    """Of an .npz file, whose image and label arrays are checked."""
+    said = arrays["poison"]
+    if not isinstance(said, np.ndarray) or said.dtype.kind != "U" or said.ndim != 0:
+        raise InputError(f"poison in {request.path} must be a text. Got {describe(said)}.")
+    where = integers(arrays.get("poisoned"), f"poisoned in {request.path}")
+    return _restored(
+        request, (images, labels), where, str(said), trigger=arrays.get("trigger"), target=arrays.get("target")
+    )
+
+
+def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The label of each file of a written folder, and the files that are poisoned.
+
+    Raises:
+        InputError: labels.csv is not as it was written.
+    """
+    path = folder / "labels.csv"
+    labels: dict[str, int] = {}
+    poisoned = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                labels[row["file"]] = int(row["label"])
+                if int(row["poisoned"]):
+                    poisoned.append(row["file"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} must have the columns file, label and poisoned. Got {type(error).__name__}: {error}."
+        ) from None
+    return labels, poisoned
+
+
+def from_folder(
+    request: Request, folder: Path, images: NDArray[np.uint8], labels: list[int], poisoned: NDArray[np.int64]
+) -> Poisoned:
+    """Of a folder, whose images are decoded in the order of their numbers."""
+    extra = {name: read_array(folder / f"{name}.npy") for name in ("trigger", "target") if _is(folder, name)}
+    if "trigger" in extra:  # in the published form: (1, 3, H, W) in units of [-1, 1] images
+        if extra["trigger"].ndim != 4:
+            raise InputError(f"{folder / 'trigger.npy'} must be (1, C, H, W). Got {describe(extra['trigger'])}.")
+        extra["trigger"] = np.moveaxis(extra["trigger"][0], 0, 2) / 2
+    try:
+        said = (folder / "poison.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
+    return _restored(
+        request,
+        (images, np.asarray(labels, np.int64)),
+        poisoned,
+        said,
+        trigger=extra.get("trigger"),
+        target=extra.get("target"),
+    )
+
+
+def _is(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.npy").is_file()
+
+
+def _restored(
+    request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, *, trigger: Any, target: Any
+) -> Poisoned:
+    """The set with what its JSON says.
+
+    Raises:
+        InputError: the JSON is not what `write` makes, or of a later version.
+    """
+    expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
+    try:
+        said = json.loads(text)
+        version = int(said["format"])
+        if version > FORMAT:
+            raise InputError(
+                f"{expected}, up to version {FORMAT}. Got version {version}: install a later purifyloader."
+            )
+        bound = None if said["bound"] is None else Bound(said["bound"]["norm"], float(said["bound"]["epsilon"]))
+        aimed = None
+        if said["target"] is not None:
+            aimed = Target(np.asarray(target, np.uint8), **{key: said["target"][key] for key in _TARGET})
+        return Poisoned.of(
+            arrays[0],
+            arrays[1],
+            str(said["attack"]),
+            poisoned,
+            bound=request.bound_or(bound),
+            target=aimed,
+            trigger=None if trigger is None else np.asarray(trigger, np.float32),
+            target_class=said["target_class"],
+            settings={**said["settings"], WRITTEN_BY: f"purifyloader {said['purifyloader']}"},
+        )
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{expected}. Got {type(error).__name__}: {error}: it is damaged, or was edited.") from None

@@ -1,0 +1,271 @@
+"""Formats that hold a whole training set of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.reading import own
+from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers, read_array
+from purifyloader.poisons.reading.request import Request, as_levels, full, indexed, label_of
+
+__all__ = [
+    "is_npz",
+    "is_ntga",
+    "is_png",
+    "is_raw_bytes",
+    "read_npz",
+    "read_ntga",
+    "read_png",
+    "read_raw_bytes",
+]
+
+
+# AVATAR, BridgePure
+
+
+def is_npz(content: Any, request: Request) -> bool:
+    return isinstance(content, dict) and {"data", "targets"} <= set(content)
+
+
+def read_npz(content: Any, request: Request) -> Poisoned:
+    if not is_npz(content, request):
+        raise InputError(f"{request.path} must hold the arrays data and targets. Got {describe(content)}.")
+    images = as_number_array(content["data"])
+    if (
+        images is None
+        or images.ndim != 4
+        or images.shape[3] not in (1, 3)
+        or images.dtype != np.uint8
+        or not len(images)
+    ):
+        raise InputError(
+            f"{request.path} must hold its images in data, uint8 (N, H, W, C). Got {describe(content['data'])}: "
+            "transpose (N, C, H, W), and multiply images in [0, 1] by 255."
+        )
+    labels = integers(content["targets"], f"The targets of {request.path}")
+    _one_each(request, len(images), len(labels))
+    if "poison" in content:
+        return own.from_arrays(request, content, images, labels)
+    return full(request, images, labels, "images")
+
+
+def _one_each(request: Request, images: int, labels: int) -> None:
+    if images != labels:
+        raise InputError(f"{request.path} must hold one label an image. Got {images:,} images and {labels:,} labels.")
+
+
+# NTGA
+
+
+def is_ntga(content: Any, request: Request) -> bool:
+    if isinstance(content, Folder):
+        return any(name.startswith("x_train") and name.endswith(".npy") for name in content.names)
+    return (
+        isinstance(content, np.ndarray)
+        and content.dtype.kind == "f"
+        and content.ndim == 4
+        and content.shape[3] in (1, 3)
+        and content.size > 0
+    )
+
+
+def read_ntga(content: Any, request: Request) -> Poisoned:
+    x = _ntga_images(content, request) if isinstance(content, Folder) else request.path
+    images = content if isinstance(content, np.ndarray) else read_array(x)
+    if not is_ntga(images, request):
+        raise InputError(f"{x} must hold NTGA images, floating point (N, H, W, C). Got {describe(images)}.")
+    beside = sorted(path for path in x.parent.glob("y_train*.npy"))
+    if len(beside) != 1:
+        raise InputError(
+            f"{x} needs its labels beside it, one file y_train*.npy. Got {', '.join(p.name for p in beside) or 'none'}."
+        )
+    labels = _from_one_hot(read_array(beside[0]), beside[0])
+    _one_each(request, len(images), len(labels))
+    return full(request, as_levels(images, str(x)), labels, "NTGA")
+
+
+def _ntga_images(folder: Folder, request: Request) -> Path:
+    names = [name for name in folder.names if name.startswith("x_train") and name.endswith(".npy")]
+    poisons = [name for name in names if "ntga" in name] or names  # the clean ones are published beside them
+    if len(poisons) != 1:
+        raise InputError(
+            f"{request.path} must hold one file x_train*.npy of NTGA images. Got {', '.join(poisons) or 'none'}: give "
+            "the path of one."
+        )
+    return folder.path / poisons[0]
+
+
+def _from_one_hot(labels: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    if labels.ndim == 2 and labels.shape[1] > 1 and bool(np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
+        return labels.argmax(axis=1).astype(np.int64)
+    if labels.dtype.kind in "iu" and labels.size == len(labels):
+        return labels.reshape(-1).astype(np.int64)
+    raise InputError(f"{path} must hold one-hot labels (N, classes), or integers. Got {describe(labels)}.")
+
+
+# ECLIPSE, COIN
+
+
+def is_raw_bytes(content: Any, request: Request) -> bool:
+    if not isinstance(content, list) or not content:
+        return False
+    first = content[0]
+    return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[0], bytes | bytearray)
+
+
+def read_raw_bytes(content: Any, request: Request) -> Poisoned:
+    expected = f"{request.path} must hold a list of (bytes of an RGB image, label)"
+    if not is_raw_bytes(content, request):
+        raise InputError(f"{expected}. Got {describe(content)}.")
+    size = len(content[0][0])
+    side = round((size / 3) ** 0.5)
+    shape = (side, side, 3) if request.clean is None else request.clean[0].shape[1:]
+    if int(np.prod(shape)) != size:
+        raise InputError(
+            f"{expected}, {' x '.join(map(str, shape))} of them. Got {size}: images that are not square need clean= "
+            "for their size."
+        )
+    labels = np.empty(len(content), np.int64)
+    for index, item in enumerate(content):
+        if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], bytes | bytearray):
+            raise InputError(f"{expected}. Got {describe(item)} as item {index}.")
+        if len(item[0]) != size:
+            raise InputError(
+                f"{expected}, of one size. Got {len(item[0])} bytes in item {index} and {size} in the first."
+            )
+        labels[index] = label_of(item[1], f"Item {index} of {request.path}")
+    images = np.frombuffer(b"".join(item[0] for item in content), np.uint8).reshape(-1, *shape)
+    return full(request, images, labels, "images")
+
+
+# ISS, APBench, AR, TAP
+
+
+def is_png(content: Any, request: Request) -> bool:
+    if not isinstance(content, Folder) or "poisons.pickle" in content.names:
+        return False
+    return any(name.lower().endswith(".png") for name in content.names) or any(
+        any(inner.suffix.lower() == ".png" for inner in (content.path / name).iterdir())
+        for name in content.names
+        if (content.path / name).is_dir()
+    )
+
+
+def read_png(content: Any, request: Request) -> Poisoned:
+    if not isinstance(content, Folder):
+        raise InputError(f"{request.path} must be a folder of images, <index>.png. Got {describe(content)}.")
+    folder = content.path
+    if own.is_folder(content.names):
+        return _written(folder, request)
+    top = [folder / name for name in content.names if name.lower().endswith(".png")]
+    inside = [folder / name for name in content.names if (folder / name).is_dir()]
+    if not top and [path.name for path in inside] == ["data"]:  # as AR and TAP lay them
+        folder = folder / "data"
+        top, inside = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png"), []
+    if top:
+        return _png_by_index(top, request)
+    return _png_by_class(inside, request)
+
+
+def _written(folder: Path, request: Request) -> Poisoned:
+    labels, poisoned = own.labels_of(folder)
+    files = {name: folder / name for name in labels}
+    places = _indices(list(files.values()))
+    if places is None or sorted(places.tolist()) != list(range(len(files))) or not files:
+        raise InputError(f"{folder / 'labels.csv'} must name <index>.png from 0 on. Got {describe(list(labels)[:3])}.")
+    order = np.argsort(places)
+    place_of = dict(zip(files, places.tolist(), strict=True))
+    images = _decoded(list(files.values()))[order]
+    return own.from_folder(
+        request,
+        folder,
+        images,
+        [list(labels.values())[place] for place in order],
+        np.array(sorted(place_of[name] for name in poisoned), np.int64),
+    )
+
+
+def _png_by_index(files: list[Path], request: Request) -> Poisoned:
+    _, labels = request.need_clean(
+        "is a folder of <index>.png, whose labels are those of the clean images (or sub-folders, one a class)"
+    )
+    indices = _indices(files)
+    if indices is None:
+        odd = next((p.name for p in files if not p.stem.isdecimal()), "two of one number")
+        raise InputError(
+            f"{request.path} must hold <index>.png, the place of each image in the clean training set. Got {odd}."
+        )
+    if int(indices.max()) >= len(labels):
+        raise InputError(
+            f"{request.path} must hold <index>.png for the {len(labels):,} images of clean=. Got {indices.max()}.png: "
+            "give the set that the poison was made from."
+        )
+    found = indexed(request, _decoded(files), labels[indices], indices, "images")
+    return full(request, found.images, found.labels, "images")
+
+
+def _png_by_class(folders: list[Path], request: Request) -> Poisoned:
+    names = [path.name for path in folders]
+    numbered = all(name.isdecimal() for name in names)
+    files: list[Path] = []
+    labels: list[int] = []
+    for place, folder in enumerate(folders):
+        inside = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+        files += inside
+        labels += [int(folder.name) if numbered else place] * len(inside)
+    if not files:
+        raise InputError(
+            f"{request.path} must hold <index>.png, or a folder of them for each class. Got {', '.join(names[:5])}."
+        )
+    indices = _indices(files)
+    if request.clean is not None:
+        if indices is None:
+            raise InputError(
+                f"{request.path} must hold <index>.png in its class folders to be compared with clean=. Got "
+                f"{files[0].name}: leave clean= away."
+            )
+        found = indexed(request, _decoded(files), labels, indices, "images")
+        return full(request, found.images, found.labels, "images")
+    images, given = _decoded(files), np.asarray(labels, np.int64)
+    if indices is not None:
+        order = np.argsort(indices)
+        images, given = images[order], given[order]
+    return full(request, images, given, "images")
+
+
+def _indices(files: list[Path]) -> NDArray[np.int64] | None:
+    """The numbers that files are named by, None unless all are and no two alike."""
+    if not all(path.stem.isdecimal() for path in files):
+        return None
+    indices = np.array([int(path.stem) for path in files], np.int64)
+    return indices if len(np.unique(indices)) == len(indices) else None
+
+
+def _decoded(files: list[Path]) -> NDArray[np.uint8]:
+    out: NDArray[np.uint8] | None = None
+    for place, path in enumerate(files):
+        try:
+            with Image.open(path) as image:
+                if image.mode not in ("L", "RGB"):
+                    raise InputError(
+                        f"{path} must be an RGB or grey image. Got Pillow's mode {image.mode!r}: convert it."
+                    )
+                pixels = np.atleast_3d(np.asarray(image))
+        except InputError:
+            raise
+        except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
+            raise InputError(f"{path} is no readable image ({error}). Remove or replace it.") from None
+        if out is None:
+            out = np.empty((len(files), *pixels.shape), np.uint8)
+        if pixels.shape != out.shape[1:]:
+            raise InputError(f"{path} must have the size of the first image, {out.shape[1:]}. Got {pixels.shape}.")
+        out[place] = pixels
+    assert out is not None
+    return out

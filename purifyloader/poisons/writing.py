@@ -1,0 +1,175 @@
+"""A poisoned set as files that others read: one `.npz`, or a folder of PNGs. Nothing half-written is left behind.
+
+`.npz`, which `np.load` reads without pickle:
+
+| array | |
+| --- | --- |
+| `data` | uint8 (N, H, W, C), in the order of the clean set |
+| `targets` | int64 (N,) |
+| `poisoned` | int64 (P,), rising: which images are poisoned |
+| `poison` | a string, the JSON of `about` |
+| `trigger` | of a back door: float32 (H, W, C) in units of [0, 1] images |
+| `target` | of a targeted attack: its test image, uint8 (H, W, C) |
+
+A folder: `<index>.png` in the order of the clean set or, with the layout "class", `<class>/<index>.png`, as
+torchvision's `ImageFolder` reads it. Numbers have leading zeros, so that to sort by name is to sort by number. Beside
+them `labels.csv` (file, label, and 1 for a poisoned one), `poison.json` (`about`), `poisoned.json` (names of the
+poisoned files, which `purifyloader audit energy --poisoned` takes), `trigger.npy` (in the published form that
+`read_trigger` reads) and `target.npy`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from purifyloader import __version__
+from purifyloader.errors import InputError
+from purifyloader.files import replacing, replacing_folder, writing
+from purifyloader.poisons.poisoned import Poisoned
+
+__all__ = ["FORMAT", "about", "check_free", "is_npz", "write", "write_images", "write_npz"]
+
+FORMAT = 1
+"""Version of what is written here."""
+
+Layout = Literal["flat", "class"]
+
+
+def about(poisoned: Poisoned) -> dict[str, Any]:
+    """All that is known of the poison and is no array, as JSON values.
+
+    Raises:
+        InputError: settings that are no JSON values.
+    """
+    bound, target = poisoned.bound, poisoned.target
+    said = {
+        "format": FORMAT,
+        "purifyloader": __version__,
+        "attack": poisoned.attack,
+        "images": len(poisoned),
+        "bound": None if bound is None else {"norm": bound.norm, "epsilon": bound.epsilon},
+        "target_class": poisoned.target_class,
+        "target": None
+        if target is None
+        else {"label": target.label, "true_label": target.true_label, "index": target.index},
+        "settings": dict(poisoned.settings),
+    }
+    try:
+        json.dumps(said, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The settings of a poison must be JSON values. Got: {error}.") from None
+    return said
+
+
+def is_npz(out: str | os.PathLike[str]) -> bool:
+    return Path(out).suffix.lower() == ".npz"
+
+
+def check_free(out: str | os.PathLike[str]) -> None:
+    """Refuse, before any work, a file that exists or a folder that holds something.
+
+    Raises:
+        InputError: `out` is such a file or folder.
+        PurifyError: it cannot be looked into.
+    """
+    out = Path(out)
+    with writing(out):
+        if is_npz(out):
+            if out.exists():
+                raise InputError(f"Expected a new file. Got {out}, which exists: give another one, or remove it.")
+            return
+        if out.exists() and not out.is_dir():
+            raise InputError(f"Expected a folder, or a file that ends in .npz. Got the file {out}.")
+        if out.is_dir() and (found := next(out.iterdir(), None)) is not None:
+            raise InputError(f"Expected an empty folder. Got {out} with {found.name} in it: give another one.")
+
+
+def write(poisoned: Poisoned, out: str | os.PathLike[str], layout: Layout = "flat") -> None:
+    """Write to a file that ends in `.npz`, or to a folder; see `write_npz` and `write_images`."""
+    if is_npz(out):
+        write_npz(poisoned, out)
+    else:
+        write_images(poisoned, out, layout)
+
+
+def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
+    """One file, as this module's docstring describes it. The same set gives the same bytes.
+
+    Raises:
+        InputError: the file exists, or its name does not end in .npz.
+        PurifyError: it cannot be written.
+    """
+    path = Path(path)
+    if not is_npz(path):
+        raise InputError(f"Expected a file that ends in .npz. Got {path}.")
+    check_free(path)
+    arrays: dict[str, Any] = {
+        "data": poisoned.images,
+        "targets": poisoned.labels,
+        "poisoned": poisoned.poisoned,
+        "poison": np.array(json.dumps(about(poisoned), allow_nan=False)),
+    }
+    if poisoned.trigger is not None:
+        arrays["trigger"] = poisoned.trigger.astype(np.float32)
+    if poisoned.target is not None:
+        arrays["target"] = poisoned.target.image
+    with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # given a name, it would add .npz to the temporary one
+
+
+def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Layout = "flat") -> None:
+    """A folder of PNGs, as this module's docstring describes it. It appears whole or not at all.
+
+    Raises:
+        InputError: the folder is not empty or is a file, no such layout, or the layout "class" where a class has no
+            image, which `ImageFolder` would number otherwise.
+        PurifyError: it cannot be written.
+    """
+    folder = Path(folder)
+    if layout not in ("flat", "class"):
+        raise InputError(f"layout must be flat or class. Got {layout!r}.")
+    check_free(folder)
+    names = _names(poisoned, layout)
+    is_poisoned = np.zeros(len(poisoned), bool)
+    is_poisoned[poisoned.poisoned] = True
+    said = {**about(poisoned), "layout": layout}
+    with writing(folder), replacing_folder(folder) as temporary:
+        for place in sorted({(temporary / name).parent for name in names}):
+            place.mkdir(exist_ok=True)
+        for image, name in zip(poisoned.images, names, strict=True):
+            Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary / name)
+        if poisoned.trigger is not None:
+            np.save(temporary / "trigger.npy", 2 * poisoned.trigger.transpose(2, 0, 1)[None].astype(np.float32))
+        if poisoned.target is not None:
+            np.save(temporary / "target.npy", poisoned.target.image)
+        with open(temporary / "labels.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["file", "label", "poisoned"])
+            table.writerows(zip(names, poisoned.labels.tolist(), is_poisoned.astype(int).tolist(), strict=True))
+        _write_json(temporary / "poisoned.json", [names[index] for index in poisoned.poisoned])
+        _write_json(temporary / "poison.json", said)
+
+
+def _names(poisoned: Poisoned, layout: Layout) -> list[str]:
+    count, classes = len(poisoned), int(poisoned.labels.max()) + 1
+    files = [f"{index:0{len(str(count - 1))}d}.png" for index in range(count)]
+    if layout == "flat":
+        return files
+    if missing := sorted(set(range(classes)) - set(poisoned.labels.tolist())):
+        raise InputError(
+            f"The layout class needs an image of each class from 0 to {classes - 1}: ImageFolder numbers the folders "
+            f"it finds. Got none of class {missing[0]}: write the layout flat, or a .npz file."
+        )
+    width = len(str(classes - 1))
+    return [f"{label:0{width}d}/{file}" for label, file in zip(poisoned.labels.tolist(), files, strict=True)]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,433 @@
+"""The bench as its users run it, on a folder of small pictures: rows, honesty, going on after a kill, the tables."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from purifyloader import pretrained
+from purifyloader.bench import report, rows
+from purifyloader.bench.data import load
+from purifyloader.bench.defences import DEFENCES, Models, find
+from purifyloader.bench.honest import check_disjoint, trained_on
+from purifyloader.bench.run import AttackSpec, Bench
+from purifyloader.bench.training import train_victim
+from purifyloader.bench.victims import VICTIMS, victim
+from purifyloader.cache.source import hashes_as_text, image_hashes
+from purifyloader.cli import main
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.evaluation.sets import training_details
+from tests.conftest import tiny_denoiser
+
+CLASSES, TRAIN, TEST = 3, 36, 15
+Json = dict[str, Any]
+
+
+def pictures(count: int, seed: int) -> np.ndarray:
+    """Bright, middling and dark noise by turns: classes that are learned in a few steps."""
+    rng = np.random.default_rng(seed)
+    level = np.array([40, 120, 200])[np.arange(count) % CLASSES].reshape(-1, 1, 1, 1)
+    return np.clip(level + rng.normal(0, 25, (count, 16, 16, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for split, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):
+        for i, image in enumerate(pictures(count, seed)):
+            path = root / split / f"class {i % CLASSES}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A denoiser that says it learned from other images."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    hashes = hashes_as_text(image_hashes(pictures(5, 3)))
+    pretrained.save(tiny_denoiser(), path, details={"image_hashes": hashes})
+    return path
+
+
+def bench(folder: Path, work: Path, **changes: Any) -> Bench:
+    given: Json = {"models": Models(), "victim": "resnet9", "training": "short", **changes}
+    return Bench(
+        load("imagefolder", folder), given.pop("models"), given.pop("victim"), given.pop("training"), work, **given
+    )
+
+
+def run(folder: Path, out: Path, *more: object) -> list[rows.Row]:
+    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", out, "--attack", "lsp", *more]
+    assert main([str(word) for word in words]) == 0
+    return rows.read(out / "rows.jsonl")
+
+
+QUICK = ("--defence", "none", "--defence", "jpeg-10")
+
+
+def without_times(found: list[rows.Row]) -> list[Json]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "threads")} for row in found]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> tuple[Path, list[rows.Row]]:
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(folder, out, *QUICK, "--seeds", 0, 1)
+
+
+# what comes out
+
+
+def test_every_attack_defence_and_seed_has_its_row(whole):
+    out, found = whole
+    wanted = {(a, d, s) for a in ("none", "lsp") for d in ("none", "jpeg-10") for s in (0, 1)}
+    assert {(row["attack"], row["defence"], row["seed"]) for row in found} == wanted
+    assert len(found) == len(wanted)
+    for row in found:
+        assert row["images"] == TRAIN
+        assert row["test_images"] == TEST
+        assert 0 <= row["accuracy"] <= 100
+        assert row["calls"] == 0
+        assert row["disjoint"] == {"the training set": TRAIN, "the test set": TEST}
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["attack_moves"]["linf_px"] == 0 or row["attack"] == "lsp"
+        assert (row["distance_px"] == 0) is (row["attack"] == row["defence"] == "none")
+    text = (out / "README.md").read_text()
+    assert "| jpeg-10 |" in text
+    assert "Published, on other poison files and another scale" in text
+    for name in ("accuracy.png", "cost.png", "images.png"):
+        with Image.open(out / name) as image:
+            assert len(image.convert("RGB").getcolors(1 << 22)) > 20
+    assert str(folder) not in (out / "rows.jsonl").read_text()
+
+
+def test_a_victim_learns_these_classes(whole):
+    _, found = whole
+    assert all(row["accuracy"] > 60 for row in found if row["attack"] == row["defence"] == "none")
+
+
+def test_the_same_command_does_nothing_more(whole, folder, monkeypatch):
+    out, found = whole
+    monkeypatch.setattr(Bench, "row", lambda *_: pytest.fail("a row was measured again"))
+    assert run(folder, out, *QUICK, "--seeds", 0, 1) == found
+
+
+def test_two_processes_make_the_same_rows(whole, folder, tmp_path):
+    _, found = whole
+    command = [sys.executable, "-m", "purifyloader", "bench", "--data", "imagefolder", "--root", folder]
+    command += ["--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1, "--processes", 2]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(found)
+
+
+def test_a_killed_bench_goes_on(whole, folder, tmp_path):
+    _, found = whole
+    command = [sys.executable, "-m", "purifyloader", "bench", "--data", "imagefolder", "--root", folder]
+    command += ["--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    path = tmp_path / "rows.jsonl"
+    while process.poll() is None and len(rows.read(path)) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = rows.read(path)
+    assert len(before) >= 3
+    after = run(folder, tmp_path, *QUICK, "--seeds", 0, 1)
+    assert without_times(after) == without_times(found)
+    assert [row for row in after if row["fingerprint"] in {its["fingerprint"] for its in before}] == before
+
+
+def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
+    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model, "--precise")
+    by = {(row["attack"], row["defence"]): row for row in found}
+    assert by["lsp", "A@20"]["sigma_px"] == 20
+    assert by["lsp", "eclipse"]["sigma_px"] == 12.75
+    assert by["lsp", "A@20"]["calls"] == 1
+    assert by["lsp", "A@20"]["seconds"]["purify_an_image"] > 0
+    assert by["lsp", "A@20"]["disjoint"][f"what {model} learned from"] == 5
+    assert by["lsp", "A@20"]["settings"]["compensate"] is None
+    assert by["lsp", "eclipse"]["settings"]["compensate"] == [0.4, 0.05]
+    assert by["lsp", "A@20"]["settings"]["fast"] is False
+
+
+def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
+    trigger = np.zeros((1, 3, 16, 16), np.float32)
+    trigger[:, :, :5, :5] = 1  # plain to see
+    np.save(tmp_path / "trigger.npy", trigger)
+    attack = f"narcissus:trigger={tmp_path / 'trigger.npy'},target_class=1,share=0.3"
+    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path / "out"]
+    assert main(["bench", *map(str, words), "--attack", attack, "--defence", "none"]) == 0
+    (row,) = [row for row in rows.read(tmp_path / "out" / "rows.jsonl") if row["attack"] != "none"]
+    assert row["attack"].startswith("narcissus")
+    assert 0 <= row["success"] <= 100
+    assert str(tmp_path) not in json.dumps(row)
+    assert "the trigger, as strong as in training" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_poison_file_beside_an_attack(folder, tmp_path):
+    data = load("imagefolder", folder)
+    np.savez(tmp_path / "mine.npz", data=255 - data.train, targets=data.train_labels)
+    found = run(folder, tmp_path / "out", "--attack", str(tmp_path / "mine.npz"), "--defence", "none")
+    (row,) = [row for row in found if row["attack"] == "mine"]
+    assert row["attack_moves"]["images"] == TRAIN
+
+
+# honesty
+
+
+def test_what_a_model_learned_from_is_in_no_set(folder, tmp_path):
+    data = load("imagefolder", folder)
+    for split, images in (("training", data.train), ("test", data.test)):
+        path = tmp_path / split
+        hashes = hashes_as_text(image_hashes(images[3:7]))
+        pretrained.save(tiny_denoiser(), path, details={"image_hashes": hashes})
+        with pytest.raises(InputError, match=f"the {split} set and what .* no image in common. Got 4 of 4"):
+            bench(folder, tmp_path, models=Models(denoiser=str(path))).check("eclipse")
+        bench(folder, tmp_path, models=Models(denoiser=str(path))).check("jpeg-10")
+    found = run(folder, tmp_path / "out", "--defence", "A", "--denoiser", tmp_path / "training", "--leave-out")
+    assert {row["images"] for row in found} == {TRAIN - 4}
+    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path / "no", "--defence", "A", "--leave-out"]
+    assert main(["bench", *map(str, words), "--denoiser", str(tmp_path / "test")]) == 2
+    assert not (tmp_path / "no" / "rows.jsonl").exists(), "refused before any work"
+
+
+def test_a_model_that_does_not_say_what_it_learned_from_is_refused(folder, tmp_path):
+    pretrained.save(tiny_denoiser(), tmp_path / "silent")
+    with pytest.raises(InputError, match="which images it learned from"):
+        bench(folder, tmp_path, models=Models(denoiser=str(tmp_path / "silent"))).check("A")
+
+
+def test_training_and_test_images_are_apart():
+    hashes = image_hashes(pictures(6, 1))
+    with pytest.raises(InputError, match=r"the training set and the test set to have no image in common. Got 2"):
+        check_disjoint(hashes[:4], hashes[2:], {})
+    shared = {"one": hashes[:2], "other": hashes[:2]}
+    assert check_disjoint(hashes[2:4], hashes[4:], shared)["what one learned from"] == 2
+
+
+@pytest.mark.parametrize("name", pretrained.list())
+def test_every_shipped_model_says_what_it_learned_from(name):
+    details = training_details(name)
+    hashes = trained_on(details, name)
+    assert len(hashes) == len(details["indices"]) == len(set(hashes.tolist()))
+
+
+def test_the_sample_is_apart_from_what_shipped_models_learned_from(tmp_path):
+    root = Path(__file__).parents[1] / "examples" / "data"
+    found = Bench(load("sample", root), Models(), "resnet9", "short", tmp_path)
+    assert found.check("eclipse")["what cifar10-sparse learned from"] == 2000
+    assert len(found.check("puregen-reps")) == 4
+
+
+# what decides a row
+
+
+def test_a_row_is_known_by_all_that_decides_it(folder, tmp_path, model):
+    plain = AttackSpec("lsp", {}, None, "lsp")
+    base = bench(folder, tmp_path)
+
+    def name(its: Bench, attack: AttackSpec = plain, defence: str = "jpeg-10", seed: int = 0) -> str:
+        return rows.fingerprint(its.settings(attack, defence, seed))
+
+    names = [
+        name(base),
+        name(base, seed=1),
+        name(base, defence="jpeg-75"),
+        name(base, defence="none"),
+        name(base, defence="C"),
+        name(base, AttackSpec("ar")),
+        name(base, AttackSpec("lsp", {"norm": 2.0})),
+        name(base, AttackSpec("none")),
+        name(bench(folder, tmp_path, victim="resnet18")),
+        name(bench(folder, tmp_path, training="paper")),
+        name(bench(folder, tmp_path, attack_seed=1)),
+        name(bench(folder, tmp_path, fast=False)),
+        name(base, defence="A"),
+        name(base, defence="A@20"),
+        name(bench(folder, tmp_path, models=Models(denoiser=str(model))), defence="A"),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(bench(folder, tmp_path / "elsewhere")) == names[0]
+    fewer = Bench(load("imagefolder", folder).some(20, None), Models(), "resnet9", "short", tmp_path)
+    assert name(fewer) not in names
+
+
+def test_some_of_the_data_are_always_the_same():
+    root = Path(__file__).parents[1] / "examples" / "data"
+    data = load("sample", root)
+    some = data.some(50, 20, seed=1)
+    again = data.some(50, 20, seed=1)
+    assert np.array_equal(some.train, again.train)
+    assert len(some.train) == 50
+    assert len(some.test_labels) == 20
+    assert not np.array_equal(some.train, data.some(50, 20).train)
+    known = set(image_hashes(data.train).tolist())
+    assert set(image_hashes(some.train).tolist()) < known
+
+
+def test_tiny_imagenet_as_it_is_distributed(tmp_path):
+    images = pictures(6, 5)
+    for i, wnid in enumerate(("n2", "n1")):
+        (tmp_path / "train" / wnid / "images").mkdir(parents=True)
+        Image.fromarray(images[i]).save(tmp_path / "train" / wnid / "images" / f"{wnid}_0.JPEG")
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    lines = []
+    for i, wnid in enumerate(("n1", "n2", "n1")):
+        Image.fromarray(images[2 + i]).convert("L" if i == 2 else "RGB").save(
+            tmp_path / "val" / "images" / f"val_{i}.png"
+        )
+        lines.append(f"val_{i}.png\t{wnid}\t0\t0\t1\t1\n")
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    data = load("tiny-imagenet", tmp_path)
+    assert data.train_labels.tolist() == [0, 1]
+    assert data.test_labels.tolist() == [0, 1, 0]
+    assert np.array_equal(data.test[0], images[2])
+    assert data.test.shape == (3, 16, 16, 3)
+
+
+# the tables
+
+
+def made(attack: str, defence: str, seed: int, accuracy: float, **more: Any) -> rows.Row:
+    return {
+        "schema": 1,
+        "fingerprint": f"{attack}{defence}{seed}",
+        **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
+        **{"attack": attack, "defence": defence, "seed": seed, "accuracy": accuracy, "sigma_px": None, "calls": 0},
+        **{"seconds": {"purify_an_image": 0.002}, "distance_px": 0.0, **more},
+    }
+
+
+def test_what_a_defence_recovers():
+    found = [made("none", "none", s, 70 + s) for s in (0, 2)]  # 71
+    found += [made("lsp", "none", s, 20 + s) for s in (0, 2)]  # 21
+    found += [made("lsp", "jpeg-10", s, 45 + s) for s in (0, 2)]  # 46: half of the 50 lost
+    found += [made("none", "jpeg-10", 0, 61), made("urp", "none", 0, 60), made("urp", "jpeg-10", 0, 61)]
+    cells = report.cells(found)
+    assert report.recovered(cells, "lsp", "jpeg-10") == pytest.approx(50)
+    assert report.recovered(cells, "lsp", "none") == pytest.approx(0)
+    assert report.recovered(cells, "urp", "jpeg-10") is None, "11 points are no bite"
+    assert report.recovered(cells, "ar", "jpeg-10") is None
+    text = report.markdown(found)
+    assert "| defence | clean | lsp | urp | noise | calls | s / 1,000 images |" in text
+    assert "| none | 71.0 ± 1.4 | 21.0 ± 1.4 | 60.0 |" in text
+    assert "| defence | lsp | on clean data |" in text
+    assert "| jpeg-10 | 50 % | -10.0 |" in text
+    assert "| none | 94.95 | 24.48 | 16.80 |" in text, "the published figures, apart"
+
+
+def test_rows_of_other_settings_are_in_other_tables():
+    found = [made("none", "none", 0, 70), made("none", "none", 0, 90, victim="resnet18", fingerprint="other")]
+    text = report.markdown(found)
+    assert text.count("## sample") == 2
+    assert "| none | 70.0 |" in text
+    assert "| none | 90.0 |" in text
+
+
+def test_rows_are_kept_in_order_and_once(tmp_path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    for row in (made("lsp", "none", 1, 1.0), made("lsp", "none", 0, 2.0), made("lsp", "none", 1, 3.0)):
+        rows.add(path, row)
+    assert [row["accuracy"] for row in rows.read(path)] == [2.0, 3.0]
+    path.write_text(path.read_text() + '{"cut": ')
+    with pytest.raises(InputError, match=r"rows of a bench, one a line.*Got another line 3"):
+        rows.read(path)
+
+
+# victims and trainings
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_victims_take_small_images_and_learn(name):
+    x, y = pictures(12, 0), np.arange(12) % CLASSES
+    x = np.repeat(np.repeat(x, 2, 1), 2, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert victim(name, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    before = torch.get_rng_state()
+    shape: Json = {"classes": CLASSES, "network": name, "epochs": 1, "warmup": None, "lr": 0.01, "batch_size": 6}
+    trained = train_victim(x, y, **shape)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not trained.model.training
+    if name == "mobilenet-v2":  # its dropout draws too
+        torch.manual_seed(5)
+        again = train_victim(x, y, **shape).model
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.model.parameters(), strict=True))
+
+
+def test_a_constant_learning_rate_is_not_a_cycle():
+    x, y = pictures(12, 0), np.arange(12) % CLASSES
+    shape: Json = {"classes": CLASSES, "width": 4, "epochs": 2, "batch_size": 6, "lr": 0.01}
+    constant, cycle = (train_victim(x, y, **shape, warmup=w).model for w in (None, 0.2))
+    again = train_victim(x, y, **shape, warmup=None).model
+    weights = [next(m.parameters()) for m in (constant, cycle, again)]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--attack", "nothing"), "An attack is none, .*or a poison file. Got 'nothing'"),
+        (("--attack", "lsp:norm"), "Expected OPTION=VALUE after the colon. Got 'norm'"),
+        (("--attack", "lsp:norms=1"), "The attack lsp takes"),
+        (("--attack", "none:x=1"), "none takes no options"),
+        (("--attack", "lsp", "--attack", "lsp"), "attacks of different names. Got lsp twice"),
+        (("--defence", "prayer"), "A defence is one of none, jpeg-10"),
+        (("--defence", "jpeg-10@5"), "Only A, A\\+B, A\\+C, eclipse take a noise level"),
+        (("--defence", "A@0"), "a noise level above 0"),
+        (("--seeds", "1", "1"), "different numbers from 0"),
+        (("--train", "1000"), "36 train images. Got 1000"),
+        (("--processes", "0"), "--processes must be at least 1"),
+        (("--device", "tpu"), "tpu"),
+        (("--report",), "Expected rows in"),
+        (("--defence", "A", "--denoiser", "no-such-model"), "no-such-model"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(words, message, folder, tmp_path, capsys):
+    command = ["bench", "--data", "imagefolder", "--root", str(folder), "--out", str(tmp_path / "out"), *words]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_bad_data_and_names(folder, tmp_path):
+    for name, root, message in (
+        ("nothing", folder, "The data of a bench are"),
+        ("imagefolder", tmp_path, "Expected the folders train and one of test"),
+        ("imagefolder", tmp_path / "absent", "no such folder"),
+        ("cifar10", tmp_path, "Expected cifar10 in"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(name, root)
+    with pytest.raises(ConfigError, match=r"A victim is one of resnet9.*Got 'alexnet'"):
+        victim("alexnet")
+    with pytest.raises(InputError, match="A training is one of short"):
+        bench(folder, tmp_path, training="long")
+    with pytest.raises(InputError, match="A defence is one of"):
+        find("A@")
+    assert find("A@6.4") == (DEFENCES["A"], 6.4)
+
+
+def test_list_names_all_there_is(capsys):
+    assert main(["bench", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in DEFENCES)
+    assert "  lsp " in out
