@@ -1,6 +1,7 @@
 """How fast Langevin and diffusion purification are beside the plain loop of the published code, with the same weights.
 
     python examples/puregen_speed.py --out examples/results/puregen_speed.json
+    python examples/puregen_speed.py --energy-width 128 --energy-steps 6 --out examples/results/puregen_speed_128.json
 
 The plain loop is eager float32, one network call a step on all images at once, with torch's own random numbers. Ours
 pads to `compute_batch`, draws counter-based noise and is reproducible bit for bit; `fast` is bfloat16, `compiled`
@@ -25,7 +26,7 @@ from purifyloader import noise, pretrained
 from purifyloader.bench.sample import load_sample
 from purifyloader.diffusion import LinearSchedule
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.energy import EnergyNetwork
+from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.files import write_text
 from purifyloader.purifiers import Diffuse, Langevin, Purifier
 
@@ -65,6 +66,7 @@ def plain_diffusion(denoiser: NetworkDenoiser, x: Tensor, steps: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--energy", default="cifar10-energy")
+    parser.add_argument("--energy-width", type=int, help="an untrained energy network of this width; 128 is published")
     parser.add_argument("--model", default="cifar10-puregen-ddpm")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--energy-steps", type=int, default=30)
@@ -77,7 +79,12 @@ def main() -> None:
     images, _ = load_sample(Path(__file__).parent / "data", "train")
     x = torch.from_numpy(images[: options.images]).permute(0, 3, 1, 2).float().div(255).to(options.device)
     keys = noise.image_keys(0, 0, range(len(x))).to(options.device)
-    energy = pretrained.load(options.energy, kind="energy").to(options.device)
+    if options.energy_width is None:
+        energy = pretrained.load(options.energy, kind="energy").to(options.device)
+    else:
+        torch.manual_seed(0)
+        options.energy = f"untrained, width {options.energy_width}"
+        energy = EnergyNetwork(EnergyConfig(options.energy_width)).to(options.device).eval().requires_grad_(False)
     denoiser = pretrained.load(options.model).to(options.device)
     steps, t, batch = options.energy_steps, options.diffusion_steps, options.images
 

@@ -21,7 +21,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_two_commands():
     commands = re.findall(r"```bash\npip install (.*)\n```", TEXT)
-    assert commands == ['".[plots]" && python examples/quickstart.py', '-e ".[dev]" && pytest']
+    assert commands == ['".[plots]" && python examples/quickstart.py', '-e ".[dev]" && pytest -n auto']
 
 
 @pytest.mark.parametrize("page", ["README.md", "transforms/README.md"])

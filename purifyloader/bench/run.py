@@ -228,7 +228,8 @@ class Bench:
                     made = reading.read(attack.file, clean=(data.train, data.train_labels), **attack.options)
                 else:
                     pair = (data.train, data.train_labels)
-                    made = attacks.make(attack.name, pair, self.attack_seed, **attack.options)
+                    here = {"device": self.device} if "device" in attacks.find(attack.name).options else {}
+                    made = attacks.make(attack.name, pair, self.attack_seed, **{**here, **attack.options})
                 write_npz(made, path)
         found = reading.read(path, clean=(data.train, data.train_labels))
         if len(found) != len(data.train):

@@ -29,9 +29,14 @@ from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coe
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.class_wise import urp as add_class_pattern
 from purifyloader.poisons.cuda import cuda as convolve
+from purifyloader.poisons.efp import EfpSettings, efp
+from purifyloader.poisons.em import EmSettings, em
 from purifyloader.poisons.lsp import lsp as add_patches
 from purifyloader.poisons.ops import ops_pixels, set_pixels
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.rem import RemSettings, rem
+from purifyloader.poisons.sep import SepSettings, sep
+from purifyloader.poisons.tap import TapSettings, tap
 from purifyloader.poisons.trigger import backdoor, read_trigger
 
 __all__ = ["ATTACKS", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
@@ -398,6 +403,11 @@ _LISTED = (
     Attack("ops", ops, "one pixel a class, searched for", "availability", "Wu et al. 2023, 2205.12141"),
     Attack("cuda", cuda, "one random blur a class, unbounded", "availability", "Sadasivan et al. 2023, 2303.04278"),
     Attack("narcissus", narcissus, "a given trigger on one class", "backdoor", "Zeng et al. 2022, 2204.05255"),
+    Attack("em", em, "error-minimising noise", "availability", "Huang et al. 2021, 2101.04898", EmSettings),
+    Attack("tap", tap, "noise towards another class", "availability", "Fowl et al. 2021, 2106.10807", TapSettings),
+    Attack("sep", sep, "the same of many checkpoints", "availability", "Chen et al. 2023, 2211.12005", SepSettings),
+    Attack("rem", rem, "robust error-minimising noise", "availability", "Fu et al. 2022, 2203.14533", RemSettings),
+    Attack("efp", efp, "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq", EfpSettings),
 )
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack in _LISTED})

@@ -1,0 +1,106 @@
+"""What an attack with a surrogate starts from and ends in: checked images on its device, poisoned images of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from purifyloader import noise
+from purifyloader.devices import as_device, exact_arithmetic
+from purifyloader.errors import InputError
+from purifyloader.images import quantize
+from purifyloader.poisons.arrays import as_arrays
+from purifyloader.poisons.pgd import round_within
+from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.presets import AttackSettings
+
+__all__ = ["Clean", "add", "opened", "poisoned"]
+
+_SMALLEST = 8  # pixels along a side, as the networks halve it three times
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """The images to poison, and where an attack on them is.
+
+    Attributes:
+        x: uint8 (N, C, H, W), on the attack's device; y: int64 (N,) in [0, classes), there too.
+        classes: one more than the largest label.
+        bar: of progress, a step of a network on a batch the unit.
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: int
+    bar: Any
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def images(self, index_B: Tensor) -> Tensor:
+        """float32 (B, C, H, W) in [0, 1]."""
+        return self.x[index_B].to(torch.float32) / 255
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The indices of all images in order, in batches."""
+        yield from torch.arange(len(self.y), device=self.y.device).split(size)
+
+
+@contextmanager
+def opened(dataset: Any, attack: str, seed: int, device: torch.device | str, progress: bool) -> Iterator[Clean]:
+    """Checked images, in reproducible arithmetic.
+
+    Raises:
+        InputError: what `as_arrays` refuses, images too small for a network, labels of one class, a seed that is no
+            integer of 64 bits, no such device.
+    """
+    noise.key_from_seed(seed)  # torch's own generators say less of what is wrong
+    images, labels = as_arrays(dataset)
+    height, width = images.shape[1:3]
+    if min(height, width) < _SMALLEST:
+        raise InputError(
+            f"{attack} takes images of {_SMALLEST} x {_SMALLEST} or more, as its network does. Got {height} x {width}."
+        )
+    if len(np.unique(labels)) < 2:
+        raise InputError(f"{attack} needs images of two classes or more. Got the label {labels[0]} alone.")
+    where = as_device(device)
+    x = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))  # a copy, as torch may not write
+    with exact_arithmetic(where), tqdm(unit="step", desc=attack, disable=not progress, leave=False) as bar:
+        yield Clean(x.to(where), torch.from_numpy(labels.copy()).to(where), int(labels.max()) + 1, bar)
+
+
+def add(clean: Clean, delta_NCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
+    """x + delta in 8 bits, uint8 (N, H, W, C): within the bound, and saturating at black and white."""
+    count, channels, height, width = clean.x.shape
+    images = np.empty((count, height, width, channels), np.uint8)
+    for index_B in clean.batches(1024):
+        levels = round_within(delta_NCHW[index_B], bound)
+        x = quantize((clean.x[index_B].to(torch.int16) + levels).float() / 255)
+        images[index_B.cpu().numpy()] = x.permute(0, 2, 3, 1).cpu().numpy()
+    return images
+
+
+def poisoned(
+    clean: Clean,
+    images: NDArray[np.uint8],
+    attack: str,
+    settings: AttackSettings,
+    seed: int,
+    preset: str,
+    **measured: Any,
+) -> Poisoned:
+    """The images under their own labels, with all that they were made with.
+
+    Args:
+        measured: JSON values to record beside the settings.
+    """
+    record = settings.record(seed, preset, **measured)
+    return Poisoned.of(images, clean.y.cpu().numpy(), attack, bound=settings.bound, settings=record)

@@ -1,0 +1,75 @@
+"""Descent on finished networks, image by image: what TAP, SEP and EFP have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.clean import Clean
+from purifyloader.poisons.pgd import Loss, pgd, random_start
+from purifyloader.poisons.poisoned import Bound
+from purifyloader.poisons.presets import AttackSettings, TrainedSettings
+from purifyloader.poisons.surrogate import crop_and_flip, uniforms
+
+__all__ = ["descend", "shifted", "starts"]
+
+_START, _VIEW = 0x73747274, 0x76696577  # "strt", "view": what the keys drawn here are for
+
+
+def starts(clean: Clean, index_B: Tensor, bound: Bound, seed: int) -> Tensor:
+    """A random perturbation within the bound for each index, (B, C, H, W), of (seed, index) alone."""
+    return random_start(uniforms(seed, _START, 0, index_B, tuple(clean.x.shape[1:])), bound)
+
+
+def shifted(clean: Clean, shift: int) -> Tensor:
+    """The class (y + shift) mod classes that each image is to be taken for, (N,).
+
+    Raises:
+        InputError: that would be its own.
+    """
+    if shift % clean.classes == 0:
+        raise InputError(
+            f"shift must turn each of the {clean.classes} classes into another. Got {shift}: give one that is no "
+            f"multiple of {clean.classes}."
+        )
+    return (clean.y + shift) % clean.classes
+
+
+def descend(
+    clean: Clean, settings: TrainedSettings, seed: int, loss_of: Callable[[Tensor], Loss], *, minimise: bool = True
+) -> Tensor:
+    """A perturbation of each image, (N, C, H, W), from a random start.
+
+    Args:
+        loss_of: index_B -> the loss of those images, to be made small, or large.
+    """
+    delta = torch.empty(clean.x.shape, device=clean.x.device)
+    for index_B in clean.batches(settings.batch_size):
+        loss = loss_of(index_B)
+        delta[index_B] = pgd(
+            _of_views(loss, settings, seed, index_B) if settings.augment else loss,
+            clean.images(index_B),
+            settings.bound,
+            steps=settings.steps,
+            step_size=settings.step_size,
+            minimise=minimise,
+            start=starts(clean, index_B, settings.bound, seed),
+        )
+        clean.bar.update(settings.steps)
+    return delta
+
+
+def _of_views(loss: Loss, settings: AttackSettings, seed: int, index_B: Tensor) -> Loss:
+    """The loss of the images as a training would crop and flip them, drawn again for each call."""
+    calls = 0
+
+    def of_view(x_BCHW: Tensor) -> Tensor:
+        nonlocal calls
+        drawn = uniforms(seed, _VIEW, calls, index_B, (3,))
+        calls += 1
+        return loss(crop_and_flip(x_BCHW, drawn, settings.pad, settings.flip))
+
+    return of_view

@@ -1,0 +1,114 @@
+"""Entangled features poisoning (EntF; Wen et al. 2023, "Is adversarial training really a silver bullet for mitigating
+data poisoning?", openreview zKvm1ETDOq), which ECLIPSE (sec. 4) calls EFP. For testing defences.
+
+    "push"  delta = argmax over |delta| <= epsilon  |h(x + delta) - mean h of y|
+    "pull"  delta = argmin over |delta| <= epsilon  |h(x + delta) - mean h of y'|,  y' the class whose mean is nearest
+
+with h the last layer's input of a network that is adversarially trained on clean images, so that the features are
+robust ones, and mean h over the clean images of a class. Images of different classes then share features that
+adversarial training would rely on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from purifyloader.poisons.clean import add, opened, poisoned
+from purifyloader.poisons.descent import descend
+from purifyloader.poisons.features import class_features, feature_distance
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.surrogate import Surrogate, share_called, train, worst_case
+
+__all__ = ["PRESETS", "EfpSettings", "efp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfpSettings(AdversarialSettings, TrainedSettings):
+    """What `efp` is made with.
+
+    Attributes:
+        variant: "push" away from the features of the own class, or "pull" to those of the nearest other one.
+    """
+
+    variant: Literal["push", "pull"] = "push"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.among("variant", ("push", "pull"))
+
+
+PRESETS = {
+    "cpu": EfpSettings(steps=60, step=0.1, epochs=15, attack_steps=2, attack_step=0.5, lr=0.2, batch_size=64),
+    "full": EfpSettings(
+        steps=300,
+        step=0.05,
+        epochs=100,
+        attack_steps=10,
+        attack_step=0.25,
+        augment=True,
+        network="resnet18",
+        bfloat16=False,
+    ),
+}
+
+
+@told(PRESETS)
+def efp(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """All images of a dataset with the robust features of their class mixed into those of others.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`.
+        seed: of the network, its batches and the perturbations' starts.
+        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
+        device: where to compute.
+        progress: show a bar.
+        options: values of `EfpSettings` in place of the preset's.
+
+    Returns:
+        The poisoned set. Its settings hold the options, and the share of it that the network calls by the label.
+
+    Raises:
+        InputError: a dataset, preset, device or option that does not fit, or a class between 0 and the largest label
+            without an image; TrainingError: the network diverges.
+    """
+    settings = choose(PRESETS, preset, options)
+    with opened(dataset, "efp", seed, device, progress) as clean:
+        random = torch.Generator().manual_seed(seed)
+
+        def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+            return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
+
+        (network,) = train(clean, settings, seed, adversary=adversary)
+        mean_KF = class_features(clean, network)
+        class_N = clean.y if settings.variant == "push" else nearest_class(mean_KF)[clean.y]
+        delta = descend(
+            clean,
+            settings,
+            seed,
+            lambda index_B: feature_distance(network, mean_KF[class_N[index_B]]),
+            minimise=settings.variant == "pull",
+        )
+        images = add(clean, delta, settings.bound)
+        called = share_called(network, images, clean.y)
+        return poisoned(clean, images, "efp", settings, seed, preset, called_label=called)
+
+
+def nearest_class(mean_KF: Tensor) -> Tensor:
+    """For each class the other one whose mean features are nearest, (K,)."""
+    apart = torch.cdist(mean_KF.double(), mean_KF.double()).fill_diagonal_(torch.inf)
+    return apart.argmin(dim=1)

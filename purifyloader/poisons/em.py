@@ -1,0 +1,167 @@
+"""Error-minimising noise, "unlearnable examples" (Huang et al. 2021, arXiv:2101.04898). For testing defences.
+
+    min over theta  E  min over |delta| <= epsilon  loss(f_theta(x + delta), y)                              (eq. 2)
+
+A few steps of training and a descent of the noise take turns until the network is right on nearly all of the training
+set. What is left to learn from an image is then its noise, which is much the same shortcut for every victim.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purifyloader.poisons.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.descent import starts
+from purifyloader.poisons.pgd import ascend, pgd
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.presets import AttackSettings, choose, told
+from purifyloader.poisons.surrogate import Training, crop_and_flip, cross_entropy
+
+__all__ = ["PRESETS", "EmSettings", "em"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmSettings(AttackSettings):
+    """What `em` is made with.
+
+    Attributes:
+        class_wise: one noise a class, in place of one an image.
+        train_steps: batches that the network is trained on between descents of the noise.
+        stop_accuracy: share of the images that the network must be right on, as it has learned from them: with the
+            noise of the round before.
+        rounds: of training and descent, at most.
+        pad, flip: crop and flip of the training, after the noise is added; none in the paper.
+    """
+
+    class_wise: bool = False
+    train_steps: int = 10
+    stop_accuracy: float = 0.99
+    rounds: int = 100
+    pad: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.booleans("class_wise")
+        self.integers(train_steps=1, rounds=1)
+        self.numbers(stop_accuracy=(0, 1))
+
+
+PRESETS = {
+    "cpu": EmSettings(steps=10, step=0.2, train_steps=30, rounds=15, batch_size=64),
+    "full": EmSettings(steps=20, step=0.1, network="resnet18", bfloat16=False),
+}
+
+# A step for each batch is many for each class's noise in a round; the paper stops at a tenth of errors.
+_CLASS_WISE: dict[str, Any] = {"steps": 1, "step": 0.1, "stop_accuracy": 0.9}
+
+
+@told(PRESETS)
+def em(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """All images of a dataset with error-minimising noise.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`.
+        seed: of the network, its batches and the noise's start.
+        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
+        device: where to compute.
+        progress: show a bar.
+        options: values of `EmSettings` in place of the preset's; with class_wise=True, steps is 1 for each batch and
+            stop_accuracy 0.9 unless said.
+
+    Returns:
+        The poisoned set. Its settings hold the options, the rounds taken, and the network's accuracy on it.
+
+    Raises:
+        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+    """
+    settings = choose(PRESETS, preset, {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options})
+    with opened(dataset, "em", seed, device, progress) as clean:
+        row_N, noise = _start(clean, settings, seed)
+        training = Training(clean, settings, seed)
+        for round_ in range(1, settings.rounds + 1):
+            for _ in range(settings.train_steps):  # min over theta
+                index_B, uniform_B3 = training.next_batch()
+                x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
+                training.learn(crop_and_flip(x, uniform_B3, settings.pad, settings.flip), clean.y[index_B])
+            network = training.network.eval()
+            # Before the descent: after it, a network that has learned nothing yet would be right on everything.
+            accuracy = _accuracy(network, clean, noise, row_N)
+            for index_B in clean.batches(settings.batch_size):  # min over delta
+                noise = _descend(noise, network, clean, index_B, settings)
+                clean.bar.update(settings.steps)
+            clean.bar.set_postfix(round=round_, accuracy=accuracy)
+            if accuracy >= settings.stop_accuracy:
+                break
+        else:
+            _log.warning(
+                "em: after %d rounds the network is right on %.1f %% of the poisoned images, less than stop_accuracy=%g"
+                ": the noise is weaker than it could be. Raise rounds or train_steps.",
+                settings.rounds,
+                100 * accuracy,
+                settings.stop_accuracy,
+            )
+        images = add(clean, noise[row_N], settings.bound)
+        return poisoned(clean, images, "em", settings, seed, preset, rounds_taken=round_, accuracy=accuracy)
+
+
+def _start(clean: Clean, settings: EmSettings, seed: int) -> tuple[Tensor, Tensor]:
+    """Each image's row of the noise (N,), and the noise (rows, C, H, W): a row an image, or a class."""
+    if settings.class_wise:
+        classes = torch.arange(clean.classes, device=clean.y.device)
+        return clean.y, starts(clean, classes, settings.bound, seed)
+    noise = torch.cat([starts(clean, index_B, settings.bound, seed) for index_B in clean.batches(1024)])
+    return torch.arange(len(clean), device=clean.y.device), noise
+
+
+def _descend(noise: Tensor, network: nn.Module, clean: Clean, index_B: Tensor, settings: EmSettings) -> Tensor:
+    """The noise after some steps that make the loss of these images small."""
+    x, loss = clean.images(index_B), cross_entropy(network, clean.y[index_B])
+    if not settings.class_wise:
+        noise[index_B] = pgd(
+            loss,
+            x,
+            settings.bound,
+            steps=settings.steps,
+            step_size=settings.step_size,
+            minimise=True,
+            start=noise[index_B],
+        )
+        return noise
+    # A matrix product, as the gradient of indexing adds up in any order.
+    one_hot_BK = F.one_hot(clean.y[index_B], clean.classes).float()
+
+    def of_noise(noise_KCHW: Tensor) -> Tensor:
+        delta = (one_hot_BK @ noise_KCHW.flatten(1)).reshape(x.shape)
+        return -loss((x + delta).clamp(0, 1))
+
+    for _ in range(settings.steps):
+        noise = ascend(of_noise, noise, settings.bound, settings.step_size)
+    return noise
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, clean: Clean, noise: Tensor, row_N: Tensor) -> float:
+    right = 0
+    for index_B in clean.batches(500):
+        x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
+        right += int((network(x).argmax(dim=1) == clean.y[index_B]).sum())
+    return right / len(clean)

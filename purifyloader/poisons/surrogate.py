@@ -1,0 +1,229 @@
+"""The attacker's own network, and its training: a stand-in for the victim that nobody knows yet.
+
+Other than `bench.training.train_victim`, which trains from start to end, this training stops after any number of
+steps, as an attack may change the images or take a copy of the network there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from purifyloader import noise
+from purifyloader.bench.victims import resnet9, victim
+from purifyloader.errors import InputError, TrainingError
+from purifyloader.poisons.clean import Clean
+from purifyloader.poisons.pgd import Loss, pgd, random_start
+from purifyloader.poisons.presets import AdversarialSettings, AttackSettings, TrainedSettings
+
+__all__ = ["Surrogate", "Training", "crop_and_flip", "cross_entropy", "share_called", "train", "uniforms", "worst_case"]
+
+_AUGMENT = 0x61756774  # "augt": what the keys drawn here are for
+_WARMUP = 0.2
+
+
+class Surrogate(nn.Module):
+    """A network of `bench.victims` with the normalisation inside: images (B, C, H, W) in [0, 1] to logits.
+
+    Grey images are repeated, as the networks are for colour.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clean: Clean, settings: AttackSettings, seed: int) -> None:
+        super().__init__()
+        # torch.manual_seed would seed the user's CUDA generators as well
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            own = settings.network == "resnet9"
+            self.network = resnet9(clean.classes, settings.width) if own else victim(settings.network, clean.classes)
+        self.in_bfloat16 = settings.bfloat16
+        # from counts of the 256 levels, which are exact on any device and need no copy in floating point
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in clean.x.unbind(1)]).cpu()
+        level = torch.arange(256, dtype=torch.float64) / 255
+        share = counts / counts.sum(dim=1, keepdim=True).double()
+        mean = (share * level).sum(dim=1)
+        variance = (share * level.square()).sum(dim=1) - mean.square()
+        self.register_buffer("mean", mean.float().reshape(1, -1, 1, 1))
+        self.register_buffer("std", variance.clamp_min(1e-4).sqrt().float().reshape(1, -1, 1, 1))
+        self.to(clean.x.device)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = ((x_BCHW - self.mean) / self.std).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        # Without the cache, which lives as long as the outermost autocast: its weights would be those of step 1.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
+            logits: Tensor = self.network(x)
+        return logits.float()
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        """What the last linear layer reads, (B, F)."""
+        head = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
+        seen: list[Tensor] = []
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(x_BCHW)
+        finally:
+            handle.remove()
+        return seen[0].float()
+
+
+def cross_entropy(network: nn.Module, y_B: Tensor) -> Loss:
+    """The loss of each image for these labels."""
+    return lambda x_BCHW: F.cross_entropy(network(x_BCHW), y_B, reduction="none")
+
+
+def worst_case(
+    network: Surrogate, x_BCHW: Tensor, y_B: Tensor, settings: AdversarialSettings, random: torch.Generator
+) -> Tensor:
+    """The perturbation within the attack's bound that makes the loss of each image large, from a random start."""
+    bound = settings.attack_bound
+    start = random_start(torch.rand(x_BCHW.shape, generator=random).to(x_BCHW.device), bound)
+    return pgd(
+        cross_entropy(network, y_B),
+        x_BCHW.detach(),
+        bound,
+        steps=settings.attack_steps,
+        step_size=settings.attack_step * bound.epsilon,
+        start=start,
+    )
+
+
+def uniforms(seed: int, purpose: int, turn: int, index_B: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 (B, *shape) in [0, 1], of (seed, purpose, turn, index) alone; drawn on the CPU, for all devices alike."""
+    key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), purpose), turn)
+    return noise.uniform(noise.fold_in(key, index_B.cpu()), shape).float().to(index_B.device)
+
+
+def crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int, flip: bool = True) -> Tensor:
+    """Pad with black, cut a window of the old size at random, mirror half of them; a gradient goes through.
+
+    Args:
+        uniform_B3: uniforms in [0, 1] that decide row, column and flip of each image.
+    """
+    count, channels, height, width = x_BCHW.shape
+    if pad:
+        offset_B2 = (uniform_B3[:, :2] * (2 * pad + 1)).long().clamp_max(2 * pad)
+        padded = F.pad(x_BCHW, (pad,) * 4)
+        rows_BH = offset_B2[:, :1] + torch.arange(height, device=x_BCHW.device)
+        columns_BW = offset_B2[:, 1:] + torch.arange(width, device=x_BCHW.device)
+        rows = rows_BH.reshape(count, 1, height, 1).expand(-1, channels, -1, width + 2 * pad)
+        columns = columns_BW.reshape(count, 1, 1, width).expand(-1, channels, height, -1)
+        x_BCHW = padded.gather(2, rows).gather(3, columns)
+    if not flip:
+        return x_BCHW
+    return torch.where(uniform_B3[:, 2].reshape(-1, 1, 1, 1) < 0.5, x_BCHW.flip(3), x_BCHW)
+
+
+class Training:
+    """SGD on shuffled batches, one step at a time.
+
+    What an epoch draws (order, crop, flip) is a function of (seed, epoch, index).
+
+    Args:
+        total: steps of a whole training, for a learning rate that rises and falls; None for a constant one.
+
+    Attributes:
+        network: the surrogate, in training mode after a step.
+        taken: steps taken.
+    """
+
+    def __init__(self, clean: Clean, settings: AttackSettings, seed: int, total: int | None = None) -> None:
+        self.clean, self.settings, self.seed, self.total = clean, settings, seed, total
+        self.network = Surrogate(clean, settings, seed)
+        self.optimiser = torch.optim.SGD(
+            self.network.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
+        self.taken = 0
+        self._epoch = -1
+        self._order = self._uniform = torch.empty(0)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Indices of the next batch (B,) and its uniforms (B, 3) for `crop_and_flip`."""
+        count = len(self.clean.y)
+        size = min(self.settings.batch_size, count)
+        epoch, step = divmod(self.taken, count // size)  # what is left over is left out of the epoch
+        if epoch != self._epoch:
+            drawn = uniforms(self.seed, _AUGMENT, epoch, torch.arange(count), (4,))
+            self._order = drawn[:, 0].argsort(stable=True).to(self.clean.y.device)
+            self._uniform, self._epoch = drawn[:, 1:].to(self.clean.y.device), epoch
+        index_B = self._order[step * size : (step + 1) * size]
+        return index_B, self._uniform[index_B]
+
+    def learn(self, x_BCHW: Tensor, y_B: Tensor) -> None:
+        """A step on these images.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        lr = self.settings.lr
+        if self.total is not None:
+            progress = (self.taken + 0.5) / self.total
+            lr *= min(progress / _WARMUP, (1 - progress) / (1 - _WARMUP))
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.network.train()
+        loss = F.cross_entropy(self.network(x_BCHW), y_B)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.taken += 1
+        self.clean.bar.update()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The surrogate's loss must be finite: lower lr={self.settings.lr}. Got {loss.item()} in step "
+                f"{self.taken}."
+            )
+
+
+def train(
+    clean: Clean,
+    settings: TrainedSettings,
+    seed: int,
+    *,
+    checkpoints: int = 1,
+    adversary: Callable[[Surrogate, Tensor, Tensor], Tensor] | None = None,
+) -> list[Surrogate]:
+    """A surrogate on the clean images, as it was at so many equidistant steps of its training, the end the last.
+
+    Args:
+        adversary: (network in evaluation mode, x_BCHW, y_B) -> x_BCHW to learn from instead: adversarial training.
+    """
+    size = min(settings.batch_size, len(clean.y))
+    total = settings.epochs * (len(clean.y) // size)
+    if checkpoints > total:
+        raise InputError(f"There can be as many checkpoints as steps of training, {total}. Got {checkpoints}.")
+    training = Training(clean, settings, seed, total)
+    found: list[Surrogate] = []
+    for step in range(1, total + 1):
+        index_B, uniform_B3 = training.next_batch()
+        x, y = crop_and_flip(clean.images(index_B), uniform_B3, settings.pad, settings.flip), clean.y[index_B]
+        if adversary is not None:
+            x = adversary(training.network.eval(), x, y)
+        training.learn(x, y)
+        if step * checkpoints // total > len(found):
+            found.append(copy.deepcopy(training.network).eval().requires_grad_(False))
+    return found
+
+
+@torch.no_grad()
+def share_called(network: nn.Module, images: NDArray[np.uint8], labels_N: Tensor, batch_size: int = 500) -> float:
+    """Share of images uint8 (N, H, W, C) that the network, in evaluation mode, calls by these labels."""
+    network.eval()
+    device = next(network.parameters()).device
+    right = 0
+    for start in range(0, len(images), batch_size):
+        part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size].transpose(0, 3, 1, 2)))
+        called = network(part.to(device).float() / 255).argmax(dim=1)
+        right += int((called == labels_N[start : start + batch_size].to(device)).sum())
+    return right / len(images)
