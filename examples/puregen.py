@@ -201,7 +201,7 @@ def table(results: dict[str, Any]) -> str:
                 *(mean(entry.get("accuracy", {})) for entry in found.values()),
                 mean(found["back door"].get("success", {})),
                 f"{np.mean(distances):.1f} px" if distances else "–",
-                f"{seconds[name]:,.0f}" if name in seconds else "–",
+                f"{seconds[name]:,.{0 if seconds[name] > 9 else 1}f}" if name in seconds else "–",
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
