@@ -524,7 +524,6 @@ def test_the_random_state_is_untouched(tmp_path: Path, workers: int) -> None:
         ({"dataset": iter([1])}, "map-style"),
         ({"purifier": "jpeg"}, "Got str"),
     ],
-    ids=str,
 )
 def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"dataset": source(), "purifier": Jpeg(), "out": tmp_path / "new", **options}
