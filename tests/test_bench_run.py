@@ -24,6 +24,7 @@ from purifyloader.bench.honest import check_disjoint, trained_on
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.bench.training import train_victim
 from purifyloader.bench.victims import VICTIMS, victim
+from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.cli import main
 from purifyloader.errors import ConfigError, InputError
@@ -130,6 +131,23 @@ def test_two_processes_make_the_same_rows(whole, folder, tmp_path):
     command += ["--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1, "--processes", 2]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(found)
+
+
+def test_a_process_does_not_wait_for_a_poison_while_there_is_other_work(folder, tmp_path):
+    its, attack = bench(folder, tmp_path), AttackSpec("lsp", {}, None, "lsp")
+    path = tmp_path / "poisoned"
+    path.mkdir()
+    assert not its.is_being_made(attack)
+    made = its.poisoned(attack)  # leaves its lock's file behind
+    assert not its.is_being_made(attack)
+    (poison,) = path.glob("*.npz")
+    poison.unlink()
+    assert not its.is_being_made(attack), "nobody holds the lock"
+    with Lock(path, poison.stem):
+        assert its.is_being_made(attack)
+        assert not its.is_being_made(AttackSpec("none"))
+        assert not its.is_being_made(AttackSpec("ar"))
+    assert np.array_equal(its.poisoned(attack).images, made.images)
 
 
 def test_a_killed_bench_goes_on(whole, folder, tmp_path):

@@ -223,7 +223,7 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
             if name in {row["fingerprint"] for row in rows.read(path)}:
                 continue
             lock = Lock(claims, name)
-            if not lock.acquire(wait):
+            if (not wait and bench.is_being_made(cell[0])) or not lock.acquire(wait):
                 again.append((cell, name))
                 continue
             try:

@@ -21,7 +21,7 @@ from purifyloader.bench.defence import compensation
 from purifyloader.bench.defences import Made, Models, find
 from purifyloader.bench.honest import check_disjoint, trained_on
 from purifyloader.bench.training import accuracy, train_victim
-from purifyloader.cache.locks import Lock
+from purifyloader.cache.locks import Lock, is_held, lock_path
 from purifyloader.cache.source import image_hashes
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.errors import InputError
@@ -219,8 +219,7 @@ class Bench:
         data = self.data
         if attack.name == CLEAN:
             return Poisoned.of(data.train, data.train_labels, CLEAN, [])
-        known = {"data": self._identity, "attack": attack.settings(), "seed": self.attack_seed}
-        path = self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"
+        path = self._poison_path(attack)
         path.parent.mkdir(parents=True, exist_ok=True)
         with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
             if not path.exists():
@@ -238,6 +237,17 @@ class Bench:
                 "that it was made from, whole."
             )
         return found
+
+    def is_being_made(self, attack: AttackSpec) -> bool:
+        """Whether another process is making the poison, for which this one would only wait."""
+        if attack.name == CLEAN:
+            return False
+        path = self._poison_path(attack)
+        return not path.exists() and is_held(lock_path(path.parent, path.stem))
+
+    def _poison_path(self, attack: AttackSpec) -> Path:
+        known = {"data": self._identity, "attack": attack.settings(), "seed": self.attack_seed}
+        return self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"
 
     def purified(self, poisoned: Poisoned, made: Made) -> tuple[NDArray[np.uint8], Purifier | None]:
         """The training images as the defence leaves them, from a cache, and the purifier with its plan."""
