@@ -24,7 +24,7 @@ from torchvision import datasets
 
 from purifyloader.errors import InputError
 
-__all__ = ["ImageFiles", "TarDataset", "open_dataset"]
+__all__ = ["ImageFiles", "TarDataset", "open_dataset", "read_image"]
 
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
@@ -362,13 +362,18 @@ def describe(spec: str) -> str:
     return "WebDataset tars" if _TAR.search(spec) else spec
 
 
-def _read_file(path: str) -> Image.Image:
-    return _read_image(Path(path), path)
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        InputError: it is missing, damaged, or no image.
+    """
+    return _read_image(Path(path), str(path))
 
 
 def _image_folder(root: Path) -> Dataset[Any]:
     try:
-        return datasets.ImageFolder(str(root), loader=_read_file)
+        return datasets.ImageFolder(str(root), loader=read_image)
     except OSError as error:
         raise InputError(f"Expected one folder of images for each class in {root}. Got: {error}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from scipy import ndimage
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons import (
     ATTACKS,
-    Attack,
     ar_coefficients,
     attacks,
     autoregressive,
@@ -28,6 +27,7 @@ from purifyloader.poisons import (
     urp,
 )
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.tap import PRESETS, TapSettings
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 12, 10, 3), np.uint8)
@@ -157,16 +157,9 @@ def test_the_table_is_closed_and_uniform():
 
 
 def test_the_options_of_an_attack_with_presets_are_those_of_its_settings():
-    @dataclass
-    class Settings:
-        steps: int
-        epsilon: float = 0.1
-
-    def trained(dataset, seed=0, *, preset="cpu", **options):
-        return preset, options
-
-    attack = Attack("trained", trained, "a network is trained", "availability", "nobody", settings=Settings)
-    assert attack.options == {"preset": "cpu", "steps": None, "epsilon": None}
+    attack = attacks.find("tap")
+    settings = {field.name: getattr(PRESETS["cpu"], field.name) for field in fields(TapSettings)}
+    assert attack.options == {"preset": "cpu", "device": "cpu", "progress": False, **settings}
     attacks.check_options(attack, {"steps": 3})
     with pytest.raises(ConfigError, match="did you mean steps"):
         attacks.check_options(attack, {"stps": 3})

@@ -101,7 +101,8 @@ def test_every_attack_defence_and_seed_has_its_row(whole):
         assert row["test_images"] == TEST
         assert 0 <= row["accuracy"] <= 100
         assert row["calls"] == 0
-        assert row["disjoint"] == {"the training set": TRAIN, "the test set": TEST}
+        both = TRAIN if row["attack"] == "none" else 2 * TRAIN
+        assert row["disjoint"] == {"the training set": both, "the test set": TEST}
         assert row["versions"]["torch"] == torch.__version__
         assert row["attack_moves"]["linf_px"] == 0 or row["attack"] == "lsp"
         assert (row["distance_px"] == 0) is (row["attack"] == row["defence"] == "none")
@@ -170,14 +171,15 @@ def test_a_killed_bench_goes_on(whole, folder, tmp_path):
 def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
     found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model, "--precise")
     by = {(row["attack"], row["defence"]): row for row in found}
-    assert by["lsp", "A@20"]["sigma_px"] == 20
-    assert by["lsp", "eclipse"]["sigma_px"] == 12.75
-    assert by["lsp", "A@20"]["calls"] == 1
-    assert by["lsp", "A@20"]["seconds"]["purify_an_image"] > 0
-    assert by["lsp", "A@20"]["disjoint"][f"what {model} learned from"] == 5
-    assert by["lsp", "A@20"]["settings"]["compensate"] is None
-    assert by["lsp", "eclipse"]["settings"]["compensate"] == [0.4, 0.05]
-    assert by["lsp", "A@20"]["settings"]["fast"] is False
+    assert by["lsp", "A@20 [tiny]"]["sigma_px"] == 20
+    assert by["lsp", "eclipse [tiny]"]["sigma_px"] == 12.75
+    assert by["lsp", "A@20 [tiny]"]["calls"] == 1
+    assert by["lsp", "A@20 [tiny]"]["seconds"]["purify_an_image"] > 0
+    assert by["lsp", "A@20 [tiny]"]["disjoint"]["what tiny learned from"] == 5
+    assert by["lsp", "A@20 [tiny]"]["settings"]["compensate"] is None
+    assert str(model) not in json.dumps(found)
+    assert by["lsp", "eclipse [tiny]"]["settings"]["compensate"] == [0.4, 0.05]
+    assert by["lsp", "A@20 [tiny]"]["settings"]["fast"] is False
 
 
 def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
@@ -318,13 +320,15 @@ def test_tiny_imagenet_as_it_is_distributed(tmp_path):
 # the tables
 
 
-def made(attack: str, defence: str, seed: int, accuracy: float, **more: Any) -> rows.Row:
+def made(attack: str, defence: str, seed: int, accuracy: float, settings: Json | None = None, **more: Any) -> rows.Row:
+    settings = settings or {}
     return {
         "schema": 1,
         "fingerprint": f"{attack}{defence}{seed}",
         **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
         **{"attack": attack, "defence": defence, "seed": seed, "accuracy": accuracy, "sigma_px": None, "calls": 0},
         **{"seconds": {"purify_an_image": 0.002}, "distance_px": 0.0, **more},
+        "settings": {"data": {"sha": "1"}, "attack_seed": 0, "fast": True, "device": "cpu", "seed": seed, **settings},
     }
 
 
@@ -344,6 +348,38 @@ def test_what_a_defence_recovers():
     assert "| defence | lsp | on clean data |" in text
     assert "| jpeg-10 | 50 % | -10.0 |" in text
     assert "| none | 94.95 | 24.48 | 16.80 |" in text, "the published figures, apart"
+
+
+@pytest.mark.parametrize("other", [{"attack_seed": 1}, {"fast": False}, {"device": "cuda"}, {"data": {"sha": "2"}}])
+def test_rows_that_were_made_otherwise_are_in_other_tables(other):
+    text = report.markdown([made("none", "none", 0, 70), made("none", "none", 1, 90, other)])
+    assert text.count("## sample") == 2
+    assert "| none | 70.0 |" in text
+
+
+def test_rows_of_one_name_that_differ_in_more_than_their_seed_have_no_mean():
+    found = [made("lsp", "A", 0, 70, {"purifier": 1}), made("lsp", "A", 1, 90, {"purifier": 2})]
+    with pytest.raises(InputError, match="rows of lsp and A that differ in their seed alone"):
+        report.cells(found)
+
+
+def test_a_file_that_holds_test_images_is_refused(folder, tmp_path):
+    data = load("imagefolder", folder)
+    images = data.train.copy()
+    images[:3] = data.test[:3]
+    np.savez(tmp_path / "mine.npz", data=images, targets=data.train_labels)
+    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out", "--defence", "none"]
+    assert main([*map(str, words), "--attack", str(tmp_path / "mine.npz")]) == 2
+    assert [row["attack"] for row in rows.read(tmp_path / "out" / "rows.jsonl")] == ["none"]
+
+
+def test_a_file_where_a_folder_should_be(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out", *QUICK]
+    assert main(list(map(str, words))) == 2
+    error = capsys.readouterr().err
+    assert "Expected to write" in error
+    assert "Traceback" not in error
 
 
 def test_rows_of_other_settings_are_in_other_tables():
@@ -405,6 +441,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--attack", "lsp:norm"), "Expected OPTION=VALUE after the colon. Got 'norm'"),
         (("--attack", "lsp:norms=1"), "The attack lsp takes"),
         (("--attack", "none:x=1"), "none takes no options"),
+        (("--attack", f"{__file__}:foo=1"), "A poison file takes format,.*Got 'foo'"),
         (("--attack", "lsp", "--attack", "lsp"), "attacks of different names. Got lsp twice"),
         (("--defence", "prayer"), "A defence is one of none, jpeg-10"),
         (("--defence", "jpeg-10@5"), "Only A, A\\+B, A\\+C, eclipse take a noise level"),

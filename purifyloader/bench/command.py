@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
@@ -26,8 +27,8 @@ from purifyloader.cache.source import image_hashes
 from purifyloader.devices import as_device
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.evaluation.sets import training_details
-from purifyloader.files import write_text
-from purifyloader.poisons import attacks
+from purifyloader.files import write_text, writing
+from purifyloader.poisons import attacks, reading
 
 __all__ = ["main"]
 
@@ -162,6 +163,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         attack_seed=options.attack_seed,
         device=options.device,
         fast=not options.precise,
+        progress=options.processes == 1 and sys.stderr.isatty(),
     )
     for defence in defences:  # before hours of work
         bench.check(defence)
@@ -179,14 +181,16 @@ def _attack(text: str, preset: str) -> AttackSpec:
         return AttackSpec(CLEAN)
     if name in attacks.ATTACKS:
         attack = attacks.find(name)
+        attacks.check_options(attack, options)
+        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if not _is_file(v))])
         if "preset" in attack.options:
             options.setdefault("preset", preset)
-        attacks.check_options(attack, options)
-        said = {k: v for k, v in options.items() if k != "preset" and not _is_file(v)}
-        label = " ".join([name, *(f"{k}={v}" for k, v in said.items())])
         return AttackSpec(name, options, None, label)
     if not Path(name).exists():
         raise ConfigError(f"An attack is none, {', '.join(attacks.ATTACKS)}, or a poison file. Got {text!r}.")
+    takes = [option for option in inspect.signature(reading.read).parameters if option not in ("path", "clean")]
+    if unknown := [option for option in options if option not in takes]:
+        raise ConfigError(f"A poison file takes {', '.join(takes)}. Got {unknown[0]!r} in {text!r}.")
     return AttackSpec(Path(name).stem, options, Path(name), Path(name).stem)
 
 
@@ -214,7 +218,8 @@ def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
 def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
     """Make every row that is not there yet; leave to other processes what they are making."""
     claims = bench.work / "claims"
-    claims.mkdir(parents=True, exist_ok=True)
+    with writing(claims):
+        claims.mkdir(parents=True, exist_ok=True)
     left = [(cell, rows.fingerprint(bench.settings(*cell))) for cell in wanted]
     wait = False
     while left:
@@ -290,16 +295,20 @@ def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
     for label, spec in specs.items():
         poisoned = bench.poisoned(spec)
         which = poisoned.poisoned[:_SHOWN]
+        if not len(which):
+            continue
         after, _ = bench.purified(poisoned, bench.makes(chosen))
         shown[label] = bench.data.train[which], poisoned.images[which], after[which]
-    images(shown, chosen, out / IMAGES_FILE)
+    if shown:
+        images(shown, bench.called(chosen), out / IMAGES_FILE)
 
 
 def _report(out: Path) -> None:
     from purifyloader.bench.pictures import accuracies, costs
 
     found = rows.read(out / ROWS_FILE)
-    write_text(out / TABLE_FILE, report.markdown(found))
+    with writing(out / TABLE_FILE):
+        write_text(out / TABLE_FILE, report.markdown(found))
     # the setting with most rows: bars of two would not compare
     settings = [report.settings_of(row) for row in found]
     most = max(dict.fromkeys(settings), key=settings.count)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torchvision import datasets
 
 from purifyloader import noise
 from purifyloader.bench.sample import load_sample
-from purifyloader.datasets import TORCHVISION, open_dataset
+from purifyloader.datasets import TORCHVISION, open_dataset, read_image
 from purifyloader.errors import InputError
 from purifyloader.poisons.arrays import as_arrays
 
@@ -95,46 +94,26 @@ def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
             f"Expected the folders train and one of {', '.join(_VALIDATION)} in {root}. Got "
             f"{sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else 'no such folder'}."
         )
-    train = _open(root / "train")
-    classes: list[str] = train.classes
+    train: Any = open_dataset("imagefolder", root / "train")
     if tiny and (root / "val" / "val_annotations.txt").is_file():
-        return (as_arrays(_Rgb(train)), _tiny_validation(root / "val", train.class_to_idx)), len(classes)
-    other = _open(test)
-    if other.classes != classes:
-        differ = sorted(set(classes) ^ set(other.classes))
+        return (as_arrays(train), _tiny_validation(root / "val", train.class_to_idx)), len(train.classes)
+    other: Any = open_dataset("imagefolder", test)
+    if other.classes != train.classes:
+        differ = sorted(set(train.classes) ^ set(other.classes))
         raise InputError(f"Expected the same classes in train and {test.name}. Got {differ[:5]} in one of them only.")
-    return (as_arrays(_Rgb(train)), as_arrays(_Rgb(other))), len(classes)
-
-
-def _open(folder: Path) -> datasets.ImageFolder:
-    try:
-        return datasets.ImageFolder(str(folder))
-    except (FileNotFoundError, OSError) as error:
-        raise InputError(f"Expected one folder a class, with images, in {folder}. Got: {error}") from None
-
-
-class _Rgb:
-    """An `ImageFolder`, whose loader makes everything RGB, as (array, label)."""
-
-    def __init__(self, folder: datasets.ImageFolder) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        image, label = self.folder[index]
-        return np.asarray(image), label
+    return (as_arrays(train), as_arrays(other)), len(train.classes)
 
 
 def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
     """Tiny-ImageNet keeps all validation images in one folder, and their classes in a table."""
+    table = folder / "val_annotations.txt"
     images, labels = [], []
-    for line in (folder / "val_annotations.txt").read_text().splitlines():
-        name, wnid, *_ = line.split("\t")
+    for line in table.read_text(encoding="utf-8").splitlines():
+        name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in numbers:
-            raise InputError(f"{folder / 'val_annotations.txt'} names the class {wnid}, which train has not.")
-        with Image.open(folder / "images" / name) as image:
-            images.append(np.asarray(image.convert("RGB")))
+            raise InputError(f"{table} must name an image and a class of train a line. Got {line[:60]!r}.")
+        images.append(np.asarray(read_image(folder / "images" / name)))
         labels.append(numbers[wnid])
+    if len({image.shape for image in images}) != 1:
+        raise InputError(f"Expected images of one size, at least one, in {table}. Got {len(images)} images.")
     return as_arrays((np.stack(images), np.asarray(labels)))

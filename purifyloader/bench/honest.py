@@ -37,8 +37,7 @@ def trained_on(details: Mapping[str, Any], model: str) -> Hashes:
 def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:
     """
     Args:
-        train: hashes of the clean images that the poisoned ones are made of; of the poisoned ones too, if those are
-            all there is.
+        train: hashes of the training images: of the clean ones, and of what a poison made of them.
         test: of the test images.
         learned: model → of the images that it learned from.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.bench.report import CLEAN, cells
+from purifyloader.bench.report import CLEAN, cells, in_order
 from purifyloader.bench.rows import Row
 from purifyloader.errors import PurifyError
 from purifyloader.files import replacing
@@ -30,8 +30,7 @@ _GAIN = 8  # residuals are drawn that much stronger
 def accuracies(rows: Sequence[Row], path: str | Path) -> None:
     """A group of bars an attack, a bar a defence; a whisker is the standard deviation over the seeds."""
     found = cells(rows)
-    attacks = sorted({a for a, _ in found}, key=lambda a: (a != CLEAN, a))
-    defences = list(dict.fromkeys(d for _, d in found))
+    attacks, defences = in_order(found)
     figure = _figure((max(8, 0.28 * len(attacks) * (len(defences) + 2)), 5.2))
     axis = figure.add_axes((0.07, 0.2, 0.91, 0.7))
     width = 0.85 / len(defences)
@@ -61,7 +60,7 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     every = {a for a, _ in found if a != CLEAN} or {CLEAN}
     figure = _figure((8, 5))
     axis = figure.add_axes((0.1, 0.13, 0.86, 0.8))
-    for i, defence in enumerate(dict.fromkeys(d for _, d in found)):
+    for i, defence in enumerate(in_order(found)[1]):
         its = {a: found[a, defence] for a in every if (a, defence) in found}
         if its.keys() != every:  # a mean over fewer poisons would not compare
             continue

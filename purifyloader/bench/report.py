@@ -9,8 +9,10 @@ from typing import NamedTuple
 from purifyloader.bench.defences import DEFENCES
 from purifyloader.bench.published import ECLIPSE_TABLE_1, SOURCE
 from purifyloader.bench.rows import Row
+from purifyloader.errors import InputError
+from purifyloader.files import canonical_json
 
-__all__ = ["BITES", "Cell", "cells", "markdown", "recovered", "settings_of"]
+__all__ = ["BITES", "Cell", "Setting", "cells", "in_order", "markdown", "recovered", "settings_of"]
 
 BITES = 15.0
 """Points of accuracy that a poison must take from an undefended victim before it is said what a defence gives back."""
@@ -37,10 +39,20 @@ class Cell(NamedTuple):
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
-    """(attack, defence) → its cell. Rows of another setting (data, victim, training, scale) must be apart already."""
+    """(attack, defence) → its cell, of rows of one `Setting`.
+
+    Raises:
+        InputError: rows of one name that differ in more than their seed, whose mean would mean nothing.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["attack"], row["defence"]), []).append(row)
+    for (attack, defence), its in found.items():
+        if len({canonical_json({**row["settings"], "seed": None}) for row in its}) > 1:
+            raise InputError(
+                f"Expected rows of {attack} and {defence} that differ in their seed alone. Got others too, such as a "
+                "model, a file or a preset under one name: give each an --out of its own."
+            )
     return {
         key: Cell(
             [row["accuracy"] for row in its],
@@ -55,9 +67,24 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
     }
 
 
-def settings_of(row: Row) -> tuple[str, int, int, str, str]:
+class Setting(NamedTuple):
     """What two rows must have in common to stand in one table."""
-    return row["data"], row["images"], row["test_images"], row["victim"], row["training"]
+
+    data: str
+    images: int
+    test_images: int
+    victim: str
+    training: str
+    sha: str
+    attack_seed: int
+    fast: bool
+    device: str
+
+
+def settings_of(row: Row) -> Setting:
+    its = row["settings"]
+    shown = row["data"], row["images"], row["test_images"], row["victim"], row["training"]
+    return Setting(*shown, its["data"]["sha"], its["attack_seed"], its["fast"], its["device"])
 
 
 def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
@@ -76,16 +103,17 @@ def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The tables, one set for each setting that the rows have."""
-    groups: dict[tuple[str, int, int, str, str], list[Row]] = {}
+    groups: dict[Setting, list[Row]] = {}
     for row in rows:
         groups.setdefault(settings_of(row), []).append(row)
     parts = []
-    for (data, images, tests, victim, training), its in groups.items():
+    for at, its in groups.items():
         seeds = sorted({row["seed"] for row in its})
         parts.append(
-            f"## {data}: {images:,} training images, {victim}, training `{training}`\n\n"
-            f"Accuracy in % on {tests:,} clean test images: mean and standard deviation over the seeds of the victim "
-            f"({', '.join(map(str, seeds))})."
+            f"## {at.data}: {at.images:,} training images, {at.victim}, training `{at.training}`\n\n"
+            f"{at.device}, {'bfloat16' if at.fast else 'float32'}; the attacks' seed is {at.attack_seed}. "
+            f"Accuracy in % on {at.test_images:,} clean test images: mean and standard deviation over the seeds of the "
+            f"victim ({', '.join(map(str, seeds))})."
         )
         parts += _tables(its)
     return "\n\n".join(parts) + "\n"
@@ -93,8 +121,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _tables(rows: Sequence[Row]) -> list[str]:
     found = cells(rows)
-    attacks = _order({attack for attack, _ in found}, [CLEAN])
-    defences = _order({defence for _, defence in found}, list(DEFENCES))
+    attacks, defences = in_order(found)
     parts = [
         _table(
             ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
@@ -147,11 +174,17 @@ def _tables(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
+def in_order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """The attacks and the defences of some cells: clean data first, defences as `DEFENCES` has them."""
+    keys = list(found)
+    return _order({attack for attack, _ in keys}, [CLEAN]), _order({defence for _, defence in keys}, list(DEFENCES))
+
+
 def _order(names: set[str], first: Sequence[str]) -> list[str]:
     place = {name: i for i, name in enumerate(first)}
 
     def key(name: str) -> tuple[int, str, float]:
-        base, _, px = name.partition("@")
+        base, _, px = name.partition(" ")[0].partition("@")
         return place.get(base, len(place)), base, float(px or 0)
 
     return sorted(names, key=key)

@@ -15,7 +15,7 @@ import torchvision
 from purifyloader import __version__
 from purifyloader.cache.locks import Lock
 from purifyloader.errors import InputError
-from purifyloader.files import canonical_json, write_text
+from purifyloader.files import canonical_json, write_text, writing
 
 __all__ = ["Row", "add", "fingerprint", "read", "versions"]
 
@@ -64,8 +64,9 @@ def read(path: Path) -> list[Row]:
 
 def add(path: Path, row: Row) -> None:
     """Put a row among those of the file, in the place of one with its fingerprint; a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Lock(path.parent, path.name):
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), Lock(path.parent, path.name):
         rows = {its["fingerprint"]: its for its in read(path)}
         rows[row["fingerprint"]] = row
         write_text(path, "".join(canonical_json(its) + "\n" for its in in_order(rows.values())))

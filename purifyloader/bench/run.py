@@ -26,7 +26,7 @@ from purifyloader.cache.source import image_hashes
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.errors import InputError
 from purifyloader.evaluation.sets import training_details
-from purifyloader.files import file_sha256
+from purifyloader.files import file_sha256, writing
 from purifyloader.poisons import add_trigger, attacks, reading
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.writing import write_npz
@@ -125,6 +125,7 @@ class Bench:
         self.fast, self.progress = fast, progress
         self._hashes = {"train": image_hashes(data.train), "test": image_hashes(data.test)}
         self._timed: dict[str, float] = {}
+        self._made: dict[str, Made] = {}  # loads networks
         hashes = {split: values.tolist() for split, values in self._hashes.items()}
         labels = {"train": data.train_labels.tolist(), "test": data.test_labels.tolist()}
         self._identity = {"name": data.name, "sha": rows.fingerprint({"hashes": hashes, "labels": labels})}
@@ -133,8 +134,16 @@ class Bench:
 
     def makes(self, defence: str) -> Made:
         """A defence by its spec, ready."""
-        its, px = find(defence)
-        return its.ready(self.models, px, self.fast)
+        if defence not in self._made:
+            its, px = find(defence)
+            self._made[defence] = its.ready(self.models, px, self.fast)
+        return self._made[defence]
+
+    def called(self, defence: str) -> str:
+        """What a table calls it: its spec, and the models where they are not the shipped ones."""
+        its, _ = find(defence)
+        others = [_shown(m) for name in its.uses if (m := getattr(self.models, name)) != getattr(Models, name)]
+        return f"{defence} [{', '.join(others)}]" if others else defence
 
     def settings(self, attack: AttackSpec, defence: str, seed: int) -> dict[str, Any]:
         """All that decides the figures of a row; JSON."""
@@ -158,10 +167,10 @@ class Bench:
         Raises:
             InputError: see the class, and what attacks and purifiers refuse.
         """
-        compared = self.check(defence)
         settings = self.settings(attack, defence, seed)
         made = self.makes(defence)
         poisoned = self.poisoned(attack)
+        compared = self.check(defence, poisoned)
         images, purifier = self.purified(poisoned, made)
         corrupt = None if made.compensate is None else compensation(made.compensate, seed)
         how = self.how
@@ -187,7 +196,7 @@ class Bench:
             "test_images": len(self.data.test),
             "attack": attack.label or attack.name,
             "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
-            "defence": defence,
+            "defence": self.called(defence),
             "sigma_px": None if made.sigma is None else round(255 * made.sigma, 2),
             "calls": 0 if made.purifier is None else made.purifier.calls,
             "distance_px": round(_rms(images, self.data.train), 2),
@@ -207,12 +216,16 @@ class Bench:
 
     # -- its parts -------------------------------------------------------------------------------------
 
-    def check(self, defence: str) -> dict[str, int]:
-        """Refuse a row that would not be honest; else how many images were compared."""
+    def check(self, defence: str, poisoned: Poisoned | None = None) -> dict[str, int]:
+        """Refuse a row that would not be honest; else how many images were compared, of the clean training set and of
+        what was made of it."""
         its, _ = find(defence)
         used = dict.fromkeys(getattr(self.models, name) for name in its.uses)
-        learned = {str(model): trained_on(training_details(model), str(model)) for model in used}
-        return check_disjoint(self._hashes["train"], self._hashes["test"], learned)
+        learned = {_shown(model): trained_on(training_details(model), _shown(model)) for model in used}
+        train = self._hashes["train"]
+        if poisoned is not None:  # a file may hold anything
+            train = np.concatenate([train, image_hashes(poisoned.images)])
+        return check_disjoint(train, self._hashes["test"], learned)
 
     def poisoned(self, attack: AttackSpec) -> Poisoned:
         """The poisoned training set, made once and kept."""
@@ -220,15 +233,17 @@ class Bench:
         if attack.name == CLEAN:
             return Poisoned.of(data.train, data.train_labels, CLEAN, [])
         path = self._poison_path(attack)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
             if not path.exists():
                 if attack.file is not None:
                     made = reading.read(attack.file, clean=(data.train, data.train_labels), **attack.options)
                 else:
                     pair = (data.train, data.train_labels)
-                    here = {"device": self.device} if "device" in attacks.find(attack.name).options else {}
-                    made = attacks.make(attack.name, pair, self.attack_seed, **{**here, **attack.options})
+                    here = {"device": self.device, "progress": self.progress}
+                    taken = {k: v for k, v in here.items() if k in attacks.find(attack.name).options}
+                    made = attacks.make(attack.name, pair, self.attack_seed, **{**taken, **attack.options})
                 write_npz(made, path)
         found = reading.read(path, clean=(data.train, data.train_labels))
         if len(found) != len(data.train):
@@ -278,7 +293,7 @@ class Bench:
         return found
 
     def _seconds_an_image(self, purifier: Purifier | None, defence: str) -> float:
-        """Of one full network batch, the median of three after a first; timed again in each process that measures."""
+        """Of one full network batch after a first: the median of three, or one of many calls. Once in a process."""
         if purifier is None:
             return 0.0
         if defence not in self._timed:
@@ -293,6 +308,11 @@ class Bench:
                 taken.append((time.perf_counter() - start) / count)
             self._timed[defence] = statistics.median(taken[1:])
         return float(f"{self._timed[defence]:.3g}")
+
+
+def _shown(model: str) -> str:
+    """A name or an id as it is, of a folder its name: a row travels."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:

@@ -13,7 +13,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -29,14 +29,14 @@ from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coe
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.class_wise import urp as add_class_pattern
 from purifyloader.poisons.cuda import cuda as convolve
-from purifyloader.poisons.efp import EfpSettings, efp
-from purifyloader.poisons.em import EmSettings, em
+from purifyloader.poisons.efp import efp
+from purifyloader.poisons.em import em
 from purifyloader.poisons.lsp import lsp as add_patches
 from purifyloader.poisons.ops import ops_pixels, set_pixels
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.rem import RemSettings, rem
-from purifyloader.poisons.sep import SepSettings, sep
-from purifyloader.poisons.tap import TapSettings, tap
+from purifyloader.poisons.rem import rem
+from purifyloader.poisons.sep import sep
+from purifyloader.poisons.tap import tap
 from purifyloader.poisons.trigger import backdoor, read_trigger
 
 __all__ = ["ATTACKS", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
@@ -57,8 +57,6 @@ class Attack:
         kind: "availability" makes the set useless to train on, "backdoor" plants a trigger, "targeted" has one test
             image taken for another class.
         paper: authors, year and arXiv number.
-        settings: a dataclass whose fields are what the function's `**options` may be, where it has such: those of an
-            attack with a surrogate network, beside its preset.
     """
 
     name: str
@@ -66,17 +64,15 @@ class Attack:
     description: str
     kind: Kind
     paper: str
-    settings: type[Any] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the attack takes, with their defaults.
+        """The options that the attack takes, with their defaults; those of an attack with presets are of the first.
 
-        None is a default that depends on other options, and `inspect.Parameter.empty` that of one that must be given.
+        `inspect.Parameter.empty` is the default of one that must be given.
         """
         parameters = list(inspect.signature(self.function).parameters.values())[2:]  # after dataset and seed
-        named = {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        return named | {field.name: None for field in (fields(self.settings) if self.settings else ())}
+        return {parameter.name: parameter.default for parameter in parameters}
 
 
 class _Given(NamedTuple):
@@ -403,11 +399,11 @@ _LISTED = (
     Attack("ops", ops, "one pixel a class, searched for", "availability", "Wu et al. 2023, 2205.12141"),
     Attack("cuda", cuda, "one random blur a class, unbounded", "availability", "Sadasivan et al. 2023, 2303.04278"),
     Attack("narcissus", narcissus, "a given trigger on one class", "backdoor", "Zeng et al. 2022, 2204.05255"),
-    Attack("em", em, "error-minimising noise", "availability", "Huang et al. 2021, 2101.04898", EmSettings),
-    Attack("tap", tap, "noise towards another class", "availability", "Fowl et al. 2021, 2106.10807", TapSettings),
-    Attack("sep", sep, "the same of many checkpoints", "availability", "Chen et al. 2023, 2211.12005", SepSettings),
-    Attack("rem", rem, "robust error-minimising noise", "availability", "Fu et al. 2022, 2203.14533", RemSettings),
-    Attack("efp", efp, "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq", EfpSettings),
+    Attack("em", em, "error-minimising noise", "availability", "Huang et al. 2021, 2101.04898"),
+    Attack("tap", tap, "noise towards another class", "availability", "Fowl et al. 2021, 2106.10807"),
+    Attack("sep", sep, "the same of many checkpoints", "availability", "Chen et al. 2023, 2211.12005"),
+    Attack("rem", rem, "robust error-minimising noise", "availability", "Fu et al. 2022, 2203.14533"),
+    Attack("efp", efp, "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq"),
 )
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack in _LISTED})
