@@ -22,11 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons.additive import purpose_keys
 from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coefficients
 from purifyloader.poisons.arrays import as_arrays
+from purifyloader.poisons.choice import drawn, how_many, of_class
 from purifyloader.poisons.class_wise import urp as add_class_pattern
 from purifyloader.poisons.cuda import cuda as convolve
 from purifyloader.poisons.efp import efp
@@ -41,7 +40,7 @@ from purifyloader.poisons.trigger import backdoor, read_trigger
 
 __all__ = ["ATTACKS", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
 
-_ATTACK, _CHOICE = 0x6174746B, 0  # "attk"
+_ATTACK = 0x6174746B  # "attk"
 
 Kind = Literal["availability", "backdoor", "targeted"]
 
@@ -86,11 +85,10 @@ class _Given(NamedTuple):
 
 def _given(dataset: Any, seed: int, share: float | None, count: int | None) -> _Given:
     images, labels = _colour(dataset)
-    how_many = _how_many(len(images), share, count, f"the {len(images)} images")
+    wanted = how_many(len(images), share, count, f"the {len(images)} images")
     indices = np.arange(len(images))
-    if how_many is not None:
-        keys = purpose_keys(seed, _ATTACK, _CHOICE, torch.arange(len(images)))
-        indices = noise.uniform(keys, (1,))[:, 0].argsort(stable=True)[:how_many].sort().values.numpy()
+    if wanted is not None:
+        indices = drawn(torch.arange(len(images)), wanted, seed, _ATTACK).numpy()
     return _Given(images, labels, int(labels.max()) + 1, indices)
 
 
@@ -102,22 +100,6 @@ def _colour(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
             'image.convert("RGB") does.'
         )
     return images, labels
-
-
-def _how_many(images: int, share: float | None, count: int | None, of: str) -> int | None:
-    """How many of `images` to poison, None for all."""
-    if share is None and count is None:
-        return None
-    if share is not None and count is not None:
-        raise ConfigError(f"Give share or count, not both. Got share={share!r} and count={count!r}.")
-    if count is not None:
-        if type(count) is not int or not 1 <= count <= images:
-            raise InputError(f"count must be from 1 to {of}. Got {count!r}.")
-        return count
-    assert share is not None
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise InputError(f"share must be above 0 and at most 1, which is {of}. Got {share!r}.")
-    return max(1, round(share * images))
 
 
 def _made(
@@ -327,25 +309,9 @@ def narcissus(
     """
     images, labels = _colour(dataset)
     delta = _trigger(trigger, images.shape[1:])
-    if type(target_class) is not int or not (labels == target_class).any():
-        raise InputError(
-            f"target_class must be one of the classes 0 to {int(labels.max())} that has images. Got {target_class!r}."
-        )
-    if share_of not in ("set", "class"):
-        raise InputError(f"share_of must be set or class. Got {share_of!r}.")
     share = 0.01 if share is None and count is None else share
-    members = int((labels == target_class).sum())
-    what = f"the {members} images of class {target_class}"
-    how_many = _how_many(len(images) if share_of == "set" and count is None else members, share, count, what)
-    assert how_many is not None
-    if how_many > members:
-        raise InputError(
-            f"share must be of no more than {what}. Got {share!r} of the {len(images)} images in the set, {how_many}: "
-            "poison fewer, or another class."
-        )
-    poisoned, indices = backdoor(
-        images, labels, delta, target_class, how_many, classes=int(labels.max()) + 1, seed=seed
-    )
+    wanted = of_class(labels, target_class, share, count, share_of)
+    poisoned, indices = backdoor(images, labels, delta, target_class, wanted, classes=int(labels.max()) + 1, seed=seed)
     settings = {
         "seed": operator.index(seed),
         "trigger": {"sha256": _sha256(delta)},

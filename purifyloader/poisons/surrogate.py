@@ -22,7 +22,17 @@ from purifyloader.poisons.clean import Clean
 from purifyloader.poisons.pgd import Loss, pgd, random_start
 from purifyloader.poisons.presets import AdversarialSettings, AttackSettings, TrainedSettings
 
-__all__ = ["Surrogate", "Training", "crop_and_flip", "cross_entropy", "share_called", "train", "uniforms", "worst_case"]
+__all__ = [
+    "Surrogate",
+    "Training",
+    "crop_and_flip",
+    "cross_entropy",
+    "last_features",
+    "share_called",
+    "train",
+    "uniforms",
+    "worst_case",
+]
 
 _AUGMENT = 0x61756774  # "augt": what the keys drawn here are for
 _WARMUP = 0.2
@@ -64,14 +74,19 @@ class Surrogate(nn.Module):
 
     def features(self, x_BCHW: Tensor) -> Tensor:
         """What the last linear layer reads, (B, F)."""
-        head = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
-        seen: list[Tensor] = []
-        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            self(x_BCHW)
-        finally:
-            handle.remove()
-        return seen[0].float()
+        return last_features(self, x_BCHW)
+
+
+def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """What the last linear layer of any network reads, (B, F); a gradient goes through."""
+    head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        network(x_BCHW)
+    finally:
+        handle.remove()
+    return seen[0].float()
 
 
 def cross_entropy(network: nn.Module, y_B: Tensor) -> Loss:

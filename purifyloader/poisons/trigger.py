@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
 from purifyloader.errors import InputError
 from purifyloader.images import quantize
-from purifyloader.poisons.additive import Images, Integers, as_labels, purpose_keys, size_of
+from purifyloader.poisons.additive import Images, Integers, as_labels, size_of
+from purifyloader.poisons.choice import drawn
 
 __all__ = ["add_trigger", "backdoor", "read_trigger"]
 
-_ATTACK, _CHOICE = 0x74726967, 0  # "trig"
+_ATTACK = 0x74726967  # "trig"
 
 
 def read_trigger(path: str | os.PathLike[str]) -> Tensor:
@@ -115,6 +115,5 @@ def backdoor(
             f"count must be from 1 to the {len(of_target)} images of the class {target}. Got {count!r}: "
             "poison fewer, or another class."
         )
-    keys = purpose_keys(seed, _ATTACK, _CHOICE, of_target)
-    chosen = of_target[noise.uniform(keys, (1,))[:, 0].argsort(stable=True)[:count]].sort().values
+    chosen = drawn(of_target, count, seed, _ATTACK)
     return add_trigger(images, trigger_HWC, indices=chosen), chosen.numpy()

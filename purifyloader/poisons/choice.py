@@ -1,0 +1,118 @@
+"""Which images an attack poisons, and which test image a targeted one is aimed at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader import noise
+from purifyloader.datasets import read_image
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.poisons.additive import purpose_keys
+from purifyloader.poisons.poisoned import Target
+
+__all__ = ["as_target", "drawn", "how_many", "of_class"]
+
+_CHOICE = 0  # what the keys drawn here are for, in every attack
+
+
+def how_many(images: int, share: float | None, count: int | None, of: str) -> int | None:
+    """How many of `images` to poison, None for all.
+
+    Args:
+        of: what these images are, for an error.
+
+    Raises:
+        ConfigError: both share and count; InputError: one that is out of range.
+    """
+    if share is None and count is None:
+        return None
+    if share is not None and count is not None:
+        raise ConfigError(f"Give share or count, not both. Got share={share!r} and count={count!r}.")
+    if count is not None:
+        if type(count) is not int or not 1 <= count <= images:
+            raise InputError(f"count must be from 1 to {of}. Got {count!r}.")
+        return count
+    assert share is not None
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise InputError(f"share must be above 0 and at most 1, which is {of}. Got {share!r}.")
+    return max(1, round(share * images))
+
+
+def of_class(
+    labels: NDArray[np.int64],
+    target_class: Any,
+    share: float | None,
+    count: int | None,
+    share_of: Literal["set", "class"] = "set",
+) -> int:
+    """How many images of one class to poison.
+
+    Args:
+        share: of the "set" or of the "class", as `share_of` says; one of share and count is given.
+
+    Raises:
+        ConfigError: both share and count; InputError: a class without images, a number out of range, or more images
+            than the class has.
+    """
+    if type(target_class) is not int or not (labels == target_class).any():
+        raise InputError(
+            f"target_class must be one of the classes 0 to {int(labels.max())} that has images. Got {target_class!r}."
+        )
+    if share_of not in ("set", "class"):
+        raise InputError(f"share_of must be set or class. Got {share_of!r}.")
+    members = int((labels == target_class).sum())
+    what = f"the {members} images of class {target_class}"
+    wanted = how_many(len(labels) if share_of == "set" and count is None else members, share, count, what)
+    assert wanted is not None
+    if wanted > members:
+        raise InputError(
+            f"share must be of no more than {what}. Got {share!r} of the {len(labels)} images in the set, {wanted}: "
+            "poison fewer, or another class."
+        )
+    return wanted
+
+
+def drawn(candidates_N: Tensor, count: int, seed: int, attack: int) -> Tensor:
+    """`count` of these indices, int64, rising, at random: a function of (seed, attack, the indices) alone."""
+    keys = purpose_keys(seed, attack, _CHOICE, candidates_N)
+    return candidates_N[noise.uniform(keys, (1,))[:, 0].argsort(stable=True)[:count]].sort().values
+
+
+def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: int) -> Target:
+    """The test image that a targeted attack is aimed at, checked.
+
+    Args:
+        target: a `Target`, an image uint8 (H, W, 3), or a file of one.
+        target_class: what the victim is to call it; of a `Target`, None takes its label.
+        shape: (H, W, 3) of the training images.
+        classes: of the training set.
+
+    Raises:
+        InputError: no image of that shape, no class of the set, or its true one.
+    """
+    found = target if isinstance(target, Target) else None
+    image = target.image if isinstance(target, Target) else target
+    if isinstance(image, str | os.PathLike):
+        image = np.asarray(read_image(Path(image)))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(
+            f"target must be the image that the victim is to be wrong on, uint8 {shape} as the training images are, a "
+            f"file of one, or a poisons.Target. Got {got}."
+        )
+    label = found.label if found is not None and target_class is None else target_class
+    if type(label) is not int or not 0 <= label < classes:
+        raise InputError(
+            f"target_class must be what the victim is to call the target, a class from 0 to {classes - 1}. Got "
+            f"{label!r}."
+        )
+    true = None if found is None else found.true_label
+    if true == label:
+        raise InputError(f"target_class must be another class than the target's own. Got {label}, which it shows.")
+    return Target(image, label, true, None if found is None else found.index)
