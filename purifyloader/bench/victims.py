@@ -6,11 +6,24 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 
+from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError
 
-__all__ = ["VICTIMS", "ResNet9", "densenet121", "mobilenet_v2", "resnet9", "resnet18", "vgg19", "victim"]
+__all__ = [
+    "VICTIMS",
+    "ResNet9",
+    "UNetClassifier",
+    "densenet121",
+    "mobilenet_v2",
+    "resnet9",
+    "resnet18",
+    "unet",
+    "vgg19",
+    "victim",
+]
 
 # Keeps the softmax soft at the start of training, so that a high learning rate is stable.
 _OUTPUT_SCALE = 0.125
@@ -109,6 +122,38 @@ def mobilenet_v2(classes: int = 10) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+class UNetClassifier(nn.Module):
+    """A diffusion model's U-Net turned into a classifier (ECLIPSE, sec. 4.4): `unet` makes one.
+
+    In the place of its last layer are global average pooling and a linear layer, which are a 1 x 1 convolution and
+    the pooling in the other order. Its time is 0.
+
+    Args of `forward`: normalised images (B, 3, H, W). Returns logits (B, classes).
+    """
+
+    def __init__(self, classes: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.unet = UNet(config)
+        width = self.unet.conv_out.in_channels
+        self.unet.conv_out = nn.Identity()
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        multiple = self.unet.config.size_multiple
+        height, width = x_BCHW.shape[2:]
+        x = F.pad(x_BCHW, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+        features = self.unet(x, torch.zeros(len(x), device=x.device))[..., :height, :width]
+        logits: Tensor = self.linear(features.mean(dim=(2, 3)))
+        return logits
+
+
+def unet(classes: int = 10, channels: int = 16) -> UNetClassifier:
+    """`UNetConfig.small` with so many channels; 128 gives the published network of ECLIPSE."""
+    _check_classes(classes)
+    config = UNetConfig() if channels == 128 else UNetConfig.small(channels=channels)
+    return UNetClassifier(classes, config).to(memory_format=torch.channels_last)
+
+
 VICTIMS: dict[str, Callable[[int], nn.Module]] = {
     "resnet9": lambda classes: resnet9(classes),
     "resnet9-64": lambda classes: resnet9(classes, 64),
@@ -116,6 +161,8 @@ VICTIMS: dict[str, Callable[[int], nn.Module]] = {
     "vgg19": vgg19,
     "densenet121": densenet121,
     "mobilenet-v2": mobilenet_v2,
+    "unet": lambda classes: unet(classes),
+    "unet-128": lambda classes: unet(classes, 128),
 }
 """Networks for colour images of 32 x 32 and about, by name."""
 

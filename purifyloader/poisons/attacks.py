@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.poisons.adaptive import adaptive
+from purifyloader.poisons.adp import adp
 from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coefficients
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.choice import drawn, how_many, of_class
@@ -370,6 +372,8 @@ _LISTED = (
     Attack("sep", sep, "the same of many checkpoints", "availability", "Chen et al. 2023, 2211.12005"),
     Attack("rem", rem, "robust error-minimising noise", "availability", "Fu et al. 2022, 2203.14533"),
     Attack("efp", efp, "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq"),
+    Attack("adp", adp, "error-minimising noise through compensation", "availability", "Wang et al. 2024, ECLIPSE"),
+    Attack("adaptive", adaptive, "TAP through denoiser and compensation", "availability", "ours"),
 )
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack in _LISTED})

@@ -9,7 +9,9 @@ set. What is left to learn from an image is then its noise, which is much the sa
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from purifyloader.poisons.pgd import ascend, pgd
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.presets import AttackSettings, choose, told
 from purifyloader.poisons.surrogate import Training, crop_and_flip, cross_entropy
+from purifyloader.poisons.views import View, itself
 
-__all__ = ["PRESETS", "EmSettings", "em"]
+__all__ = ["PRESETS", "EmSettings", "em", "min_min"]
 
 _log = logging.getLogger(__name__)
 
@@ -95,32 +98,48 @@ def em(
     """
     settings = choose(PRESETS, preset, {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options})
     with opened(dataset, "em", seed, device, progress) as clean:
-        row_N, noise = _start(clean, settings, seed)
-        training = Training(clean, settings, seed)
-        for round_ in range(1, settings.rounds + 1):
-            for _ in range(settings.train_steps):  # min over theta
-                index_B, uniform_B3 = training.next_batch()
-                x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
-                training.learn(crop_and_flip(x, uniform_B3, settings.pad, settings.flip), clean.y[index_B])
-            network = training.network.eval()
-            # Before the descent: after it, a network that has learned nothing yet would be right on everything.
-            accuracy = _accuracy(network, clean, noise, row_N)
-            for index_B in clean.batches(settings.batch_size):  # min over delta
-                noise = _descend(noise, network, clean, index_B, settings)
-                clean.bar.update(settings.steps)
-            clean.bar.set_postfix(round=round_, accuracy=accuracy)
-            if accuracy >= settings.stop_accuracy:
-                break
-        else:
-            _log.warning(
-                "em: after %d rounds the network is right on %.1f %% of the poisoned images, less than stop_accuracy=%g"
-                ": the noise is weaker than it could be. Raise rounds or train_steps.",
-                settings.rounds,
-                100 * accuracy,
-                settings.stop_accuracy,
-            )
-        images = add(clean, noise[row_N], settings.bound)
-        return poisoned(clean, images, "em", settings, seed, preset, rounds_taken=round_, accuracy=accuracy)
+        noise, measured = min_min(clean, settings, seed, "em")
+        return poisoned(clean, add(clean, noise, settings.bound), "em", settings, seed, preset, **measured)
+
+
+def min_min(
+    clean: Clean, settings: EmSettings, seed: int, attack: str, view: View | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The noise of each image (N, C, H, W), and what there is to record of it.
+
+    Args:
+        attack: its name, for the log.
+        view: what the network sees of an image, if not the image: see `views`.
+    """
+    see = itself if view is None else view
+    turn = count()
+    row_N, noise = _start(clean, settings, seed)
+    training = Training(clean, settings, seed)
+    for round_ in range(1, settings.rounds + 1):
+        for _ in range(settings.train_steps):  # min over theta
+            index_B, uniform_B3 = training.next_batch()
+            x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
+            x = crop_and_flip(see(x, index_B, next(turn)), uniform_B3, settings.pad, settings.flip)
+            training.learn(x.detach(), clean.y[index_B])
+        network = training.network.eval()
+        # Before the descent: after it, a network that has learned nothing yet would be right on everything.
+        accuracy = _accuracy(network, clean, noise, row_N, see, turn)
+        for index_B in clean.batches(settings.batch_size):  # min over delta
+            noise = _descend(noise, network, clean, index_B, settings, see, turn)
+            clean.bar.update(settings.steps)
+        clean.bar.set_postfix(round=round_, accuracy=accuracy)
+        if accuracy >= settings.stop_accuracy:
+            break
+    else:
+        _log.warning(
+            "%s: after %d rounds the network is right on %.1f %% of the poisoned images, less than stop_accuracy=%g"
+            ": the noise is weaker than it could be. Raise rounds or train_steps.",
+            attack,
+            settings.rounds,
+            100 * accuracy,
+            settings.stop_accuracy,
+        )
+    return noise[row_N], {"rounds_taken": round_, "accuracy": accuracy}
 
 
 def _start(clean: Clean, settings: EmSettings, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,9 +151,21 @@ def _start(clean: Clean, settings: EmSettings, seed: int) -> tuple[Tensor, Tenso
     return torch.arange(len(clean), device=clean.y.device), noise
 
 
-def _descend(noise: Tensor, network: nn.Module, clean: Clean, index_B: Tensor, settings: EmSettings) -> Tensor:
+def _descend(
+    noise: Tensor,
+    network: nn.Module,
+    clean: Clean,
+    index_B: Tensor,
+    settings: EmSettings,
+    see: View,
+    turn: Iterator[int],
+) -> Tensor:
     """The noise after some steps that make the loss of these images small."""
-    x, loss = clean.images(index_B), cross_entropy(network, clean.y[index_B])
+    x, plain = clean.images(index_B), cross_entropy(network, clean.y[index_B])
+
+    def loss(x_BCHW: Tensor) -> Tensor:
+        return plain(see(x_BCHW, index_B, next(turn)))
+
     if not settings.class_wise:
         noise[index_B] = pgd(
             loss,
@@ -159,9 +190,9 @@ def _descend(noise: Tensor, network: nn.Module, clean: Clean, index_B: Tensor, s
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, clean: Clean, noise: Tensor, row_N: Tensor) -> float:
+def _accuracy(network: nn.Module, clean: Clean, noise: Tensor, row_N: Tensor, see: View, turn: Iterator[int]) -> float:
     right = 0
     for index_B in clean.batches(500):
-        x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
+        x = see((clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1), index_B, next(turn))
         right += int((network(x).argmax(dim=1) == clean.y[index_B]).sum())
     return right / len(clean)

@@ -1,0 +1,143 @@
+"""An attack on purification by whoever knows all of it but its noise: ours. For testing defences.
+
+    delta = argmin over |delta| <= epsilon  E_z  loss(f(C(D(x + delta; z))), g(y)),    g(y) = (y + shift) mod classes
+
+Targeted adversarial poisoning (see `tap`) through the whole defence: D adds noise z and denoises in one network call,
+with the defender's own weights, and C is ECLIPSE's compensation. The surrogate f learned from clean images as D leaves
+them, under C, as a victim behind this defence does. The gradient goes through the denoiser, and z and C are drawn
+afresh at each step, so that the descent is on their expectation: the draw in the defender's cache is all that is
+unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from purifyloader.errors import InputError
+from purifyloader.images import quantize
+from purifyloader.poisons.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.descent import descend, shifted
+from purifyloader.poisons.pgd import Loss
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.presets import TrainedSettings, choose, told
+from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train
+from purifyloader.poisons.views import View, compensated, purified
+from purifyloader.purifiers.networks import entry
+from purifyloader.recipes.eclipse import eclipse
+from purifyloader.recipes.models import Model, as_denoiser
+
+__all__ = ["PRESETS", "AdaptiveSettings", "adaptive"]
+
+_CACHED = 0  # the turn of what is drawn once; the descent counts from 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSettings(TrainedSettings):
+    """What `adaptive` is made with.
+
+    Attributes:
+        sigma: of D's noise, in image units.
+        grey: probability of C's grayscale, an image; 0 with noise=0 is a defence without compensation.
+        noise: standard deviation of C's noise, in image units.
+        shift: the target class is (y + shift) mod classes.
+    """
+
+    sigma: float = 0.05
+    grey: float = 0.4
+    noise: float = 0.05
+    shift: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.numbers(sigma=(1e-6, 100), grey=(0, 1), noise=(0, 1))
+        self.integers(shift=1)
+
+
+PRESETS = {
+    "cpu": AdaptiveSettings(steps=30, step=0.1, epochs=15, lr=0.2, batch_size=64),
+    "full": AdaptiveSettings(steps=250, step=0.1, epochs=40, network="resnet18", bfloat16=False),
+}
+
+
+@told(PRESETS)
+def adaptive(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    model: Model = "cifar10-sparse",
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """All images of a dataset as adversarial examples of another class that stay so through purification.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`; of as many channels as the denoiser's images.
+        seed: of the network, its batches, the perturbations' start, and the attacker's own draws of D and C.
+        model: the defender's denoiser: name, folder or denoiser.
+        preset: "cpu", half an hour of a core for a few thousand 32 x 32 images, or "full".
+        device: where to compute.
+        progress: show a bar.
+        options: values of `AdaptiveSettings` in place of the preset's.
+
+    Returns:
+        The poisoned set. Its settings hold the options, and the shares of it that the network calls by the label and by
+        the target class, as they are and through a draw of the defence.
+
+    Raises:
+        InputError: a dataset, model, preset, device or option that does not fit; TrainingError: the network diverges.
+    """
+    settings = choose(PRESETS, preset, options)
+    denoiser = as_denoiser(model)
+    purifier = eclipse(denoiser, sigma=settings.sigma, fast=settings.bfloat16)
+    with opened(dataset, "adaptive", seed, device, progress) as clean:
+        if purifier.image_channels != clean.x.shape[1]:
+            raise InputError(
+                f"The denoiser takes images of {purifier.image_channels} channels. Got {clean.x.shape[1]}: convert the "
+                "images, or give another model=."
+            )
+        purify = purified(purifier.to(clean.x.device), seed)
+        compensate = compensated(settings.grey, settings.noise, seed)
+        turn = count(1)
+
+        def defended(x_BCHW: Tensor, index_B: Tensor) -> Tensor:
+            now = next(turn)
+            return compensate(purify(x_BCHW, index_B, now), index_B, now)
+
+        def corrupted(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+            return compensate(x_BCHW, torch.arange(len(x_BCHW), device=x_BCHW.device), next(turn))
+
+        target_N = shifted(clean, settings.shift)
+        (network,) = train(_purified(clean, clean.x, purify), settings, seed, adversary=corrupted)
+
+        def loss_of(index_B: Tensor) -> Loss:
+            loss = cross_entropy(network, target_N[index_B])
+            return lambda x_BCHW: loss(defended(x_BCHW, index_B))
+
+        images = add(clean, descend(clean, settings, seed, loss_of), settings.bound)
+        after = _purified(clean, torch.from_numpy(images).permute(0, 3, 1, 2), purify).x
+        shares = {
+            f"called_{name}{where}": share_called(network, seen, labels_N)
+            for where, seen in (("", images), ("_purified", after.permute(0, 2, 3, 1).cpu().numpy()))
+            for name, labels_N in (("label", clean.y), ("target", target_N))
+        }
+        made = poisoned(clean, images, "adaptive", settings, seed, preset, **shares)
+        return replace(made, settings={**made.settings, "model": entry(denoiser)})
+
+
+def _purified(clean: Clean, x_NCHW: Tensor, purify: View) -> Clean:
+    """The images after one draw of the purifier, in 8 bits, as a cache holds them."""
+    seen = torch.empty_like(clean.x)
+    with torch.no_grad():
+        for index_B in clean.batches(256):
+            x = x_NCHW[index_B.to(x_NCHW.device)].to(clean.x.device).float() / 255
+            seen[index_B] = quantize(purify(x, index_B, _CACHED))
+    return replace(clean, x=seen)

@@ -1,0 +1,59 @@
+"""What a victim sees of an image after its defence, as a function that a gradient goes through: for adaptive attacks.
+
+A view draws what the defence draws at random; another turn has other draws, so that a descent over many turns is one on
+their expectation (expectation over transformation; Athalye et al. 2018, arXiv:1707.07397).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from purifyloader import corruptions, noise
+from purifyloader.purifiers import Purifier
+
+__all__ = ["View", "compensated", "composed", "itself", "purified"]
+
+View = Callable[[Tensor, Tensor, int], Tensor]
+"""(x_BCHW in [0, 1], index_B, turn) -> x_BCHW in [0, 1]; each image by itself."""
+
+_COMPENSATE, _PURIFY = 0x636F6D70, 0x70757266  # "comp", "purf": what the keys drawn here are for
+
+
+def itself(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
+    return x_BCHW
+
+
+def compensated(p: float, sigma: float, seed: int) -> View:
+    """Through ECLIPSE's compensation C(x; p, sigma), Eq. 13.
+
+    Raises:
+        InputError: no probability, or no noise level.
+    """
+    corruptions.check_compensation(p, sigma)
+
+    def view(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
+        return corruptions.compensate(x_BCHW, _keys(seed, _COMPENSATE, turn, index_B), p, sigma)
+
+    return view
+
+
+def purified(purifier: Purifier, seed: int) -> View:
+    """Through a purifier, with another draw of its noise for each turn: the one of the victim's cache is not known."""
+
+    def view(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
+        return purifier.purify_with_grad(x_BCHW, _keys(seed, _PURIFY, turn, index_B)).clamp(0, 1)
+
+    return view
+
+
+def composed(first: View, second: View) -> View:
+    """`second` of what `first` gives."""
+    return lambda x_BCHW, index_B, turn: second(first(x_BCHW, index_B, turn), index_B, turn)
+
+
+def _keys(seed: int, purpose: int, turn: int, index_B: Tensor) -> Tensor:
+    key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), purpose), turn)
+    keys: Tensor = noise.fold_in(key, index_B.cpu())
+    return keys.to(index_B.device)
