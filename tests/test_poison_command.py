@@ -205,8 +205,8 @@ def test_the_list_and_the_help(poison, capsys):
     status, printed, _ = poison("--list", given=False)
     assert status == 0
     for line in (
-        "urp        availability  one random pattern a class, l-infinity 8/255 (Huang et al. 2021, 2101.04898)",
-        "           options       trigger (must be given), target_class (must be given), share, share_of=set, count",
+        "urp                availability  one random pattern a class, l-infinity 8/255 (Huang et al. 2021, 2101.04898)",
+        " " * 19 + "options       trigger (must be given), target_class (must be given), share, share_of=set, count",
     ):
         assert line in printed.splitlines()
     assert "for testing defences" in printed

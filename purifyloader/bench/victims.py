@@ -135,7 +135,7 @@ class UNetClassifier(nn.Module):
         super().__init__()
         self.unet = UNet(config)
         width = self.unet.conv_out.in_channels
-        self.unet.conv_out = nn.Identity()
+        self.unet.register_module("conv_out", nn.Identity())
         self.linear = nn.Linear(width, classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

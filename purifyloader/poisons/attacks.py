@@ -27,11 +27,15 @@ from purifyloader.poisons.adaptive import adaptive
 from purifyloader.poisons.adp import adp
 from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coefficients
 from purifyloader.poisons.arrays import as_arrays
+from purifyloader.poisons.bullseye import bullseye
 from purifyloader.poisons.choice import drawn, how_many, of_class
 from purifyloader.poisons.class_wise import urp as add_class_pattern
 from purifyloader.poisons.cuda import cuda as convolve
 from purifyloader.poisons.efp import efp
 from purifyloader.poisons.em import em
+from purifyloader.poisons.frogs import poison_frogs
+from purifyloader.poisons.gradient_matching import gradient_matching
+from purifyloader.poisons.label_consistent import label_consistent
 from purifyloader.poisons.lsp import lsp as add_patches
 from purifyloader.poisons.ops import ops_pixels, set_pixels
 from purifyloader.poisons.poisoned import Bound, Poisoned
@@ -374,6 +378,14 @@ _LISTED = (
     Attack("efp", efp, "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq"),
     Attack("adp", adp, "error-minimising noise through compensation", "availability", "Wang et al. 2024, ECLIPSE"),
     Attack("adaptive", adaptive, "TAP through denoiser and compensation", "availability", "ours"),
+    Attack(
+        "label-consistent", label_consistent, "a trigger on hard images", "backdoor", "Turner et al. 2019, 1912.02771"
+    ),
+    Attack("gradient-matching", gradient_matching, "Witches' Brew", "targeted", "Geiping et al. 2021, 2009.02276"),
+    Attack(
+        "poison-frogs", poison_frogs, "images at a target in features", "targeted", "Shafahi et al. 2018, 1804.00792"
+    ),
+    Attack("bullseye", bullseye, "images around a target in features", "targeted", "Aghakhani et al. 2021, 2005.00191"),
 )
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack in _LISTED})

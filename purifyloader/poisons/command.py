@@ -146,13 +146,13 @@ def listed() -> Iterator[str]:
     """A few lines for each attack."""
     yield "Attacks, for testing defences; all are clean-label: what an image is called stays right."
     for attack in ATTACKS.values():
-        yield f"{attack.name:<10} {attack.kind:<13} {attack.description} ({attack.paper})"
-        yield f"{'':<10} {'options':<13} {', '.join(_said(attack))}"
+        yield f"{attack.name:<18} {attack.kind:<13} {attack.description} ({attack.paper})"
+        yield f"{'':<18} {'options':<13} {', '.join(_said(attack))}"
 
 
 def _said(attack: Attack) -> Iterator[str]:
     for name, default in attack.options.items():
-        if name == "progress":  # of Python's, and --quiet here
+        if name in ("progress", "networks"):  # of Python's; the first is --quiet here
             continue
         if default is inspect.Parameter.empty:
             yield f"{name} (must be given)"

@@ -1,0 +1,293 @@
+"""A few images of one class moved towards a test image in the features of networks, until a network that learns them
+takes that image for their class: what Poison Frogs and Bullseye Polytope have in common.
+
+    x <- P(B(x - Adam of the objective's gradient)),    P the bound around the bases and the range of pixels
+
+with B the backward step of an attack that has one. Adam, as how long a gradient in features is differs by orders of
+magnitude from one network to the next, and with it the step that a plain descent needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.choice import as_target, drawn, of_class
+from purifyloader.poisons.clean import Clean
+from purifyloader.poisons.pgd import project, round_within
+from purifyloader.poisons.poisoned import Bound, Target
+from purifyloader.poisons.presets import TrainedSettings
+from purifyloader.poisons.surrogate import crop_and_flip, last_features, uniforms
+
+__all__ = [
+    "Few",
+    "Objective",
+    "add_to",
+    "aims",
+    "approach",
+    "called",
+    "chosen",
+    "distances",
+    "evaluated",
+    "facts",
+    "features",
+    "given",
+    "rate",
+    "rounded",
+    "seen",
+    "within",
+]
+
+_VIEW = 0x66657776  # "fewv": what the keys drawn here are for
+_TINY = 1e-12  # of Adam, far below any gradient: that of one among a thousand poisons is a thousandth
+
+Objective = Callable[[Tensor], Iterable[Tensor]]
+"""(x_KCHW in [0, 1]) -> terms to add up, one after the other, so that the graph of one alone is in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Few:
+    """The images to poison, and the one that they are to be like.
+
+    Attributes:
+        target: as it was given, checked.
+        target_1CHW: its image, float32 in [0, 1].
+        index_K: the bases, rising.
+        base_KCHW: their images, float32 in [0, 1].
+    """
+
+    target: Target
+    target_1CHW: Tensor
+    index_K: Tensor
+    base_KCHW: Tensor
+
+
+def chosen(
+    clean: Clean,
+    target: Any,
+    target_class: Any,
+    *,
+    share: float | None,
+    count: int | None,
+    default: int,
+    seed: int,
+    attack: int,
+) -> Few:
+    """Bases of the target class, drawn by (seed, attack).
+
+    Args:
+        target, target_class: see `as_target`; share, count: see `of_class`.
+        default: how many where neither share nor count is given, or all if the class has fewer.
+
+    Raises:
+        ConfigError: both share and count; InputError: what `as_target` and `of_class` refuse.
+    """
+    channels, height, width = clean.x.shape[1:]
+    aim = as_target(target, target_class, (height, width, channels), clean.classes)
+    labels = clean.y.cpu().numpy()
+    members = np.flatnonzero(labels == aim.label)
+    if share is None and count is None:
+        count = min(default, len(members))
+    wanted = of_class(labels, aim.label, share, count)
+    index_K = drawn(torch.from_numpy(members), wanted, seed, attack).to(clean.x.device)
+    image_1CHW = torch.from_numpy(np.array(aim.image.transpose(2, 0, 1)[None], order="C"))  # torch may not write to it
+    return Few(aim, image_1CHW.to(clean.x.device).to(torch.float32) / 255, index_K, clean.images(index_K))
+
+
+@contextmanager
+def evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """The networks in evaluation mode, and each of their modules as it was thereafter."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def given(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
+    """Networks of the user's, checked on one image.
+
+    Raises:
+        InputError: no list of networks, or one that does not map that image to logits through a last linear layer.
+    """
+    listed = isinstance(networks, list | tuple) and len(networks) > 0
+    if not listed or not all(isinstance(network, nn.Module) for network in networks):
+        got = f"[{', '.join(type(each).__name__ for each in networks)}]" if listed else repr(networks)
+        raise InputError(f"networks must be a list of one nn.Module or more, or None to train surrogates. Got {got}.")
+    for number, network in enumerate(networks):
+        if not any(isinstance(module, nn.Linear) for module in network.modules()):
+            raise InputError(
+                f"networks[{number}] must have an nn.Linear, whose input the features are. Got "
+                f"{type(network).__name__} without one: end it in an nn.Linear."
+            )
+        with evaluated([network]), torch.no_grad():
+            try:
+                shapes = network(_colour(image_1CHW)).shape, features(network, image_1CHW).shape
+            except (RuntimeError, IndexError, AttributeError) as error:
+                raise InputError(
+                    f"networks[{number}] must map float32 images (B, 3, {image_1CHW.shape[2]}, {image_1CHW.shape[3]}) "
+                    f"on {image_1CHW.device} to logits through its last nn.Linear. Got {error}: move it there, or "
+                    "wrap it."
+                ) from error
+        if any(len(shape) != 2 or shape[0] != 1 for shape in shapes):
+            raise InputError(
+                f"networks[{number}] must give logits (B, classes), and its last nn.Linear read features (B, F). Got "
+                f"{tuple(shapes[0])} and {tuple(shapes[1])} of an image: wrap it, or flatten before that layer."
+            )
+    return list(networks)
+
+
+def _colour(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.expand(-1, 3, -1, -1)  # grey images, as the networks are for colour
+
+
+def features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """What the network's last linear layer reads, (B, F); a gradient goes through."""
+    return last_features(network, _colour(x_BCHW))
+
+
+@torch.no_grad()
+def seen(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size: int) -> list[Tensor]:
+    """The features (K, F) of images in each network."""
+    return [torch.cat([features(network, x_BCHW) for x_BCHW in x_KCHW.split(batch_size)]) for network in networks]
+
+
+def aims(networks: Sequence[nn.Module], target_1CHW: Tensor) -> list[Tensor]:
+    """The target's features (1, F) in each network.
+
+    Raises:
+        InputError: they are all zero, or not finite, and so nothing to aim at.
+    """
+    found = seen(networks, target_1CHW, 1)
+    for number, aim_1F in enumerate(found):
+        length = float(aim_1F.norm())
+        if not 0 < length < math.inf:
+            raise InputError(
+                f"The target's features in each network must be finite, and not all zero. Got {length} as the length "
+                f"of those in network {number}: lower lr, or give networks that are trained."
+            )
+    return found
+
+
+def rate(settings: TrainedSettings, x_KCHW: Tensor) -> float:
+    """Adam's learning rate, about which it moves each value in a step: `step` of epsilon, in the bound's norm."""
+    return settings.step_size / (1.0 if settings.norm == "linf" else math.sqrt(x_KCHW[0].numel()))
+
+
+def within(x_KCHW: Tensor, base_KCHW: Tensor, bound: Bound) -> Tensor:
+    """The images within the bound around the bases, and in [0, 1]."""
+    return (base_KCHW + project(x_KCHW - base_KCHW, bound)).clamp(0, 1)
+
+
+def approach(
+    objective: Objective,
+    base_KCHW: Tensor,
+    settings: TrainedSettings,
+    bar: Any,
+    *,
+    index_K: Tensor,
+    seed: int,
+    start: Tensor | None = None,
+    backward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Images that make the objective small, as perturbations of the bases (K, C, H, W).
+
+    Args:
+        objective: to be made small; of views as a training would crop and flip them, with `settings.augment`.
+        bar: of progress, a term the unit.
+        index_K, seed: what the views are drawn by.
+        start: images to start from, brought within the bound; the bases if None.
+        backward: after each step of Adam, before the bound.
+    """
+    x = within(base_KCHW if start is None else start, base_KCHW, settings.bound).requires_grad_()
+    adam = torch.optim.Adam([x], lr=rate(settings, base_KCHW), eps=_TINY)
+    for turn in range(settings.steps):
+        gradient = torch.zeros_like(x)
+        for term in objective(_view(x, settings, index_K, seed, turn) if settings.augment else x):
+            gradient += torch.autograd.grad(term, x, retain_graph=settings.augment)[0]  # the view is all terms' own
+            bar.update()
+        x.grad = gradient
+        adam.step()
+        with torch.no_grad():
+            x.copy_(within(x if backward is None else backward(x), base_KCHW, settings.bound))
+    return x.detach() - base_KCHW
+
+
+def _view(x_KCHW: Tensor, settings: TrainedSettings, index_K: Tensor, seed: int, turn: int) -> Tensor:
+    return crop_and_flip(x_KCHW, uniforms(seed, _VIEW, turn, index_K, (3,)), settings.pad, settings.flip)
+
+
+def rounded(base_KCHW: Tensor, delta_KCHW: Tensor, bound: Bound) -> Tensor:
+    """base + delta in 8 bits, uint8: within the bound, and saturating at black and white."""
+    levels = (base_KCHW * 255).round().to(torch.int16) + round_within(delta_KCHW, bound)
+    return levels.clamp(0, 255).to(torch.uint8)
+
+
+def add_to(clean: Clean, index_K: Tensor, delta_KCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
+    """All images, uint8 (N, H, W, C), those of the index moved as `rounded` does."""
+    x_NCHW = clean.x.clone()
+    x_NCHW[index_K] = rounded(clean.images(index_K), delta_KCHW, bound)
+    return np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).cpu().numpy())
+
+
+@torch.no_grad()
+def called(networks: Sequence[nn.Module], image_1CHW: Tensor) -> list[int]:
+    """What each network takes the image for."""
+    return [int(network(_colour(image_1CHW)).argmax()) for network in networks]
+
+
+def facts(
+    few: Few, networks: Sequence[nn.Module], theirs: bool, share: float | None, count: int | None
+) -> dict[str, Any]:
+    """What the settings tell beside the options: JSON values.
+
+    Args:
+        networks: that the attack used; theirs: they were given.
+        share, count: as given.
+    """
+    return {
+        "target": {"sha256": hashlib.sha256(few.target.image.tobytes()).hexdigest(), "index": few.target.index},
+        "target_class": few.target.label,
+        "share": share,
+        "count": count,
+        "networks": len(networks) if theirs else None,
+        "target_called": called(networks, few.target_1CHW),
+    }
+
+
+def distances(
+    few: Few,
+    images: NDArray[np.uint8],
+    networks: Sequence[nn.Module],
+    aim_of: Sequence[Tensor],
+    apart: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+) -> dict[str, list[float]]:
+    """How far from the target the poisons are in each network's features, before and after: JSON values.
+
+    Args:
+        images: all of them, after.
+        aim_of: see `aims`.
+        apart: (features (K, F) of the poisons, those (1, F) of the target) -> how far, in units of the target's.
+    """
+
+    def of(x_KCHW: Tensor) -> list[float]:
+        features_of = seen(networks, x_KCHW, batch_size)
+        return [float(apart(feature_KF, aim_1F)) for feature_KF, aim_1F in zip(features_of, aim_of, strict=True)]
+
+    after_KHWC = torch.from_numpy(images[few.index_K.cpu().numpy()]).to(few.base_KCHW.device)
+    after_KCHW = after_KHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
+    return {"distance_before": of(few.base_KCHW), "distance_after": of(after_KCHW)}

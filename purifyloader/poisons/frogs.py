@@ -1,0 +1,169 @@
+"""Poison Frogs (Shafahi et al. 2018, "Poison frogs! Targeted clean-label poisoning attacks on neural networks",
+arXiv:1804.00792): feature collision. For testing defences.
+
+    p = argmin over x   |f(x) - f(t)|^2 + beta |x - b|^2                                            (Eq. 1)
+
+with f the last layer's input, t the test image and b an image of the class that t is to be taken for. The poison p
+looks like b and keeps its label, but lies where t does, so that the last layer learns to give t that label. Algorithm 1
+splits it into a step on the features, and one that is exact on the pixels:
+
+    forward     x_hat = x - lr * gradient of |f(x) - f(t)|^2
+    backward    x     = (x_hat + lr * beta * b) / (1 + lr * beta),    beta = 0.25 * (features / values of an image)^2
+
+Other than there, the forward step is one of Adam (see `few`; the poisoning benchmark of Schwarzschild et al. 2021,
+arXiv:2006.12557, shortens a plain one when the objective grows), and x is brought within a bound around b, as that
+benchmark does. Within 8/255 the bound decides, and beta, which is to keep p like b, hardly pulls. With several networks
+the objective is the mean of theirs. For a victim that learns its features anew, the paper starts from
+gamma * t + (1 - gamma) * b, a watermark of gamma = 0.3, with 50 poisons; norm="linf" with epsilon=1, which is no bound,
+leaves it whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purifyloader.poisons.clean import opened
+from purifyloader.poisons.few import add_to, aims, approach, chosen, distances, evaluated, facts, features, given, rate
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.presets import TrainedSettings, choose, told
+from purifyloader.poisons.surrogate import train
+
+__all__ = ["PRESETS", "FrogsSettings", "backward", "collision", "poison_frogs"]
+
+_ATTACK = 0x66726F67  # "frog"
+_COUNT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrogsSettings(TrainedSettings):
+    """What `poison_frogs` is made with.
+
+    Attributes:
+        beta: how much a poison is pulled back to its base, before the scaling by (features / values of an image)^2.
+        watermark: gamma, how much of the target a poison starts from, within the bound.
+    """
+
+    beta: float = 0.25
+    watermark: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.numbers(beta=(0, math.inf), watermark=(0, 1))
+
+
+PRESETS = {
+    "cpu": FrogsSettings(steps=120, step=0.1, epochs=15, lr=0.2, batch_size=64),
+    "full": FrogsSettings(steps=1000, step=0.05, epochs=40, network="resnet18", bfloat16=False),
+}
+
+
+@told(PRESETS)
+def poison_frogs(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    target: Any,
+    target_class: int | None = None,
+    count: int | None = None,
+    share: float | None = None,
+    networks: Sequence[nn.Module] | None = None,
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """A few images of one class, each moved onto a test image in feature space.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`.
+        seed: of the choice of bases, and of the network and its batches.
+        target: the test image, a `Target`, uint8 (H, W, 3) or a file.
+        target_class: what the victim is to call it, the class of the bases; of a `Target`, None takes its label.
+        count: how many poisons; 10 where there is no share either, or the class if it has fewer.
+        share: how many, as a share of the set.
+        networks: the attacker's, on `device`, images (B, 3, H, W) in [0, 1] to logits, the last nn.Linear reading the
+            features; they stay as they are. None trains one on the dataset.
+        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", a ResNet-18.
+        device: where to compute.
+        progress: show a bar.
+        options: values of `FrogsSettings` in place of the preset's.
+
+    Returns:
+        The poisoned set. Its settings hold the options, and for each network what it calls the target, and how far the
+        poisons' features are from the target's before and after: the mean of |f(p) - f(t)| / |f(t)|.
+
+    Raises:
+        InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both share and
+            count; TrainingError: the network diverges.
+    """
+    settings = choose(PRESETS, preset, options)
+    with opened(dataset, "poison-frogs", seed, device, progress) as clean:
+        few = chosen(clean, target, target_class, share=share, count=count, default=_COUNT, seed=seed, attack=_ATTACK)
+        used: Sequence[nn.Module] = (
+            train(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
+        )
+        with evaluated(used):
+            aim_of = aims(used, few.target_1CHW)
+
+            def objective(x_KCHW: Tensor) -> Iterator[Tensor]:
+                for network, aim_1F in zip(used, aim_of, strict=True):
+                    for x_BCHW in x_KCHW.split(settings.batch_size):
+                        yield collision(features(network, x_BCHW), aim_1F) / len(used)
+
+            base_KCHW = few.base_KCHW
+            shares = [(aim_1F.shape[1] / base_KCHW[0].numel()) ** 2 for aim_1F in aim_of]
+            delta = approach(
+                objective,
+                base_KCHW,
+                settings,
+                clean.bar,
+                index_K=few.index_K,
+                seed=seed,
+                start=settings.watermark * few.target_1CHW + (1 - settings.watermark) * base_KCHW,
+                backward=partial(
+                    backward,
+                    base_KCHW=base_KCHW,
+                    lr=rate(settings, base_KCHW),
+                    beta=settings.beta * sum(shares) / len(shares),
+                ),
+            )
+            images = add_to(clean, few.index_K, delta, settings.bound)
+            record = settings.record(
+                seed,
+                preset,
+                **facts(few, used, networks is not None, share, count),
+                **distances(few, images, used, aim_of, apart, settings.batch_size),
+            )
+    return Poisoned.of(
+        images,
+        clean.y.cpu().numpy(),
+        "poison-frogs",
+        few.index_K.cpu().numpy(),
+        bound=settings.bound,
+        target=few.target,
+        settings=record,
+    )
+
+
+def collision(feature_KF: Tensor, aim_1F: Tensor) -> Tensor:
+    """|f(x) - f(t)|^2, summed over the images, which have nothing to do with each other."""
+    return (feature_KF - aim_1F).square().sum()
+
+
+def backward(x_hat_KCHW: Tensor, base_KCHW: Tensor, lr: float, beta: float) -> Tensor:
+    """The x that makes |x - x_hat|^2 / 2 + lr * beta / 2 * |x - b|^2 small: pulled back to the base."""
+    return (x_hat_KCHW + lr * beta * base_KCHW) / (1 + lr * beta)
+
+
+def apart(feature_KF: Tensor, aim_1F: Tensor) -> Tensor:
+    """|f(x) - f(t)| / |f(t)|, the mean over the images."""
+    return (feature_KF - aim_1F).norm(dim=1).mean() / aim_1F.norm()

@@ -1,0 +1,254 @@
+"""Gradient matching (Witches' Brew; Geiping et al. 2021, arXiv:2009.02276, eq. 3, Algorithm 1). For testing defences.
+
+    B(delta) = 1 - <g_t, g(delta)> / (|g_t| |g(delta)|),    delta = argmin over |delta| <= epsilon  B(delta)
+
+    g_t = grad_theta loss(f(x_t), y_adv),    g(delta) = grad_theta 1/P sum_i loss(f(x_i + delta_i), y_i),   y_i = y_adv
+
+Who learns the P poisons, images of class y_adv under that label, takes the steps that would teach it to call the
+target x_t so. B is lowered by signed Adam (plain Adam for l2), whose steps become a tenth as long after 3/8, 5/8 and
+7/8 of them, through crops and flips drawn again each time; the best of R restarts is kept. Of several surrogates it is
+the mean B that is lowered. As in the published code, more poisons than fit in a batch are matched batch by batch, each
+batch's gradient with the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.clean import Clean, opened
+from purifyloader.poisons.few import Few, add_to, chosen, evaluated, facts, given, rate, within
+from purifyloader.poisons.pgd import random_start
+from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.presets import TrainedSettings, choose, told
+from purifyloader.poisons.surrogate import crop_and_flip, train, uniforms
+
+__all__ = ["PRESETS", "GradientMatchingSettings", "gradient_matching", "loss_gradient", "mismatch"]
+
+_ATTACK = 0x676D6368  # "gmch"
+_START, _VIEW = 0x676D7374, 0x676D7677  # "gmst", "gmvw": what the keys drawn here are for
+_TINY = 1e-20  # far below any gradient, and its square; one of zero, of a network that is certain, has B = 1
+
+Gradient = tuple[Tensor, ...]
+"""Of a loss, in each parameter of a network."""
+
+Matched = list[tuple[nn.Module, Gradient]]
+"""Surrogates, each with the gradient that would teach it to call the target as is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatchingSettings(TrainedSettings):
+    """What `gradient_matching` is made with. An epsilon of None is 16/255 here, and 1 for l2.
+
+    bfloat16 is of the training alone: a gradient's gradient gains little speed by it, and B falls less far.
+
+    Attributes:
+        restarts: R, how often to begin again from another random perturbation, for `steps` each.
+        surrogates: how many networks to train, from as many seeds, where none are given.
+        bases: which images of the target class to poison, those of the "largest" gradient at the surrogates or, as the
+            published code does, "random" ones.
+    """
+
+    restarts: int
+    surrogates: int = 1
+    bases: Literal["largest", "random"] = "largest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.integers(restarts=1, surrogates=1)
+        self.among("bases", ("largest", "random"))
+
+    @property
+    def bound(self) -> Bound:
+        return Bound("linf", 16 / 255) if self.norm == "linf" and self.epsilon is None else super().bound
+
+
+# The published step, 0.1 for images divided by their standard deviation of about 1/4, is 0.4 of 16/255.
+PRESETS = {
+    "cpu": GradientMatchingSettings(steps=100, step=0.4, restarts=1, epochs=15, augment=True, lr=0.2, batch_size=64),
+    "full": GradientMatchingSettings(
+        steps=250,
+        step=0.4,
+        restarts=8,
+        epochs=40,
+        augment=True,
+        network="resnet18",
+        lr=0.2,
+        batch_size=512,
+        bfloat16=False,
+    ),
+}
+
+
+@told(PRESETS)
+def gradient_matching(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    target: Any,
+    target_class: int | None = None,
+    count: int | None = None,
+    share: float | None = None,
+    networks: Sequence[nn.Module] | None = None,
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """A few images of a class that have a victim, trained from scratch on the set, call one test image so.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`.
+        seed: of the first network (seed + 1 of the second, and so on), its batches, the perturbations' starts and
+            views, and random bases.
+        target: the test image, see `poisons.choice.as_target`.
+        target_class: what the victim is to call it, and the class of the poisons; of a `Target`, None takes its label.
+        count, share: how many images to poison, or what share of the set; 1 % of it, or all of the class where that is
+            less, if both are None.
+        networks: surrogates to use as they are, in evaluation mode: modules on `device` from images (B, 3, H, W) in
+            [0, 1] to logits. None trains some.
+        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", much as in the paper.
+        device: where to compute.
+        progress: show a bar.
+        options: values of `GradientMatchingSettings` in place of the preset's.
+
+    Returns:
+        The poisoned set, with its target. Its settings hold the options; for each surrogate B of the bases and of the
+        poisons, without crops, and the class that it calls the target; and the mean B of each restart.
+
+    Raises:
+        InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both count and
+            share; TrainingError: a network diverges.
+    """
+    settings = choose(PRESETS, preset, options)
+    with opened(dataset, "gradient-matching", seed, device, progress) as clean:
+        default = max(1, round(0.01 * len(clean)))
+        few = chosen(clean, target, target_class, share=share, count=count, default=default, seed=seed, attack=_ATTACK)
+        nets = _trained(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
+        label_1 = torch.tensor([few.target.label], device=clean.y.device)
+        with evaluated(nets):
+            _check_classes(nets, few)
+            matched = [(network, loss_gradient(network, few.target_1CHW, label_1)) for network in nets]
+            if settings.bases == "largest":
+                index_K = _largest(clean, nets, few.target.label, len(few.index_K))
+                few = replace(few, index_K=index_K, base_KCHW=clean.images(index_K))
+            tried = [_brew(few, matched, settings, seed, restart, clean.bar) for restart in range(settings.restarts)]
+            scores = [sum(_losses(matched, few, few.base_KCHW + delta, settings)) / len(nets) for delta in tried]
+            images = add_to(clean, few.index_K, tried[scores.index(min(scores))], settings.bound)
+            which = few.index_K.cpu().numpy()
+            poison_KCHW = torch.from_numpy(images[which]).permute(0, 3, 1, 2).to(clean.x.device).float() / 255
+            record = settings.record(
+                seed,
+                preset,
+                **facts(few, nets, networks is not None, share, count),
+                b_before=_losses(matched, few, few.base_KCHW, settings),
+                b_after=_losses(matched, few, poison_KCHW, settings),
+                b_of_restart=scores,
+            )
+        labels = clean.y.cpu().numpy()
+        return Poisoned.of(
+            images, labels, "gradient-matching", which, bound=settings.bound, target=few.target, settings=record
+        )
+
+
+def _trained(clean: Clean, settings: GradientMatchingSettings, seed: int) -> list[nn.Module]:
+    networks = [train(clean, settings, seed + turn)[0] for turn in range(settings.surrogates)]
+    for network in networks:
+        network.in_bfloat16 = False
+    return list(networks)
+
+
+def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: bool = False) -> Gradient:
+    """The gradient of the mean loss in all parameters of a network, which may be frozen, and stays as it is.
+
+    Args:
+        again: the gradient is to have a gradient itself.
+    """
+    weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}  # no copies
+    logits = functional_call(network, weights, (x_BCHW.expand(-1, 3, -1, -1),))
+    loss = F.cross_entropy(logits, y_B)
+    # a parameter that the logits do not depend on has a gradient of zero
+    return torch.autograd.grad(loss, list(weights.values()), create_graph=again, materialize_grads=True)
+
+
+def mismatch(found: Gradient, wanted: Gradient) -> Tensor:
+    """B: 1 less the cosine of the angle between two gradients, over all parameters together."""
+    product = torch.stack([(a * b).sum() for a, b in zip(found, wanted, strict=True)]).sum()
+    return 1 - product / (_length(found) * _length(wanted))
+
+
+def _length(gradient: Gradient) -> Tensor:
+    return torch.stack([part.square().sum() for part in gradient]).sum().clamp_min(_TINY).sqrt()
+
+
+def _losses(matched: Matched, few: Few, x_KCHW: Tensor, settings: GradientMatchingSettings) -> list[float]:
+    """B of these images for each surrogate, the mean over batches."""
+    parts = x_KCHW.split(settings.batch_size)
+    return [
+        sum(float(mismatch(loss_gradient(network, x, _labels(few, x)), wanted)) for x in parts) / len(parts)
+        for network, wanted in matched
+    ]
+
+
+def _labels(few: Few, x_BCHW: Tensor) -> Tensor:
+    return torch.full((len(x_BCHW),), few.target.label, device=x_BCHW.device)
+
+
+def _brew(few: Few, matched: Matched, settings: GradientMatchingSettings, seed: int, restart: int, bar: Any) -> Tensor:
+    """A perturbation of each base, (K, C, H, W), that makes B small."""
+    base, bound = few.base_KCHW, settings.bound
+    uniform_KCHW = uniforms(seed, _START, restart, few.index_K, tuple(base.shape[1:]))
+    x = within(base + random_start(uniform_KCHW, bound), base, bound)
+    first = rate(settings, base)
+    adam = torch.optim.Adam([x], lr=first, eps=_TINY)
+    for step in range(settings.steps):
+        view_K3 = uniforms(seed, _VIEW, restart * settings.steps + step, few.index_K, (3,))
+        gradient = torch.zeros_like(x)
+        for part in torch.arange(len(x), device=x.device).split(settings.batch_size):
+            for network, wanted in matched:
+                its = x[part].requires_grad_()
+                seen = crop_and_flip(its, view_K3[part], settings.pad, settings.flip) if settings.augment else its
+                b = mismatch(loss_gradient(network, seen, _labels(few, its), again=True), wanted)
+                gradient[part] += torch.autograd.grad(b, its)[0]
+                bar.update()
+        x.grad = gradient.sign() if bound.norm == "linf" else gradient
+        adam.param_groups[0]["lr"] = first * 0.1 ** sum(8 * step >= eighths * settings.steps for eighths in (3, 5, 7))
+        adam.step()
+        x.copy_(within(x, base, bound))
+    return x - base
+
+
+def _largest(clean: Clean, networks: Sequence[nn.Module], label: int, count: int) -> Tensor:
+    """Rising indices of the images of a class whose own gradients are longest, in the mean over the networks."""
+    members = (clean.y == label).nonzero()[:, 0]
+    lengths = []
+    for index_1 in members.split(1):
+        x_1CHW, label_1 = clean.images(index_1), clean.y[index_1]
+        lengths.append(sum(float(_length(loss_gradient(network, x_1CHW, label_1))) for network in networks))
+        clean.bar.update()
+    order = torch.tensor(lengths).argsort(descending=True, stable=True)
+    return members[order[:count].to(members.device)].sort().values
+
+
+@torch.no_grad()
+def _check_classes(networks: Sequence[nn.Module], few: Few) -> None:
+    """
+    Raises:
+        InputError: a network that does not know the target class.
+    """
+    for number, network in enumerate(networks):
+        classes = network(few.target_1CHW.expand(-1, 3, -1, -1)).shape[1]
+        if classes <= few.target.label:
+            raise InputError(
+                f"networks[{number}] must have a logit for target_class {few.target.label}. Got {classes} logits: give "
+                "a network for the classes of the set."
+            )

@@ -1,0 +1,188 @@
+"""A label-consistent back door (Turner et al. 2019, arXiv:1912.02771, sec. 4.2). For testing defences.
+
+    delta = argmax over |delta| <= epsilon  loss(f(x + delta), y),    poison = clip(x + delta + trigger)
+
+Images of the target class y, under that label, are made hard to tell by what they show, at a network f that is
+adversarially trained, so that the features they lose are robust ones. What is left for a victim to learn the class from
+is the trigger: 3 x 3 pixels in the corners, each made lighter or darker by `amplitude`, where 1 is black and white
+outright. In all four corners it is mirrored, so that a flip keeps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from purifyloader.errors import InputError
+from purifyloader.poisons.choice import drawn, of_class
+from purifyloader.poisons.clean import Clean, opened
+from purifyloader.poisons.descent import descend
+from purifyloader.poisons.few import add_to
+from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
+from purifyloader.poisons.trigger import add_trigger
+
+__all__ = ["PRESETS", "LabelConsistentSettings", "corner_trigger", "label_consistent"]
+
+_ATTACK = 0x6C636273  # "lcbs"
+_EPSILON = {"linf": 16 / 255, "l2": 600 / 255}
+_PATTERN = ((-1, -1, 1), (-1, 1, -1), (1, -1, 1))  # of the lower right corner, as published: no checkerboard quite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
+    """What `label_consistent` is made with. An epsilon of None is 16/255 here, and 600/255 for l2.
+
+    Attributes:
+        adversarial: train the surrogate on images perturbed at worst, as the paper does; if False, on clean ones.
+        amplitude: of the trigger, in units of [0, 1] images; the paper's less visible ones are 16/255 to 64/255.
+        corners: how many have the trigger, 4, or 1: the lower right, which flips and crops of a training take apart.
+    """
+
+    adversarial: bool = True
+    amplitude: float = 1.0
+    corners: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.booleans("adversarial")
+        self.numbers(amplitude=(1 / 255, 1))
+        if self.corners not in (1, 4) or isinstance(self.corners, bool):
+            raise InputError(f"corners must be 1 or 4. Got {self.corners!r}.")
+
+    @property
+    def bound(self) -> Bound:
+        """Of the perturbation, without the trigger."""
+        return Bound(self.norm, _EPSILON[self.norm] if self.epsilon is None else self.epsilon)
+
+    @property
+    def bound_with_trigger(self) -> Bound | None:
+        """Of all that is done to an image; None where that may be anything in l-infinity."""
+        if self.norm == "l2":
+            values = 27 * self.corners
+            return Bound("l2", self.bound.epsilon + values**0.5 * self.amplitude)
+        largest = self.bound.epsilon + self.amplitude
+        return Bound("linf", largest) if largest < 1 else None
+
+
+PRESETS = {
+    "cpu": LabelConsistentSettings(
+        steps=100, step=0.05, epochs=15, attack_steps=2, attack_step=0.5, lr=0.2, batch_size=64
+    ),
+    "full": LabelConsistentSettings(
+        steps=100, step=0.05, epochs=100, attack_steps=10, attack_step=0.25, network="resnet18", bfloat16=False
+    ),
+}
+
+
+@told(PRESETS)
+def label_consistent(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    target_class: int,
+    count: int | None = None,
+    share: float | None = None,
+    preset: str = "cpu",
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    **options: Any,
+) -> Poisoned:
+    """A few images of a class, hard to tell but for the trigger in their corners.
+
+    On the CPU, with one number of threads, the same arguments give the same pixels.
+
+    Args:
+        dataset: see `poisons.arrays.as_arrays`; in colour.
+        seed: of the choice of images, the network, its batches and the perturbations' starts.
+        target_class: whose images get the trigger, and what it is to stand for.
+        count, share: how many images to poison, or what share of the set; 1.5 % of it, or all of the class where that
+            is less, if both are None.
+        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", a ResNet-18.
+        device: where to compute.
+        progress: show a bar.
+        options: values of `LabelConsistentSettings` in place of the preset's.
+
+    Returns:
+        The poisoned set, with its trigger. Its bound holds for the perturbation and the trigger together. Its settings
+        hold the options, and the shares of the chosen images that the network calls by their label before and after the
+        perturbation, without the trigger.
+
+    Raises:
+        InputError: a dataset, class, preset, device or option that does not fit; ConfigError: both count and share;
+            TrainingError: the network diverges.
+    """
+    settings = choose(PRESETS, preset, options)
+    with opened(dataset, "label-consistent", seed, device, progress) as clean:
+        height, width = _size(clean)
+        labels = clean.y.cpu().numpy()
+        unsaid = share is None and count is None
+        wanted = of_class(labels, target_class, share, 1 if unsaid else count)
+        members = np.flatnonzero(labels == target_class)
+        if unsaid:
+            wanted = min(max(1, round(0.015 * len(labels))), len(members))
+        which = drawn(torch.from_numpy(members), wanted, seed, _ATTACK)
+        index_K = which.to(clean.x.device)
+        few = Clean(clean.x[index_K], clean.y[index_K], clean.classes, clean.bar)
+
+        random = torch.Generator().manual_seed(seed)
+
+        def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+            return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
+
+        (network,) = train(clean, settings, seed, adversary=adversary if settings.adversarial else None)
+        delta = descend(few, settings, seed, lambda index_B: cross_entropy(network, few.y[index_B]), minimise=False)
+        hard = add_to(clean, index_K, delta, settings.bound)
+        trigger = corner_trigger(height, width, settings.corners, settings.amplitude)
+        images = add_trigger(hard, torch.from_numpy(trigger), indices=which)
+        shown = few.x.permute(0, 2, 3, 1).cpu().numpy()
+        record = settings.record(
+            seed,
+            preset,
+            target_class=target_class,
+            share=share,
+            count=count,
+            called_label_before=share_called(network, shown, few.y),
+            called_label=share_called(network, hard[which.numpy()], few.y),
+        )
+        return Poisoned.of(
+            images,
+            labels,
+            "label-consistent",
+            which.numpy(),
+            bound=settings.bound_with_trigger,
+            trigger=trigger,
+            target_class=target_class,
+            settings=record,
+        )
+
+
+def corner_trigger(height: int, width: int, corners: int, amplitude: float) -> NDArray[np.float32]:
+    """What is added to an image, (H, W, 3) in units of [0, 1] images: +-amplitude in the corners, 0 elsewhere."""
+    trigger = np.zeros((height, width, 3), np.float32)
+    pattern = amplitude * np.array(_PATTERN, np.float32)[:, :, None]
+    trigger[-3:, -3:] = pattern
+    if corners == 4:  # the left ones mirrored; the upper ones not turned upside down, as published
+        trigger[:3, -3:] = pattern
+        trigger[:3, :3] = trigger[-3:, :3] = pattern[:, ::-1]
+    return trigger
+
+
+def _size(clean: Clean) -> tuple[int, int]:
+    """
+    Raises:
+        InputError: grey images.
+    """
+    _, channels, height, width = clean.x.shape
+    if channels != 3:
+        raise InputError(
+            f"label-consistent poisons colour images, (N, H, W, 3). Got {(len(clean), height, width, channels)}: "
+            'repeat the grey channel, as image.convert("RGB") does.'
+        )
+    return height, width
