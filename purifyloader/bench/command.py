@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from purifyloader.bench import report, rows
+from purifyloader.bench import report, rows, targeted
 from purifyloader.bench.data import DATA, Data, load
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.honest import trained_on
-from purifyloader.bench.run import CLEAN, TRAININGS, AttackSpec, Bench
+from purifyloader.bench.run import CLEAN, AttackSpec, Bench
+from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
 from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import image_hashes
@@ -33,7 +34,7 @@ from purifyloader.poisons import attacks, reading
 __all__ = ["main"]
 
 ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
-ACCURACY_FILE, COST_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "images.png"
+ACCURACY_FILE, COST_FILE, NOISE_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "noise.png", "images.png"
 _SHOWN = 4  # images of a picture, for each attack
 
 
@@ -83,12 +84,24 @@ def _parser() -> argparse.ArgumentParser:
         "--defence",
         action="append",
         metavar="NAME[@PX]",
-        help="with another noise level, in levels of 0 to 255; several times (default: of the scale; --list)",
+        help="with another noise level, in levels of 0 to 255; or FILE.json, a purifier of your own, and FILE.json+B, "
+        "+C, +B+C with compensation; several times (default: of the scale; --list)",
     )
     add("--seeds", type=int, nargs="+", default=[0], help="of victims (default: 0)")
-    add("--attack-seed", type=int, default=0, help="of what an attack draws, for all rows (default: 0)")
+    add(
+        "--attack-seed",
+        type=int,
+        default=0,
+        help="of what an attack draws, for all rows; a targeted one has another target for each of --seeds (default: "
+        "0)",
+    )
     add("--victim", choices=tuple(VICTIMS), help="(default: of the scale: resnet9, or resnet18)")
-    add("--training", choices=tuple(TRAININGS), help="(default: of the scale: short, or paper)")
+    add(
+        "--training",
+        choices=tuple(TRAININGS),
+        help="transfer-...: on a few images of each class, which are poisoned, from an extractor that has learned from "
+        "the others, which are clean; attacks that take networks know it (default: of the scale: short, or paper)",
+    )
     for field, what in (
         ("denoiser", "ECLIPSE's"),
         ("energy", "PureGen's energy model"),
@@ -181,8 +194,8 @@ def _attack(text: str, preset: str) -> AttackSpec:
         return AttackSpec(CLEAN)
     if name in attacks.ATTACKS:
         attack = attacks.find(name)
-        attacks.check_options(attack, options)
-        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if not _is_file(v))])
+        targeted.check_options(attack, options)
+        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if not _is_path(v))])
         if "preset" in attack.options:
             options.setdefault("preset", preset)
         return AttackSpec(name, options, None, label)
@@ -204,12 +217,12 @@ def _option(word: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).is_file()
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).exists()
 
 
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
-    used = {getattr(models, name) for spec in defences for name in find(spec)[0].uses}
+    used = {model for spec in defences for model in find(spec)[0].models(models)}
     learned = [trained_on(training_details(model), str(model)) for model in sorted(used)]
     keep = ~np.isin(image_hashes(data.train), np.concatenate([np.empty(0, np.uint64), *learned]))
     return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
@@ -228,7 +241,7 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
             if name in {row["fingerprint"] for row in rows.read(path)}:
                 continue
             lock = Lock(claims, name)
-            if (not wait and bench.is_being_made(cell[0])) or not lock.acquire(wait):
+            if (not wait and bench.is_being_made(cell[0], cell[2])) or not lock.acquire(wait):
                 again.append((cell, name))
                 continue
             try:
@@ -277,9 +290,10 @@ def _worker(arguments: list[str], threads: int) -> None:
 
 
 def _in_words(row: rows.Row) -> str:
-    also = "".join(f", {name} {row[name]:.1f} %" for name in ("success", "flipped") if name in row)
-    attack = "clean" if row["attack"] == CLEAN else row["attack"]
-    return f"{attack:<12} {row['defence']:<14} seed {row['seed']}: accuracy {row['accuracy']:.1f} %{also}"
+    clean = row["attack"] == CLEAN
+    also = "".join(f", {name} {row[name]:.1f} %" for name in ("success", "flipped") if name in row and not clean)
+    attack = "clean" if clean else row["attack"]
+    return f"{attack:<18} {row['defence']:<18} seed {row['seed']}: accuracy {row['accuracy']:.1f} %{also}"
 
 
 def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
@@ -289,11 +303,12 @@ def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
     defences = [defence for _, defence, _ in wanted if bench.makes(defence).purifier is not None]
     chosen = next((d for d in defences if d.partition("@")[0] == "eclipse"), defences[0] if defences else None)
     specs = {spec.label: spec for spec, _, _ in wanted if spec.name != CLEAN}
+    seed = wanted[0][2]
     if chosen is None or not specs:
         return
     shown = {}
     for label, spec in specs.items():
-        poisoned = bench.poisoned(spec)
+        poisoned = bench.poisoned(spec, seed)
         which = poisoned.poisoned[:_SHOWN]
         if not len(which):
             continue
@@ -304,7 +319,7 @@ def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
 
 
 def _report(out: Path) -> None:
-    from purifyloader.bench.pictures import accuracies, costs
+    from purifyloader.bench.pictures import accuracies, costs, noise
 
     found = rows.read(out / ROWS_FILE)
     with writing(out / TABLE_FILE):
@@ -315,14 +330,17 @@ def _report(out: Path) -> None:
     its = [row for row in found if report.settings_of(row) == most]
     accuracies(its, out / ACCURACY_FILE)
     costs(its, out / COST_FILE)
-    print("\n".join(str(out / name) for name in (ROWS_FILE, TABLE_FILE, ACCURACY_FILE, COST_FILE)))
+    written = [ROWS_FILE, TABLE_FILE, ACCURACY_FILE, COST_FILE]
+    if noise(its, out / NOISE_FILE):
+        written.append(NOISE_FILE)
+    print("\n".join(str(out / name) for name in written))
 
 
 def _listed() -> list[str]:
     lines = ["attacks (for testing defences), and any poison file that poisons.read knows:"]
-    lines += [f"  {name:<12} {attack.description}" for name, attack in attacks.ATTACKS.items()]
-    lines.append("defences; with @PX another noise level where it says so:")
+    lines += [f"  {name:<18} {attack.description}" for name, attack in attacks.ATTACKS.items()]
+    lines.append("defences, and a purifier's FILE.json; with @PX another noise level where it says so:")
     for its in DEFENCES.values():
         more = " (@PX)" if its.takes_sigma else " (many calls)" if its.slow else ""
-        lines.append(f"  {its.name:<14} {its.description}{more}")
+        lines.append(f"  {its.name:<18} {its.description}{more}")
     return lines

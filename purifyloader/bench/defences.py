@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from purifyloader import recipes
 from purifyloader.errors import InputError
@@ -47,6 +48,7 @@ class Defence:
 
     Attributes:
         uses: the fields of `Models` that it takes.
+        named: of a file, the models that its JSON names.
         takes_sigma: whether `NAME@PX` means anything for it.
     """
 
@@ -59,6 +61,11 @@ class Defence:
     takes_sigma: bool = False
     sigma: float | None = None
     slow: bool = False
+    named: tuple[str, ...] = ()
+
+    def models(self, models: Models) -> list[str]:
+        """The checkpoints it uses, each once."""
+        return list(dict.fromkeys([*(getattr(models, field) for field in self.uses), *self.named]))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
         """
@@ -113,6 +120,7 @@ _ALL = (
         "PureGen, 150 Langevin steps",
         lambda m, s, f: recipes.puregen_ebm(150, energy=m.energy, fast=f),
         uses=("energy",),
+        slow=True,
     ),
     Defence(
         "puregen-ddpm",
@@ -148,20 +156,56 @@ DEFENCES: dict[str, Defence] = {its.name: its for its in _ALL}
 """All of them; `slow` ones take many network calls an image and are left out where nobody asks for them."""
 
 _SPEC = re.compile(r"^(?P<name>[^@]+)(@(?P<px>\d+(\.\d+)?))?$")
+_FILE = re.compile(r"^(?P<file>.+\.json)(?P<grey>\+B)?(?P<noise>\+C)?$")
 
 
 def find(spec: str) -> tuple[Defence, float | None]:
     """A defence by NAME, or by NAME@PX with another standard deviation of its noise, in levels of 0 to 255.
 
+    FILE.json is a purifier of one's own, as `Purifier.to_json` writes it; FILE.json+B, +C or +B+C has ECLIPSE's random
+    grey, noise or both after it, in every epoch.
+
     Raises:
-        InputError: none of that name, or one whose noise is not one number.
+        InputError: none of that name, one whose noise is not one number, or no file.
+        PurifyError: what `recipes.from_json` refuses.
     """
+    if its := _FILE.match(spec):
+        return _of_file(Path(its["file"]), bool(its["grey"]), bool(its["noise"])), None
     match = _SPEC.match(spec)
     name = match["name"] if match else spec
     if match is None or name not in DEFENCES:
-        raise InputError(f"A defence is one of {', '.join(DEFENCES)}, or NAME@PX. Got {spec!r}.")
+        raise InputError(f"A defence is one of {', '.join(DEFENCES)}, NAME@PX, or FILE.json. Got {spec!r}.")
     defence, px = DEFENCES[name], None if match["px"] is None else float(match["px"])
     if px is not None and not (defence.takes_sigma and px > 0):
         able = [its.name for its in DEFENCES.values() if its.takes_sigma]
         raise InputError(f"Only {', '.join(able)} take a noise level above 0. Got {spec!r}.")
     return defence, px
+
+
+def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Expected a file of a purifier's JSON. Got {path}: {error}.") from None
+    purifier = recipes.from_json(text)
+    return Defence(
+        path.stem + "+B" * grey + "+C" * noise,
+        "a purifier of one's own",
+        lambda models, sigma, fast: purifier,
+        grey,
+        noise,
+        named=tuple(_models_in(purifier.config())),
+    )
+
+
+def _models_in(config: Any) -> Iterator[str]:
+    """The names of the models in a purifier's configuration."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("denoiser", "energy") and isinstance(value, dict):
+                yield str(value["name"])
+            else:
+                yield from _models_in(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _models_in(value)

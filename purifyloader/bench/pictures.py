@@ -16,7 +16,7 @@ from purifyloader.bench.rows import Row
 from purifyloader.errors import PurifyError
 from purifyloader.files import replacing
 
-__all__ = ["accuracies", "costs", "images"]
+__all__ = ["accuracies", "costs", "images", "noise", "noise_levels"]
 
 _DPI = 110
 _COLOURS = (
@@ -73,6 +73,55 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     axis.set_ylabel(f"accuracy in %, mean over {', '.join(sorted(every))}")
     _plain(axis)
     _save(figure, path)
+
+
+def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
+    """defence → attack → (standard deviation of the noise in px, accuracies of all seeds), rising.
+
+    Of the defences that were measured at two levels of noise or more, with `NAME@PX`.
+    """
+    found: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
+    for (attack, defence), cell in cells(rows).items():
+        if cell.sigma_px is not None:
+            base = defence.partition("@")[0]
+            found.setdefault(base, {}).setdefault(attack, []).append((cell.sigma_px, cell.accuracy))
+    curves = {
+        base: {attack: sorted(points) for attack, points in its.items() if len(points) > 1}
+        for base, its in found.items()
+    }
+    return {base: its for base, its in curves.items() if its}
+
+
+def noise(rows: Sequence[Row], path: str | Path) -> bool:
+    """Accuracy against the level of the noise: a panel a defence, a line an attack. Says whether there was one."""
+    curves = noise_levels(rows)
+    if not curves:
+        return False
+    clean = cells(rows).get((CLEAN, CLEAN))
+    attacks = in_order({(attack, CLEAN) for its in curves.values() for attack in its})[0]
+    figure = _figure((1.5 + 5.2 * len(curves), 4.6))
+    for axis, (defence, its) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        levels = sorted({px for points in its.values() for px, _ in points})
+        for attack, points in its.items():
+            colour = _COLOURS[attacks.index(attack) % len(_COLOURS)]
+            means = [statistics.fmean(values) for _, values in points]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+            name = "clean" if attack == CLEAN else attack
+            axis.errorbar([px for px, _ in points], means, spread, marker="o", ms=4, lw=1.4, color=colour, label=name)
+        if clean is not None:
+            axis.axhline(statistics.fmean(clean.accuracy), color=_GREY, lw=0.8, ls="--")
+        axis.set_xscale("log")
+        axis.set_xticks(levels, [f"{px:g}" for px in levels])
+        axis.minorticks_off()
+        axis.set_xlabel("standard deviation of the noise, px")
+        axis.set_title(defence, fontsize=10)
+        _plain(axis)
+    figure.axes[0].set_ylabel("accuracy on clean test images, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.subplots_adjust(0.75 / figure.get_figwidth(), 0.21, 0.98, 0.92, 0.15)
+    _save(figure, path)
+    return True
 
 
 def images(

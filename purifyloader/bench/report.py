@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from purifyloader.bench.defences import DEFENCES
-from purifyloader.bench.published import ECLIPSE_TABLE_1, SOURCE
+from purifyloader.bench.published import ECLIPSE, PUREGEN, PUREGEN_SOURCE, SOURCE
 from purifyloader.bench.rows import Row
 from purifyloader.errors import InputError
 from purifyloader.files import canonical_json
@@ -109,11 +109,18 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for at, its in groups.items():
         seeds = sorted({row["seed"] for row in its})
+        clean = its[0].get("extractor_images")
+        start = (
+            f" Trained from an extractor that has learned from {clean:,} other images, clean; attacks that work on "
+            "given networks know it."
+            if clean
+            else ""
+        )
         parts.append(
             f"## {at.data}: {at.images:,} training images, {at.victim}, training `{at.training}`\n\n"
             f"{at.device}, {'bfloat16' if at.fast else 'float32'}; the attacks' seed is {at.attack_seed}. "
             f"Accuracy in % on {at.test_images:,} clean test images: mean and standard deviation over the seeds of the "
-            f"victim ({', '.join(map(str, seeds))})."
+            f"victim ({', '.join(map(str, seeds))}).{start}"
         )
         parts += _tables(its)
     return "\n\n".join(parts) + "\n"
@@ -152,26 +159,51 @@ def _tables(rows: Sequence[Row]) -> list[str]:
             "changes on clean data, in points:"
         )
         parts.append(_table(["defence", *biting, "on clean data"], lines))
-    for name, title in (
-        ("success", "Test images of other classes that the trigger, as strong as in training, has called its class"),
-        ("flipped", "Targets that are called what the attacker wants"),
+    for name, title, shown in (
+        (
+            "success",
+            "Test images of other classes that the trigger, as strong as in training, has called its class",
+            _mean,
+        ),
+        (
+            "flipped",
+            "Targets that are called what the attacker wants, one a seed (an attack has another for each seed, a file "
+            "the same; clean is how often those of the attacks are called so by victims of clean data)",
+            _share,
+        ),
     ):
         having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
-        if having:
+        if set(having) - {CLEAN}:
             lines = [
-                [d, *(_mean(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)] for d in defences
+                [d, *(shown(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)] for d in defences
             ]
-            parts += [f"{title}, in %:", _table(["defence", *having], lines)]
-    beside = [a for a in attacks if any(a in values for values in ECLIPSE_TABLE_1.values())]
-    if beside:
-        lines = [
-            [defence, *(f"{values[a]:.2f}" if a in values else "–" for a in beside)]
-            for defence, values in ECLIPSE_TABLE_1.items()
-            if defence in defences or defence == "eclipse-100"
-        ]
-        parts.append(f"Published, on other poison files and another scale ({SOURCE}):")
-        parts.append(_table(["published", *(_shown(a) for a in beside)], lines))
+            parts += [f"{title}, in %:", _table(["defence", *(_shown(a) for a in having)], lines)]
+    parts += _published(ECLIPSE, SOURCE, attacks, defences)
+    parts += _published(PUREGEN, PUREGEN_SOURCE, attacks, defences)
     return parts
+
+
+def _published(
+    table: Mapping[str, Mapping[str, float]], source: str, attacks: Sequence[str], defences: Sequence[str]
+) -> list[str]:
+    """The published figures of the attacks and defences that were measured, in a table of their own."""
+    beside = [a for a in attacks if a != CLEAN and any(a in values for values in table.values())]
+    if not beside:
+        return []
+    columns = [a for a in attacks if a in beside or any(a in values for values in table.values())]
+    measured = {defence.partition("@")[0] for defence in defences}
+    # what stands for ECLIPSE here may have one call; what was published has a hundred
+    lines = [
+        [defence, *(f"{values[a]:.2f}" if a in values else "–" for a in columns)]
+        for defence, values in table.items()
+        if defence in measured or (defence == "eclipse-100" and "eclipse" in measured)
+    ]
+    if not lines:
+        return []
+    return [
+        f"Published, on other poison files and another scale ({source}):",
+        _table(["published", *(_shown(a) for a in columns)], lines),
+    ]
 
 
 def in_order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -199,6 +231,12 @@ def _mean(values: Sequence[float]) -> str:
         return "–"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def _share(flipped: Sequence[float]) -> str:
+    """Of targets, each of which is 0 or 100: their spread says nothing that their number does not say better."""
+    won = sum(value > 0 for value in flipped)
+    return f"{statistics.fmean(flipped):.1f} ({won} of {len(flipped)})" if flipped else "–"
 
 
 def _cost(cell: Cell) -> list[str]:

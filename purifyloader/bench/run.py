@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader import noise
-from purifyloader.bench import rows
+from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.data import Data
 from purifyloader.bench.defence import compensation
 from purifyloader.bench.defences import Made, Models, find
 from purifyloader.bench.honest import check_disjoint, trained_on
-from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.bench.training import Normalised, accuracy, train_victim
+from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.cache.locks import Lock, is_held, lock_path
 from purifyloader.cache.source import image_hashes
 from purifyloader.dataset import PurifiedDataset
@@ -28,39 +29,14 @@ from purifyloader.errors import InputError
 from purifyloader.evaluation.sets import training_details
 from purifyloader.files import file_sha256, writing
 from purifyloader.poisons import add_trigger, attacks, reading
-from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.writing import write_npz
 from purifyloader.purifiers import Purifier
 
-__all__ = ["TRAININGS", "AttackSpec", "Bench", "Training"]
+__all__ = ["AttackSpec", "Bench"]
 
 CLEAN = "none"
 _TIMED = 32  # images: what every network call is padded to
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a victim is trained, by SGD with momentum 0.9, crops and flips.
-
-    Attributes:
-        warmup: share of a one-cycle schedule in which the learning rate rises; None is a constant learning rate.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup: float | None
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-
-
-TRAININGS: dict[str, Training] = {
-    # tuned for a ResNet-9 on 4,000 images: 69 % where 80 epochs of "paper" are out of reach
-    "short": Training(10, 64, 0.2, 0.2),
-    "modern": Training(30, 128, 0.2, 0.2, label_smoothing=0.1),
-    # ECLIPSE, Implementation details; it does not name its weight decay
-    "paper": Training(80, 128, 0.1, None),
-}
 
 
 @dataclass(frozen=True)
@@ -90,18 +66,29 @@ class AttackSpec:
 class Bench:
     """Makes rows of one setting; attacks, defences and seeds are asked for.
 
+    With a training of transfer learning the training images are split (`transfer.split`). An extractor learns from the
+    larger part, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
+    poisoned, purified and trained on. An attack that takes networks is given the extractor that the victim starts
+    from: the attacker knows it.
+
     Args:
         data: clean; what the defences' models learned from must not be in it.
         models: that the defences use.
         victim: of `victims.VICTIMS`.
         training: of `TRAININGS`.
-        work: folder of poisoned sets and purified caches, which rows share and a stopped run goes on in.
+        work: folder of poisoned sets, purified caches and extractors, which rows share and a stopped run goes on in.
         attack_seed: of what an attack draws. The poison, the purification and the test images are the same for all
-            seeds of a row; the seed is the victim's, and that of compensation.
+            seeds of a row; the seed is the victim's, and that of compensation. But for a targeted attack: each seed
+            has a target and a poison of its own, and so has what is made for the extractor of a seed.
         fast: bfloat16 in purifiers and victims.
 
+    Attributes:
+        data: what is poisoned, trained on and tested on.
+        rest: for transfer learning, with the training images of extractors; else None.
+
     Raises:
-        InputError: data that are not apart from what a model learned from, when a row is asked for that uses it.
+        InputError: no such training, or a class with too few images to transfer to; data that are not apart from what
+            a model learned from, when a row is asked for that uses it.
     """
 
     def __init__(
@@ -119,16 +106,24 @@ class Bench:
     ) -> None:
         if training not in TRAININGS:
             raise InputError(f"A training is one of {', '.join(TRAININGS)}. Got {training!r}.")
-        self.data, self.models, self.victim = data, models, victim
         self.training, self.how = training, TRAININGS[training]
+        self.data = data
+        self.rest: Data | None = None
+        if isinstance(self.how, Transfer):
+            self.data, self.rest = transfer.split(data)
+        self.models, self.victim = models, victim
         self.work, self.attack_seed, self.device = Path(work), attack_seed, device
         self.fast, self.progress = fast, progress
-        self._hashes = {"train": image_hashes(data.train), "test": image_hashes(data.test)}
+        self._hashes = {"train": image_hashes(self.data.train), "test": image_hashes(data.test)}
         self._timed: dict[str, float] = {}
         self._made: dict[str, Made] = {}  # loads networks
         hashes = {split: values.tolist() for split, values in self._hashes.items()}
-        labels = {"train": data.train_labels.tolist(), "test": data.test_labels.tolist()}
+        labels = {"train": self.data.train_labels.tolist(), "test": data.test_labels.tolist()}
         self._identity = {"name": data.name, "sha": rows.fingerprint({"hashes": hashes, "labels": labels})}
+        if self.rest is not None:
+            self._hashes["rest"] = image_hashes(self.rest.train)
+            its = {"hashes": self._hashes["rest"].tolist(), "labels": self.rest.train_labels.tolist()}
+            self._extractor = {"data": rows.fingerprint(its), "training": asdict(EXTRACTOR)}
 
     # -- what a row is ---------------------------------------------------------------------------------
 
@@ -140,15 +135,19 @@ class Bench:
         return self._made[defence]
 
     def called(self, defence: str) -> str:
-        """What a table calls it: its spec, and the models where they are not the shipped ones."""
-        its, _ = find(defence)
-        others = [_shown(m) for name in its.uses if (m := getattr(self.models, name)) != getattr(Models, name)]
-        return f"{defence} [{', '.join(others)}]" if others else defence
+        """What a table calls it: its name, never a path, and the models where they are not the shipped ones."""
+        its, px = find(defence)
+        name = its.name if px is None else f"{its.name}@{px:g}"
+        others = [_shown(m) for field in its.uses if (m := getattr(self.models, field)) != getattr(Models, field)]
+        return f"{name} [{', '.join(others)}]" if others else name
 
     def settings(self, attack: AttackSpec, defence: str, seed: int) -> dict[str, Any]:
         """All that decides the figures of a row; JSON."""
         made = self.makes(defence)
+        # rows that were there before transfer learning have no such entry, and their names must stay
+        start = {} if self.rest is None else {"extractor": self._extractor}
         return {
+            **start,
             "data": self._identity,
             "attack": attack.settings() if attack.name != CLEAN else CLEAN,
             "attack_seed": self.attack_seed,
@@ -169,30 +168,33 @@ class Bench:
         """
         settings = self.settings(attack, defence, seed)
         made = self.makes(defence)
-        poisoned = self.poisoned(attack)
+        poisoned = self.poisoned(attack, seed)
         compared = self.check(defence, poisoned)
         images, purifier = self.purified(poisoned, made)
         corrupt = None if made.compensate is None else compensation(made.compensate, seed)
-        how = self.how
         trained = train_victim(
             images,
             poisoned.labels,
             classes=self.data.classes,
-            network=self.victim,
-            **asdict(how),
+            network=self.victim if self.rest is None else None,
+            start=None if self.rest is None else self.extractor(seed),
+            **asdict(self.how),
             batch_transform=corrupt,
             seed=seed,
             device=self.device,
             bfloat16=self.fast,
         )
         found = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
-        found |= self._success(trained.model, poisoned)
+        # a victim of clean data says how often the targets of these seeds are called so by themselves
+        target = targeted.target_of(self.data, self.attack_seed, seed) if attack.name == CLEAN else poisoned.target
+        found |= self._success(trained.model, poisoned, target)
         moved = poisoned.moved(self.data.train)
         return {
             "schema": rows.SCHEMA,
             "fingerprint": rows.fingerprint(settings),
             "data": self.data.name,
             "images": len(poisoned),
+            **({} if self.rest is None else {"extractor_images": len(self.rest.train)}),
             "test_images": len(self.data.test),
             "attack": attack.label or attack.name,
             "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
@@ -204,6 +206,7 @@ class Bench:
             "victim": self.victim,
             "training": self.training,
             **{name: round(value, 2) for name, value in found.items()},
+            **({} if target is None else {"target": _told(target)}),
             "seconds": {
                 "purify_an_image": self._seconds_an_image(purifier, defence),
                 "train": round(trained.seconds, 1),
@@ -217,22 +220,26 @@ class Bench:
     # -- its parts -------------------------------------------------------------------------------------
 
     def check(self, defence: str, poisoned: Poisoned | None = None) -> dict[str, int]:
-        """Refuse a row that would not be honest; else how many images were compared, of the clean training set and of
-        what was made of it."""
+        """Refuse a row that would not be honest; else how many images were compared, of the clean training set, an
+        extractor's too, and of what was made of it. A target is a test image, and in neither."""
         its, _ = find(defence)
-        used = dict.fromkeys(getattr(self.models, name) for name in its.uses)
+        used = its.models(self.models)
         learned = {_shown(model): trained_on(training_details(model), _shown(model)) for model in used}
-        train = self._hashes["train"]
+        train = np.concatenate([hashes for split, hashes in self._hashes.items() if split != "test"])
         if poisoned is not None:  # a file may hold anything
             train = np.concatenate([train, image_hashes(poisoned.images)])
         return check_disjoint(train, self._hashes["test"], learned)
 
-    def poisoned(self, attack: AttackSpec) -> Poisoned:
-        """The poisoned training set, made once and kept."""
+    def poisoned(self, attack: AttackSpec, seed: int = 0) -> Poisoned:
+        """The poisoned training set, made once and kept.
+
+        Args:
+            seed: of a row; for a targeted attack and for what is made for an extractor.
+        """
         data = self.data
         if attack.name == CLEAN:
             return Poisoned.of(data.train, data.train_labels, CLEAN, [])
-        path = self._poison_path(attack)
+        path = self._poison_path(attack, seed)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
@@ -240,10 +247,7 @@ class Bench:
                 if attack.file is not None:
                     made = reading.read(attack.file, clean=(data.train, data.train_labels), **attack.options)
                 else:
-                    pair = (data.train, data.train_labels)
-                    here = {"device": self.device, "progress": self.progress}
-                    taken = {k: v for k, v in here.items() if k in attacks.find(attack.name).options}
-                    made = attacks.make(attack.name, pair, self.attack_seed, **{**taken, **attack.options})
+                    made = self._attacked(attack, seed)
                 write_npz(made, path)
         found = reading.read(path, clean=(data.train, data.train_labels))
         if len(found) != len(data.train):
@@ -253,16 +257,53 @@ class Bench:
             )
         return found
 
-    def is_being_made(self, attack: AttackSpec) -> bool:
-        """Whether another process is making the poison, for which this one would only wait."""
-        if attack.name == CLEAN:
-            return False
-        path = self._poison_path(attack)
-        return not path.exists() and is_held(lock_path(path.parent, path.stem))
+    def is_being_made(self, attack: AttackSpec, seed: int = 0) -> bool:
+        """Whether another process is making the poison or the extractor, for which this one would only wait."""
+        paths = [] if attack.name == CLEAN else [self._poison_path(attack, seed)]
+        if self.rest is not None:
+            paths.append(self._extractor_path(seed))
+        return any(not path.exists() and is_held(lock_path(path.parent, path.stem)) for path in paths)
 
-    def _poison_path(self, attack: AttackSpec) -> Path:
+    def _attacked(self, attack: AttackSpec, seed: int) -> Poisoned:
+        data, its = self.data, attacks.find(attack.name)
+        targeted.check_options(its, attack.options)
+        here = {"device": self.device, "progress": self.progress}
+        given = {name: value for name, value in here.items() if name in its.options}
+        attack_seed = self.attack_seed
+        if its.kind == "targeted":
+            given["target"] = targeted.target_of(data, self.attack_seed, seed)
+            attack_seed = targeted.seed_of(self.attack_seed, seed)
+        if self._knows_extractor(attack):
+            given["networks"] = [Normalised(self.extractor(seed))]
+        return attacks.make(attack.name, (data.train, data.train_labels), attack_seed, **{**given, **attack.options})
+
+    def _knows_extractor(self, attack: AttackSpec) -> bool:
+        return self.rest is not None and attack.file is None and "networks" in attacks.find(attack.name).options
+
+    def _poison_path(self, attack: AttackSpec, seed: int) -> Path:
         known = {"data": self._identity, "attack": attack.settings(), "seed": self.attack_seed}
+        if attack.file is None and attacks.find(attack.name).kind == "targeted":
+            known["row_seed"] = seed
+        if self._knows_extractor(attack):
+            known["extractor"] = self._extractor_path(seed).stem
         return self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"
+
+    def extractor(self, seed: int) -> torch.nn.Module:
+        """What a victim of transfer learning starts from, trained once and kept; in evaluation mode."""
+        assert self.rest is not None
+        path = self._extractor_path(seed)
+        return transfer.extractor(path, self.rest, self.victim, seed=seed, device=self.device, bfloat16=self.fast)
+
+    def _extractor_path(self, seed: int) -> Path:
+        known = {
+            **self._extractor,
+            "classes": self.data.classes,
+            "victim": self.victim,
+            "seed": seed,
+            "fast": self.fast,
+            "device": torch.device(self.device).type,
+        }
+        return self.work / "extractors" / f"{rows.fingerprint(known)}.safetensors"
 
     def purified(self, poisoned: Poisoned, made: Made) -> tuple[NDArray[np.uint8], Purifier | None]:
         """The training images as the defence leaves them, from a cache, and the purifier with its plan."""
@@ -280,7 +321,7 @@ class Bench:
         )
         return np.stack([np.asarray(dataset[i][0]) for i in range(len(dataset))]), dataset.purifier
 
-    def _success(self, model: torch.nn.Module, poisoned: Poisoned) -> dict[str, float]:
+    def _success(self, model: torch.nn.Module, poisoned: Poisoned, target: Target | None) -> dict[str, float]:
         """Of a back door the share of other classes' test images that it takes, of a targeted attack whether it won."""
         found = {}
         if poisoned.trigger is not None and poisoned.target_class is not None:
@@ -288,8 +329,8 @@ class Bench:
             shown = add_trigger(self.data.test[others], torch.from_numpy(poisoned.trigger))
             wanted = np.full(len(shown), poisoned.target_class)
             found["success"] = 100 * accuracy(model, shown, wanted)
-        if poisoned.target is not None:
-            found["flipped"] = 100 * accuracy(model, poisoned.target.image[None], [poisoned.target.label])
+        if target is not None:
+            found["flipped"] = 100 * accuracy(model, target.image[None], [target.label])
         return found
 
     def _seconds_an_image(self, purifier: Purifier | None, defence: str) -> float:
@@ -310,6 +351,10 @@ class Bench:
         return float(f"{self._timed[defence]:.3g}")
 
 
+def _told(target: Target) -> dict[str, int | None]:
+    return {"index": target.index, "true": target.true_label, "wanted": target.label}
+
+
 def _shown(model: str) -> str:
     """A name or an id as it is, of a folder its name: a row travels."""
     return Path(model).name if Path(model).is_dir() else model
@@ -326,10 +371,12 @@ def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without paths: a file is what is in it."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_file()):
             plain[name] = {"sha256": file_sha256(Path(value))}
+        elif isinstance(value, str) and Path(value).is_dir():  # a model's
+            plain[name] = {"sha256": _folder_sha256(Path(value))}
         else:
             plain[name] = value
     return plain

@@ -6,6 +6,7 @@ each epoch (ECLIPSE's compensation) gets the augmented images in [0, 1] and each
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from purifyloader import noise
 from purifyloader.bench.victims import resnet9, victim
 from purifyloader.errors import InputError, TrainingError
 
-__all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Trained", "accuracy", "train_victim"]
+__all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Normalised", "Trained", "accuracy", "train_victim"]
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
@@ -82,6 +83,18 @@ def _normalise(x_BCHW: Tensor) -> Tensor:
     return ((x_BCHW - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
+class Normalised(nn.Module):
+    """A network that takes what victims are shown, images (B, 3, H, W) in [0, 1], and normalises them itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.network(_normalise(x_BCHW))
+        return logits
+
+
 def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
     """Pad with black, cut a window of the old size at random, mirror half of them.
 
@@ -105,6 +118,20 @@ def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
     return peak * min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup))
 
 
+def _with_new_head(start: nn.Module, classes: int, head_only: bool) -> nn.Module:
+    """A copy of a network whose last linear layer is initialised again; `head_only` freezes all else."""
+    model = copy.deepcopy(start).cpu()  # so that every device starts from the same layer
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear or linear[-1].out_features != classes:
+        got = f"{linear[-1].out_features} outputs" if linear else "no linear layer"
+        raise InputError(f"start must end in a linear layer with an output for each of {classes} classes. Got {got}.")
+    model.requires_grad_(not head_only)
+    linear[-1].requires_grad_(True)
+    linear[-1].reset_parameters()
+    # frozen features are those of evaluation: batch normalisation would go on counting, and dropout drawing
+    return model.train(not head_only)
+
+
 def train_victim(
     images: Images | Callable[[int], Images],
     labels: Tensor | NDArray | Sequence[int],
@@ -112,6 +139,8 @@ def train_victim(
     classes: int = 10,
     network: str | None = None,
     width: int = 16,
+    start: nn.Module | None = None,
+    head_only: bool = False,
     epochs: int = 10,
     batch_size: int = 64,
     lr: float = 0.2,
@@ -137,6 +166,8 @@ def train_victim(
         labels: integers (N,) in [0, classes).
         network: one of `victims.VICTIMS`; by default a `resnet9` of this width.
         width: of that.
+        start: a network to go on from, in place of a new one; it is copied, and its last linear layer made anew.
+        head_only: train that layer alone, and leave all else of `start` as it is in evaluation mode.
         batch_size: images a step; what is left over at the end of an epoch is left out of it.
         lr: highest learning rate of the cycle, reached after the share `warmup` of all steps; with warmup=None the
             learning rate throughout.
@@ -157,19 +188,26 @@ def train_victim(
             "epochs and batch_size must be at least 1, lr above 0, warmup in [0, 1) or None, pad at least 0. "
             f"Got {epochs}, {batch_size}, {lr}, {warmup}, {pad}."
         )
+    if (head_only and start is None) or (network is not None and start is not None):
+        raise InputError(
+            "head_only needs start, the network whose features it leaves as they are, and start is in place of "
+            f"network. Got head_only={head_only}, network={network!r} and {'no ' if start is None else 'a '}start."
+        )
     device = torch.device(device)
     # what a network draws by itself, as dropout does, comes from the seed too
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
-        optimiser = torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
-        )
+        if start is None:
+            model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
+        else:
+            model = _with_new_head(start, classes, head_only).to(device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
         batch_size = min(batch_size, len(y))
         steps = len(y) // batch_size
         y = y.to(device)
         key = noise.fold_in(noise.key_from_seed(seed), _AUGMENT)
-        start = time.perf_counter()
+        began = time.perf_counter()
         for epoch in range(epochs):
             x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
             # drawn on the CPU, so that every device trains on the same crops
@@ -193,7 +231,7 @@ def train_victim(
                 optimiser.step()
             if not torch.isfinite(loss):
                 raise TrainingError(f"The loss must be finite: lower lr={lr}. Got {loss.item()} in epoch {epoch}.")
-    return Trained(model.eval(), time.perf_counter() - start)
+    return Trained(model.requires_grad_(True).eval(), time.perf_counter() - began)
 
 
 @torch.no_grad()

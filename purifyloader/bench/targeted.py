@@ -1,0 +1,72 @@
+"""What a bench gives a targeted attack: a test image that the victim is to be wrong on, another for each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from purifyloader import noise
+from purifyloader.bench.data import Data
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.poisons import Attack, Target, attacks
+from purifyloader.poisons.additive import purpose_keys
+
+__all__ = ["check_options", "seed_of", "target_of"]
+
+_TARGETED = 0x74617267  # "targ"
+_IMAGE, _CLASS, _SEED = range(3)  # what the keys drawn here are for
+
+
+def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
+    """Check the options that a user gives an attack in a bench.
+
+    Raises:
+        ConfigError: one that the attack does not take, or that the bench itself gives; none where it needs one.
+    """
+    is_targeted = attack.kind == "targeted"
+    its_own = ("target", "target_class", "networks") if is_targeted else ("networks",)
+    if mine := [name for name in given if name in its_own and name in attack.options]:
+        raise ConfigError(
+            f"A bench draws the target of {attack.name} for each seed, and knows the networks. Got {mine[0]!r}: leave "
+            "it out, or make that poison by itself and give its file."
+        )
+    attacks.check_options(attack, {**({"target": None} if is_targeted else {}), **given})
+
+
+def target_of(data: Data, attack_seed: int, seed: int) -> Target:
+    """The target of a seed: one test image for each seed, until all have been one, and a class that it is not of.
+
+    Args:
+        attack_seed: of which image belongs to which seed.
+        seed: of a row.
+
+    Raises:
+        InputError: the training images are all of the target's class.
+    """
+    # an order of all images and not a draw of one, so that no two seeds meet
+    order = noise.uniform(_key(attack_seed, _IMAGE, 0), (len(data.test),))[0].argsort(stable=True)
+    index = int(order[seed % len(order)])
+    true = int(data.test_labels[index])
+    others = np.setdiff1d(data.train_labels, [true])
+    if not len(others):
+        raise InputError(
+            f"A targeted attack has a test image taken for another class. Got training images of class {true} alone, "
+            "which is the target's: give data of two classes or more."
+        )
+    wanted = int(others[int(noise.uniform(_key(attack_seed, _CLASS, seed), (1,)) * len(others))])
+    return Target(data.test[index], wanted, true, index)
+
+
+def seed_of(attack_seed: int, seed: int) -> int:
+    """The seed of all else that the attack draws for a row's seed: of each trial its own, and never the victim's.
+
+    With a seed in common, the attacker's network would start as the victim does and see the same crops.
+    """
+    return int(_key(attack_seed, _SEED, seed)) & 0x7FFFFFFF
+
+
+def _key(attack_seed: int, purpose: int, seed: int) -> torch.Tensor:
+    return purpose_keys(attack_seed, _TARGETED, purpose, torch.tensor([seed]))

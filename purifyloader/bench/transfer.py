@@ -1,0 +1,95 @@
+"""Transfer learning: a split of the training images, and the extractor that learns from the larger part."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from purifyloader import noise
+from purifyloader.bench.data import Data
+from purifyloader.bench.training import train_victim
+from purifyloader.bench.trainings import EXTRACTOR
+from purifyloader.bench.victims import victim
+from purifyloader.cache.locks import Lock
+from purifyloader.errors import InputError
+from purifyloader.files import replacing, writing
+
+__all__ = ["extractor", "split"]
+
+_SPLIT = 0x73706C74  # "splt": what the keys drawn here are for
+_MOST, _PART = 50, 10  # images of a class to fine-tune on: so many, or a tenth where that is fewer
+
+
+def split(data: Data) -> tuple[Data, Data]:
+    """The data with the training images to fine-tune on, which are poisoned, and with the rest, which stay clean.
+
+    50 images of each class are to fine-tune on, or a tenth where that is fewer, at least one; always the same of the
+    same data.
+
+    Raises:
+        InputError: a class with one image, which cannot be in both.
+    """
+    drawn = noise.uniform(noise.image_keys(0, _SPLIT, 0), (len(data.train),))[0].numpy()
+    tuned = np.zeros(len(data.train), bool)
+    for label in np.unique(data.train_labels):
+        members = np.flatnonzero(data.train_labels == label)
+        if len(members) < 2:
+            raise InputError(
+                f"Transfer learning needs two training images or more of each class: one for the extractor, one to "
+                f"fine-tune on. Got one of class {label}: give more images (--train)."
+            )
+        count = min(_MOST, max(1, len(members) // _PART))
+        tuned[members[drawn[members].argsort(kind="stable")[:count]]] = True
+    return _only(data, tuned), _only(data, ~tuned)
+
+
+def _only(data: Data, keep: NDArray[np.bool_]) -> Data:
+    return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
+
+
+def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, bfloat16: bool) -> nn.Module:
+    """A network that has learned from clean images, in evaluation mode: trained once, and read by all who come later.
+
+    Args:
+        path: of its weights, a .safetensors file, named after all that decides them.
+        data: whose training images it learns from.
+        network: one of `victims.VICTIMS`.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
+        found = _read(path, network, data.classes)
+        if found is None:
+            found = train_victim(
+                data.train,
+                data.train_labels,
+                classes=data.classes,
+                network=network,
+                **asdict(EXTRACTOR),
+                seed=seed,
+                device=device,
+                bfloat16=bfloat16,
+            ).model
+            weights = {name: value.detach().cpu().contiguous() for name, value in found.state_dict().items()}
+            with writing(path), replacing(path) as temporary:
+                temporary.write_bytes(save(weights))
+    return found.to(device)
+
+
+def _read(path: Path, network: str, classes: int) -> nn.Module | None:
+    """None where there is no such file, or not a whole one: it can be made again."""
+    try:
+        weights = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    with torch.random.fork_rng(devices=[]):  # a new network draws its weights
+        model = victim(network, classes)
+    model.load_state_dict(weights)
+    return model.eval()
