@@ -85,7 +85,7 @@ def row(attack: str, defence: str, accuracy: float, px: float | None, seed: int 
     return {
         **{"attack": attack, "defence": defence, "accuracy": accuracy, "sigma_px": px, "seed": seed},
         **{"seconds": {"purify_an_image": 0.0}, "calls": 1, "distance_px": 1.0},
-        "settings": {"attack": attack, "defence": defence, "seed": seed},
+        "settings": {"attack": attack, "purifier": defence, "seed": seed},
     }
 
 
@@ -109,6 +109,18 @@ def test_levels_rise_and_one_level_is_no_curve(tmp_path):
         assert len(image.convert("RGB").getcolors(1 << 22)) > 20
     assert not pictures.noise(ROWS[:4], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_purifier_costs_what_it_takes_where_nothing_else_ran():
+    """A and eclipse purify alike; a row that was timed beside other work does not count."""
+    same = {"purifier": "one call"}
+    timed = [
+        {**row("lsp", defence, 60, 12.75), "seconds": {"purify_an_image": seconds}, "settings": same}
+        for defence, seconds in (("A", 0.004), ("eclipse", 0.01))
+    ]
+    other = {**row("lsp", "jpeg-10", 60, None), "seconds": {"purify_an_image": 0.001}}
+    found = report.cells([*timed, other])
+    assert [found["lsp", d].seconds for d in ("A", "eclipse", "jpeg-10")] == [0.004, 0.004, 0.001]
 
 
 # published
@@ -136,5 +148,5 @@ def test_published_figures_stand_beside_and_never_among():
 
 SETTING = {
     **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
-    "settings": {"data": {"sha": "0"}, "attack_seed": 0, "fast": True, "device": "cpu"},
+    "settings": {"data": {"sha": "0"}, "attack_seed": 0, "fast": True, "device": "cpu", "purifier": None},
 }

@@ -328,7 +328,15 @@ def made(attack: str, defence: str, seed: int, accuracy: float, settings: Json |
         **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
         **{"attack": attack, "defence": defence, "seed": seed, "accuracy": accuracy, "sigma_px": None, "calls": 0},
         **{"seconds": {"purify_an_image": 0.002}, "distance_px": 0.0, **more},
-        "settings": {"data": {"sha": "1"}, "attack_seed": 0, "fast": True, "device": "cpu", "seed": seed, **settings},
+        "settings": {
+            "data": {"sha": "1"},
+            "attack_seed": 0,
+            "fast": True,
+            "device": "cpu",
+            "seed": seed,
+            "purifier": None,
+            **settings,
+        },
     }
 
 
