@@ -228,6 +228,34 @@ def test_the_full_presets_take_the_published_networks():
     assert poisoned.settings["network"] == "unet-128"
 
 
+def test_class_wise_adp_is_as_class_wise_em():
+    images, labels = patterns(32)
+    settings = quick("adp", class_wise=True, steps=1).settings
+    assert settings["stop_accuracy"] == 0.9
+    delta = quick("adp", class_wise=True).images.astype(int) - images
+    assert all((delta[labels == label] == delta[label]).all() for label in range(4))
+
+
+def test_crops_come_between_the_denoiser_and_compensation(monkeypatch):
+    """As in training from a cache: what is cropped is what was purified, whose size is the image's."""
+    import purifyloader.poisons.adaptive as module
+
+    seen = []
+    crop = module.crop_and_flip
+
+    def spy(x_BCHW, uniform_B3, pad, flip):
+        seen.append(x_BCHW.grad_fn is not None)
+        return crop(x_BCHW, uniform_B3, pad, flip)
+
+    monkeypatch.setattr(module, "crop_and_flip", spy)
+    plain = quick("adaptive", sigma=0.05).images
+    assert seen == []
+    augmented = quick("adaptive", sigma=0.05, augment=True, pad=2, flip=True).images
+    assert len(seen) == 4  # a batch of 16 twice, two steps
+    assert all(seen), "the gradient goes through the crop to the denoiser"
+    assert not np.array_equal(plain, augmented)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

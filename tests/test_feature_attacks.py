@@ -19,8 +19,8 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons import bullseye as bullseye_module
 from purifyloader.poisons import frogs as frogs_module
 from purifyloader.poisons.bullseye import bullseye, off_centre
-from purifyloader.poisons.clean import opened
-from purifyloader.poisons.few import approach, rounded
+from purifyloader.poisons.clean import opened, rounded
+from purifyloader.poisons.few import approach
 from purifyloader.poisons.frogs import backward, collision, poison_frogs
 from purifyloader.poisons.poisoned import Bound, Target
 from purifyloader.poisons.presets import choose
@@ -362,8 +362,8 @@ def test_black_and_white_saturate(name):
 
 
 def test_rounding_saturates_whatever_the_perturbation():
-    base = torch.tensor([0.0, 3.0, 100.0, 255.0]).reshape(1, 1, 2, 2) / 255
-    up, down = (rounded(base, torch.full_like(base, delta), Bound("linf", 8 / 255)) for delta in (1.0, -7.6 / 255))
+    base = torch.tensor([0, 3, 100, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    up, down = (rounded(base, torch.full(base.shape, delta), Bound("linf", 8 / 255)) for delta in (1.0, -7.6 / 255))
     assert up.dtype == torch.uint8
     assert up.flatten().tolist() == [8, 11, 108, 255]
     assert down.flatten().tolist() == [0, 0, 92, 247]

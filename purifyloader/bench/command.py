@@ -36,6 +36,7 @@ __all__ = ["main"]
 ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
 ACCURACY_FILE, COST_FILE, NOISE_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "noise.png", "images.png"
 _SHOWN = 4  # images of a picture, for each attack
+_ATTACK_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--attack-seed",
         type=int,
-        default=0,
+        default=_ATTACK_SEED,
         help="of what an attack draws, for all rows; a targeted one has another target for each of --seeds (default: "
-        "0)",
+        f"{_ATTACK_SEED}, so that no attacker's network starts as a victim of --seeds does)",
     )
     add("--victim", choices=tuple(VICTIMS), help="(default: of the scale: resnet9, or resnet18)")
     add(
@@ -156,7 +157,9 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
     specs = [AttackSpec(CLEAN), *(spec for spec in specs if spec.name != CLEAN)]
     labels = [spec.label or spec.name for spec in specs]
     if twice := {label for label in labels if labels.count(label) > 1}:
-        raise ConfigError(f"Expected attacks of different names. Got {sorted(twice)[0]} twice: name files apart.")
+        raise ConfigError(
+            f"Expected attacks of different names. Got {sorted(twice)[0]} twice: give the other an --out of its own."
+        )
     defences = list(dict.fromkeys(options.defence or scale.defences))
     if "none" not in defences:
         defences.insert(0, "none")
@@ -178,6 +181,9 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         fast=not options.precise,
         progress=options.processes == 1 and sys.stderr.isatty(),
     )
+    names = [bench.called(defence) for defence in defences]
+    if same := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"Expected defences of different names. Got {sorted(same)[0]} twice: name files apart.")
     for defence in defences:  # before hours of work
         bench.check(defence)
     # a seed of everything first, so that there is something to look at early
@@ -195,7 +201,7 @@ def _attack(text: str, preset: str) -> AttackSpec:
     if name in attacks.ATTACKS:
         attack = attacks.find(name)
         targeted.check_options(attack, options)
-        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if not _is_path(v))])
+        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if k not in (*attacks.FILES, "model"))])
         if "preset" in attack.options:
             options.setdefault("preset", preset)
         return AttackSpec(name, options, None, label)
@@ -217,10 +223,6 @@ def _option(word: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).exists()
-
-
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
     used = {model for spec in defences for model in find(spec)[0].models(models)}
     learned = [trained_on(training_details(model), str(model)) for model in sorted(used)]
@@ -234,18 +236,21 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
     with writing(claims):
         claims.mkdir(parents=True, exist_ok=True)
     left = [(cell, rows.fingerprint(bench.settings(*cell))) for cell in wanted]
+    targets = any(
+        spec.file is None and spec.name != CLEAN and attacks.find(spec.name).kind == "targeted" for spec, _, _ in wanted
+    )
     wait = False
     while left:
         again = []
         for cell, name in left:
-            if name in {row["fingerprint"] for row in rows.read(path)}:
+            if _is_there(path, name, targets and cell[0].name == CLEAN):
                 continue
             lock = Lock(claims, name)
             if (not wait and bench.is_being_made(cell[0], cell[2])) or not lock.acquire(wait):
                 again.append((cell, name))
                 continue
             try:
-                if name not in {row["fingerprint"] for row in rows.read(path)}:
+                if not _is_there(path, name, targets and cell[0].name == CLEAN):
                     row = bench.row(*cell)
                     rows.add(path, row)
                     print(_in_words(row), flush=True)
@@ -253,6 +258,12 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
                 lock.release()
         # what others are at: wait for it, or make it where they died
         left, wait = again, True
+
+
+def _is_there(path: Path, name: str, with_target: bool) -> bool:
+    """Whether the row is there; of clean data beside targeted attacks, also what it calls their target."""
+    found = [row for row in rows.read(path) if row["fingerprint"] == name]
+    return bool(found) and (not with_target or "flipped" in found[0])
 
 
 def _run_many(arguments: list[str], processes: int) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from purifyloader import recipes
-from purifyloader.errors import InputError
+from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.errors import CheckpointError, InputError
 from purifyloader.purifiers import Purifier
+from purifyloader.recipes.models import as_denoiser, as_energy
 from purifyloader.transforms import Compensate
 
 __all__ = ["DEFENCES", "Defence", "Made", "Models", "find"]
@@ -48,7 +50,6 @@ class Defence:
 
     Attributes:
         uses: the fields of `Models` that it takes.
-        named: of a file, the models that its JSON names.
         takes_sigma: whether `NAME@PX` means anything for it.
     """
 
@@ -61,11 +62,10 @@ class Defence:
     takes_sigma: bool = False
     sigma: float | None = None
     slow: bool = False
-    named: tuple[str, ...] = ()
 
     def models(self, models: Models) -> list[str]:
         """The checkpoints it uses, each once."""
-        return list(dict.fromkeys([*(getattr(models, field) for field in self.uses), *self.named]))
+        return list(dict.fromkeys(getattr(models, field) for field in self.uses))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
         """
@@ -167,7 +167,6 @@ def find(spec: str) -> tuple[Defence, float | None]:
 
     Raises:
         InputError: none of that name, one whose noise is not one number, or no file.
-        PurifyError: what `recipes.from_json` refuses.
     """
     if its := _FILE.match(spec):
         return _of_file(Path(its["file"]), bool(its["grey"]), bool(its["noise"])), None
@@ -183,29 +182,68 @@ def find(spec: str) -> tuple[Defence, float | None]:
 
 
 def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
+    name = path.stem + "+B" * grey + "+C" * noise
+    if name in DEFENCES or not re.fullmatch(r"[\w.-]+", path.stem):
+        raise InputError(
+            "A purifier's file must be named with letters, digits, ., - and _, and not as a defence is. Got "
+            f"{path.name}: rename it."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"Expected a file of a purifier's JSON. Got {path}: {error}.") from None
-    purifier = recipes.from_json(text)
-    return Defence(
-        path.stem + "+B" * grey + "+C" * noise,
-        "a purifier of one's own",
-        lambda models, sigma, fast: purifier,
-        grey,
-        noise,
-        named=tuple(_models_in(purifier.config())),
-    )
+    return _Own(name, "a purifier of one's own", None, grey, noise, text=text)
 
 
-def _models_in(config: Any) -> Iterator[str]:
-    """The names of the models in a purifier's configuration."""
+@dataclass(frozen=True)
+class _Own(Defence):
+    """A purifier of one's own, by its JSON; its models are those of that name, or else one of `Models`."""
+
+    text: str = ""
+
+    def models(self, models: Models) -> list[str]:
+        purifier = self._purifier(models)
+        found = [self._meant(entry, kind, models) for kind, entry in _entries(purifier.config())]
+        return list(dict.fromkeys(found))
+
+    def ready(self, models: Models, px: float | None, fast: bool) -> Made:
+        purifier, compensate = self._purifier(models), super().ready(models, px, fast).compensate
+        config = purifier.config()
+        if not fast and (dtypes := {*_values(config, "dtype")} - {"float32"}):
+            raise InputError(
+                f"In float32 (--precise) a purifier must compute in float32. Got {', '.join(sorted(dtypes))} in "
+                f"{self.name}: write the file anew, or leave --precise out."
+            )
+        sigmas = {*_values(config, "sigma")}
+        return Made(purifier, compensate, sigmas.pop() if len(sigmas) == 1 else None)
+
+    def _purifier(self, models: Models) -> Purifier:
+        try:
+            return recipes.from_json(self.text)
+        except CheckpointError:  # of a name that is not here
+            return recipes.from_json(self.text, [models.denoiser, models.energy, models.ddpm])
+
+    def _meant(self, entry: dict[str, str], kind: str, models: Models) -> str:
+        fields = ("energy",) if kind == "energy" else ("denoiser", "ddpm")
+        given = [getattr(models, field) for field in fields]
+        loaded = [as_energy(model) if kind == "energy" else as_denoiser(model) for model in given]
+        of_weights = {weights_sha256(model): name for model, name in zip(loaded, given, strict=True)}
+        return of_weights.get(entry["weights_sha256"], entry["name"])
+
+
+def _entries(config: Any) -> Iterator[tuple[str, dict[str, str]]]:
+    """The models in a purifier's configuration: (kind, name and weights)."""
+    for kind in ("denoiser", "energy"):
+        yield from ((kind, value) for value in _values(config, kind) if isinstance(value, dict))
+
+
+def _values(config: Any, key: str) -> Iterator[Any]:
+    """What stands under a key, anywhere in a configuration."""
     if isinstance(config, dict):
-        for key, value in config.items():
-            if key in ("denoiser", "energy") and isinstance(value, dict):
-                yield str(value["name"])
-            else:
-                yield from _models_in(value)
+        for name, value in config.items():
+            if name == key:
+                yield value
+            yield from _values(value, key)
     elif isinstance(config, list):
         for value in config:
-            yield from _models_in(value)
+            yield from _values(value, key)

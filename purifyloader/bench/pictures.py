@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, l
     found: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     for (attack, defence), cell in cells(rows).items():
         if cell.sigma_px is not None:
-            base = defence.partition("@")[0]
+            base = re.sub(r"@[\d.]+", "", defence)
             found.setdefault(base, {}).setdefault(attack, []).append((cell.sigma_px, cell.accuracy))
     curves = {
         base: {attack: sorted(points) for attack, points in its.items() if len(points) > 1}

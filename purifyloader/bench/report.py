@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -194,11 +195,12 @@ def _published(
     table: Mapping[str, Mapping[str, float]], source: str, attacks: Sequence[str], defences: Sequence[str]
 ) -> list[str]:
     """The published figures of the attacks and defences that were measured, in a table of their own."""
-    beside = [a for a in attacks if a != CLEAN and any(a in values for values in table.values())]
-    if not beside:
+    known = {a for values in table.values() for a in values}
+    # without the options of an attack, the level of the noise and the models
+    columns = [a for a in dict.fromkeys(attack.partition(" ")[0] for attack in attacks) if a in known]
+    if not set(columns) - {CLEAN}:
         return []
-    columns = [a for a in attacks if a in beside or any(a in values for values in table.values())]
-    measured = {defence.partition("@")[0] for defence in defences}
+    measured = {re.split("[@ ]", defence)[0] for defence in defences}
     # what stands for ECLIPSE here may have one call; what was published has a hundred
     lines = [
         [defence, *(f"{values[a]:.2f}" if a in values else "–" for a in columns)]
@@ -223,8 +225,8 @@ def _order(names: set[str], first: Sequence[str]) -> list[str]:
     place = {name: i for i, name in enumerate(first)}
 
     def key(name: str) -> tuple[int, str, float]:
-        base, _, px = name.partition(" ")[0].partition("@")
-        return place.get(base, len(place)), base, float(px or 0)
+        base, px, rest = re.fullmatch(r"([^@ ]*)@?([\d.]*)(.*)", name).groups()  # type: ignore[union-attr]
+        return place.get(base, len(place)), base + rest, float(px or 0)
 
     return sorted(names, key=key)
 

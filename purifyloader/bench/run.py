@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from purifyloader import noise
 from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.data import Data
 from purifyloader.bench.defence import compensation
-from purifyloader.bench.defences import Made, Models, find
+from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.bench.honest import check_disjoint, trained_on
 from purifyloader.bench.training import Normalised, accuracy, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
@@ -32,6 +33,8 @@ from purifyloader.poisons import add_trigger, attacks, reading
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.writing import write_npz
 from purifyloader.purifiers import Purifier
+from purifyloader.purifiers.networks import entry
+from purifyloader.recipes.models import as_denoiser
 
 __all__ = ["AttackSpec", "Bench"]
 
@@ -116,6 +119,7 @@ class Bench:
         self.fast, self.progress = fast, progress
         self._hashes = {"train": image_hashes(self.data.train), "test": image_hashes(data.test)}
         self._timed: dict[str, float] = {}
+        self._found: dict[str, tuple[Defence, float | None]] = {}  # reads files
         self._made: dict[str, Made] = {}  # loads networks
         hashes = {split: values.tolist() for split, values in self._hashes.items()}
         labels = {"train": self.data.train_labels.tolist(), "test": data.test_labels.tolist()}
@@ -127,16 +131,21 @@ class Bench:
 
     # -- what a row is ---------------------------------------------------------------------------------
 
+    def _find(self, defence: str) -> tuple[Defence, float | None]:
+        if defence not in self._found:
+            self._found[defence] = find(defence)
+        return self._found[defence]
+
     def makes(self, defence: str) -> Made:
         """A defence by its spec, ready."""
         if defence not in self._made:
-            its, px = find(defence)
+            its, px = self._find(defence)
             self._made[defence] = its.ready(self.models, px, self.fast)
         return self._made[defence]
 
     def called(self, defence: str) -> str:
         """What a table calls it: its name, never a path, and the models where they are not the shipped ones."""
-        its, px = find(defence)
+        its, px = self._find(defence)
         name = its.name if px is None else f"{its.name}@{px:g}"
         others = [_shown(m) for field in its.uses if (m := getattr(self.models, field)) != getattr(Models, field)]
         return f"{name} [{', '.join(others)}]" if others else name
@@ -149,7 +158,7 @@ class Bench:
         return {
             **start,
             "data": self._identity,
-            "attack": attack.settings() if attack.name != CLEAN else CLEAN,
+            "attack": self._told(attack),
             "attack_seed": self.attack_seed,
             "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
             "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
@@ -159,6 +168,14 @@ class Bench:
             "fast": self.fast,
             "device": torch.device(self.device).type,
         }
+
+    def _told(self, attack: AttackSpec) -> str | dict[str, Any]:
+        """What decides an attack's images beside the data: of one that goes through the defence, its denoiser too."""
+        if attack.name == CLEAN:
+            return CLEAN
+        if attack.file is None and "model" in attacks.find(attack.name).options:
+            attack = replace(attack, options={"model": self.models.denoiser, **attack.options})
+        return attack.settings()
 
     def row(self, attack: AttackSpec, defence: str, seed: int) -> rows.Row:
         """Measure it.
@@ -186,7 +203,9 @@ class Bench:
         )
         found = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
         # a victim of clean data says how often the targets of these seeds are called so by themselves
-        target = targeted.target_of(self.data, self.attack_seed, seed) if attack.name == CLEAN else poisoned.target
+        target = poisoned.target
+        if attack.name == CLEAN and self.data.classes > 1:  # how often the targets of attacks are called so anyway
+            target = targeted.target_of(self.data, self.attack_seed, seed)
         found |= self._success(trained.model, poisoned, target)
         moved = poisoned.moved(self.data.train)
         return {
@@ -222,13 +241,18 @@ class Bench:
     def check(self, defence: str, poisoned: Poisoned | None = None) -> dict[str, int]:
         """Refuse a row that would not be honest; else how many images were compared, of the clean training set, an
         extractor's too, and of what was made of it. A target is a test image, and in neither."""
-        its, _ = find(defence)
-        used = its.models(self.models)
-        learned = {_shown(model): trained_on(training_details(model), _shown(model)) for model in used}
+        used = self._find(defence)[0].models(self.models)
+        shown = [_shown(model) for model in used]
+        # a row has no paths, and two folders may have one name
+        names = [name if shown.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(shown)]
+        learned = {name: trained_on(training_details(model), name) for name, model in zip(names, used, strict=True)}
         train = np.concatenate([hashes for split, hashes in self._hashes.items() if split != "test"])
+        test = self._hashes["test"]
         if poisoned is not None:  # a file may hold anything
             train = np.concatenate([train, image_hashes(poisoned.images)])
-        return check_disjoint(train, self._hashes["test"], learned)
+            if poisoned.target is not None:
+                test = np.union1d(test, image_hashes(poisoned.target.image[None]))
+        return check_disjoint(train, test, learned)
 
     def poisoned(self, attack: AttackSpec, seed: int = 0) -> Poisoned:
         """The poisoned training set, made once and kept.
@@ -267,7 +291,7 @@ class Bench:
     def _attacked(self, attack: AttackSpec, seed: int) -> Poisoned:
         data, its = self.data, attacks.find(attack.name)
         targeted.check_options(its, attack.options)
-        here = {"device": self.device, "progress": self.progress}
+        here = {"device": self.device, "progress": self.progress, "model": self.models.denoiser}
         given = {name: value for name, value in here.items() if name in its.options}
         attack_seed = self.attack_seed
         if its.kind == "targeted":
@@ -281,7 +305,7 @@ class Bench:
         return self.rest is not None and attack.file is None and "networks" in attacks.find(attack.name).options
 
     def _poison_path(self, attack: AttackSpec, seed: int) -> Path:
-        known = {"data": self._identity, "attack": attack.settings(), "seed": self.attack_seed}
+        known = {"data": self._identity, "attack": self._told(attack), "seed": self.attack_seed}
         if attack.file is None and attacks.find(attack.name).kind == "targeted":
             known["row_seed"] = seed
         if self._knows_extractor(attack):
@@ -370,13 +394,13 @@ def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without paths: a file is what is in it."""
+    """Options without paths: a file is what is in it, a model its weights."""
     plain: dict[str, Any] = {}
     for name, value in options.items():
-        if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_file()):
+        if name in attacks.FILES and isinstance(value, str | os.PathLike) and Path(value).is_file():
             plain[name] = {"sha256": file_sha256(Path(value))}
-        elif isinstance(value, str) and Path(value).is_dir():  # a model's
-            plain[name] = {"sha256": _folder_sha256(Path(value))}
+        elif name == "model":
+            plain[name] = entry(as_denoiser(value))
         else:
             plain[name] = value
     return plain

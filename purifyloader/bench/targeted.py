@@ -31,7 +31,7 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
     if mine := [name for name in given if name in its_own and name in attack.options]:
         raise ConfigError(
             f"A bench draws the target of {attack.name} for each seed, and knows the networks. Got {mine[0]!r}: leave "
-            "it out, or make that poison by itself and give its file."
+            "it out."
         )
     attacks.check_options(attack, {**({"target": None} if is_targeted else {}), **given})
 

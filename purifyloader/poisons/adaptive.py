@@ -25,7 +25,7 @@ from purifyloader.poisons.descent import descend, shifted
 from purifyloader.poisons.pgd import Loss
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train
+from purifyloader.poisons.surrogate import Surrogate, crop_and_flip, cross_entropy, share_called, train, uniforms
 from purifyloader.poisons.views import View, compensated, purified
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.eclipse import eclipse
@@ -33,6 +33,7 @@ from purifyloader.recipes.models import Model, as_denoiser
 
 __all__ = ["PRESETS", "AdaptiveSettings", "adaptive"]
 
+_VIEW = 0x61647677  # "advw": what the keys drawn here are for
 _CACHED = 0  # the turn of what is drawn once; the descent counts from 1
 
 
@@ -90,7 +91,7 @@ def adaptive(
 
     Returns:
         The poisoned set. Its settings hold the options, and the shares of it that the network calls by the label and by
-        the target class, as they are and through a draw of the defence.
+        the target class, as they are and purified once.
 
     Raises:
         InputError: a dataset, model, preset, device or option that does not fit; TrainingError: the network diverges.
@@ -110,7 +111,10 @@ def adaptive(
 
         def defended(x_BCHW: Tensor, index_B: Tensor) -> Tensor:
             now = next(turn)
-            return compensate(purify(x_BCHW, index_B, now), index_B, now)
+            x = purify(x_BCHW, index_B, now)
+            if settings.augment:  # of what is in the victim's cache
+                x = crop_and_flip(x, uniforms(seed, _VIEW, now, index_B, (3,)), settings.pad, settings.flip)
+            return compensate(x, index_B, now)
 
         def corrupted(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
             return compensate(x_BCHW, torch.arange(len(x_BCHW), device=x_BCHW.device), next(turn))
@@ -122,7 +126,8 @@ def adaptive(
             loss = cross_entropy(network, target_N[index_B])
             return lambda x_BCHW: loss(defended(x_BCHW, index_B))
 
-        images = add(clean, descend(clean, settings, seed, loss_of), settings.bound)
+        delta = descend(clean, replace(settings, augment=False), seed, loss_of)
+        images = add(clean, delta, settings.bound)
         after = _purified(clean, torch.from_numpy(images).permute(0, 3, 1, 2), purify).x
         shares = {
             f"called_{name}{where}": share_called(network, seen, labels_N)

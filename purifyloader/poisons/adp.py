@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from purifyloader.poisons.clean import add, opened, poisoned
-from purifyloader.poisons.em import EmSettings, min_min
+from purifyloader.poisons.em import EmSettings, min_min, with_defaults
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.presets import choose, told
 from purifyloader.poisons.views import compensated
@@ -67,7 +67,7 @@ def adp(
             EM's own steps, as the paper gives none.
         device: where to compute.
         progress: show a bar.
-        options: values of `AdpSettings` in place of the preset's.
+        options: values of `AdpSettings` in place of the preset's; with class_wise=True as in `em`.
 
     Returns:
         The poisoned set. Its settings hold the options, the rounds taken, and the network's accuracy on it.
@@ -75,7 +75,7 @@ def adp(
     Raises:
         InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
     """
-    settings = choose(PRESETS, preset, options)
+    settings = choose(PRESETS, preset, with_defaults(options))
     with opened(dataset, "adp", seed, device, progress) as clean:
         view = compensated(settings.grey, settings.noise, seed)
         noise, measured = min_min(clean, settings, seed, "adp", view)

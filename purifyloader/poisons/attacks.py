@@ -39,12 +39,13 @@ from purifyloader.poisons.label_consistent import label_consistent
 from purifyloader.poisons.lsp import lsp as add_patches
 from purifyloader.poisons.ops import ops_pixels, set_pixels
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.presets import choose, field_names
 from purifyloader.poisons.rem import rem
 from purifyloader.poisons.sep import sep
 from purifyloader.poisons.tap import tap
 from purifyloader.poisons.trigger import backdoor, read_trigger
 
-__all__ = ["ATTACKS", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
+__all__ = ["ATTACKS", "FILES", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
 
 _ATTACK = 0x6174746B  # "attk"
 
@@ -321,7 +322,7 @@ def narcissus(
     settings = {
         "seed": operator.index(seed),
         "trigger": {"sha256": _sha256(delta)},
-        "target_class": target_class,
+        "target_class": int(target_class),
         "share": share,
         "share_of": share_of,
         "count": count,
@@ -333,7 +334,7 @@ def narcissus(
         indices,
         bound=Bound("linf", float(delta.abs().max())),
         trigger=delta.numpy(),
-        target_class=target_class,
+        target_class=int(target_class),
         settings=settings,
     )
 
@@ -392,6 +393,10 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack
 """Every attack there is, by name."""
 
 
+FILES = ("coefficients", "target", "trigger")
+"""Options that take a file: what is in it decides, and not where it is."""
+
+
 def find(name: str) -> Attack:
     """
     Raises:
@@ -406,6 +411,7 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
     """
     Raises:
         ConfigError: an option that the attack does not take, or none where it needs one.
+        InputError: a value that an attack with presets refuses for its settings.
     """
     takes = attack.options
     for option in given:
@@ -418,6 +424,10 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
     needed = [name for name, default in takes.items() if default is inspect.Parameter.empty and name not in given]
     if needed:
         raise ConfigError(f"The attack {attack.name} needs {' and '.join(needed)}. Got none: give it.")
+    presets = getattr(attack.function, "presets", None)
+    if presets is not None:  # its own checks of values, before an hour of work
+        settings = {name: value for name, value in given.items() if name in field_names(presets)}
+        choose(presets, given.get("preset", next(iter(presets))), settings)
 
 
 def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:

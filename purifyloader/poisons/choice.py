@@ -16,7 +16,7 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.additive import purpose_keys
 from purifyloader.poisons.poisoned import Target
 
-__all__ = ["as_target", "drawn", "how_many", "of_class"]
+__all__ = ["as_target", "drawn", "how_many", "is_class", "of_class"]
 
 _CHOICE = 0  # what the keys drawn here are for, in every attack
 
@@ -50,23 +50,28 @@ def of_class(
     share: float | None,
     count: int | None,
     share_of: Literal["set", "class"] = "set",
+    default: int | None = None,
 ) -> int:
     """How many images of one class to poison.
 
     Args:
-        share: of the "set" or of the "class", as `share_of` says; one of share and count is given.
+        share: of the "set" or of the "class", as `share_of` says.
+        default: where neither share nor count is given: so many, or all of the class if it has fewer.
 
     Raises:
         ConfigError: both share and count; InputError: a class without images, a number out of range, or more images
             than the class has.
     """
-    if type(target_class) is not int or not (labels == target_class).any():
+    if not is_class(target_class) or not (labels == target_class).any():
         raise InputError(
             f"target_class must be one of the classes 0 to {int(labels.max())} that has images. Got {target_class!r}."
         )
     if share_of not in ("set", "class"):
         raise InputError(f"share_of must be set or class. Got {share_of!r}.")
     members = int((labels == target_class).sum())
+    if share is None and count is None:
+        assert default is not None
+        count = min(default, members)
     what = f"the {members} images of class {target_class}"
     wanted = how_many(len(labels) if share_of == "set" and count is None else members, share, count, what)
     assert wanted is not None
@@ -76,6 +81,11 @@ def of_class(
             "poison fewer, or another class."
         )
     return wanted
+
+
+def is_class(value: Any) -> bool:
+    """Whether this is an integer, of Python or numpy, as labels are."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def drawn(candidates_N: Tensor, count: int, seed: int, attack: int) -> Tensor:
@@ -107,7 +117,7 @@ def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: i
             f"file of one, or a poisons.Target. Got {got}."
         )
     label = found.label if found is not None and target_class is None else target_class
-    if type(label) is not int or not 0 <= label < classes:
+    if not is_class(label) or not 0 <= label < classes:
         raise InputError(
             f"target_class must be what the victim is to call the target, a class from 0 to {classes - 1}. Got "
             f"{label!r}."
@@ -115,4 +125,4 @@ def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: i
     true = None if found is None else found.true_label
     if true == label:
         raise InputError(f"target_class must be another class than the target's own. Got {label}, which it shows.")
-    return Target(image, label, true, None if found is None else found.index)
+    return Target(image, int(label), true, None if found is None else found.index)

@@ -16,13 +16,12 @@ from tqdm.auto import tqdm
 from purifyloader import noise
 from purifyloader.devices import as_device, exact_arithmetic
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.pgd import round_within
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.presets import AttackSettings
 
-__all__ = ["Clean", "add", "opened", "poisoned"]
+__all__ = ["Clean", "add", "add_to", "opened", "poisoned", "rounded"]
 
 _SMALLEST = 8  # pixels along a side, as the networks halve it three times
 
@@ -78,14 +77,25 @@ def opened(dataset: Any, attack: str, seed: int, device: torch.device | str, pro
 
 
 def add(clean: Clean, delta_NCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
-    """x + delta in 8 bits, uint8 (N, H, W, C): within the bound, and saturating at black and white."""
+    """x + delta in 8 bits, uint8 (N, H, W, C); see `rounded`."""
     count, channels, height, width = clean.x.shape
     images = np.empty((count, height, width, channels), np.uint8)
     for index_B in clean.batches(1024):
-        levels = round_within(delta_NCHW[index_B], bound)
-        x = quantize((clean.x[index_B].to(torch.int16) + levels).float() / 255)
+        x = rounded(clean.x[index_B], delta_NCHW[index_B], bound)
         images[index_B.cpu().numpy()] = x.permute(0, 2, 3, 1).cpu().numpy()
     return images
+
+
+def add_to(clean: Clean, index_K: Tensor, delta_KCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
+    """All images, uint8 (N, H, W, C), those of the index moved as by `add`."""
+    x_NCHW = clean.x.clone()
+    x_NCHW[index_K] = rounded(clean.x[index_K], delta_KCHW, bound)
+    return np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def rounded(x_BCHW: Tensor, delta_BCHW: Tensor, bound: Bound) -> Tensor:
+    """x + delta in 8 bits of x in 8 bits, uint8: within the bound, and saturating at black and white."""
+    return (x_BCHW.to(torch.int16) + round_within(delta_BCHW, bound)).clamp(0, 255).to(torch.uint8)
 
 
 def poisoned(

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--preset",
         choices=("cpu", "full"),
-        help="of an attack that trains a network: small enough for a CPU, or as in the paper",
+        help="of an attack that trains a network: small enough for a CPU, or as far as may be as in the paper",
     )
     add("--device", help="of such an attack (default: a GPU where there is one, else cpu)")
     add(

@@ -9,7 +9,7 @@ set. What is left to learn from an image is then its noise, which is much the sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -26,7 +26,7 @@ from purifyloader.poisons.presets import AttackSettings, choose, told
 from purifyloader.poisons.surrogate import Training, crop_and_flip, cross_entropy
 from purifyloader.poisons.views import View, itself
 
-__all__ = ["PRESETS", "EmSettings", "em", "min_min"]
+__all__ = ["PRESETS", "EmSettings", "em", "min_min", "with_defaults"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +96,15 @@ def em(
     Raises:
         InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
     """
-    settings = choose(PRESETS, preset, {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options})
+    settings = choose(PRESETS, preset, with_defaults(options))
     with opened(dataset, "em", seed, device, progress) as clean:
         noise, measured = min_min(clean, settings, seed, "em")
         return poisoned(clean, add(clean, noise, settings.bound), "em", settings, seed, preset, **measured)
+
+
+def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with what class-wise noise has by default in place of a preset's."""
+    return {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options}
 
 
 def min_min(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from purifyloader.errors import InputError
 from purifyloader.poisons.choice import as_target, drawn, of_class
 from purifyloader.poisons.clean import Clean
-from purifyloader.poisons.pgd import project, round_within
+from purifyloader.poisons.pgd import project
 from purifyloader.poisons.poisoned import Bound, Target
 from purifyloader.poisons.presets import TrainedSettings
 from purifyloader.poisons.surrogate import crop_and_flip, last_features, uniforms
@@ -32,10 +32,8 @@ from purifyloader.poisons.surrogate import crop_and_flip, last_features, uniform
 __all__ = [
     "Few",
     "Objective",
-    "add_to",
     "aims",
     "approach",
-    "called",
     "chosen",
     "distances",
     "evaluated",
@@ -43,7 +41,6 @@ __all__ = [
     "features",
     "given",
     "rate",
-    "rounded",
     "seen",
     "within",
 ]
@@ -95,10 +92,8 @@ def chosen(
     channels, height, width = clean.x.shape[1:]
     aim = as_target(target, target_class, (height, width, channels), clean.classes)
     labels = clean.y.cpu().numpy()
+    wanted = of_class(labels, aim.label, share, count, default=default)
     members = np.flatnonzero(labels == aim.label)
-    if share is None and count is None:
-        count = min(default, len(members))
-    wanted = of_class(labels, aim.label, share, count)
     index_K = drawn(torch.from_numpy(members), wanted, seed, attack).to(clean.x.device)
     image_1CHW = torch.from_numpy(np.array(aim.image.transpose(2, 0, 1)[None], order="C"))  # torch may not write to it
     return Few(aim, image_1CHW.to(clean.x.device).to(torch.float32) / 255, index_K, clean.images(index_K))
@@ -228,19 +223,6 @@ def approach(
 
 def _view(x_KCHW: Tensor, settings: TrainedSettings, index_K: Tensor, seed: int, turn: int) -> Tensor:
     return crop_and_flip(x_KCHW, uniforms(seed, _VIEW, turn, index_K, (3,)), settings.pad, settings.flip)
-
-
-def rounded(base_KCHW: Tensor, delta_KCHW: Tensor, bound: Bound) -> Tensor:
-    """base + delta in 8 bits, uint8: within the bound, and saturating at black and white."""
-    levels = (base_KCHW * 255).round().to(torch.int16) + round_within(delta_KCHW, bound)
-    return levels.clamp(0, 255).to(torch.uint8)
-
-
-def add_to(clean: Clean, index_K: Tensor, delta_KCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
-    """All images, uint8 (N, H, W, C), those of the index moved as `rounded` does."""
-    x_NCHW = clean.x.clone()
-    x_NCHW[index_K] = rounded(clean.images(index_K), delta_KCHW, bound)
-    return np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).cpu().numpy())
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purifyloader.poisons.clean import opened
-from purifyloader.poisons.few import add_to, aims, approach, chosen, distances, evaluated, facts, features, given, rate
+from purifyloader.poisons.clean import add_to, opened
+from purifyloader.poisons.few import aims, approach, chosen, distances, evaluated, facts, features, given, rate
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.presets import TrainedSettings, choose, told
 from purifyloader.poisons.surrogate import train

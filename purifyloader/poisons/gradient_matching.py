@@ -23,8 +23,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.clean import Clean, opened
-from purifyloader.poisons.few import Few, add_to, chosen, evaluated, facts, given, rate, within
+from purifyloader.poisons.clean import Clean, add_to, opened
+from purifyloader.poisons.few import Few, chosen, evaluated, facts, given, rate, within
 from purifyloader.poisons.pgd import random_start
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.presets import TrainedSettings, choose, told

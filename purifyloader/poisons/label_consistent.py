@@ -20,9 +20,8 @@ from torch import Tensor
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.choice import drawn, of_class
-from purifyloader.poisons.clean import Clean, opened
+from purifyloader.poisons.clean import Clean, add_to, opened
 from purifyloader.poisons.descent import descend
-from purifyloader.poisons.few import add_to
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.presets import AdversarialSettings, TrainedSettings, choose, told
 from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
@@ -122,11 +121,8 @@ def label_consistent(
     with opened(dataset, "label-consistent", seed, device, progress) as clean:
         height, width = _size(clean)
         labels = clean.y.cpu().numpy()
-        unsaid = share is None and count is None
-        wanted = of_class(labels, target_class, share, 1 if unsaid else count)
+        wanted = of_class(labels, target_class, share, count, default=max(1, round(0.015 * len(labels))))
         members = np.flatnonzero(labels == target_class)
-        if unsaid:
-            wanted = min(max(1, round(0.015 * len(labels))), len(members))
         which = drawn(torch.from_numpy(members), wanted, seed, _ATTACK)
         index_K = which.to(clean.x.device)
         few = Clean(clean.x[index_K], clean.y[index_K], clean.classes, clean.bar)
@@ -145,7 +141,7 @@ def label_consistent(
         record = settings.record(
             seed,
             preset,
-            target_class=target_class,
+            target_class=int(target_class),
             share=share,
             count=count,
             called_label_before=share_called(network, shown, few.y),
@@ -158,7 +154,7 @@ def label_consistent(
             which.numpy(),
             bound=settings.bound_with_trigger,
             trigger=trigger,
-            target_class=target_class,
+            target_class=int(target_class),
             settings=record,
         )
 

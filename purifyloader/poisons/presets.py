@@ -13,7 +13,7 @@ from purifyloader.bench.victims import VICTIMS
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["AdversarialSettings", "AttackSettings", "Settings", "TrainedSettings", "choose", "told"]
+__all__ = ["AdversarialSettings", "AttackSettings", "Settings", "TrainedSettings", "choose", "field_names", "told"]
 
 Attack = TypeVar("Attack", bound=Callable[..., Poisoned])
 Settings = TypeVar("Settings", bound="AttackSettings")
@@ -176,9 +176,15 @@ def told(presets: Mapping[str, AttackSettings]) -> Callable[[Attack], Attack]:
             for field in fields(first)
         ]
         function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        function.presets = presets  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+def field_names(presets: Mapping[str, AttackSettings]) -> list[str]:
+    """The options that all of these presets are made of."""
+    return [field.name for field in fields(next(iter(presets.values())))]
 
 
 def choose(presets: Mapping[str, Settings], preset: str, options: Mapping[str, Any]) -> Settings:
@@ -189,7 +195,7 @@ def choose(presets: Mapping[str, Settings], preset: str, options: Mapping[str, A
     """
     if preset not in presets:
         raise InputError(f"preset must be one of {', '.join(presets)}. Got {preset!r}.")
-    known = [field.name for field in fields(presets[preset])]
+    known = field_names(presets)
     if unknown := [name for name in options if name not in known]:
         raise InputError(f"The options of this attack are {', '.join(known)}. Got {unknown[0]!r}.")
     return replace(presets[preset], **options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from purifyloader import corruptions, noise
 from purifyloader.purifiers import Purifier
 
-__all__ = ["View", "compensated", "composed", "itself", "purified"]
+__all__ = ["View", "compensated", "itself", "purified"]
 
 View = Callable[[Tensor, Tensor, int], Tensor]
 """(x_BCHW in [0, 1], index_B, turn) -> x_BCHW in [0, 1]; each image by itself."""
@@ -46,11 +46,6 @@ def purified(purifier: Purifier, seed: int) -> View:
         return purifier.purify_with_grad(x_BCHW, _keys(seed, _PURIFY, turn, index_B)).clamp(0, 1)
 
     return view
-
-
-def composed(first: View, second: View) -> View:
-    """`second` of what `first` gives."""
-    return lambda x_BCHW, index_B, turn: second(first(x_BCHW, index_B, turn), index_B, turn)
 
 
 def _keys(seed: int, purpose: int, turn: int, index_B: Tensor) -> Tensor:
