@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.bench.report import CLEAN, cells, in_order
+from purifyloader.bench.report import CLEAN, cells, in_order, recovered
 from purifyloader.bench.rows import Row
 from purifyloader.errors import PurifyError
 from purifyloader.files import replacing
@@ -25,45 +27,62 @@ _COLOURS = (
     *("#8c8c8c", "#2ea3c9", "#b8572e", "#5a6b2e", "#c06c9a"),
 )
 _GREY = "#555555"
+_THIN = {"lw": 0.8}
+_ACROSS, _BAR = 4, 0.19  # panels in a line, and inches of a bar
+_MANY = 0.7  # share of the most defences that a poison must have been measured with to be in a mean
 _GAIN = 8  # residuals are drawn that much stronger
 
 
 def accuracies(rows: Sequence[Row], path: str | Path) -> None:
-    """A group of bars an attack, a bar a defence; a whisker is the standard deviation over the seeds."""
+    """A panel an attack, a bar a defence; a whisker is the standard deviation over the seeds."""
     found = cells(rows)
     attacks, defences = in_order(found)
-    figure = _figure((max(8, 0.28 * len(attacks) * (len(defences) + 2)), 5.2))
-    axis = figure.add_axes((0.07, 0.2, 0.91, 0.7))
-    width = 0.85 / len(defences)
-    for i, defence in enumerate(defences):
-        present = [(n, found[a, defence].accuracy) for n, a in enumerate(attacks) if (a, defence) in found]
-        places = [n + (i - (len(defences) - 1) / 2) * width for n, _ in present]
-        means = [statistics.fmean(values) for _, values in present]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in present]
-        axis.bar(
-            places, means, width, yerr=spread, color=_COLOURS[i % len(_COLOURS)], label=defence, error_kw={"lw": 0.8}
+    colours = {defence: _COLOURS[i % len(_COLOURS)] for i, defence in enumerate(defences)}
+    across = min(_ACROSS, len(attacks))
+    shown = {a: [d for d in reversed(defences) if (a, d) in found] for a in attacks}  # the first on top
+    lines = [attacks[i : i + across] for i in range(0, len(attacks), across)]
+    rows_of = {a: max(len(shown[b]) for b in line) for line in lines for a in line}
+    heights = [0.75 + _BAR * rows_of[line[0]] for line in lines]
+    figure = _figure((0.4 + 3.5 * across, 0.5 + sum(heights)))
+    grid = figure.subplots(len(lines), across, squeeze=False, sharex=True, height_ratios=heights)
+    for axis, attack in itertools.zip_longest(grid.flat, attacks):
+        if attack is None:
+            axis.set_visible(False)
+            continue
+        accuracy = [found[attack, d].accuracy for d in shown[attack]]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracy]
+        means = [statistics.fmean(values) for values in accuracy]
+        axis.barh(
+            range(len(means)), means, 0.75, xerr=spread, color=[colours[d] for d in shown[attack]], error_kw=_THIN
         )
-    if (CLEAN, CLEAN) in found:
-        level = statistics.fmean(found[CLEAN, CLEAN].accuracy)
-        axis.axhline(level, color=_GREY, lw=0.8, ls="--")
-        axis.text(len(attacks) - 0.5, level + 0.7, "clean, undefended", ha="right", fontsize=8, color=_GREY)
-    axis.set_xticks(range(len(attacks)), ["clean" if a == CLEAN else a for a in attacks])
-    axis.set_ylabel("accuracy on clean test images, %")
-    axis.set_ylim(0, 100)
-    _plain(axis)
-    figure.legend(loc="lower center", ncols=min(6, len(defences)), fontsize=8, frameon=False)
+        axis.set_yticks(range(len(means)), shown[attack], fontsize=8)
+        axis.set_ylim(len(means) - rows_of[attack] - 0.4, len(means) - 0.4)  # bars of one width, from the top
+        if (CLEAN, CLEAN) in found:
+            axis.axvline(statistics.fmean(found[CLEAN, CLEAN].accuracy), color=_GREY, lw=0.8, ls="--")
+        axis.set_title("\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, 34)), fontsize=9)
+        axis.set_xlim(0, 100)
+        axis.tick_params("x", labelbottom=True, labelsize=8)
+        _plain(axis, "x")
+    figure.supxlabel("accuracy on clean test images, %; dashed: clean data, undefended", fontsize=9)
+    figure.tight_layout()
     _save(figure, path)
 
 
 def costs(rows: Sequence[Row], path: str | Path) -> None:
-    """Accuracy, the mean over all poisons measured with the defence, against the seconds that an image takes."""
+    """Accuracy, a mean over poisons, against the seconds that an image takes.
+
+    Of the poisons that bite, where some do, those that most defences were measured with, and the defences that were
+    measured with all of these: a mean over others would not compare.
+    """
     found = cells(rows)
-    every = {a for a, _ in found if a != CLEAN} or {CLEAN}
+    biting = {a for a, _ in found if recovered(found, a, CLEAN) is not None} or {a for a, _ in found if a != CLEAN}
+    counts = {a: sum(key[0] == a for key in found) for a in biting or {CLEAN}}
+    every = {a for a, count in counts.items() if count >= _MANY * max(counts.values())}
     figure = _figure((8, 5))
     axis = figure.add_axes((0.1, 0.13, 0.86, 0.8))
     for i, defence in enumerate(in_order(found)[1]):
         its = {a: found[a, defence] for a in every if (a, defence) in found}
-        if its.keys() != every:  # a mean over fewer poisons would not compare
+        if its.keys() != every:
             continue
         level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in its.values())
         seconds = max(1e-6, statistics.median(cell.seconds for cell in its.values()))
@@ -71,7 +90,7 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
         axis.annotate(defence, (seconds, level), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
     axis.set_xlabel("seconds to purify an image (1 microsecond: none)")
-    axis.set_ylabel(f"accuracy in %, mean over {', '.join(sorted(every))}")
+    axis.set_ylabel("\n".join(textwrap.wrap(f"accuracy in %, mean over {', '.join(sorted(every))}", 60)))
     _plain(axis)
     _save(figure, path)
 
@@ -176,10 +195,10 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, dpi=_DPI)
 
 
-def _plain(axis: Any) -> None:
+def _plain(axis: Any, values: str = "y") -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    axis.grid(axis="y", color="#dddddd", lw=0.6)
+    axis.grid(axis=values, color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
 
 

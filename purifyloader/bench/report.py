@@ -183,7 +183,9 @@ def _tables(rows: Sequence[Row]) -> list[str]:
         having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
         if set(having) - {CLEAN}:
             lines = [
-                [d, *(shown(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)] for d in defences
+                [d, *(shown(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)]
+                for d in defences
+                if any((a, d) in found for a in having if a != CLEAN)
             ]
             parts += [f"{title}, in %:", _table(["defence", *(_shown(a) for a in having)], lines)]
     parts += _published(ECLIPSE, SOURCE, attacks, defences)
