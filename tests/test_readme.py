@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from purifyloader import pretrained
+from purifyloader.bench import report, rows
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,6 +72,36 @@ def test_the_tables_of_puregen_are_the_measured_ones():
     results = json.loads((ROOT / "examples" / "results" / "puregen.json").read_text())
     assert example("puregen").with_tables(TEXT, results) == TEXT
     assert "<!-- audit -->" in TEXT
+
+
+RESULTS = ROOT / "examples" / "bench" / "results"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/rows.jsonl")), ids=lambda p: p.name)
+def test_the_tables_of_the_bench_are_of_their_rows(folder):
+    found = rows.read(folder / "rows.jsonl")
+    assert report.markdown(found) == (folder / "README.md").read_text(encoding="utf-8")
+    for row in found:
+        assert row["fingerprint"] == rows.fingerprint(row["settings"])
+        assert not re.search(r'"(/|[A-Za-z]:\\)', json.dumps(row)), "a row has no path"
+
+
+def test_the_table_of_the_bench_is_the_measured_one():
+    found = report.cells(rows.read(RESULTS / "sample" / "rows.jsonl"))
+    start = TEXT.index("<!-- bench -->")
+    head, _, *lines = TEXT[start : TEXT.index("<!-- end -->", start)].splitlines()[1:]
+    defences = [word.strip("` ") for word in head.strip("|").split("|")[1:]]
+    assert len(lines) >= 9
+    for line in lines:
+        attack, *cells = [word.strip(" *") for word in line.strip("|").split("|")]
+        key = "none" if attack == "clean" else attack.lower()
+        for defence, shown in zip(defences, cells, strict=True):
+            cell = found.get((key, defence))
+            if cell is None:
+                assert shown == "–", (attack, defence)
+                continue
+            spread = f" ± {statistics.stdev(cell.accuracy):.1f}" if len(cell.accuracy) > 1 else ""
+            assert shown == f"{statistics.fmean(cell.accuracy):.1f}{spread}", (attack, defence)
 
 
 def test_the_table_of_reading_is_the_measured_one():

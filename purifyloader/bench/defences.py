@@ -89,7 +89,7 @@ def _published(models: Models, sigma: float | None, fast: bool) -> Purifier:
     return recipes.eclipse(models.denoiser, fast=fast)
 
 
-_ONE_CALL = 0.05  # of one call: 12.75 px, with which sparse-trained denoisers of this library do best
+_ONE_CALL = 0.05  # of one call: 12.75 px, with which the tables of the README were made; @25 is the safer choice
 
 _ALL = (
     Defence("none", "nothing", None),

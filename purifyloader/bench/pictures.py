@@ -122,7 +122,8 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
     figure = _figure((1.5 + 5.2 * len(curves), 4.6))
     for axis, (defence, its) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         levels = sorted({px for points in its.values() for px, _ in points})
-        for attack, points in its.items():
+        for attack in (a for a in attacks if a in its):
+            points = its[attack]
             colour = _COLOURS[attacks.index(attack) % len(_COLOURS)]
             means = [statistics.fmean(values) for _, values in points]
             spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
@@ -138,8 +139,8 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
         _plain(axis)
     figure.axes[0].set_ylabel("accuracy on clean test images, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
-    figure.subplots_adjust(0.75 / figure.get_figwidth(), 0.21, 0.98, 0.92, 0.15)
+    figure.legend(handles, labels, loc="lower center", ncols=math.ceil(len(labels) / 2), fontsize=8, frameon=False)
+    figure.subplots_adjust(0.75 / figure.get_figwidth(), 0.24, 0.98, 0.92, 0.15)
     _save(figure, path)
     return True
 
