@@ -202,7 +202,6 @@ class Bench:
             bfloat16=self.fast,
         )
         found = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
-        # a victim of clean data says how often the targets of these seeds are called so by themselves
         target = poisoned.target
         if attack.name == CLEAN and self.data.classes > 1:  # how often the targets of attacks are called so anyway
             target = targeted.target_of(self.data, self.attack_seed, seed)
