@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("tune", help="propose how strongly to purify, from clean images and attacks", add_help=False)
     commands.add_parser("bench", help="train victims on poisons, with and without defences", add_help=False)
+    commands.add_parser(
+        "certify", help="how far training images could be changed without changing a vote", add_help=False
+    )
     commands.add_parser("poison", help="poison a dataset, to test a defence on it", add_help=False)
     return parser
 
@@ -99,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from purifyloader.bench.command import main as bench
 
             return bench(argv[1:])
+        if argv[:1] == ["certify"]:
+            from purifyloader.certify.command import main as certify
+
+            return certify(argv[1:])
         if argv[:1] == ["poison"]:
             from purifyloader.poisons.command import main as poison
 

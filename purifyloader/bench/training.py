@@ -118,8 +118,8 @@ def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
     return peak * min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup))
 
 
-def _with_new_head(start: nn.Module, classes: int, head_only: bool) -> nn.Module:
-    """A copy of a network whose last linear layer is initialised again; `head_only` freezes all else."""
+def _going_on(start: nn.Module, classes: int, head_only: bool, keep_head: bool) -> nn.Module:
+    """A copy of a network whose last linear layer is initialised again, or kept; `head_only` freezes all else."""
     model = copy.deepcopy(start).cpu()  # so that every device starts from the same layer
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].out_features != classes:
@@ -127,7 +127,8 @@ def _with_new_head(start: nn.Module, classes: int, head_only: bool) -> nn.Module
         raise InputError(f"start must end in a linear layer with an output for each of {classes} classes. Got {got}.")
     model.requires_grad_(not head_only)
     linear[-1].requires_grad_(True)
-    linear[-1].reset_parameters()
+    if not keep_head:
+        linear[-1].reset_parameters()
     # frozen features are those of evaluation: batch normalisation would go on counting, and dropout drawing
     return model.train(not head_only)
 
@@ -141,6 +142,7 @@ def train_victim(
     width: int = 16,
     start: nn.Module | None = None,
     head_only: bool = False,
+    keep_head: bool = False,
     epochs: int = 10,
     batch_size: int = 64,
     lr: float = 0.2,
@@ -168,6 +170,7 @@ def train_victim(
         width: of that.
         start: a network to go on from, in place of a new one; it is copied, and its last linear layer made anew.
         head_only: train that layer alone, and leave all else of `start` as it is in evaluation mode.
+        keep_head: go on with that layer too.
         batch_size: images a step; what is left over at the end of an epoch is left out of it.
         lr: highest learning rate of the cycle, reached after the share `warmup` of all steps; with warmup=None the
             learning rate throughout.
@@ -200,7 +203,7 @@ def train_victim(
         if start is None:
             model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
         else:
-            model = _with_new_head(start, classes, head_only).to(device)
+            model = _going_on(start, classes, head_only, keep_head).to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
         batch_size = min(batch_size, len(y))

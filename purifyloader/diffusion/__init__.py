@@ -1,5 +1,6 @@
 """Diffusion: noise schedules, the denoiser contract and its network, samplers and training objectives."""
 
+from purifyloader.diffusion.blind import BlindDenoiser
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.schedule import (
     ContinuousVP,
@@ -11,6 +12,7 @@ from purifyloader.diffusion.schedule import (
 from purifyloader.diffusion.unet import UNet, UNetConfig
 
 __all__ = [
+    "BlindDenoiser",
     "ContinuousVP",
     "CosineSchedule",
     "Denoiser",

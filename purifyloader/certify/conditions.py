@@ -1,0 +1,142 @@
+"""The conditions of a run, and whether each may have a certificate: decided before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader import recipes
+from purifyloader.certify.guards import Paths, reasons_against
+from purifyloader.certify.noising import Noised, models_of, noised, shared_images
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.purifiers import Compensation, Purifier
+
+__all__ = ["Condition", "Knowledge", "conditions", "reasons"]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A level and a kind of noise, with models and votes of its own.
+
+    Attributes:
+        name: for tables, "sigma 0.25".
+        folder: a name that files may have.
+        purifier: what makes the training set of a model.
+        noised: what it means for a certificate.
+        plain: noise without denoising.
+    """
+
+    name: str
+    folder: str
+    purifier: Purifier
+    noised: Noised
+    plain: bool = False
+
+
+def conditions(
+    sigmas: Sequence[float], model: str, *, plain: bool = False, files: Sequence[Path] = (), fast: bool = True
+) -> list[Condition]:
+    """What is asked for on a command line.
+
+    Args:
+        sigmas: of `recipes.denoise_once`, in units of [0, 1] images.
+        model: its denoiser, by name or folder; it is also one that the purifiers of `files` may use.
+        plain: each sigma also without denoising: the noised images, clamped to [0, 1] (the paper's comparison).
+        files: JSON of purifiers, as `Purifier.to_json` gives it.
+        fast: bfloat16 arithmetic of the networks of `denoise_once`. Noise is added before, in float32.
+
+    Raises:
+        ConfigError: nothing asked for, something twice, or a level or file that is none.
+        InputError: a sigma that the denoiser was not trained for.
+    """
+    if bad := [sigma for sigma in sigmas if not 0 < sigma < float("inf")]:
+        raise ConfigError(f"--sigma must be above 0, in units of [0, 1] images: 0.25 is 63.75 px. Got {bad[0]}.")
+    found = []
+    for sigma in sigmas:
+        purifier = recipes.denoise_once(model, sigma, fast=fast)
+        found.append(Condition(f"sigma {sigma:g}", f"sigma-{sigma:g}", purifier, noised(purifier)))
+    for sigma in sigmas if plain else ():
+        purifier = Compensation(p=0.0, sigma=sigma)
+        name = f"sigma {sigma:g}, plain noise"
+        found.append(Condition(name, f"sigma-{sigma:g}-plain", purifier, noised(purifier), plain=True))
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"--recipe must be a file with the JSON of a purifier. Got {str(file)!r}: no such file.")
+        purifier = recipes.from_json(file.read_text(encoding="utf-8"), [model])
+        folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
+        found.append(Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier)))
+    folders = [condition.folder for condition in found]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
+    if not found:
+        raise ConfigError("Expected --sigma or --recipe. Got neither: a certificate needs noise.")
+    return found
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known about a run beside its purifiers; see `purifyloader.certify.guards.Paths`.
+
+    Attributes:
+        draws: fixed draws of each image that a model sees.
+        warm_start: models go on from one that has seen these images without noise.
+        triggered: test inputs may be changed too.
+        learned_elsewhere: the user says that no denoiser has learned from these images or from earlier versions of
+            them; then it need not be known from what.
+        folder: of the denoiser, where one was given that is not known by its name.
+    """
+
+    draws: int = 1
+    warm_start: bool = False
+    triggered: bool = False
+    learned_elsewhere: bool = False
+    folder: str | None = None
+
+
+def reasons(
+    condition: Condition,
+    known: Knowledge,
+    train: NDArray[np.uint64],
+    test: NDArray[np.uint64],
+    models: int,
+    alpha: float,
+) -> tuple[str, ...]:
+    """Why a condition has no certificate; empty where it may have one.
+
+    Args:
+        train, test: `image_hashes` of the images that models are trained and tested on.
+        models: of estimation.
+
+    Raises:
+        InputError: a model has learned from test images, so that no accuracy would be honest; or it does not say what
+            it has learned from.
+    """
+    own = False
+    if not known.learned_elsewhere:
+        for its in models_of(condition.purifier):
+            name = its.name if known.folder is None else known.folder
+            if name is None:
+                raise InputError(
+                    f"Expected to know what the models of {condition.name} have learned from. Got one without a name: "
+                    "load it from a folder with its config.json, or say --learned-elsewhere if you know it."
+                )
+            own = own or shared_images(name, train) > 0
+            if both := shared_images(name, test):
+                raise InputError(
+                    f"Expected test images that no model has learned from. Got {both} of {len(test)} that {name} has: "
+                    "take others, or another model."
+                )
+    paths = Paths(
+        draws=known.draws,
+        secret_noise=True,  # `votes.new_seed`
+        selected=condition.noised.selected,
+        warm_start=known.warm_start,
+        own_denoiser=own,
+        triggered=known.triggered,
+    )
+    return (*condition.noised.reasons, *reasons_against(paths, models, alpha))

@@ -1,0 +1,63 @@
+"""Training functions of the user's: found by name, and known again by what is in their file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from purifyloader.errors import InputError
+
+if TYPE_CHECKING:
+    from purifyloader.certify.models import Train
+
+__all__ = ["named_training", "training_settings"]
+
+
+def named_training(spec: str) -> Train:
+    """The user's training function by its name, "package.module:function".
+
+    The working directory is put at the end of `sys.path`: a module of the user's own is found there, and hides none
+    that is installed.
+
+    Raises:
+        InputError: there is none of that name, or it is no function.
+    """
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise InputError(
+            f"Expected a training function as package.module:function. Got {spec!r}: give one of (training set, seed) "
+            "that returns a predictor."
+        )
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        function: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"Expected {name!r} of a module {module!r} that Python finds here or installed. Got: {error}."
+        ) from None
+    if not callable(function):
+        raise InputError(f"Expected {spec!r} to be a function of (training set, seed). Got {type(function).__name__}.")
+    train: Train = function
+    return train
+
+
+def training_settings(train: Train) -> dict[str, Any]:
+    """What a training is known by, as JSON: its own `settings()`, or its name and the hash of the file that it is in.
+
+    Only that file is looked at: what it imports, or reads, may change unnoticed.
+    """
+    given: Any = train
+    if callable(settings := getattr(given, "settings", None)):
+        return dict(settings())
+    name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
+    try:
+        source = Path(inspect.getfile(given)).read_bytes()
+    except (TypeError, OSError):  # built in, or of an interactive session
+        return {"function": name, "source_sha256": None}
+    return {"function": name, "source_sha256": hashlib.sha256(source).hexdigest()}

@@ -1,0 +1,291 @@
+"""NDTClassify: models that are trained on noised and denoised training sets, and what each says of the test inputs.
+
+Certified Robustness to Clean-Label Poisoning Using Diffusion Denoising (Hong, Carlini & Kurakin), Algorithm 1. Model k
+sees the training set D once: with one draw of N(0, sigma^2 I), denoised, rounded to the 8 bits in which images are
+kept. That and everything that training does with it is post-processing of the noised set. Nothing else of D may reach
+the model, which `purifyloader.certify.guards` is about.
+
+Noise and the seeds of training come from one secret seed: the noise of image i in draw j of model k, and the seed of
+model k's training. So the models are independent and alike, which is what their votes are counted for.
+
+What a computer draws is N(0, sigma^2) but nearly. Ours are float32 of a 64-bit key, and none is beyond 6.77 sigma: of
+the 150 million values of CIFAR-10 one would be with a probability of 0.002, which p_A may be off by beside alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from purifyloader import noise
+from purifyloader.bench.rows import fingerprint
+from purifyloader.cache.source import image_hashes
+from purifyloader.certify.functions import training_settings
+from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
+from purifyloader.devices import device_of
+from purifyloader.errors import InputError
+from purifyloader.images import quantize
+from purifyloader.poisons.arrays import as_arrays
+from purifyloader.purifiers import Purifier
+from purifyloader.sources import random_state_kept
+
+__all__ = ["DenoisedSet", "Predictor", "Train", "Voting", "fill", "ndt_classify"]
+
+Predictor = Callable[[Tensor], Any]
+"""images float32 (B, C, H, W) in [0, 1] -> class numbers, integers (B,), or logits, floats (B, K)."""
+
+Train = Callable[["DenoisedSet", int], Predictor]
+"""(training set, seed) -> predictor: the user's own training, or `purifyloader.certify.training.Training`."""
+
+_NOISE, _TRAINING = 0x6E6F6973, 0x74726E67  # "nois", "trng": what the keys drawn here are for
+_AT_ONCE = 256  # images that are purified or asked about together; decides no pixel
+_SEED_MASK = 2**31 - 1  # what every library takes for a seed
+
+
+class DenoisedSet(Dataset[Any]):
+    """A training set after noising and denoising, in the form of torchvision's CIFAR10.
+
+    Attributes:
+        data: uint8 (N, H, W, C).
+        targets: list of N class numbers.
+        classes: how many there are.
+        transform: of a PIL image, for `dataset[i]`; None, and yours to set.
+    """
+
+    def __init__(self, data: NDArray[np.uint8], targets: Sequence[int], classes: int) -> None:
+        self.data, self.targets, self.classes = data, list(targets), classes
+        self.transform: Callable[[Image.Image], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """(image, class): a PIL image, or what `transform` makes of it."""
+        image = self.data[index]
+        picture: Any = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        return (picture if self.transform is None else self.transform(picture)), self.targets[index]
+
+
+@dataclass(frozen=True, eq=False)
+class Voting:
+    """What all models of one condition have in common.
+
+    Attributes:
+        images: the training set, uint8 (N, H, W, C), un-noised; labels: int64 (N,).
+        test_images: uint8 (T, H, W, C), as they are.
+        purifier: that noises first, such as `recipes.denoise_once`. It is not asked here whether it does.
+        train: see `Train`.
+        classes: K.
+        draws: fixed draws of each image in one model's training set, one after another: K N images.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    purifier: Purifier
+    train: Train
+    classes: int
+    draws: int = 1
+
+    def noised(self, model: int, seed: int) -> DenoisedSet:
+        """The training set of a model."""
+        key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _NOISE), model)
+        parts = [self._purified(noise.fold_in(key, draw)) for draw in range(self.draws)]
+        return DenoisedSet(np.concatenate(parts), self.labels.tolist() * self.draws, self.classes)
+
+    def _purified(self, key: Tensor) -> NDArray[np.uint8]:
+        device = device_of(self.purifier) or torch.device("cpu")
+        out = []
+        for start in range(0, len(self.images), _AT_ONCE):
+            part = self.images[start : start + _AT_ONCE]
+            keys_B = noise.fold_in(key, torch.arange(start, start + len(part))).to(device)
+            x_BCHW = torch.from_numpy(np.array(part)).to(device).permute(0, 3, 1, 2).float() / 255
+            out.append(quantize(self.purifier(x_BCHW, keys_B)).permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(out)
+
+    def training_seed(self, model: int, seed: int) -> int:
+        """From 0 to 2^31 - 1."""
+        key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _TRAINING), model)
+        return int(key) & _SEED_MASK
+
+    def vote(self, model: int, seed: int) -> NDArray[np.int64]:
+        """What a model says of each test input, (T,).
+
+        Args:
+            model: its number, from 0.
+            seed: the secret one of all models.
+
+        Raises:
+            InputError: the predictor gives no class numbers or logits; and what training raises.
+        """
+        return self.asked(self.noised(model, seed), model, seed)
+
+    def asked(self, dataset: DenoisedSet, model: int, seed: int) -> NDArray[np.int64]:
+        """The rest of `vote`, for the training set that `noised` has made."""
+        with random_state_kept():  # a training function seeds what it likes
+            predictor = self.train(dataset, self.training_seed(model, seed))
+            if not callable(predictor):
+                raise InputError(
+                    "Expected a predictor of the training function, which gives class numbers or logits for images. "
+                    f"Got {type(predictor).__name__}: return the trained network."
+                )
+            return self._asked(predictor)
+
+    @torch.no_grad()
+    def _asked(self, predictor: Predictor) -> NDArray[np.int64]:
+        device = torch.device("cpu")
+        if isinstance(predictor, nn.Module):
+            predictor.eval()
+            device = device_of(predictor) or device
+        votes = []
+        for start in range(0, len(self.test_images), _AT_ONCE):
+            part = self.test_images[start : start + _AT_ONCE]
+            x_BCHW = torch.from_numpy(np.array(part)).to(device).permute(0, 3, 1, 2).float() / 255
+            votes.append(_classes_of(predictor(x_BCHW), len(part), self.classes))
+        return np.concatenate(votes)
+
+
+def _classes_of(answer: Any, count: int, classes: int) -> NDArray[np.int64]:
+    given = answer.detach().float().cpu().numpy() if _is_logits(answer) else np.asarray(_on_cpu(answer))
+    if given.shape == (count, classes) and given.dtype.kind == "f" and np.isfinite(given).all():
+        return given.argmax(axis=1).astype(np.int64)
+    if given.shape == (count,) and given.dtype.kind in "iu" and given.min() >= 0 and given.max() < classes:
+        return given.astype(np.int64)
+    values = f" from {given.min()} to {given.max()}" if given.dtype.kind in "iuf" and given.size else ""
+    raise InputError(
+        f"Expected of a predictor, for {count} images, class numbers from 0 to {classes - 1}, integers ({count},), or "
+        f"finite logits ({count}, {classes}). Got {given.dtype} {given.shape}{values}."
+    )
+
+
+def _is_logits(answer: Any) -> bool:
+    return isinstance(answer, Tensor) and answer.is_floating_point()  # bfloat16 is nothing that numpy knows
+
+
+def _on_cpu(answer: Any) -> Any:
+    return answer.detach().cpu().numpy() if isinstance(answer, Tensor) else answer
+
+
+def fill(
+    cells: Iterable[tuple[VoteFolder, Voting, int]], seen: Callable[[VoteFolder, int], object] = lambda folder, k: None
+) -> None:
+    """Make the votes that are missing; returns when all are there, made here or by another process.
+
+    Args:
+        cells: (folder, what its models have in common, a model's number), in the order in which they are made.
+        seen: told of each model that was made here.
+    """
+    left, wait = list(cells), False
+    while left:
+        again = []
+        for folder, voting, model in left:
+            if folder.has(model):
+                continue
+            lock = folder.lock(model)
+            if not lock.acquire(wait):
+                again.append((folder, voting, model))
+                continue
+            try:
+                if not folder.has(model):
+                    folder.write(model, voting.vote(model, folder.seed))
+                    seen(folder, model)
+            finally:
+                lock.release()
+        left, wait = again, True  # what others are at: wait for it, or make it where they died
+
+
+def ndt_classify(
+    data: Any,
+    test_images: NDArray[np.uint8],
+    purifier: Purifier,
+    train: Train,
+    models: int,
+    folder: str | Path | None = None,
+    *,
+    classes: int | None = None,
+    draws: int = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> NDArray[np.int64]:
+    """Train `models` models, each on its own noised and denoised training set, and ask them (Algorithm 1).
+
+    Split the votes by model for `certify`: some rows select, all others estimate. Votes alone do not show whether there
+    is a certificate to be had; ask `reasons_against` first.
+
+    Args:
+        data: the training set: a map-style dataset of (image, class), or (images uint8 (N, H, W, C), labels).
+        test_images: uint8 (T, H, W, C).
+        purifier: such as `recipes.denoise_once(model, sigma)`.
+        train: (`DenoisedSet`, seed) -> predictor; see `Train`. It must look at nothing else that was made from `data`.
+        models: n.
+        folder: where votes are kept, one file a model: the same call goes on after a stop, and any number of processes
+            may make it at once. None keeps them in memory.
+        classes: K; one more than the highest label by default.
+        draws: fixed draws of each image that a model sees; certify with `fixed_draws(sigma, draws)`.
+        settings: JSON of what else decides the votes, such as what `train` reads: a folder is not gone on with by
+            others. Data, purifier and the function's own file are looked at in any case.
+
+    Returns:
+        int64 (n, T): the class that each model says of each test input.
+
+    Raises:
+        InputError: data, images or numbers that do not fit, or a predictor that gives no classes.
+        ConfigError: the folder holds votes of other settings.
+    """
+    images, labels = as_arrays(data)
+    tests = np.asarray(test_images)
+    if tests.dtype != np.uint8 or tests.ndim != 4 or not len(tests) or tests.shape[1:] != images.shape[1:]:
+        raise InputError(
+            f"Expected test images uint8 (T, {', '.join(map(str, images.shape[1:]))}), as the training images. Got "
+            f"{tests.dtype} {tests.shape}."
+        )
+    if not isinstance(purifier, Purifier):
+        raise InputError(f"Expected a purifier, such as `recipes.denoise_once(...)`. Got {type(purifier).__name__}.")
+    for name, value in (("models", models), ("draws", draws)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+    highest = int(labels.max()) + 1
+    classes = max(2, highest) if classes is None else classes
+    if type(classes) is not int or not max(2, highest) <= classes <= MOST_CLASSES:
+        raise InputError(
+            f"Expected from {max(2, highest)} to {MOST_CLASSES:,} classes, as labels say. Got {classes!r}."
+        )
+    voting = Voting(images, labels, tests, purifier, train, classes, draws)
+    if folder is None:
+        seed = new_seed()
+        return np.stack([voting.vote(model, seed) for model in range(models)])
+    votes = VoteFolder(
+        folder,
+        {**voting_settings(voting), **(settings or {})},
+        models=models,
+        inputs=len(tests),
+        classes=classes,
+    )
+    fill((votes, voting, model) for model in range(models))
+    votes.tidy()
+    return votes.all()
+
+
+def voting_settings(voting: Voting) -> dict[str, Any]:
+    """What decides the votes beside the secret, as JSON."""
+    data = {
+        "hashes": image_hashes(voting.images).tolist(),
+        "labels": voting.labels.tolist(),
+        "test_hashes": image_hashes(voting.test_images).tolist(),
+    }
+    device = device_of(voting.purifier) or torch.device("cpu")
+    return {
+        "data": fingerprint(data),
+        "purifier": voting.purifier.identity(),
+        "training": training_settings(voting.train),
+        "draws": voting.draws,
+        "device": device.type,
+    }

@@ -1,0 +1,172 @@
+"""Certificates as one picture. matplotlib is an extra, imported when it is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from purifyloader.certify.report import check_results
+from purifyloader.errors import PurifyError
+from purifyloader.files import replacing
+
+__all__ = ["curves"]
+
+_DPI = 110
+_COLOURS = ("#1a3f8f", "#d1603d", "#3b8c6e", "#7a5195", "#f2b134", "#2ea3c9", "#8c8c8c", "#5a6b2e", "#c06c9a")
+_GREY = "#555555"
+_SEVERAL = 10  # images that share the radius of the upper axis
+# conditions of one panel and one sigma are told apart by the second and third; a plain one is never a solid line
+_LINES: dict[bool, tuple[Any, ...]] = {False: ("-", (0, (8, 1.5)), (0, (8, 1.5, 1, 1.5))), True: ("--", ":", "-.")}
+_TITLES = {False: "noise and denoise", True: "noise alone"}
+# inches
+_PANEL, _TALL = 5.0, 3.3
+_LEFT, _RIGHT, _GAP, _TOP, _AXIS, _EDGE = 0.7, 0.25, 0.35, 0.8, 0.55, 0.12
+_ENTRY, _LINE = 0.18, 0.17  # of a legend, and of the caption
+_LONGEST = 56  # letters of a name below a panel
+
+
+def curves(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draw certified accuracy against the radius as a PNG, whole or not at all: Figure 1 of the paper.
+
+    A line a condition, a colour a sigma, and a panel each for noise that is taken off again and for noise that is
+    not. A dot at radius 0 is the accuracy of the vote. Conditions without a certificate are named, and not drawn.
+
+    Args:
+        results: of `purifyloader.certify.report.results`, or read from its JSON.
+        path: replaced where it is.
+
+    Raises:
+        InputError: results of something else.
+        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_results(results)
+    certified = [its for its in results["conditions"] if its["certificate"] is not None]
+    without = [its["name"] for its in results["conditions"] if its["certificate"] is None]
+    sigmas = sorted({its["sigma"] for its in certified})
+    colours = {sigma: _COLOURS[i % len(_COLOURS)] for i, sigma in enumerate(sigmas)}
+    kinds = [plain for plain in (False, True) if any(its["plain"] is plain for its in certified)]
+    panels = [[its for its in certified if its["plain"] is plain] for plain in kinds]
+    across = max(1, len(panels))
+    width = _LEFT + _PANEL * across + _GAP * (across - 1) + _RIGHT
+    caption = _caption(without, bool(certified), width)
+    if not certified:
+        _nothing(caption, width, path)
+        return
+    below = _AXIS + _ENTRY * max(len(its) for its in panels) + _EDGE + _LINE * len(caption) + _EDGE
+    height = _TOP + _TALL + below
+    figure = _figure((width, height))
+    axes = [
+        figure.add_axes(
+            ((_LEFT + i * (_PANEL + _GAP)) / width, below / height, _PANEL / width, _TALL / height),
+            **({"sharex": figure.axes[0], "sharey": figure.axes[0]} if i else {}),
+        )
+        for i in range(across)
+    ]
+    for axis, its, plain in zip(axes, panels, kinds, strict=True):
+        _lines(axis, its, colours, plain)
+        _dress(axis, _TITLES[plain])
+    best = max(its["certificate"]["best_radius"] for its in certified)
+    axes[0].set_xlim(0, 1.04 * (max(map(_end, certified)) or best))  # the best may be far beyond all lines
+    top = max(max(its["vote"]["accuracy"], its["certificate"]["certified"]) for its in certified)
+    axes[0].set_ylim(0, min(100, 10 * math.ceil((top + 3) / 10)))
+    for axis in axes[1:]:
+        axis.tick_params("y", labelleft=False)
+    axes[0].set_ylabel("test inputs, %")
+    _write(figure, caption)
+    _save(figure, path)
+
+
+def _lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[float, str], plain: bool) -> None:
+    drawn: dict[float, int] = {}
+    for its in conditions:
+        colour, nth = colours[its["sigma"]], drawn.get(its["sigma"], 0)
+        drawn[its["sigma"]] = nth + 1
+        line = _LINES[plain][nth % len(_LINES[plain])]
+        name = its["name"] if len(its["name"]) <= _LONGEST else its["name"][: _LONGEST - 1] + "…"
+        points = [at for at in zip(its["curve"]["radii"], its["curve"]["accuracy"], strict=True) if at[0] <= _end(its)]
+        # Between two radii it is what it is at the smaller one. The space is for a name that begins with an
+        # underscore, which a legend leaves out.
+        axis.step(*zip(*points, strict=True), where="post", color=colour, ls=line, lw=1.7, label=f" {name}")
+        axis.plot([0], [its["vote"]["accuracy"]], "o", color=colour, ms=5, clip_on=False, zorder=5)
+    legend = axis.legend(
+        loc="upper left",
+        bbox_to_anchor=(0, -_AXIS / _TALL),
+        borderaxespad=0,
+        borderpad=0,
+        frameon=False,
+        fontsize=8.5,
+        handlelength=3.2,
+        labelspacing=0.35,
+    )
+    for text in legend.get_texts():  # dollars in a name are no formula
+        text.set_parse_math(False)
+
+
+def _end(condition: Mapping[str, Any]) -> float:
+    """The radius at which nothing is left."""
+    curve = condition["curve"]
+    return float(curve["radii"][curve["accuracy"].index(0.0)])
+
+
+def _dress(axis: Any, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=11, pad=10)
+    axis.set_xlabel("radius: l2 of all changes together, images in [0, 1]", fontsize=9)
+    each = axis.secondary_xaxis(
+        "top", functions=(lambda r: r / math.sqrt(_SEVERAL), lambda one: one * math.sqrt(_SEVERAL))
+    )
+    each.set_xlabel(f"l2 of each of {_SEVERAL} changed images", fontsize=8, color=_GREY)
+    each.tick_params(labelsize=8, colors=_GREY)
+    each.spines[:].set_color(_GREY)
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#dddddd", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def _caption(without: Sequence[str], certified: bool, width: float) -> list[str]:
+    sentences = []
+    if certified:
+        sentences.append(
+            "Lines: right, and still so after any change of the training images of that norm. Dots at 0: right by the "
+            "vote, certified or not."
+        )
+    if without:
+        sentences.append(f"No certificate: {', '.join(without)}.")
+    return [line for sentence in sentences for line in wrap(sentence, int(15.5 * (width - _LEFT - _RIGHT)))]
+
+
+def _write(figure: Any, caption: Sequence[str]) -> None:
+    width, height = figure.get_size_inches()
+    at = _LEFT / width, _EDGE / height
+    figure.text(*at, "\n".join(caption), va="bottom", fontsize=8, color=_GREY, linespacing=1.4, parse_math=False)
+
+
+def _nothing(caption: Sequence[str], width: float, path: str | Path) -> None:
+    height = 0.75 + _LINE * len(caption) + 2 * _EDGE
+    figure = _figure((width, height))
+    figure.text(_LEFT / width, 1 - 0.35 / height, "Nothing to draw", va="center", fontsize=11)
+    _write(figure, caption)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PurifyError(
+            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
+        ) from None
+    return Figure(figsize=size, dpi=_DPI)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            # no version of matplotlib in the file: the same results are the same bytes
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error

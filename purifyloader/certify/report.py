@@ -1,0 +1,536 @@
+"""What becomes of the votes: plain data with every figure, a page and a picture.
+
+Where there is a reason against a certificate, the condition has none, and no figure that could be taken for one.
+Everything is in units of [0, 1] images, and every radius is an l2 norm over the stacked training set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from purifyloader.bench.rows import versions
+from purifyloader.certify.counting import counts
+from purifyloader.certify.guards import Paths, reasons_against
+from purifyloader.certify.statistics import (
+    ABSTAIN,
+    best_lower_bound,
+    best_radius,
+    certified_accuracy,
+    certify,
+    fixed_draws,
+    linf_epsilon,
+    predict,
+    radius_per_image,
+)
+from purifyloader.errors import InputError
+from purifyloader.evaluation.output import has_matplotlib
+from purifyloader.files import canonical_json, write_text, writing
+
+__all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "SCHEMA", "Outcome", "Written", "markdown", "results", "write"]
+
+SCHEMA = 1
+
+RESULTS_FILE, PAGE_FILE, PICTURE_FILE = "certificates.json", "README.md", "certified.png"
+
+_NICE = (1, 2, 3, 5)  # in front of a power of ten: radii that a table has a column for
+_COLUMNS = 4
+_SEVERAL = 10  # images that share a radius
+_NOTHING_ELSE = Paths(1, secret_noise=True, selected=False, warm_start=False, own_denoiser=False, triggered=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The votes of one condition, which is a level and a kind of noise.
+
+    Attributes:
+        name: such as "sigma 0.25", "sigma 0.25, plain noise", or a recipe file's name.
+        sigma: of each noise draw, above 0, in units of [0, 1] images; None where there is no such noise, which is a
+            reason.
+        draws: K, how many fixed draws of each image a model sees.
+        plain: the images were noised and not denoised.
+        purifier: its configuration, as JSON has it.
+        reasons: why there is no certificate, as of `reasons_against`; empty where there is one.
+        selection: class numbers (n, T), the votes of the models that select.
+        estimation: class numbers (m, T), the votes of all others.
+    """
+
+    name: str
+    sigma: float | None
+    draws: int
+    plain: bool
+    purifier: Mapping[str, Any]
+    reasons: tuple[str, ...]
+    selection: NDArray[np.int64]
+    estimation: NDArray[np.int64]
+
+
+class Written(NamedTuple):
+    """What `write` wrote.
+
+    Attributes:
+        paths: of the files.
+        note: why there is no picture, where one was wanted; else empty.
+    """
+
+    paths: list[Path]
+    note: str
+
+
+# -- figures -----------------------------------------------------------------------------------------
+
+
+def results(
+    outcomes: Sequence[Outcome], labels: ArrayLike, classes: int, alpha: float, *, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that is known of the votes, as plain JSON data: the same votes give the same.
+
+    Args:
+        outcomes: one or more, of different names and on the same test inputs.
+        labels: integers (T,), the classes of the test inputs, from 0 to K - 1.
+        classes: K, at least 2.
+        alpha: in (0, 1), how often a statement about one test input may be false.
+        settings: what the models were trained with, as JSON has it. `markdown` shows it, and says more about radii
+            where its "data" has "train", the number of training images, and "values", those of an image.
+
+    Returns:
+        schema, settings, versions, test_inputs, classes, alpha, alpha_is (in words), labels and conditions. Each of
+        these has its name, sigma, certified_sigma (of `fixed_draws`; None without a certificate), draws, plain,
+        purifier, models, reasons and
+
+        - one_model: "mean" and "std" (None of one) over all n + m models, % of the test inputs that are right.
+        - vote: % of the test inputs. "accuracy": right by the class that most of the n + m models vote for, of
+          several that with the smallest number; "predicted": right and no abstention of `predict`; "abstained".
+        - certificate: None where there are reasons. "predictions", of the selection votes; "agreeing", how many
+          estimation votes say the same; "radii", 0 where there is none; "best_radius", if all agreed; "certified",
+          % right with a radius above 0; "median_radius" of these, None where there are none.
+        - curve: None where there are reasons. "accuracy", % right with a larger radius, at each of "radii": 0, all
+          where it falls, and the best. Between two of them it is what it is at the smaller one.
+
+        Where no reason is given, too few models for any certificate are found here to be one.
+
+    Raises:
+        InputError: votes, labels, numbers, settings or a purifier that are not as said above.
+        PurifyError: SciPy is not installed.
+    """
+    best_lower_bound(1, alpha)  # refuses what is no alpha
+    given: object = outcomes
+    if not isinstance(given, Sequence) or not given or not all(isinstance(its, Outcome) for its in given):
+        raise InputError(f"Expected one or more outcomes. Got {given!r:.80}: give a list of Outcome.")
+    for name in (its.name for its in outcomes):
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError(f"An outcome's name must be a line of text. Got {name!r}: name what was done.")
+    names = [its.name for its in outcomes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"Expected outcomes of different names. Got {twice[0]!r} twice: name what differs.")
+    true = _labels(labels, classes)
+    conditions = []
+    for outcome in outcomes:
+        try:
+            conditions.append(_condition(outcome, true, classes, alpha))
+        except InputError as error:
+            raise InputError(f"{outcome.name}: {error}") from error
+    return {
+        "schema": SCHEMA,
+        "settings": _plain_data(settings, "settings"),
+        "versions": versions(),
+        "test_inputs": len(true),
+        "classes": int(classes),
+        "alpha": float(alpha),
+        "alpha_is": _alpha_in_words(alpha, len(true)),
+        "labels": true.tolist(),
+        "conditions": conditions,
+    }
+
+
+def _alpha_in_words(alpha: float, inputs: int) -> str:
+    return (
+        f"alpha is the chance of a false statement about one test input: at most {alpha:g} for each prediction that is "
+        "no abstention, and for each radius. All of them rest on the same models and may be false together. To have "
+        f"all {inputs:,} predictions, or all {inputs:,} radii, true with probability 1 - {alpha:g}, ask for alpha / "
+        f"{inputs:,} = {alpha / inputs:.3g}."
+    )
+
+
+def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha: float) -> dict[str, Any]:
+    sigma = _checked_sigma(outcome)
+    selection = _checked_votes(outcome.selection, "selection", len(labels), classes)
+    estimation = _checked_votes(outcome.estimation, "estimation", len(labels), classes)
+    if np.shares_memory(outcome.selection, outcome.estimation):  # `certify` sees only counts, which are new arrays
+        raise InputError(
+            "Expected estimation votes of other models than those that selected. Got arrays that share models: give "
+            "the votes of some for selection and of all others for estimation."
+        )
+    every = np.concatenate([selection, estimation])
+    if not len(every):
+        raise InputError("Expected votes of one or more models. Got none: train some.")
+    single = [_percent(right, len(labels)) for right in (every == labels).sum(axis=1)]
+    voted = counts(every, classes)
+    predicted = predict(voted, alpha)
+    reasons = _reasons(outcome, len(selection), len(estimation), alpha)
+    certificate, curve, certified_sigma = None, None, None
+    if sigma is not None and not reasons:
+        certified_sigma = fixed_draws(sigma, outcome.draws)
+        certificate, curve = _certified(
+            counts(selection, classes), counts(estimation, classes), labels, certified_sigma, alpha
+        )
+    return {
+        "name": outcome.name,
+        "sigma": sigma,
+        "draws": int(outcome.draws),
+        "certified_sigma": certified_sigma,
+        "plain": outcome.plain,
+        "purifier": _plain_data(outcome.purifier, "purifier"),
+        "models": {"selection": len(selection), "estimation": len(estimation)},
+        "reasons": reasons,
+        "one_model": {
+            "mean": statistics.fmean(single),
+            "std": statistics.stdev(single) if len(single) > 1 else None,
+        },
+        "vote": {
+            "accuracy": _percent((voted.argmax(axis=1) == labels).sum(), len(labels)),
+            "predicted": _percent((predicted == labels).sum(), len(labels)),
+            "abstained": _percent((predicted == ABSTAIN).sum(), len(labels)),
+        },
+        "certificate": certificate,
+        "curve": curve,
+    }
+
+
+def _reasons(outcome: Outcome, selecting: int, estimating: int, alpha: float) -> list[str]:
+    """Those given; where there are none, what the numbers of models have against a certificate."""
+    if outcome.reasons:
+        return list(outcome.reasons)
+    missing = [what for what, models in (("selection", selecting), ("estimation", estimating)) if not models]
+    if missing:
+        return [
+            f"There are no models for {missing[0]}: a certificate takes some that choose the class, and others that "
+            "say how sure it is."
+        ]
+    return reasons_against(_NOTHING_ELSE, estimating, alpha)
+
+
+def _certified(
+    selection: NDArray[np.int64], estimation: NDArray[np.int64], labels: NDArray[np.int64], sigma: float, alpha: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The certificate and its curve."""
+    found = certify(selection, estimation, sigma, alpha)
+    best = best_radius(sigma, found.models, alpha)
+    # The bound where all agree is computed in two ways, which every SciPy need not round alike. A smaller radius is
+    # as true.
+    radii = np.minimum(found.radii, best)
+    right = (found.predictions == labels) & (radii > 0)
+    at = np.unique([0.0, *radii[right], best])
+    accuracy = [100 * share for share in certified_accuracy(found, labels, at).tolist()]
+    accuracy[-1] = 0.0  # for the same reason
+    certificate = {
+        "predictions": found.predictions.tolist(),
+        "agreeing": np.take_along_axis(estimation, found.predictions[:, None], axis=1)[:, 0].tolist(),
+        "radii": radii.tolist(),
+        "best_radius": best,
+        "certified": accuracy[0],
+        "median_radius": float(np.median(radii[right])) if right.any() else None,
+    }
+    return certificate, {"radii": at.tolist(), "accuracy": accuracy}
+
+
+def _percent(count: Any, of: int) -> float:
+    return 100 * int(count) / of
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
+    """The results as a page for somebody who knows nothing of them.
+
+    Args:
+        results: of `results`, or read from its JSON.
+        picture: name of a file of `purifyloader.certify.pictures.curves`, shown below the table.
+
+    Raises:
+        InputError: results of something else.
+    """
+    check_results(results)
+    conditions = results["conditions"]
+    certified = [its for its in conditions if its["certificate"] is not None]
+    columns = _nice_radii(certified)
+    parts = ["# Certified denoising", _what_was_done(results), f"{results['alpha_is']}"]
+    parts.append(_main_table(conditions, columns))
+    parts.append(_what_columns_are(conditions, columns))
+    if picture is not None and certified:
+        parts.append(f"![Certified accuracy against the radius]({picture})")
+    if certified:
+        parts += _in_other_words(results, certified, columns)
+    parts += [
+        "## What is not promised",
+        "A certificate is about the pixels of the training images, changed in any way within the radius and at any "
+        "number of images. It is not about test inputs that are changed too, as by a back door's trigger, nor about "
+        "changed labels, nor about images that are added or taken away: labels and the number of images are as they "
+        "were. And it says that a prediction stays as it is, not that it is right: the table and the picture count "
+        "those that are right besides.",
+    ]
+    if without := [its for its in conditions if its["certificate"] is None]:
+        parts.append("## No certificate")
+        for its in without:
+            reasons = "\n".join(f"- {reason}" for reason in its["reasons"])
+            parts.append(f"**{_escaped(its['name'])}**, no certificate:\n\n{reasons}")
+    parts += ["## Settings", "```json\n" + json.dumps(_described(results), indent=1, sort_keys=True) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what_was_done(results: Mapping[str, Any]) -> str:
+    train = _of_data(results, "train")
+    images = "the training images" if train is None else f"{train:,} training images"
+    conditions = results["conditions"]
+    models = sorted({sum(its["models"].values()) for its in conditions})
+    many = f"{models[0]:,}" if len(models) == 1 else f"{models[0]:,} to {models[-1]:,}"
+    plain = [its["plain"] for its in conditions if its["certificate"] is not None]
+    denoised = "" if all(plain) else ", and denoised unless it says plain noise," if any(plain) else " and denoised"
+    noised = (
+        f" Where there is a certificate, every image was noised{denoised} for each model anew, before its training "
+        "began."
+        if plain
+        else ""
+    )
+    return (
+        f"For each condition {many} models were trained on {images}.{noised} The models vote on "
+        f"each of {results['test_inputs']:,} test inputs of {results['classes']:,} classes. Some models select the "
+        "class that is certified, and all others, the estimation, say how sure it is.\n\n"
+        "A certificate of radius R says of one test input: whatever is done to the training images, if the l2 norm of "
+        "all changes, stacked into one vector in units of [0, 1] images, is below R, the class that most of endlessly "
+        "many such models would vote for stays the same."
+    )
+
+
+def _main_table(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float]) -> str:
+    head = ["condition", "sigma", "models", "one model", "vote", "abstained", "certified"]
+    head += [f"within {radius:g}" for radius in columns]
+    head.append("best radius")
+    draws = any(its["draws"] > 1 for its in conditions)
+    if draws:
+        head.insert(2, "draws")
+    lines = []
+    for its in conditions:
+        one, vote, certificate = its["one_model"], its["vote"], its["certificate"]
+        spread = "" if one["std"] is None else f" ± {one['std']:.1f}"
+        lines.append(
+            [
+                _escaped(its["name"]),
+                "–" if its["sigma"] is None else f"{its['sigma']:g}",
+                *(["–" if its["sigma"] is None else str(its["draws"])] if draws else []),
+                f"{its['models']['selection']:,} + {its['models']['estimation']:,}",
+                f"{one['mean']:.1f}{spread}",
+                f"{vote['accuracy']:.1f}",
+                f"{vote['abstained']:.1f}",
+                *(
+                    ["–"] * (len(columns) + 2)
+                    if certificate is None
+                    else [
+                        f"{certificate['certified']:.1f}",
+                        *(f"{_at(its['curve'], radius):.1f}" for radius in columns),
+                        f"{certificate['best_radius']:.3g}",
+                    ]
+                ),
+            ]
+        )
+    return _table(head, lines)
+
+
+def _what_columns_are(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float]) -> str:
+    words = [
+        "In % of the test inputs. Sigma: the standard deviation of the noise. Models: selection + estimation. One "
+        "model: those that a model of its own gets right, mean and standard deviation over the models. Vote: right by "
+        "the class that most models vote for. Abstained: the votes do not tell that class from the second at this "
+        "alpha."
+    ]
+    if any(its["draws"] > 1 for its in conditions):
+        words.append("Draws: fixed noise draws of each image that a model sees; K of them divide a radius by √K.")
+    if columns:
+        words.append(
+            "Certified: right, with a radius above 0; within r: right, and still so after any change of norm r. Best "
+            "radius: what a test input has on which all models of the estimation agree. More models raise it."
+        )
+    if any(its["certificate"] is None for its in conditions):
+        words.append("–: no certificate, for the reasons below.")
+    return " ".join(words)
+
+
+def _in_other_words(
+    results: Mapping[str, Any], certified: Sequence[Mapping[str, Any]], columns: Sequence[float]
+) -> list[str]:
+    """What radii allow: to one image, to some, to one in a hundred."""
+    best = max(certified, key=lambda its: its["certificate"]["best_radius"])
+    radii = [*columns, best["certificate"]["best_radius"]]
+    train, values = _of_data(results, "train"), _of_data(results, "values")
+    head, cells = ["one image"], [[f"{radius:.3g}" for radius in radii]]
+    shares = [(_SEVERAL, f"each of {_SEVERAL} images")]
+    if train is not None and (hundredth := round(train / 100)) not in (0, 1, _SEVERAL):
+        shares.append((hundredth, f"each of {hundredth:,} images, 1 %"))
+    for images, name in shares:
+        head.append(name)
+        cells.append([f"{radius:.3g}" for radius in radius_per_image(radii, images).tolist()])
+    words = (
+        "How large a change may be, of l2 norm, where one image is changed, or where several are changed alike. The "
+        f"last line is the largest radius that can be had here, {_escaped(best['name'])} with all models in agreement."
+    )
+    if values is not None:
+        head.append("one image, each value, levels of 255")
+        cells.append([f"{255 * epsilon:.3g}" for epsilon in linf_epsilon(radii, 1, values).tolist()])
+        words += (
+            f" The last column is an l-infinity norm: each of an image's {values:,} values may change by less than so "
+            "many levels of 255."
+        )
+    return ["## What a radius allows", words, _table(head, list(zip(*cells, strict=True)))]
+
+
+def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
+    """A few round numbers, from a quarter of the smallest best radius to below the largest."""
+    best = [its["certificate"]["best_radius"] for its in certified]
+    if not best:
+        return []
+    powers = range(math.floor(math.log10(min(best) / 4)), math.floor(math.log10(max(best))) + 1)
+    nice = [radius for power in powers for digit in _NICE if (radius := float(f"{digit}e{power}")) < max(best)]
+    first = max(0, sum(radius <= min(best) / 4 for radius in nice) - 1)
+    nice = nice[first:]
+    if len(nice) <= _COLUMNS:
+        return nice
+    return [nice[round(i * (len(nice) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
+
+
+def _at(curve: Mapping[str, Any], radius: float) -> float:
+    """The curve at any radius: what it is at the next one below, for it only steps."""
+    return float(curve["accuracy"][int(np.searchsorted(curve["radii"], radius, "right")) - 1])
+
+
+def _described(results: Mapping[str, Any]) -> dict[str, Any]:
+    purifiers = {its["name"]: its["purifier"] for its in results["conditions"]}
+    return {"alpha": results["alpha"], "purifiers": purifiers, **{k: results[k] for k in ("settings", "versions")}}
+
+
+def _of_data(results: Mapping[str, Any], name: str) -> int | None:
+    """A number that the settings have of the data, where they do."""
+    data = results["settings"].get("data")
+    value = data.get(name) if isinstance(data, Mapping) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _escaped(name: str) -> str:
+    """A name that neither ends a cell nor changes its font."""
+    return "".join(f"\\{letter}" if letter in "\\|*_`<[" else letter for letter in name)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    aligned = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, aligned, *lines])
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def write(results: Mapping[str, Any], folder: str | Path, picture: bool = True) -> Written:
+    """Write the results, a page and a picture, each whole or not at all; files of these names are replaced.
+
+    Args:
+        results: of `results`, or read from its JSON.
+        folder: created where it is not there.
+        picture: draw one. Without matplotlib there is none, and the note says so.
+
+    Raises:
+        InputError: results of something else.
+        PurifyError: a file cannot be written.
+    """
+    check_results(results)
+    folder = Path(folder)
+    drawing = picture and has_matplotlib()
+    texts = {
+        RESULTS_FILE: canonical_json(results) + "\n",
+        PAGE_FILE: markdown(results, picture=PICTURE_FILE if drawing else None),
+    }
+    for name in (*texts, PICTURE_FILE):  # none of an older result may stay beside these
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        with writing(folder / name):
+            write_text(folder / name, text)
+    paths = [folder / name for name in texts]
+    if drawing:
+        from purifyloader.certify.pictures import curves
+
+        curves(results, folder / PICTURE_FILE)
+        paths.append(folder / PICTURE_FILE)
+    note = "no picture without matplotlib: pip install 'purifyloader[plots]'" if picture and not drawing else ""
+    return Written(paths, note)
+
+
+# -- checks ------------------------------------------------------------------------------------------
+
+
+def check_results(results: object) -> None:
+    """Refuse what `results` has not made, before a key of it is missed.
+
+    Raises:
+        InputError: it is something else, or of another schema.
+    """
+    if not isinstance(results, Mapping) or results.get("schema") != SCHEMA or "alpha_is" not in results:
+        got = f"schema {results.get('schema')!r}" if isinstance(results, Mapping) else type(results).__name__
+        raise InputError(f"Expected certificates of schema {SCHEMA}. Got {got}: give what `results` returns.")
+
+
+def _labels(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
+    found = np.asarray(labels)
+    if found.dtype.kind not in "iu" or found.ndim != 1 or not len(found):
+        raise InputError(f"labels must be integers (T,): one a test input. Got {found.dtype} {found.shape}.")
+    try:
+        counts(found[None], classes)  # refuses what is no class number
+    except InputError as error:
+        raise InputError(f"labels: {error}") from error
+    return found.astype(np.int64)
+
+
+def _checked_sigma(outcome: Outcome) -> float | None:
+    """The sigma of an outcome whose other fields are as they should be."""
+    plain: object = outcome.plain
+    if not isinstance(plain, bool):
+        raise InputError(f"plain must be True or False: whether nothing was denoised. Got {plain!r}.")
+    reasons: object = outcome.reasons
+    if not isinstance(reasons, tuple) or not all(isinstance(reason, str) and reason.strip() for reason in reasons):
+        raise InputError(f"reasons must be a tuple of sentences, empty for a certificate. Got {reasons!r}.")
+    if outcome.sigma is None and not reasons:
+        raise InputError(
+            "Expected a reason where there is no noise of one sigma, for that leaves no certificate. Got none: say why."
+        )
+    fixed_draws(1.0 if outcome.sigma is None else outcome.sigma, outcome.draws)  # refuses what is no sigma or draws
+    return None if outcome.sigma is None else float(outcome.sigma)
+
+
+def _checked_votes(votes: ArrayLike, what: str, inputs: int, classes: int) -> NDArray[np.int64]:
+    found = np.asarray(votes)
+    if found.dtype.kind not in "iu" or found.ndim != 2 or found.shape[1] != inputs:
+        raise InputError(
+            f"{what} must be votes, integers (models, {inputs}): one a model and test input, as there are {inputs} "
+            f"labels. Got {found.dtype} {found.shape}."
+        )
+    if len(found):
+        counts(found, classes)  # refuses what is no class number
+    return found.astype(np.int64, copy=False)
+
+
+def _plain_data(value: object, what: str) -> Any:
+    """A copy as JSON gives it back, so that results do not change when they are read."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{what} must be a dictionary. Got {type(value).__name__}.")
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{what} must be what JSON can hold. Got: {error}. Give text, finite numbers, lists and dictionaries."
+        ) from error

@@ -1,0 +1,222 @@
+"""Votes on disk: one small file a model, so that none is lost and none is counted twice.
+
+A folder holds the votes of one condition:
+
+    settings.json    all that decides the votes but the secret: votes of other settings are never mixed with them
+    secret.json      the seed of all noise, from the operating system, readable by its owner alone
+    00017.json       what model 17 says of each test input, with a checksum
+
+A model's votes follow from the settings, the secret and its number alone. Whoever makes the file makes the same one, in
+any order, in any number of processes and after any number of kills; it is renamed into place, so half of one is never
+seen. A lock by the model's name only saves work.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from purifyloader.cache.locks import Lock, lock_path
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.files import canonical_json, replacing, write_text, writing
+
+__all__ = ["VoteFolder", "new_seed"]
+
+SCHEMA = 1
+SETTINGS_FILE, SECRET_FILE = "settings.json", "secret.json"
+MOST_CLASSES = 2**16
+_SEED_BITS = 63
+_HIDDEN = re.compile(r"\.(\d{5,}|settings|secret)(\.json)?\.(?:.*\.tmp|lock)")
+
+
+def new_seed() -> int:
+    """A seed that nobody can foresee, from the operating system's entropy."""
+    return secrets.randbits(_SEED_BITS)
+
+
+class VoteFolder:
+    """The votes of `models` models on `inputs` test inputs.
+
+    Args:
+        folder: made if it is not there.
+        settings: JSON, all that decides the votes beside the secret.
+        models: how many there will be. It is among the settings: see `purifyloader.certify.command`.
+        inputs: T.
+        classes: K, at most 65,536.
+
+    Attributes:
+        seed: of all noise and of all training, 63 bits.
+
+    Raises:
+        ConfigError: the folder holds votes of other settings.
+        InputError: it holds a secret that cannot be read.
+        PurifyError: it cannot be written to.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Mapping[str, Any], *, models: int, inputs: int, classes: int
+    ) -> None:
+        self.folder = Path(folder)
+        self.models, self.inputs, self.classes = models, inputs, classes
+        self.settings = {"models": models, "inputs": inputs, "classes": classes, **settings}
+        if not 2 <= classes <= MOST_CLASSES:
+            raise InputError(f"Expected from 2 to {MOST_CLASSES:,} classes. Got {classes}.")
+        self._type = np.dtype("<u1" if classes <= 2**8 else "<u2")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with Lock(self.folder, "settings"):
+            self._check_settings()
+            self.seed = self._secret()
+
+    def _check_settings(self) -> None:
+        path = self.folder / SETTINGS_FILE
+        mine = json.loads(canonical_json({"schema": SCHEMA, **self.settings}))
+        if not path.exists():
+            with writing(path):
+                write_text(path, canonical_json(mine) + "\n")
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = None
+        if there != mine:
+            raise ConfigError(
+                f"Expected votes of these settings in {self.folder}. Got others: {_difference(there, mine)}. Votes of "
+                "different settings are no votes of one kind of model, and how many models are asked is decided before "
+                "the first is seen. Give the settings of before, or another folder."
+            )
+
+    def _secret(self) -> int:
+        path = self.folder / SECRET_FILE
+        if path.exists():
+            try:
+                seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
+            except (ValueError, KeyError, TypeError):
+                seed = None
+            if type(seed) is not int or not 0 <= seed < 2**_SEED_BITS:
+                raise InputError(
+                    f"Expected the seed of {self.folder} in {path}. Got something else, and without it the votes "
+                    "cannot be gone on with: bring the file back, or begin in another folder."
+                )
+            return seed
+        if any(self._path(model).exists() for model in range(self.models)):
+            raise InputError(
+                f"Expected the seed that the votes in {self.folder} were made with, in {path}. Got no such file: bring "
+                "it back, or begin in another folder."
+            )
+        seed = new_seed()
+        with writing(path), replacing(path) as temporary:
+            temporary.write_text(canonical_json({"seed": seed}) + "\n", encoding="utf-8")
+        with suppress(OSError):  # a file system without permissions
+            os.chmod(path, 0o600)
+        return seed
+
+    # -- the votes of a model ----------------------------------------------------------------------------
+
+    def _path(self, model: int) -> Path:
+        return self.folder / f"{model:05d}.json"
+
+    def lock(self, model: int) -> Lock:
+        return Lock(self.folder, f"{model:05d}")
+
+    def has(self, model: int) -> bool:
+        """Whether the votes of a model are there, whole."""
+        return self.read(model) is not None
+
+    def read(self, model: int) -> NDArray[np.int64] | None:
+        """The votes of a model, (T,); None where there is no file, or one that is not whole: it is to be made again."""
+        try:
+            text = self._path(model).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+        try:
+            entry = json.loads(text)
+            data = base64.b64decode(entry["votes"], validate=True)
+            whole = text == self._text(model, data)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return np.frombuffer(data, self._type).astype(np.int64) if whole else None
+
+    def write(self, model: int, votes: NDArray[np.integer]) -> None:
+        """
+        Args:
+            votes: (T,), from 0 to K - 1.
+
+        Raises:
+            InputError: no such votes.
+            PurifyError: the disk refuses.
+        """
+        if votes.shape != (self.inputs,) or votes.dtype.kind not in "iu":
+            raise InputError(f"Expected votes on {self.inputs} inputs. Got {votes.dtype} {votes.shape}.")
+        if int(votes.min()) < 0 or int(votes.max()) >= self.classes:
+            raise InputError(f"Expected votes from 0 to {self.classes - 1}. Got {votes.min()} to {votes.max()}.")
+        with writing(self._path(model)):
+            write_text(self._path(model), self._text(model, votes.astype(self._type).tobytes()))
+
+    def _text(self, model: int, data: bytes) -> str:
+        if len(data) != self.inputs * self._type.itemsize:
+            raise ValueError("cut off")
+        # the settings and the number are in the checksum, so that a file from elsewhere is no vote here
+        known = canonical_json([self.settings, self.seed, model]).encode()
+        entry = {
+            "model": model,
+            "votes": base64.b64encode(data).decode("ascii"),
+            "sha256": hashlib.sha256(known + data).hexdigest(),
+        }
+        return canonical_json(entry) + "\n"
+
+    # -- all of them -----------------------------------------------------------------------------------
+
+    def done(self) -> int:
+        """How many models' files are there, by their names alone."""
+        names = {path.name for path in self.folder.glob("[0-9]*.json")}
+        return sum(self._path(model).name in names for model in range(self.models))
+
+    def all(self) -> NDArray[np.int64]:
+        """The votes of all models, (models, T).
+
+        Raises:
+            InputError: some are missing; says how many.
+        """
+        found = [self.read(model) for model in range(self.models)]
+        there = [votes for votes in found if votes is not None]
+        if len(there) < self.models:
+            raise InputError(
+                f"Expected the votes of {self.models} models in {self.folder}. Got {len(there)}: run the same again, "
+                "what is there is kept."
+            )
+        return np.stack(there)
+
+    def tidy(self) -> None:
+        """Remove what locks and kills have left, but not what another process has in work."""
+        for path in self.folder.glob(".*"):
+            if match := _HIDDEN.fullmatch(path.name):
+                lock = Lock(self.folder, match[1])
+                if lock.acquire(wait=False) and lock.real:
+                    path.unlink(missing_ok=True)
+                    lock_path(self.folder, match[1]).unlink(missing_ok=True)
+                lock.release()
+
+
+def _difference(there: Any, mine: Mapping[str, Any]) -> str:
+    if not isinstance(there, dict):
+        return "a settings.json that is no such file"
+    keys = sorted(key for key in {*there, *mine} if there.get(key) != mine.get(key))
+    told = (f"{key} was {_short(there.get(key))} and is {_short(mine.get(key))}" for key in keys)
+    return "; ".join(told)
+
+
+def _short(value: Any) -> str:
+    text = canonical_json(value)
+    return text if len(text) <= 60 else text[:57] + "..."
