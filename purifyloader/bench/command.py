@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,10 +26,11 @@ from purifyloader.bench.victims import VICTIMS
 from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import image_hashes
 from purifyloader.devices import as_device
-from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import training_details
 from purifyloader.files import write_text, writing
 from purifyloader.poisons import attacks, reading
+from purifyloader.processes import run_many
 
 __all__ = ["main"]
 
@@ -140,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.processes == 1:
             _run(bench, wanted, path)
         else:
-            _run_many(sys.argv[1:] if arguments is None else list(arguments), options.processes)
+            given = sys.argv[1:] if arguments is None else list(arguments)
+            threads = max(1, (os.cpu_count() or 1) // options.processes)
+            run_many(functools.partial(_worker, given, threads), options.processes)
         _pictures_of_images(options.out, bench, wanted)
     _report(options.out)
     return 0
@@ -266,38 +269,12 @@ def _is_there(path: Path, name: str, with_target: bool) -> bool:
     return bool(found) and (not with_target or "flipped" in found[0])
 
 
-def _run_many(arguments: list[str], processes: int) -> None:
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(arguments, threads)) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    except BaseException:
-        for worker in workers:
-            worker.terminate()
-        raise
-    if failed := [worker for worker in workers if worker.exitcode]:
-        raise PurifyError(
-            f"{len(failed)} of {processes} processes stopped, and said why above. What is done is kept: run the same "
-            "again."
-        )
-
-
-def _worker(arguments: list[str], threads: int) -> None:
+def _worker(arguments: list[str], threads: int, number: int) -> None:
     torch.set_num_threads(threads)
     options = _parser().parse_args(arguments)
     options.work = options.work or options.out / "work"
-    try:
-        bench, wanted = _prepared(options)
-        _run(bench, wanted, options.out / ROWS_FILE)
-    except PurifyError as error:
-        print(f"purifyloader: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    bench, wanted = _prepared(options)
+    _run(bench, wanted, options.out / ROWS_FILE)
 
 
 def _in_words(row: rows.Row) -> str:
