@@ -345,7 +345,7 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
         sys.path.append(here)
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise InputError(
             f"Expected {function!r} of a module {module!r} that Python finds here or installed. Got: {error}."
         ) from None

@@ -498,3 +498,8 @@ def test_threads_share_a_dataset(tmp_path):
     order = torch.randperm(800, generator=torch.Generator().manual_seed(0)) % 100
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda i: dataset[i]["cls"], order.tolist())) == order.tolist()
+
+
+def test_a_module_relative_to_nothing_is_no_dataset():
+    with pytest.raises(InputError, match=r"of a module '\./sets\.py' that Python finds"):
+        open_dataset("./sets.py:train")

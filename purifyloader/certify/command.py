@@ -7,8 +7,8 @@ whoever looks at a certificate and then adds models until it is better has none 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader.bench.data import DATA, Data, load
-from purifyloader.bench.honest import check_disjoint
+from purifyloader.bench.rows import fingerprint
 from purifyloader.bench.victims import VICTIMS
-from purifyloader.cache.locks import Lock
+from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.cache.source import image_hashes
 from purifyloader.certify import report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
@@ -35,10 +35,14 @@ from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.datasets import open_dataset
 from purifyloader.devices import as_device
-from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.evaluation.sets import label_of
 from purifyloader.files import replacing, writing
 from purifyloader.filling import place
 from purifyloader.poisons.arrays import as_arrays
+from purifyloader.processes import run_many
+from purifyloader.samples import fields
+from purifyloader.train.data import load_images
 
 __all__ = ["main"]
 
@@ -201,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_plan(run))
         return 0
     if options.processes > 1:
-        _run_many(sys.argv[1:] if arguments is None else list(arguments), options.processes)
+        _folders(run)  # other settings are said once, not by each process
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        run_many(functools.partial(_worker, given), options.processes)
     _vote(run, shown=rank == 0 and not options.quiet)  # after other processes: what a dead one has left
     if rank == 0:
         _write(run)
@@ -214,6 +220,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1. Got {getattr(options, name)}.")
     if not 0 < options.alpha < 1:
         raise ConfigError(f"--alpha must be above 0 and below 1, such as 0.001. Got {options.alpha}.")
+    if options.radius is not None and not 0 <= options.radius < math.inf:
+        raise ConfigError(f"--radius must be from 0, in units of [0, 1] images. Got {options.radius}.")
     given = [name for name in _BUILT_IN if getattr(options, name) is not None]
     if options.training is not None and (given or options.warm_start is not None):
         extra = given[0] if given else "warm_start"
@@ -248,14 +256,18 @@ def _prepared(options: argparse.Namespace) -> Run:
         options.sigma or (), options.model, plain=options.plain, files=options.recipe, fast=not options.precise
     )
     hashes = image_hashes(data.train), image_hashes(data.test)
-    check_disjoint(*hashes, {})
-    train, warm = _training(options, data)
+    if both := int(np.isin(hashes[1], hashes[0]).sum()):
+        raise InputError(
+            f"Expected test images that are not trained on. Got {both} of {len(data.test)} that are: leave them out of "
+            "one of the two."
+        )
+    train, begins = _training(options), _beginning(options, data)
     known = Knowledge(
         options.draws,
-        warm,
+        begins is not None and begins.own,
         options.triggered,
         options.learned_elsewhere,
-        options.model if Path(options.model).is_dir() else None,
+        options.model,
     )
     why = {c.folder: reasons(c, known, *hashes, options.models, options.alpha) for c in found}
     if any(why.values()) and not (options.empirical or options.plan):
@@ -265,6 +277,9 @@ def _prepared(options: argparse.Namespace) -> Run:
             + "\n  ".join(told)
             + "\nMend them, or give --empirical to train and vote all the same, without a certificate."
         )
+    if begins is not None and not options.plan:  # a plan's models take as long without a start
+        assert isinstance(train, Training)
+        train = replace(train, start=_start(options, train, begins, data.classes), keep_head=begins.own_set)
     moved = [replace(c, purifier=c.purifier.to(options.device)) for c in found]
     return Run(options, data, moved, train, why)
 
@@ -272,7 +287,7 @@ def _prepared(options: argparse.Namespace) -> Run:
 def _data(options: argparse.Namespace) -> Data:
     if options.data in DATA:
         return load(options.data, options.root or Path("examples/data" if options.data == "sample" else "data"))
-    if ":" not in options.data:
+    if ":" not in options.data or options.data.startswith("."):  # a path, or relative to nothing
         raise InputError(f"Expected {', '.join(DATA)}, or package.module:function. Got {options.data!r}.")
     pair: Any = open_dataset(options.data)
     if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -284,57 +299,109 @@ def _data(options: argparse.Namespace) -> Data:
     return Data(options.data, train, train_labels, test, test_labels, classes)
 
 
-def _training(options: argparse.Namespace, data: Data) -> tuple[Train, bool]:
-    """The training, and whether it begins with what it is to be certified against."""
+def _training(options: argparse.Namespace) -> Train:
     if options.training is not None:
-        return named_training(options.training), False
+        return named_training(options.training)
     given = {name: getattr(options, name) for name in _BUILT_IN if getattr(options, name) is not None}
-    training = Training(**given, bfloat16=not options.precise, device=options.device)
+    return Training(**given, bfloat16=not options.precise, device=options.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """What a warm start has learned from.
+
+    Attributes:
+        own: some of it is what is to be certified.
+        own_set: it is the training set itself.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    own: bool
+    own_set: bool = False
+
+
+def _beginning(options: argparse.Namespace, data: Data) -> _Beginning | None:
     if options.warm_start is None:
-        return training, False
+        return None
     if options.warm_start == _TRAIN:
-        images, labels, own = data.train, data.train_labels, True
-    else:
-        images, labels = as_arrays(open_dataset(options.warm_start, options.warm_start_root))
-        hashes = image_hashes(images)
-        own = bool(np.isin(hashes, image_hashes(data.train)).any())
-        if both := int(np.isin(hashes, image_hashes(data.test)).sum()):
-            raise InputError(
-                f"Expected a warm start from images that are not tested on. Got {both} of {len(images)} that are: "
-                "leave them out."
-            )
-    if options.plan or options.out is None:
-        return training, own  # as long as without one
-    start = _start(options, training, images, labels, data.classes)
-    return replace(training, start=start, keep_head=options.warm_start == _TRAIN), own
+        return _Beginning(data.train, data.train_labels, own=True, own_set=True)
+    images, labels = _others(options, data)
+    hashes = image_hashes(images)
+    if both := int(np.isin(hashes, image_hashes(data.test)).sum()):
+        raise InputError(
+            f"Expected a warm start from images that are not tested on. Got {both} of {len(images)} that are: "
+            "leave them out."
+        )
+    return _Beginning(images, labels, own=bool(np.isin(hashes, image_hashes(data.train)).any()))
 
 
-def _start(
-    options: argparse.Namespace, training: Training, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int
-) -> torch.nn.Module:
+def _others(options: argparse.Namespace, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels for a warm start, brought to the size of the training images."""
+    dataset = open_dataset(options.warm_start, options.warm_start_root)
+    height, width = data.train.shape[1:3]
+    every = range(len(dataset))  # type: ignore[arg-type]
+    images = load_images(dataset, every, size=height if height == width else None, channels=3)
+    if images.shape[2:] != (height, width):
+        raise InputError(
+            f"Expected images for a warm start of {height} x {width}, as the training images. Got "
+            f"{images.shape[2]} x {images.shape[3]}: bring them to that size first."
+        )
+    labels = [label_of(fields(dataset[index], None)) for index in every]
+    if bad := [index for index, label in enumerate(labels) if label is None]:
+        raise InputError(f"Expected (image, class) of the images for a warm start. Got no class in item {bad[0]}.")
+    return images.permute(0, 2, 3, 1).contiguous().numpy(), np.asarray(labels, np.int64)
+
+
+def _start(options: argparse.Namespace, training: Training, begins: _Beginning, classes: int) -> torch.nn.Module:
     """The network that all models go on from: made once, and kept beside the votes."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     path = options.out / START_FILE
     with writing(path):
         options.out.mkdir(parents=True, exist_ok=True)
-    its = replace(training, epochs=options.warm_start_epochs)
-    own_classes = max(2, int(labels.max()) + 1)
+    its, classes = replace(training, epochs=options.warm_start_epochs), max(2, classes)
+    # in the file itself: one from other images must not be taken for this one, which a certificate may rest on
+    made_from = fingerprint(
+        {
+            "hashes": image_hashes(begins.images).tolist(),
+            "labels": begins.labels.tolist(),
+            "training": its.settings(),
+            "classes": classes,
+        }
+    )
     with Lock(options.out, START_FILE):
         if not path.exists():
-            network = with_classes(its.warm_start(images, labels, own_classes, seed=0), max(2, classes), seed=0)
+            own_classes = max(2, int(begins.labels.max()) + 1)
+            network = with_classes(its.warm_start(begins.images, begins.labels, own_classes, seed=0), classes, seed=0)
+            weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
             with writing(path), replacing(path) as temporary:
-                save_file({k: v.contiguous().cpu() for k, v in network.state_dict().items()}, temporary)
-    start = its.empty(max(2, classes))
+                save_file(weights, temporary, {"made_from": made_from})
+    start = its.empty(classes)
     try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("made_from")
+        if found != made_from:
+            raise InputError("one that was made from other images, or otherwise.")
         start.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError, OSError) as error:
+    except (InputError, RuntimeError, SafetensorError, OSError) as error:
         raise InputError(
             f"Expected in {path} the network that this run begins with. Got: {str(error).splitlines()[0]} Give the "
             "settings of before, or another --out."
         ) from None
     return start
+
+
+def _tidy_start(out: Path) -> None:
+    """Remove what the lock of `_start` and kills have left, but not what another process has in work."""
+    if not (path := lock_path(out, START_FILE)).exists():
+        return
+    lock = Lock(out, START_FILE)
+    if lock.acquire(wait=False) and lock.real:
+        for left in (*out.glob(f".{START_FILE}.*.tmp"), path):
+            left.unlink(missing_ok=True)
+    lock.release()
 
 
 def _told(options: argparse.Namespace) -> str:
@@ -424,37 +491,12 @@ def _progress(folders: Sequence[VoteFolder], models: int) -> Callable[[VoteFolde
     return seen
 
 
-def _run_many(arguments: list[str], processes: int) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(arguments, number)) for number in range(processes)]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    except BaseException:
-        for worker in workers:
-            worker.terminate()
-        raise
-    if failed := [worker for worker in workers if worker.exitcode]:
-        raise PurifyError(
-            f"{len(failed)} of {processes} processes stopped, and said why above. What is done is kept: run the same "
-            "again."
-        )
-
-
 def _worker(arguments: list[str], number: int) -> None:
     options = _parser().parse_args(arguments)
-    try:
-        _check(options)
-        options.device = str(_device(options.device, number))
-        torch.set_num_threads(options.threads)
-        _vote(_prepared(options), shown=number == 0 and not options.quiet)
-    except PurifyError as error:
-        print(f"purifyloader: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    _check(options)
+    options.device = str(_device(options.device, number))
+    torch.set_num_threads(options.threads)
+    _vote(_prepared(options), shown=number == 0 and not options.quiet)
 
 
 # -- what comes of them --------------------------------------------------------------------------------
@@ -477,6 +519,7 @@ def _write(run: Run) -> None:
             )
         )
         folder.tidy()
+    _tidy_start(run.options.out)
     found = report.results(
         outcomes, run.data.test_labels, max(2, run.data.classes), run.options.alpha, settings=run.settings()
     )

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from purifyloader import recipes
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.noising import Noised, models_of, noised, shared_images
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.pretrained.checkpoint import read_config
+from purifyloader.pretrained.registry import FORMATS, find
 from purifyloader.purifiers import Compensation, Purifier
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
@@ -67,12 +71,18 @@ def conditions(
     for file in files:
         if not file.is_file():
             raise ConfigError(f"--recipe must be a file with the JSON of a purifier. Got {str(file)!r}: no such file.")
-        purifier = recipes.from_json(file.read_text(encoding="utf-8"), [model])
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--recipe must be a file with the JSON of a purifier. Got {str(file)!r}: {error}."
+            ) from None
+        purifier = recipes.from_json(text, [model])
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
         found.append(Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier)))
-    folders = [condition.folder for condition in found]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
+    for names in ([condition.folder for condition in found], [condition.name for condition in found]):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
     if not found:
         raise ConfigError("Expected --sigma or --recipe. Got neither: a certificate needs noise.")
     return found
@@ -88,14 +98,14 @@ class Knowledge:
         triggered: test inputs may be changed too.
         learned_elsewhere: the user says that no denoiser has learned from these images or from earlier versions of
             them; then it need not be known from what.
-        folder: of the denoiser, where one was given that is not known by its name.
+        model: what `conditions` was given: the name that it was saved with need not lead to it, or to another.
     """
 
     draws: int = 1
     warm_start: bool = False
     triggered: bool = False
     learned_elsewhere: bool = False
-    folder: str | None = None
+    model: str | None = None
 
 
 def reasons(
@@ -118,8 +128,9 @@ def reasons(
     """
     own = False
     if not known.learned_elsewhere:
+        kind = None if known.model is None else read_config(find(known.model), None)["format"]
         for its in models_of(condition.purifier):
-            name = its.name if known.folder is None else known.folder
+            name = known.model if kind == _format(its) else its.name  # a file's purifier may have models of two kinds
             if name is None:
                 raise InputError(
                     f"Expected to know what the models of {condition.name} have learned from. Got one without a name: "
@@ -140,3 +151,7 @@ def reasons(
         triggered=known.triggered,
     )
     return (*condition.noised.reasons, *reasons_against(paths, models, alpha))
+
+
+def _format(model: Denoiser | EnergyNetwork) -> str:
+    return FORMATS["denoiser" if isinstance(model, Denoiser) else "energy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.errors import InputError
+from purifyloader.files import canonical_json
 
 if TYPE_CHECKING:
     from purifyloader.certify.models import Train
@@ -28,7 +30,7 @@ def named_training(spec: str) -> Train:
         InputError: there is none of that name, or it is no function.
     """
     module, _, name = spec.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):  # a path, or relative to nothing
         raise InputError(
             f"Expected a training function as package.module:function. Got {spec!r}: give one of (training set, seed) "
             "that returns a predictor."
@@ -50,14 +52,27 @@ def named_training(spec: str) -> Train:
 def training_settings(train: Train) -> dict[str, Any]:
     """What a training is known by, as JSON: its own `settings()`, or its name and the hash of the file that it is in.
 
-    Only that file is looked at: what it imports, or reads, may change unnoticed.
+    Only that file is looked at: what it imports, or reads, may change unnoticed. A `functools.partial` is its function
+    and what it gives it; of an object that can be called, the file is that of its class.
     """
     given: Any = train
     if callable(settings := getattr(given, "settings", None)):
         return dict(settings())
+    if isinstance(given, functools.partial):
+        arguments = [_told(value) for value in given.args], {key: _told(value) for key, value in given.keywords.items()}
+        return {**training_settings(given.func), "arguments": list(arguments)}
     name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
     try:
-        source = Path(inspect.getfile(given)).read_bytes()
+        source = Path(inspect.getfile(given if hasattr(given, "__qualname__") else type(given))).read_bytes()
     except (TypeError, OSError):  # built in, or of an interactive session
         return {"function": name, "source_sha256": None}
     return {"function": name, "source_sha256": hashlib.sha256(source).hexdigest()}
+
+
+def _told(value: Any) -> Any:
+    """A value as JSON, or what type it has."""
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError):
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}"}
+    return value

@@ -14,6 +14,7 @@ the 150 million values of CIFAR-10 one would be with a probability of 0.002, whi
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,14 @@ class Voting:
     classes: int
     draws: int = 1
 
+    def __post_init__(self) -> None:
+        shape = (self.images.shape[3], *self.images.shape[1:3])
+        if (made := self.purifier.output_shape(shape)) != shape:
+            raise InputError(
+                f"Expected a purifier that leaves images at their size, for models are asked about test images of "
+                f"{shape[1]} x {shape[2]}. Got one that makes {made[1]} x {made[2]} of them: resize both sets first."
+            )
+
     def noised(self, model: int, seed: int) -> DenoisedSet:
         """The training set of a model."""
         key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _NOISE), model)
@@ -131,8 +140,13 @@ class Voting:
 
     def asked(self, dataset: DenoisedSet, model: int, seed: int) -> NDArray[np.int64]:
         """The rest of `vote`, for the training set that `noised` has made."""
+        its_seed = self.training_seed(model, seed)
         with random_state_kept():  # a training function seeds what it likes
-            predictor = self.train(dataset, self.training_seed(model, seed))
+            # what one that seeds nothing draws, such as a loader's order, follows from the secret, too
+            random.seed(its_seed)
+            np.random.seed(its_seed)
+            torch.manual_seed(its_seed)
+            predictor = self.train(dataset, its_seed)
             if not callable(predictor):
                 raise InputError(
                     "Expected a predictor of the training function, which gives class numbers or logits for images. "
@@ -155,7 +169,10 @@ class Voting:
 
 
 def _classes_of(answer: Any, count: int, classes: int) -> NDArray[np.int64]:
-    given = answer.detach().float().cpu().numpy() if _is_logits(answer) else np.asarray(_on_cpu(answer))
+    try:
+        given = answer.detach().float().cpu().numpy() if _is_logits(answer) else np.asarray(_on_cpu(answer))
+    except (TypeError, ValueError, RuntimeError):  # a tuple or a list of several things
+        given = np.empty((), object)
     if given.shape == (count, classes) and given.dtype.kind == "f" and np.isfinite(given).all():
         return given.argmax(axis=1).astype(np.int64)
     if given.shape == (count,) and given.dtype.kind in "iu" and given.min() >= 0 and given.max() < classes:
@@ -262,9 +279,12 @@ def ndt_classify(
     if folder is None:
         seed = new_seed()
         return np.stack([voting.vote(model, seed) for model in range(models)])
+    mine = voting_settings(voting)
+    if clash := sorted({*mine, "models", "inputs", "classes", "schema"} & {*(settings or {})}):
+        raise InputError(f"Expected settings beside those that are looked at in any case. Got {clash[0]!r} again.")
     votes = VoteFolder(
         folder,
-        {**voting_settings(voting), **(settings or {})},
+        {**mine, **(settings or {})},
         models=models,
         inputs=len(tests),
         classes=classes,

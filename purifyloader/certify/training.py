@@ -79,6 +79,10 @@ class Training:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+        if type(self.pad) is not int or self.pad < 0:
+            raise ConfigError(f"pad must be a whole number, at least 0. Got {self.pad!r}.")
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"lr must be above 0. Got {self.lr!r}.")
 
     def __call__(self, dataset: DenoisedSet, seed: int) -> nn.Module:
         return self._trained(dataset.data, np.asarray(dataset.targets), dataset.classes, seed)

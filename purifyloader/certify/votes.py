@@ -19,8 +19,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.files import canonical_json, replacing, write_text, writing
+from purifyloader.files import canonical_json, write_text, writing
 
 __all__ = ["VoteFolder", "new_seed"]
 
@@ -60,7 +60,7 @@ class VoteFolder:
 
     Raises:
         ConfigError: the folder holds votes of other settings.
-        InputError: it holds a secret that cannot be read.
+        InputError: it holds a secret that cannot be read; settings that JSON cannot hold.
         PurifyError: it cannot be written to.
     """
 
@@ -81,7 +81,10 @@ class VoteFolder:
 
     def _check_settings(self) -> None:
         path = self.folder / SETTINGS_FILE
-        mine = json.loads(canonical_json({"schema": SCHEMA, **self.settings}))
+        try:
+            mine = json.loads(canonical_json({"schema": SCHEMA, **self.settings}))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"Expected settings that JSON can hold. Got: {error}.") from None
         if not path.exists():
             with writing(path):
                 write_text(path, canonical_json(mine) + "\n")
@@ -102,7 +105,7 @@ class VoteFolder:
         if path.exists():
             try:
                 seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
-            except (ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError):
                 seed = None
             if type(seed) is not int or not 0 <= seed < 2**_SEED_BITS:
                 raise InputError(
@@ -116,10 +119,17 @@ class VoteFolder:
                 "it back, or begin in another folder."
             )
         seed = new_seed()
-        with writing(path), replacing(path) as temporary:
-            temporary.write_text(canonical_json({"seed": seed}) + "\n", encoding="utf-8")
-        with suppress(OSError):  # a file system without permissions
-            os.chmod(path, 0o600)
+        with writing(path):
+            # readable by its owner alone from the first byte on, which `replacing` would end
+            handle, name = tempfile.mkstemp(prefix=f".{SECRET_FILE}.", suffix=".tmp", dir=self.folder)
+            try:
+                with open(handle, "w", encoding="utf-8") as file:
+                    file.write(canonical_json({"seed": seed}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(name, path)
+            finally:
+                Path(name).unlink(missing_ok=True)
         return seed
 
     # -- the votes of a model ----------------------------------------------------------------------------
@@ -212,9 +222,17 @@ class VoteFolder:
 def _difference(there: Any, mine: Mapping[str, Any]) -> str:
     if not isinstance(there, dict):
         return "a settings.json that is no such file"
-    keys = sorted(key for key in {*there, *mine} if there.get(key) != mine.get(key))
-    told = (f"{key} was {_short(there.get(key))} and is {_short(mine.get(key))}" for key in keys)
-    return "; ".join(told)
+    return "; ".join(f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _differing(there, mine))
+
+
+def _differing(there: Mapping[str, Any], mine: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The innermost values that are not the same, by their names: those of a whole training would be too long."""
+    for key in sorted({*there, *mine}):
+        old, new = there.get(key), mine.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, f"{before}{key}.")
+        elif old != new:
+            yield f"{before}{key}", old, new
 
 
 def _short(value: Any) -> str:
