@@ -16,6 +16,7 @@ import pytest
 
 from purifyloader import pretrained
 from purifyloader.bench import report, rows
+from purifyloader.certify import report as certificates
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,7 @@ def example(name):
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its types
     spec.loader.exec_module(module)
     return module
 
@@ -102,6 +104,41 @@ def test_the_table_of_the_bench_is_the_measured_one():
                 continue
             spread = f" ± {statistics.stdev(cell.accuracy):.1f}" if len(cell.accuracy) > 1 else ""
             assert shown == f"{statistics.fmean(cell.accuracy):.1f}{spread}", (attack, defence)
+
+
+CERTIFIED = ROOT / "examples" / "certify" / "results"
+
+
+def test_the_page_of_the_certificates_is_of_their_votes():
+    results = json.loads((CERTIFIED / certificates.RESULTS_FILE).read_text())
+    page = (CERTIFIED / certificates.PAGE_FILE).read_text(encoding="utf-8")
+    assert certificates.markdown(results, picture=certificates.PICTURE_FILE) == page
+    assert not re.search(r'"(/|[A-Za-z]:\\)', json.dumps(results)), "no path"
+    assert "seed" not in json.dumps(results), "no secret"
+
+
+def test_the_table_of_the_certificates_is_the_measured_one():
+    results = json.loads((CERTIFIED / certificates.RESULTS_FILE).read_text())
+    start = TEXT.index("<!-- certificates -->")
+    head, _, *lines = TEXT[start : TEXT.index("<!-- end -->", start)].splitlines()[1:]
+    radii = [float(word) for word in re.findall(r"within ([\d.]+)", head)]
+    assert len(radii) >= 3
+    for line, its in zip(lines, results["conditions"], strict=True):
+        cells = [word.strip() for word in line.strip("|").split("|")]
+        curve = its["curve"]
+        at = [sum(radius <= r for radius in curve["radii"]) - 1 for r in radii]
+        shown = [its["one_model"]["mean"], its["vote"]["accuracy"], its["certificate"]["certified"]]
+        assert cells[0] == its["name"]
+        assert cells[1:] == [f"{value:.1f}" for value in (*shown, *(curve["accuracy"][i] for i in at))]
+
+
+def test_the_table_of_poisoned_certificates_is_the_measured_one():
+    found = json.loads((CERTIFIED / "poisoned.json").read_text())
+    page = (CERTIFIED.parent / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- poisoned -->\n{example('certify_poisoned').table(found)}\n<!-- end -->" in page
+    certain = [row for row in found["rows"] if row["must_hold"]]
+    assert certain
+    assert all(row["held"] == row["covered"] > 0 and row["against"] == 0 for row in certain)
 
 
 def test_the_table_of_reading_is_the_measured_one():
