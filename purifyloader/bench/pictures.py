@@ -89,6 +89,8 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
         axis.plot(seconds, level, "o", color=_COLOURS[i % len(_COLOURS)])
         axis.annotate(defence, (seconds, level), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high * (high / low) ** 0.14)  # room for the names of the slowest
     axis.set_xlabel("seconds to purify an image (1 microsecond: none)")
     axis.set_ylabel("\n".join(textwrap.wrap(f"accuracy in %, mean over {', '.join(sorted(every))}", 60)))
     _plain(axis)
@@ -124,11 +126,12 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
         levels = sorted({px for points in its.values() for px, _ in points})
         for attack in (a for a in attacks if a in its):
             points = its[attack]
-            colour = _COLOURS[attacks.index(attack) % len(_COLOURS)]
+            again, colour = divmod(attacks.index(attack), len(_COLOURS))
+            style = {"color": _COLOURS[colour], "marker": "so"[not again], "ls": "--" if again else "-"}
             means = [statistics.fmean(values) for _, values in points]
             spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
             name = "clean" if attack == CLEAN else attack
-            axis.errorbar([px for px, _ in points], means, spread, marker="o", ms=4, lw=1.4, color=colour, label=name)
+            axis.errorbar([px for px, _ in points], means, spread, ms=4, lw=1.4, label=name, **style)
         if clean is not None:
             axis.axhline(statistics.fmean(clean.accuracy), color=_GREY, lw=0.8, ls="--")
         axis.set_xscale("log")
