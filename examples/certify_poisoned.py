@@ -509,7 +509,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--models", type=int, default=100, help="models that the radius is computed from")
     add("--alpha", type=float, default=0.001, help="how often the certificate of a test image may be false")
     add("--again", type=int, default=40, help="fresh models for each perturbation")
-    add("--quantiles", type=float, nargs="+", default=[0.5, 1.0], help="of the radii: how far images are moved")
+    add(
+        "--quantiles",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0],
+        help="of the different radii there are: how far images are moved",
+    )
     add("--candidates", type=int, default=120, help="of which the worst is taken")
     add("--proxy-draws", type=int, default=16, help="draws of noise that candidates are judged by")
     add("--slopes", type=int, default=4, help="draws of noise that the steepest direction is averaged over")

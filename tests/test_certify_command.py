@@ -638,13 +638,15 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
         ("--model", "silent", "--sigma", 0.1),
         "a model that says which images it learned",
     ),
+}
+KNOWN: dict[str, tuple[tuple[object, ...], str]] = {
     "a denoiser that knows test images": (("--model", "tests", "--sigma", 0.1), "Got 1 of 15 that tests has"),
     "an energy model that knows them": ((*TINY, "--recipe", "walk-tests.json"), "Got 1 of 15 that energy-tests has"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_only_the_users_word_overrides(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_users_word_overrides(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, message = REFUSED[case]
     out = tmp_path / "out"
     given = (*DATA, *OWN, *options, *NUMBERS, "--out", out)
@@ -659,10 +661,32 @@ def test_what_only_the_users_word_overrides(case: str, tmp_path: Path, capsys: p
     assert results(out)["settings"]["stated"]["learned_elsewhere"] is True
 
 
-def test_the_users_word_covers_what_a_model_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", KNOWN)
+def test_what_nothing_overrides(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, message = KNOWN[case]
     out = tmp_path / "out"
-    assert run(*DATA, *OWN, "--model", "own", "--sigma", 0.1, *NUMBERS, "--learned-elsewhere", "--out", out) == 0
-    assert condition(out, "sigma 0.1")["reasons"] == []
+    for more in ((), ("--empirical",), ("--plan",), ("--learned-elsewhere",)):
+        assert run(*DATA, *OWN, *options, *NUMBERS, "--out", out, *more) == 2
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert trainings(tmp_path) == []
+
+
+def test_the_users_word_does_not_stand_against_what_a_model_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(*DATA, *OWN, "--model", "own", "--sigma", 0.1, *NUMBERS, "--learned-elsewhere", "--out", out) == 2
+    assert "has learned from the same images" in capsys.readouterr().err
+    assert not out.exists()
+    options, message = KNOWN["a denoiser that knows test images"]
+    assert run(*DATA, *OWN, *options, *NUMBERS, "--learned-elsewhere", "--out", out) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plain_noise_is_that_of_a_sigma(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*DATA, *OWN, *TINY, "--recipe", "noise.json", "--plain", *NUMBERS, "--out", tmp_path / "out") == 2
+    assert "--plain is the noise of --sigma without denoising" in capsys.readouterr().err
 
 
 def test_models_of_two_kinds_are_each_asked(tmp_path: Path) -> None:

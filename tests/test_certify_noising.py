@@ -107,7 +107,7 @@ CASES = {
     "chain-then-resize": Case(lambda: Chain(once(0.25), Resize(8)), 0.25),
     "chain-then-plugin": Case(lambda: Chain(once(0.25), Plugin()), 0.25),
     "chain-then-where": Case(lambda: Chain(once(0.25), where(once(0.5))), 0.25),
-    "chain-then-where-share": Case(lambda: Chain(once(0.25), where(walk(), k=0.5)), 0.25),
+    "chain-then-where-share": Case(lambda: Chain(once(0.25), where(walk(), k=0.5)), None, True, ("Where",)),
     "repeat": Case(lambda: Repeat(once(0.25), 3), 0.25),
     "repeat-of-chain": Case(lambda: Repeat(Chain(once(0.25), walk()), 3), 0.25),
     "chain-of-repeat": Case(lambda: Chain(Repeat(Diffuse(Watching(), sigma=0.2), 2), Jpeg()), 0.2),
@@ -327,6 +327,50 @@ def test_shipped_models_say_what_they_learned_from():
         hashes = hashes_of_text(text)
         assert shared_images(name, hashes) == len(hashes) >= 1000
         assert shared_images(name, hashes + np.uint64(1)) == 0
+
+
+def learned(images: np.ndarray, **more: object) -> dict[str, object]:
+    return {"image_hashes": hashes_as_text(image_hashes(images)), **more}
+
+
+def test_images_of_the_model_that_a_training_started_from_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, first = pictures(20), tiny_denoiser()
+    pretrained.save(first, tmp_path / "first", details=learned(images[:7]))
+    start = {"name": "./first", "weights_sha256": weights_sha256(first)}
+    pretrained.save(tiny_denoiser(), "second", details=learned(images[5:9], train={"start_from": start}))
+    hashes = image_hashes(images)
+    assert shared_images("./second", hashes) == 7 + 2
+    for wrong in ({"name": None}, {"name": "./nowhere"}, {"weights_sha256": "0" * 64}):
+        pretrained.save(
+            tiny_denoiser(),
+            "third",
+            details=learned(images[9:], train={"start_from": {**start, **wrong}}),
+            overwrite=True,
+        )
+        with pytest.raises(InputError, match=r"'./third', whose training started from the denoiser"):
+            shared_images("./third", hashes)
+
+
+def test_what_shipped_models_were_trained_from_counts():
+    before = hashes_of_text(json.loads((find("cifar10-sparse") / "config.json").read_text())["details"]["image_hashes"])
+    assert shared_images("tiny-imagenet-sparse", before) == len(before) == 2000
+
+
+def test_images_resized_for_training_cannot_be_told(tmp_path):
+    images = pictures(5)
+    pretrained.save(tiny_denoiser(), tmp_path / "m", details=learned(images, resized=8, image_size=[8, 8]))
+    assert shared_images(tmp_path / "m", image_hashes(images), (8, 8)) == 5
+    with pytest.raises(InputError, match=r"resized to \[8, 8\], where these are of \[16, 16\]"):
+        shared_images(tmp_path / "m", image_hashes(images), (16, 16))
+
+
+def test_a_share_after_the_noise_is_another_look_at_the_images():
+    energy, once = tiny_energy(), DenoiseOnce(tiny_denoiser(), 0.1)
+    found = noised(Chain(once, Where(EnergyAbove(energy, k=0.5), Jpeg(50))))
+    assert (found.sigma, found.selected) == (None, True)
+    assert "a share k" in found.reasons[0]
+    assert noised(Chain(once, Where(EnergyAbove(energy, threshold=1.0), Jpeg(50)))).sigma == 0.1
 
 
 @pytest.mark.parametrize("details", [None, {"image_hashes": 3}, {"indices": [1, 2]}])

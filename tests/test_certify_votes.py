@@ -43,7 +43,7 @@ from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files import canonical_json
 from purifyloader.images import quantize
-from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Purifier, Resize
+from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Grayscale, Purifier, Resize
 from tests.faults import Run, assert_same, contents
 
 CLASSES, MODELS = 3, 12
@@ -1068,6 +1068,7 @@ def test_a_function_by_its_name(module: Path) -> None:
     assert first == {
         "function": "votes_of_mine:train",
         "source_sha256": hashlib.sha256(module.read_bytes()).hexdigest(),
+        "defaults": [1],
     }
     module.write_text(module.read_text().replace("number = 3", "number = 4"))
     second = training_settings(train)
@@ -1106,9 +1107,48 @@ def test_what_a_partial_function_is_given_is_told(module: Path) -> None:
 
 def test_callables_without_source() -> None:
     assert training_settings(max) == {"function": "builtins:max", "source_sha256": None}
-    scope: dict[str, Any] = {"__name__": "typed"}
-    exec("def train(dataset, seed): return None", scope)
-    assert training_settings(scope["train"]) == {"function": "typed:train", "source_sha256": None}
+
+    def typed(text: str) -> dict[str, Any]:
+        scope: dict[str, Any] = {"__name__": "typed"}
+        exec(text, scope)
+        return training_settings(scope["train"])
+
+    first = typed("def train(dataset, seed): return dataset.data[:3]")
+    assert (first["function"], len(first["source_sha256"])) == ("typed:train", 64)
+    assert typed("\n\ndef train(dataset, seed):\n    return dataset.data[:3]") == first, "the same, typed again"
+    assert typed("def train(dataset, seed): return dataset.data[:4]") != first
+    assert typed("def train(dataset, seed): return dataset.targets[:3]") != first
+
+
+class Trains:
+    def __init__(self, epochs: int) -> None:
+        self.epochs, self.network = epochs, nn.Linear(1, 1)
+
+    def __call__(self, dataset: DenoisedSet, seed: int) -> None: ...
+
+
+def test_what_a_training_holds_is_known() -> None:
+    def enclosing(epochs: int) -> Callable[[DenoisedSet, int], Any]:
+        def fit(count: int) -> None: ...
+
+        return lambda dataset, seed: fit(epochs)
+
+    def by_default(epochs: int) -> Callable[[DenoisedSet, int], Any]:
+        def train(dataset: DenoisedSet, seed: int, *, epochs: int = epochs) -> None: ...
+
+        return train
+
+    for make in (Trains, enclosing, by_default):
+        assert training_settings(make(1)) == training_settings(make(1))
+        assert training_settings(make(1)) != training_settings(make(2))
+        canonical_json(training_settings(make(1)))
+
+
+def test_votes_of_what_does_not_noise_first_are_empirical() -> None:
+    given = (TRAIN, TEST, Grayscale(), nearest, 2)
+    with pytest.raises(InputError, match=r"Got Grayscale.*Or say empirical=True"):
+        ndt_classify(*given)
+    assert ndt_classify(*given, empirical=True).shape == (2, len(TEST))
 
 
 @pytest.mark.parametrize(

@@ -13,3 +13,6 @@ if __name__ == "__main__":
     except PurifyError as error:
         print(f"purifyloader: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("purifyloader: interrupted", file=sys.stderr)
+        sys.exit(130)

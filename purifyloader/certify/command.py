@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     votes("--alpha", type=float, default=0.001, help="how often a certificate may be false (default: 0.001)")
     votes("--radius", type=float, help="with --plan: say how many models such a radius takes at least")
     votes("--triggered", action="store_true", help="test images may be changed too: no certificate covers that")
-    votes("--learned-elsewhere", action="store_true", help="you know that the denoiser never saw these images")
+    votes("--learned-elsewhere", action="store_true", help="you know it of a model that does not say")
     votes("--empirical", action="store_true", help="train and vote where there is no certificate to be had, too")
 
     training = parser.add_argument_group("training").add_argument
@@ -202,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     run = _prepared(options)
     if options.plan:
-        print(_plan(run))
+        if rank == 0:
+            print(_plan(run, max(options.processes, world_size)))
         return 0
     if options.processes > 1:
         _folders(run)  # other settings are said once, not by each process
@@ -268,6 +269,7 @@ def _prepared(options: argparse.Namespace) -> Run:
         options.triggered,
         options.learned_elsewhere,
         options.model,
+        (data.train.shape[1], data.train.shape[2]),
     )
     why = {c.folder: reasons(c, known, *hashes, options.models, options.alpha) for c in found}
     if any(why.values()) and not (options.empirical or options.plan):
@@ -411,7 +413,7 @@ def _told(options: argparse.Namespace) -> str:
     return "the training set" if options.warm_start == _TRAIN else describe(options.warm_start)
 
 
-def _plan(run: Run) -> str:
+def _plan(run: Run, processes: int) -> str:
     """One model of each condition, measured, and what follows from it."""
     options = run.options
     lines = [
@@ -429,13 +431,13 @@ def _plan(run: Run) -> str:
         total += seconds * run.models
         lines.append(
             f"{condition.name}: a model takes {seconds:.1f} s, {made - begun:.1f} of them to make its training set; "
-            f"all {run.models} take {_time(seconds * run.models / options.processes)}"
+            f"all {run.models} take {_time(seconds * run.models / processes)}"
         )
         lines += [f"  no certificate: {reason}" for reason in run.reasons[condition.folder]]
         if not run.reasons[condition.folder]:
             lines += _reach(run, condition)
-    share = f" in {options.processes} processes" if options.processes > 1 else ""
-    lines.append(f"all together: {_time(total / options.processes)}{share}")
+    share = f" in {processes} processes" if processes > 1 else ""
+    lines.append(f"all together: {_time(total / processes)}{share}")
     return "\n".join(lines)
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader import recipes
 from purifyloader.certify.guards import Paths, reasons_against
-from purifyloader.certify.noising import Noised, models_of, noised, shared_images
-from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.energy import EnergyNetwork
-from purifyloader.errors import ConfigError, InputError
-from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import FORMATS, find
+from purifyloader.certify.noising import Noised, models_of, noised, shared_images, weights_of
+from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.pretrained.registry import FORMATS
 from purifyloader.purifiers import Compensation, Purifier
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
@@ -60,6 +58,10 @@ def conditions(
     """
     if bad := [sigma for sigma in sigmas if not 0 < sigma < float("inf")]:
         raise ConfigError(f"--sigma must be above 0, in units of [0, 1] images: 0.25 is 63.75 px. Got {bad[0]}.")
+    if plain and not sigmas:
+        raise ConfigError(
+            "--plain is the noise of --sigma without denoising. Got no --sigma: give one, or leave it out."
+        )
     found = []
     for sigma in sigmas:
         purifier = recipes.denoise_once(model, sigma, fast=fast)
@@ -79,7 +81,9 @@ def conditions(
             ) from None
         purifier = recipes.from_json(text, [model])
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
-        found.append(Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier)))
+        found.append(
+            Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier), plain=not models_of(purifier))
+        )
     for names in ([condition.folder for condition in found], [condition.name for condition in found]):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
@@ -96,9 +100,10 @@ class Knowledge:
         draws: fixed draws of each image that a model sees.
         warm_start: models go on from one that has seen these images without noise.
         triggered: test inputs may be changed too.
-        learned_elsewhere: the user says that no denoiser has learned from these images or from earlier versions of
-            them; then it need not be known from what.
+        learned_elsewhere: the user says that no model has learned from these images or from earlier versions of them,
+            where the model itself does not say from what.
         model: what `conditions` was given: the name that it was saved with need not lead to it, or to another.
+        size: (H, W) of the training images.
     """
 
     draws: int = 1
@@ -106,6 +111,7 @@ class Knowledge:
     triggered: bool = False
     learned_elsewhere: bool = False
     model: str | None = None
+    size: tuple[int, int] | None = None
 
 
 def reasons(
@@ -127,21 +133,26 @@ def reasons(
             it has learned from.
     """
     own = False
-    if not known.learned_elsewhere:
-        kind = None if known.model is None else read_config(find(known.model), None)["format"]
-        for its in models_of(condition.purifier):
-            name = known.model if kind == _format(its) else its.name  # a file's purifier may have models of two kinds
-            if name is None:
+    for kind, name, weights in _models(condition.purifier.config()):
+        try:
+            source = _source(kind, name, weights, known.model)
+            if source is None:
                 raise InputError(
-                    f"Expected to know what the models of {condition.name} have learned from. Got one without a name: "
-                    "load it from a folder with its config.json, or say --learned-elsewhere if you know it."
+                    f"Expected to know what the models of {condition.name} have learned from. Got the {kind} {name!r}, "
+                    "of which none with its weights is found by that name: load it from a folder with its config.json, "
+                    "or say --learned-elsewhere if you know it."
                 )
-            own = own or shared_images(name, train) > 0
-            if both := shared_images(name, test):
-                raise InputError(
-                    f"Expected test images that no model has learned from. Got {both} of {len(test)} that {name} has: "
-                    "take others, or another model."
-                )
+            both, its = shared_images(source, test, known.size), shared_images(source, train, known.size)
+        except InputError:
+            if known.learned_elsewhere:  # the user's word stands for what is not known, and for nothing else
+                continue
+            raise
+        own = own or its > 0
+        if both:
+            raise InputError(
+                f"Expected test images that no model has learned from. Got {both} of {len(test)} that {source} has: "
+                "take others, or another model."
+            )
     paths = Paths(
         draws=known.draws,
         secret_noise=True,  # `votes.new_seed`
@@ -153,5 +164,25 @@ def reasons(
     return (*condition.noised.reasons, *reasons_against(paths, models, alpha))
 
 
-def _format(model: Denoiser | EnergyNetwork) -> str:
-    return FORMATS["denoiser" if isinstance(model, Denoiser) else "energy"]
+def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
+    """Kind, name and weights of each model that a purifier's configuration names."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in FORMATS and isinstance(value, dict) and "weights_sha256" in value:
+                yield key, value.get("name"), value["weights_sha256"]
+            else:
+                yield from _models(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _models(value)
+
+
+def _source(kind: str, name: str | None, weights: str, given: str | None) -> str | None:
+    """Where a model with these weights is: what was given, or what is found by its name; None where neither is it."""
+    for candidate in (given, name):
+        try:
+            if candidate is not None and weights_of(candidate, kind) == weights:
+                return candidate
+        except CheckpointError:
+            continue
+    return None

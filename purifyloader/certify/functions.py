@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import sys
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def training_settings(train: Train) -> dict[str, Any]:
     """What a training is known by, as JSON: its own `settings()`, or its name and the hash of the file that it is in.
 
     Only that file is looked at: what it imports, or reads, may change unnoticed. A `functools.partial` is its function
-    and what it gives it; of an object that can be called, the file is that of its class.
+    and what it gives it; of an object that can be called, the file is that of its class, and its attributes count. So
+    do what a function's arguments are by default and what it has enclosed. Without a file, its byte code stands for it.
     """
     given: Any = train
     if callable(settings := getattr(given, "settings", None)):
@@ -62,15 +64,46 @@ def training_settings(train: Train) -> dict[str, Any]:
         arguments = [_told(value) for value in given.args], {key: _told(value) for key, value in given.keywords.items()}
         return {**training_settings(given.func), "arguments": list(arguments)}
     name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
+    found = {
+        "defaults": [*(getattr(given, "__defaults__", None) or ())],
+        "keywords": getattr(given, "__kwdefaults__", None) or {},
+        "enclosed": [cell.cell_contents for cell in getattr(given, "__closure__", None) or () if _is_filled(cell)],
+        "attributes": {} if hasattr(given, "__qualname__") else getattr(given, "__dict__", {}),
+    }
+    state = {key: _told(value) for key, value in found.items() if value}
+    source: bytes | None
     try:
         source = Path(inspect.getfile(given if hasattr(given, "__qualname__") else type(given))).read_bytes()
     except (TypeError, OSError):  # built in, or of an interactive session
-        return {"function": name, "source_sha256": None}
-    return {"function": name, "source_sha256": hashlib.sha256(source).hexdigest()}
+        code = getattr(given, "__code__", None)
+        source = None if code is None else _code(code).encode()
+    return {"function": name, "source_sha256": None if source is None else hashlib.sha256(source).hexdigest(), **state}
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # of a name that has no value yet
+        return False
+
+
+def _code(code: types.CodeType) -> str:
+    """Byte code with its names and constants, without where it was written."""
+    constants = [_code(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
+    return repr((code.co_code, code.co_names, constants))
 
 
 def _told(value: Any) -> Any:
-    """A value as JSON, or what type it has."""
+    """A value as JSON, or what type it has; of lists, dicts and functions, that of their parts."""
+    if isinstance(value, list | tuple):
+        return [_told(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _told(part) for key, part in value.items()}
+    if inspect.isfunction(value):
+        return {
+            "function": value.__qualname__,
+            "code_sha256": hashlib.sha256(_code(value.__code__).encode()).hexdigest(),
+        }
     try:
         canonical_json(value)
     except (TypeError, ValueError):

@@ -31,6 +31,7 @@ from purifyloader import noise
 from purifyloader.bench.rows import fingerprint
 from purifyloader.cache.source import image_hashes
 from purifyloader.certify.functions import training_settings
+from purifyloader.certify.noising import noised
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
 from purifyloader.devices import device_of
 from purifyloader.errors import InputError
@@ -231,6 +232,7 @@ def ndt_classify(
     classes: int | None = None,
     draws: int = 1,
     settings: Mapping[str, Any] | None = None,
+    empirical: bool = False,
 ) -> NDArray[np.int64]:
     """Train `models` models, each on its own noised and denoised training set, and ask them (Algorithm 1).
 
@@ -248,7 +250,8 @@ def ndt_classify(
         classes: K; one more than the highest label by default.
         draws: fixed draws of each image that a model sees; certify with `fixed_draws(sigma, draws)`.
         settings: JSON of what else decides the votes, such as what `train` reads: a folder is not gone on with by
-            others. Data, purifier and the function's own file are looked at in any case.
+            others. Data, purifier and the function's own file are looked at in any case; versions are not.
+        empirical: take a purifier that does not noise first, whose votes no radius may be computed from.
 
     Returns:
         int64 (n, T): the class that each model says of each test input.
@@ -269,6 +272,8 @@ def ndt_classify(
     for name, value in (("models", models), ("draws", draws)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+    if (why := noised(purifier).reasons) and not empirical:
+        raise InputError(f"{why[0]} Or say empirical=True: then there are votes, and no certificate.")
     highest = int(labels.max()) + 1
     classes = max(2, highest) if classes is None else classes
     if type(classes) is not int or not max(2, highest) <= classes <= MOST_CLASSES:

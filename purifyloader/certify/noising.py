@@ -23,9 +23,10 @@ from purifyloader.cache.source import hashes_of_text
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
-from purifyloader.errors import InputError
+from purifyloader.errors import CheckpointError, InputError
+from purifyloader.pretrained import load
 from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import find
+from purifyloader.pretrained.registry import FORMATS, find
 from purifyloader.purifiers import (
     BitDepth,
     Chain,
@@ -42,8 +43,9 @@ from purifyloader.purifiers import (
     Tiles,
     Where,
 )
+from purifyloader.purifiers.conditions import conditions_of
 
-__all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images"]
+__all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ _BEFORE: dict[type[Purifier], str] = {
     ),
 }
 
+_SHARE = (
+    "Where with a share k, whose threshold comes from another look at all images, which no model's noise covers: give "
+    "it a threshold."
+)
+
 DECIDED: frozenset[type[Purifier]] = frozenset({*_BEFORE, Chain, Compensation, DenoiseOnce, Diffuse, Repeat})
 """The kinds whose first step is known here. A subclass of one is another kind: it may do anything."""
 
@@ -106,6 +113,8 @@ def noised(purifier: Purifier) -> Noised:
             f"Expected a purifier, as purifyloader.recipes make them. Got {type(given).__name__}: images that nothing "
             "is done to have no noise, and no certificate."
         )
+    if any(True for _ in conditions_of(given)):  # at any place: what it finds is a second look at the same images
+        return Noised(None, True, (f"{_EXPECTED} Got {_SHARE}",))
     steps = list(_steps(given))
     before = list(itertools.takewhile(lambda step: _sigma(step) is None, steps))
     if not before:
@@ -166,8 +175,8 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     return list(found.values())
 
 
-def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64]) -> int:
-    """How many of these training images a model learned from.
+def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size: tuple[int, int] | None = None) -> int:
+    """How many of these training images a model learned from, or the model that its training started from.
 
     By the hash of the very pixels: one that was changed since, poisoned or resized, is another image. Where the clean
     images are at hand too, ask for both.
@@ -175,6 +184,7 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64]) -> i
     Args:
         model: name, folder or hub id, of a denoiser or an energy model.
         train: uint64 (N,), of `purifyloader.cache.source.image_hashes`: of the images as uint8 (H, W, C).
+        size: (H, W) of these images. A model that learned from images resized to another size does not say.
 
     Returns:
         from 0 to N.
@@ -187,11 +197,46 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64]) -> i
     if not isinstance(given, np.ndarray) or given.dtype != np.uint64 or given.ndim != 1:
         got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
         raise InputError(f"Expected the hashes of training images, uint64 (N,). Got {got}: give it image_hashes(...).")
-    details = read_config(find(model), None).get("details")
-    text = details.get("image_hashes") if isinstance(details, dict) else None
+    return int(np.isin(train, np.concatenate(list(_learned(model, size)))).sum())
+
+
+def weights_of(model: str | os.PathLike[str], kind: str) -> str:
+    """The hash of the weights of a "denoiser" or an "energy" model, by name or folder."""
+    return weights_sha256(load(model) if kind == "denoiser" else load(model, kind="energy"))
+
+
+def _learned(model: str | os.PathLike[str], size: tuple[int, int] | None) -> Iterator[NDArray[np.uint64]]:
+    """The hashes that a model has of the images it learned from, and those of the models before it."""
+    config = read_config(find(model), None)
+    found = config.get("details")
+    details: dict[str, Any] = found if isinstance(found, dict) else {}
+    text, name = details.get("image_hashes"), os.fspath(model)
     if not isinstance(text, str):
         raise InputError(
-            f"Expected a model that says which images it learned from. Got {os.fspath(model)!r}, whose config.json has "
+            f"Expected a model that says which images it learned from. Got {name!r}, whose config.json has "
             "no image_hashes among its details: train it again with this version, which notes them, or take another."
         )
-    return int(np.isin(train, hashes_of_text(text)).sum())
+    if size is not None and details.get("resized") is not None and tuple(details.get("image_size") or ()) != size:
+        raise InputError(
+            f"Expected a model that says which images it learned from. Got {name!r}, which learned from images that "
+            f"were resized to {details.get('image_size')}, where these are of {list(size)}: whether they are the same "
+            "cannot be told. Take another, or one that learned from images at their size."
+        )
+    yield hashes_of_text(text)
+    train = details.get("train")
+    if not isinstance(train, dict) or (start := train.get("start_from")) is None:
+        return
+    before, wanted = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
+    kind = next(kind for kind, its in FORMATS.items() if its == config["format"])
+    try:
+        known = isinstance(before, str) and weights_of(before, kind) == wanted
+    except CheckpointError:
+        known = False
+    if not known:
+        raise InputError(
+            f"Expected a model that says which images it learned from. Got {name!r}, whose training started from the "
+            f"{kind} {before!r}, of which none with its weights is found: give its folder that name here, or take "
+            "another model."
+        )
+    assert isinstance(before, str)
+    yield from _learned(before, size)

@@ -155,8 +155,9 @@ def _alpha_in_words(alpha: float, inputs: int) -> str:
     return (
         f"alpha is the chance of a false statement about one test input: at most {alpha:g} for each prediction that is "
         "no abstention, and for each radius. All of them rest on the same models and may be false together. To have "
-        f"all {inputs:,} predictions, or all {inputs:,} radii, true with probability 1 - {alpha:g}, ask for alpha / "
-        f"{inputs:,} = {alpha / inputs:.3g}."
+        f"all {inputs:,} predictions, or all {inputs:,} radii, of one condition true with probability 1 - {alpha:g}, "
+        f"ask for alpha / {inputs:,} = {alpha / inputs:.3g}; whoever takes the best of several conditions divides by "
+        "their number, too."
     )
 
 
