@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import get_worker_info
 
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["as_device", "check_worker", "device_of", "exact_arithmetic"]
+__all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic"]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -29,6 +30,24 @@ def as_device(device: str | torch.device) -> torch.device:
             f"Expected a device of this machine, such as 'cpu' or 'cuda'. Got {device!r}: {reason}"
         ) from None
     return found
+
+
+def device_of_process(name: str | None, rank: int) -> torch.device:
+    """The device of one of several processes: for "cuda" and None each has a GPU of its own, as far as there are.
+
+    Args:
+        name: None for a GPU where there is one, else the CPU.
+        rank: of the process, where no launcher has set LOCAL_RANK.
+
+    Raises:
+        InputError: no such device.
+    """
+    gpus = torch.cuda.device_count()
+    if name is None:
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda" and gpus:  # one for each process
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
+    return as_device(name)
 
 
 def device_of(module: nn.Module) -> torch.device | None:

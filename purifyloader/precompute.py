@@ -20,7 +20,7 @@ import torch
 from purifyloader import recipes
 from purifyloader.cache.reader import CacheReader
 from purifyloader.datasets import open_dataset
-from purifyloader.devices import as_device
+from purifyloader.devices import device_of_process
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.filling import CHECKED, place, precompute
 from purifyloader.purifiers import Purifier
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
     rank, world_size = place(options.rank, options.world_size)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if options.rank is not None else world_size))
-    device = _device(options.device, rank)
+    device = device_of_process(options.device, rank)
     share = max(1, _cores() // max(1, local_size))
     # launchers set OMP_NUM_THREADS=1, which would leave the other cores idle
     torch.set_num_threads(share if options.threads is None else _positive("--threads", options.threads))
@@ -176,15 +176,6 @@ def _cores() -> int:
     """What this process may use, not what the machine has; on Linux it can be told."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-def _device(name: str | None, rank: int) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if name is None:
-        name = "cuda" if gpus else "cpu"
-    if name == "cuda" and gpus:  # one for each process
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
-    return as_device(name)
 
 
 def _purifier(options: argparse.Namespace) -> Purifier:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.datasets import open_dataset
-from purifyloader.devices import as_device
+from purifyloader.devices import device_of_process
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import label_of
 from purifyloader.files import replacing, writing
@@ -237,12 +236,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _device(name: str | None, rank: int) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if name is None:
-        name = "cuda" if gpus else "cpu"
-    if name == "cuda" and gpus:  # one for each process
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
-    device = as_device(name)
+    device = device_of_process(name, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a training function of the user's finds the right one as "cuda"
     return device
