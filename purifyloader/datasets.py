@@ -341,18 +341,26 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             f"Expected {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of images, .tar files (a path, or "
             f"a pattern such as train-{{0000..0009}}.tar), or package.module:function. Got {spec!r}."
         )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"Expected {function!r} of a module {module!r} that Python finds here or installed. Got: {error}."
-        ) from None
-    dataset = make()
+    dataset = find_named(module, function)()
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
     return dataset
+
+
+def find_named(module: str, name: str) -> Any:
+    """What a module of the user's calls so; the working directory is put at the end of `sys.path` for it.
+
+    Raises:
+        InputError: no such module, or nothing of that name in it.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"Expected {name!r} of a module {module!r} that Python finds here or installed. Got: {error}."
+        ) from None
 
 
 def describe(spec: str) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
-import os
-import sys
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from purifyloader.datasets import find_named
 from purifyloader.errors import InputError
 from purifyloader.files import canonical_json
 
@@ -36,14 +34,7 @@ def named_training(spec: str) -> Train:
             f"Expected a training function as package.module:function. Got {spec!r}: give one of (training set, seed) "
             "that returns a predictor."
         )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
-    try:
-        function: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"Expected {name!r} of a module {module!r} that Python finds here or installed. Got: {error}."
-        ) from None
+    function = find_named(module, name)
     if not callable(function):
         raise InputError(f"Expected {spec!r} to be a function of (training set, seed). Got {type(function).__name__}.")
     train: Train = function
