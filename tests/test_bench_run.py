@@ -20,15 +20,17 @@ from purifyloader import pretrained
 from purifyloader.bench import report, rows
 from purifyloader.bench.data import load
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.honest import check_disjoint, trained_on
+from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.bench.training import train_victim
 from purifyloader.bench.victims import VICTIMS, victim
 from purifyloader.cache.locks import Lock
-from purifyloader.cache.source import hashes_as_text, image_hashes
+from purifyloader.cache.source import hashes_as_text, hashes_of_text, image_hashes
 from purifyloader.cli import main
+from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import training_details
+from purifyloader.pretrained.learned import learned_from
 from tests.conftest import tiny_denoiser
 
 CLASSES, TRAIN, TEST = 3, 36, 15
@@ -40,6 +42,11 @@ def pictures(count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     level = np.array([40, 120, 200])[np.arange(count) % CLASSES].reshape(-1, 1, 1, 1)
     return np.clip(level + rng.normal(0, 25, (count, 16, 16, 3)), 0, 255).astype(np.uint8)
+
+
+def hashes_of(images: np.ndarray) -> Json:
+    """As the details of a checkpoint have them."""
+    return {"image_hashes": hashes_as_text(image_hashes(images))}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +64,7 @@ def folder(tmp_path_factory) -> Path:
 def model(tmp_path_factory) -> Path:
     """A denoiser that says it learned from other images."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    hashes = hashes_as_text(image_hashes(pictures(5, 3)))
-    pretrained.save(tiny_denoiser(), path, details={"image_hashes": hashes})
+    pretrained.save(tiny_denoiser(), path, details=hashes_of(pictures(5, 3)))
     return path
 
 
@@ -211,8 +217,7 @@ def test_what_a_model_learned_from_is_in_no_set(folder, tmp_path):
     data = load("imagefolder", folder)
     for split, images in (("training", data.train), ("test", data.test)):
         path = tmp_path / split
-        hashes = hashes_as_text(image_hashes(images[3:7]))
-        pretrained.save(tiny_denoiser(), path, details={"image_hashes": hashes})
+        pretrained.save(tiny_denoiser(), path, details=hashes_of(images[3:7]))
         with pytest.raises(InputError, match=f"the {split} set and what .* no image in common. Got 4 of 4"):
             bench(folder, tmp_path, models=Models(denoiser=str(path))).check("eclipse")
         bench(folder, tmp_path, models=Models(denoiser=str(path))).check("jpeg-10")
@@ -239,9 +244,36 @@ def test_training_and_test_images_are_apart():
 
 @pytest.mark.parametrize("name", pretrained.list())
 def test_every_shipped_model_says_what_it_learned_from(name):
-    details = training_details(name)
-    hashes = trained_on(details, name)
-    assert len(hashes) == len(details["indices"]) == len(set(hashes.tolist()))
+    known: set[int] = set()
+    start: str | None = name
+    while start is not None:
+        details = training_details(start)
+        own = hashes_of_text(details["image_hashes"]).tolist()
+        assert len(own) == len(details["indices"]) == len(set(own))
+        known |= set(own)
+        start = (details["train"].get("start_from") or {"name": None})["name"]
+    assert learned_from(name).tolist() == sorted(known)
+
+
+def test_what_a_model_started_from_is_in_no_set(folder, tmp_path):
+    """A denoiser that was trained on other images alone still has what its start learned."""
+    data, first = load("imagefolder", folder), tiny_denoiser()
+    pretrained.save(first, tmp_path / "first", details=hashes_of(data.train[:3]))
+    start = {"name": str(tmp_path / "first"), "weights_sha256": weights_sha256(first)}
+    second = {**hashes_of(pictures(5, 3)), "train": {"start_from": start}}
+    pretrained.save(tiny_denoiser(), tmp_path / "second", details=second)
+    models = Models(denoiser=str(tmp_path / "second"))
+    with pytest.raises(InputError, match=r"the training set and what second learned .* Got 3 of 8"):
+        bench(folder, tmp_path, models=models).check("eclipse")
+    words = ["--defence", "eclipse", "--denoiser", tmp_path / "second", "--leave-out"]
+    assert {row["images"] for row in run(folder, tmp_path / "out", *words)} == {TRAIN - 3}
+
+
+def test_a_model_of_images_resized_to_another_size_does_not_say(folder, tmp_path):
+    details = {**hashes_of(pictures(5, 3)), "resized": 8, "image_size": [8, 8]}
+    pretrained.save(tiny_denoiser(), tmp_path / "m", details=details)
+    with pytest.raises(InputError, match=r"resized to \[8, 8\]"):
+        bench(folder, tmp_path, models=Models(denoiser=str(tmp_path / "m"))).check("eclipse")
 
 
 def test_the_sample_is_apart_from_what_shipped_models_learned_from(tmp_path):

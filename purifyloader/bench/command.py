@@ -19,7 +19,6 @@ import torch
 from purifyloader.bench import report, rows, targeted
 from purifyloader.bench.data import DATA, Data, load
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.honest import trained_on
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
 from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
@@ -27,9 +26,9 @@ from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import image_hashes
 from purifyloader.devices import as_device
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import training_details
 from purifyloader.files import write_text, writing
 from purifyloader.poisons import attacks, reading
+from purifyloader.pretrained.learned import learned_from
 from purifyloader.processes import run_many
 
 __all__ = ["main"]
@@ -228,7 +227,7 @@ def _option(word: str, text: str) -> tuple[str, Any]:
 
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
     used = {model for spec in defences for model in find(spec)[0].models(models)}
-    learned = [trained_on(training_details(model), str(model)) for model in sorted(used)]
+    learned = [learned_from(model, data.size) for model in sorted(used)]
     keep = ~np.isin(image_hashes(data.train), np.concatenate([np.empty(0, np.uint64), *learned]))
     return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
 

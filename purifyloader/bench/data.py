@@ -40,6 +40,11 @@ class Data:
     test_labels: NDArray[np.int64]
     classes: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every image."""
+        return self.train.shape[1], self.train.shape[2]
+
     def some(self, train: int | None, test: int | None, seed: int = 0) -> Data:
         """The same data with that many images of each split, drawn by `seed`, in their order; None for all."""
         rows = {}

@@ -6,32 +6,15 @@ By the hash of each image, not by indices or names: a set may have been copied, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.cache.source import hashes_of_text
 from purifyloader.errors import InputError
 
-__all__ = ["check_disjoint", "trained_on"]
+__all__ = ["check_disjoint"]
 
 Hashes = NDArray[np.uint64]
-
-
-def trained_on(details: Mapping[str, Any], model: str) -> Hashes:
-    """Hashes of the images that a model learned from, as its checkpoint has them.
-
-    Raises:
-        InputError: it does not say.
-    """
-    text = details.get("image_hashes")
-    if not isinstance(text, str):
-        raise InputError(
-            f"Expected a model that says which images it learned from. {model} has no image_hashes in its config.json: "
-            "give the images as --clean, or train it again with this version."
-        )
-    return hashes_of_text(text)
 
 
 def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:

@@ -20,18 +20,18 @@ from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.data import Data
 from purifyloader.bench.defence import compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
-from purifyloader.bench.honest import check_disjoint, trained_on
+from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.training import Normalised, accuracy, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.cache.locks import Lock, is_held, lock_path
 from purifyloader.cache.source import image_hashes
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.errors import InputError
-from purifyloader.evaluation.sets import training_details
 from purifyloader.files import file_sha256, writing
 from purifyloader.poisons import add_trigger, attacks, reading
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.writing import write_npz
+from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.models import as_denoiser
@@ -244,7 +244,7 @@ class Bench:
         shown = [_shown(model) for model in used]
         # a row has no paths, and two folders may have one name
         names = [name if shown.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(shown)]
-        learned = {name: trained_on(training_details(model), name) for name, model in zip(names, used, strict=True)}
+        learned = {name: learned_from(model, self.data.size) for name, model in zip(names, used, strict=True)}
         train = np.concatenate([hashes for split, hashes in self._hashes.items() if split != "test"])
         test = self._hashes["test"]
         if poisoned is not None:  # a file may hold anything
@@ -305,8 +305,12 @@ class Bench:
 
     def _poison_path(self, attack: AttackSpec, seed: int) -> Path:
         known = {"data": self._identity, "attack": self._told(attack), "seed": self.attack_seed}
-        if attack.file is None and attacks.find(attack.name).kind == "targeted":
-            known["row_seed"] = seed
+        if attack.file is None:
+            its = attacks.find(attack.name)
+            if its.kind == "targeted":
+                known["row_seed"] = seed
+            if "device" in its.options:  # which computes otherwise in the last digits
+                known["device"] = torch.device(self.device).type
         if self._knows_extractor(attack):
             known["extractor"] = self._extractor_path(seed).stem
         return self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from purifyloader import recipes
 from purifyloader.certify.guards import Paths, reasons_against
-from purifyloader.certify.noising import Noised, models_of, noised, shared_images, weights_of
+from purifyloader.certify.noising import Noised, models_of, noised, shared_images
 from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.pretrained.learned import weights_of
 from purifyloader.pretrained.registry import FORMATS
 from purifyloader.purifiers import Compensation, Purifier
 

@@ -19,14 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.cache.source import hashes_of_text
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
-from purifyloader.errors import CheckpointError, InputError
-from purifyloader.pretrained import load
-from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import FORMATS, find
+from purifyloader.errors import InputError
+from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import (
     BitDepth,
     Chain,
@@ -45,7 +42,7 @@ from purifyloader.purifiers import (
 )
 from purifyloader.purifiers.conditions import conditions_of
 
-__all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images", "weights_of"]
+__all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images"]
 
 
 @dataclass(frozen=True)
@@ -197,46 +194,4 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
     if not isinstance(given, np.ndarray) or given.dtype != np.uint64 or given.ndim != 1:
         got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
         raise InputError(f"Expected the hashes of training images, uint64 (N,). Got {got}: give it image_hashes(...).")
-    return int(np.isin(train, np.concatenate(list(_learned(model, size)))).sum())
-
-
-def weights_of(model: str | os.PathLike[str], kind: str) -> str:
-    """The hash of the weights of a "denoiser" or an "energy" model, by name or folder."""
-    return weights_sha256(load(model) if kind == "denoiser" else load(model, kind="energy"))
-
-
-def _learned(model: str | os.PathLike[str], size: tuple[int, int] | None) -> Iterator[NDArray[np.uint64]]:
-    """The hashes that a model has of the images it learned from, and those of the models before it."""
-    config = read_config(find(model), None)
-    found = config.get("details")
-    details: dict[str, Any] = found if isinstance(found, dict) else {}
-    text, name = details.get("image_hashes"), os.fspath(model)
-    if not isinstance(text, str):
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, whose config.json has "
-            "no image_hashes among its details: train it again with this version, which notes them, or take another."
-        )
-    if size is not None and details.get("resized") is not None and tuple(details.get("image_size") or ()) != size:
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, which learned from images that "
-            f"were resized to {details.get('image_size')}, where these are of {list(size)}: whether they are the same "
-            "cannot be told. Take another, or one that learned from images at their size."
-        )
-    yield hashes_of_text(text)
-    train = details.get("train")
-    if not isinstance(train, dict) or (start := train.get("start_from")) is None:
-        return
-    before, wanted = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
-    kind = next(kind for kind, its in FORMATS.items() if its == config["format"])
-    try:
-        known = isinstance(before, str) and weights_of(before, kind) == wanted
-    except CheckpointError:
-        known = False
-    if not known:
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, whose training started from the "
-            f"{kind} {before!r}, of which none with its weights is found: give its folder that name here, or take "
-            "another model."
-        )
-    assert isinstance(before, str)
-    yield from _learned(before, size)
+    return int(np.isin(train, learned_from(model, size)).sum())
