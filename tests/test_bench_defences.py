@@ -268,6 +268,53 @@ def test_other_models_have_curves_of_their_own():
     assert set(pictures.noise_levels(found)) == {"eclipse", "eclipse [m1]", "eclipse [m2]"}
 
 
+def drawn_by(draw, found, tmp_path, monkeypatch):
+    """The figure, with its texts all inside of it."""
+    kept = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: kept.append(figure))
+    draw(found, tmp_path / "a.png")
+    (figure,) = kept
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    texts = [*figure.texts, *axis.texts, axis.xaxis.label, axis.yaxis.label]
+    if axis.get_xscale() != "log":  # whose labels beyond the ends are there and not drawn
+        texts += [*axis.get_xticklabels(), *axis.get_yticklabels()]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+    assert all(box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    return figure, axis
+
+
+LONG = "narcissus target_class=2 share=0.75 share_of=class"
+
+
+@pytest.mark.parametrize(
+    "more", [[], [row(LONG, "a-chain-of-my-own-with-a-long-name+B+C", 50, None), row(LONG, "none", 20, None)]]
+)
+def test_the_grid_has_each_mean_in_its_cell(more, tmp_path, monkeypatch):
+    found = [*ROWS, *more]
+    _, axis = drawn_by(pictures.accuracies, found, tmp_path, monkeypatch)
+    columns = [label.get_text().replace("\n", " ") for label in axis.get_xticklabels()]
+    lines = [label.get_text() for label in axis.get_yticklabels()]
+    shown = {}
+    for text in axis.texts:
+        x, y = text.get_position()
+        shown[columns[x], lines[y]] = text.get_text()
+    means = {(a, d): cell.accuracy for (a, d), cell in report.cells(found).items()}
+    wanted = {("clean" if a == "none" else a, d): f"{np.mean(values):.0f}" for (a, d), values in means.items()}
+    assert shown == wanted
+    assert shown["lsp", "eclipse"] == "67"
+
+
+def test_the_costs_are_of_defences_that_can_be_compared(tmp_path, monkeypatch):
+    figure, axis = drawn_by(pictures.costs, ROWS, tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    best_first = ["eclipse, 67.0 %", "eclipse@50, 60.0 %", "eclipse@2, 40.0 %", "none, 30.0 %"]
+    assert [text.get_text() for text in legend.get_texts()] == best_first, "A was measured on AR alone"
+    assert [line.get_ydata()[0] for line in axis.get_lines()] == [67, 60, 40, 30]
+
+
 # published
 
 

@@ -615,7 +615,7 @@ def test_a_picture_shows_what_was_found(tmp_path, monkeypatch):
     from purifyloader.certify import pictures
 
     drawn = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
     found = of(*SEVERAL)
     curves(found, tmp_path / "a.png")
     figure = drawn[0]
@@ -641,7 +641,7 @@ def test_a_picture_shows_what_was_found(tmp_path, monkeypatch):
     assert max(lines["sigma 1"].get_xdata()) < high < 1.05 * max(lines["sigma 1"].get_xdata())
     assert "No certificate: no noise." in " ".join(text.get_text() for text in figure.texts)
     # nothing is drawn over anything else
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     apart = [*panels, *(axis.get_legend() for axis in panels), *figure.texts]
     boxes = [its.get_window_extent() for its in apart]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

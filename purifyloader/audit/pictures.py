@@ -11,12 +11,11 @@ import numpy as np
 
 from purifyloader.audit.compare import FORMAT, VERSION
 from purifyloader.audit.report import MEANING, in_words
-from purifyloader.errors import InputError, PurifyError
-from purifyloader.files import replacing
+from purifyloader.errors import InputError
+from purifyloader.figures import new_figure, save_figure
 
 __all__ = ["picture"]
 
-_DPI = 110
 _WIDTH = 162  # characters of a line below
 _COLOURS = {"reference": "#1a3f8f", "data": "#f2b134", "poisoned": "#d1603d"}
 _GREY = "#555555"
@@ -39,26 +38,13 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
     if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
         got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
         raise InputError(f"Expected results of audit_energy, {FORMAT!r} of version {VERSION}. Got {got}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PurifyError(
-            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
-        ) from None
-    path = Path(path)
-    figure: Any = Figure(figsize=(11, 6.8), dpi=_DPI)
+    figure = new_figure((11, 6.8))
     axis = figure.add_axes((0.065, 0.36, 0.905, 0.57))
     _histogram(axis, results)
     lines = [line for sentence in in_words(results) for line in wrap(sentence, _WIDTH)]
     lines += ["", *wrap(MEANING, _WIDTH)]
     figure.text(0.065, 0.265, "\n".join(lines), va="top", fontsize=8.5, color=_GREY, linespacing=1.4)
-    try:
-        with replacing(path) as temporary:
-            # no version of matplotlib in the file: the same results are the same bytes
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
-    return path
+    return save_figure(figure, path)
 
 
 def _histogram(axis: Any, results: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import statistics
@@ -16,56 +15,57 @@ from numpy.typing import NDArray
 
 from purifyloader.bench.report import CLEAN, cells, in_order, recovered
 from purifyloader.bench.rows import Row
-from purifyloader.errors import PurifyError
-from purifyloader.files import replacing
+from purifyloader.figures import new_figure, save_figure
 
 __all__ = ["accuracies", "costs", "images", "noise", "noise_levels"]
 
-_DPI = 110
 _COLOURS = (
     *("#1a3f8f", "#f2b134", "#d1603d", "#3b8c6e", "#7a5195"),
     *("#8c8c8c", "#2ea3c9", "#b8572e", "#5a6b2e", "#c06c9a"),
 )
+_MARKS = "osD^"  # of the first colours, and of these again
 _GREY = "#555555"
-_THIN = {"lw": 0.8}
-_ACROSS, _BAR = 4, 0.19  # panels in a line, and inches of a bar
+_CELL, _LINE, _LETTER, _NAME = 0.42, 0.22, 0.068, 34  # inches of a cell and of a letter, letters of a line
+_ANGLE = 60  # of the names above
+_SLANT = math.cos(math.radians(_ANGLE)), math.sin(math.radians(_ANGLE))
+_DARK = 0.6  # of the undefended accuracy: numbers above it are white
 _MANY = 0.7  # share of the most defences that a poison must have been measured with to be in a mean
 _GAIN = 8  # residuals are drawn that much stronger
 
 
 def accuracies(rows: Sequence[Row], path: str | Path) -> None:
-    """A panel an attack, a bar a defence; a whisker is the standard deviation over the seeds."""
+    """A grid: a line a defence, a column an attack, and in each cell the mean accuracy over the seeds.
+
+    The colour is the accuracy: the darker, the nearer to that of clean data without a defence.
+    """
     found = cells(rows)
     attacks, defences = in_order(found)
-    colours = {defence: _COLOURS[i % len(_COLOURS)] for i, defence in enumerate(defences)}
-    across = min(_ACROSS, len(attacks))
-    shown = {a: [d for d in reversed(defences) if (a, d) in found] for a in attacks}  # the first on top
-    lines = [attacks[i : i + across] for i in range(0, len(attacks), across)]
-    rows_of = {a: max(len(shown[b]) for b in line) for line in lines for a in line}
-    heights = [0.75 + _BAR * rows_of[line[0]] for line in lines]
-    figure = _figure((0.4 + 3.5 * across, 0.5 + sum(heights)))
-    grid = figure.subplots(len(lines), across, squeeze=False, sharex=True, height_ratios=heights)
-    for axis, attack in itertools.zip_longest(grid.flat, attacks):
-        if attack is None:
-            axis.set_visible(False)
-            continue
-        accuracy = [found[attack, d].accuracy for d in shown[attack]]
-        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracy]
-        means = [statistics.fmean(values) for values in accuracy]
-        axis.barh(
-            range(len(means)), means, 0.75, xerr=spread, color=[colours[d] for d in shown[attack]], error_kw=_THIN
-        )
-        axis.set_yticks(range(len(means)), shown[attack], fontsize=8)
-        axis.set_ylim(len(means) - rows_of[attack] - 0.4, len(means) - 0.4)  # bars of one width, from the top
-        if (CLEAN, CLEAN) in found:
-            axis.axvline(statistics.fmean(found[CLEAN, CLEAN].accuracy), color=_GREY, lw=0.8, ls="--")
-        axis.set_title("\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, 34)), fontsize=9)
-        axis.set_xlim(0, 100)
-        axis.tick_params("x", labelbottom=True, labelsize=8)
-        _plain(axis, "x")
-    figure.supxlabel("accuracy on clean test images, %; dashed: clean data, undefended", fontsize=9)
-    figure.tight_layout()
-    _save(figure, path)
+    levels = np.full((len(defences), len(attacks)), np.nan)
+    for (attack, defence), cell in found.items():
+        levels[defences.index(defence), attacks.index(attack)] = statistics.fmean(cell.accuracy)
+    names = ["\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, _NAME)) for attack in attacks]
+    note = "accuracy on clean test images in %, by training data and defence; white: not measured"
+    lengths = [_LETTER * max(map(len, name.split("\n"))) for name in names]
+    left, above = 0.25 + _LETTER * max(map(len, defences)), 0.3 + _SLANT[1] * max(lengths)
+    # the names of the last columns lean out to the right
+    beyond = max(_SLANT[0] * length - _CELL * i for i, length in enumerate(reversed(lengths)))
+    width = max(left + _CELL * len(attacks) + max(0.1, beyond), 0.3 + _LETTER * len(note))
+    height = above + _LINE * len(defences) + 0.45
+    figure = new_figure((width, height))
+    axis = figure.add_axes((left / width, 0.4 / height, _CELL * len(attacks) / width, 1 - (above + 0.4) / height))
+    top = levels[0, 0] if (CLEAN, CLEAN) in found else np.nanmax(levels)
+    axis.imshow(levels, cmap="YlGnBu", vmin=0, vmax=1.15 * top, aspect="auto")
+    for (line, column), level in np.ndenumerate(levels):
+        if not np.isnan(level):
+            colour = "white" if level > _DARK * top else "black"
+            axis.text(column, line, f"{level:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(attacks)), names, rotation=_ANGLE, ha="left", rotation_mode="anchor", fontsize=8)
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(len(defences)), defences, fontsize=8)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.text(0.15 / width, 0.15 / height, note, fontsize=8, color=_GREY)
+    save_figure(figure, path)
 
 
 def costs(rows: Sequence[Row], path: str | Path) -> None:
@@ -78,23 +78,29 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     biting = {a for a, _ in found if recovered(found, a, CLEAN) is not None} or {a for a, _ in found if a != CLEAN}
     counts = {a: sum(key[0] == a for key in found) for a in biting or {CLEAN}}
     every = {a for a, count in counts.items() if count >= _MANY * max(counts.values())}
-    figure = _figure((8, 5))
-    axis = figure.add_axes((0.1, 0.13, 0.86, 0.8))
-    for i, defence in enumerate(in_order(found)[1]):
+    defences = in_order(found)[1]
+    measured: dict[str, tuple[float, float]] = {}
+    for defence in defences:
         its = {a: found[a, defence] for a in every if (a, defence) in found}
-        if its.keys() != every:
-            continue
-        level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in its.values())
-        seconds = max(1e-6, statistics.median(cell.seconds for cell in its.values()))
-        axis.plot(seconds, level, "o", color=_COLOURS[i % len(_COLOURS)])
-        axis.annotate(defence, (seconds, level), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        if its.keys() == every:
+            level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in its.values())
+            measured[defence] = max(1e-6, statistics.median(cell.seconds for cell in its.values())), level
+    labels = {defence: f"{defence}, {level:.1f} %" for defence, (_, level) in measured.items()}
+    width = 7.2 + _LETTER * max(map(len, labels.values()), default=0)
+    figure = new_figure((width, 5))
+    axis = figure.add_axes((0.8 / width, 0.13, 5.8 / width, 0.83))
+    for defence in sorted(measured, key=lambda name: -measured[name][1]):  # the legend has the best on top
+        again, colour = divmod(defences.index(defence), len(_COLOURS))
+        seconds, level = measured[defence]
+        axis.plot(
+            seconds, level, _MARKS[again % len(_MARKS)], color=_COLOURS[colour], label=f"{defence}, {level:.1f} %"
+        )
     axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.14)  # room for the names of the slowest
     axis.set_xlabel("seconds to purify an image (1 microsecond: none)")
     axis.set_ylabel("\n".join(textwrap.wrap(f"accuracy in %, mean over {', '.join(sorted(every))}", 60)))
     _plain(axis)
-    _save(figure, path)
+    figure.legend(loc="center left", bbox_to_anchor=(6.7 / width, 0.55), fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
 def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
@@ -121,13 +127,13 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
         return False
     clean = cells(rows).get((CLEAN, CLEAN))
     attacks = in_order({(attack, CLEAN) for its in curves.values() for attack in its})[0]
-    figure = _figure((1.5 + 5.2 * len(curves), 4.6))
+    figure = new_figure((1.5 + 5.2 * len(curves), 4.6))
     for axis, (defence, its) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         levels = sorted({px for points in its.values() for px, _ in points})
         for attack in (a for a in attacks if a in its):
             points = its[attack]
             again, colour = divmod(attacks.index(attack), len(_COLOURS))
-            style = {"color": _COLOURS[colour], "marker": "so"[not again], "ls": "--" if again else "-"}
+            style = {"color": _COLOURS[colour], "marker": _MARKS[again % len(_MARKS)], "ls": "--" if again else "-"}
             means = [statistics.fmean(values) for _, values in points]
             spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
             name = "clean" if attack == CLEAN else attack
@@ -144,7 +150,7 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=math.ceil(len(labels) / 2), fontsize=8, frameon=False)
     figure.subplots_adjust(0.75 / figure.get_figwidth(), 0.24, 0.98, 0.92, 0.15)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -157,7 +163,7 @@ def images(
         shown: attack → the same few images (clean, poisoned, purified), uint8 (N, H, W, 3).
         defence: what purified them.
     """
-    figure = _figure((10.2, 1.95 * len(shown) + 0.4))
+    figure = new_figure((10.2, 1.95 * len(shown) + 0.4))
     titles = ("clean", "poisoned", f"poison × {_GAIN}", f"after {defence}", f"after - clean, × {_GAIN}")
     top = 1 - 0.3 / (1.95 * len(shown) + 0.4)
     axes = figure.subplots(len(shown), len(titles), squeeze=False)
@@ -171,7 +177,7 @@ def images(
             if row == 0:
                 axis.set_title(title, fontsize=9)
         axes[row][0].set_ylabel(attack, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _residual(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -189,27 +195,8 @@ def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return out
 
 
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PurifyError(
-            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
-        ) from None
-    return Figure(figsize=size, dpi=_DPI)
-
-
 def _plain(axis: Any, values: str = "y") -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.grid(axis=values, color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    path = Path(path)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error

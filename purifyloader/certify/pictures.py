@@ -9,12 +9,10 @@ from textwrap import wrap
 from typing import Any
 
 from purifyloader.certify.report import check_results
-from purifyloader.errors import PurifyError
-from purifyloader.files import replacing
+from purifyloader.figures import new_figure, save_figure
 
 __all__ = ["curves"]
 
-_DPI = 110
 _COLOURS = ("#1a3f8f", "#d1603d", "#3b8c6e", "#7a5195", "#f2b134", "#2ea3c9", "#8c8c8c", "#5a6b2e", "#c06c9a")
 _GREY = "#555555"
 _SEVERAL = 10  # images that share the radius of the upper axis
@@ -57,7 +55,7 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
         return
     below = _AXIS + _ENTRY * max(len(its) for its in panels) + _EDGE + _LINE * len(caption) + _EDGE
     height = _TOP + _TALL + below
-    figure = _figure((width, height))
+    figure = new_figure((width, height))
     axes = [
         figure.add_axes(
             ((_LEFT + i * (_PANEL + _GAP)) / width, below / height, _PANEL / width, _TALL / height),
@@ -76,7 +74,7 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
         axis.tick_params("y", labelleft=False)
     axes[0].set_ylabel("test inputs, %")
     _write(figure, caption)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[float, str], plain: bool) -> None:
@@ -146,27 +144,7 @@ def _write(figure: Any, caption: Sequence[str]) -> None:
 
 def _nothing(caption: Sequence[str], width: float, path: str | Path) -> None:
     height = 0.75 + _LINE * len(caption) + 2 * _EDGE
-    figure = _figure((width, height))
+    figure = new_figure((width, height))
     figure.text(_LEFT / width, 1 - 0.35 / height, "Nothing to draw", va="center", fontsize=11)
     _write(figure, caption)
-    _save(figure, path)
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PurifyError(
-            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
-        ) from None
-    return Figure(figsize=size, dpi=_DPI)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    path = Path(path)
-    try:
-        with replacing(path) as temporary:
-            # no version of matplotlib in the file: the same results are the same bytes
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
+    save_figure(figure, path)

@@ -32,7 +32,7 @@ from purifyloader.certify.statistics import (
     radius_per_image,
 )
 from purifyloader.errors import InputError
-from purifyloader.evaluation.output import has_matplotlib
+from purifyloader.figures import has_matplotlib
 from purifyloader.files import canonical_json, write_text, writing
 
 __all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "SCHEMA", "Outcome", "Written", "markdown", "results", "write"]

@@ -14,12 +14,11 @@ from typing import Any
 from purifyloader.dynamics.measure import FORMAT, VERSION
 from purifyloader.dynamics.tune import FORMAT as TUNE_FORMAT
 from purifyloader.dynamics.tune import VERSION as TUNE_VERSION
-from purifyloader.errors import InputError, PurifyError
-from purifyloader.files import replacing
+from purifyloader.errors import InputError
+from purifyloader.figures import new_figure, save_figure
 
 __all__ = ["picture"]
 
-_DPI = 110
 _CLEAN, _WASHED, _AWAY, _GREY = "#1f6fb4", "#2e8b57", "#e67e22", "#666666"  # the paper's blue, green and orange
 _PROPOSED = "#8e44ad"
 _CURVES = ("#b8860b", "#17828c", "#8c510a", "#c51b7d", "#4d4d4d")
@@ -48,18 +47,11 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
             f"{TUNE_VERSION}. Got {got}."
         )
     results = results if tuned is None else tuned["curves"]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PurifyError(
-            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
-        ) from None
-    path = Path(path)
     names: list[str | None] = sorted(results["poisons"]) or [None]
     columns = 1 if results["energy"] is None else 2
     first = 0 if tuned is None else 1
     rows = first + len(names)
-    figure: Any = Figure(figsize=(7.2 * columns, 0.6 + 4.5 * rows), dpi=_DPI, layout="constrained")
+    figure = new_figure((7.2 * columns, 0.6 + 4.5 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(_title(results, columns), fontsize=12, x=0.01, ha="left")
     grid = figure.add_gridspec(rows, columns)
@@ -74,13 +66,7 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
         axis.grid(alpha=0.25)
         if tuned is not None:
             _mark(axis, tuned)
-    try:
-        with replacing(path) as temporary:
-            # no version of matplotlib in the file: the same results are the same bytes
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
-    return path
+    return save_figure(figure, path)
 
 
 def _title(results: Mapping[str, Any], columns: int) -> str:

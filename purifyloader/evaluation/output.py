@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from purifyloader.errors import InputError
+from purifyloader.figures import has_matplotlib
 from purifyloader.files import write_text, writing
 
-__all__ = ["check_out", "has_matplotlib", "write_results", "writing"]
+__all__ = ["check_out", "write_results", "writing"]
 
 
 def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: str) -> None:
@@ -52,14 +53,6 @@ def _try_writing(folder: Path) -> None:
         for path in created:
             with suppress(OSError):  # not created, or somebody else's file is in it by now
                 path.rmdir()
-
-
-def has_matplotlib() -> bool:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def write_results(

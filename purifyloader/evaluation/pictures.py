@@ -13,11 +13,11 @@ from torch import Tensor
 
 from purifyloader import noise
 from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.errors import InputError, PurifyError
+from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
 from purifyloader.evaluation.evaluate import FORMAT, VERSION
 from purifyloader.evaluation.measures import check_images
-from purifyloader.files import replacing
+from purifyloader.figures import new_figure, save_figure
 
 __all__ = ["Examples", "examples", "picture"]
 
@@ -102,14 +102,7 @@ def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None
     if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
         got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
         raise InputError(f"Expected results of evaluate, {FORMAT!r} of version {VERSION}. Got {got}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PurifyError(
-            "A picture needs matplotlib. Got a Python without it: pip install 'purifyloader[plots]'."
-        ) from None
-    path = Path(path)
-    figure: Any = Figure(figsize=(17, 9.3 if shown is None else 14.6), dpi=_DPI, layout="constrained")
+    figure = new_figure((17, 9.3 if shown is None else 14.6), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     figure.suptitle(_title(results), fontsize=13, x=0.01, ha="left")
     if shown is None:
@@ -118,13 +111,7 @@ def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None
         top, bottom = figure.subfigures(2, 1, height_ratios=(8.6, 5.4))
         _panels(top.subplots(2, 4), results)
         _strip(bottom, shown)
-    try:
-        with replacing(path) as temporary:
-            # no version of matplotlib in the file: the same results are the same bytes
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise PurifyError(f"Expected to write {path}. Got: {error}. Give a path that can be written to.") from error
-    return path
+    return save_figure(figure, path)
 
 
 def _title(results: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.evaluation.measures import jpeg_psnr, noised, noised_psnr, psnr
+from purifyloader.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.files import replacing, write_text
 from purifyloader.images import quantize
 
@@ -139,15 +140,13 @@ class Curves:
 
     def write_picture(self, folder: Path, validation: Validation | None) -> None:
         """curves.png; without matplotlib (an extra) a line in the log instead."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
+        if not has_matplotlib():
             if len(self.validated()) <= 1:  # once
                 log.info(
                     "no %s: pip install 'purifyloader[plots]' draws it; %s has the numbers", CURVES_PNG, CURVES_CSV
                 )
             return
-        figure = Figure(figsize=(11, 4), layout="constrained")
+        figure = new_figure((11, 4), dpi=100, layout="constrained")
         losses, quality = figure.subplots(1, 2)
         logged = [row for row in self.rows if row.get("loss") is not None]
         losses.plot([r["step"] for r in logged], [r["loss"] for r in logged])
@@ -164,8 +163,7 @@ class Curves:
             quality.plot([], [], "k", linewidth=0.8, dashes=(1, 4), label="JPEG-10")
             quality.set(xlabel="step", ylabel="PSNR (dB)")
             figure.legend(*quality.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        with replacing(folder / CURVES_PNG) as temporary:
-            figure.savefig(temporary, dpi=100, format="png")
+        save_figure(figure, folder / CURVES_PNG)
 
 
 @torch.no_grad()

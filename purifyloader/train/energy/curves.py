@@ -20,6 +20,7 @@ from purifyloader.devices import exact_arithmetic
 from purifyloader.energy.energies import image_energies
 from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
+from purifyloader.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.files import replacing, write_text
 from purifyloader.images import quantize
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG
@@ -87,15 +88,13 @@ class EnergyCurves:
         self._draw()
 
     def _draw(self) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
+        if not has_matplotlib():
             log.debug("no %s: pip install 'purifyloader[plots]' draws it", CURVES_PNG)
             return
         if not self.rows:
             return
         steps = [row["step"] for row in self.rows]
-        figure = Figure(figsize=(13, 4), layout="constrained")
+        figure = new_figure((13, 4), dpi=100, layout="constrained")
         energies, differences, slopes = figure.subplots(1, 3)
         for name, label in (("data", "images (with noise)"), ("samples", "samples"), ("held_out", "held out")):
             values = [row.get(name) for row in self.rows]
@@ -111,8 +110,7 @@ class EnergyCurves:
         slopes.axhline(255 * self.config.step_size, color="k", linewidth=0.8, dashes=(1, 4), label="noise of a step")
         slopes.set(xlabel="step", ylabel="px (root mean square)", ylim=(0, None))
         slopes.legend(fontsize="small")
-        with replacing(self.folder / CURVES_PNG) as temporary:
-            figure.savefig(temporary, dpi=100, format="png")
+        save_figure(figure, self.folder / CURVES_PNG)
 
 
 def float32_arithmetic(device: torch.device) -> AbstractContextManager[None]:
