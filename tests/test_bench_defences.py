@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.cli import main
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.poisons import Poisoned, Target
+from purifyloader.poisons import Poisoned, Target, attacks
 from purifyloader.purifiers import Chain, Coin, Jpeg, Repeat
 from tests.conftest import tiny_denoiser, tiny_energy
 from tests.test_bench_run import CLASSES, TEST, TRAIN
@@ -73,7 +74,7 @@ def test_the_models_that_a_file_names_are_checked_for_honesty(tmp_path):
     path.write_text(Chain(Repeat(recipes.eclipse("cifar10-sparse", sigma=0.05), 2), Jpeg(75)).to_json())
     its, _ = find(str(path))
     assert its.models(Models()) == ["cifar10-sparse"]
-    assert its.ready(Models(), None, True).sigma == 0.05
+    assert its.ready(Models(), None, True).sigma_px == pytest.approx(12.75)
     assert find("eclipse")[0].models(Models()) == ["cifar10-sparse"]
     assert find("puregen-naive")[0].models(Models()) == ["cifar10-energy", "cifar10-puregen-ddpm"]
 
@@ -207,7 +208,8 @@ def test_values_are_checked_before_any_work_and_wherever_one_is(tmp_path, monkey
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     spec = AttackSpec("gradient-matching", {"bases": "random", "preset": "cpu", "norm": "linf"})
-    assert spec.settings()["options"] == {"bases": "random", "preset": "cpu", "norm": "linf"}
+    told = spec.settings()["options"]
+    assert {name: told[name] for name in spec.options} == spec.options
 
 
 def test_no_attacker_starts_as_a_victim_does():
@@ -221,11 +223,18 @@ def test_no_attacker_starts_as_a_victim_does():
 # curves over the level of noise
 
 
-def row(attack: str, defence: str, accuracy: float, px: float | None, seed: int = 0) -> dict[str, Any]:
+def row(
+    attack: str, defence: str, accuracy: float, px: float | None = None, seed: int = 0, **more: Any
+) -> dict[str, Any]:
     return {
+        **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
         **{"attack": attack, "defence": defence, "accuracy": accuracy, "sigma_px": px, "seed": seed},
         **{"seconds": {"purify_an_image": 0.0}, "calls": 1, "distance_px": 1.0},
-        "settings": {"attack": attack, "purifier": defence, "seed": seed},
+        "settings": {
+            **{"data": {"sha": "0"}, "attack_seed": 0, "fast": True, "device": "cpu"},
+            **{"attack": attack, "purifier": defence, "seed": seed},
+        },
+        **more,
     }
 
 
@@ -269,21 +278,20 @@ def test_other_models_have_curves_of_their_own():
 
 
 def drawn_by(draw, found, tmp_path, monkeypatch):
-    """The figure, with its texts all inside of it."""
+    """The figure, with all that it shows inside of it and nothing upon another, and its first axes."""
     kept = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: kept.append(figure))
     draw(found, tmp_path / "a.png")
     (figure,) = kept
     figure.draw_without_rendering()
-    (axis,) = figure.axes
-    texts = [*figure.texts, *axis.texts, axis.xaxis.label, axis.yaxis.label]
-    if axis.get_xscale() != "log":  # whose labels beyond the ends are there and not drawn
-        texts += [*axis.get_xticklabels(), *axis.get_yticklabels()]
-    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in figure.texts]
     boxes += [legend.get_window_extent() for legend in figure.legends]
+    boxes += [axis.get_tightbbox() for axis in figure.axes]  # with its names, ticks and title
     assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
     assert all(box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
-    return figure, axis
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert "sample, 4,000 images, resnet9, training short" in figure.texts[0].get_text()
+    return figure, figure.axes[0]
 
 
 LONG = "narcissus target_class=2 share=0.75 share_of=class"
@@ -315,23 +323,172 @@ def test_the_costs_are_of_defences_that_can_be_compared(tmp_path, monkeypatch):
     assert [line.get_ydata()[0] for line in axis.get_lines()] == [67, 60, 40, 30]
 
 
+def test_the_curves_of_many_attacks_are_told_apart(tmp_path, monkeypatch):
+    attacks = ["none", LONG, *(f"attack-{i}" for i in range(11))]
+    found = [row(a, f"eclipse@{px:g}", 60 - i, px) for i, a in enumerate(attacks) for px in (2.0, 12.75, 50.0)]
+    figure, axis = drawn_by(pictures.noise, [row("none", "none", 70), *found], tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    names = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+    assert sorted(names) == sorted(["clean", *attacks[1:], "clean, no defence"])
+    lines = [line for line in axis.get_lines() if line.get_marker() != "None"]
+    looks = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(lines) == len(looks) == len(attacks)
+    assert axis.get_ylabel() == "accuracy on clean test images, %"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "12.75", "50"]
+
+
+def test_the_legend_of_the_curves_has_the_attacks_of_all_panels(tmp_path, monkeypatch):
+    measured = {"A": ("lsp",), "eclipse": ("lsp", "ar")}
+    found = [row(a, f"{d}@{px:g}", 60, px) for d, attacks in measured.items() for a in attacks for px in (2.0, 25.0)]
+    figure, _ = drawn_by(pictures.noise, found, tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["ar", "lsp"]
+    assert len(figure.axes) == 2
+
+
+# the tables
+
+
+def line_of(text: str, defence: str, table: int = 0) -> list[str]:
+    """The cells of a defence in a table of a report, the first being the accuracies."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {defence} |")]
+    return [word.strip() for word in lines[table].strip("|").split("|")[1:]]
+
+
+def test_a_cell_says_of_how_many_victims_it_is():
+    found = [row("none", "none", 70 + s, seed=s) for s in range(3)]
+    found += [row("lsp", "none", 30 + s, seed=s) for s in (0, 2)] + [row("ar", "none", 12, seed=1)]
+    text = report.markdown(found)
+    assert line_of(text, "none")[:3] == ["71.0 ± 1.0", "12.0", "31.0 ± 1.4 (2)"]
+    assert "over victims of the seeds 0, 1, 2; where they are fewer" in text
+    assert "of one victim each, of the seed 1." in report.markdown([row("ar", "none", 12, seed=1)])
+    cell = report.cells(found)["lsp", "none"]
+    assert (cell.seeds, cell.accuracy) == ([0, 2], [30, 32])
+
+
+def test_shares_are_over_the_seeds_that_all_rows_have():
+    """Victims of seed 1 and 2 are others: a defence that gives all back at seed 0 gives all back."""
+    found = [row("none", "none", accuracy, seed=s) for s, accuracy in enumerate((70, 60, 65))]
+    found += [row("lsp", "none", accuracy, seed=s) for s, accuracy in enumerate((30, 20, 25))]
+    found += [row("none", "A", 66), row("lsp", "A", 70)]
+    found += [row("lsp", "B", 40, seed=s) for s in (1, 2)]  # 20 and 15 of 40 and 40
+    found += [row("none", "B", 62, seed=1), row("lsp", "C", 50, seed=7)]
+    cells = report.cells(found)
+    assert report.recovered(cells, "lsp", "A") == pytest.approx(100)
+    assert report.recovered(cells, "lsp", "B") == pytest.approx(100 * 35 / 80)
+    assert report.recovered(cells, "lsp", "C") is None
+    text = report.markdown(found)
+    assert line_of(text, "A", 1) == ["100 %", "-4.0"]
+    assert line_of(text, "B", 1) == ["44 %", "+2.0"]
+    assert "| C | 50.0 |" not in text.partition("Of what a poison took")[2]
+
+
+def test_whether_a_poison_bites_is_decided_by_all_its_seeds():
+    found = [row("none", "none", 70, seed=s) for s in range(3)]
+    found += [row("lsp", "none", accuracy, seed=s) for s, accuracy in enumerate((60, 40, 20))]  # 10, 30 and 50
+    found += [row("ar", "none", accuracy, seed=s) for s, accuracy in enumerate((40, 64, 68))]  # 30, 6 and 2
+    found += [row(attack, "A", 65) for attack in ("lsp", "ar")]
+    cells = report.cells(found)
+    assert report.bites(cells, "lsp")
+    assert report.recovered(cells, "lsp", "A") == pytest.approx(50), "at seed 0 alone it would not"
+    assert not report.bites(cells, "ar")
+    assert report.recovered(cells, "ar", "A") is None
+    without = report.cells(found[:-2])
+    assert report.bites(without, "lsp"), "whatever defences there are"
+    assert not report.bites(without, "none")
+
+
+def test_a_poison_that_takes_nothing_from_the_seeds_compared_gives_nothing_back():
+    found = [row("none", "none", 70, seed=s) for s in range(3)] + [row("lsp", "A", 65)]
+    found += [row("lsp", "none", accuracy, seed=s) for s, accuracy in enumerate((70, 20, 20))]
+    assert report.recovered(report.cells(found), "lsp", "A") is None
+
+
+def test_versions_and_threads_are_told_where_they_differ():
+    def header(*rows: tuple[str, int]) -> str:
+        found = [
+            row("none", "none", 70, seed=s, versions={"torch": torch}, threads=threads)
+            for s, (torch, threads) in enumerate(rows)
+        ]
+        return report.markdown(found).partition("| defence")[0]
+
+    same = header(("2.14.1+cu130", 1), ("2.14.1+cu130", 1))
+    assert "torch" not in same
+    assert "threads" not in same
+    other = header(("2.15.0+cu132", 1), ("2.14.1+cu130", 1), ("2.14.1+cu130", 2))
+    assert "Versions of torch: 2.14.1 (2 rows) and 2.15.0 (1)." in other
+    assert "Numbers of threads: 1 (2 rows) and 2 (1)." in other
+
+
+BACKDOOR = "narcissus target_class=2"
+
+
+def test_a_back_door_stands_beside_what_clean_victims_call_so():
+    of_clean = ({BACKDOOR: 8.0, "other": 1.0}, {BACKDOOR: 8.2}, {})
+    found = [
+        row("none", "none", 70, seed=s, **({"clean_success": its} if its else {})) for s, its in enumerate(of_clean)
+    ]
+    found += [row(BACKDOOR, "none", 68, seed=s, success=65 + s) for s in (0, 2)]
+    found += [row(BACKDOOR, "jpeg-10", 60, success=32.8), row("none", "jpeg-10", 62)]
+    cells = report.cells(found)
+    assert cells["none", "none"].clean_success == {BACKDOOR: [8.0, 8.2], "other": [1.0]}
+    assert cells[BACKDOOR, "none"].clean_success == {}
+    table = report.markdown(found).partition("has called its class (clean:")[2]
+    assert f"| defence | {BACKDOOR} |" in table
+    assert line_of(table, "none") == ["66.0 ± 1.4 (2) (clean 8.1)"]
+    assert line_of(table, "jpeg-10") == ["32.8"]
+
+
+def test_seconds_are_said_to_be_of_purification_alone():
+    assert "Seconds are of purification alone" in report.markdown(ROWS)
+
+
 # published
 
 
 def test_published_figures_are_those_of_the_papers():
-    """The means that the papers print beside their figures."""
-    nine = [published.ECLIPSE["eclipse-100"][a] for a in ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")]
-    assert np.mean(nine) == pytest.approx(83.69, abs=0.005)
-    assert np.mean(nine[:-1]) == pytest.approx(83.82, abs=0.005)
+    """The means that ECLIPSE's paper prints beside its figures, and the 8 poisons of its ablation."""
+    eclipse = {d: {a: value for a, (value,) in its.items()} for d, its in published.ECLIPSE.figures.items()}
+    for defence, mean in {"none": 27.17, "grayscale": 52.14, "jpeg-10": 79.48, "eclipse-100": 83.69}.items():
+        nine = [value for attack, value in eclipse[defence].items() if attack != "none"]
+        assert len(nine) == 9
+        assert np.mean(nine) == pytest.approx(mean, abs=0.01)
+    assert np.mean([eclipse["eclipse-100"][a] for a in eclipse["A"]]) == pytest.approx(83.82, abs=0.005)
     for defence, mean in {"A": 60.18, "B": 54.36, "C": 46.87, "A+B": 74.66, "A+C": 78.77, "B+C": 70.48}.items():
-        assert np.mean(list(published.ECLIPSE[defence].values())) == pytest.approx(mean, abs=0.01)
-    assert published.ECLIPSE["eclipse-100"]["none"] == 90.43
-    assert {*published.ECLIPSE, *published.PUREGEN} <= {*DEFENCES}
+        assert np.mean(list(eclipse[defence].values())) == pytest.approx(mean, abs=0.01)
+    assert eclipse["eclipse-100"]["none"] == 90.43
+
+
+def test_published_figures_agree_with_how_they_were_counted_and_with_each_other():
+    """Targets are whole: 100 of gradient matching, 50 of Bullseye Polytope, 48 where the last layer is trained."""
+    targets = {"gradient-matching": 100, "bullseye fine-tune": 50, "bullseye linear": 48}
+    for table in (published.PUREGEN, published.BULLSEYE):
+        for its in table.figures.values():
+            for attack, (success, accuracy) in its.items():
+                flipped = success * targets.get(attack, 0) / 100
+                assert flipped == pytest.approx(round(flipped), abs=0.005)
+                assert 80 < accuracy < 95, "natural accuracy, which is the second"
+    success = {d: its["narcissus"][0] for d, its in published.PUREGEN.figures.items()}
+    assert min(success, key=success.__getitem__) == "puregen-reps", (
+        "the paper says it is best where the poison is strong"
+    )
+    for defence, its in published.DUNE.figures.items():
+        again = published.ECLIPSE.figures.get(defence, {})
+        for attack in its.keys() & again.keys():
+            assert its[attack][0] == pytest.approx(again[attack][0], abs=5), "as its caption says"
+    cuda = {defence: its["cuda"] for defence, its in published.DUNE.figures.items()}
+    assert cuda == {"eclipse-100": (34.18,), "jpeg-10": (43.31,), "coin": (72.02,)}
+
+
+def test_published_figures_are_of_what_the_bench_has():
+    for table in published.TABLES:
+        assert {*table.figures} <= {*DEFENCES}
+        found = {column.partition(" ")[0] for its in table.figures.values() for column in its}
+        assert found <= {*attacks.ATTACKS, "none"}
 
 
 def test_published_figures_stand_beside_and_never_among():
-    assert "83.69" not in report.markdown([{**its, **SETTING} for its in ROWS])
-    text = report.markdown([{**its, **SETTING} for its in ROWS])
+    text = report.markdown(ROWS)
     ours, _, theirs = text.partition("Published")
     assert "84.58" not in ours
     assert "84.58" in theirs
@@ -339,13 +496,24 @@ def test_published_figures_stand_beside_and_never_among():
 
 
 def test_published_figures_are_found_by_the_attack_without_its_options():
-    found = [row("none", "none", 70, None), row("narcissus target_class=2 share=0.01", "puregen-ddpm [mine]", 60, None)]
-    text = report.markdown([{**its, **SETTING} for its in found])
-    assert "| puregen-ddpm | 5.21 |" in text
-    assert "16/255" in text
+    found = [row("none", "none", 70), row("narcissus target_class=2 share=0.01", "puregen-ddpm [mine]", 60)]
+    found += [row("bullseye count=10", "none", 60), row("gradient-matching", "puregen-ebm", 60)]
+    text = report.markdown(found)
+    assert "| published | gradient-matching | narcissus |" in text
+    assert "| puregen-ddpm | 0.00 / 90.93 | 5.21 / 86.16 |" in text
+    assert "gradient matching within 8/255, where the bench's own is by default within 16/255" in text
+    assert "| published | bullseye fine-tune | bullseye linear |" in text
+    assert "| none | 46.00 / 89.84 | 93.75 / 83.59 |" in text
+    assert "puregen-filt" not in text, "which was not measured"
 
 
-SETTING = {
-    **{"data": "sample", "images": 4000, "test_images": 1000, "victim": "resnet9", "training": "short"},
-    "settings": {"data": {"sha": "0"}, "attack_seed": 0, "fast": True, "device": "cpu", "purifier": None},
-}
+@pytest.mark.parametrize(("data", "shown"), [("sample", True), ("cifar10", True), ("cifar100", False)])
+def test_published_figures_are_of_cifar10_and_stand_beside_nothing_else(data, shown):
+    assert ("Published" in report.markdown([{**its, "data": data} for its in ROWS])) == shown
+
+
+def test_a_published_row_has_a_figure():
+    text = report.markdown([row("cuda", "none", 60), row("cuda", "coin", 60), row("cuda", "eclipse", 60)])
+    theirs = text.partition("Published")[2]
+    assert [line.split("|")[1].strip() for line in theirs.splitlines() if "|" in line][2:] == ["coin", "eclipse-100"]
+    assert "Published" not in theirs, "ECLIPSE's paper has no CUDA"

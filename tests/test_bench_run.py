@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from purifyloader import pretrained
+from purifyloader import poisons, pretrained
 from purifyloader.bench import report, rows
-from purifyloader.bench.data import load
+from purifyloader.bench.data import Data, load
+from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.bench.training import train_victim
+from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS, victim
 from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import hashes_as_text, hashes_of_text, image_hashes
@@ -30,7 +33,9 @@ from purifyloader.cli import main
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import training_details
+from purifyloader.poisons import em
 from purifyloader.pretrained.learned import learned_from
+from purifyloader.purifiers import Coin
 from tests.conftest import tiny_denoiser
 
 CLASSES, TRAIN, TEST = 3, 36, 15
@@ -114,7 +119,7 @@ def test_every_attack_defence_and_seed_has_its_row(whole):
         assert (row["distance_px"] == 0) is (row["attack"] == row["defence"] == "none")
     text = (out / "README.md").read_text()
     assert "| jpeg-10 |" in text
-    assert "Published, on other poison files and another scale" in text
+    assert "Published" not in text, "what is published is of CIFAR-10"
     for name in ("accuracy.png", "cost.png", "images.png"):
         with Image.open(out / name) as image:
             assert len(image.convert("RGB").getcolors(1 << 22)) > 20
@@ -202,9 +207,68 @@ def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
     assert "the trigger, as strong as in training" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_is_drawn_afresh_is_of_the_seed_the_epoch_and_the_image():
+    x = torch.from_numpy(pictures(6, 1)).permute(0, 3, 1, 2).float() / 255
+    index, coin = torch.arange(6), Coin()
+    drawn = afresh(coin, seed=3)(x, index, 0)
+    assert torch.equal(drawn, afresh(coin, seed=3)(x, index, 0))
+    assert torch.equal(drawn[2:4], afresh(coin, seed=3)(x[2:4], index[2:4], 0)), "whatever the batch"
+    for other in (afresh(coin, seed=4)(x, index, 0), afresh(coin, seed=3)(x, index, 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(drawn, other, strict=True))
+
+
+def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path):
+    words = ["--defence", "coin", "--defence", "coin-afresh"]
+    by = {(row["attack"], row["defence"]): row for row in run(folder, tmp_path / "out", *words)}
+    bare, fixed, fresh = (by["none", defence] for defence in ("none", "coin", "coin-afresh"))
+    assert fresh["distance_px"] == bare["distance_px"] == 0 < fixed["distance_px"]
+    assert fresh["settings"]["afresh"] == fixed["settings"]["purifier"]
+    assert fresh["settings"]["purifier"] is None
+    assert "afresh" not in fixed["settings"]
+    data, how = load("imagefolder", folder), {**asdict(TRAININGS["short"]), "network": "resnet9", "classes": CLASSES}
+    model = train_victim(data.train, data.train_labels, batch_transform=afresh(Coin()), **how).model
+    assert fresh["accuracy"] == pytest.approx(100 * accuracy(model, data.test, data.test_labels), abs=0.01)
+
+
+def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, tmp_path, monkeypatch):
+    for name, place in (("one", 0), ("two", 8)):
+        trigger = np.zeros((1, 3, 16, 16), np.float32)
+        trigger[:, :, place : place + 5, :5] = 1
+        np.save(tmp_path / f"{name}.npy", trigger)
+    words = {
+        name: ["--attack", f"narcissus:trigger={tmp_path / f'{name}.npy'},target_class={target},share=0.3"]
+        for name, target in (("one", 1), ("two", 2))
+    }
+    (label,) = {row["attack"] for row in run(folder, tmp_path / "out", *QUICK, *words["one"])} - {"none", "lsp"}
+
+    def clean() -> list[Json]:
+        return [row for row in rows.read(tmp_path / "out" / "rows.jsonl") if row["attack"] == "none"]
+
+    assert len(clean()) == 2, "of both defences"
+    assert all({*row["clean_success"]} == {label} for row in clean())
+    # by hand, of the victim without a defence
+    data = load("imagefolder", folder)
+    its = bench(folder, tmp_path / "hand", attack_seed=1000)
+    how: Json = {**asdict(TRAININGS["short"]), "network": "resnet9", "bfloat16": True}
+    model = train_victim(data.train, data.train_labels, classes=CLASSES, seed=0, **how).model
+    others = data.test[data.test_labels != 1]
+    others[:, :5, :5] = 255
+    by_hand = 100 * accuracy(model, others, np.full(len(others), 1))
+    (bare,) = [row for row in clean() if row["defence"] == "none"]
+    assert bare["clean_success"][label] == pytest.approx(by_hand, abs=0.01)
+    assert its.row(AttackSpec("none"), "none", 0)["accuracy"] == bare["accuracy"]
+    # another back door later: both are known, and nothing is done a third time
+    run(folder, tmp_path / "out", *QUICK, *words["two"])
+    assert all(len(row["clean_success"]) == 2 for row in clean())
+    assert bare["clean_success"].items() <= clean()[1]["clean_success"].items()
+    monkeypatch.setattr(Bench, "row", None)
+    run(folder, tmp_path / "out", *QUICK, *words["two"])
+    assert len({row["fingerprint"] for row in clean()}) == 2
+
+
 def test_a_poison_file_beside_an_attack(folder, tmp_path):
     data = load("imagefolder", folder)
-    np.savez(tmp_path / "mine.npz", data=255 - data.train, targets=data.train_labels)
+    np.savez(tmp_path / "mine.npz", data=shifted(data, 5), targets=data.train_labels)
     found = run(folder, tmp_path / "out", "--attack", str(tmp_path / "mine.npz"), "--defence", "none")
     (row,) = [row for row in found if row["attack"] == "mine"]
     assert row["attack_moves"]["images"] == TRAIN
@@ -283,7 +347,112 @@ def test_the_sample_is_apart_from_what_shipped_models_learned_from(tmp_path):
     assert len(found.check("puregen-reps")) == 4
 
 
+def shifted(data: Data, by: int) -> np.ndarray:
+    """Poisoned images: each as its own clean one, and known by how far it was moved."""
+    levels = (by + np.arange(len(data.train)) % 3).astype(np.int16).reshape(-1, 1, 1, 1)
+    return np.clip(data.train + levels, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("form", ["folder", "npz", "puregen"])
+@pytest.mark.parametrize("chosen", ["--leave-out", "--train"])
+def test_a_file_is_of_all_training_images_whichever_are_chosen(form, chosen, folder, tmp_path):
+    """A published poison is of the whole set. What is left of it are the same places, whatever a file counts."""
+    data = load("imagefolder", folder)
+    images, whole = shifted(data, 5), (data.train, data.train_labels)
+    which = np.arange(0, TRAIN, 2)
+    if form == "puregen":
+        pairs = [(Image.fromarray(images[i]), int(data.train_labels[i])) for i in which]
+        path = tmp_path / "p.pth"
+        torch.save((pairs, which, None), path)
+        images = np.where(np.isin(np.arange(TRAIN), which).reshape(-1, 1, 1, 1), images, data.train)
+    else:
+        path = tmp_path / ("p.npz" if form == "npz" else "p")
+        poisons.write(poisons.poisoned.Poisoned.of(images, data.train_labels, "mine"), path)
+    if chosen == "--leave-out":
+        learned = [3, 7, 8]
+        pretrained.save(tiny_denoiser(), tmp_path / "m", details=hashes_of(data.train[learned]))
+        some = data.only(np.setdiff1d(np.arange(TRAIN), learned))
+        words = ["--leave-out", "--denoiser", tmp_path / "m", "--defence", "A"]
+    else:
+        some, words = data.some(20, None), ["--train", 20, "--defence", "jpeg-10"]
+    assert some.chosen is not None
+    its = Bench(some, Models(), "resnet9", "short", tmp_path / "work")
+    found = its.poisoned(AttackSpec("p", {}, path, "p"))
+    assert np.array_equal(found.images, images[some.chosen])
+    assert np.array_equal(found.labels, data.train_labels[some.chosen])
+    assert np.array_equal(
+        some.chosen[found.poisoned], np.intersect1d(some.chosen, which) if form == "puregen" else some.chosen
+    )
+    assert some.whole is not None
+    assert all(np.array_equal(a, b) for a, b in zip(some.whole, whole, strict=True))
+    made = run(folder, tmp_path / "out", *words, "--attack", path)
+    assert {row["images"] for row in made} == {len(some.train)}
+    (row,) = [row for row in made if row["attack"] == "p" and row["defence"] == "none"]
+    assert row["attack_moves"]["images"] == len(found.poisoned)
+    assert row["attack_moves"]["linf_px"] <= 7
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(folder, tmp_path):
+    data = load("imagefolder", folder)
+    images = data.train.copy()
+    images[:2] += 5
+    np.savez(tmp_path / "p.npz", data=images, targets=data.train_labels)
+    some = data.only(np.arange(2, TRAIN))
+    with pytest.raises(InputError, match=r"among the 34 training images of 36 that were chosen. Got none of the 2"):
+        Bench(some, Models(), "resnet9", "short", tmp_path).poisoned(AttackSpec("p", {}, tmp_path / "p.npz", "p"))
+
+
+def test_what_is_left_out_does_not_hang_on_the_defences(folder, tmp_path):
+    data = load("imagefolder", folder)
+    pretrained.save(tiny_denoiser(), tmp_path / "m", details=hashes_of(data.train[3:7]))
+    pretrained.save(tiny_denoiser(), tmp_path / "silent")
+    out, models = tmp_path / "out", ["--denoiser", tmp_path / "m", "--ddpm", tmp_path / "silent", "--leave-out"]
+    first = run(folder, out, *models, "--defence", "jpeg-10")
+    assert {row["images"] for row in first} == {TRAIN - 4}
+    again = run(folder, out, *models, "--defence", "jpeg-10", "--defence", "A")
+    assert {row["fingerprint"] for row in first} < {row["fingerprint"] for row in again}
+    assert len({row["images"] for row in again}) == 1
+
+
 # what decides a row
+
+
+def test_the_options_of_a_preset_decide_a_row_and_are_told(folder, tmp_path, monkeypatch):
+    its, spec = bench(folder, tmp_path), AttackSpec("em", {"preset": "cpu", "rounds": 3}, None, "em")
+    told = its.settings(spec, "none", 0)
+    options = told["attack"]["options"]
+    assert options["rounds"] == 3
+    assert options["steps"] == em.PRESETS["cpu"].steps
+    assert not {"device", "progress", "seed"} & options.keys()
+    full = its.settings(AttackSpec("em", {"preset": "full"}, None, "em"), "none", 0)
+    assert full["attack"]["options"]["network"] == "resnet18"
+    other = {**em.PRESETS, "cpu": replace(em.PRESETS["cpu"], steps=7)}
+    monkeypatch.setattr(em.em, "presets", other)
+    assert rows.fingerprint(its.settings(spec, "none", 0)) != rows.fingerprint(told)
+    assert its.settings(AttackSpec("lsp"), "none", 0)["attack"]["options"]["patches"] == 4
+
+
+def test_a_row_says_what_its_attack_was_made_with(whole):
+    made = [row["attack_made"] for row in whole[1] if row["attack"] == "lsp"]
+    assert made
+    for its in made:
+        assert its["seed"] == 1000
+        assert its["norm"] == pytest.approx(1.304 * 16 / 32, abs=0.01), "for images of this size"
+
+
+@pytest.mark.parametrize(
+    ("defence", "px"),
+    [
+        ("eclipse", 12.75),
+        ("eclipse@25", 25.0),
+        ("eclipse-100", 6.3665),
+        ("puregen-ddpm", 32.463),
+        ("puregen-ebm", None),
+    ],
+)
+def test_the_noise_of_a_defence_is_that_of_its_purifier(defence, px):
+    its, level = find(defence)
+    assert its.ready(Models(), level, True).sigma_px == pytest.approx(px, abs=0.001)
 
 
 def test_a_row_is_known_by_all_that_decides_it(folder, tmp_path, model):
@@ -386,7 +555,7 @@ def test_what_a_defence_recovers():
     assert "| defence | clean | lsp | urp | noise | calls | s / 1,000 images |" in text
     assert "| none | 71.0 ± 1.4 | 21.0 ± 1.4 | 60.0 |" in text
     assert "| defence | lsp | on clean data |" in text
-    assert "| jpeg-10 | 50 % | -10.0 |" in text
+    assert "| jpeg-10 | 50 % | -9.0 |" in text, "over the seed that both have"
     assert "| none | 94.95 | 24.48 | 16.80 |" in text, "the published figures, apart"
 
 
@@ -410,7 +579,7 @@ def test_a_file_that_holds_test_images_is_refused(folder, tmp_path):
     np.savez(tmp_path / "mine.npz", data=images, targets=data.train_labels)
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out", "--defence", "none"]
     assert main([*map(str, words), "--attack", str(tmp_path / "mine.npz")]) == 2
-    assert [row["attack"] for row in rows.read(tmp_path / "out" / "rows.jsonl")] == ["none"]
+    assert not (tmp_path / "out" / "rows.jsonl").exists(), "refused before any work"
 
 
 def test_a_file_where_a_folder_should_be(folder, tmp_path, capsys):
@@ -483,6 +652,12 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--attack", "none:x=1"), "none takes no options"),
         (("--attack", f"{__file__}:foo=1"), "A poison file takes format,.*Got 'foo'"),
         (("--attack", "lsp", "--attack", "lsp"), "attacks of different names. Got lsp twice"),
+        (("--attack", "lsp:norm=-1"), "norm .*Got -1"),
+        (("--attack", "em:preset=[1]"), r"preset must be one of cpu, full. Got \[1\]"),
+        (("--attack", "em:steps=0"), "steps must be an integer of 1 or more. Got 0"),
+        (("--attack", "label-consistent:target_class=3"), "target_class must be from 0 to 2. Got 3"),
+        (("--attack", "narcissus:trigger=/nowhere.npy,target_class=1"), "/nowhere.npy"),
+        (("--attack", f"{__file__}:std=[0.2,0.2,0.2]"), "must be a whole pickle"),
         (("--defence", "prayer"), "A defence is one of none, jpeg-10"),
         (("--defence", "jpeg-10@5"), "Only A, A\\+B, A\\+C, eclipse take a noise level"),
         (("--defence", "A@0"), "a noise level above 0"),
@@ -519,6 +694,24 @@ def test_bad_data_and_names(folder, tmp_path):
     with pytest.raises(InputError, match="A defence is one of"):
         find("A@")
     assert find("A@6.4") == (DEFENCES["A"], 6.4)
+
+
+def test_a_poison_is_not_called_as_clean_data_are(folder, tmp_path, capsys):
+    data = load("imagefolder", folder)
+    np.savez(tmp_path / "none.npz", data=255 - data.train, targets=data.train_labels)
+    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out"]
+    assert main([*map(str, words), "--attack", str(tmp_path / "none.npz")]) == 2
+    assert "none is what clean data are called" in capsys.readouterr().err
+
+
+def test_tiny_imagenet_has_a_denoiser_of_its_kind():
+    from purifyloader.bench.command import SCALES, _models, _parser
+
+    for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):
+        assert _models(_parser().parse_args(["--out", "o", "--data", data])).denoiser == name
+    given = _parser().parse_args(["--out", "o", "--data", "tiny-imagenet", "--denoiser", "cifar10-sparse"])
+    assert _models(given).denoiser == "cifar10-sparse"
+    assert all("eclipse@25" in scale.defences for scale in SCALES.values())
 
 
 def test_list_names_all_there_is(capsys):

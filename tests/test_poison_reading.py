@@ -16,7 +16,7 @@ from PIL import Image
 
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.errors import InputError
-from purifyloader.poisons import Bound, Poisoned, Target, ar_coefficients, check, read, write
+from purifyloader.poisons import Bound, Poisoned, Target, ar_coefficients, check, make, read, write
 from purifyloader.poisons.reading.formats import FORMATS
 
 RNG = np.random.default_rng(0)
@@ -286,6 +286,38 @@ def test_puregen(zipped, tmp_path):
     assert got.settings["format"] == "puregen"
 
 
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [
+        (3, 3),
+        (np.int64(3), 3),
+        (torch.tensor(3), 3),
+        ("bird", "bird"),
+        ([3, "bird", {"index": 7}], [3, "bird", {"index": 7}]),
+        (None, None),
+        (torch.zeros(3), None),  # what is neither plain nor an image is left out
+        (float("nan"), None),
+        ((), []),
+    ],
+)
+def test_a_plain_target_of_puregen_is_kept(target, kept, tmp_path):
+    got = read(puregen(POISONED, tmp_path, target), clean=CLEAN)
+    assert got.settings.get("target") == kept
+    assert got.target is None
+    write(got, tmp_path / "again.npz")
+    assert read(tmp_path / "again.npz", clean=CLEAN).settings.get("target") == kept
+
+
+def test_a_target_image_of_puregen_is_its_target(tmp_path):
+    image = pils(IMAGES)[9]
+    for value, true in (((image, 2), 2), (image, None), ([image, 2, np.ones((3, 1, 1), np.float32), (0, 0)], 2)):
+        got = read(puregen(POISONED, tmp_path, value), clean=CLEAN).target
+        assert (got.label, got.true_label) == (LABELS[0], true)  # it is to be called what the poisons are
+        np.testing.assert_array_equal(got.image[1:], IMAGES[9][1:])
+    for value in ((image, "bird"), (image, 2, 3)):
+        assert read(puregen(POISONED, tmp_path, value), clean=CLEAN).target is None
+
+
 def test_bullseye(tmp_path):
     where, mean, std = [7, 3, 31], (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
     normalised = (POISONED[where] / 255 - mean) / std
@@ -296,6 +328,171 @@ def test_bullseye(tmp_path):
     assert set(got.labels[where]) == {3}
     with pytest.raises(InputError, match=r"in \[0, 1\]. Got .*mean= and std="):
         read(path, clean=CLEAN, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+# targets and bounds that are given
+
+
+def polytope(images: np.ndarray, path: Path) -> Path:
+    normalised = (images / 255 - (0.4914, 0.4822, 0.4465)) / (0.2023, 0.1994, 0.2010)
+    tensors = torch.from_numpy(chw(normalised)).float()
+    pairs = [(one, int(label)) for one, label in zip(tensors, LABELS, strict=True)]
+    return save({"poison": pairs, "idx": list(range(N))}, path / "poison_00799.pth")
+
+
+@pytest.mark.parametrize("kind", ["array", "PIL", "file", "str"])
+@pytest.mark.parametrize("form", ["puregen", "bullseye", "witches-brew", "npz", "png", "raw-bytes"])
+def test_a_target_is_given_to_a_file_without_one(form, kind, tmp_path):
+    (tmp_path / "p").mkdir()
+    forms = {"puregen": puregen, "bullseye": polytope, "npz": npz, "png": pngs, "raw-bytes": raw}
+    path = brewed(DELTA, tmp_path) if form == "witches-brew" else forms[form](POISONED, tmp_path / "p")
+    image = pils(IMAGES)[9]
+    image.save(tmp_path / "target.png")
+    file = tmp_path / "target.png"
+    target = {"array": IMAGES[9], "PIL": image, "file": file, "str": str(file)}[kind]
+    got = read(path, clean=CLEAN, target=target, target_class=2)
+    assert got.settings["format"] == form
+    np.testing.assert_array_equal(got.target.image, IMAGES[9])
+    assert (got.target.label, got.target.true_label, got.target_class) == (2, None, None)
+    write(got, tmp_path / "again.npz")
+    np.testing.assert_array_equal(read(tmp_path / "again.npz").target.image, IMAGES[9])
+
+
+def test_a_target_of_a_grey_set_and_one_that_knows_its_class(tmp_path):
+    np.savez(tmp_path / "grey.npz", data=POISONED[..., :1], targets=LABELS)
+    Image.fromarray(IMAGES[9, :, :, 0]).save(tmp_path / "t.png")
+    got = read(tmp_path / "grey.npz", target=tmp_path / "t.png", target_class=1)
+    np.testing.assert_array_equal(got.target.image, IMAGES[9, :, :, :1])
+    got = read(npz(POISONED, tmp_path), target=Target(IMAGES[9], 1, true_label=2, index=7))
+    assert (got.target.label, got.target.true_label, got.target.index) == (1, 2, 7)
+
+
+def test_a_benchmark_without_its_target_may_be_given_one(tmp_path):
+    path = benchmark(tmp_path, [7, 3, 31], (pils(IMAGES)[0], 1))
+    with pytest.raises(InputError, match=r"has a target: leave target= and target_class= away"):
+        read(path, clean=CLEAN, target=IMAGES[9], target_class=3)
+    (path / "target.pickle").unlink()
+    assert read(path, clean=CLEAN, target=IMAGES[9], target_class=3).target.label == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"target": IMAGES[9]}, "no target_class=: give it"),
+        ({"target_class": 2}, "without target= for .* which is 'npz': give target="),
+        ({"target": IMAGES[9], "target_class": K}, "a class from 0 to 3. Got 4"),
+        ({"target": IMAGES[9, :4], "target_class": 1}, r"uint8 \(8, 8, 3\) .* Got uint8 \(4, 8, 3\)"),
+        ({"target": IMAGES[9] / 255, "target_class": 1}, r"Got float64 \(8, 8, 3\)"),
+        ({"target": 9, "target_class": 1}, "Got int: convert it"),
+        ({"target": pils(IMAGES)[9].convert("RGBA"), "target_class": 1}, "mode RGBA: convert it"),
+        ({"target": "nowhere.png", "target_class": 1}, "nowhere.png is no readable image"),
+        ({"target": Target(IMAGES[9], 1, true_label=1)}, "another class than the target's own"),
+    ],
+)
+def test_a_target_that_does_not_fit(options, word, tmp_path):
+    with pytest.raises(InputError, match=word):
+        read(npz(POISONED, tmp_path), clean=CLEAN, **options)
+
+
+def test_a_target_of_what_aims_at_none(tmp_path):
+    given: dict[str, Any] = {"clean": CLEAN, "target": IMAGES[9], "target_class": 1}
+    np.save(tmp_path / "trigger.npy", np.full((1, 3, S, S), 0.1, np.float32))
+    files = {
+        "narcissus": tmp_path / "trigger.npy",
+        "em-samplewise": save(DELTA, tmp_path / "em.pt"),
+        "rem": dump(chw(LEVELS).astype(np.int8), tmp_path / "rem.pkl"),
+        "ar": save([part.clone() for part in ar_coefficients(K)], tmp_path / "ar.pt"),
+        "ntga": ntga(POISONED, tmp_path),
+    }
+    for name, path in files.items():
+        with pytest.raises(InputError, match=f"aimed at one test image. Got it for .*'{name}': leave it away"):
+            read(path, format=name, count=1, **given)
+    door = Poisoned.of(POISONED, LABELS, "made up", trigger=np.full((S, S, 3), 0.1, np.float32), target_class=1)
+    write(door, tmp_path / "door.npz")
+    with pytest.raises(InputError, match="has a trigger: leave target="):
+        read(tmp_path / "door.npz", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [
+        (8 / 255, EIGHT),
+        (np.float32(0.5), Bound("linf", 0.5)),
+        (1, Bound("linf", 1.0)),
+        ("linf:8/255", EIGHT),
+        ("linf:0.5", Bound("linf", 0.5)),
+        ("l2:1.0", Bound("l2", 1.0)),
+        ("l2:1.5", Bound("l2", 1.5)),
+        ("l0:3", Bound("l0", 3)),
+        (EIGHT, EIGHT),
+        (None, None),
+    ],
+)
+def test_the_forms_of_a_bound(given, bound, tmp_path):
+    assert read(npz(POISONED, tmp_path), bound=given).bound == bound
+
+
+LEVELS_HINT = "divide levels of 0 to 255 by 255, as in 8/255"
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"bound": 8}, f"Got 8: {LEVELS_HINT}"),
+        ({"bound": "linf:8"}, f"Got 'linf:8': {LEVELS_HINT}"),
+        ({"bound": Bound("linf", 8)}, LEVELS_HINT),
+        ({"bound": 0}, "Got 0: give one of these"),
+        ({"bound": -0.1}, "Got -0.1"),
+        ({"bound": float("nan")}, "Got nan"),
+        ({"bound": True}, "Got True"),
+        ({"bound": ("linf", 8 / 255)}, r"Got \('linf'"),
+        ({"bound": "8/255"}, "such as \"linf:8/255\".* Got '8/255'"),
+        ({"bound": "l3:1"}, "Got 'l3:1'"),
+        ({"bound": "linf"}, "Got 'linf'"),
+        ({"bound": "linf:8/0"}, "Got 'linf:8/0'"),
+        ({"bound": "linf:many"}, "Got 'linf:many'"),
+        ({"bound": "l2:inf"}, "Got 'l2:inf'"),
+        ({"target_class": "bird"}, "target_class must be a class, an integer from 0. Got 'bird'"),
+        ({"target_class": -1}, "Got -1"),
+        ({"target_class": True}, "target_class must be"),
+        ({"target_class": 1.0}, "target_class must be"),
+        ({"count": "4"}, "count must be how many images get the trigger, an integer from 1. Got '4'"),
+        ({"count": 0}, "count must be"),
+        ({"seed": "0"}, "seed must be an integer. Got '0'"),
+        ({"seed": 0.5}, "seed must be"),
+        ({"seed": None}, "seed must be"),
+        ({"mean": "0.5"}, r"mean must be one finite number a channel, such as .* Got '0.5'"),
+        ({"std": 3}, "std must be one finite number a channel, above 0, .* Got 3: give a list"),
+        ({"std": ["a", "b", "c"]}, "std must be"),
+        ({"std": (0.2, 0.2, 0)}, "std must be"),
+        ({"std": (0.2, 0.2, float("nan"))}, "std must be"),
+        ({"mean": ()}, "mean must be"),
+        ({"mean": [[0.5]]}, "mean must be"),
+        ({"checked": "no"}, "checked must be True or False. Got 'no'"),
+        ({"checked": 0}, "checked must be"),
+        ({"drop_negative": None}, "drop_negative must be"),
+        ({"format": ["npz"]}, "format must be one of"),
+    ],
+)
+def test_options_are_checked_before_the_file_is(options, word):
+    with pytest.raises(InputError, match=word):
+        read("nowhere", **options)
+
+
+def test_a_path_is_a_path():
+    with pytest.raises(InputError, match=r"path must be that of a poison file or folder\. Got 8"):
+        read(8)
+
+
+def test_options_may_be_of_numpy_and_torch(tmp_path):
+    np.save(tmp_path / "trigger.npy", np.full((1, 3, S, S), 0.1, np.float32) * RNG.choice([-1, 1], (1, 3, S, S)))
+    numbers: dict[str, Any] = {"target_class": np.int64(2), "count": np.int64(4), "seed": np.int64(1)}
+    got = read(tmp_path / "trigger.npy", clean=CLEAN, **numbers)
+    assert (got.target_class, got.settings["count"], got.settings["seed"]) == (2, 4, 1)
+    write(got, tmp_path / "again.npz")  # plain numbers, then
+    for kind in (list, tuple, np.asarray, torch.tensor, lambda std: list(map(np.float32, std))):
+        got = read(brewed(DELTA, tmp_path), clean=CLEAN, std=kind([0.25, 0.25, 0.25]))
+        assert got.settings["std"] == [0.25, 0.25, 0.25]
 
 
 # what comes out
@@ -359,6 +556,10 @@ def npz(images: np.ndarray, path: Path, labels: np.ndarray = LABELS) -> Path:
 RANGE_UP = 2 * POISONED.astype(float) - 255  # of images in [-1, 1], in levels
 
 
+UP, DOWN = np.clip(IMAGES + np.abs(LEVELS), 0, 255), np.clip(IMAGES - np.abs(LEVELS), 0, 255)
+
+
+@pytest.mark.parametrize("bound", [EIGHT, None])
 @pytest.mark.parametrize(
     ("images", "word"),
     [
@@ -366,23 +567,188 @@ RANGE_UP = 2 * POISONED.astype(float) - 255  # of images in [-1, 1], in levels
         (np.clip(IMAGES + 255 * LEVELS, 0, 255), "black or white, .* 255 times too large"),
         (POISONED / 255, "all are black, .* divided by 255"),
         (IMAGES, "Got the clean images"),
-        (np.clip(IMAGES + np.abs(LEVELS), 0, 255), "Got up only: its sign was lost"),
-        (np.clip(IMAGES - np.abs(LEVELS), 0, 255), "Got down only: its sign was lost"),
         (POISONED[..., ::-1], "channels in the reverse order"),
         (chw(POISONED).reshape(POISONED.shape), "bytes of whole channels"),
         (POISONED.transpose(0, 2, 1, 3), "rows taken for columns"),
         (np.clip(RANGE_UP, 0, 255), r"images in \[-1, 1\] taken for \[0, 1\]"),
         ((POISONED / 255 + 1) / 2 * 255, r"images in \[0, 1\] taken for \[-1, 1\]"),
         (np.roll(POISONED, 4, axis=0), "the order is another"),
+    ],
+)
+def test_images_that_are_plainly_misread(images, word, bound, tmp_path):
+    path = npz(images, tmp_path)
+    with pytest.raises(InputError, match=word) as it:
+        read(path, clean=CLEAN, bound=bound)
+    assert bound is not None or "checked=False" in str(it.value)
+    got = read(path, clean=CLEAN, bound=bound, checked=False)
+    np.testing.assert_array_equal(got.images, images.astype(np.uint8))
+    assert not got.settings["checked"]
+
+
+@pytest.mark.parametrize(
+    ("images", "word"),
+    [
+        (UP, "Got up only: its sign was lost"),
+        (DOWN, "Got down only: its sign was lost"),
         (np.clip(IMAGES + 2 * LEVELS, 0, 255), "Got up to 16, .* Give bound="),
     ],
 )
-def test_images_that_are_plainly_misread(images, word, tmp_path):
+def test_what_an_attack_without_a_bound_may_do(images, word, tmp_path):
     path = npz(images, tmp_path)
     with pytest.raises(InputError, match=word):
         read(path, clean=CLEAN, bound=EIGHT)
-    assert read(path, clean=CLEAN).settings["moved"]["images"] <= N  # no bound is known: figures alone
-    assert not read(path, clean=CLEAN, bound=EIGHT, checked=False).settings["checked"]
+    assert read(path, clean=CLEAN).settings["moved"]["images"] == N
+
+
+def smooth(count: int, side: int = 32) -> np.ndarray:
+    """Images as photographs are: neighbouring pixels are alike, and so are the channels."""
+    values = torch.rand((count, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    large = torch.nn.functional.interpolate(values, (side, side), mode="bicubic").permute(0, 2, 3, 1).numpy()
+    return np.clip(255 * (0.6 * large[..., :1] + 0.4 * large[..., 1:]), 0, 255).astype(np.uint8)
+
+
+MANY = 60
+KINDS = {
+    "smooth": smooth(MANY),
+    "dark": smooth(MANY) // 5,
+    "pale": 110 + smooth(MANY) // 10,
+    "noise": RNG.integers(0, 256, (MANY, 32, 32, 3), np.uint8),
+    "all alike": np.full((MANY, 32, 32, 3), 120, np.uint8),
+}
+
+
+def noised(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.clip(images + np.random.default_rng(1).integers(-32, 33, images.shape), 0, 255).astype(np.uint8)
+
+
+def patched(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    out = images.copy()
+    out[:, -9:, -9:] = np.where(np.random.default_rng(1).random((9, 9, 1)) < 0.5, 0, 255)
+    return out
+
+
+def by_name(name: str, **options: Any) -> Any:
+    return lambda images, labels: make(name, (images, labels), **options).images
+
+
+ATTACKS = {
+    "noise of 32 levels": noised,
+    "a patch": patched,
+    "negatives": lambda images, labels: 255 - images,
+    "cuda": by_name("cuda"),
+    "cuda, another seed": by_name("cuda", seed=1),
+    "cuda, centred": by_name("cuda", unit="centre"),
+    "ops": by_name("ops"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("few", [1, 5, MANY])
+def test_no_attack_without_a_bound_is_refused(attack, kind, few):
+    clean, labels = KINDS[kind], np.arange(MANY) % K
+    images = clean.copy()
+    images[-few:] = ATTACKS[attack](clean, labels)[-few:]
+    poisoned = Poisoned.of(images, labels, attack, np.arange(MANY - few, MANY))
+    assert check(poisoned, (clean, labels)) == poisoned.moved(clean)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "dark", "pale", "noise"])
+@pytest.mark.parametrize("attack", ["noise of 32 levels", "a patch", "cuda", "ops"])
+def test_another_order_or_another_set_is_refused_whatever_the_attack(attack, kind):
+    clean, labels = KINDS[kind], np.zeros(MANY, np.int64)
+    images = ATTACKS[attack](clean, np.arange(MANY) % K)
+    with pytest.raises(InputError, match="the order is another"):
+        check(Poisoned.of(images[::-1], labels, attack), (clean, labels))
+    few = clean.copy()
+    few[:20] = images[-20:]  # as poisons that were put where they do not belong
+    with pytest.raises(InputError, match="the order is another"):
+        check(Poisoned.of(few, labels, attack, np.arange(20)), (clean, labels))
+
+
+def raw(images: np.ndarray, path: Path) -> Path:
+    return dump([(image.tobytes(), int(label)) for image, label in zip(images, LABELS, strict=True)], path / "p.pkl")
+
+
+def pngs(images: np.ndarray, path: Path) -> Path:
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{index}.png")
+    return path
+
+
+def ntga(images: np.ndarray, path: Path) -> Path:
+    np.save(path / "x_train_p.npy", (images / 255).astype(np.float32))
+    np.save(path / "y_train.npy", LABELS)
+    return path
+
+
+def puregen(images: np.ndarray, path: Path, target: Any = None) -> Path:
+    pairs = [(image, int(label)) for image, label in zip(pils(images), LABELS, strict=True)]
+    return save((pairs, np.arange(N), target), path / "0.pth")
+
+
+@pytest.mark.parametrize("form", [npz, raw, pngs, ntga, puregen])
+@pytest.mark.parametrize(
+    ("images", "word"),
+    [
+        (IMAGES, "Got the clean images"),
+        (POISONED[(np.arange(N) // K * K)[::-1] + LABELS], "the order is another"),  # each class's in reverse
+        (POISONED[..., ::-1], r"BGR.*, or say checked=False"),
+        (chw(POISONED).reshape(POISONED.shape), "bytes of whole channels"),
+    ],
+)
+def test_every_format_without_a_bound_is_checked(form, images, word, tmp_path):
+    path = form(np.ascontiguousarray(images), tmp_path)
+    with pytest.raises(InputError, match=word):
+        read(path, clean=CLEAN)
+    np.testing.assert_array_equal(read(path, clean=CLEAN, checked=False).images, images)
+
+
+def brewed(delta: torch.Tensor, path: Path) -> Path:
+    where = [7, 3, 30]
+    return save([delta[where] / torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None], where], path / "p.pth")
+
+
+@pytest.mark.parametrize(
+    ("delta", "word"),
+    [
+        (DELTA / 255, "rounded away, as numbers 255 times too small are.*checked=False"),
+        (DELTA.abs(), "must go up and down. .*the sign was lost.*checked=False"),
+        (-DELTA.abs(), "must go up and down. .*the sign was lost.*checked=False"),
+        (255 * DELTA, "255 times too large"),
+    ],
+)
+def test_a_brew_that_is_plainly_misread(delta, word, tmp_path):
+    path = brewed(delta, tmp_path)
+    with pytest.raises(InputError, match=word):
+        read(path, clean=CLEAN)
+    assert read(path, clean=CLEAN, checked=False).poisoned.tolist() == [3, 7, 30]
+
+
+def test_labels_may_be_what_is_poisoned(tmp_path):
+    flipped = np.where(np.arange(N) < 5, (LABELS + 1) % K, LABELS)
+    path = npz(IMAGES, tmp_path, flipped)
+    assert read(path, clean=CLEAN).settings["moved"]["images"] == 0
+    with pytest.raises(InputError, match=r"up to 8 levels .*Got the clean images"):
+        read(path, clean=CLEAN, bound=EIGHT)
+
+
+@pytest.mark.parametrize("bound", [EIGHT, None])
+def test_a_set_may_say_that_nothing_in_it_is_poisoned(bound, tmp_path):
+    nothing = Poisoned.of(IMAGES, LABELS, "none", [], bound=bound)
+    assert check(nothing, CLEAN).images == 0
+    write(nothing, tmp_path / "none.npz")
+    assert read(tmp_path / "none.npz", clean=CLEAN).settings["moved"]["images"] == 0
+    with pytest.raises(InputError, match="Got the clean images"):
+        check(Poisoned.of(IMAGES, LABELS, "some", [3], bound=bound), CLEAN)
+
+
+@pytest.mark.parametrize("out", ["poison.npz", "folder"])
+def test_an_attack_without_a_bound_comes_back(out, tmp_path):
+    clean = (KINDS["smooth"], np.arange(MANY) % K)
+    made = make("cuda", clean)
+    write(made, tmp_path / out)
+    np.testing.assert_array_equal(read(tmp_path / out, clean=clean).images, made.images)
 
 
 def test_one_level_of_rounding_is_allowed_and_two_are_not(tmp_path):

@@ -7,11 +7,12 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
 from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import image_hashes
-from purifyloader.devices import as_device
-from purifyloader.errors import ConfigError, InputError
+from purifyloader.devices import as_device, device_of_process
+from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files import write_text, writing
 from purifyloader.poisons import attacks, reading
 from purifyloader.pretrained.learned import learned_from
@@ -37,6 +38,8 @@ ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
 ACCURACY_FILE, COST_FILE, NOISE_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "noise.png", "images.png"
 _SHOWN = 4  # images of a picture, for each attack
 _ATTACK_SEED = 1000
+_SAFER = "eclipse@25"  # the noise to take where the poison is not known
+_DENOISERS = {"tiny-imagenet": "tiny-imagenet-sparse"}  # of a data set's own kind
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale("sample", "resnet9", "short", "cpu", tuple(d.name for d in DEFENCES.values() if not d.slow)),
-    "full": Scale("cifar10", "resnet18", "paper", "full", tuple(DEFENCES)),
+    "cpu": Scale("sample", "resnet9", "short", "cpu", (*(d.name for d in DEFENCES.values() if not d.slow), _SAFER)),
+    "full": Scale("cifar10", "resnet18", "paper", "full", (*DEFENCES, _SAFER)),
 }
 
 
@@ -103,8 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         help="transfer-...: on a few images of each class, which are poisoned, from an extractor that has learned from "
         "the others, which are clean; attacks that take networks know it (default: of the scale: short, or paper)",
     )
+    its_own = ", ".join(f"{model} for {data}" for data, model in _DENOISERS.items())
+    add("--denoiser", help=f"ECLIPSE's (default: {Models.denoiser}; {its_own})")
     for field, what in (
-        ("denoiser", "ECLIPSE's"),
         ("energy", "PureGen's energy model"),
         ("ddpm", "PureGen's diffusion model"),
     ):
@@ -167,7 +171,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         defences.insert(0, "none")
     if options.seeds != list(dict.fromkeys(options.seeds)) or min(options.seeds) < 0:
         raise ConfigError(f"--seeds must be different numbers from 0. Got {options.seeds}.")
-    models = Models(options.denoiser, options.energy, options.ddpm)
+    models = _models(options)
     data = load(options.data, root)
     if options.leave_out:
         data = _left_out(data, models, defences)
@@ -188,14 +192,41 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         raise ConfigError(f"Expected defences of different names. Got {sorted(same)[0]} twice: name files apart.")
     for defence in defences:  # before hours of work
         bench.check(defence)
+    for spec in specs:
+        _check_attack(bench, spec, defences, options.seeds[0])
     # a seed of everything first, so that there is something to look at early
     return bench, [(spec, defence, seed) for seed in options.seeds for spec in specs for defence in defences]
+
+
+def _models(options: argparse.Namespace) -> Models:
+    denoiser = options.denoiser or _DENOISERS.get(options.data, Models.denoiser)
+    return Models(denoiser, options.energy, options.ddpm)
+
+
+def _check_attack(bench: Bench, spec: AttackSpec, defences: Sequence[str], seed: int) -> None:
+    """Find what is wrong with an attack before hours of work: read it, or make it where that takes no network.
+
+    Raises:
+        InputError, ConfigError: what it refuses, and a class that there is not.
+    """
+    if spec.name == CLEAN:
+        return
+    if spec.file is None and spec.options.get("target_class") is not None:
+        wanted = spec.options["target_class"]
+        if type(wanted) is not int or not 0 <= wanted < bench.data.classes:
+            raise ConfigError(f"target_class must be from 0 to {bench.data.classes - 1}. Got {wanted!r}.")
+    if spec.file is not None or "preset" not in attacks.find(spec.name).options:
+        poisoned = bench.poisoned(spec, seed)
+        if spec.file is not None:  # which may hold any images
+            for defence in defences:
+                bench.check(defence, poisoned)
 
 
 def _attack(text: str, preset: str) -> AttackSpec:
     """NAME[:OPTION=VALUE,...], or a path."""
     name, _, given = text.partition(":")
-    options = dict(_option(word, text) for word in given.split(",")) if given else {}
+    words = re.split(r",(?![^\[]*\])", given)  # not at the commas of a list
+    options = dict(_option(word, text) for word in words) if given else {}
     if name == CLEAN:
         if options:
             raise ConfigError(f"none takes no options. Got {text!r}.")
@@ -212,6 +243,8 @@ def _attack(text: str, preset: str) -> AttackSpec:
     takes = [option for option in inspect.signature(reading.read).parameters if option not in ("path", "clean")]
     if unknown := [option for option in options if option not in takes]:
         raise ConfigError(f"A poison file takes {', '.join(takes)}. Got {unknown[0]!r} in {text!r}.")
+    if Path(name).stem == CLEAN:
+        raise ConfigError(f"none is what clean data are called. Got the poison {text!r}: rename it.")
     return AttackSpec(Path(name).stem, options, Path(name), Path(name).stem)
 
 
@@ -226,10 +259,20 @@ def _option(word: str, text: str) -> tuple[str, Any]:
 
 
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
+    """Without what any of the models has learned from, used or not: other defences are then measured on the same data.
+
+    Raises:
+        InputError: a model that is used does not say.
+    """
     used = {model for spec in defences for model in find(spec)[0].models(models)}
-    learned = [learned_from(model, data.size) for model in sorted(used)]
-    keep = ~np.isin(image_hashes(data.train), np.concatenate([np.empty(0, np.uint64), *learned]))
-    return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
+    learned = [np.empty(0, np.uint64)]
+    for model in sorted({*used, *astuple(models)}):
+        try:
+            learned.append(learned_from(model, data.size))
+        except PurifyError:
+            if model in used:
+                raise
+    return data.only(~np.isin(image_hashes(data.train), np.concatenate(learned)))
 
 
 def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
@@ -238,22 +281,25 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
     with writing(claims):
         claims.mkdir(parents=True, exist_ok=True)
     left = [(cell, rows.fingerprint(bench.settings(*cell))) for cell in wanted]
-    targets = any(
-        spec.file is None and spec.name != CLEAN and attacks.find(spec.name).kind == "targeted" for spec, _, _ in wanted
-    )
+    specs = list({spec.label: spec for spec, _, _ in wanted}.values())
+    backdoors = [spec for spec in specs if _is_backdoor(bench, spec, wanted[0][2])]
+    beside = _Beside(any(_kind(spec) == "targeted" for spec in specs), [spec.label for spec in backdoors])
     wait = False
     while left:
         again = []
         for cell, name in left:
-            if _is_there(path, name, targets and cell[0].name == CLEAN):
+            if _is_there(path, name, cell[0].name == CLEAN, beside):
                 continue
             lock = Lock(claims, name)
             if (not wait and bench.is_being_made(cell[0], cell[2])) or not lock.acquire(wait):
                 again.append((cell, name))
                 continue
             try:
-                if not _is_there(path, name, targets and cell[0].name == CLEAN):
-                    row = bench.row(*cell)
+                if not _is_there(path, name, cell[0].name == CLEAN, beside):
+                    row = bench.row(*cell, backdoors)
+                    for old in rows.read(path):  # what it was shown in other runs
+                        if old["fingerprint"] == name and "clean_success" in old:
+                            row["clean_success"] = {**old["clean_success"], **row.get("clean_success", {})}
                     rows.add(path, row)
                     print(_in_words(row), flush=True)
             finally:
@@ -262,15 +308,35 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
         left, wait = again, True
 
 
-def _is_there(path: Path, name: str, with_target: bool) -> bool:
-    """Whether the row is there; of clean data beside targeted attacks, also what it calls their target."""
-    found = [row for row in rows.read(path) if row["fingerprint"] == name]
-    return bool(found) and (not with_target or "flipped" in found[0])
+class _Beside(NamedTuple):
+    """What the rows of clean data are to say of the attacks beside them: how often they succeed by chance."""
+
+    targets: bool
+    triggers: list[str]
+
+
+def _kind(spec: AttackSpec) -> str:
+    return "" if spec.file is not None or spec.name == CLEAN else attacks.find(spec.name).kind
+
+
+def _is_backdoor(bench: Bench, spec: AttackSpec, seed: int) -> bool:
+    if spec.file is None:
+        return _kind(spec) == "backdoor"
+    return bench.poisoned(spec, seed).trigger is not None
+
+
+def _is_there(path: Path, name: str, clean: bool, beside: _Beside) -> bool:
+    """Whether the row is there, of clean data with all that it is to say."""
+    found = next((row for row in rows.read(path) if row["fingerprint"] == name), None)
+    if found is None or not clean:
+        return found is not None
+    return (not beside.targets or "flipped" in found) and {*beside.triggers} <= {*found.get("clean_success", {})}
 
 
 def _worker(arguments: list[str], threads: int, number: int) -> None:
     torch.set_num_threads(threads)
     options = _parser().parse_args(arguments)
+    options.device = str(device_of_process(options.device, number))  # of several GPUs each has one
     options.work = options.work or options.out / "work"
     bench, wanted = _prepared(options)
     _run(bench, wanted, options.out / ROWS_FILE)

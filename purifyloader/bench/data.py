@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Data:
         train, test: images uint8 (N, H, W, 3).
         train_labels, test_labels: int64 (N,), in [0, classes).
         classes: how many.
+        whole: (images, labels) of all training images that there were before some were chosen, in their order, and
+            `chosen` their places, int64 (N,): a poison file is of all of them. None where `train` is whole.
     """
 
     name: str
@@ -39,11 +41,20 @@ class Data:
     test: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
     classes: int
+    whole: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
+    chosen: NDArray[np.int64] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of every image."""
         return self.train.shape[1], self.train.shape[2]
+
+    def only(self, keep: NDArray[Any]) -> Data:
+        """The data with some of the training images: bool (N,), or their places, rising."""
+        chosen = np.arange(len(self.train)) if self.chosen is None else self.chosen
+        whole = (self.train, self.train_labels) if self.whole is None else self.whole
+        few = {"train": self.train[keep], "train_labels": self.train_labels[keep]}
+        return replace(self, **few, whole=whole, chosen=chosen[keep])
 
     def some(self, train: int | None, test: int | None, seed: int = 0) -> Data:
         """The same data with that many images of each split, drawn by `seed`, in their order; None for all."""
@@ -54,8 +65,9 @@ class Data:
                 raise InputError(f"{self.name} has {every} {split} images. Got {count}: ask for as many or fewer.")
             drawn = noise.uniform(noise.image_keys(seed, _DRAW[split], 0), (every,))[0].argsort(stable=True)
             rows[split] = drawn[:count].sort().values.numpy()
-        t, v = rows["train"], rows["test"]
-        return Data(self.name, self.train[t], self.train_labels[t], self.test[v], self.test_labels[v], self.classes)
+        v = rows["test"]
+        found = self if train is None else self.only(rows["train"])
+        return replace(found, test=self.test[v], test_labels=self.test_labels[v])
 
 
 def load(name: str, root: str | Path) -> Data:

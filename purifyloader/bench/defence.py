@@ -19,7 +19,9 @@ from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 
-__all__ = ["ArrayDataset", "Purified", "compensation", "purify_array"]
+__all__ = ["ArrayDataset", "Purified", "afresh", "compensation", "purify_array"]
+
+_AFRESH = 0x61667273  # "afrs": what the keys drawn here are for
 
 
 class ArrayDataset(Dataset[tuple[NDArray[np.uint8], int]]):
@@ -63,6 +65,17 @@ def purify_array(
             rows += [image for image, _ in batch]
             bar.update(len(batch))
     return Purified(np.stack(rows), time.perf_counter() - start)
+
+
+def afresh(purifier: Purifier, seed: int = 0) -> BatchTransform:
+    """A purifier for `train_victim`, drawn anew from (seed, epoch, index)."""
+
+    def transform(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
+        keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), _AFRESH)
+        with torch.no_grad():
+            return torch.as_tensor(purifier(x_BCHW, keys.to(x_BCHW.device)))
+
+    return transform
 
 
 def compensation(compensate: Compensate, seed: int = 0) -> BatchTransform:

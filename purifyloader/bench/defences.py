@@ -36,12 +36,15 @@ class Made(NamedTuple):
     """A defence that is ready.
 
     Attributes:
-        sigma: of the noise it adds to an image, in units of [0, 1] images; None where it adds none, or not at once.
+        sigma_px: standard deviation of the noise that a network takes off, in levels of 0 to 255; None where there is
+            none, or not one.
+        afresh: what is done to the images in training, drawn anew in every epoch, after the crop and flip.
     """
 
     purifier: Purifier | None
     compensate: Compensate | None
-    sigma: float | None
+    sigma_px: float | None
+    afresh: Purifier | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Defence:
     Attributes:
         uses: the fields of `Models` that it takes.
         takes_sigma: whether `NAME@PX` means anything for it.
+        afresh: whether what it makes is for every epoch anew, and nothing is purified beforehand.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Defence:
     takes_sigma: bool = False
     sigma: float | None = None
     slow: bool = False
+    afresh: bool = False
 
     def models(self, models: Models) -> list[str]:
         """The checkpoints it uses, each once."""
@@ -78,7 +83,8 @@ class Defence:
         compensate = None
         if self.grayscale or self.noise:
             compensate = Compensate(p=0.4 if self.grayscale else 0.0, sigma=0.05 if self.noise else 0.0)
-        return Made(purifier, compensate, sigma)
+        noise = None if purifier is None else _noise_of(purifier.config())
+        return Made(None, compensate, noise, purifier) if self.afresh else Made(purifier, compensate, noise)
 
 
 def _once(models: Models, sigma: float | None, fast: bool) -> Purifier:
@@ -98,6 +104,7 @@ _ALL = (
     Defence("grayscale", "grey for every image (ISS-G)", lambda m, s, f: recipes.grayscale()),
     Defence("bit-depth", "2 bits a channel", lambda m, s, f: recipes.bit_depth()),
     Defence("coin", "COIN: pixels moved at random by interpolation", lambda m, s, f: recipes.coin()),
+    Defence("coin-afresh", "the same anew in every epoch, as published", lambda m, s, f: recipes.coin(), afresh=True),
     Defence("B", "ECLIPSE's random grey alone", None, grayscale=True),
     Defence("C", "ECLIPSE's noise alone", None, noise=True),
     Defence("B+C", "ECLIPSE's compensation alone", None, True, True),
@@ -112,7 +119,6 @@ _ALL = (
         True,
         True,
         ("denoiser",),
-        sigma=0.025,
         slow=True,
     ),
     Defence(
@@ -214,8 +220,7 @@ class _Own(Defence):
                 f"In float32 (--precise) a purifier must compute in float32. Got {', '.join(sorted(dtypes))} in "
                 f"{self.name}: write the file anew, or leave --precise out."
             )
-        sigmas = {*_values(config, "sigma")}
-        return Made(purifier, compensate, sigmas.pop() if len(sigmas) == 1 else None)
+        return Made(purifier, compensate, _noise_of(config))
 
     def _purifier(self, models: Models) -> Purifier:
         try:
@@ -229,6 +234,12 @@ class _Own(Defence):
         loaded = [as_energy(model) if kind == "energy" else as_denoiser(model) for model in given]
         of_weights = {weights_sha256(model): name for model, name in zip(loaded, given, strict=True)}
         return of_weights.get(entry["weights_sha256"], entry["name"])
+
+
+def _noise_of(config: Any) -> float | None:
+    """The one level of noise that a purifier's configuration has, in levels of 0 to 255."""
+    levels = {*_values(config, "sigma_px")}
+    return levels.pop() if len(levels) == 1 else None
 
 
 def _entries(config: Any) -> Iterator[tuple[str, dict[str, str]]]:

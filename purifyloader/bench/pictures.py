@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.bench.report import CLEAN, cells, in_order, recovered
+from purifyloader.bench.report import CLEAN, bites, cells, in_order, settings_of
 from purifyloader.bench.rows import Row
 from purifyloader.figures import new_figure, save_figure
 
@@ -23,10 +23,13 @@ _COLOURS = (
     *("#1a3f8f", "#f2b134", "#d1603d", "#3b8c6e", "#7a5195"),
     *("#8c8c8c", "#2ea3c9", "#b8572e", "#5a6b2e", "#c06c9a"),
 )
-_MARKS = "osD^"  # of the first colours, and of these again
+_MARKS = "osD^"  # of the points of the first colours, and of these again; lines take them in turn
 _GREY = "#555555"
 _CELL, _LINE, _LETTER, _NAME = 0.42, 0.22, 0.068, 34  # inches of a cell and of a letter, letters of a line
 _ANGLE = 60  # of the names above
+_NOTE = 0.17  # inches of a line below a picture
+_HEIGHT, _PANEL = 5.2, 5.2  # inches of a picture of axes, and of the width of each
+_UNDEFENDED = "clean, no defence"
 _SLANT = math.cos(math.radians(_ANGLE)), math.sin(math.radians(_ANGLE))
 _DARK = 0.6  # of the undefended accuracy: numbers above it are white
 _MANY = 0.7  # share of the most defences that a poison must have been measured with to be in a mean
@@ -44,15 +47,16 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
     for (attack, defence), cell in found.items():
         levels[defences.index(defence), attacks.index(attack)] = statistics.fmean(cell.accuracy)
     names = ["\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, _NAME)) for attack in attacks]
-    note = "accuracy on clean test images in %, by training data and defence; white: not measured"
+    notes = _setting(rows), "accuracy on clean test images in %, by training data and defence; white: not measured"
     lengths = [_LETTER * max(map(len, name.split("\n"))) for name in names]
     left, above = 0.25 + _LETTER * max(map(len, defences)), 0.3 + _SLANT[1] * max(lengths)
     # the names of the last columns lean out to the right
     beyond = max(_SLANT[0] * length - _CELL * i for i, length in enumerate(reversed(lengths)))
-    width = max(left + _CELL * len(attacks) + max(0.1, beyond), 0.3 + _LETTER * len(note))
-    height = above + _LINE * len(defences) + 0.45
+    width = max(left + _CELL * len(attacks) + max(0.1, beyond), 0.3 + _LETTER * max(map(len, notes)))
+    below = 0.25 + _NOTE * len(notes)
+    height = above + _LINE * len(defences) + below
     figure = new_figure((width, height))
-    axis = figure.add_axes((left / width, 0.4 / height, _CELL * len(attacks) / width, 1 - (above + 0.4) / height))
+    axis = figure.add_axes((left / width, below / height, _CELL * len(attacks) / width, 1 - (above + below) / height))
     top = levels[0, 0] if (CLEAN, CLEAN) in found else np.nanmax(levels)
     axis.imshow(levels, cmap="YlGnBu", vmin=0, vmax=1.15 * top, aspect="auto")
     for (line, column), level in np.ndenumerate(levels):
@@ -64,7 +68,7 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
     axis.set_yticks(range(len(defences)), defences, fontsize=8)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.text(0.15 / width, 0.15 / height, note, fontsize=8, color=_GREY)
+    _say(figure, *notes)
     save_figure(figure, path)
 
 
@@ -75,7 +79,7 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     measured with all of these: a mean over others would not compare.
     """
     found = cells(rows)
-    biting = {a for a, _ in found if recovered(found, a, CLEAN) is not None} or {a for a, _ in found if a != CLEAN}
+    biting = {a for a, _ in found if bites(found, a)} or {a for a, _ in found if a != CLEAN}
     counts = {a: sum(key[0] == a for key in found) for a in biting or {CLEAN}}
     every = {a for a, count in counts.items() if count >= _MANY * max(counts.values())}
     defences = in_order(found)[1]
@@ -87,8 +91,8 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
             measured[defence] = max(1e-6, statistics.median(cell.seconds for cell in its.values())), level
     labels = {defence: f"{defence}, {level:.1f} %" for defence, (_, level) in measured.items()}
     width = 7.2 + _LETTER * max(map(len, labels.values()), default=0)
-    figure = new_figure((width, 5))
-    axis = figure.add_axes((0.8 / width, 0.13, 5.8 / width, 0.83))
+    figure = new_figure((width, _HEIGHT))
+    axis = figure.add_axes((0.8 / width, 0.85 / _HEIGHT, 5.8 / width, 1 - 1.05 / _HEIGHT))
     for defence in sorted(measured, key=lambda name: -measured[name][1]):  # the legend has the best on top
         again, colour = divmod(defences.index(defence), len(_COLOURS))
         seconds, level = measured[defence]
@@ -100,6 +104,7 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     axis.set_ylabel("\n".join(textwrap.wrap(f"accuracy in %, mean over {', '.join(sorted(every))}", 60)))
     _plain(axis)
     figure.legend(loc="center left", bbox_to_anchor=(6.7 / width, 0.55), fontsize=8, frameon=False)
+    _say(figure, _setting(rows))
     save_figure(figure, path)
 
 
@@ -127,29 +132,38 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
         return False
     clean = cells(rows).get((CLEAN, CLEAN))
     attacks = in_order({(attack, CLEAN) for its in curves.values() for attack in its})[0]
-    figure = new_figure((1.5 + 5.2 * len(curves), 4.6))
-    for axis, (defence, its) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+    names = ["\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, _NAME)) for attack in attacks]
+    left = 0.8 + _PANEL * len(curves)
+    lengths = [len(line) for name in (*names, _UNDEFENDED) for line in name.split("\n")]
+    width = left + 0.8 + _LETTER * max(lengths)
+    figure = new_figure((width, _HEIGHT))
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    lines: dict[str, Any] = {}  # a panel may lack some attacks
+    for axis, (defence, its) in zip(panels, curves.items(), strict=True):
         levels = sorted({px for points in its.values() for px, _ in points})
-        for attack in (a for a in attacks if a in its):
+        for i, (attack, name) in enumerate(zip(attacks, names, strict=True)):
+            if attack not in its:
+                continue
             points = its[attack]
-            again, colour = divmod(attacks.index(attack), len(_COLOURS))
-            style = {"color": _COLOURS[colour], "marker": _MARKS[again % len(_MARKS)], "ls": "--" if again else "-"}
+            again, colour = divmod(i, len(_COLOURS))
+            style = {"color": _COLOURS[colour], "marker": _MARKS[i % len(_MARKS)], "ls": "--" if again else "-"}
             means = [statistics.fmean(values) for _, values in points]
             spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-            name = "clean" if attack == CLEAN else attack
-            axis.errorbar([px for px, _ in points], means, spread, ms=4, lw=1.4, label=name, **style)
+            lines[name] = axis.errorbar([px for px, _ in points], means, spread, ms=5, lw=1.4, label=name, **style)
         if clean is not None:
-            axis.axhline(statistics.fmean(clean.accuracy), color=_GREY, lw=0.8, ls="--")
+            lines[_UNDEFENDED] = axis.axhline(statistics.fmean(clean.accuracy), color=_GREY, lw=0.8, ls="--")
         axis.set_xscale("log")
         axis.set_xticks(levels, [f"{px:g}" for px in levels])
         axis.minorticks_off()
         axis.set_xlabel("standard deviation of the noise, px")
         axis.set_title(defence, fontsize=10)
         _plain(axis)
-    figure.axes[0].set_ylabel("accuracy on clean test images, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=math.ceil(len(labels) / 2), fontsize=8, frameon=False)
-    figure.subplots_adjust(0.75 / figure.get_figwidth(), 0.24, 0.98, 0.92, 0.15)
+    panels[0].set_ylabel("accuracy on clean test images, %")
+    order = [name for name in (*names, _UNDEFENDED) if name in lines]
+    legend = {"loc": "center left", "bbox_to_anchor": (left / width, 0.55), "fontsize": 8, "frameon": False}
+    figure.legend([lines[name] for name in order], order, **legend)
+    figure.subplots_adjust(0.8 / width, 0.85 / _HEIGHT, (left - 0.1) / width, 1 - 0.35 / _HEIGHT, 0.08)
+    _say(figure, _setting(rows))
     save_figure(figure, path)
     return True
 
@@ -193,6 +207,18 @@ def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         row, column = divmod(i, side)
         out[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
     return out
+
+
+def _setting(rows: Sequence[Row]) -> str:
+    """What a picture is of: the rows of other settings have none."""
+    at = settings_of(rows[0])
+    return f"{at.data}, {at.images:,} images, {at.victim}, training {at.training}"
+
+
+def _say(figure: Any, *lines: str) -> None:
+    """Grey lines at the foot of a picture."""
+    width, height = figure.get_size_inches()
+    figure.text(0.15 / width, 0.12 / height, "\n".join(lines), fontsize=8, color=_GREY, va="bottom")
 
 
 def _plain(axis: Any, values: str = "y") -> None:

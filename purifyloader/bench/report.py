@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from purifyloader.bench import published
 from purifyloader.bench.defences import DEFENCES
-from purifyloader.bench.published import ECLIPSE, PUREGEN, PUREGEN_SOURCE, SOURCE
 from purifyloader.bench.rows import Row
 from purifyloader.errors import InputError
 from purifyloader.files import canonical_json
 
-__all__ = ["BITES", "Cell", "Setting", "cells", "in_order", "markdown", "recovered", "settings_of"]
+__all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
 
 BITES = 15.0
 """Points of accuracy that a poison must take from an undefended victim before it is said what a defence gives back."""
@@ -25,14 +26,20 @@ class Cell(NamedTuple):
     """An attack and a defence over all seeds.
 
     Attributes:
-        accuracy, success, flipped: of each seed, in percent.
+        seeds: of the victims.
+        accuracy: of each seed, in percent.
+        success, flipped: of each seed whose row has it, in percent.
+        clean_success: of clean data, attack → how often its trigger has images called its class anyway; of each seed
+            whose row has it, in percent.
         seconds: of purifying one image, the least that was measured of this purifier.
         calls: of networks, an image.
     """
 
+    seeds: list[int]
     accuracy: list[float]
     success: list[float]
     flipped: list[float]
+    clean_success: dict[str, list[float]]
     seconds: float
     calls: int
     sigma_px: float | None
@@ -59,16 +66,26 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
             )
     return {
         key: Cell(
-            [row["accuracy"] for row in its],
-            [row["success"] for row in its if "success" in row],
-            [row["flipped"] for row in its if "flipped" in row],
-            fastest[_purifier(its[0])],
-            max(row["calls"] for row in its),
-            its[0]["sigma_px"],
-            statistics.fmean(row["distance_px"] for row in its),
+            seeds=[row["seed"] for row in its],
+            accuracy=[row["accuracy"] for row in its],
+            success=[row["success"] for row in its if "success" in row],
+            flipped=[row["flipped"] for row in its if "flipped" in row],
+            clean_success=_clean_success(its),
+            seconds=fastest[_purifier(its[0])],
+            calls=max(row["calls"] for row in its),
+            sigma_px=its[0]["sigma_px"],
+            distance_px=statistics.fmean(row["distance_px"] for row in its),
         )
         for key, its in found.items()
     }
+
+
+def _clean_success(rows: Iterable[Row]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for attack, value in row.get("clean_success", {}).items():
+            found.setdefault(attack, []).append(value)
+    return found
 
 
 def _purifier(row: Row) -> str:
@@ -95,18 +112,38 @@ def settings_of(row: Row) -> Setting:
     return Setting(*shown, its["data"]["sha"], its["attack_seed"], its["fast"], its["device"])
 
 
-def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
-    """Share of the lost accuracy that a defence gives back, in percent; None for a poison that does not bite.
+def bites(found: Mapping[tuple[str, str], Cell], attack: str) -> bool:
+    """Whether an attack takes `BITES` points from undefended victims, by all seeds that either was measured with."""
+    clean, bare = found.get((CLEAN, CLEAN)), found.get((attack, CLEAN))
+    if clean is None or bare is None:
+        return False
+    return statistics.fmean(clean.accuracy) - statistics.fmean(bare.accuracy) >= BITES
 
-    100 is the undefended victim's accuracy on clean data, 0 its accuracy on the poisoned.
+
+def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
+    """Share of the lost accuracy that a defence gives back, in percent, over the seeds that all three cells have.
+
+    100 is the undefended victim's accuracy on clean data, 0 its accuracy on the poisoned. None for a poison that does
+    not bite, and where there is no seed to compare.
     """
-    clean, bare, with_it = (found.get(key) for key in ((CLEAN, CLEAN), (attack, CLEAN), (attack, defence)))
-    if clean is None or bare is None or with_it is None:
+    if not bites(found, attack) or (attack, defence) not in found:
         return None
-    top, bottom = statistics.fmean(clean.accuracy), statistics.fmean(bare.accuracy)
-    if top - bottom < BITES:
+    means = _compared(found[CLEAN, CLEAN], found[attack, CLEAN], found[attack, defence])
+    if means is None:
         return None
-    return 100 * (statistics.fmean(with_it.accuracy) - bottom) / (top - bottom)
+    top, bottom, reached = means
+    return 100 * (reached - bottom) / (top - bottom) if top > bottom else None  # of these few seeds it may take nothing
+
+
+def _compared(*its: Cell) -> list[float] | None:
+    """Mean accuracies over the seeds that all have: a victim of another seed is better or worse by a point or two."""
+    common = set.intersection(*(set(cell.seeds) for cell in its))
+    if not common:
+        return None
+    return [
+        statistics.fmean(value for seed, value in zip(cell.seeds, cell.accuracy, strict=True) if seed in common)
+        for cell in its
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -116,104 +153,141 @@ def markdown(rows: Sequence[Row]) -> str:
         groups.setdefault(settings_of(row), []).append(row)
     parts = []
     for at, its in groups.items():
-        seeds = sorted({row["seed"] for row in its})
-        clean = its[0].get("extractor_images")
-        start = (
-            f" Trained from an extractor that has learned from {clean:,} other images, clean; attacks that work on "
-            "given networks know it."
-            if clean
-            else ""
-        )
-        parts.append(
-            f"## {at.data}: {at.images:,} training images, {at.victim}, training `{at.training}`\n\n"
-            f"{at.device}, {'bfloat16' if at.fast else 'float32'}; the attacks' seed is {at.attack_seed}. "
-            f"Accuracy in % on {at.test_images:,} clean test images: mean and standard deviation over the seeds of the "
-            f"victim ({', '.join(map(str, seeds))}).{start}"
-        )
-        parts += _tables(its)
+        found = cells(its)
+        parts += [_header(at, its, found), *_tables(found)]
+        if at.data in published.DATA:
+            attacks, defences = in_order(found)
+            parts += [text for table in published.TABLES for text in _published(table, attacks, defences)]
     return "\n\n".join(parts) + "\n"
 
 
-def _tables(rows: Sequence[Row]) -> list[str]:
-    found = cells(rows)
-    attacks, defences = in_order(found)
+def _header(at: Setting, rows: Sequence[Row], found: Mapping[tuple[str, str], Cell]) -> str:
+    seeds = sorted({row["seed"] for row in rows})
+    names = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    victims = (
+        f"mean and standard deviation over victims of the {names}; where they are fewer than elsewhere their number is "
+        "in brackets, and a figure without ± is of one victim"
+        if _most(found) > 1
+        else f"of one victim each, of the {names}"
+    )
+    clean = rows[0].get("extractor_images")
     parts = [
-        _table(
-            ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
-            [
-                [
-                    defence,
-                    *(_mean(found[a, defence].accuracy) if (a, defence) in found else "–" for a in attacks),
-                    *_cost(next(found[a, defence] for a in attacks if (a, defence) in found)),
-                ]
-                for defence in defences
-            ],
-        )
+        f"{at.device}, {'bfloat16' if at.fast else 'float32'}; the attacks' seed is {at.attack_seed}.",
+        f"Accuracy in % on {at.test_images:,} clean test images: {victims}.",
+        "Seconds are of purification alone: compensation (B, C) happens while a victim trains, and is not in them.",
     ]
-    biting = [a for a in attacks if recovered(found, a, CLEAN) is not None]
-    if biting:
-        lines = []
-        for defence in defences:
-            shares = [recovered(found, a, defence) for a in biting]
-            if defence != CLEAN and any(share is not None for share in shares):
-                clean = found.get((CLEAN, defence))
-                cost = "–"
-                if clean is not None and (CLEAN, CLEAN) in found:
-                    bare = statistics.fmean(found[CLEAN, CLEAN].accuracy)
-                    cost = f"{statistics.fmean(clean.accuracy) - bare:+.1f}"
-                lines.append([defence, *("–" if s is None else f"{s:.0f} %" for s in shares), cost])
+    if clean:
         parts.append(
-            f"Of what a poison took, a defence gives back (poisons that take {BITES:.0f} points or more), and what it "
-            "changes on clean data, in points:"
+            f"Trained from an extractor that has learned from {clean:,} other images, clean; attacks that work on "
+            "given networks know it."
         )
-        parts.append(_table(["defence", *biting, "on clean data"], lines))
-    for name, title, shown in (
-        (
-            "success",
-            "Test images of other classes that the trigger, as strong as in training, has called its class",
-            _mean,
-        ),
-        (
-            "flipped",
-            "Targets that are called what the attacker wants, one a seed (an attack has another for each seed, a file "
-            "the same; clean is how often those of the attacks are called so by victims of clean data)",
-            _share,
-        ),
-    ):
-        having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
-        if set(having) - {CLEAN}:
-            lines = [
-                [d, *(shown(getattr(found[a, d], name)) if (a, d) in found else "–" for a in having)]
-                for d in defences
-                if any((a, d) in found for a in having if a != CLEAN)
+    parts += _unlike(
+        "Versions of torch", [row["versions"]["torch"].partition("+")[0] for row in rows if "versions" in row]
+    )
+    parts += _unlike("Numbers of threads", [str(row["threads"]) for row in rows if "threads" in row])
+    title = f"## {at.data}: {at.images:,} training images, {at.victim}, training `{at.training}`"
+    return f"{title}\n\n{' '.join(parts)}"
+
+
+def _most(found: Mapping[tuple[str, str], Cell]) -> int:
+    return max(len(cell.seeds) for cell in found.values())
+
+
+def _unlike(what: str, values: Sequence[str]) -> list[str]:
+    """A sentence on what the rows of a table ought to have in common, where they do not; the commonest first."""
+    counts = Counter(values).most_common()
+    if len(counts) < 2:
+        return []
+    (first, count), *others = counts
+    return [f"{what}: {first} ({count} rows) and {', '.join(f'{value} ({n})' for value, n in others)}."]
+
+
+def _tables(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    attacks, defences = in_order(found)
+    most = _most(found)
+    accuracies = _table(
+        ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
+        [
+            [
+                defence,
+                *(_mean(found[a, defence].accuracy, most) if (a, defence) in found else "–" for a in attacks),
+                *_cost(next(found[a, defence] for a in attacks if (a, defence) in found)),
             ]
-            parts += [f"{title}, in %:", _table(["defence", *(_shown(a) for a in having)], lines)]
-    parts += _published(ECLIPSE, SOURCE, attacks, defences)
-    parts += _published(PUREGEN, PUREGEN_SOURCE, attacks, defences)
-    return parts
+            for defence in defences
+        ],
+    )
+    success = _won(
+        found,
+        "success",
+        "Test images of other classes that the trigger, as strong as in training, has called its class (clean: by "
+        "victims of clean data with the same defence, where it was measured)",
+        lambda attack, defence: _success(found, attack, defence, most),
+    )
+    flipped = _won(
+        found,
+        "flipped",
+        "Targets that are called what the attacker wants, one a seed (an attack has another for each seed, a file "
+        "the same; clean is how often those of the attacks are called so by victims of clean data)",
+        lambda attack, defence: _share(found[attack, defence].flipped),
+    )
+    return [accuracies, *_given_back(found), *success, *flipped]
 
 
-def _published(
-    table: Mapping[str, Mapping[str, float]], source: str, attacks: Sequence[str], defences: Sequence[str]
-) -> list[str]:
+def _given_back(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    attacks, defences = in_order(found)
+    biting = [a for a in attacks if bites(found, a)]
+    lines = []
+    for defence in defences:
+        shares = [recovered(found, a, defence) for a in biting]
+        if defence != CLEAN and any(share is not None for share in shares):
+            keys = (CLEAN, defence), (CLEAN, CLEAN)
+            means = _compared(*(found[key] for key in keys)) if all(key in found for key in keys) else None
+            change = "–" if means is None else f"{means[0] - means[1]:+.1f}"
+            lines.append([defence, *("–" if s is None else f"{round(s)} %" for s in shares), change])
+    if not lines:
+        return []
+    title = (
+        f"Of what a poison took, a defence gives back (poisons that take {BITES:.0f} points or more), and what it "
+        "changes on clean data, in points; each over the seeds that all it compares have:"
+    )
+    return [title, _table(["defence", *biting, "on clean data"], lines)]
+
+
+def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Callable[[str, str], str]) -> list[str]:
+    """The table of a field of `Cell` that some attacks have, with clean data where these have it too."""
+    attacks, defences = in_order(found)
+    having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
+    if not set(having) - {CLEAN}:
+        return []
+    lines = [
+        [d, *(shown(a, d) if (a, d) in found else "–" for a in having)]
+        for d in defences
+        if any((a, d) in found for a in having if a != CLEAN)
+    ]
+    return [f"{title}, in %:", _table(["defence", *(_shown(a) for a in having)], lines)]
+
+
+def _published(table: published.Published, attacks: Sequence[str], defences: Sequence[str]) -> list[str]:
     """The published figures of the attacks and defences that were measured, in a table of their own."""
-    known = {a for values in table.values() for a in values}
+    known = dict.fromkeys(column for values in table.figures.values() for column in values)
     # without the options of an attack, the level of the noise and the models
-    columns = [a for a in dict.fromkeys(attack.partition(" ")[0] for attack in attacks) if a in known]
+    bases = dict.fromkeys(attack.partition(" ")[0] for attack in attacks)
+    columns = [column for base in bases for column in known if column.partition(" ")[0] == base]
     if not set(columns) - {CLEAN}:
         return []
     measured = {re.split("[@ ]", defence)[0] for defence in defences}
-    # what stands for ECLIPSE here may have one call; what was published has a hundred
+    if "eclipse" in measured:  # it may have one call here; what was published has a hundred
+        measured.add("eclipse-100")
     lines = [
-        [defence, *(f"{values[a]:.2f}" if a in values else "–" for a in columns)]
-        for defence, values in table.items()
-        if defence in measured or (defence == "eclipse-100" and "eclipse" in measured)
+        [defence, *(" / ".join(f"{v:.2f}" for v in values[c]) if c in values else "–" for c in columns)]
+        for defence, values in table.figures.items()
+        if defence in measured and values.keys() & set(columns)
     ]
     if not lines:
         return []
     return [
-        f"Published, on other poison files and another scale ({source}):",
-        _table(["published", *(_shown(a) for a in columns)], lines),
+        f"Published, on other poison files and another scale ({table.caption}):",
+        _table(["published", *(_shown(c) for c in columns)], lines),
     ]
 
 
@@ -237,11 +311,20 @@ def _shown(attack: str) -> str:
     return "clean" if attack == CLEAN else attack
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], most: int) -> str:
+    """With the number of values, where it is more than one and fewer than `most`: those of other cells."""
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
+    number = f" ({len(values)})" if 1 < len(values) < most else ""
+    return f"{statistics.fmean(values):.1f}{spread}{number}"
+
+
+def _success(found: Mapping[tuple[str, str], Cell], attack: str, defence: str, most: int) -> str:
+    clean = found.get((CLEAN, defence))
+    control = clean.clean_success.get(attack) if clean is not None else None
+    shown = _mean(found[attack, defence].success, most)
+    return f"{shown} (clean {statistics.fmean(control):.1f})" if control else shown
 
 
 def _share(flipped: Sequence[float]) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from purifyloader import noise
 from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.data import Data
-from purifyloader.bench.defence import compensation
+from purifyloader.bench.defence import afresh, compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.training import Normalised, accuracy, train_victim
@@ -59,11 +59,11 @@ class AttackSpec:
     label: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """What decides its images beside the data, as JSON; never a path."""
+        """What decides its images beside the data, as JSON: all options, whatever a preset had; never a path."""
         if self.file is not None:
             content = file_sha256(self.file) if self.file.is_file() else _folder_sha256(self.file)
             return {"file_sha256": content, "options": _plain(self.options)}
-        return {"name": self.name, "options": _plain(self.options)}
+        return {"name": self.name, "options": _plain(attacks.resolved(attacks.find(self.name), self.options))}
 
 
 class Bench:
@@ -75,7 +75,8 @@ class Bench:
     from: the attacker knows it.
 
     Args:
-        data: clean; what the defences' models learned from must not be in it.
+        data: clean; what the defences' models learned from must not be in it. A poison file is of all the images that
+            there were before some were chosen, and the same are chosen of it.
         models: that the defences use.
         victim: of `victims.VICTIMS`.
         training: of `TRAININGS`.
@@ -162,6 +163,8 @@ class Bench:
             "attack_seed": self.attack_seed,
             "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
             "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
+            # of most defences there is none, and the names of their rows are without
+            **({} if made.afresh is None else {"afresh": json.loads(made.afresh.to_json())}),
             "victim": self.victim,
             "training": asdict(self.how),
             "seed": seed,
@@ -177,8 +180,12 @@ class Bench:
             attack = replace(attack, options={"model": self.models.denoiser, **attack.options})
         return attack.settings()
 
-    def row(self, attack: AttackSpec, defence: str, seed: int) -> rows.Row:
+    def row(self, attack: AttackSpec, defence: str, seed: int, backdoors: Sequence[AttackSpec] = ()) -> rows.Row:
         """Measure it.
+
+        Args:
+            backdoors: whose triggers a victim of clean data is shown: what a back door's success is to be compared
+                with.
 
         Raises:
             InputError: see the class, and what attacks and purifiers refuse.
@@ -189,6 +196,8 @@ class Bench:
         compared = self.check(defence, poisoned)
         images, purifier = self.purified(poisoned, made)
         corrupt = None if made.compensate is None else compensation(made.compensate, seed)
+        if made.afresh is not None:
+            corrupt = afresh(made.afresh.to(self.device), seed)
         trained = train_victim(
             images,
             poisoned.labels,
@@ -206,6 +215,11 @@ class Bench:
         if attack.name == CLEAN and self.data.classes > 1:  # how often the targets of attacks are called so anyway
             target = targeted.target_of(self.data, self.attack_seed, seed)
         found |= self._success(trained.model, poisoned, target)
+        by_chance: dict[str, float] = {}
+        if attack.name == CLEAN:
+            for spec in backdoors:
+                its = self._success(trained.model, self.poisoned(spec, seed), None)
+                by_chance |= {spec.label: round(its["success"], 2)} if its else {}
         moved = poisoned.moved(self.data.train)
         return {
             "schema": rows.SCHEMA,
@@ -216,14 +230,16 @@ class Bench:
             "test_images": len(self.data.test),
             "attack": attack.label or attack.name,
             "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
+            "attack_made": {k: v for k, v in poisoned.settings.items() if k != "moved"},
             "defence": self.called(defence),
-            "sigma_px": None if made.sigma is None else round(255 * made.sigma, 2),
+            "sigma_px": None if made.sigma_px is None else round(made.sigma_px, 2),
             "calls": 0 if made.purifier is None else made.purifier.calls,
             "distance_px": round(_rms(images, self.data.train), 2),
             "seed": seed,
             "victim": self.victim,
             "training": self.training,
             **{name: round(value, 2) for name, value in found.items()},
+            **({"clean_success": by_chance} if by_chance else {}),
             **({} if target is None else {"target": _told(target)}),
             "seconds": {
                 "purify_an_image": self._seconds_an_image(purifier, defence),
@@ -267,18 +283,31 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
         with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
             if not path.exists():
-                if attack.file is not None:
-                    made = reading.read(attack.file, clean=(data.train, data.train_labels), **attack.options)
-                else:
-                    made = self._attacked(attack, seed)
+                made = self._attacked(attack, seed) if attack.file is None else self._read(attack)
                 write_npz(made, path)
-        found = reading.read(path, clean=(data.train, data.train_labels))
-        if len(found) != len(data.train):
+        return reading.read(path)  # which was checked, or made here
+
+    def _read(self, attack: AttackSpec) -> Poisoned:
+        """What a file has of the training images. It is of all those that there were before some were chosen."""
+        whole = self.data.whole or (self.data.train, self.data.train_labels)
+        assert attack.file is not None
+        found = reading.read(attack.file, clean=whole, **attack.options)
+        if len(found) != len(whole[0]):
             raise InputError(
-                f"Expected a poison of the {len(data.train)} training images. Got one of {len(found)}: give the data "
+                f"Expected a poison of the {len(whole[0])} training images. Got one of {len(found)}: give the data "
                 "that it was made from, whole."
             )
-        return found
+        if self.data.chosen is None:
+            return found
+        chosen = self.data.chosen
+        some = np.flatnonzero(np.isin(chosen, found.poisoned))
+        if not len(some):
+            raise InputError(
+                f"Expected poisoned images among the {len(chosen)} training images of {len(found)} that were chosen. "
+                f"Got none of the {len(found.poisoned)} of {attack.file}: choose more (--train), or take models that "
+                "have learned from others."
+            )
+        return replace(found, images=found.images[chosen], labels=found.labels[chosen], poisoned=some)
 
     def is_being_made(self, attack: AttackSpec, seed: int = 0) -> bool:
         """Whether another process is making the poison or the extractor, for which this one would only wait."""

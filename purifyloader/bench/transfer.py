@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -47,11 +46,7 @@ def split(data: Data) -> tuple[Data, Data]:
             )
         count = min(_MOST, max(1, len(members) // _PART))
         tuned[members[drawn[members].argsort(kind="stable")[:count]]] = True
-    return _only(data, tuned), _only(data, ~tuned)
-
-
-def _only(data: Data, keep: NDArray[np.bool_]) -> Data:
-    return replace(data, train=data.train[keep], train_labels=data.train_labels[keep])
+    return data.only(tuned), data.only(~tuned)
 
 
 def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, bfloat16: bool) -> nn.Module:

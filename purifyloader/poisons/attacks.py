@@ -430,6 +430,30 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
         choose(presets, given.get("preset", next(iter(presets))), settings)
 
 
+_OF_A_RUN = ("device", "progress", "networks", "target", "model")  # what an attack is given, and not what it is
+
+
+def resolved(attack: Attack, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an attack with the values that it takes for those that are not given: of its preset, or its own.
+
+    Without what depends on the run that makes it, unless that is given: the target, networks, models, the device.
+
+    Raises:
+        InputError: a value that an attack with presets refuses for its settings.
+    """
+    values = {
+        name: value
+        for name, value in attack.options.items()
+        if value is not inspect.Parameter.empty and name not in _OF_A_RUN
+    }
+    presets = getattr(attack.function, "presets", None)
+    if presets is not None:
+        fields = field_names(presets)
+        chosen = choose(presets, given.get("preset", next(iter(presets))), {k: given[k] for k in fields if k in given})
+        values |= {name: getattr(chosen, name) for name in fields}
+    return {**values, **given}
+
+
 def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
     """A dataset poisoned by the attack of that name, to test a defence on.
 

@@ -193,7 +193,7 @@ def choose(presets: Mapping[str, Settings], preset: str, options: Mapping[str, A
     Raises:
         InputError: no such preset or option, or a value that is none of that option's.
     """
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         raise InputError(f"preset must be one of {', '.join(presets)}. Got {preset!r}.")
     known = field_names(presets)
     if unknown := [name for name in options if name not in known]:

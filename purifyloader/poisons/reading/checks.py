@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,13 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
 
-__all__ = ["check", "check_numbers", "levels"]
+__all__ = ["check", "check_numbers", "levels", "unmoved"]
 
-_SAMPLE = 256  # images that are looked at to explain a refusal
+_SAMPLE = 64  # images that are looked at, of those that moved and of the clean set
 _ONE_SIDE = 0.01  # the share of values that may go the other way where a sign was lost
+_NEARER = 4  # how much nearer a misreading must bring images where no bound says what is near; no attack comes near it
+_AS_FAR = 0.7  # of the distance to other images, from where on the own is no nearer
+_MEANT = "or say checked=False if it is meant so"
 
 
 def levels(bound: Bound) -> str:
@@ -35,6 +38,10 @@ def _limit(bound: Bound, values: int) -> float:
     return 255 * bound.epsilon + (1.0 if bound.norm == "linf" else 0.5 * values**0.5)
 
 
+def _within(bound: Bound | None) -> str:
+    return "" if bound is None else f", within {levels(bound)}"
+
+
 def check_numbers(delta: NDArray[Any], bound: Bound | None, what: str, signed: bool = True) -> None:
     """Refuse a perturbation, in units of [0, 1] images, whose very numbers say that it is misread.
 
@@ -45,8 +52,8 @@ def check_numbers(delta: NDArray[Any], bound: Bound | None, what: str, signed: b
         signed: whether numbers of one sign only are a mistake.
 
     Raises:
-        InputError: not finite, zero everywhere, 255 times too large or too small, without its sign, or beyond the
-            bound.
+        InputError: not finite, zero everywhere, 255 times too large, or without its sign; with a bound also 255 times
+            too small, or beyond it.
     """
     low = high = 0.0
     longest = 0.0
@@ -68,13 +75,15 @@ def check_numbers(delta: NDArray[Any], bound: Bound | None, what: str, signed: b
             f"{what} must be in units of [0, 1] images. {got}, 255 times too large if they are levels of 0 to 255: "
             "divide them by 255."
         )
-    if bound is None or bound.norm == "l0":
+    if bound is not None and bound.norm == "l0":
         return
     if signed and (low == 0 or high == 0):
         raise InputError(
-            f"{what} must go up and down, within {levels(bound)}. {got}: the sign was lost, by a cast or a clamp. Take "
-            "the file before that."
+            f"{what} must go up and down{_within(bound)}. {got}: the sign was lost, by a cast or a clamp. Take the "
+            f"file before that, {_MEANT}."
         )
+    if bound is None:
+        return
     reached, epsilon = (largest, bound.epsilon) if bound.norm == "linf" else (longest, bound.epsilon)
     if reached * 100 < epsilon:
         raise InputError(
@@ -95,18 +104,23 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
     Args:
         poisoned: of `read`, or of an attack.
         clean: the clean training set in the same order: (images uint8 (N, H, W, C), labels), or a dataset.
-        bound: of the perturbation, if not `poisoned.bound`. Where neither is known nothing is refused but another
-            order of the labels.
-        signed: whether a perturbation that goes one way only is a mistake.
+        bound: of the perturbation, if not `poisoned.bound`. Where neither is known, how far the images moved is no
+            reason to refuse them, but only what no attack does to them.
+        signed: whether a perturbation that goes one way only is a mistake; of one with a bound.
 
     Returns:
         How far the images were moved, in levels of 0 to 255.
 
     Raises:
-        InputError: other numbers or shapes; images in another order; nothing moved; numbers of one sign; a
-            perturbation beyond the bound by more than 8-bit rounding (one level; for l2 half a level a value; for l0
-            nothing), where the message says what it looks like: a factor of 255, images of [-1, 1] taken for [0, 1] or
-            the reverse, wrapped-around numbers, or channels or axes in another order.
+        InputError: other numbers or shapes; labels that are mostly others; nothing moved, though the set says that
+            images are poisoned, and no label is another.
+            With a bound: numbers of one sign, or a perturbation beyond it by more than 8-bit rounding (one level; for
+            l2 half a level a value; for l0 nothing), where the message says what it looks like: a factor of 255,
+            images of [-1, 1] taken for [0, 1] or the reverse, wrapped-around numbers, channels or axes in another
+            order, or images in another order.
+            Without one: images that are all black; images of which most values moved, and to black or white; images
+            that one of these misreadings brings several times nearer to the clean ones; numbers that plainly wrapped
+            around; and images that are no more like the clean ones of their places than like others.
     """
     images, labels = as_arrays(clean)
     moved = poisoned.moved(images)
@@ -117,23 +131,33 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
             f"{len(labels):,} images: give the clean set that the poison was made from, in its order."
         )
     bound = poisoned.bound if bound is None else bound
-    if bound is None:
-        return moved
     if not moved.images:
-        raise InputError(
-            f"A poison must move images, by up to {levels(bound)}. Got the clean images: this is the clean set, or the "
-            "perturbation was rounded away, as numbers 255 times too small are."
-        )
+        # a set may say that none of it is poisoned, and without a bound its poison may be in its labels
+        if len(poisoned.poisoned) and (bound is not None or not differ):
+            raise unmoved(bound)
+        return moved
+    if bound is None:
+        _check_unbounded(_sample(poisoned.images, images), moved)
+        return moved
     limit = _limit(bound, int(np.prod(images.shape[1:])))
     if _reached(moved, bound) > limit:
-        raise _explained(poisoned.images, images, bound, limit, moved)
+        raise _explained(_sample(poisoned.images, images), bound, limit, moved)
     if signed and bound.norm != "l0" and not _ONE_SIDE < moved.down < 1 - _ONE_SIDE:
         way = "down" if moved.down > 0.5 else "up"
         raise InputError(
-            f"A perturbation goes up and down, within {levels(bound)}. Got {way} only: its sign was lost, by a cast or "
-            "a clamp to positive numbers. Take the file before that, or say checked=False if it is meant so."
+            f"A perturbation goes up and down{_within(bound)}. Got {way} only: its sign was lost, by a cast or a clamp "
+            f"to positive numbers. Take the file before that, {_MEANT}."
         )
     return moved
+
+
+def unmoved(bound: Bound | None) -> InputError:
+    """The refusal of a poison that leaves the clean images as they are."""
+    far = "" if bound is None else f", by up to {levels(bound)}"
+    return InputError(
+        f"A poison must move images{far}. Got the clean images: this is the clean set, or the perturbation was rounded "
+        f"away, as numbers 255 times too small are. Take another file, {_MEANT}."
+    )
 
 
 def _reached(moved: Moved, bound: Bound) -> float:
@@ -149,11 +173,46 @@ def _norms(delta: NDArray[Any], bound: Bound) -> NDArray[Any]:
 
 Levels = NDArray[np.int16]
 
+
+class _Sample(NamedTuple):
+    """Some of the images that moved, in levels.
+
+    Attributes:
+        got: (S, H, W, C).
+        clean: those of their places.
+        others: (M, H, W, C), of places all over the clean set.
+        apart: (S, M), whether an image and one of `others` are of two places.
+    """
+
+    got: Levels
+    clean: Levels
+    others: Levels
+    apart: NDArray[np.bool_]
+
+
+def _sample(got: NDArray[np.uint8], clean: NDArray[np.uint8]) -> _Sample:
+    moved = np.concatenate(
+        [
+            start + np.flatnonzero((got[start : start + 1024] != clean[start : start + 1024]).any(axis=(1, 2, 3)))
+            for start in range(0, len(got), 1024)
+        ]
+    )
+    chosen, places = moved[_spread(len(moved))], _spread(len(clean))
+    some = got[chosen].astype(np.int16)
+    return _Sample(some, clean[chosen].astype(np.int16), clean[places].astype(np.int16), chosen[:, None] != places)
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(count, _SAMPLE)).astype(np.int64)
+
+
+_WRAPPED = "numbers that wrapped around at 256: clamp to 0 and 255 before the cast to uint8"
+
 # How a perturbation looks that was read wrongly: the difference to the clean images if it had been read so, and by
 # how much reading it so stretches the rounding. The first that brings it within its bound is named.
 _MISREADINGS: tuple[tuple[str, float, Callable[[Levels, Levels], Levels]], ...] = (
     (
-        "numbers that wrapped around at 256: clamp to 0 and 255 before the cast to uint8",
+        _WRAPPED,
         1.0,
         lambda got, clean: (got - clean + 128) % 256 - 128,
     ),
@@ -185,40 +244,103 @@ _MISREADINGS: tuple[tuple[str, float, Callable[[Levels, Levels], Levels]], ...] 
 )
 
 
-def _explained(
-    got: NDArray[np.uint8], clean: NDArray[np.uint8], bound: Bound, limit: float, moved: Moved
-) -> InputError:
-    differ = np.concatenate(
-        [
-            start + np.flatnonzero((got[start : start + 1024] != clean[start : start + 1024]).any(axis=(1, 2, 3)))
-            for start in range(0, len(got), 1024)
-        ]
-    )
-    chosen = differ[:: max(1, len(differ) // _SAMPLE)]
-    some, same = got[chosen].astype(np.int16), clean[chosen].astype(np.int16)
+_BLACK = "all are black, for they were divided by 255 once too often. Multiply them by 255"
+_BLOWN_UP = "what moved is all black or white, as by a perturbation 255 times too large. Divide it by 255"
+_ELSEWHERE = (
+    "they are no nearer to the clean images of their places than to others, so the order is another. Give the clean "
+    "set that the poison was made from, in its order"
+)
+
+
+def _explained(sample: _Sample, bound: Bound, limit: float, moved: Moved) -> InputError:
     reached = f"up to {_reached(moved, bound):.4g}, in {moved.images:,} images"
     head = (
         f"The images must be within {levels(bound)} of the clean ones, with a slack for 8-bit rounding. Got {reached}"
     )
-    if int(some.max()) <= 1 < int(same.max()):
-        return InputError(f"{head}: all are black, for they were divided by 255 once too often. Multiply them by 255.")
-    if (np.isin(some[some != same], (0, 255))).mean() > 0.9:
-        return InputError(
-            f"{head}: what moved is all black or white, as by a perturbation 255 times too large. Divide it by 255."
-        )
+    if _is_black(sample):
+        return InputError(f"{head}: {_BLACK}.")
+    if _to_black_or_white(sample):
+        return InputError(f"{head}: {_BLOWN_UP}.")
     for words, stretched, difference in _MISREADINGS:
-        if (_norms(difference(some, same), bound) <= stretched * limit).mean() > 0.9:
+        if (_norms(difference(sample.got, sample.clean), bound) <= stretched * limit).mean() > 0.9:
             return InputError(f"{head}. They look like {words}.")
-    # as far from their own clean images as from others: compared by l2, which a few pixels do not decide
-    rows = Bound("l2", 1)
-    own = np.median(_norms(some - same, rows))
-    others = np.median(_norms(some - np.roll(same, 1, axis=0), rows)) if len(some) > 1 else np.inf
-    if own > 0.7 * others:
-        return InputError(
-            f"{head}: they are no nearer to the clean images of their places than to others, so the order is another. "
-            "Give the clean set that the poison was made from, in its order."
-        )
+    if _is_elsewhere(sample):
+        return InputError(f"{head}: {_ELSEWHERE}.")
     return InputError(
         f"{head}. Give bound= if the attack has another, or checked=False to read it as it is and look at "
         "settings['moved']."
     )
+
+
+def _check_unbounded(sample: _Sample, moved: Moved) -> None:
+    """Refuse what no attack does to images, however far it moves them."""
+    head = (
+        "The images must be those of their places in the clean set, however far they moved. Got "
+        f"{moved.images:,} images, {moved.l2_mean:.4g} levels (l2) away on average"
+    )
+    # an attack may set pixels to black or white, but not most of them
+    if _is_black(sample):
+        raise InputError(f"{head}: {_BLACK}, {_MEANT}.")
+    if _to_black_or_white(sample) and (sample.got != sample.clean).mean() > 0.5:
+        raise InputError(f"{head}: {_BLOWN_UP}, {_MEANT}.")
+    if _is_wrapped(sample):
+        raise InputError(f"{head}. They look like {_WRAPPED}, {_MEANT}.")
+    own = _length(sample.got - sample.clean)
+    for words, _, difference in _MISREADINGS:
+        # bright spots on dark images come nearer too if they are taken for numbers that wrapped around
+        if words != _WRAPPED and _NEARER * _length(difference(sample.got, sample.clean)) <= own:
+            raise InputError(f"{head}. They look like {words}, {_MEANT}.")
+    if _is_elsewhere(sample):
+        raise InputError(f"{head}: {_ELSEWHERE}, {_MEANT}.")
+
+
+def _length(delta: Levels) -> float:
+    return float(np.median(_norms(delta, Bound("l2", 1))))
+
+
+def _is_black(sample: _Sample) -> bool:
+    return int(sample.got.max()) <= 1 < int(sample.clean.max())
+
+
+def _to_black_or_white(sample: _Sample) -> bool:
+    return bool(np.isin(sample.got[sample.got != sample.clean], (0, 255)).mean() > 0.9)
+
+
+def _is_wrapped(sample: _Sample) -> bool:
+    """Whether what moved far moved by nearly 256, and nothing by less: a patch that looks so is black and white."""
+    far = np.abs(sample.got - sample.clean)
+    jumped = sample.got[far > 192]
+    between = ((far > 64) & (far <= 192)).any()
+    return bool(len(jumped) and not between and np.isin(jumped, (0, 255)).mean() < 0.5)
+
+
+def _is_elsewhere(sample: _Sample) -> bool:
+    """Whether images are about as far from the clean ones of their places as from others, and no more like them.
+
+    No measure of how far tells alone. By l2 an attack such as CUDA moves dark images as far, as it makes them
+    brighter, and so does a bright patch. But a patch leaves most values as they are; and CUDA leaves images as much
+    like their own by correlation, which brightness and contrast do not decide; nor does its sign, for a negative is
+    like its image. In another order, every second clean image is more like than that of the place.
+    """
+    if not sample.apart.any():
+        return False
+    got, clean, others = (part.reshape(len(part), -1).astype(np.float32) for part in sample[:3])
+    squares = (got**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * got @ others.T
+    apart = np.sqrt(np.maximum(squares, 0))[sample.apart]
+    if _length(sample.got - sample.clean) <= _AS_FAR * float(np.median(apart)):
+        return False
+    changed = [(sample.others[other] != one).mean() for one, other in zip(sample.got, sample.apart, strict=True)]
+    if (sample.got != sample.clean).mean() <= _AS_FAR * np.mean(changed):
+        return False
+    got, clean, others = (_standardised(part) for part in (got, clean, others))
+    own = np.abs((got * clean).sum(axis=1))[:, None]
+    # more by a little: clean images that are all alike are no more like than that of the place
+    more_like = np.abs(got @ others.T) > own + 1e-3
+    return bool(more_like[sample.apart].mean() > 0.25)
+
+
+def _standardised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of mean 0 and length 1, so that the product of two is their correlation; about 0 for a row of one value."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    # any other row of whole levels is longer than that
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(0.5))

@@ -19,11 +19,13 @@ class Format(NamedTuple):
         what: its content, in a line for messages.
         matches: whether content looks like it.
         read: the poisoned set; it checks all that `matches` did not.
+        may_aim: whether it may be of a poison that is aimed at a test image, which `target=` gives.
     """
 
     what: str
     matches: Callable[[Any, Request], bool]
     read: Callable[[Any, Request], Poisoned]
+    may_aim: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -31,19 +33,25 @@ FORMATS: dict[str, Format] = {
         "a folder with poisons.pickle, base_indices.pickle and target.pickle",
         targeted.is_benchmark,
         targeted.read_benchmark,
+        may_aim=True,
     ),
     "puregen": Format(
-        "a .pth of (list of (PIL image, label), indices, target)", targeted.is_puregen, targeted.read_puregen
+        "a .pth of (list of (PIL image, label), indices, target)",
+        targeted.is_puregen,
+        targeted.read_puregen,
+        may_aim=True,
     ),
     "bullseye": Format(
         "a .pth of {'poison': [(normalised tensor, label)], 'idx': indices}",
         targeted.is_bullseye,
         targeted.read_bullseye,
+        may_aim=True,
     ),
     "witches-brew": Format(
         "a .pth of [perturbations (P, 3, H, W), indices]",
         perturbations.is_witches_brew,
         perturbations.read_witches_brew,
+        may_aim=True,
     ),
     "narcissus": Format(
         "an .npy trigger, float (1, 3, H, W)", perturbations.is_narcissus, perturbations.read_narcissus
@@ -59,9 +67,16 @@ FORMATS: dict[str, Format] = {
     "ntga": Format(
         "x_train*.npy, float (N, H, W, C), beside one-hot y_train*.npy", pictures.is_ntga, pictures.read_ntga
     ),
-    "npz": Format("an .npz with data, uint8 (N, H, W, C), and targets", pictures.is_npz, pictures.read_npz),
-    "raw-bytes": Format(
-        "a pickle of a list of (bytes of an RGB image, label)", pictures.is_raw_bytes, pictures.read_raw_bytes
+    "npz": Format(
+        "an .npz with data, uint8 (N, H, W, C), and targets", pictures.is_npz, pictures.read_npz, may_aim=True
     ),
-    "png": Format("a folder of <index>.png, or of class folders of them", pictures.is_png, pictures.read_png),
+    "raw-bytes": Format(
+        "a pickle of a list of (bytes of an RGB image, label)",
+        pictures.is_raw_bytes,
+        pictures.read_raw_bytes,
+        may_aim=True,
+    ),
+    "png": Format(
+        "a folder of <index>.png, or of class folders of them", pictures.is_png, pictures.read_png, may_aim=True
+    ),
 }

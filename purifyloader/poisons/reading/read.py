@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
+from PIL import Image
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.arrays import as_arrays
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import check
 from purifyloader.poisons.reading.content import describe, open_content
 from purifyloader.poisons.reading.formats import FORMATS
 from purifyloader.poisons.reading.own import WRITTEN_BY
-from purifyloader.poisons.reading.request import Request
+from purifyloader.poisons.reading.request import Request, asked
+from purifyloader.poisons.reading.targeted import aimed
 
 __all__ = ["read"]
 
@@ -25,9 +28,10 @@ def read(
     *,
     clean: Any = None,
     format: str | None = None,
-    bound: Bound | None = None,
+    bound: Bound | float | str | None = None,
     checked: bool = True,
     drop_negative: bool = False,
+    target: Target | NDArray[Any] | Image.Image | str | os.PathLike[str] | None = None,
     target_class: int | None = None,
     count: int | None = None,
     seed: int = 0,
@@ -44,12 +48,16 @@ def read(
             (images uint8 (N, H, W, C), labels). Formats that hold perturbations or some images need it; with it, any
             poison is compared with the clean images and checked.
         format: its name, where its content does not show it.
-        bound: how far the attack may move an image, in units of [0, 1] images; the format's own if None, and where
-            that has none, whatever it is.
-        checked: whether a perturbation that was plainly misread or goes beyond the bound is refused.
+        bound: how far the attack may move an image, in units of [0, 1] images: a `Bound`; a number, which is
+            l-infinity, such as 8/255; or a text NORM:EPSILON, such as "linf:8/255", "l2:1" or "l0:1" (in pixels). The
+            format's own if None; where that has none, however far, and `check` refuses what is plainly misread.
+        checked: whether a poison that was plainly misread or goes beyond the bound is refused. False reads it as it is.
         drop_negative: for EM: as its own loader casts, which makes negative numbers 0 and cuts levels off. Else the
             sign is kept and levels are rounded.
-        target_class: for Narcissus: the class that the trigger stands for.
+        target: for a targeted attack whose file does not hold it, the test image that the poison is aimed at: uint8
+            (H, W, C), a PIL image, a file of one, or a `Target`. It becomes the `target` of the set.
+        target_class: what that test image is to be called (of a `Target`, its own label if None); for Narcissus, the
+            class that the trigger stands for.
         count: for Narcissus: how many of its images get the trigger.
         seed: for Narcissus, which of them; for AR, the start values.
         mean, std: for Bullseye Polytope and Witches' Brew (std alone): one number a channel by which the file's images
@@ -61,21 +69,32 @@ def read(
         `poisoned` is what the file says, else what differs from the clean images, else all.
 
     Raises:
-        InputError: nothing there, damaged, of no known format or of several, or what it wants is not plain data; a
-            clean set that is missing or does not fit; or what `check` refuses.
+        InputError: an option of another type or range, or one that the format does not have; nothing there, damaged,
+            of no known format or of several, or what it wants is not plain data; a clean set that is missing or does
+            not fit; or what `check` refuses.
     """
-    path = Path(path)
-    if format is not None and format not in FORMATS:
+    if format is not None and not (isinstance(format, str) and format in FORMATS):
         raise InputError(f"format must be one of {', '.join(FORMATS)}. Got {format!r}.")
+    request = asked(
+        path,
+        bound=bound,
+        checked=checked,
+        drop_negative=drop_negative,
+        target=target,
+        target_class=target_class,
+        count=count,
+        seed=seed,
+        mean=mean,
+        std=std,
+    )
     arrays = None if clean is None else as_arrays(clean)
-    request = Request(path, arrays, bound, checked, drop_negative, target_class, count, seed, mean, std)
-    content = open_content(path)
+    request = replace(request, clean=arrays)
+    content = open_content(request.path)
     name = _detected(content, request) if format is None else format
-    if drop_negative and not name.startswith("em-"):
-        raise InputError(f"drop_negative is a cast of EM's own loader. Got it for {path}, which is {name!r}: leave it.")
-    poisoned = FORMATS[name].read(content, request)
+    _check_fits(name, request)
+    poisoned = aimed(FORMATS[name].read(content, request), request)
     # of a file that `write` made of what was read before, the first reading's
-    settings = {"format": name, "file": path.name, **poisoned.settings}
+    settings = {"format": name, "file": request.path.name, **poisoned.settings}
     checked = settings.setdefault("checked", checked) and checked
     if arrays is not None:
         # what `write` made was never cast, and what was dropped was meant to be
@@ -83,6 +102,20 @@ def read(
         moved = check(poisoned, arrays, signed=signed) if checked else poisoned.moved(arrays[0])
         settings["moved"] = moved._asdict()
     return replace(poisoned, settings=settings)
+
+
+def _check_fits(name: str, request: Request) -> None:
+    """Refuse an option that says what the format cannot hold."""
+    its = f"{request.path}, which is {name!r}"
+    if request.drop_negative and not name.startswith("em-"):
+        raise InputError(f"drop_negative is a cast of EM's own loader. Got it for {its}: leave it.")
+    if request.target is not None and not FORMATS[name].may_aim:
+        raise InputError(f"target is for a poison that is aimed at one test image. Got it for {its}: leave it away.")
+    if request.target_class is not None and request.target is None and name != "narcissus":
+        raise InputError(
+            "target_class says what a target= is to be called, or what the trigger of Narcissus stands for. Got it "
+            f"without target= for {its}: give target=, or leave it away."
+        )
 
 
 def _detected(content: Any, request: Request) -> str:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from purifyloader.datasets import read_image
 from purifyloader.errors import InputError
 from purifyloader.images import quantize
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.choice import is_class
+from purifyloader.poisons.poisoned import Bound, Poisoned, Target
+from purifyloader.poisons.reading.checks import unmoved
 
-__all__ = ["Arrays", "Request", "add", "as_levels", "full", "indexed", "label_of"]
+__all__ = ["Arrays", "Request", "add", "as_bound", "as_levels", "asked", "full", "indexed", "label_of"]
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -24,18 +30,23 @@ _CHUNK = 1024  # images made 8-bit together, which bounds memory
 
 @dataclass(frozen=True)
 class Request:
-    """A path, and what the caller of `read` says of it; see there."""
+    """A path, and what the caller of `read` says of it; see there. `asked` checks it.
+
+    Attributes:
+        target: a file of one is read.
+    """
 
     path: Path
-    clean: Arrays | None = None
-    bound: Bound | None = None
-    checked: bool = True
-    drop_negative: bool = False
-    target_class: int | None = None
-    count: int | None = None
-    seed: int = 0
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    clean: Arrays | None
+    bound: Bound | None
+    checked: bool
+    drop_negative: bool
+    target: Target | NDArray[Any] | Image.Image | None
+    target_class: int | None
+    count: int | None
+    seed: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
 
     def need_clean(self, why: str) -> Arrays:
         if self.clean is None:
@@ -47,6 +58,137 @@ class Request:
 
     def bound_or(self, known: Bound | None) -> Bound | None:
         return known if self.bound is None else self.bound
+
+
+def asked(
+    path: Any,
+    *,
+    bound: Any,
+    checked: Any,
+    drop_negative: Any,
+    target: Any,
+    target_class: Any,
+    count: Any,
+    seed: Any,
+    mean: Any,
+    std: Any,
+) -> Request:
+    """The options of `read`, checked before anything of the poison is read. The clean set is still to be given.
+
+    Raises:
+        InputError: one of another type or range; a target without what it is to be called.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path must be that of a poison file or folder. Got {path!r:.80}: give a str or a Path.")
+    for name, value in (("checked", checked), ("drop_negative", drop_negative)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False. Got {value!r:.80}: give one of them.")
+    image = _as_target_image(target)
+    label = None if target_class is None else _whole("target_class", target_class, 0, "a class, an integer from 0")
+    if image is not None and label is None and not isinstance(image, Target):
+        raise InputError(
+            "target_class must say what the victim is to call the target. Got target= and no target_class=: give it, "
+            "an integer from 0."
+        )
+    return Request(
+        Path(path),
+        None,
+        as_bound(bound),
+        checked,
+        drop_negative,
+        image,
+        label,
+        None if count is None else _whole("count", count, 1, "how many images get the trigger, an integer from 1"),
+        _whole("seed", seed, None, "an integer"),
+        None if mean is None else _channels("mean", mean),
+        None if std is None else _channels("std", std, low=0.0),
+    )
+
+
+def as_bound(value: Any) -> Bound | None:
+    """A bound in any of the forms in which `read` takes one.
+
+    Args:
+        value: a `Bound`; a number, the l-infinity bound in units of [0, 1] images; a text NORM:EPSILON, in which a
+            fraction may be written, such as "linf:8/255", "l2:1" or "l0:1" (in pixels); or None.
+
+    Raises:
+        InputError: anything else, or an l-infinity bound above 1, as one in levels of 0 to 255 is.
+    """
+    if value is None:
+        return None
+    bound = value
+    if isinstance(value, str):
+        norm, _, epsilon = value.partition(":")
+        bound = _bound(norm, _fraction(epsilon), value)
+    elif _is_number(value):
+        bound = _bound("linf", float(value), value)
+    if not isinstance(bound, Bound):
+        raise _no_bound(value, "give one of these")
+    if bound.norm == "linf" and bound.epsilon > 1:
+        raise _no_bound(value, f"divide levels of 0 to 255 by 255, as in {bound.epsilon:g}/255")
+    return bound
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _bound(norm: str, epsilon: float, value: Any) -> Bound:
+    if norm not in ("linf", "l2", "l0") or not (math.isfinite(epsilon) and epsilon > 0):
+        raise _no_bound(value, "give one of these")
+    return Bound(cast(Any, norm), epsilon)
+
+
+def _fraction(text: str) -> float:
+    """What "8/255" or "1.5" stands for; NaN if it is no number."""
+    above, line, below = text.partition("/")
+    try:
+        return float(above) / float(below) if line else float(text)
+    except (ValueError, ZeroDivisionError):
+        return math.nan
+
+
+def _no_bound(value: Any, remedy: str) -> InputError:
+    return InputError(
+        "bound must be a poisons.Bound; a number above 0 and at most 1, which is l-infinity in units of [0, 1] images; "
+        f'or a text such as "linf:8/255", "l2:1" or "l0:1" (pixels). Got {value!r:.80}: {remedy}.'
+    )
+
+
+def _as_target_image(target: Any) -> Target | NDArray[Any] | Image.Image | None:
+    if isinstance(target, str | os.PathLike):
+        return read_image(Path(target))
+    grey_or_colour = isinstance(target, Image.Image) and target.mode in ("L", "RGB")
+    if target is None or grey_or_colour or isinstance(target, Target | np.ndarray):
+        return target
+    got = f"a PIL image of the mode {target.mode}" if isinstance(target, Image.Image) else type(target).__name__
+    raise InputError(
+        "target must be the test image that the poison is aimed at: uint8 (H, W, C), a PIL image in RGB or grey, or a "
+        f"file of one. Got {got}: convert it."
+    )
+
+
+def _whole(name: str, value: Any, low: int | None, what: str) -> int:
+    if not is_class(value) or (low is not None and value < low):
+        raise InputError(f"{name} must be {what}. Got {value!r:.80}: give such a number.")
+    return int(value)
+
+
+def _channels(name: str, value: Any, low: float = -math.inf) -> tuple[float, ...]:
+    """One finite number above `low` for each channel, from a list, a tuple, an array or a tensor."""
+    numbers = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
+    if (
+        not isinstance(numbers, list | tuple)
+        or not numbers
+        or not all(_is_number(number) and math.isfinite(number) and number > low for number in numbers)
+    ):
+        above = "" if low < 0 else ", above 0"
+        raise InputError(
+            f"{name} must be one finite number a channel{above}, such as (0.5, 0.5, 0.5). Got {value!r:.80}: give a "
+            "list of them."
+        )
+    return tuple(float(number) for number in numbers)
 
 
 def as_levels(images: NDArray[Any], what: str, tolerance: float = 0.01) -> NDArray[np.uint8]:
@@ -106,16 +248,24 @@ def label_of(value: Any, what: str) -> int:
 def full(
     request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64], attack: str, bound: Bound | None = None
 ) -> Poisoned:
-    """A whole training set: poisoned is what differs from the clean one, all if that is not given."""
+    """A whole training set: poisoned is what differs from the clean one, all if that is not given.
+
+    Raises:
+        InputError: a clean set of another size; or this is the clean set, where that is checked.
+    """
     poisoned = None
     if request.clean is not None:
-        clean = request.clean[0]
+        clean, clean_labels = request.clean
         if clean.shape != images.shape:
             raise InputError(
                 f"{request.path} is compared with its clean set, image by image. Got {images.shape} in the file and "
                 f"{clean.shape} in clean=: give the clean set that the poison was made from, of the same size."
             )
         poisoned = np.flatnonzero((clean != images).any(axis=(1, 2, 3)))
+        # nothing but the comparison says here which are poisoned; without a bound it may be labels
+        expects_images = request.bound_or(bound) is not None or bool((labels == clean_labels).all())
+        if request.checked and not len(poisoned) and expects_images:
+            raise unmoved(request.bound_or(bound))
     return Poisoned.of(images, labels, attack, poisoned, bound=request.bound_or(bound))
 
 

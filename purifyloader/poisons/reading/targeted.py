@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from purifyloader.errors import InputError
+from purifyloader.images import pil_mode
+from purifyloader.poisons.choice import as_target
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers
 from purifyloader.poisons.reading.request import Request, as_levels, indexed, label_of
 from purifyloader.poisons.reading.unpickling import Picture, read_pickle
 
 __all__ = [
+    "aimed",
     "is_benchmark",
     "is_bullseye",
     "is_puregen",
@@ -121,7 +128,51 @@ def read_puregen(content: Any, request: Request) -> Poisoned:
         )
     images, labels = _pairs(content[0], str(request.path))
     indices = integers(content[1], f"The indices of {request.path}")
-    return indexed(request, images, labels, indices, "PureGen's poisons")
+    return indexed(request, images, labels, indices, "PureGen's poisons", **_packed_target(content[2], labels[0]))
+
+
+def _packed_target(value: Any, label: int) -> dict[str, Any]:
+    """A test image as the benchmark has it, or a plain value, such as a class, for the settings.
+
+    What is neither is left out: the poison is of use without it.
+    """
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(first, Picture):
+        try:
+            return _target(value, label, "The target")
+        except InputError:
+            return {}
+    plain = value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
+    try:
+        text = json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return {} if plain is None else {"settings": {"target": json.loads(text)}}
+
+
+# what the caller says that they are aimed at
+
+
+def aimed(poisoned: Poisoned, request: Request) -> Poisoned:
+    """The poison with the target that `read` was given, if it was.
+
+    Raises:
+        InputError: the file has a target or a trigger of its own; an image of another size, or a class that is none.
+    """
+    target: Any = request.target
+    if target is None:
+        return poisoned
+    own = "a target" if poisoned.target is not None else "a trigger" if poisoned.target_class is not None else None
+    if own is not None:
+        raise InputError(
+            f"target= is for a poison whose file does not say what it is aimed at. Got it for {request.path}, which "
+            f"has {own}: leave target= and target_class= away."
+        )
+    shape = poisoned.images.shape[1:]
+    if isinstance(target, Image.Image):
+        target = np.atleast_3d(np.asarray(target.convert(pil_mode(shape[2]))))
+    classes = int(poisoned.labels.max()) + 1
+    return replace(poisoned, target=as_target(target, request.target_class, shape, classes))
 
 
 # Bullseye Polytope
