@@ -67,7 +67,7 @@ DUNE = Published(
     "other bounds is not known here, but what ECLIPSE's paper has too, on CIFAR-10 and ResNet-18, is within 5 points",
     {
         "jpeg-10": {"em": (78.91,), "rem": (81.33,), "cuda": (43.31,)},
-        "coin": {"em": (19.49,), "rem": (33.67,), "cuda": (72.02,)},
+        "coin-afresh": {"em": (19.49,), "rem": (33.67,), "cuda": (72.02,)},
         "eclipse-100": {"em": (82.07,), "rem": (87.16,), "cuda": (34.18,)},
     },
 )
