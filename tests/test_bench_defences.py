@@ -515,5 +515,8 @@ def test_published_figures_are_of_cifar10_and_stand_beside_nothing_else(data, sh
 def test_a_published_row_has_a_figure():
     text = report.markdown([row("cuda", "none", 60), row("cuda", "coin-afresh", 60), row("cuda", "eclipse", 60)])
     theirs = text.partition("Published")[2]
-    assert [line.split("|")[1].strip() for line in theirs.splitlines() if "|" in line][2:] == ["coin-afresh", "eclipse-100"]
+    assert [line.split("|")[1].strip() for line in theirs.splitlines() if "|" in line][2:] == [
+        "coin-afresh",
+        "eclipse-100",
+    ]
     assert "Published" not in theirs, "ECLIPSE's paper has no CUDA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,29 @@ def test_ablation_keeps_finished_cells(tmp_path):
     results.write_text(json.dumps({"AR:none": {"accuracy": {"0": 12.5}}}))
     assert run("ablation.py", "--seeds", 1, "--cells", "AR:none", "--out", results) == ""
     assert json.loads(results.read_text())["AR:none"]["accuracy"] == {"0": 12.5}
+
+
+def test_cuda_keeps_finished_cells(tmp_path):
+    results = tmp_path / "cuda.json"
+    known = {f"{data}:{way}": {"0": 50.0} for data in ("CUDA", "clean") for way in ("none", "coin", "blur")}
+    results.write_text(json.dumps(known))
+    assert run("against_cuda.py", "--seeds", 1, "--out", results) == ""
+    assert json.loads(results.read_text()) == known
+
+
+@pytest.mark.parametrize("way", ["coin", "blur"])
+def test_the_augmentations_against_cuda_are_drawn_anew(way):
+    spec = importlib.util.spec_from_file_location("against_cuda", ROOT / "examples" / "against_cuda.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.transform("none", 0) is None
+    change, x = module.transform(way, 0), torch.rand(8, 3, 16, 16)
+    first, second = (change(x, torch.arange(8), epoch) for epoch in (0, 1))
+    assert first.shape == x.shape
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, x)
 
 
 def test_cache_speed_compares_what_the_readme_shows(tmp_path):

@@ -76,6 +76,12 @@ def test_the_tables_of_puregen_are_the_measured_ones():
     assert "<!-- audit -->" in TEXT
 
 
+def test_the_table_of_cuda_is_the_measured_one():
+    results = json.loads((ROOT / "examples" / "results" / "against_cuda.json").read_text())
+    assert example("against_cuda").with_table(TEXT, results) == TEXT
+    assert "RandomGaussianBlur" in TEXT
+
+
 RESULTS = ROOT / "examples" / "bench" / "results"
 
 

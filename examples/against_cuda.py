@@ -1,7 +1,7 @@
 """What helps against CUDA, whose blur a purifier leaves where it is: augmentations that make sharpness say nothing.
 
-    python examples/cuda.py
-    python examples/cuda.py --readme README.md
+    python examples/against_cuda.py
+    python examples/against_cuda.py --readme README.md
 
 CUDA gives each class a blur of its own, and a network learns the blur. Where every image is blurred at random, or its
 pixels moved (COIN), in every epoch anew, it cannot. Accuracy on 1,000 clean test images of a ResNet-9 of width 16,
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).parent
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=here / "results" / "cuda.json")
+    parser.add_argument("--out", type=Path, default=here / "results" / "against_cuda.json")
     parser.add_argument("--readme", type=Path, help="put the table into this file, and stop")
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
