@@ -101,7 +101,8 @@ def with_table(text: str, results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 if __name__ == "__main__":

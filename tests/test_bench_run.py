@@ -392,6 +392,22 @@ def test_a_file_is_of_all_training_images_whichever_are_chosen(form, chosen, fol
     assert row["attack_moves"]["linf_px"] <= 7
 
 
+def test_a_kept_poison_that_was_changed_is_refused(folder, tmp_path):
+    its, spec = bench(folder, tmp_path), AttackSpec("urp", {}, None, "urp")
+    first = its.poisoned(spec)
+    (path,) = (tmp_path / "poisoned").glob("*.npz")
+    path.unlink()
+    poisons.write(replace(first, images=255 - first.images), path)
+    with pytest.raises(InputError, match="The images must be within"):
+        its.poisoned(spec)
+    path.unlink()
+    poisons.write(replace(first, images=first.images[:9], labels=first.labels[:9], poisoned=np.arange(9)), path)
+    with pytest.raises(InputError, match=r"a poison of the 36 training images in .*Got one of 9"):
+        its.poisoned(spec)
+    path.unlink()
+    assert np.array_equal(its.poisoned(spec).images, first.images)
+
+
 def test_a_file_of_which_nothing_is_left_is_refused(folder, tmp_path):
     data = load("imagefolder", folder)
     images = data.train.copy()

@@ -322,7 +322,8 @@ def _kind(spec: AttackSpec) -> str:
 def _is_backdoor(bench: Bench, spec: AttackSpec, seed: int) -> bool:
     if spec.file is None:
         return _kind(spec) == "backdoor"
-    return bench.poisoned(spec, seed).trigger is not None
+    poisoned = bench.poisoned(spec, seed)
+    return poisoned.trigger is not None and poisoned.target_class is not None
 
 
 def _is_there(path: Path, name: str, clean: bool, beside: _Beside) -> bool:

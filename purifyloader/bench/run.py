@@ -30,6 +30,7 @@ from purifyloader.errors import InputError
 from purifyloader.files import file_sha256, writing
 from purifyloader.poisons import add_trigger, attacks, reading
 from purifyloader.poisons.poisoned import Poisoned, Target
+from purifyloader.poisons.reading import checks
 from purifyloader.poisons.writing import write_npz
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
@@ -285,7 +286,16 @@ class Bench:
             if not path.exists():
                 made = self._attacked(attack, seed) if attack.file is None else self._read(attack)
                 write_npz(made, path)
-        return reading.read(path)  # which was checked, or made here
+        found = reading.read(path)
+        if len(found) != len(data.train):
+            raise InputError(
+                f"Expected a poison of the {len(data.train)} training images in {path}. Got one of {len(found)}: "
+                "delete it, and it is made again."
+            )
+        # the file may be another by now; how far an attack without a bound moves images was looked at where it was read
+        if found.bound is not None and found.settings.get("checked", True):
+            checks.check(found, (data.train, data.train_labels), signed=False)
+        return found
 
     def _read(self, attack: AttackSpec) -> Poisoned:
         """What a file has of the training images. It is of all those that there were before some were chosen."""
