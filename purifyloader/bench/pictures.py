@@ -96,9 +96,7 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     for defence in sorted(measured, key=lambda name: -measured[name][1]):  # the legend has the best on top
         again, colour = divmod(defences.index(defence), len(_COLOURS))
         seconds, level = measured[defence]
-        axis.plot(
-            seconds, level, _MARKS[again % len(_MARKS)], color=_COLOURS[colour], label=f"{defence}, {level:.1f} %"
-        )
+        axis.plot(seconds, level, _MARKS[again % len(_MARKS)], color=_COLOURS[colour], label=labels[defence])
     axis.set_xscale("log")
     axis.set_xlabel("seconds to purify an image (1 microsecond: none)")
     axis.set_ylabel("\n".join(textwrap.wrap(f"accuracy in %, mean over {', '.join(sorted(every))}", 60)))
