@@ -30,10 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import __version__, noise, recipes
+from purifyloader import __version__, recipes
 from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.core import noise
 from purifyloader.datasets import describe, open_dataset
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig

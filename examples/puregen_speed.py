@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from purifyloader import noise, pretrained
+from purifyloader import pretrained
 from purifyloader.bench.sample import load_sample
+from purifyloader.core import noise
 from purifyloader.diffusion import LinearSchedule
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.energy import EnergyConfig, EnergyNetwork

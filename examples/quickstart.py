@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader import noise, pretrained, recipes
+from purifyloader import pretrained, recipes
 from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.core import noise
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
 

@@ -21,9 +21,10 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from purifyloader import PurifiedDataset, noise, recipes
+from purifyloader import PurifiedDataset, recipes
 from purifyloader.bench.defence import ArrayDataset
 from purifyloader.bench.sample import load_sample
+from purifyloader.core import noise
 from purifyloader.files import write_text
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate

@@ -34,8 +34,8 @@ from purifyloader.cache.format import Layout, Shard
 from purifyloader.cache.locks import Lock, is_held, lock_path, read_note
 from purifyloader.cache.reader import CacheReader, OpenShard
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.core.images import ImageKind
 from purifyloader.errors import CacheError, InputError, PurifyError
-from purifyloader.images import ImageKind
 from purifyloader.jobs import (
     Job,
     Read,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from purifyloader import corruptions, noise
+from purifyloader.core import corruptions, noise
+from purifyloader.core.devices import as_device, device_of, exact_arithmetic
+from purifyloader.core.images import luma
 from purifyloader.dataset import KeyedCorruption
-from purifyloader.devices import as_device, device_of, exact_arithmetic
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import luma
 from purifyloader.jobs import COMPENSATE, PURIFY, as_integer, placed
 from purifyloader.purified import purified_by
 from purifyloader.purifiers import Purifier

@@ -19,8 +19,8 @@ import torch
 
 from purifyloader import recipes
 from purifyloader.cache.reader import CacheReader
+from purifyloader.core.devices import device_of_process
 from purifyloader.datasets import open_dataset
-from purifyloader.devices import device_of_process
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.filling import CHECKED, place, precompute
 from purifyloader.purifiers import Purifier

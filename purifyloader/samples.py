@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+from purifyloader.core.images import is_image
 from purifyloader.errors import InputError
-from purifyloader.images import is_image
 
 __all__ = ["ImageKey", "assemble", "fields", "get_image", "is_plain", "place", "structure_of", "with_image"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from purifyloader import plans
-from purifyloader.devices import check_worker, device_of
+from purifyloader.core.devices import check_worker, device_of
+from purifyloader.core.images import luma, quantize, to_unit
 from purifyloader.errors import InputError
-from purifyloader.images import luma, quantize, to_unit
 from purifyloader.purifiers import Purifier
 
 __all__ = ["check_applicable", "purify_tensor"]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from purifyloader import corruptions, pretrained, recipes
+from purifyloader import pretrained, recipes
+from purifyloader.core import corruptions
+from purifyloader.core.images import luma
 from purifyloader.errors import InputError
-from purifyloader.images import luma
 from purifyloader.poisons.adaptive import adaptive
 from purifyloader.poisons.adp import adp
 from purifyloader.poisons.clean import add, opened

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.train.augment import AUGMENTATIONS, geometric, mixup, patches
 from tests.conftest import random_images
 

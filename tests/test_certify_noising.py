@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from purifyloader import noise, pretrained, recipes
+from purifyloader import pretrained, recipes
 from purifyloader.cache.source import hashes_as_text, hashes_of_text, image_hashes
 from purifyloader.certify.noising import DECIDED, Noised, models_of, noised, shared_images
+from purifyloader.core import noise
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained.registry import find

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purifyloader import noise
-from purifyloader.corruptions import compensate, jpeg
+from purifyloader.core import noise
+from purifyloader.core.corruptions import compensate, jpeg
 from purifyloader.errors import InputError
 from tests.conftest import random_images
 

@@ -20,11 +20,12 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from purifyloader import PurifiedDataset, PurifyError, noise, recipes
+from purifyloader import PurifiedDataset, PurifyError, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.errors import CacheError, InputError
 from purifyloader.filling import make_shard, precompute
-from purifyloader.images import quantize
 from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
 from purifyloader.sources import take_over
@@ -453,7 +454,7 @@ def test_loader_uses_our_batched_getitems(images, purifier, expected):
 
 
 def test_cuda_in_a_forked_worker_names_both_ways_out(monkeypatch, images, purifier):
-    from purifyloader import devices as module
+    from purifyloader.core import devices as module
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(module, "get_worker_info", lambda: object())

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from purifyloader import noise, pretrained, recipes
+from purifyloader import pretrained, recipes
+from purifyloader.core import noise
 from purifyloader.diffusion import BlindDenoiser, CosineSchedule, Denoiser, LinearSchedule, NetworkDenoiser
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.purifiers import DenoiseOnce, Diffuse

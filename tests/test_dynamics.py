@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from purifyloader import cli, noise, pretrained
+from purifyloader import cli, pretrained
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.dynamics import DiffusionPath, LangevinPath, dynamics, measure, picture
 from purifyloader.dynamics.command import main
@@ -24,7 +26,6 @@ from purifyloader.dynamics.paths import Piece
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.evaluation.sets import Loaded
-from purifyloader.images import quantize
 from purifyloader.purifiers import Diffuse, Langevin
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.test_audit import Brightness, trained_on

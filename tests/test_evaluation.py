@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from purifyloader import noise, pretrained
+from purifyloader import pretrained
 from purifyloader.bench.sample import load_sample
+from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.objective import posterior_log_variance_bounds
 from purifyloader.diffusion.schedule import CosineSchedule

@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import purifyloader
-from purifyloader import PurifiedDataset, cli, filling, noise, recipes
+from purifyloader import PurifiedDataset, cli, filling, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.cache.locks import is_held
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.filling import make_shard, place, precompute
-from purifyloader.images import quantize
 from purifyloader.jobs import Job
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.sources import take_over

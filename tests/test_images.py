@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from purifyloader.errors import InputError
-from purifyloader.images import (
+from purifyloader.core.images import (
     as_stored,
     from_bytes,
     from_engine,
@@ -25,6 +24,7 @@ from purifyloader.images import (
     to_unit,
     type_of,
 )
+from purifyloader.errors import InputError
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin, walk
 from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, energy_gradient
 from purifyloader.errors import ConfigError, PurifyError

@@ -16,7 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from purifyloader import PurifiedDataset, PurifiedLoader, noise, purifiers, recipes
+from purifyloader import PurifiedDataset, PurifiedLoader, purifiers, recipes
+from purifyloader.core import noise
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.jobs import COMPENSATE, PURIFY
 from purifyloader.transforms import Compensate, Purify

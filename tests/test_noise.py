@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 
 # -- an independent generator: Salmon et al. 2011, in Python integers and the C library's mathematics ----

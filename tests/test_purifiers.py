@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from purifyloader import noise, pretrained, recipes
+from purifyloader import pretrained, recipes
+from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.samplers import SAMPLERS, ancestral, ddim
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, spaced_sigmas

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from purifyloader import noise, plans, recipes
+from purifyloader import plans, recipes
 from purifyloader.bench.defence import ArrayDataset
-from purifyloader.images import quantize
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.purifiers import Purifier
 
 

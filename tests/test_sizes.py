@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from purifyloader import noise, recipes, sizes
+from purifyloader import recipes
+from purifyloader.core import noise, sizes
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Diffuse, Jpeg, Purifier, Repeat, Resize, Tiles

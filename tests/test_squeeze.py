@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from purifyloader import noise, recipes
-from purifyloader.corruptions import bit_depth, coin, grayscale
+from purifyloader import recipes
+from purifyloader.core import noise
+from purifyloader.core.corruptions import bit_depth, coin, grayscale
+from purifyloader.core.images import quantize
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import quantize
 from purifyloader.purifiers import BitDepth, Coin, Grayscale, Jpeg, Purifier, Squeeze, Tiles
 from tests.conftest import random_images
 

@@ -23,8 +23,8 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from purifyloader import noise
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core import noise
+from purifyloader.core.devices import exact_arithmetic
 from purifyloader.diffusion.objective import sigma_loss
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError, TrainingError

@@ -21,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from purifyloader import cli, noise, pretrained
+from purifyloader import cli, pretrained
 from purifyloader.cache.locks import Lock
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core import noise
+from purifyloader.core.devices import exact_arithmetic
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, command, energy_recipe, loop, train_energy

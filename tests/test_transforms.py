@@ -14,7 +14,8 @@ from torchvision import tv_tensors
 from torchvision.datasets import FakeData, ImageFolder, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from purifyloader import PurifiedDataset, corruptions, noise, recipes
+from purifyloader import PurifiedDataset, recipes
+from purifyloader.core import corruptions, noise
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.transforms import Compensate, Purify, Squeeze, functional
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy

@@ -16,9 +16,9 @@ import webdataset as wds
 from PIL import Image
 from torchvision import tv_tensors
 
-from purifyloader import noise
+from purifyloader.core import noise
+from purifyloader.core.images import quantize, to_engine
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import quantize, to_engine
 from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Chain, DenoiseOnce, Jpeg, Purifier, Resize
 from purifyloader.transforms import Compensate
@@ -280,7 +280,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_a_gpu_in_a_forked_worker_is_refused(monkeypatch):
-    from purifyloader import devices
+    from purifyloader.core import devices
 
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     monkeypatch.setattr(devices, "get_worker_info", lambda: object())

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from purifyloader import PurifiedDataset, noise, recipes
+from purifyloader import PurifiedDataset, recipes
+from purifyloader.core import noise
 from purifyloader.energy import image_energies
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
 from purifyloader.jobs import PURIFY

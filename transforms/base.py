@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from purifyloader.core.images import from_engine, to_engine
 from purifyloader.errors import InputError
-from purifyloader.images import from_engine, to_engine
 
 __all__ = ["ImageTransform"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purifyloader import corruptions
-from purifyloader.images import quantize, to_unit
+from purifyloader.core import corruptions
+from purifyloader.core.images import quantize, to_unit
 from purifyloader.transforms.base import ImageTransform
 
 __all__ = ["Compensate"]

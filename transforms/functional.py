@@ -1,5 +1,5 @@
 """The kernels behind the transforms: pure functions of image batches, what they draw given as keys."""
 
-from purifyloader.corruptions import bit_depth, coin, compensate, grayscale, jpeg
+from purifyloader.core.corruptions import bit_depth, coin, compensate, grayscale, jpeg
 
 __all__ = ["bit_depth", "coin", "compensate", "grayscale", "jpeg"]

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from purifyloader.devices import device_of
+from purifyloader.core.devices import device_of
 from purifyloader.purifiers import Purifier
 from purifyloader.tensors import check_applicable
 

@@ -14,7 +14,7 @@ import torch
 from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
-from purifyloader import corruptions
+from purifyloader.core import corruptions
 from purifyloader.errors import InputError
 from purifyloader.purifiers import Purifier
 from purifyloader.tensors import purify_tensor

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from purifyloader import noise
+from purifyloader.core import noise
+from purifyloader.core.devices import check_worker, device_of
+from purifyloader.core.images import ImageKind, from_engine, to_engine
 from purifyloader.dataset import KeyedCorruption
-from purifyloader.devices import check_worker, device_of
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.images import ImageKind, from_engine, to_engine
 from purifyloader.jobs import COMPENSATE, PURIFY, as_integer
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.base import by_shape

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.files import file_sha256, replacing
 
 SEED = 2026

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import PurifyError
 from purifyloader.evaluation.measures import noised_psnr, psnr
-from purifyloader.images import quantize
 
 __all__ = ["Plausibility", "Row", "dead_leaves", "judge_denoiser", "judge_energy", "levels"]
 

@@ -17,8 +17,8 @@ from purifyloader.audit.energies import DatasetEnergies, dataset_energies
 from purifyloader.audit.pictures import picture
 from purifyloader.audit.report import ranked_csv, sizes_in_words, table
 from purifyloader.audit.truth import read_poisoned
+from purifyloader.core.devices import as_device
 from purifyloader.datasets import TORCHVISION, describe, open_dataset
-from purifyloader.devices import as_device
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError

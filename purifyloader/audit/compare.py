@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader import noise
 from purifyloader.audit.energies import DatasetEnergies
+from purifyloader.core import noise
 from purifyloader.energy.langevin import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.evaluation.measures import auc

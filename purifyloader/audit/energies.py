@@ -17,12 +17,12 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets as tv
 from tqdm.auto import tqdm
 
-from purifyloader import sizes
+from purifyloader.core import sizes
+from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets import ImageFiles, TarDataset
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.evaluation.sets import label_of
-from purifyloader.images import quantize, to_engine
 from purifyloader.samples import fields, get_image
 
 __all__ = ["DatasetEnergies", "dataset_energies", "image_name"]

@@ -25,7 +25,7 @@ from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
 from purifyloader.cache.locks import Lock
 from purifyloader.cache.source import image_hashes
-from purifyloader.devices import as_device, device_of_process
+from purifyloader.core.devices import as_device, device_of_process
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files import write_text, writing
 from purifyloader.poisons import attacks, reading

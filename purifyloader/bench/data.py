@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader import noise
 from purifyloader.bench.sample import load_sample
+from purifyloader.core import noise
 from purifyloader.datasets import TORCHVISION, open_dataset, read_image
 from purifyloader.errors import InputError
 from purifyloader.poisons.arrays import as_arrays

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from purifyloader import noise
 from purifyloader.bench.training import BatchTransform
+from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Purifier

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader import noise
 from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.data import Data
 from purifyloader.bench.defence import afresh, compensation
@@ -25,6 +24,7 @@ from purifyloader.bench.training import Normalised, accuracy, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.cache.locks import Lock, is_held, lock_path
 from purifyloader.cache.source import image_hashes
+from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.errors import InputError
 from purifyloader.files import file_sha256, writing

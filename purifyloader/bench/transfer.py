@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from purifyloader import noise
 from purifyloader.bench.data import Data
 from purifyloader.bench.training import train_victim
 from purifyloader.bench.trainings import EXTRACTOR
 from purifyloader.bench.victims import victim
 from purifyloader.cache.locks import Lock
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 from purifyloader.files import replacing, writing
 

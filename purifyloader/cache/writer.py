@@ -565,7 +565,7 @@ def _check_images(shard: Shard, images: Any, rows: int) -> None:
             got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise InputError(
                 f"A cache takes uint8 arrays (H, W, C) of 1 to 4 channels. Got {got} for {shard.file}. "
-                "Quantise floats with purifyloader.images before writing them."
+                "Quantise floats with purifyloader.core.images before writing them."
             )
 
 

@@ -32,8 +32,8 @@ from purifyloader.certify.models import Train, Voting, fill, voting_settings
 from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
+from purifyloader.core.devices import device_of_process
 from purifyloader.datasets import open_dataset
-from purifyloader.devices import device_of_process
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import label_of
 from purifyloader.files import replacing, writing

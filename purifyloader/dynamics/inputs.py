@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from purifyloader import pretrained
+from purifyloader.core.images import quantize
 from purifyloader.datasets import TORCHVISION, describe, open_dataset
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
@@ -28,7 +29,6 @@ from purifyloader.evaluation.sets import (
     poisoned_images,
     training_details,
 )
-from purifyloader.images import quantize
 from purifyloader.train.data import read_indices
 
 __all__ = ["UNITS", "Images", "Models", "add_poisons", "load_models", "poisoned_by_file", "read_images"]

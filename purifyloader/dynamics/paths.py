@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from purifyloader import noise
-from purifyloader.batches import in_batches
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core import noise
+from purifyloader.core.batches import in_batches
+from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import Schedule
 from purifyloader.diffusion.weights import weights_sha256
@@ -24,7 +25,6 @@ from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.langevin import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.evaluation.measures import device_of
-from purifyloader.images import quantize
 from purifyloader.purifiers import Diffuse, Langevin
 
 __all__ = ["DiffusionPath", "LangevinPath", "Path", "Piece", "model_facts"]

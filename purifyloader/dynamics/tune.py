@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
 from purifyloader.audit.compare import halves, threshold
+from purifyloader.core import noise
 from purifyloader.dynamics.measure import in_numbers, measure, temperature_of
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies

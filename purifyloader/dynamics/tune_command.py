@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purifyloader.core.devices import as_device
 from purifyloader.datasets import TORCHVISION, describe, open_dataset
-from purifyloader.devices import as_device
 from purifyloader.dynamics.command import SCHEDULES, add_images, progress_bar
 from purifyloader.dynamics.inputs import Models, load_models, read_images
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from purifyloader.batches import in_batches
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core.batches import in_batches
+from purifyloader.core.devices import exact_arithmetic
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import PurifyError
 

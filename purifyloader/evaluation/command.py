@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from purifyloader import pretrained
+from purifyloader.core.devices import as_device
 from purifyloader.datasets import TORCHVISION, describe, open_dataset
-from purifyloader.devices import as_device
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.errors import InputError

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from purifyloader import corruptions, noise
+from purifyloader.core import corruptions, noise
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.objective import posterior_log_variance_bounds
 from purifyloader.errors import InputError

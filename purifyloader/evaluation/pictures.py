@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from purifyloader.core.images import quantize
 from purifyloader.datasets import TORCHVISION, open_dataset
 from purifyloader.errors import CheckpointError, InputError, PurifyError
-from purifyloader.images import quantize
 from purifyloader.poisons import ar_perturbation, lsp_perturbation
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.registry import find

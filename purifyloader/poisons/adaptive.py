@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
 from purifyloader.poisons.clean import Clean, add, opened, poisoned
 from purifyloader.poisons.descent import descend, shifted
 from purifyloader.poisons.pgd import Loss

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
+from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
 
 __all__ = [
     "Change",

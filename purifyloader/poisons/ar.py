@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 from purifyloader.poisons.additive import (
     Draw,

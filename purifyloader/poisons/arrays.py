@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
-from purifyloader.images import as_stored
 from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["as_arrays"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.datasets import read_image
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.additive import purpose_keys

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 from purifyloader.poisons.additive import (
     Images,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from purifyloader import noise
-from purifyloader.devices import as_device, exact_arithmetic
+from purifyloader.core import noise
+from purifyloader.core.devices import as_device, exact_arithmetic
 from purifyloader.errors import InputError
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.pgd import round_within

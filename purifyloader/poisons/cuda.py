@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 from purifyloader.poisons.additive import (
     Images,

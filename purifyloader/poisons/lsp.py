@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import InputError
 from purifyloader.poisons.additive import (
     Draw,

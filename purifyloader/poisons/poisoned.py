@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from purifyloader.core.images import pil_mode
 from purifyloader.errors import InputError
-from purifyloader.images import pil_mode
 
 __all__ = ["Bound", "Moved", "Poisoned", "Target"]
 

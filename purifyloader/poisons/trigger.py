@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
 from purifyloader.poisons.additive import Images, Integers, as_labels, size_of
 from purifyloader.poisons.choice import drawn
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from purifyloader import corruptions, noise
+from purifyloader.core import corruptions, noise
 from purifyloader.purifiers import Purifier
 
 __all__ = ["View", "compensated", "itself", "purified"]

@@ -3,7 +3,7 @@
 A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. Images of many sizes go
 through `purify_images`; `Resize` and `Tiles` bring them to one. The pixels of an image are a function of
 (weights, configuration, seed, image) alone. Kernels pick their arithmetic by batch size, so every network
-call is padded to a fixed `compute_batch`; noise is a function of the image's seed (`purifyloader.noise`); a
+call is padded to a fixed `compute_batch`; noise is a function of the image's seed (`purifyloader.core.noise`); a
 composition gives each stage, repetition and tile a child seed. What must look at the whole dataset is a plan
 (`purifyloader.plans`), made once; the purifier that has it is again a function of one image.
 

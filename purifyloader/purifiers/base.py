@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex, 
 import torch
 from torch import Tensor, nn
 
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.images import to_unit
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files import canonical_json
-from purifyloader.images import to_unit
 from purifyloader.purifiers.packing import reduced
 
 if TYPE_CHECKING:

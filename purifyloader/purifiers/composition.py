@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Purifier, Resolver, from_config
 from purifyloader.purifiers.conditions import Condition, refuse_plans

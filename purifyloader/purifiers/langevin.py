@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.energy import EnergyNetwork
 from purifyloader.energy.langevin import STEP_SIZE, check_dynamics, langevin
 from purifyloader.errors import ConfigError, PurifyError

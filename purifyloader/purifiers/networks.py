@@ -1,4 +1,4 @@
-"""Purifiers around a network. All of them call it with a fixed number of images: see `purifyloader.batches`."""
+"""Purifiers around a network. All of them call it with a fixed number of images: see `purifyloader.core.batches`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purifyloader import noise
-from purifyloader.batches import in_batches
+from purifyloader.core import noise
+from purifyloader.core.batches import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purifyloader import noise, sizes
+from purifyloader.core import noise, sizes
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Purifier, Resolver, from_config
 from purifyloader.purifiers.conditions import refuse_plans

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from purifyloader import corruptions
+from purifyloader.core import corruptions
 from purifyloader.purifiers.base import Purifier, Resolver, pixels
 
 __all__ = ["BitDepth", "Coin", "Compensation", "Grayscale", "Jpeg", "Squeeze"]
@@ -15,7 +15,7 @@ __all__ = ["BitDepth", "Coin", "Compensation", "Grayscale", "Jpeg", "Squeeze"]
 class Squeeze(Purifier):
     """Base of the baselines that squeeze an image until what is fine in it is gone.
 
-    Each is a pure function of `purifyloader.corruptions`; `options` names its parameters, which are attributes.
+    Each is a pure function of `purifyloader.core.corruptions`; `options` names its parameters, which are attributes.
     """
 
     options: ClassVar[tuple[str, ...]] = ()

@@ -18,8 +18,8 @@ from torch import Tensor
 from purifyloader import __version__
 from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.cache.source import hashes_as_text, image_hashes
+from purifyloader.core.devices import as_device
 from purifyloader.datasets import describe, open_dataset
-from purifyloader.devices import as_device
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
 from purifyloader.train.curves import CURVES_CSV

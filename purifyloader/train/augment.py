@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 
 __all__ = ["AUGMENTATIONS", "MIXUP_ALPHA", "geometric", "mixup", "patches"]
 

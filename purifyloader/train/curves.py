@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.evaluation.measures import jpeg_psnr, noised, noised_psnr, psnr
 from purifyloader.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.files import replacing, write_text
-from purifyloader.images import quantize
 
 __all__ = [
     "CURVES_CSV",

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from purifyloader import noise, sizes
+from purifyloader.core import noise, sizes
+from purifyloader.core.images import quantize, to_engine
 from purifyloader.errors import InputError
-from purifyloader.images import quantize, to_engine
 from purifyloader.samples import get_image
 
 __all__ = ["choose", "hold_out", "load_images", "read_indices"]

@@ -25,8 +25,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from purifyloader import noise
-from purifyloader.devices import as_device
+from purifyloader.core import noise
+from purifyloader.core.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.growth import take_over
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
-from purifyloader.devices import as_device
+from purifyloader.core.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.train.config import TrainConfig
 from purifyloader.train.loop import build_denoiser, peak_memory, train_denoiser

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from purifyloader.core.images import quantize
 from purifyloader.datasets import read_image
 from purifyloader.errors import InputError
-from purifyloader.images import quantize
 from purifyloader.poisons.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import unmoved

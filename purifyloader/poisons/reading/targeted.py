@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from purifyloader.core.images import pil_mode
 from purifyloader.errors import InputError
-from purifyloader.images import pil_mode
 from purifyloader.poisons.choice import as_target
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers

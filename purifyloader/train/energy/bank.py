@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from purifyloader import noise
+from purifyloader.core import noise
 from purifyloader.errors import ConfigError
 from purifyloader.train.energy.config import EnergyTrainConfig
 

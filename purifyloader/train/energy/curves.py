@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from purifyloader import noise
-from purifyloader.devices import exact_arithmetic
+from purifyloader.core import noise
+from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.images import quantize
 from purifyloader.energy.energies import image_energies
 from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.files import replacing, write_text
-from purifyloader.images import quantize
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG
 from purifyloader.train.energy.bank import outside
 from purifyloader.train.energy.config import EnergyTrainConfig

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
-from purifyloader import noise
-from purifyloader.devices import as_device
+from purifyloader.core import noise
+from purifyloader.core.devices import as_device
 from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy.langevin import walk
 from purifyloader.energy.network import EnergyNetwork

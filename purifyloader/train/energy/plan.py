@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from purifyloader.devices import as_device
+from purifyloader.core.devices import as_device
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.loop import build_energy, train_energy

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from purifyloader import noise
+from purifyloader.core import noise
+from purifyloader.core.images import luma, quantize
 from purifyloader.errors import InputError
-from purifyloader.images import luma, quantize
 
 __all__ = [
     "bit_depth",
@@ -62,7 +62,7 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 
     Args:
         x_BCHW: float images in [0, 1]; C = 3, or 1 (already grey).
-        keys_B: int64 keys of `purifyloader.noise`; the draws of an image are a function of its key.
+        keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
         p: probability of grayscale, an image.
         sigma: standard deviation of the Gaussian noise, in image units (0.05 is 12.75 px).
 
@@ -134,7 +134,7 @@ def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
 
     Args:
         x_BCHW: float images in [0, 1].
-        keys_B: int64 keys of `purifyloader.noise`; the draws of an image are a function of its key.
+        keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
         alpha: in pixels.
 
     Returns:

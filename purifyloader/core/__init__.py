@@ -1,0 +1,1 @@
+"""Images, keyed noise, sizes, corruptions and devices: what every other package computes with."""
