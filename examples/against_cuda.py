@@ -26,7 +26,7 @@ from torch import Tensor
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import BatchTransform, accuracy, train_victim
-from purifyloader.files import write_text
+from purifyloader.files.atomic import write_text
 from purifyloader.poisons import attacks
 from purifyloader.purifiers import Coin
 

@@ -32,7 +32,7 @@ import purifyloader
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.bench.sample import load_sample
 from purifyloader.cache import CacheReader
-from purifyloader.files import write_text
+from purifyloader.files.atomic import write_text
 
 BATCH = 128
 PAIRS = {  # what to divide by what, for people

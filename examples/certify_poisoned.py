@@ -44,8 +44,6 @@ from torch.nn import functional as F
 
 from purifyloader import recipes
 from purifyloader.bench.data import Data, load
-from purifyloader.cache.locks import Lock
-from purifyloader.cache.source import image_hashes
 from purifyloader.certify import (
     ABSTAIN,
     Certificates,
@@ -63,7 +61,9 @@ from purifyloader.certify import (
     shared_images,
     voted_accuracy,
 )
-from purifyloader.files import replacing, write_text
+from purifyloader.files.atomic import replacing, write_text
+from purifyloader.files.hashes import image_hashes
+from purifyloader.files.locks import Lock
 from purifyloader.purifiers import DenoiseOnce
 
 Images = NDArray[np.uint8]

@@ -39,7 +39,7 @@ from purifyloader.datasets import describe, open_dataset
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.evaluation.measures import estimate, psnr_of, removed_energy
-from purifyloader.files import replacing, write_text
+from purifyloader.files.atomic import replacing, write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.train.data import load_images

@@ -40,7 +40,7 @@ from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
 from purifyloader.evaluation.measures import auc
-from purifyloader.files import write_text
+from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate

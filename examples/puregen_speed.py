@@ -28,7 +28,7 @@ from purifyloader.core import noise
 from purifyloader.diffusion import LinearSchedule
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.energy import EnergyConfig, EnergyNetwork
-from purifyloader.files import write_text
+from purifyloader.files.atomic import write_text
 from purifyloader.purifiers import Diffuse, Langevin, Purifier
 
 

@@ -25,7 +25,7 @@ from purifyloader import PurifiedDataset, recipes
 from purifyloader.bench.defence import ArrayDataset
 from purifyloader.bench.sample import load_sample
 from purifyloader.core import noise
-from purifyloader.files import write_text
+from purifyloader.files.atomic import write_text
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 

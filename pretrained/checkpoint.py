@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser, denoiser_from_config
-from purifyloader.diffusion.weights import named_weights
 from purifyloader.energy.network import EnergyNetwork, energy_from_config
 from purifyloader.errors import CheckpointError, InputError
-from purifyloader.files import canonical_json, file_sha256, replacing, write_text
+from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
+from purifyloader.files.weights import named_weights
 from purifyloader.pretrained.messages import listed
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, FORMATS, MODEL_FILE, check_not_foreign, find
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.cache.source import hashes_of_text
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.hashes import hashes_of_text
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import load, read_config
 from purifyloader.pretrained.registry import FORMATS, find
 
@@ -26,7 +26,7 @@ def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = N
         size: (H, W) of the images that these will be compared with. None says nothing of images that were resized.
 
     Returns:
-        uint64 (N,), of `purifyloader.cache.source.image_hashes`, each once, rising.
+        uint64 (N,), of `purifyloader.files.hashes.image_hashes`, each once, rising.
 
     Raises:
         InputError: the model does not say; it learned from images that were resized to another size; or what its

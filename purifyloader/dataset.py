@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 from purifyloader import plans
 from purifyloader.cache import CacheReader, CacheWriter
 from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
-from purifyloader.cache.locks import is_held
 from purifyloader.cache.reader import Targets
 from purifyloader.conversions import Conversion
 from purifyloader.core import noise
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, to_engine, type_of
 from purifyloader.errors import CacheError, InputError
+from purifyloader.files.locks import is_held
 from purifyloader.filling import ShardsOnDemand, choose_layout, fill, notes_of
 from purifyloader.jobs import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
 from purifyloader.purified import transform_that_purifies

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from purifyloader.errors import PurifyError
-from purifyloader.files import replacing, writing
+from purifyloader.files.atomic import replacing, writing
 
 __all__ = ["has_matplotlib", "new_figure", "save_figure"]
 

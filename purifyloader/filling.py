@@ -31,11 +31,11 @@ from tqdm.auto import tqdm
 from purifyloader import plans
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard
-from purifyloader.cache.locks import Lock, is_held, lock_path, read_note
 from purifyloader.cache.reader import CacheReader, OpenShard
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind
 from purifyloader.errors import CacheError, InputError, PurifyError
+from purifyloader.files.locks import Lock, is_held, lock_path, read_note
 from purifyloader.jobs import (
     Job,
     Read,

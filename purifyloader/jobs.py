@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from purifyloader import __version__
-from purifyloader.cache.source import is_hashable, source_hashes
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
 from purifyloader.core.images import ImageKind, as_stored, quantize, to_bytes, type_of
 from purifyloader.errors import CacheError, InputError, PurifyError
+from purifyloader.files.hashes import is_hashable, source_hashes
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
 from purifyloader.samples import ImageKey, fields, get_image, structure_of
 from purifyloader.sources import REMEDY, Source, fetch, random_state_kept

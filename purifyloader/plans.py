@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.cache import format as fmt
-from purifyloader.cache.locks import Lock
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.errors import CacheError, ConfigError, PurifyError
+from purifyloader.files.locks import Lock
 from purifyloader.jobs import Job, as_integer, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.conditions import conditions_of

@@ -16,9 +16,9 @@ from purifyloader.bench import pictures, published, report, rows
 from purifyloader.bench.data import Data
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.cli import main
 from purifyloader.errors import InputError, PurifyError
+from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.poisons import Poisoned, Target, attacks
 from purifyloader.purifiers import Chain, Coin, Jpeg, Repeat
 from tests.conftest import tiny_denoiser, tiny_energy

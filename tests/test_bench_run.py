@@ -27,12 +27,12 @@ from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS, victim
-from purifyloader.cache.locks import Lock
-from purifyloader.cache.source import hashes_as_text, hashes_of_text, image_hashes
 from purifyloader.cli import main
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import training_details
+from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hashes
+from purifyloader.files.locks import Lock
+from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons import em
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Coin

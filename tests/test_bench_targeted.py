@@ -24,10 +24,10 @@ from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import Normalised, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.bench.victims import resnet9
-from purifyloader.cache.locks import Lock
-from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.cli import main
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.hashes import hashes_as_text, image_hashes
+from purifyloader.files.locks import Lock
 from purifyloader.poisons import Attack, Poisoned, Target, attacks
 from tests.conftest import tiny_denoiser
 

@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader
 
 from purifyloader.cache import CacheReader, CacheWriter, Layout, Shard, fingerprint, source_hashes
 from purifyloader.cache.format import OtherVersionError, read_shard_header
-from purifyloader.cache.locks import Lock
 from purifyloader.cache.reader import Targets
 from purifyloader.errors import CacheError, ConfigError, InputError
+from purifyloader.files.locks import Lock
 
 CONFIG: dict[str, Any] = {"recipe": {"name": "eclipse", "steps": 4, "sigma": 0.025}, "source": "abc"}
 LENGTH, SIZE = 23, 5

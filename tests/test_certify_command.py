@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from purifyloader import pretrained
-from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.certify import ABSTAIN, best_lower_bound, best_radius, certified_accuracy, certify, counts, predict
 from purifyloader.certify.training import Training
 from purifyloader.cli import main
-from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.files.hashes import hashes_as_text, image_hashes
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, EnergyAbove, Jpeg, Langevin, Purifier, Where
 from tests.conftest import tiny_denoiser, tiny_energy
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from purifyloader import pretrained, recipes
-from purifyloader.cache.source import hashes_as_text, hashes_of_text, image_hashes
 from purifyloader.certify.noising import DECIDED, Noised, models_of, noised, shared_images
 from purifyloader.core import noise
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hashes
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.registry import find
 from purifyloader.purifiers import (
     BitDepth,

@@ -31,7 +31,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from purifyloader.bench.training import train_victim
 from purifyloader.bench.victims import resnet9
-from purifyloader.cache.locks import Lock
 from purifyloader.certify import models
 from purifyloader.certify.functions import named_training, training_settings
 from purifyloader.certify.models import DenoisedSet, Voting, fill, ndt_classify, voting_settings
@@ -40,9 +39,10 @@ from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.blind import BlindDenoiser
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.locks import Lock
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Grayscale, Purifier, Resize
 from tests.faults import Run, assert_same, contents
 

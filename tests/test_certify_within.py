@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from purifyloader import pretrained, recipes
 from purifyloader.bench.data import Data
-from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.certify import (
     Certificates,
     DenoisedSet,
@@ -46,6 +45,7 @@ from purifyloader.certify import (
     reasons_against,
 )
 from purifyloader.diffusion import BlindDenoiser
+from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.purifiers import BitDepth, Chain, Purifier
 from tests.conftest import tiny_denoiser
 

@@ -28,10 +28,10 @@ from purifyloader import pretrained
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
-from purifyloader.files import file_sha256
+from purifyloader.files.atomic import file_sha256
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.convert import FORMATS, convert
 from purifyloader.pretrained.convert.command import main
 from purifyloader.pretrained.convert.energy import NAMES

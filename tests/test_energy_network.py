@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from purifyloader import pretrained, recipes
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.energy.network import energy_from_config
 from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.convert.energy import NAMES, convert_energy
 from tests.conftest import tiny_denoiser
 

@@ -26,10 +26,10 @@ from torch.utils.data import Dataset
 import purifyloader
 from purifyloader import PurifiedDataset, cli, filling, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
-from purifyloader.cache.locks import is_held
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
+from purifyloader.files.locks import is_held
 from purifyloader.filling import make_shard, place, precompute
 from purifyloader.jobs import Job
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
@@ -881,8 +881,8 @@ def test_shards_are_verified_once_at_the_end(
 
     Without locks both do all of it, and neither may take the other's temporary files away.
     """
-    from purifyloader.cache import locks as module
     from purifyloader.cache import writer
+    from purifyloader.files import locks as module
 
     read: list[Path] = []
     reading = writer._read_good

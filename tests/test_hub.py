@@ -148,7 +148,7 @@ def run(code: str, endpoint: str, home: Path, **environment: str) -> str:
 PRELUDE = """
 import sys
 from purifyloader import pretrained
-from purifyloader.diffusion.weights import weights_sha256
+from purifyloader.files.weights import weights_sha256
 from purifyloader.errors import CheckpointError
 assert "huggingface_hub" not in sys.modules
 
@@ -167,7 +167,7 @@ def address(server: Hub) -> str:
 
 
 def test_loading_downloads_the_three_files_once(server: Hub, tmp_path: Path) -> None:
-    from purifyloader.diffusion.weights import weights_sha256
+    from purifyloader.files.weights import weights_sha256
 
     folder = tmp_path / "repository"
     pretrained.save(tiny_denoiser(), folder, name="mine")

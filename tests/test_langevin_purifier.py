@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyConfig, EnergyNetwork, langevin
 from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import DenoiseOnce, Diffuse, Langevin, Tiles
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
 

@@ -246,7 +246,7 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 import torch
 torch.set_num_threads(1)
-from purifyloader.cache import locks
+from purifyloader.files import locks
 rank, world_size, folder, has_locks = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 if not has_locks:
     locks.fcntl = None

@@ -19,9 +19,9 @@ from purifyloader import pretrained
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained import checkpoint
 from purifyloader.pretrained.registry import is_local
 

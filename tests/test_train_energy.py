@@ -22,11 +22,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from purifyloader import cli, pretrained
-from purifyloader.cache.locks import Lock
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
+from purifyloader.files.locks import Lock
 from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, command, energy_recipe, loop, train_energy
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.curves import float32_arithmetic, long_chains

@@ -26,7 +26,7 @@ from purifyloader.diffusion.unet import (
     timestep_embedding,
 )
 from purifyloader.errors import ConfigError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 from tests.conftest import tiny_network
 
 ODD = UNetConfig(

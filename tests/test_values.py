@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from purifyloader.cache.values import Unstorable, decode, encode
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 
 Point = namedtuple("Point", ["x", "y"])
 Level = IntEnum("Level", ["LOW", "HIGH"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from purifyloader.core import noise
-from purifyloader.files import file_sha256, replacing
+from purifyloader.files.atomic import file_sha256, replacing
 
 SEED = 2026
 CLEAN = 2000  # the first rows of the training order belong to the denoiser; the sample takes the next

@@ -26,7 +26,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import CheckpointError, ConfigError, InputError
-from purifyloader.files import file_sha256
+from purifyloader.files.atomic import file_sha256
 from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.energy import convert_energy

@@ -23,11 +23,11 @@ from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
 from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
-from purifyloader.cache.locks import Lock
-from purifyloader.cache.source import image_hashes
 from purifyloader.core.devices import as_device, device_of_process
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.files import write_text, writing
+from purifyloader.files.atomic import write_text, writing
+from purifyloader.files.hashes import image_hashes
+from purifyloader.files.locks import Lock
 from purifyloader.poisons import attacks, reading
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.processes import run_many

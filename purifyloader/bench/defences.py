@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from purifyloader import recipes
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Purifier
 from purifyloader.recipes.models import as_denoiser, as_energy
 from purifyloader.transforms import Compensate

@@ -12,7 +12,7 @@ from purifyloader.bench import published
 from purifyloader.bench.defences import DEFENCES
 from purifyloader.bench.rows import Row
 from purifyloader.errors import InputError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 
 __all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
 

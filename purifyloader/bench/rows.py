@@ -13,9 +13,9 @@ import torch
 import torchvision
 
 from purifyloader import __version__
-from purifyloader.cache.locks import Lock
 from purifyloader.errors import InputError
-from purifyloader.files import canonical_json, write_text, writing
+from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.files.locks import Lock
 
 __all__ = ["Row", "add", "fingerprint", "read", "versions"]
 

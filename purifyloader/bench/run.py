@@ -22,12 +22,12 @@ from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.training import Normalised, accuracy, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
-from purifyloader.cache.locks import Lock, is_held, lock_path
-from purifyloader.cache.source import image_hashes
 from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.errors import InputError
-from purifyloader.files import file_sha256, writing
+from purifyloader.files.atomic import file_sha256, writing
+from purifyloader.files.hashes import image_hashes
+from purifyloader.files.locks import Lock, is_held, lock_path
 from purifyloader.poisons import add_trigger, attacks, reading
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks

@@ -15,10 +15,10 @@ from purifyloader.bench.data import Data
 from purifyloader.bench.training import train_victim
 from purifyloader.bench.trainings import EXTRACTOR
 from purifyloader.bench.victims import victim
-from purifyloader.cache.locks import Lock
 from purifyloader.core import noise
 from purifyloader.errors import InputError
-from purifyloader.files import replacing, writing
+from purifyloader.files.atomic import replacing, writing
+from purifyloader.files.locks import Lock
 
 __all__ = ["extractor", "split"]
 

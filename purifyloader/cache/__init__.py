@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from purifyloader.cache.format import Layout, Shard, fingerprint
 from purifyloader.cache.reader import CacheReader
-from purifyloader.cache.source import source_hashes
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.files.hashes import source_hashes
 
 __all__ = ["CacheReader", "CacheWriter", "Layout", "Shard", "fingerprint", "source_hashes"]

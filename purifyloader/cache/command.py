@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Index, Layout, ShardHeader
-from purifyloader.cache.locks import is_held, lock_path
 from purifyloader.cache.reader import CacheReader
 from purifyloader.errors import CacheError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.locks import is_held, lock_path
 
 __all__ = ["describe", "main"]
 

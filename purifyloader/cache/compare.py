@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from purifyloader.cache import format as fmt
 from purifyloader.cache.reader import CacheReader
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files import replacing
+from purifyloader.files.atomic import replacing
 
 __all__ = ["Comparison", "compare", "picture"]
 

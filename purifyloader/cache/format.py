@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.errors import CacheError, ConfigError, InputError
-from purifyloader.files import canonical_json, write_text
+from purifyloader.files.atomic import canonical_json, write_text
 
 __all__ = [
     "ENCODED",

@@ -23,7 +23,7 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files import file_sha256
+from purifyloader.files.atomic import file_sha256
 
 __all__ = ["CacheReader", "OpenShard", "Targets"]
 

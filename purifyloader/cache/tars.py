@@ -42,7 +42,7 @@ from purifyloader.cache.format import Shard, ShardEntry, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter, encode_image, save_shard
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files import canonical_json, file_sha256, replacing, write_text
+from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 
 __all__ = ["FORMAT", "MANIFEST", "VERSION", "export_tars", "import_tars"]
 

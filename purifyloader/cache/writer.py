@@ -25,9 +25,9 @@ from safetensors.numpy import save
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader
-from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files import canonical_json, replacing
+from purifyloader.files.atomic import canonical_json, replacing
+from purifyloader.files.locks import Lock, lock_path
 
 __all__ = ["CacheWriter", "encode_image", "save_shard"]
 

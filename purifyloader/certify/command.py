@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from purifyloader.bench.data import DATA, Data, load
 from purifyloader.bench.rows import fingerprint
 from purifyloader.bench.victims import VICTIMS
-from purifyloader.cache.locks import Lock, lock_path
-from purifyloader.cache.source import image_hashes
 from purifyloader.certify import report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
 from purifyloader.certify.functions import named_training, training_settings
@@ -36,7 +34,9 @@ from purifyloader.core.devices import device_of_process
 from purifyloader.datasets import open_dataset
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import label_of
-from purifyloader.files import replacing, writing
+from purifyloader.files.atomic import replacing, writing
+from purifyloader.files.hashes import image_hashes
+from purifyloader.files.locks import Lock, lock_path
 from purifyloader.filling import place
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.processes import run_many

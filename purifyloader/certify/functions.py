@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from purifyloader.datasets import find_named
 from purifyloader.errors import InputError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 
 if TYPE_CHECKING:
     from purifyloader.certify.models import Train

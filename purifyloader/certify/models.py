@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from purifyloader.bench.rows import fingerprint
-from purifyloader.cache.source import image_hashes
 from purifyloader.certify.functions import training_settings
 from purifyloader.certify.noising import noised
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
@@ -36,6 +35,7 @@ from purifyloader.core import noise
 from purifyloader.core.devices import device_of
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
+from purifyloader.files.hashes import image_hashes
 from purifyloader.poisons.arrays import as_arrays
 from purifyloader.purifiers import Purifier
 from purifyloader.sources import random_state_kept

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import (
     BitDepth,
@@ -180,7 +180,7 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
 
     Args:
         model: name, folder or hub id, of a denoiser or an energy model.
-        train: uint64 (N,), of `purifyloader.cache.source.image_hashes`: of the images as uint8 (H, W, C).
+        train: uint64 (N,), of `purifyloader.files.hashes.image_hashes`: of the images as uint8 (H, W, C).
         size: (H, W) of these images. A model that learned from images resized to another size does not say.
 
     Returns:

@@ -33,7 +33,7 @@ from purifyloader.certify.statistics import (
 )
 from purifyloader.errors import InputError
 from purifyloader.figures import has_matplotlib
-from purifyloader.files import canonical_json, write_text, writing
+from purifyloader.files.atomic import canonical_json, write_text, writing
 
 __all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "SCHEMA", "Outcome", "Written", "markdown", "results", "write"]
 

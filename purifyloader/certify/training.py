@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from purifyloader.bench.training import Normalised, train_victim
 from purifyloader.bench.victims import VICTIMS, resnet9, victim
 from purifyloader.certify.models import DenoisedSet
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.weights import weights_sha256
 
 __all__ = ["SmallNetwork", "Training", "with_classes"]
 

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.cache.locks import Lock, lock_path
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.files import canonical_json, write_text, writing
+from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.files.locks import Lock, lock_path
 
 __all__ = ["VoteFolder", "new_seed"]
 

@@ -24,7 +24,7 @@ from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.langevin import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.evaluation.measures import check_images
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "in_numbers", "measure"]
 

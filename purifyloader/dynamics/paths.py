@@ -20,11 +20,11 @@ from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import Schedule
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.langevin import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.evaluation.measures import device_of
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Diffuse, Langevin
 
 __all__ = ["DiffusionPath", "LangevinPath", "Path", "Piece", "model_facts"]

@@ -18,11 +18,11 @@ from purifyloader.core.devices import exact_arithmetic
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, spaced_sigmas
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
 from purifyloader.evaluation.measures import BLUR_WIDTHS, auc, batch_size_of, check_images, device_of
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.weights import weights_sha256
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 

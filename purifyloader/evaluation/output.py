@@ -9,7 +9,7 @@ from pathlib import Path
 
 from purifyloader.errors import InputError
 from purifyloader.figures import has_matplotlib
-from purifyloader.files import write_text, writing
+from purifyloader.files.atomic import write_text, writing
 
 __all__ = ["check_out", "write_results", "writing"]
 

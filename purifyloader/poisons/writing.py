@@ -31,7 +31,7 @@ from PIL import Image
 
 from purifyloader import __version__
 from purifyloader.errors import InputError
-from purifyloader.files import replacing, replacing_folder, writing
+from purifyloader.files.atomic import replacing, replacing_folder, writing
 from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["FORMAT", "about", "check_free", "is_npz", "write", "write_images", "write_npz"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import to_unit
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from purifyloader.core.batches import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers.base import Purifier, Resolver, check_number, pixels
 
 __all__ = ["DTYPES", "DenoiseOnce", "Diffuse", "NetworkPurifier", "check_compute_batch", "check_energy", "entry"]

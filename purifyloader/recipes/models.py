@@ -9,9 +9,9 @@ from typing import Any
 
 from purifyloader import pretrained, purifiers
 from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.registry import FORMATS, find, is_local
 from purifyloader.purifiers import Purifier

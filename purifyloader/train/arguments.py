@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from purifyloader import __version__
-from purifyloader.cache.locks import Lock, lock_path
-from purifyloader.cache.source import hashes_as_text, image_hashes
 from purifyloader.core.devices import as_device
 from purifyloader.datasets import describe, open_dataset
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
+from purifyloader.files.hashes import hashes_as_text, image_hashes
+from purifyloader.files.locks import Lock, lock_path
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
 from purifyloader.train.curves import CURVES_CSV
 from purifyloader.train.data import choose, hold_out, load_images, read_indices

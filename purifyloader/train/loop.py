@@ -31,9 +31,9 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.growth import take_over
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
 from purifyloader.diffusion.unet import UNet
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.errors import ConfigError, InputError, TrainingError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.weights import weights_sha256
 from purifyloader.train import curves as pictures
 from purifyloader.train.augment import geometric, mixup, patches
 from purifyloader.train.config import TrainConfig

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device
-from purifyloader.diffusion.weights import weights_sha256
 from purifyloader.energy.langevin import walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
+from purifyloader.files.weights import weights_sha256
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.curves import EnergyCurves, float32_arithmetic

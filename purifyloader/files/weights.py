@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.errors import InputError
-from purifyloader.files import canonical_json
+from purifyloader.files.atomic import canonical_json
 
 __all__ = ["named_weights", "weights_sha256"]
 
