@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from purifyloader import recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
+from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate

@@ -30,8 +30,8 @@ from torchvision.datasets import CIFAR10
 
 import purifyloader
 from purifyloader import PurifiedDataset, recipes
-from purifyloader.bench.sample import load_sample
 from purifyloader.cache import CacheReader
+from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 
 BATCH = 128

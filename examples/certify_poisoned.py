@@ -43,7 +43,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from purifyloader import recipes
-from purifyloader.bench.data import Data, load
 from purifyloader.certify import (
     ABSTAIN,
     Certificates,
@@ -61,6 +60,7 @@ from purifyloader.certify import (
     shared_images,
     voted_accuracy,
 )
+from purifyloader.datasets.splits import Data, load
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock

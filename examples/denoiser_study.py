@@ -32,17 +32,17 @@ from torch import Tensor
 
 from purifyloader import __version__, recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
-from purifyloader.datasets import describe, open_dataset
+from purifyloader.datasets.named import describe, open_dataset
+from purifyloader.datasets.select import load_images
+from purifyloader.datasets.shards import load_sample
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.evaluation.measures import estimate, psnr_of, removed_energy
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train import TrainConfig, recipe, train_denoiser
-from purifyloader.train.data import load_images
 from purifyloader.transforms import Compensate
 
 Images = NDArray[np.uint8]

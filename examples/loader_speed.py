@@ -33,8 +33,8 @@ from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifiedLoader, recipes
 from purifyloader.bench.defence import ArrayDataset
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import CIFAR_MEAN, CIFAR_STD
+from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, Squeeze
 

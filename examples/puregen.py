@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.audit import dataset_energies
 from purifyloader.bench.defence import ArrayDataset, compensation
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
+from purifyloader.datasets.shards import load_sample
 from purifyloader.evaluation.measures import auc
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from purifyloader import pretrained
-from purifyloader.bench.sample import load_sample
 from purifyloader.core import noise
+from purifyloader.datasets.shards import load_sample
 from purifyloader.diffusion import LinearSchedule
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.energy import EnergyConfig, EnergyNetwork

@@ -23,8 +23,8 @@ from torchvision import transforms
 
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.bench.defence import ArrayDataset
-from purifyloader.bench.sample import load_sample
 from purifyloader.core import noise
+from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate

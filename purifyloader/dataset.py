@@ -20,17 +20,17 @@ from purifyloader import plans
 from purifyloader.cache import CacheReader, CacheWriter
 from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.reader import Targets
-from purifyloader.conversions import Conversion
 from purifyloader.core import noise
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, to_engine, type_of
+from purifyloader.datasets.conversions import Conversion
+from purifyloader.datasets.samples import ImageKey, assemble, get_image, is_plain
+from purifyloader.datasets.sources import REMEDY, check_honest, random_state_kept, take_over, without_source
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.locks import is_held
 from purifyloader.filling import ShardsOnDemand, choose_layout, fill, notes_of
 from purifyloader.jobs import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
 from purifyloader.purified import transform_that_purifies
 from purifyloader.purifiers import Purifier
-from purifyloader.samples import ImageKey, assemble, get_image, is_plain
-from purifyloader.sources import REMEDY, check_honest, random_state_kept, take_over, without_source
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
 

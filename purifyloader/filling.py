@@ -34,6 +34,8 @@ from purifyloader.cache.format import Layout, Shard
 from purifyloader.cache.reader import CacheReader, OpenShard
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind
+from purifyloader.datasets.samples import ImageKey
+from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.locks import Lock, is_held, lock_path, read_note
 from purifyloader.jobs import (
@@ -48,8 +50,6 @@ from purifyloader.jobs import (
     shard_values,
 )
 from purifyloader.purifiers import Purifier
-from purifyloader.samples import ImageKey
-from purifyloader.sources import check_honest, random_state_kept, take_over
 
 __all__ = ["ShardsOnDemand", "choose_layout", "fill", "make_shard", "notes_of", "place", "precompute"]
 

@@ -23,11 +23,11 @@ from purifyloader import __version__
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
 from purifyloader.core.images import ImageKind, as_stored, quantize, to_bytes, type_of
+from purifyloader.datasets.samples import ImageKey, fields, get_image, structure_of
+from purifyloader.datasets.sources import REMEDY, Source, fetch, random_state_kept
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.hashes import is_hashable, source_hashes
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
-from purifyloader.samples import ImageKey, fields, get_image, structure_of
-from purifyloader.sources import REMEDY, Source, fetch, random_state_kept
 
 __all__ = [
     "COMPENSATE",

@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.datasets.samples import ImageKey
+from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
 from purifyloader.jobs import Job, as_integer, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.conditions import conditions_of
-from purifyloader.samples import ImageKey
-from purifyloader.sources import check_honest, random_state_kept, take_over
 
 __all__ = ["plan"]  # the rest is for PurifiedDataset and precompute
 

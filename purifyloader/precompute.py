@@ -20,7 +20,7 @@ import torch
 from purifyloader import recipes
 from purifyloader.cache.reader import CacheReader
 from purifyloader.core.devices import device_of_process
-from purifyloader.datasets import open_dataset
+from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.filling import CHECKED, place, precompute
 from purifyloader.purifiers import Purifier

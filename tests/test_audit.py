@@ -25,7 +25,7 @@ from purifyloader.audit import DatasetEnergies, audit_energy, dataset_energies, 
 from purifyloader.audit.command import main
 from purifyloader.audit.compare import expected_share, halves, percentiles, threshold
 from purifyloader.audit.report import in_words, number
-from purifyloader.datasets import ImageFiles, TarDataset
+from purifyloader.datasets.named import ImageFiles, TarDataset
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import CheckpointError, InputError, PurifyError
 from purifyloader.purifiers import EnergyAbove

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import _crop_and_flip, _learning_rate, accuracy, train_victim
 from purifyloader.bench.victims import resnet9
 from purifyloader.core import noise
+from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import ConfigError, InputError, TrainingError
 
 DATA = Path(__file__).parent.parent / "examples" / "data"

@@ -13,10 +13,10 @@ from PIL import Image
 
 from purifyloader import pretrained, recipes
 from purifyloader.bench import pictures, published, report, rows
-from purifyloader.bench.data import Data
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.cli import main
+from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.poisons import Poisoned, Target, attacks

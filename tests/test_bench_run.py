@@ -19,15 +19,15 @@ from PIL import Image
 
 from purifyloader import poisons, pretrained
 from purifyloader.bench import report, rows
-from purifyloader.bench.data import Data, load
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS, victim
 from purifyloader.cli import main
+from purifyloader.datasets.honest import check_disjoint
+from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import training_details
 from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hashes

@@ -17,14 +17,14 @@ from PIL import Image
 
 from purifyloader import pretrained
 from purifyloader.bench import report, rows, targeted, transfer
-from purifyloader.bench.data import Data, load
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.bench.sample import load_sample
 from purifyloader.bench.training import Normalised, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.bench.victims import resnet9
 from purifyloader.cli import main
+from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock

@@ -28,7 +28,6 @@ from scipy.stats import beta, binom, chi2, norm
 from torch import Tensor, nn
 
 from purifyloader import pretrained, recipes
-from purifyloader.bench.data import Data
 from purifyloader.certify import (
     Certificates,
     DenoisedSet,
@@ -44,6 +43,7 @@ from purifyloader.certify import (
     predict,
     reasons_against,
 )
+from purifyloader.datasets.splits import Data
 from purifyloader.diffusion import BlindDenoiser
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.purifiers import BitDepth, Chain, Purifier

@@ -24,11 +24,11 @@ from purifyloader import PurifiedDataset, PurifyError, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
+from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, InputError
 from purifyloader.filling import make_shard, precompute
 from purifyloader.jobs import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
-from purifyloader.sources import take_over
 from purifyloader.transforms import Compensate, Purify
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
 

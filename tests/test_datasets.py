@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from purifyloader import cli
-from purifyloader.datasets import ImageFiles, TarDataset, open_dataset
+from purifyloader.datasets.named import ImageFiles, TarDataset, open_dataset
 from purifyloader.errors import InputError
 from tests.conftest import random_images
 
@@ -449,7 +449,7 @@ def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
     for name in ("json", "matplotlib", "torch", "numpy", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text("open('was-run', 'a').write(__name__)")
     (tmp_path / "mine.py").write_text(
-        "import json\nfrom purifyloader.datasets import open_dataset\ndef make():\n    return open_dataset('images')\n"
+        "import json\nfrom purifyloader.datasets.named import open_dataset\ndef make():\n    return open_dataset('images')\n"
     )
     trained = ROOT / "tests/golden/plausibility/trained.safetensors"
     code = "import sys; from purifyloader.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -18,8 +18,9 @@ from PIL import Image
 from scipy import stats
 
 from purifyloader import pretrained
-from purifyloader.bench.sample import load_sample
 from purifyloader.core import noise
+from purifyloader.datasets.select import load_images
+from purifyloader.datasets.shards import load_sample
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.objective import posterior_log_variance_bounds
 from purifyloader.diffusion.schedule import CosineSchedule
@@ -42,7 +43,6 @@ from purifyloader.evaluation import (
 from purifyloader.evaluation.command import main, to_json
 from purifyloader.evaluation.output import check_out
 from purifyloader.poisons import autoregressive, lsp
-from purifyloader.train.data import load_images
 from tests.conftest import random_images, tiny_denoiser, tiny_network
 
 ROOT = Path(__file__).parents[1]
@@ -925,7 +925,7 @@ def test_images_trained_on_are_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(("at_once", "resized"), [(256, None), (7, 16)])
 def test_which_images_were_trained_on_is_told_by_content(at_once, resized, tmp_path, monkeypatch, capsys):
     """Every folder is "an image folder", so neither its name nor its length says which."""
-    from purifyloader.datasets import open_dataset
+    from purifyloader.datasets.named import open_dataset
     from purifyloader.evaluation import sets
 
     monkeypatch.setattr(sets, "_AT_ONCE", at_once)
@@ -957,7 +957,7 @@ def test_which_images_were_trained_on_is_told_by_content(at_once, resized, tmp_p
 
 
 def test_copies_of_images_trained_on_are_left_out(tmp_path, capsys):
-    from purifyloader.datasets import open_dataset
+    from purifyloader.datasets.named import open_dataset
 
     images, _ = sample(8)
     data = folder_of(tmp_path / "a", [*images, images[1], images[7]])

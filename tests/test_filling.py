@@ -28,12 +28,12 @@ from purifyloader import PurifiedDataset, cli, filling, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
+from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.files.locks import is_held
 from purifyloader.filling import make_shard, place, precompute
 from purifyloader.jobs import Job
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
-from purifyloader.sources import take_over
 from purifyloader.transforms import Compensate
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 

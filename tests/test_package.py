@@ -79,7 +79,7 @@ PUBLIC = {
         "variance_calibration",
     ],
     "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
-    "purifyloader.datasets": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
+    "purifyloader.datasets.named": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
     "purifyloader.plans": ["plan"],
     "purifyloader.recipes": [
         "bit_depth",

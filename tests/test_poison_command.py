@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from purifyloader.audit.truth import read_poisoned
 from purifyloader.cli import main
-from purifyloader.datasets import open_dataset
+from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.poisons import make, read_trigger, write, write_images, write_npz
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
+from purifyloader.datasets.select import choose
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.evaluation.measures import psnr
-from purifyloader.train.data import choose
 from tests.conftest import tiny_denoiser
 
 ROOT = Path(__file__).parents[1]

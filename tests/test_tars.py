@@ -22,7 +22,7 @@ from purifyloader.cache.format import Layout
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.tars import export_tars, import_tars
 from purifyloader.cache.writer import CacheWriter
-from purifyloader.datasets import TarDataset
+from purifyloader.datasets.named import TarDataset
 from purifyloader.errors import CacheError, InputError
 from tests.conftest import PictureDataset, random_images
 

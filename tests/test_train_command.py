@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from purifyloader import cli, pretrained
-from purifyloader.datasets import open_dataset
+from purifyloader.datasets.named import open_dataset
+from purifyloader.datasets.select import choose, hold_out, load_images
 from purifyloader.evaluation.measures import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, loop, recipe, train_denoiser
 from purifyloader.train.card import card as card_of
-from purifyloader.train.data import choose, hold_out, load_images
 from purifyloader.train.state import STATE_FILE
 from tests.conftest import random_images, tiny_denoiser
 from tests.faults import REPOSITORY, Run

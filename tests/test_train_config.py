@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from purifyloader.datasets import open_dataset
+from purifyloader.datasets.named import open_dataset
+from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.train import RECIPES, TrainConfig, options, recipe
-from purifyloader.train.data import choose, hold_out, load_images, read_indices
 from purifyloader.train.denoiser import _parser
 from purifyloader.train.energy import EnergyTrainConfig
 from purifyloader.train.loop import build_denoiser

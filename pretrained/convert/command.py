@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _images(options: argparse.Namespace) -> Tensor | None:
     if options.images is None:
         return None
-    from purifyloader.datasets import open_dataset
-    from purifyloader.train.data import load_images
+    from purifyloader.datasets.named import open_dataset
+    from purifyloader.datasets.select import load_images
 
     dataset = open_dataset(options.images, options.root, train=False)
     length = len(dataset)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def _images(options: argparse.Namespace) -> Tensor | None:
 def _described(images: str | None) -> str:
     if images is None:
         return ""
-    from purifyloader.datasets import describe
+    from purifyloader.datasets.named import describe
 
     return f"images of {describe(images)}"
 

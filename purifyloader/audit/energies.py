@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
-from purifyloader.datasets import ImageFiles, TarDataset
+from purifyloader.datasets.named import ImageFiles, TarDataset
+from purifyloader.datasets.samples import fields, get_image
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.evaluation.sets import label_of
-from purifyloader.samples import fields, get_image
 
 __all__ = ["DatasetEnergies", "dataset_energies", "image_name"]
 

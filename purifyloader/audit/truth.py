@@ -10,8 +10,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from purifyloader.audit.energies import image_name
+from purifyloader.datasets.select import read_indices
 from purifyloader.errors import InputError
-from purifyloader.train.data import read_indices
 
 __all__ = ["read_poisoned"]
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from purifyloader.bench import report, rows, targeted
-from purifyloader.bench.data import DATA, Data, load
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
 from purifyloader.bench.trainings import TRAININGS
 from purifyloader.bench.victims import VICTIMS
 from purifyloader.core.devices import as_device, device_of_process
+from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import write_text, writing
 from purifyloader.files.hashes import image_hashes

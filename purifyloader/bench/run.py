@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader.bench import rows, targeted, transfer
-from purifyloader.bench.data import Data
 from purifyloader.bench.defence import afresh, compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
-from purifyloader.bench.honest import check_disjoint
 from purifyloader.bench.training import Normalised, accuracy, train_victim
 from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
+from purifyloader.datasets.honest import check_disjoint
+from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import file_sha256, writing
 from purifyloader.files.hashes import image_hashes

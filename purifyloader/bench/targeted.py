@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from purifyloader.bench.data import Data
 from purifyloader.core import noise
+from purifyloader.datasets.splits import Data
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons import Attack, Target, attacks
 from purifyloader.poisons.additive import purpose_keys

@@ -130,7 +130,7 @@ class ShardHeader:
         crc32: of each row, as stored.
         image_types: how each image was held: "pil/uint8/3" is container, dtype and dimensions; one an
             image, or one string for all.
-        sample: how a sample is put together, see `purifyloader.samples.structure_of`; None with `targets`.
+        sample: how a sample is put together, see `purifyloader.datasets.samples.structure_of`; None with `targets`.
         targets: the other fields of each sample, as `purifyloader.cache.values` writes them; None where
             they are not stored.
         source: 64-bit hashes of each source image and of its targets, (count, 2); None if not taken.

@@ -215,7 +215,7 @@ class CacheWriter:
             images: uint8 (H, W, C) each: all of draw 0, then all of draw 1, ...; draws x count of them.
                 Of one size unless the layout's encoding is "png".
             image_types: how each image was held, see `ShardHeader`.
-            sample: what `purifyloader.samples.structure_of` says of every sample.
+            sample: what `purifyloader.datasets.samples.structure_of` says of every sample.
             targets: the other fields of each sample. Where one of them cannot be written as JSON none is
                 stored, and the cache is read together with its source.
             source: hashes, (count, 2), as `source_hashes` gives them.

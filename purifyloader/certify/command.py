@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader.bench.data import DATA, Data, load
 from purifyloader.bench.rows import fingerprint
 from purifyloader.bench.victims import VICTIMS
 from purifyloader.certify import report
@@ -31,17 +30,18 @@ from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core.devices import device_of_process
-from purifyloader.datasets import open_dataset
+from purifyloader.datasets.arrays import as_arrays
+from purifyloader.datasets.named import open_dataset
+from purifyloader.datasets.samples import fields
+from purifyloader.datasets.select import load_images
+from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import label_of
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path
 from purifyloader.filling import place
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.processes import run_many
-from purifyloader.samples import fields
-from purifyloader.train.data import load_images
 
 __all__ = ["main"]
 
@@ -402,7 +402,7 @@ def _tidy_start(out: Path) -> None:
 
 def _told(options: argparse.Namespace) -> str:
     """Where a warm start comes from, without a path."""
-    from purifyloader.datasets import describe
+    from purifyloader.datasets.named import describe
 
     return "the training set" if options.warm_start == _TRAIN else describe(options.warm_start)
 

@@ -9,7 +9,7 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.datasets import find_named
+from purifyloader.datasets.named import find_named
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 

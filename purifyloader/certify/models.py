@@ -34,11 +34,11 @@ from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
 from purifyloader.core import noise
 from purifyloader.core.devices import device_of
 from purifyloader.core.images import quantize
+from purifyloader.datasets.arrays import as_arrays
+from purifyloader.datasets.sources import random_state_kept
 from purifyloader.errors import InputError
 from purifyloader.files.hashes import image_hashes
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.purifiers import Purifier
-from purifyloader.sources import random_state_kept
 
 __all__ = ["DenoisedSet", "Predictor", "Train", "Voting", "fill", "ndt_classify"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from purifyloader import pretrained
 from purifyloader.core.images import quantize
-from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.select import read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
@@ -29,7 +30,6 @@ from purifyloader.evaluation.sets import (
     poisoned_images,
     training_details,
 )
-from purifyloader.train.data import read_indices
 
 __all__ = ["UNITS", "Images", "Models", "add_poisons", "load_models", "poisoned_by_file", "read_images"]
 

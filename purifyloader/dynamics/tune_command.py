@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from purifyloader.core.devices import as_device
-from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.select import choose
 from purifyloader.dynamics.command import SCHEDULES, add_images, progress_bar
 from purifyloader.dynamics.inputs import Models, load_models, read_images
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath
@@ -25,7 +26,6 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.command import to_json
 from purifyloader.evaluation.output import check_out, write_results
 from purifyloader.evaluation.sets import load
-from purifyloader.train.data import choose
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "RECIPES", "main", "pasted", "reasons"]
 

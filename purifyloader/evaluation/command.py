@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from purifyloader import pretrained
 from purifyloader.core.devices import as_device
-from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.select import read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.errors import InputError
@@ -34,7 +35,6 @@ from purifyloader.evaluation.sets import (
     poisoned_images,
     training_details,
 )
-from purifyloader.train.data import read_indices
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
 

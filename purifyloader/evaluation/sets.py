@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core.images import quantize
-from purifyloader.datasets import TORCHVISION, open_dataset
+from purifyloader.datasets.named import TORCHVISION, open_dataset
+from purifyloader.datasets.samples import fields
+from purifyloader.datasets.select import choose, load_images
 from purifyloader.errors import CheckpointError, InputError, PurifyError
 from purifyloader.poisons import ar_perturbation, lsp_perturbation
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.registry import find
-from purifyloader.samples import fields
-from purifyloader.train.data import choose, load_images
 
 __all__ = [
     "ATTACKS",

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.adaptive import adaptive
 from purifyloader.poisons.adp import adp
 from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coefficients
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.bullseye import bullseye
 from purifyloader.poisons.choice import drawn, how_many, of_class
 from purifyloader.poisons.class_wise import urp as add_class_pattern

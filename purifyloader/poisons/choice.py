@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.core import noise
-from purifyloader.datasets import read_image
+from purifyloader.datasets.named import read_image
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.additive import purpose_keys
 from purifyloader.poisons.poisoned import Target

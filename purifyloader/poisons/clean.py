@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device, exact_arithmetic
+from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.pgd import round_within
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.presets import AttackSettings

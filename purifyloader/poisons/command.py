@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from purifyloader.datasets import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.sets import load
 from purifyloader.poisons.attacks import ATTACKS, Attack, check_options, find

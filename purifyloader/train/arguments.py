@@ -17,13 +17,13 @@ from torch import Tensor
 
 from purifyloader import __version__
 from purifyloader.core.devices import as_device
-from purifyloader.datasets import describe, open_dataset
+from purifyloader.datasets.named import describe, open_dataset
+from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock, lock_path
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
 from purifyloader.train.curves import CURVES_CSV
-from purifyloader.train.data import choose, hold_out, load_images, read_indices
 from purifyloader.train.state import STATE_FILE, images_sha256, tidy, writing
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
 
 __all__ = ["check", "check_numbers", "levels", "unmoved"]

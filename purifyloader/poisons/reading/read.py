@@ -10,8 +10,8 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
+from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
-from purifyloader.poisons.arrays import as_arrays
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import check
 from purifyloader.poisons.reading.content import describe, open_content

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from purifyloader.core.images import quantize
-from purifyloader.datasets import read_image
+from purifyloader.datasets.named import read_image
 from purifyloader.errors import InputError
 from purifyloader.poisons.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import noise, sizes
 from purifyloader.core.images import quantize, to_engine
+from purifyloader.datasets.samples import get_image
 from purifyloader.errors import InputError
-from purifyloader.samples import get_image
 
 __all__ = ["choose", "hold_out", "load_images", "read_indices"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.bench.sample import load_sample
 from purifyloader.core import noise
-from purifyloader.datasets import TORCHVISION, open_dataset, read_image
+from purifyloader.datasets.arrays import as_arrays
+from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
+from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import InputError
-from purifyloader.poisons.arrays import as_arrays
 
 __all__ = ["DATA", "Data", "load"]
 

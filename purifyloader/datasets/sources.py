@@ -22,10 +22,10 @@ from torchvision.datasets import VisionDataset
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
-from purifyloader.conversions import Conversion, conversion
 from purifyloader.core.images import ImageKind, to_engine
+from purifyloader.datasets.conversions import Conversion, conversion
+from purifyloader.datasets.samples import ImageKey, get_image, with_image
 from purifyloader.errors import CacheError, InputError
-from purifyloader.samples import ImageKey, get_image, with_image
 
 __all__ = ["REMEDY", "Source", "check_honest", "fetch", "random_state_kept", "take_over", "without_source"]
 
