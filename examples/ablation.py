@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from purifyloader import recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
+from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
 

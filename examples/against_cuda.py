@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.bench.defence import afresh
-from purifyloader.bench.training import BatchTransform, accuracy, train_victim
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import attacks
 from purifyloader.purifiers import Coin
+from purifyloader.victims.training import BatchTransform, accuracy, train_victim
 
 NAMES = {
     "none": "nothing",

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from purifyloader import __version__, recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import load_images
@@ -44,6 +43,7 @@ from purifyloader.files.atomic import replacing, write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.transforms import Compensate
+from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]

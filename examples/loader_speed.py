@@ -33,10 +33,10 @@ from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifiedLoader, recipes
 from purifyloader.bench.defence import ArrayDataset
-from purifyloader.bench.training import CIFAR_MEAN, CIFAR_STD
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, Squeeze
+from purifyloader.victims.training import CIFAR_MEAN, CIFAR_STD
 
 PARTS = ("loader", "step", "compensate")
 BATCH = 128

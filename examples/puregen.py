@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.audit import dataset_energies
 from purifyloader.bench.defence import ArrayDataset, compensation
-from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
 from purifyloader.evaluation.measures import auc
@@ -44,6 +43,7 @@ from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
+from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from purifyloader import pretrained, recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.bench.training import accuracy, train_victim
 from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
+from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
 

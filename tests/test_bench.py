@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from purifyloader.bench.training import _crop_and_flip, _learning_rate, accuracy, train_victim
-from purifyloader.bench.victims import resnet9
 from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import ConfigError, InputError, TrainingError
+from purifyloader.victims.networks import resnet9
+from purifyloader.victims.training import _crop_and_flip, _learning_rate, accuracy, train_victim
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 ORDER = noise.uniform(noise.image_keys(2026, 0, 0), (50_000,))[0].argsort()

@@ -22,9 +22,6 @@ from purifyloader.bench import report, rows
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.bench.training import accuracy, train_victim
-from purifyloader.bench.trainings import TRAININGS
-from purifyloader.bench.victims import VICTIMS, victim
 from purifyloader.cli import main
 from purifyloader.datasets.honest import check_disjoint
 from purifyloader.datasets.splits import Data, load
@@ -36,6 +33,9 @@ from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons import em
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Coin
+from purifyloader.victims.networks import VICTIMS, victim
+from purifyloader.victims.presets import TRAININGS
+from purifyloader.victims.training import accuracy, train_victim
 from tests.conftest import tiny_denoiser
 
 CLASSES, TRAIN, TEST = 3, 36, 15

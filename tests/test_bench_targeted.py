@@ -19,9 +19,6 @@ from purifyloader import pretrained
 from purifyloader.bench import report, rows, targeted, transfer
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.bench.training import Normalised, train_victim
-from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
-from purifyloader.bench.victims import resnet9
 from purifyloader.cli import main
 from purifyloader.datasets.shards import load_sample
 from purifyloader.datasets.splits import Data, load
@@ -29,6 +26,9 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock
 from purifyloader.poisons import Attack, Poisoned, Target, attacks
+from purifyloader.victims.networks import resnet9
+from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
+from purifyloader.victims.training import Normalised, train_victim
 from tests.conftest import tiny_denoiser
 
 ROOT = Path(__file__).parents[1]
@@ -294,7 +294,7 @@ def test_a_start_that_does_not_fit_is_refused(given, message):
 
 
 def test_an_attacker_sees_the_network_as_the_victim_is_tested(start):
-    from purifyloader.bench.training import accuracy
+    from purifyloader.victims.training import accuracy
 
     x = torch.from_numpy(DATA.test).permute(0, 3, 1, 2) / 255
     right = (Normalised(start)(x).argmax(1).numpy() == DATA.test_labels).mean()

@@ -29,8 +29,6 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from purifyloader.bench.training import train_victim
-from purifyloader.bench.victims import resnet9
 from purifyloader.certify import models
 from purifyloader.certify.functions import named_training, training_settings
 from purifyloader.certify.models import DenoisedSet, Voting, fill, ndt_classify, voting_settings
@@ -44,6 +42,8 @@ from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Grayscale, Purifier, Resize
+from purifyloader.victims.networks import resnet9
+from purifyloader.victims.training import train_victim
 from tests.faults import Run, assert_same, contents
 
 CLASSES, MODELS = 3, 12

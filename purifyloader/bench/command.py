@@ -20,8 +20,6 @@ import torch
 from purifyloader.bench import report, rows, targeted
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
-from purifyloader.bench.trainings import TRAININGS
-from purifyloader.bench.victims import VICTIMS
 from purifyloader.core.devices import as_device, device_of_process
 from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError, PurifyError
@@ -31,6 +29,8 @@ from purifyloader.files.locks import Lock
 from purifyloader.poisons import attacks, reading
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.processes import run_many
+from purifyloader.victims.networks import VICTIMS
+from purifyloader.victims.presets import TRAININGS
 
 __all__ = ["main"]
 

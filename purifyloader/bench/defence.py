@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from purifyloader.bench.training import BatchTransform
 from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.jobs import COMPENSATE
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
+from purifyloader.victims.training import BatchTransform
 
 __all__ = ["ArrayDataset", "Purified", "afresh", "compensation", "purify_array"]
 

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from purifyloader.bench import rows, targeted, transfer
 from purifyloader.bench.defence import afresh, compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
-from purifyloader.bench.training import Normalised, accuracy, train_victim
-from purifyloader.bench.trainings import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.core import noise
 from purifyloader.dataset import PurifiedDataset
 from purifyloader.datasets.honest import check_disjoint
@@ -36,6 +34,8 @@ from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.models import as_denoiser
+from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
+from purifyloader.victims.training import Normalised, accuracy, train_victim
 
 __all__ = ["AttackSpec", "Bench"]
 

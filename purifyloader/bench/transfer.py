@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from purifyloader.bench.training import train_victim
-from purifyloader.bench.trainings import EXTRACTOR
-from purifyloader.bench.victims import victim
 from purifyloader.core import noise
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.locks import Lock
+from purifyloader.victims.networks import victim
+from purifyloader.victims.presets import EXTRACTOR
+from purifyloader.victims.training import train_victim
 
 __all__ = ["extractor", "split"]
 

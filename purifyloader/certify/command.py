@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader.bench.rows import fingerprint
-from purifyloader.bench.victims import VICTIMS
 from purifyloader.certify import report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
 from purifyloader.certify.functions import named_training, training_settings
@@ -42,6 +41,7 @@ from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path
 from purifyloader.filling import place
 from purifyloader.processes import run_many
+from purifyloader.victims.networks import VICTIMS
 
 __all__ = ["main"]
 

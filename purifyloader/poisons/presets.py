@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
-from purifyloader.bench.victims import VICTIMS
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.victims.networks import VICTIMS
 
 __all__ = ["AdversarialSettings", "AttackSettings", "Settings", "TrainedSettings", "choose", "field_names", "told"]
 

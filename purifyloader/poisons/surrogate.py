@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.bench.victims import resnet9, victim
 from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
 from purifyloader.poisons.clean import Clean
 from purifyloader.poisons.pgd import Loss, pgd, random_start
 from purifyloader.poisons.presets import AdversarialSettings, AttackSettings, TrainedSettings
+from purifyloader.victims.networks import resnet9, victim
 
 __all__ = [
     "Surrogate",

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.bench.victims import resnet9, victim
 from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
+from purifyloader.victims.networks import resnet9, victim
 
 __all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Normalised", "Trained", "accuracy", "train_victim"]
 

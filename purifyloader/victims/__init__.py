@@ -1,0 +1,1 @@
+"""Victims: classifiers trained on poisoned or purified data by attacks, benches and certificates."""
