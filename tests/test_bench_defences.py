@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from purifyloader import pretrained, recipes
-from purifyloader.bench import pictures, published, report, rows
+from purifyloader.bench import pictures, published, report
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.cli import main
@@ -21,6 +21,7 @@ from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.poisons import Poisoned, Target, attacks
 from purifyloader.purifiers import Chain, Coin, Jpeg, Repeat
+from purifyloader.results import rows
 from tests.conftest import tiny_denoiser, tiny_energy
 from tests.test_bench_run import CLASSES, TEST, TRAIN
 from tests.test_bench_run import pictures as noisy_pictures

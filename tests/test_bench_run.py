@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from purifyloader import poisons, pretrained
-from purifyloader.bench import report, rows
+from purifyloader.bench import report
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
@@ -33,6 +33,7 @@ from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons import em
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Coin
+from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS, victim
 from purifyloader.victims.presets import TRAININGS
 from purifyloader.victims.training import accuracy, train_victim

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from purifyloader import pretrained
-from purifyloader.bench import report, rows, targeted, transfer
+from purifyloader.bench import report, targeted, transfer
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import AttackSpec, Bench
 from purifyloader.cli import main
@@ -26,6 +26,7 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock
 from purifyloader.poisons import Attack, Poisoned, Target, attacks
+from purifyloader.results import rows
 from purifyloader.victims.networks import resnet9
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.victims.training import Normalised, train_victim

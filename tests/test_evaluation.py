@@ -41,8 +41,8 @@ from purifyloader.evaluation import (
     variance_calibration,
 )
 from purifyloader.evaluation.command import main, to_json
-from purifyloader.evaluation.output import check_out
 from purifyloader.poisons import autoregressive, lsp
+from purifyloader.results.folder import check_out
 from tests.conftest import random_images, tiny_denoiser, tiny_network
 
 ROOT = Path(__file__).parents[1]

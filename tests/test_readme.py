@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from purifyloader import pretrained
-from purifyloader.bench import report, rows
+from purifyloader.bench import report
 from purifyloader.certify import report as certificates
+from purifyloader.results import rows
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -23,9 +23,9 @@ from purifyloader.datasets.select import choose, read_indices
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.evaluation.command import to_json
-from purifyloader.evaluation.output import check_out, write_results
 from purifyloader.evaluation.sets import Overlap, choose_images, overlap, training_details
 from purifyloader.files.weights import weights_sha256
+from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["CSV_FILE", "JSON_FILE", "PICTURE_FILE", "main"]
 

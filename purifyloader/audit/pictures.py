@@ -12,7 +12,7 @@ import numpy as np
 from purifyloader.audit.compare import FORMAT, VERSION
 from purifyloader.audit.report import MEANING, in_words
 from purifyloader.errors import InputError
-from purifyloader.figures import new_figure, save_figure
+from purifyloader.results.figures import new_figure, save_figure
 
 __all__ = ["picture"]
 

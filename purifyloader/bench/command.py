@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from purifyloader.bench import report, rows, targeted
+from purifyloader.bench import report, targeted
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
 from purifyloader.core.devices import as_device, device_of_process
@@ -29,6 +29,7 @@ from purifyloader.files.locks import Lock
 from purifyloader.poisons import attacks, reading
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.processes import run_many
+from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS
 from purifyloader.victims.presets import TRAININGS
 

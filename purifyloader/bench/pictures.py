@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.bench.report import CLEAN, bites, cells, in_order, settings_of
-from purifyloader.bench.rows import Row
-from purifyloader.figures import new_figure, save_figure
+from purifyloader.results.figures import new_figure, save_figure
+from purifyloader.results.rows import Row
 
 __all__ = ["accuracies", "costs", "images", "noise", "noise_levels"]
 

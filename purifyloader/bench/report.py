@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from purifyloader.bench import published
 from purifyloader.bench.defences import DEFENCES
-from purifyloader.bench.rows import Row
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.results.rows import Row
 
 __all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
 

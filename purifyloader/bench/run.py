@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader.bench import rows, targeted, transfer
+from purifyloader.bench import targeted, transfer
 from purifyloader.bench.defence import afresh, compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
@@ -34,6 +34,7 @@ from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.models import as_denoiser
+from purifyloader.results import rows
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.victims.training import Normalised, accuracy, train_victim
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader.bench.rows import fingerprint
 from purifyloader.certify import report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
 from purifyloader.certify.functions import named_training, training_settings
@@ -41,6 +40,7 @@ from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path
 from purifyloader.filling import place
 from purifyloader.processes import run_many
+from purifyloader.results.rows import fingerprint
 from purifyloader.victims.networks import VICTIMS
 
 __all__ = ["main"]

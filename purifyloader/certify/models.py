@@ -27,7 +27,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from purifyloader.bench.rows import fingerprint
 from purifyloader.certify.functions import training_settings
 from purifyloader.certify.noising import noised
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
@@ -39,6 +38,7 @@ from purifyloader.datasets.sources import random_state_kept
 from purifyloader.errors import InputError
 from purifyloader.files.hashes import image_hashes
 from purifyloader.purifiers import Purifier
+from purifyloader.results.rows import fingerprint
 
 __all__ = ["DenoisedSet", "Predictor", "Train", "Voting", "fill", "ndt_classify"]
 

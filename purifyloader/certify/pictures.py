@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from purifyloader.certify.report import check_results
-from purifyloader.figures import new_figure, save_figure
+from purifyloader.results.figures import new_figure, save_figure
 
 __all__ = ["curves"]
 

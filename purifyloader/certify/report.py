@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from purifyloader.bench.rows import versions
 from purifyloader.certify.counting import counts
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.statistics import (
@@ -32,8 +31,9 @@ from purifyloader.certify.statistics import (
     radius_per_image,
 )
 from purifyloader.errors import InputError
-from purifyloader.figures import has_matplotlib
 from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.results.figures import has_matplotlib
+from purifyloader.results.rows import versions
 
 __all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "SCHEMA", "Outcome", "Written", "markdown", "results", "write"]
 

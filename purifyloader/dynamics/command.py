@@ -23,7 +23,7 @@ from purifyloader.dynamics.paths import Path as Purification
 from purifyloader.dynamics.pictures import picture
 from purifyloader.errors import ConfigError
 from purifyloader.evaluation.command import to_json
-from purifyloader.evaluation.output import check_out, write_results
+from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "SCHEDULES", "add_images", "main", "make_path", "progress_bar", "table"]
 

@@ -15,7 +15,7 @@ from purifyloader.dynamics.measure import FORMAT, VERSION
 from purifyloader.dynamics.tune import FORMAT as TUNE_FORMAT
 from purifyloader.dynamics.tune import VERSION as TUNE_VERSION
 from purifyloader.errors import InputError
-from purifyloader.figures import new_figure, save_figure
+from purifyloader.results.figures import new_figure, save_figure
 
 __all__ = ["picture"]
 

@@ -24,8 +24,8 @@ from purifyloader.dynamics.pictures import picture
 from purifyloader.dynamics.tune import COMPENSATED, choose_level, tune
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.evaluation.command import to_json
-from purifyloader.evaluation.output import check_out, write_results
 from purifyloader.evaluation.sets import load
+from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "RECIPES", "main", "pasted", "reasons"]
 

@@ -23,7 +23,6 @@ from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.errors import InputError
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
-from purifyloader.evaluation.output import check_out, write_results
 from purifyloader.evaluation.pictures import examples, picture
 from purifyloader.evaluation.sets import (
     ATTACKS,
@@ -35,6 +34,7 @@ from purifyloader.evaluation.sets import (
     poisoned_images,
     training_details,
 )
+from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
 

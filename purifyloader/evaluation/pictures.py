@@ -17,7 +17,7 @@ from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
 from purifyloader.evaluation.evaluate import FORMAT, VERSION
 from purifyloader.evaluation.measures import check_images
-from purifyloader.figures import new_figure, save_figure
+from purifyloader.results.figures import new_figure, save_figure
 
 __all__ = ["Examples", "examples", "picture"]
 

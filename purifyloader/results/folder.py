@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from purifyloader.errors import InputError
-from purifyloader.figures import has_matplotlib
 from purifyloader.files.atomic import write_text, writing
+from purifyloader.results.figures import has_matplotlib
 
 __all__ = ["check_out", "write_results", "writing"]
 
