@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from purifyloader import plans, pretrained, purifiers, recipes, transforms
-    from purifyloader.dataset import PurifiedDataset
     from purifyloader.errors import PurifyError
-    from purifyloader.filling import precompute
-    from purifyloader.loader import PurifiedLoader
+    from purifyloader.purified.dataset import PurifiedDataset
+    from purifyloader.purified.filling import precompute
+    from purifyloader.purified.loader import PurifiedLoader
 
 __version__ = "0.1.0"
 
@@ -28,10 +28,10 @@ __all__ = [
 
 # torch and torchvision take seconds to import: each name is loaded when it is first used.
 _ORIGIN = {
-    "PurifiedDataset": "purifyloader.dataset",
-    "PurifiedLoader": "purifyloader.loader",
+    "PurifiedDataset": "purifyloader.purified.dataset",
+    "PurifiedLoader": "purifyloader.purified.loader",
     "PurifyError": "purifyloader.errors",
-    "precompute": "purifyloader.filling",
+    "precompute": "purifyloader.purified.filling",
 }
 
 

@@ -1,6 +1,6 @@
 """Fill a purified cache: `accelerate launch -m purifyloader.precompute`, or `purifyloader precompute`.
 
-The work itself is `purifyloader.filling.precompute`, which is `purifyloader.precompute` in Python.
+The work itself is `purifyloader.purified.filling.precompute`, which is `purifyloader.precompute` in Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from purifyloader.cache.reader import CacheReader
 from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.filling import CHECKED, place, precompute
+from purifyloader.purified.filling import CHECKED, place, precompute
 from purifyloader.purifiers import Purifier
 
 __all__ = ["main", "precompute"]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from purifyloader.cache import CacheReader
 from purifyloader.errors import PurifyError
-from purifyloader.filling import precompute
+from purifyloader.purified.filling import precompute
 from purifyloader.purifiers import Jpeg
 from tests.conftest import PictureDataset, random_images
 

@@ -26,8 +26,8 @@ from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, InputError
-from purifyloader.filling import make_shard, precompute
-from purifyloader.jobs import Job
+from purifyloader.purified.filling import make_shard, precompute
+from purifyloader.purified.job import Job
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate, Purify
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy

@@ -24,15 +24,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import purifyloader
-from purifyloader import PurifiedDataset, cli, filling, recipes
+from purifyloader import PurifiedDataset, cli, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.files.locks import is_held
-from purifyloader.filling import make_shard, place, precompute
-from purifyloader.jobs import Job
+from purifyloader.purified import filling
+from purifyloader.purified.filling import make_shard, place, precompute
+from purifyloader.purified.job import Job
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
@@ -826,7 +827,7 @@ def test_the_function_is_callable_under_its_name(tmp_path: Path) -> None:
         "import sys\n"
         "import purifyloader\n"
         "from tests.test_filling import source, Jpeg\n"
-        "assert purifyloader.precompute.__module__ == 'purifyloader.filling'\n"
+        "assert purifyloader.precompute.__module__ == 'purifyloader.purified.filling'\n"
         "import purifyloader.precompute\n"
         "from purifyloader.precompute import main\n"
         "reader = purifyloader.precompute(source(), Jpeg(30), sys.argv[1], shard_size=4, progress=False)\n"

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from purifyloader import PurifiedDataset, PurifiedLoader, purifiers, recipes
 from purifyloader.core import noise
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.jobs import COMPENSATE, PURIFY
+from purifyloader.purified.job import COMPENSATE, PURIFY
 from purifyloader.transforms import Compensate, Purify
 from purifyloader.transforms.webdataset import purified
 from tests.conftest import random_images, tiny_denoiser, tiny_energy

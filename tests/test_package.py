@@ -80,7 +80,7 @@ PUBLIC = {
     ],
     "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
     "purifyloader.datasets.named": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
-    "purifyloader.plans": ["plan"],
+    "purifyloader.purified.plans": ["plan"],
     "purifyloader.recipes": [
         "bit_depth",
         "coin",

@@ -20,8 +20,8 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache.command import describe, main
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError
-from purifyloader.filling import precompute
-from purifyloader.jobs import Job
+from purifyloader.purified.filling import precompute
+from purifyloader.purified.job import Job
 from purifyloader.purifiers import Chain, Coin, EnergyAbove, Jpeg, Purifier, Resize, Where
 from tests.conftest import PictureDataset, random_images, tiny_energy
 

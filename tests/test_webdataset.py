@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from purifyloader.core import noise
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.jobs import COMPENSATE
+from purifyloader.purified.job import COMPENSATE
 from purifyloader.purifiers import Chain, DenoiseOnce, Jpeg, Purifier, Resize
 from purifyloader.transforms import Compensate
 from purifyloader.transforms.webdataset import _index, compensated, purified

@@ -15,8 +15,8 @@ from purifyloader import PurifiedDataset, recipes
 from purifyloader.core import noise
 from purifyloader.energy import image_energies
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
-from purifyloader.jobs import PURIFY
-from purifyloader.plans import is_open, plan
+from purifyloader.purified.job import PURIFY
+from purifyloader.purified.plans import is_open, plan
 from purifyloader.purifiers import (
     Chain,
     Coin,

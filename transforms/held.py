@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core.devices import device_of
+from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
-from purifyloader.tensors import check_applicable
 
 __all__ = ["HoldsPurifier"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from purifyloader.core import corruptions
 from purifyloader.errors import InputError
+from purifyloader.purified.tensors import purify_tensor
 from purifyloader.purifiers import Purifier
-from purifyloader.tensors import purify_tensor
 from purifyloader.transforms.held import HoldsPurifier
 from purifyloader.transforms.purification import squeezing
 

@@ -11,8 +11,8 @@ from torchvision import tv_tensors
 
 from purifyloader import recipes
 from purifyloader.errors import InputError
+from purifyloader.purified.tensors import purify_tensor
 from purifyloader.purifiers import Purifier
-from purifyloader.tensors import purify_tensor
 from purifyloader.transforms.base import ImageTransform
 from purifyloader.transforms.held import HoldsPurifier
 

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core import noise
-from purifyloader.dataset import PurifiedDataset
-from purifyloader.jobs import COMPENSATE
+from purifyloader.purified.dataset import PurifiedDataset
+from purifyloader.purified.job import COMPENSATE
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import BatchTransform

@@ -212,7 +212,7 @@ class Plan:
     Attributes:
         config, length: of the cache that it is part of.
         device: the kind that it was made on.
-        found: what `purifyloader.plans.make` found.
+        found: what `purifyloader.purified.plans.make` found.
     """
 
     config: dict[str, Any]

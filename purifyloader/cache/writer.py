@@ -183,7 +183,7 @@ class CacheWriter:
         """Keep a plan for the other processes, and for a run that goes on after a stop, until the index has it.
 
         Args:
-            found: as `purifyloader.plans.make` gives it.
+            found: as `purifyloader.purified.plans.make` gives it.
 
         Raises:
             CacheError: writing failed.

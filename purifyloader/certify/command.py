@@ -38,8 +38,8 @@ from purifyloader.evaluation.sets import label_of
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path
-from purifyloader.filling import place
 from purifyloader.processes import run_many
+from purifyloader.purified.filling import place
 from purifyloader.results.rows import fingerprint
 from purifyloader.victims.networks import VICTIMS
 

@@ -5,7 +5,7 @@ through `purify_images`; `Resize` and `Tiles` bring them to one. The pixels of a
 (weights, configuration, seed, image) alone. Kernels pick their arithmetic by batch size, so every network
 call is padded to a fixed `compute_batch`; noise is a function of the image's seed (`purifyloader.core.noise`); a
 composition gives each stage, repetition and tile a child seed. What must look at the whole dataset is a plan
-(`purifyloader.plans`), made once; the purifier that has it is again a function of one image.
+(`purifyloader.purified.plans`), made once; the purifier that has it is again a function of one image.
 
 Every purifier says itself as JSON (`to_json`) and is built back from it (`from_json`) through a closed
 table of names. Plugins add theirs under the entry point group `purifyloader.purifiers`.

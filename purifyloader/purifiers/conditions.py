@@ -1,6 +1,6 @@
 """Which images to purify: conditions, some of which need a look at the whole dataset first.
 
-That look is a plan (`purifyloader.plans`): one pass that yields numbers, with which the condition is again a
+That look is a plan (`purifyloader.purified.plans`): one pass that yields numbers, with which the condition is again a
 function of one image.
 """
 
@@ -178,7 +178,7 @@ class EnergyAbove(Condition):
             raise ConfigError(
                 f"Which images have the highest energies, the share k = {self.k:g} of a dataset, is known after a look "
                 "at all of them. Got images before it. PurifiedDataset and precompute look by themselves; by hand it "
-                "is purifier = purifyloader.plans.plan(purifier, dataset)."
+                "is purifier = purifyloader.purified.plans.plan(purifier, dataset)."
             )
         return self.measure(x_BCHW) >= self.threshold
 

@@ -26,7 +26,7 @@ class Where(Purifier):
 
     Args:
         condition: such as `EnergyAbove`. One with a share k needs a plan before it can run:
-            `purifyloader.plans.plan`; `PurifiedDataset` and `precompute` make it by themselves.
+            `purifyloader.purified.plans.plan`; `PurifiedDataset` and `precompute` make it by themselves.
         purifier: one that keeps shapes; put a `Resize` before.
 
     Raises:

@@ -202,7 +202,7 @@ def puregen_filt(
     """PureGen-Filt: purify only the share k of the images with the highest energies, here with (0, 125, 1).
 
     Which those are is a plan: one pass over the dataset, which `PurifiedDataset` and `precompute` make by themselves
-    (`purifyloader.plans`). Whoever chooses images by looking at them has no certificate.
+    (`purifyloader.purified.plans`). Whoever chooses images by looking at them has no certificate.
 
     Args:
         k: share of the images, above 0 and at most 1.

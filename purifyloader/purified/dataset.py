@@ -27,9 +27,9 @@ from purifyloader.datasets.samples import ImageKey, assemble, get_image, is_plai
 from purifyloader.datasets.sources import REMEDY, check_honest, random_state_kept, take_over, without_source
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.locks import is_held
-from purifyloader.filling import ShardsOnDemand, choose_layout, fill, notes_of
-from purifyloader.jobs import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
-from purifyloader.purified import transform_that_purifies
+from purifyloader.purified.already import transform_that_purifies
+from purifyloader.purified.filling import ShardsOnDemand, choose_layout, fill, notes_of
+from purifyloader.purified.job import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
 from purifyloader.purifiers import Purifier
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]
@@ -71,7 +71,7 @@ class PurifiedDataset(Dataset[Any]):
         purifier: see `purifyloader.recipes`. Its draws are a function of (seed, draw, index): every epoch
             of a draw and a cache see the same purified image. One with a condition over the dataset, such as
             `recipes.puregen_filt`, is planned here: that is one pass over all of it, unless a cache has the plan
-            already (`purifyloader.plans`).
+            already (`purifyloader.purified.plans`).
         compensate: ECLIPSE's other half, `Compensate()`; drawn afresh from (seed, epoch, index).
         cache: folder, read in place of purifying; see `purifyloader.precompute`. A new or empty folder is
             filled now. 8 bits a channel. Targets and further fields are read from it too, where it has them.

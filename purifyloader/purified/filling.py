@@ -38,7 +38,7 @@ from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.locks import Lock, is_held, lock_path, read_note
-from purifyloader.jobs import (
+from purifyloader.purified.job import (
     Job,
     Read,
     as_integer,
@@ -105,7 +105,7 @@ def precompute(
             variables RANK and WORLD_SIZE, else 0 of 1.
         allow_mixed_devices: go on with shards that another kind of device made.
         plan: a JSON object kept with the cache. A purifier with a condition over the dataset adds its own, which
-            is made first, in one pass over the dataset: see `purifyloader.plans`.
+            is made first, in one pass over the dataset: see `purifyloader.purified.plans`.
         progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
 
     Raises:

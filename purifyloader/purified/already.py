@@ -31,7 +31,7 @@ def transform_that_purifies(dataset: Any, transform: Any = None) -> str | None:
 
 
 def _purifies(part: Any) -> bool:
-    from purifyloader.dataset import PurifiedDataset  # not above: the dataset asks this of its transform
+    from purifyloader.purified.dataset import PurifiedDataset  # not above: the dataset asks this of its transform
 
     return isinstance(part, PurifiedDataset) or isinstance(_own(part, "purifier"), Purifier)
 

@@ -15,13 +15,13 @@ from torchvision import tv_tensors
 from purifyloader.core import corruptions, noise
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import luma
-from purifyloader.dataset import KeyedCorruption
 from purifyloader.datasets.samples import ImageKey, place, with_image
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.jobs import COMPENSATE, PURIFY, as_integer, placed
-from purifyloader.purified import purified_by
+from purifyloader.purified.already import purified_by
+from purifyloader.purified.dataset import KeyedCorruption
+from purifyloader.purified.job import COMPENSATE, PURIFY, as_integer, placed
+from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
-from purifyloader.tensors import check_applicable
 from purifyloader.transforms.compensation import Compensate
 
 __all__ = ["PurifiedLoader"]

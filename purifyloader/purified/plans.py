@@ -29,7 +29,7 @@ from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
-from purifyloader.jobs import Job, as_integer, check_arguments, placed, read_batches
+from purifyloader.purified.job import Job, as_integer, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.conditions import conditions_of
 

@@ -1,0 +1,1 @@
+"""Purified datasets and loaders: live, read from a cache, or cached on demand."""
