@@ -26,7 +26,7 @@ from torch import Tensor
 from purifyloader.bench.defence import afresh
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
-from purifyloader.poisons import attacks
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.purifiers import Coin
 from purifyloader.victims.training import BatchTransform, accuracy, train_victim
 

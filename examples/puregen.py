@@ -40,7 +40,8 @@ from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
 from purifyloader.evaluation.measures import auc
 from purifyloader.files.atomic import write_text
-from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
+from purifyloader.poisons import add_trigger, autoregressive, backdoor, read_trigger
+from purifyloader.poisons.attacks import lsp
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim

@@ -14,16 +14,16 @@ from purifyloader import pretrained, recipes
 from purifyloader.core import corruptions
 from purifyloader.core.images import luma
 from purifyloader.errors import InputError
-from purifyloader.poisons.adaptive import adaptive
-from purifyloader.poisons.adp import adp
-from purifyloader.poisons.clean import add, opened
-from purifyloader.poisons.em import PRESETS as EM_PRESETS
-from purifyloader.poisons.em import em, min_min
+from purifyloader.poisons.attacks.adaptive import adaptive
+from purifyloader.poisons.attacks.adp import adp
+from purifyloader.poisons.attacks.clean import add, opened
+from purifyloader.poisons.attacks.em import PRESETS as EM_PRESETS
+from purifyloader.poisons.attacks.em import em, min_min
+from purifyloader.poisons.attacks.presets import choose
+from purifyloader.poisons.attacks.surrogate import Surrogate, Training
+from purifyloader.poisons.attacks.tap import tap
+from purifyloader.poisons.attacks.views import compensated, itself, purified
 from purifyloader.poisons.poisoned import Bound
-from purifyloader.poisons.presets import choose
-from purifyloader.poisons.surrogate import Surrogate, Training
-from purifyloader.poisons.tap import tap
-from purifyloader.poisons.views import compensated, itself, purified
 from tests.conftest import tiny_denoiser
 from tests.test_surrogate_attacks import FAINT, SMALL, as_batch, patterns, record
 
@@ -239,7 +239,7 @@ def test_class_wise_adp_is_as_class_wise_em():
 
 def test_crops_come_between_the_denoiser_and_compensation(monkeypatch):
     """As in training from a cache: what is cropped is what was purified, whose size is the image's."""
-    import purifyloader.poisons.adaptive as module
+    import purifyloader.poisons.attacks.adaptive as module
 
     seen = []
     crop = module.crop_and_flip

@@ -26,8 +26,8 @@ from purifyloader.poisons import (
     ops_pixels,
     urp,
 )
+from purifyloader.poisons.attacks.tap import PRESETS, TapSettings
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.tap import PRESETS, TapSettings
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (60, 12, 10, 3), np.uint8)

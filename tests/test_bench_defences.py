@@ -19,7 +19,8 @@ from purifyloader.cli import main
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
-from purifyloader.poisons import Poisoned, Target, attacks
+from purifyloader.poisons import Poisoned, Target
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.purifiers import Chain, Coin, Jpeg, Repeat
 from purifyloader.results import rows
 from tests.conftest import tiny_denoiser, tiny_energy

@@ -30,7 +30,7 @@ from purifyloader.evaluation.sets import training_details
 from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hashes
 from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
-from purifyloader.poisons import em
+from purifyloader.poisons.attacks import em
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Coin
 from purifyloader.results import rows

@@ -25,7 +25,8 @@ from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock
-from purifyloader.poisons import Attack, Poisoned, Target, attacks
+from purifyloader.poisons import Attack, Poisoned, Target
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.results import rows
 from purifyloader.victims.networks import resnet9
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer

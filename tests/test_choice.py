@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons.choice import as_target, drawn, how_many, is_class, of_class
+from purifyloader.poisons.attacks.choice import as_target, drawn, how_many, is_class, of_class
 from purifyloader.poisons.poisoned import Target
 
 LABELS = np.arange(40) % 4

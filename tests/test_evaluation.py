@@ -41,7 +41,8 @@ from purifyloader.evaluation import (
     variance_calibration,
 )
 from purifyloader.evaluation.command import main, to_json
-from purifyloader.poisons import autoregressive, lsp
+from purifyloader.poisons import autoregressive
+from purifyloader.poisons.attacks import lsp
 from purifyloader.results.folder import check_out
 from tests.conftest import random_images, tiny_denoiser, tiny_network
 

@@ -16,15 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons import bullseye as bullseye_module
-from purifyloader.poisons import frogs as frogs_module
-from purifyloader.poisons.bullseye import bullseye, off_centre
-from purifyloader.poisons.clean import opened, rounded
-from purifyloader.poisons.few import approach
-from purifyloader.poisons.frogs import backward, collision, poison_frogs
+from purifyloader.poisons.attacks import bullseye as bullseye_module
+from purifyloader.poisons.attacks import frogs as frogs_module
+from purifyloader.poisons.attacks.bullseye import bullseye, off_centre
+from purifyloader.poisons.attacks.clean import opened, rounded
+from purifyloader.poisons.attacks.few import approach
+from purifyloader.poisons.attacks.frogs import backward, collision, poison_frogs
+from purifyloader.poisons.attacks.presets import choose
+from purifyloader.poisons.attacks.surrogate import last_features, train
 from purifyloader.poisons.poisoned import Bound, Target
-from purifyloader.poisons.presets import choose
-from purifyloader.poisons.surrogate import last_features, train
 from tests.test_surrogate_attacks import SMALL, as_batch, patterns
 
 ATTACKS = {"poison-frogs": poison_frogs, "bullseye": bullseye}

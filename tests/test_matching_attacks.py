@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from purifyloader.errors import ConfigError, InputError, TrainingError
-from purifyloader.poisons.clean import opened
-from purifyloader.poisons.gradient_matching import gradient_matching, loss_gradient, mismatch
-from purifyloader.poisons.label_consistent import corner_trigger, label_consistent
+from purifyloader.poisons.attacks.clean import opened
+from purifyloader.poisons.attacks.gradient_matching import gradient_matching, loss_gradient, mismatch
+from purifyloader.poisons.attacks.label_consistent import corner_trigger, label_consistent
+from purifyloader.poisons.attacks.presets import choose
+from purifyloader.poisons.attacks.surrogate import train
+from purifyloader.poisons.attacks.trigger import add_trigger
 from purifyloader.poisons.poisoned import Bound, Target
-from purifyloader.poisons.presets import choose
-from purifyloader.poisons.surrogate import train
-from purifyloader.poisons.trigger import add_trigger
 from tests.test_surrogate_attacks import SMALL, as_batch, patterns
 
 gm_module, lc_module = inspect.getmodule(gradient_matching), inspect.getmodule(label_consistent)

@@ -13,16 +13,16 @@ import torch
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError, TrainingError
-from purifyloader.poisons.clean import opened
-from purifyloader.poisons.efp import efp, nearest_class
-from purifyloader.poisons.em import em
-from purifyloader.poisons.pgd import direction, lengths, pgd, project, random_start, round_within
+from purifyloader.poisons.attacks.clean import opened
+from purifyloader.poisons.attacks.efp import efp, nearest_class
+from purifyloader.poisons.attacks.em import em
+from purifyloader.poisons.attacks.pgd import direction, lengths, pgd, project, random_start, round_within
+from purifyloader.poisons.attacks.presets import choose
+from purifyloader.poisons.attacks.rem import rem
+from purifyloader.poisons.attacks.sep import sep
+from purifyloader.poisons.attacks.surrogate import Surrogate, Training, crop_and_flip, train, worst_case
+from purifyloader.poisons.attacks.tap import tap
 from purifyloader.poisons.poisoned import Bound
-from purifyloader.poisons.presets import choose
-from purifyloader.poisons.rem import rem
-from purifyloader.poisons.sep import sep
-from purifyloader.poisons.surrogate import Surrogate, Training, crop_and_flip, train, worst_case
-from purifyloader.poisons.tap import tap
 
 rem_module, sep_module, tap_module = (inspect.getmodule(attack) for attack in (rem, sep, tap))
 

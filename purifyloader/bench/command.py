@@ -26,7 +26,8 @@ from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import write_text, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock
-from purifyloader.poisons import attacks, reading
+from purifyloader.poisons import reading
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.processes import run_many
 from purifyloader.results import rows

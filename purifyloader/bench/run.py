@@ -25,7 +25,8 @@ from purifyloader.errors import InputError
 from purifyloader.files.atomic import file_sha256, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, is_held, lock_path
-from purifyloader.poisons import add_trigger, attacks, reading
+from purifyloader.poisons import add_trigger, reading
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks
 from purifyloader.poisons.writing import write_npz

@@ -11,8 +11,9 @@ import torch
 from purifyloader.core import noise
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons import Attack, Target, attacks
-from purifyloader.poisons.additive import purpose_keys
+from purifyloader.poisons import Attack, Target
+from purifyloader.poisons.attacks import registry as attacks
+from purifyloader.poisons.attacks.additive import purpose_keys
 
 __all__ = ["check_options", "seed_of", "target_of"]
 

@@ -6,15 +6,15 @@ attacks are regenerable from a seed. An availability attack makes a training set
 added pattern, which is a shortcut to the label, and not the image. A trigger plants a back door.
 """
 
-from purifyloader.poisons.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
-from purifyloader.poisons.attacks import ATTACKS, Attack, make
-from purifyloader.poisons.class_wise import class_patterns, urp
-from purifyloader.poisons.cuda import cuda, cuda_filters
-from purifyloader.poisons.lsp import lsp, lsp_perturbation
-from purifyloader.poisons.ops import ops, ops_pixels
+from purifyloader.poisons.attacks.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
+from purifyloader.poisons.attacks.class_wise import class_patterns, urp
+from purifyloader.poisons.attacks.cuda import cuda, cuda_filters
+from purifyloader.poisons.attacks.lsp import lsp, lsp_perturbation
+from purifyloader.poisons.attacks.ops import ops, ops_pixels
+from purifyloader.poisons.attacks.registry import ATTACKS, Attack, make
+from purifyloader.poisons.attacks.trigger import add_trigger, backdoor, read_trigger
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
 from purifyloader.poisons.reading import check, read
-from purifyloader.poisons.trigger import add_trigger, backdoor, read_trigger
 from purifyloader.poisons.writing import write, write_images, write_npz
 
 __all__ = [

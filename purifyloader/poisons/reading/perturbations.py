@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.ar import autoregressive
+from purifyloader.poisons.attacks.ar import autoregressive
+from purifyloader.poisons.attacks.trigger import backdoor, read_trigger
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.reading.checks import check_numbers
 from purifyloader.poisons.reading.content import as_number_array, describe, integers
 from purifyloader.poisons.reading.request import Request, add
-from purifyloader.poisons.trigger import backdoor, read_trigger
 
 __all__ = [
     "is_ar",

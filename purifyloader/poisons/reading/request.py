@@ -17,7 +17,7 @@ from PIL import Image
 from purifyloader.core.images import quantize
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import InputError
-from purifyloader.poisons.choice import is_class
+from purifyloader.poisons.attacks.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import unmoved
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from purifyloader.core.images import pil_mode
 from purifyloader.errors import InputError
-from purifyloader.poisons.choice import as_target
+from purifyloader.poisons.attacks.choice import as_target
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers
 from purifyloader.poisons.reading.request import Request, as_levels, indexed, label_of

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.clean import Clean
-from purifyloader.poisons.pgd import Loss
-from purifyloader.poisons.surrogate import Surrogate
+from purifyloader.poisons.attacks.clean import Clean
+from purifyloader.poisons.attacks.pgd import Loss
+from purifyloader.poisons.attacks.surrogate import Surrogate
 
 __all__ = ["class_features", "feature_distance"]
 

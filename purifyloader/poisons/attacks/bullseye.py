@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purifyloader.poisons.clean import add_to, opened
-from purifyloader.poisons.few import aims, approach, chosen, distances, evaluated, facts, features, given
+from purifyloader.poisons.attacks.clean import add_to, opened
+from purifyloader.poisons.attacks.few import aims, approach, chosen, distances, evaluated, facts, features, given
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import train
 
 __all__ = ["PRESETS", "BullseyeSettings", "bullseye", "off_centre"]
 

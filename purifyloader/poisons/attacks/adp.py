@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from purifyloader.poisons.clean import add, opened, poisoned
-from purifyloader.poisons.em import EmSettings, min_min, with_defaults
+from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.em import EmSettings, min_min, with_defaults
+from purifyloader.poisons.attacks.presets import choose, told
+from purifyloader.poisons.attacks.views import compensated
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import choose, told
-from purifyloader.poisons.views import compensated
 
 __all__ = ["PRESETS", "AdpSettings", "adp"]
 

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.choice import as_target, drawn, of_class
-from purifyloader.poisons.clean import Clean
-from purifyloader.poisons.pgd import project
+from purifyloader.poisons.attacks.choice import as_target, drawn, of_class
+from purifyloader.poisons.attacks.clean import Clean
+from purifyloader.poisons.attacks.pgd import project
+from purifyloader.poisons.attacks.presets import TrainedSettings
+from purifyloader.poisons.attacks.surrogate import crop_and_flip, last_features, uniforms
 from purifyloader.poisons.poisoned import Bound, Target
-from purifyloader.poisons.presets import TrainedSettings
-from purifyloader.poisons.surrogate import crop_and_flip, last_features, uniforms
 
 __all__ = [
     "Few",

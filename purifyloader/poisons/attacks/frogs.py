@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purifyloader.poisons.clean import add_to, opened
-from purifyloader.poisons.few import aims, approach, chosen, distances, evaluated, facts, features, given, rate
+from purifyloader.poisons.attacks.clean import add_to, opened
+from purifyloader.poisons.attacks.few import aims, approach, chosen, distances, evaluated, facts, features, given, rate
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import train
 
 __all__ = ["PRESETS", "FrogsSettings", "backward", "collision", "poison_frogs"]
 

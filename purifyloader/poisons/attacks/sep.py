@@ -19,13 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.clean import Clean, add, opened, poisoned
-from purifyloader.poisons.descent import descend, shifted
-from purifyloader.poisons.features import class_features, feature_distance
-from purifyloader.poisons.pgd import Loss
+from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.descent import descend, shifted
+from purifyloader.poisons.attacks.features import class_features, feature_distance
+from purifyloader.poisons.attacks.pgd import Loss
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train
 
 __all__ = ["PRESETS", "SepSettings", "sep"]
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.clean import add, opened, poisoned
-from purifyloader.poisons.descent import descend
-from purifyloader.poisons.features import class_features, feature_distance
+from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.descent import descend
+from purifyloader.poisons.attacks.features import class_features, feature_distance
+from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import Surrogate, share_called, train, worst_case
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import AdversarialSettings, TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, share_called, train, worst_case
 
 __all__ = ["PRESETS", "EfpSettings", "efp"]
 

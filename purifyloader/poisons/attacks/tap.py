@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from purifyloader.poisons.clean import add, opened, poisoned
-from purifyloader.poisons.descent import descend, shifted
+from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.descent import descend, shifted
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import cross_entropy, share_called, train
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import cross_entropy, share_called, train
 
 __all__ = ["PRESETS", "TapSettings", "tap"]
 

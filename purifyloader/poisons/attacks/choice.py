@@ -13,7 +13,7 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons.additive import purpose_keys
+from purifyloader.poisons.attacks.additive import purpose_keys
 from purifyloader.poisons.poisoned import Target
 
 __all__ = ["as_target", "drawn", "how_many", "is_class", "of_class"]

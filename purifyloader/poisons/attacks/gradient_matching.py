@@ -23,12 +23,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.clean import Clean, add_to, opened
-from purifyloader.poisons.few import Few, chosen, evaluated, facts, given, rate, within
-from purifyloader.poisons.pgd import random_start
+from purifyloader.poisons.attacks.clean import Clean, add_to, opened
+from purifyloader.poisons.attacks.few import Few, chosen, evaluated, facts, given, rate, within
+from purifyloader.poisons.attacks.pgd import random_start
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import crop_and_flip, train, uniforms
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import crop_and_flip, train, uniforms
 
 __all__ = ["PRESETS", "GradientMatchingSettings", "gradient_matching", "loss_gradient", "mismatch"]
 

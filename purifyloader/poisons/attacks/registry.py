@@ -24,26 +24,26 @@ from torch import Tensor
 
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons.adaptive import adaptive
-from purifyloader.poisons.adp import adp
-from purifyloader.poisons.ar import ar_coefficients, autoregressive, read_ar_coefficients
-from purifyloader.poisons.bullseye import bullseye
-from purifyloader.poisons.choice import drawn, how_many, of_class
-from purifyloader.poisons.class_wise import urp as add_class_pattern
-from purifyloader.poisons.cuda import cuda as convolve
-from purifyloader.poisons.efp import efp
-from purifyloader.poisons.em import em
-from purifyloader.poisons.frogs import poison_frogs
-from purifyloader.poisons.gradient_matching import gradient_matching
-from purifyloader.poisons.label_consistent import label_consistent
-from purifyloader.poisons.lsp import lsp as add_patches
-from purifyloader.poisons.ops import ops_pixels, set_pixels
+from purifyloader.poisons.attacks.adaptive import adaptive
+from purifyloader.poisons.attacks.adp import adp
+from purifyloader.poisons.attacks.ar import ar_coefficients, autoregressive, read_ar_coefficients
+from purifyloader.poisons.attacks.bullseye import bullseye
+from purifyloader.poisons.attacks.choice import drawn, how_many, of_class
+from purifyloader.poisons.attacks.class_wise import urp as add_class_pattern
+from purifyloader.poisons.attacks.cuda import cuda as convolve
+from purifyloader.poisons.attacks.efp import efp
+from purifyloader.poisons.attacks.em import em
+from purifyloader.poisons.attacks.frogs import poison_frogs
+from purifyloader.poisons.attacks.gradient_matching import gradient_matching
+from purifyloader.poisons.attacks.label_consistent import label_consistent
+from purifyloader.poisons.attacks.lsp import lsp as add_patches
+from purifyloader.poisons.attacks.ops import ops_pixels, set_pixels
+from purifyloader.poisons.attacks.presets import choose, field_names
+from purifyloader.poisons.attacks.rem import rem
+from purifyloader.poisons.attacks.sep import sep
+from purifyloader.poisons.attacks.tap import tap
+from purifyloader.poisons.attacks.trigger import backdoor, read_trigger
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.presets import choose, field_names
-from purifyloader.poisons.rem import rem
-from purifyloader.poisons.sep import sep
-from purifyloader.poisons.tap import tap
-from purifyloader.poisons.trigger import backdoor, read_trigger
 
 __all__ = ["ATTACKS", "FILES", "Attack", "ar", "cuda", "find", "lsp", "make", "narcissus", "ops", "urp"]
 
@@ -462,7 +462,7 @@ def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
         dataset: a map-style dataset of (image, label) without a transform, in colour and of one size, or a pair
             (images uint8 (N, H, W, 3), labels).
         seed: of all that is random.
-        options: of the attack; see its function in `purifyloader.poisons.attacks`.
+        options: of the attack; see its function in `purifyloader.poisons.attacks.registry`.
 
     Raises:
         ConfigError: no such attack, or options that it does not take.

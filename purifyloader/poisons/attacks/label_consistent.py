@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.choice import drawn, of_class
-from purifyloader.poisons.clean import Clean, add_to, opened
-from purifyloader.poisons.descent import descend
+from purifyloader.poisons.attacks.choice import drawn, of_class
+from purifyloader.poisons.attacks.clean import Clean, add_to, opened
+from purifyloader.poisons.attacks.descent import descend
+from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
+from purifyloader.poisons.attacks.trigger import add_trigger
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.presets import AdversarialSettings, TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
-from purifyloader.poisons.trigger import add_trigger
 
 __all__ = ["PRESETS", "LabelConsistentSettings", "corner_trigger", "label_consistent"]
 

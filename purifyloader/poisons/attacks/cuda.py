@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from purifyloader.core import noise
 from purifyloader.errors import InputError
-from purifyloader.poisons.additive import (
+from purifyloader.poisons.attacks.additive import (
     Images,
     Integers,
     as_classes,

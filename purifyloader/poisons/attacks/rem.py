@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.clean import Clean, add, opened, poisoned
-from purifyloader.poisons.descent import starts
-from purifyloader.poisons.pgd import Loss, pgd
+from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.descent import starts
+from purifyloader.poisons.attacks.pgd import Loss, pgd
+from purifyloader.poisons.attacks.presets import AdversarialSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import Surrogate, Training, crop_and_flip, cross_entropy, worst_case
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import AdversarialSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, Training, crop_and_flip, cross_entropy, worst_case
 
 __all__ = ["PRESETS", "RemSettings", "rem"]
 

@@ -17,9 +17,9 @@ from purifyloader.core import noise
 from purifyloader.core.devices import as_device, exact_arithmetic
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
-from purifyloader.poisons.pgd import round_within
+from purifyloader.poisons.attacks.pgd import round_within
+from purifyloader.poisons.attacks.presets import AttackSettings
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.poisons.presets import AttackSettings
 
 __all__ = ["Clean", "add", "add_to", "opened", "poisoned", "rounded"]
 

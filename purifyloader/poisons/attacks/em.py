@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.poisons.clean import Clean, add, opened, poisoned
-from purifyloader.poisons.descent import starts
-from purifyloader.poisons.pgd import ascend, pgd
+from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.descent import starts
+from purifyloader.poisons.attacks.pgd import ascend, pgd
+from purifyloader.poisons.attacks.presets import AttackSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import Training, crop_and_flip, cross_entropy
+from purifyloader.poisons.attacks.views import View, itself
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import AttackSettings, choose, told
-from purifyloader.poisons.surrogate import Training, crop_and_flip, cross_entropy
-from purifyloader.poisons.views import View, itself
 
 __all__ = ["PRESETS", "EmSettings", "em", "min_min", "with_defaults"]
 

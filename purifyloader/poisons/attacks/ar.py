@@ -15,7 +15,7 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.errors import InputError
-from purifyloader.poisons.additive import (
+from purifyloader.poisons.attacks.additive import (
     Draw,
     Images,
     Integers,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.additive import Images, Integers, as_labels, change_images, size_of
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, size_of
 
 __all__ = ["Pixel", "ops", "ops_pixels"]
 

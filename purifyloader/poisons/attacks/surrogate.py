@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
-from purifyloader.poisons.clean import Clean
-from purifyloader.poisons.pgd import Loss, pgd, random_start
-from purifyloader.poisons.presets import AdversarialSettings, AttackSettings, TrainedSettings
+from purifyloader.poisons.attacks.clean import Clean
+from purifyloader.poisons.attacks.pgd import Loss, pgd, random_start
+from purifyloader.poisons.attacks.presets import AdversarialSettings, AttackSettings, TrainedSettings
 from purifyloader.victims.networks import resnet9, victim
 
 __all__ = [

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.poisons.additive import Images, Integers, as_labels, size_of
-from purifyloader.poisons.choice import drawn
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, size_of
+from purifyloader.poisons.attacks.choice import drawn
 
 __all__ = ["add_trigger", "backdoor", "read_trigger"]
 

@@ -20,13 +20,20 @@ from torch import Tensor
 
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.poisons.clean import Clean, add, opened, poisoned
-from purifyloader.poisons.descent import descend, shifted
-from purifyloader.poisons.pgd import Loss
+from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.descent import descend, shifted
+from purifyloader.poisons.attacks.pgd import Loss
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.surrogate import (
+    Surrogate,
+    crop_and_flip,
+    cross_entropy,
+    share_called,
+    train,
+    uniforms,
+)
+from purifyloader.poisons.attacks.views import View, compensated, purified
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.presets import TrainedSettings, choose, told
-from purifyloader.poisons.surrogate import Surrogate, crop_and_flip, cross_entropy, share_called, train, uniforms
-from purifyloader.poisons.views import View, compensated, purified
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.eclipse import eclipse
 from purifyloader.recipes.models import Model, as_denoiser

@@ -1,0 +1,1 @@
+"""The attacks, one module each, and the registry of their names."""
