@@ -1,5 +1,5 @@
 import sys
 
-from purifyloader.cli import main
+from purifyloader.commands.main import main
 
 sys.exit(main())

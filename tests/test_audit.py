@@ -20,11 +20,12 @@ from scipy import stats
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
-from purifyloader import cli, pretrained
+from purifyloader import pretrained
 from purifyloader.audit import DatasetEnergies, audit_energy, dataset_energies, picture, ranked_csv
-from purifyloader.audit.command import main
 from purifyloader.audit.compare import expected_share, halves, percentiles, threshold
 from purifyloader.audit.report import in_words, number
+from purifyloader.commands import main as cli
+from purifyloader.commands.audit import main
 from purifyloader.datasets.named import ImageFiles, TarDataset
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import CheckpointError, InputError, PurifyError
@@ -422,9 +423,7 @@ def test_a_picture_of_something_else_is_refused(bad, tmp_path):
 
 
 def test_the_modules_do_not_import_matplotlib():
-    code = (
-        "import sys, purifyloader.audit.command, purifyloader.dynamics.tune_command; print('matplotlib' in sys.modules)"
-    )
+    code = "import sys, purifyloader.commands.audit, purifyloader.commands.tune; print('matplotlib' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.split() == ["False"]
 

@@ -22,7 +22,7 @@ from purifyloader.bench import report
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.cli import main
+from purifyloader.commands.main import main
 from purifyloader.datasets.honest import check_disjoint
 from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
@@ -722,7 +722,7 @@ def test_a_poison_is_not_called_as_clean_data_are(folder, tmp_path, capsys):
 
 
 def test_tiny_imagenet_has_a_denoiser_of_its_kind():
-    from purifyloader.bench.command import SCALES, _models, _parser
+    from purifyloader.commands.bench import SCALES, _models, _parser
 
     for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):
         assert _models(_parser().parse_args(["--out", "o", "--data", data])).denoiser == name

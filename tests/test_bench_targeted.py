@@ -19,7 +19,7 @@ from purifyloader import pretrained
 from purifyloader.bench import report, targeted, transfer
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.cli import main
+from purifyloader.commands.main import main
 from purifyloader.datasets.shards import load_sample
 from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError

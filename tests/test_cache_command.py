@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from purifyloader import cli, precompute, recipes
-from purifyloader.cache.command import describe
+from purifyloader import precompute, recipes
 from purifyloader.cache.compare import compare, picture
 from purifyloader.cache.format import Layout
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.commands import main as cli
+from purifyloader.commands.cache import describe
 from purifyloader.errors import CacheError, InputError
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 

@@ -25,7 +25,7 @@ from PIL import Image
 from purifyloader import pretrained
 from purifyloader.certify import ABSTAIN, best_lower_bound, best_radius, certified_accuracy, certify, counts, predict
 from purifyloader.certify.training import Training
-from purifyloader.cli import main
+from purifyloader.commands.main import main
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, EnergyAbove, Jpeg, Langevin, Purifier, Where

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from purifyloader import pretrained
+from purifyloader.commands.convert import main
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
@@ -33,7 +34,6 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError, Purify
 from purifyloader.files.atomic import file_sha256
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.convert import FORMATS, convert
-from purifyloader.pretrained.convert.command import main
 from purifyloader.pretrained.convert.energy import NAMES
 from purifyloader.pretrained.convert.pickles import read_file, state_dict
 from purifyloader.pretrained.convert.plausibility import (

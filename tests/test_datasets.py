@@ -19,7 +19,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from purifyloader import cli
+from purifyloader.commands import main as cli
 from purifyloader.datasets.named import ImageFiles, TarDataset, open_dataset
 from purifyloader.errors import InputError
 from tests.conftest import random_images
@@ -452,7 +452,7 @@ def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
         "import json\nfrom purifyloader.datasets.named import open_dataset\ndef make():\n    return open_dataset('images')\n"
     )
     trained = ROOT / "tests/golden/plausibility/trained.safetensors"
-    code = "import sys; from purifyloader.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from purifyloader.commands.main import main; sys.exit(main(sys.argv[1:]))"
     for data in ("images", "mine:make"):
         command = [
             sys.executable,

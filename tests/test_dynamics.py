@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from purifyloader import cli, pretrained
+from purifyloader import pretrained
+from purifyloader.commands import main as cli
+from purifyloader.commands.dynamics import main
+from purifyloader.commands.inputs import poisoned_by_file
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.dynamics import DiffusionPath, LangevinPath, dynamics, measure, picture
-from purifyloader.dynamics.command import main
-from purifyloader.dynamics.inputs import poisoned_by_file
 from purifyloader.dynamics.measure import crossing
 from purifyloader.dynamics.paths import Piece
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from purifyloader import pretrained
+from purifyloader.commands.evaluate import main, to_json
 from purifyloader.core import noise
 from purifyloader.datasets.select import load_images
 from purifyloader.datasets.shards import load_sample
@@ -40,7 +41,6 @@ from purifyloader.evaluation import (
     ring_frequencies,
     variance_calibration,
 )
-from purifyloader.evaluation.command import main, to_json
 from purifyloader.poisons import autoregressive
 from purifyloader.poisons.attacks import lsp
 from purifyloader.results.folder import check_out
@@ -653,7 +653,7 @@ def read(folder: Path) -> dict:
 
 
 def test_the_command_as_a_process_on_real_images(tmp_path):
-    code = "import sys; from purifyloader.evaluation.command import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from purifyloader.commands.evaluate import main; sys.exit(main(sys.argv[1:]))"
     out = tmp_path / "out"
     options = ["cifar10-sparse", "--data", CLEAN, "--count", "16", "--sigma-px", "25", "10", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import purifyloader
-from purifyloader import PurifiedDataset, cli, recipes
+from purifyloader import PurifiedDataset, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
+from purifyloader.commands import main as cli
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.datasets.sources import take_over

@@ -334,7 +334,7 @@ def test_nothing_but_an_id_asks_the_hub(server: Hub, tmp_path: Path) -> None:
     """Names, paths and typing errors in them stay on this machine; so does importing everything."""
     code = """
 from pathlib import Path
-import purifyloader.recipes, purifyloader.energy, purifyloader.pretrained.convert.command
+import purifyloader.recipes, purifyloader.energy, purifyloader.commands.convert
 for name in ("cifar10-sprase", "./models/mine", "/models/mine", "a/b/c", "models/mine.pt", Path("models/mine"), "a b/c",
              "../mine/x", "mine/", ""):
     fails(name)

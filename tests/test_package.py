@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import purifyloader
-from purifyloader import cli, pretrained
+from purifyloader import pretrained
+from purifyloader.commands import main as cli
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from tests.conftest import tiny_denoiser
 

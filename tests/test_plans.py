@@ -17,7 +17,7 @@ import torch
 from purifyloader import PurifiedDataset, plans
 from purifyloader.cache import CacheReader
 from purifyloader.cache import format as fmt
-from purifyloader.cache.command import describe, main
+from purifyloader.commands.cache import describe, main
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError
 from purifyloader.purified.filling import precompute

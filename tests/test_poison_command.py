@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from purifyloader.audit.truth import read_poisoned
-from purifyloader.cli import main
+from purifyloader.commands.main import main
 from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.poisons import make, read_trigger, write, write_images, write_npz

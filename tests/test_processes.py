@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from purifyloader.commands.processes import run_many
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.processes import run_many
 
 
 def leave_number(folder: Path, number: int) -> None:
@@ -58,7 +58,7 @@ def running(pid: int) -> bool:
 def test_no_process_outlives_a_command_that_is_killed(tmp_path):
     script = (
         "import functools, pathlib\n"
-        "from purifyloader.processes import run_many\n"
+        "from purifyloader.commands.processes import run_many\n"
         "from tests.test_processes import sleep\n"
         "if __name__ == '__main__':\n"
         f"    run_many(functools.partial(sleep, pathlib.Path({str(tmp_path)!r})), 2)\n"

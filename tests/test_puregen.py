@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purifyloader import cli, plans, pretrained, recipes
+from purifyloader import plans, pretrained, recipes
 from purifyloader.cache import CacheReader
+from purifyloader.commands import main as cli
 from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.samplers import ancestral

@@ -143,7 +143,7 @@ def test_targets_that_are_no_integers_are_json(tmp_path: Path) -> None:
 def test_tars_are_the_same_bytes_whoever_writes_them(plain: CacheReader, tmp_path: Path) -> None:
     first = content(export_tars(plain, tmp_path / "a", images_per_tar=3)[0].parent)
     code = (
-        "import os, sys; os.umask(0o077); from purifyloader import cli; "
+        "import os, sys; os.umask(0o077); from purifyloader.commands import main as cli; "
         "sys.exit(cli.main(['cache', 'export', sys.argv[1], sys.argv[2], '--images-per-tar', '3']))"
     )
     assert run(code, plain.folder, tmp_path / "b") == 0

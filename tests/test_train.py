@@ -342,7 +342,7 @@ def free_port() -> int:
 
 def as_rank(rank: int, world_size: int, port: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """In a child: `work` as one of several processes, joined by gloo as the command joins them."""
-    from purifyloader.train.arguments import processes
+    from purifyloader.commands.training import processes
 
     os.environ.update(
         RANK=str(rank),

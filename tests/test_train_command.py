@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from purifyloader import cli, pretrained
+from purifyloader import pretrained
+from purifyloader.commands import main as cli
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images
 from purifyloader.evaluation.measures import jpeg_psnr, psnr
@@ -392,7 +393,7 @@ def test_fewer_steps_keep_the_shape_of_a_recipes_learning_rate(name, folder, tmp
         seen.append(config)
         raise _Stop
 
-    monkeypatch.setattr("purifyloader.train.denoiser.train_denoiser", instead)
+    monkeypatch.setattr("purifyloader.commands.train_denoiser.train_denoiser", instead)
     whole = recipe(name, 12)
     for steps in (4, 100, 1000, whole.steps, 3 * whole.steps):
         with pytest.raises(_Stop):
@@ -664,7 +665,7 @@ def test_a_run_can_be_made_longer(folder, tmp_path):
         return original(images, out, dataclasses.replace(config, steps=4), progress=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("purifyloader.train.denoiser.train_denoiser", instead)
+        patch.setattr("purifyloader.commands.train_denoiser.train_denoiser", instead)
         with pytest.raises(_Stop):
             run(*arguments, "--out", out, "--steps", 40)
         assert header_of(out, seen[0], images)["step"] == 3
@@ -698,7 +699,15 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_half(folder, small, tmp_pat
 def launched(launcher: list[str], *arguments: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "purifyloader.train.denoiser", "--quiet", *map(str, arguments)],
+        [
+            sys.executable,
+            "-m",
+            *launcher,
+            "-m",
+            "purifyloader.commands.train_denoiser",
+            "--quiet",
+            *map(str, arguments),
+        ],
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,

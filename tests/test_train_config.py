@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from purifyloader.commands import train_options as options
+from purifyloader.commands.train_denoiser import _parser
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.train import RECIPES, TrainConfig, options, recipe
-from purifyloader.train.denoiser import _parser
+from purifyloader.train import RECIPES, TrainConfig, recipe
 from purifyloader.train.energy import EnergyTrainConfig
 from purifyloader.train.loop import build_denoiser
 from tests.conftest import random_images

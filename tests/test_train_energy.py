@@ -21,13 +21,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from purifyloader import cli, pretrained
+from purifyloader import pretrained
+from purifyloader.commands import main as cli
+from purifyloader.commands import train_energy as command
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.files.locks import Lock
-from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, command, energy_recipe, loop, train_energy
+from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe, loop, train_energy
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.curves import float32_arithmetic, long_chains
 from purifyloader.train.energy.loop import build_energy, energy_learning_rate, energy_started_from
@@ -757,7 +759,7 @@ def test_chains_that_run_away_do_not_cost_the_checkpoint(folder, small, tmp_path
         energy.readout.weight.data.mul_(1e6)
         return energy, record
 
-    monkeypatch.setattr("purifyloader.train.energy.command.train_energy", steep)
+    monkeypatch.setattr("purifyloader.commands.train_energy.train_energy", steep)
     out = tmp_path / "energy"
     assert run("--data", folder, "--config", small, "--out", out) == 0
     assert details_of(out)["chains"] == []

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from purifyloader import pretrained, recipes
+from purifyloader.commands.tune import main, reasons
 from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune
 from purifyloader.dynamics.tune import compare_unpaired
-from purifyloader.dynamics.tune_command import main, reasons
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
@@ -317,7 +317,7 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
 )
 def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_path, capsys, monkeypatch):
     """A share that any purification reaches, so that there is a proposal."""
-    from purifyloader.dynamics import tune_command
+    from purifyloader.commands import tune as tune_command
 
     real = tune_command.tune
 
@@ -344,7 +344,7 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
 
 def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_path, capsys, monkeypatch):
     """The measurement is the fixture's own: which levels do is not decided by a network with random weights."""
-    from purifyloader.dynamics import tune_command
+    from purifyloader.commands import tune as tune_command
 
     real = tune_command.tune
 

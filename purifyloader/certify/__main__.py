@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from purifyloader.certify.command import main
+from purifyloader.commands.certify import main
 from purifyloader.errors import PurifyError
 
 if __name__ == "__main__":

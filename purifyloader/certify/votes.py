@@ -51,7 +51,7 @@ class VoteFolder:
     Args:
         folder: made if it is not there.
         settings: JSON, all that decides the votes beside the secret.
-        models: how many there will be. It is among the settings: see `purifyloader.certify.command`.
+        models: how many there will be. It is among the settings: see `purifyloader.commands.certify`.
         inputs: T.
         classes: K, at most 65,536.
 

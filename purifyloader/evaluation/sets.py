@@ -71,7 +71,7 @@ def overlap(
     same length alone may be chance, or the same data whose JPEG or resized images come out otherwise here.
 
     Args:
-        details: of the card; see `purifyloader.train.denoiser`.
+        details: of the card; see `purifyloader.commands.train_denoiser`.
         channels: of the images trained on.
     """
     length = len(dataset)  # type: ignore[arg-type]

@@ -85,7 +85,7 @@ def card(name: str, denoiser: NetworkDenoiser, details: Mapping[str, Any], pictu
     Args:
         name: of the model.
         denoiser: the trained one.
-        details: what is saved with it; see `purifyloader.train.denoiser`.
+        details: what is saved with it; see `purifyloader.commands.train_denoiser`.
         pictures: names of files beside the card, with what they show.
     """
     text = [f"# {name}", "", "A denoiser for `purifyloader`, trained by `purifyloader train denoiser`.", ""]

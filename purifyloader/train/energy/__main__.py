@@ -2,8 +2,8 @@
 
 import sys
 
+from purifyloader.commands.train_energy import main
 from purifyloader.errors import PurifyError
-from purifyloader.train.energy.command import main
 
 try:
     sys.exit(main())

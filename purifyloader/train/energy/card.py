@@ -81,7 +81,7 @@ def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pi
     Args:
         name: of the model.
         energy: the trained one.
-        details: what is saved with it; see `purifyloader.train.energy.command`.
+        details: what is saved with it; see `purifyloader.commands.train_energy`.
         pictures: names of files beside the card, with what they show.
     """
     text = [f"# {name}", "", "An energy model for `purifyloader`, trained by `purifyloader train energy`.", ""]

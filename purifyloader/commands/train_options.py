@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from purifyloader import pretrained
+from purifyloader.commands.training import start_name
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.train.arguments import start_name
 from purifyloader.train.config import TrainConfig, check_start_from, recipe
 from purifyloader.train.loop import started_from
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from purifyloader.commands.evaluate import to_json
+from purifyloader.commands.inputs import Models, add_poisons, load_models, read_images
 from purifyloader.core.devices import as_device
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
-from purifyloader.dynamics.inputs import Models, add_poisons, load_models, read_images
 from purifyloader.dynamics.measure import dynamics
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath
 from purifyloader.dynamics.paths import Path as Purification
 from purifyloader.dynamics.pictures import picture
 from purifyloader.errors import ConfigError
-from purifyloader.evaluation.command import to_json
 from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "SCHEDULES", "add_images", "main", "make_path", "progress_bar", "table"]

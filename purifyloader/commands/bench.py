@@ -20,6 +20,7 @@ import torch
 from purifyloader.bench import report, targeted
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import CLEAN, AttackSpec, Bench
+from purifyloader.commands.processes import run_many
 from purifyloader.core.devices import as_device, device_of_process
 from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError, PurifyError
@@ -29,7 +30,6 @@ from purifyloader.files.locks import Lock
 from purifyloader.poisons import reading
 from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.pretrained.learned import learned_from
-from purifyloader.processes import run_many
 from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS
 from purifyloader.victims.presets import TRAININGS

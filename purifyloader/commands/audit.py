@@ -17,12 +17,12 @@ from purifyloader.audit.energies import DatasetEnergies, dataset_energies
 from purifyloader.audit.pictures import picture
 from purifyloader.audit.report import ranked_csv, sizes_in_words, table
 from purifyloader.audit.truth import read_poisoned
+from purifyloader.commands.evaluate import to_json
 from purifyloader.core.devices import as_device
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import choose, read_indices
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
-from purifyloader.evaluation.command import to_json
 from purifyloader.evaluation.sets import Overlap, choose_images, overlap, training_details
 from purifyloader.files.weights import weights_sha256
 from purifyloader.results.folder import check_out, write_results

@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from purifyloader import pretrained
-from purifyloader.energy.network import EnergyNetwork
-from purifyloader.errors import ConfigError, InputError
-from purifyloader.train import plan
-from purifyloader.train.arguments import (
+from purifyloader.commands.training import (
     add_card,
     add_data,
     add_run,
@@ -32,6 +29,9 @@ from purifyloader.train.arguments import (
     processes,
     start_name,
 )
+from purifyloader.energy.network import EnergyNetwork
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.train import plan
 from purifyloader.train.config import check_start_from
 from purifyloader.train.curves import CURVES_PNG
 from purifyloader.train.energy.card import energy_card

@@ -75,43 +75,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if argv[:2] == ["train", "denoiser"]:
-            from purifyloader.train import denoiser as command
+            from purifyloader.commands import train_denoiser as command
 
             return command.main(argv[2:])
         if argv[:2] == ["train", "energy"]:
-            from purifyloader.train.energy.command import main as train_energy
+            from purifyloader.commands.train_energy import main as train_energy
 
             return train_energy(argv[2:])
         if argv[:2] == ["denoiser", "evaluate"]:
-            from purifyloader.evaluation.command import main as evaluate
+            from purifyloader.commands.evaluate import main as evaluate
 
             return evaluate(argv[2:])
         if argv[:2] == ["audit", "energy"]:
-            from purifyloader.audit.command import main as audit
+            from purifyloader.commands.audit import main as audit
 
             return audit(argv[2:])
         if argv[:1] == ["dynamics"]:
-            from purifyloader.dynamics.command import main as dynamics
+            from purifyloader.commands.dynamics import main as dynamics
 
             return dynamics(argv[1:])
         if argv[:1] == ["tune"]:
-            from purifyloader.dynamics.tune_command import main as tune
+            from purifyloader.commands.tune import main as tune
 
             return tune(argv[1:])
         if argv[:1] == ["bench"]:
-            from purifyloader.bench.command import main as bench
+            from purifyloader.commands.bench import main as bench
 
             return bench(argv[1:])
         if argv[:1] == ["certify"]:
-            from purifyloader.certify.command import main as certify
+            from purifyloader.commands.certify import main as certify
 
             return certify(argv[1:])
         if argv[:1] == ["poison"]:
-            from purifyloader.poisons.command import main as poison
+            from purifyloader.commands.poison import main as poison
 
             return poison(argv[1:])
         if argv[:1] == ["convert"]:
-            from purifyloader.pretrained.convert.command import main as convert
+            from purifyloader.commands.convert import main as convert
 
             return convert(argv[1:])
         if argv[:1] == ["precompute"]:
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return precompute(argv[1:])
         if argv[:1] == ["cache"]:
-            from purifyloader.cache.command import main as cache
+            from purifyloader.commands.cache import main as cache
 
             return cache(argv[1:])
         _parser().parse_args(argv)  # "models" is what is left

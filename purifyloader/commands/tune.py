@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from purifyloader.commands.dynamics import SCHEDULES, add_images, progress_bar
+from purifyloader.commands.evaluate import to_json
+from purifyloader.commands.inputs import Models, load_models, read_images
 from purifyloader.core.devices import as_device
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import choose
-from purifyloader.dynamics.command import SCHEDULES, add_images, progress_bar
-from purifyloader.dynamics.inputs import Models, load_models, read_images
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath
 from purifyloader.dynamics.paths import Path as Purification
 from purifyloader.dynamics.pictures import picture
 from purifyloader.dynamics.tune import COMPENSATED, choose_level, tune
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.command import to_json
 from purifyloader.evaluation.sets import load
 from purifyloader.results.folder import check_out, write_results
 

@@ -1,4 +1,4 @@
-"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader.train.denoiser`.
+"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader.commands.train_denoiser`.
 
 From a folder of clean images to a checkpoint with its card.
 """
@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from purifyloader import pretrained
-from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.errors import PurifyError
-from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
-from purifyloader.train import plan
-from purifyloader.train.arguments import (
+from purifyloader.commands.train_options import configuration
+from purifyloader.commands.training import (
     add_card,
     add_data,
     add_run,
@@ -32,12 +29,15 @@ from purifyloader.train.arguments import (
     prepare,
     processes,
 )
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.errors import PurifyError
+from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
+from purifyloader.train import plan
 from purifyloader.train.augment import AUGMENTATIONS
 from purifyloader.train.card import card
 from purifyloader.train.config import RECIPES
 from purifyloader.train.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
 from purifyloader.train.loop import train_denoiser
-from purifyloader.train.options import configuration
 from purifyloader.train.state import STATE_FILE, writing
 
 __all__ = ["main"]
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="purifyloader train denoiser",
         description="Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
-        "On several GPUs: accelerate launch -m purifyloader.train.denoiser, with the same options.",
+        "On several GPUs: accelerate launch -m purifyloader.commands.train_denoiser, with the same options.",
     )
     add_data(parser, "measure PSNR on")
 

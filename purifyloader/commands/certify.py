@@ -27,6 +27,7 @@ from purifyloader.certify.models import Train, Voting, fill, voting_settings
 from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
+from purifyloader.commands.processes import run_many
 from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import open_dataset
@@ -38,7 +39,6 @@ from purifyloader.evaluation.sets import label_of
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path
-from purifyloader.processes import run_many
 from purifyloader.purified.filling import place
 from purifyloader.results.rows import fingerprint
 from purifyloader.victims.networks import VICTIMS
