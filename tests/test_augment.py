@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
 from purifyloader.core import noise
-from purifyloader.train.augment import AUGMENTATIONS, geometric, mixup, patches
+from purifyloader.train.denoiser.augment import AUGMENTATIONS, geometric, mixup, patches
 from tests.conftest import random_images
 
 GEOMETRIC = ("flip", "crop", "rotate")

@@ -29,9 +29,17 @@ from purifyloader.diffusion.objective import sigma_loss
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError, TrainingError
 from purifyloader.evaluation.measures import jpeg_psnr, psnr
-from purifyloader.train import TrainConfig, loop, started_from, train_denoiser
-from purifyloader.train.curves import CURVES_CSV, CURVES_PNG, SAMPLES_PNG, Curves, overfitting, validation_levels
-from purifyloader.train.loop import batch_indices, build_denoiser, draw_sigma, learning_rate
+from purifyloader.train import TrainConfig, started_from, train_denoiser
+from purifyloader.train.denoiser import task as loop
+from purifyloader.train.denoiser.curves import (
+    CURVES_CSV,
+    CURVES_PNG,
+    SAMPLES_PNG,
+    Curves,
+    overfitting,
+    validation_levels,
+)
+from purifyloader.train.denoiser.task import batch_indices, build_denoiser, draw_sigma, learning_rate
 from purifyloader.train.state import STATE_FILE, identity, load_state, save_state, tidy
 from tests.conftest import random_images, tiny_denoiser
 from tests.faults import Run

@@ -27,8 +27,9 @@ from purifyloader.commands import main as cli
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images
 from purifyloader.evaluation.measures import jpeg_psnr, psnr
-from purifyloader.train import TrainConfig, loop, recipe, train_denoiser
-from purifyloader.train.card import card as card_of
+from purifyloader.train import TrainConfig, recipe, train_denoiser
+from purifyloader.train.denoiser import task as loop
+from purifyloader.train.denoiser.card import card as card_of
 from purifyloader.train.state import STATE_FILE
 from tests.conftest import random_images, tiny_denoiser
 from tests.faults import REPOSITORY, Run

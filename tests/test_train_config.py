@@ -23,8 +23,8 @@ from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.train import RECIPES, TrainConfig, recipe
+from purifyloader.train.denoiser.task import build_denoiser
 from purifyloader.train.energy import EnergyTrainConfig
-from purifyloader.train.loop import build_denoiser
 from tests.conftest import random_images
 
 SIGMA = TrainConfig(

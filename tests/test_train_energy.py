@@ -29,10 +29,11 @@ from purifyloader.core.devices import exact_arithmetic
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.files.locks import Lock
-from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe, loop, train_energy
+from purifyloader.train.energy import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe, train_energy
+from purifyloader.train.energy import task as loop
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.curves import float32_arithmetic, long_chains
-from purifyloader.train.energy.loop import build_energy, energy_learning_rate, energy_started_from
+from purifyloader.train.energy.task import build_energy, energy_learning_rate, energy_started_from
 from purifyloader.train.state import STATE_FILE, load_state
 from tests.conftest import random_images, tiny_denoiser
 from tests.faults import REPOSITORY, Run

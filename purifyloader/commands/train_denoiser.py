@@ -33,11 +33,11 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.errors import PurifyError
 from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
 from purifyloader.train import plan
-from purifyloader.train.augment import AUGMENTATIONS
-from purifyloader.train.card import card
-from purifyloader.train.config import RECIPES
-from purifyloader.train.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
-from purifyloader.train.loop import train_denoiser
+from purifyloader.train.denoiser.augment import AUGMENTATIONS
+from purifyloader.train.denoiser.card import card
+from purifyloader.train.denoiser.config import RECIPES
+from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
+from purifyloader.train.denoiser.task import train_denoiser
 from purifyloader.train.state import STATE_FILE, writing
 
 __all__ = ["main"]

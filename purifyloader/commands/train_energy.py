@@ -32,13 +32,13 @@ from purifyloader.commands.training import (
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.train import plan
-from purifyloader.train.config import check_start_from
-from purifyloader.train.curves import CURVES_PNG
+from purifyloader.train.denoiser.config import check_start_from
+from purifyloader.train.denoiser.curves import CURVES_PNG
 from purifyloader.train.energy.card import energy_card
 from purifyloader.train.energy.config import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe
 from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG, long_chains
-from purifyloader.train.energy.loop import energy_started_from, train_energy
 from purifyloader.train.energy.plan import measure_energy
+from purifyloader.train.energy.task import energy_started_from, train_energy
 from purifyloader.train.state import STATE_FILE, writing
 
 __all__ = ["main", "save"]

@@ -17,8 +17,8 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.train.config import TrainConfig, check_start_from, recipe
-from purifyloader.train.loop import started_from
+from purifyloader.train.denoiser.config import TrainConfig, check_start_from, recipe
+from purifyloader.train.denoiser.task import started_from
 
 __all__ = ["configuration"]
 

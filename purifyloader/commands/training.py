@@ -23,7 +23,7 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError, Traini
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock, lock_path
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, is_local
-from purifyloader.train.curves import CURVES_CSV
+from purifyloader.train.denoiser.curves import CURVES_CSV
 from purifyloader.train.state import STATE_FILE, images_sha256, tidy, writing
 
 __all__ = [

@@ -16,8 +16,8 @@ from torch import Tensor, distributed
 
 from purifyloader.core.devices import as_device
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.train.config import TrainConfig
-from purifyloader.train.loop import build_denoiser, peak_memory, train_denoiser
+from purifyloader.train.denoiser.config import TrainConfig
+from purifyloader.train.denoiser.task import build_denoiser, peak_memory, train_denoiser
 
 __all__ = ["PATIENCE", "Enough", "Length", "measure", "report"]
 

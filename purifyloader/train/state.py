@@ -18,7 +18,7 @@ from torch import Tensor
 
 from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files.atomic import canonical_json, replacing
-from purifyloader.train.config import TrainConfig
+from purifyloader.train.denoiser.config import TrainConfig
 
 __all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "tidy", "writing"]
 

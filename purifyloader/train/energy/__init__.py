@@ -1,6 +1,6 @@
 """Training of energy models: `purifyloader train energy`."""
 
 from purifyloader.train.energy.config import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe
-from purifyloader.train.energy.loop import train_energy
+from purifyloader.train.energy.task import train_energy
 
 __all__ = ["ENERGY_RECIPES", "EnergyTrainConfig", "energy_recipe", "train_energy"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.train.card import again, start_words
+from purifyloader.train.denoiser.card import again, start_words
 
 __all__ = ["energy_card"]
 

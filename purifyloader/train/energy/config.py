@@ -10,7 +10,7 @@ from typing import Any
 from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.energy.network import EnergyConfig
 from purifyloader.errors import ConfigError
-from purifyloader.train.config import check_start_from
+from purifyloader.train.denoiser.config import check_start_from
 
 __all__ = ["ENERGY_RECIPES", "EnergyTrainConfig", "energy_recipe"]
 

@@ -23,7 +23,7 @@ from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
-from purifyloader.train.curves import CURVES_CSV, CURVES_PNG
+from purifyloader.train.denoiser.curves import CURVES_CSV, CURVES_PNG
 from purifyloader.train.energy.bank import outside
 from purifyloader.train.energy.config import EnergyTrainConfig
 

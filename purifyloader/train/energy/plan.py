@@ -15,9 +15,9 @@ from torch import Tensor, distributed
 
 from purifyloader.core.devices import as_device
 from purifyloader.energy.network import EnergyNetwork
+from purifyloader.train.denoiser.task import peak_memory
 from purifyloader.train.energy.config import EnergyTrainConfig
-from purifyloader.train.energy.loop import build_energy, train_energy
-from purifyloader.train.loop import peak_memory
+from purifyloader.train.energy.task import build_energy, train_energy
 from purifyloader.train.plan import PATIENCE, Enough
 
 __all__ = ["measure_energy"]

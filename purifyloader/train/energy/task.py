@@ -29,10 +29,10 @@ from purifyloader.energy.langevin import walk
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
 from purifyloader.files.weights import weights_sha256
+from purifyloader.train.denoiser.task import check_images, peak_memory, seeded
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.curves import EnergyCurves, float32_arithmetic
-from purifyloader.train.loop import check_images, peak_memory, seeded
 from purifyloader.train.state import STATE_FILE, Groups, images_sha256, load_state, save_state, writing
 
 __all__ = ["build_energy", "energy_learning_rate", "energy_started_from", "train_energy"]

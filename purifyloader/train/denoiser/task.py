@@ -34,9 +34,9 @@ from purifyloader.diffusion.unet import UNet
 from purifyloader.errors import ConfigError, InputError, TrainingError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
-from purifyloader.train import curves as pictures
-from purifyloader.train.augment import geometric, mixup, patches
-from purifyloader.train.config import TrainConfig
+from purifyloader.train.denoiser import curves as pictures
+from purifyloader.train.denoiser.augment import geometric, mixup, patches
+from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.state import STATE_FILE, Groups, identity, load_state, save_state, writing
 
 __all__ = [

@@ -11,7 +11,7 @@ from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError
-from purifyloader.train.augment import AUGMENTATIONS
+from purifyloader.train.denoiser.augment import AUGMENTATIONS
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
 
@@ -61,7 +61,7 @@ class TrainConfig:
         clip_norm: gradients with a larger norm are scaled down to it.
         replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of
             steps it changes only which images meet in a batch.
-        augment: any of "flip", "crop", "rotate", "mixup"; see `purifyloader.train.augment`.
+        augment: any of "flip", "crop", "rotate", "mixup"; see `purifyloader.train.denoiser.augment`.
         patch_size: train on random squares of this side, in pixels; None trains on whole images.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
         compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
