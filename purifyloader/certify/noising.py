@@ -40,7 +40,7 @@ from purifyloader.purifiers import (
     Tiles,
     Where,
 )
-from purifyloader.purifiers.conditions import conditions_of
+from purifyloader.purifiers.energy_above import conditions_of
 
 __all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images"]
 

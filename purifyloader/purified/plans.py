@@ -31,7 +31,7 @@ from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
 from purifyloader.purified.job import Job, as_integer, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
-from purifyloader.purifiers.conditions import conditions_of
+from purifyloader.purifiers.energy_above import conditions_of
 
 __all__ = ["plan"]  # the rest is for PurifiedDataset and precompute
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from purifyloader.purifiers.base import KINDS, SCHEMA, Purifier, Resolver, from_config, from_json
 from purifyloader.purifiers.composition import Chain, Repeat
-from purifyloader.purifiers.conditions import Condition, EnergyAbove
+from purifyloader.purifiers.energy_above import Condition, EnergyAbove
 from purifyloader.purifiers.langevin import Langevin
 from purifyloader.purifiers.networks import DenoiseOnce, Diffuse
 from purifyloader.purifiers.shapes import Resize, Tiles

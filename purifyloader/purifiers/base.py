@@ -18,7 +18,7 @@ from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
 
 if TYPE_CHECKING:
-    from purifyloader.purifiers.conditions import Condition
+    from purifyloader.purifiers.energy_above import Condition
 
 __all__ = [
     "KINDS",

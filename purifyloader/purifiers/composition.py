@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from purifyloader.core import noise
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.conditions import Condition, refuse_plans
+from purifyloader.purifiers.energy_above import Condition, refuse_plans
 
 __all__ = ["Chain", "Repeat"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from purifyloader.core import noise, sizes
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.conditions import refuse_plans
+from purifyloader.purifiers.energy_above import refuse_plans
 
 __all__ = ["Resize", "Tiles", "keeps_shape"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.conditions import Condition, condition_from_config, refuse_plans
+from purifyloader.purifiers.energy_above import Condition, condition_from_config, refuse_plans
 from purifyloader.purifiers.shapes import keeps_shape
 
 __all__ = ["Where"]

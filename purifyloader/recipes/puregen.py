@@ -11,7 +11,7 @@ from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers import Chain, Diffuse, EnergyAbove, Langevin, Purifier, Repeat, Where
-from purifyloader.purifiers.conditions import check_share
+from purifyloader.purifiers.energy_above import check_share
 from purifyloader.recipes.models import EnergyModel, Model, as_denoiser, as_energy
 from purifyloader.recipes.sizes import check_sizes, resized, tiled
 
