@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from purifyloader import plans, pretrained, purifiers, recipes, transforms
+    from purifyloader import pretrained, purifiers, recipes, transforms
     from purifyloader.errors import PurifyError
+    from purifyloader.purified import plans
     from purifyloader.purified.dataset import PurifiedDataset
     from purifyloader.purified.filling import precompute
     from purifyloader.purified.loader import PurifiedLoader
@@ -39,7 +40,7 @@ def __getattr__(name: str) -> Any:
     if name in _ORIGIN:
         return getattr(importlib.import_module(_ORIGIN[name]), name)
     if name in __all__:
-        return importlib.import_module(f"purifyloader.{name}")
+        return importlib.import_module("purifyloader.purified.plans" if name == "plans" else f"purifyloader.{name}")
     raise AttributeError(f"module 'purifyloader' has no attribute {name!r}")
 
 
