@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from purifyloader.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from purifyloader import pretrained, purifiers, recipes, transforms
     from purifyloader.errors import PurifyError
@@ -12,8 +14,6 @@ if TYPE_CHECKING:
     from purifyloader.purified.dataset import PurifiedDataset
     from purifyloader.purified.filling import precompute
     from purifyloader.purified.loader import PurifiedLoader
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PurifiedDataset",

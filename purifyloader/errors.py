@@ -4,7 +4,27 @@ __all__ = ["CacheError", "CheckpointError", "ConfigError", "InputError", "Purify
 
 
 class PurifyError(Exception):
-    """Any error that purifyloader raises on purpose."""
+    """Any error that purifyloader raises on purpose.
+
+    Args:
+        message: what is wrong, with the value; then what to do.
+        argument: name of the Python argument at fault, such as "count". The text begins with it; a command writes
+            its option, `--count`, in its place.
+
+    >>> str(PurifyError("must be at least 1. Got 0.", argument="count"))
+    'count must be at least 1. Got 0.'
+    """
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+    def __str__(self) -> str:
+        return self.message if self.argument is None else f"{self.argument} {self.message}"
 
 
 class InputError(PurifyError, ValueError):

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from purifyloader import __version__
+from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.energy.network import EnergyNetwork

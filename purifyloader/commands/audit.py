@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from purifyloader import __version__, pretrained
+from purifyloader import pretrained
 from purifyloader.audit.compare import audit_energy
 from purifyloader.audit.energies import DatasetEnergies, dataset_energies
 from purifyloader.audit.pictures import picture
@@ -19,6 +19,7 @@ from purifyloader.audit.report import ranked_csv, sizes_in_words, table
 from purifyloader.audit.truth import read_poisoned
 from purifyloader.commands.evaluate import to_json
 from purifyloader.core.devices import as_device
+from purifyloader.core.version import __version__
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import choose, read_indices
 from purifyloader.energy import EnergyNetwork

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
-from purifyloader import __version__
+from purifyloader.core.version import __version__
 from purifyloader.errors import PurifyError
 
 __all__ = ["main"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purifyloader import __version__
 from purifyloader.core.devices import as_device
+from purifyloader.core.version import __version__
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError

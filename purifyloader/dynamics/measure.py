@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader import __version__
 from purifyloader.core import noise
+from purifyloader.core.version import __version__
 from purifyloader.dynamics.paths import Path, model_facts
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.langevin import TEMPERATURE

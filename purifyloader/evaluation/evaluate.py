@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purifyloader import __version__
 from purifyloader.core import corruptions, noise
 from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, spaced_sigmas

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from purifyloader import __version__
+from purifyloader.core.version import __version__
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import replacing, replacing_folder, writing
 from purifyloader.poisons.poisoned import Poisoned

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from purifyloader import __version__
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
 from purifyloader.core.images import ImageKind, as_stored, quantize, to_bytes, type_of
+from purifyloader.core.version import __version__
 from purifyloader.datasets.samples import ImageKey, fields, get_image, structure_of
 from purifyloader.datasets.sources import REMEDY, Source, fetch, random_state_kept
 from purifyloader.errors import CacheError, InputError, PurifyError

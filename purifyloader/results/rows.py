@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torchvision
 
-from purifyloader import __version__
+from purifyloader.core.version import __version__
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json, write_text, writing
 from purifyloader.files.locks import Lock
