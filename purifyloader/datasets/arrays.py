@@ -6,25 +6,37 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
-from purifyloader.poisons.poisoned import Poisoned
 
-__all__ = ["as_arrays"]
+__all__ = ["InMemory", "as_arrays"]
+
+
+class InMemory(Dataset[Any]):
+    """A dataset whose images and labels are held as arrays, which `as_arrays` takes as they are.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,).
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
 
 
 def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
 
     Args:
-        dataset: a pair (images uint8 (N, H, W, C), labels), a `Poisoned`, or a map-style dataset of (image, label)
-            without a transform: PIL, uint8 arrays or tensors, all of one size.
+        dataset: a pair (images uint8 (N, H, W, C), labels), an `InMemory` dataset such as a poisoned set, or a
+            map-style dataset of (image, label) without a transform: PIL, uint8 arrays or tensors, all of one size.
 
     Raises:
         InputError: anything else, images of several sizes or in floating point, or labels that are no integers.
     """
-    if isinstance(dataset, Poisoned):
+    if isinstance(dataset, InMemory):
         return dataset.images, dataset.labels
     if isinstance(dataset, tuple) and len(dataset) == 2:
         images, labels = np.asarray(dataset[0]), np.asarray(dataset[1])

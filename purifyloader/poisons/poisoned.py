@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
 
 from purifyloader.core.images import pil_mode
+from purifyloader.datasets.arrays import InMemory
 from purifyloader.errors import InputError
 
 __all__ = ["Bound", "Moved", "Poisoned", "Target"]
@@ -78,7 +78,7 @@ class Moved(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Poisoned(Dataset[tuple[Image.Image, int]]):
+class Poisoned(InMemory):
     """A poisoned training set in memory: a map-style dataset of (PIL image, label).
 
     It goes wherever a torchvision dataset goes: `PurifiedDataset(poisoned, purifier, transform=...)`.
