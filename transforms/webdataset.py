@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from purifyloader.core import noise
+from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import check_worker, device_of
 from purifyloader.core.images import ImageKind, from_engine, to_engine
 from purifyloader.datasets.samples import get_image, with_image
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.dataset import KeyedCorruption
-from purifyloader.purified.job import COMPENSATE, PURIFY, as_integer
+from purifyloader.purified.job import COMPENSATE, PURIFY
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.base import by_shape
 from purifyloader.transforms.compensation import Compensate

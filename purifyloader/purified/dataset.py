@@ -21,6 +21,7 @@ from purifyloader.cache import CacheReader, CacheWriter
 from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.reader import Targets
 from purifyloader.core import noise
+from purifyloader.core.checks import as_integer
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, to_engine, type_of
 from purifyloader.datasets.conversions import Conversion
 from purifyloader.datasets.samples import ImageKey, assemble, get_image, is_plain
@@ -29,7 +30,7 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.files.locks import is_held
 from purifyloader.purified.already import transform_that_purifies
 from purifyloader.purified.filling import ShardsOnDemand, choose_layout, fill, notes_of
-from purifyloader.purified.job import COMPENSATE, Job, as_integer, check_arguments, check_source, converted, placed
+from purifyloader.purified.job import COMPENSATE, Job, check_arguments, check_source, converted, placed
 from purifyloader.purifiers import Purifier
 
 __all__ = ["KeyedCorruption", "PurifiedDataset"]

@@ -33,6 +33,7 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard
 from purifyloader.cache.reader import CacheReader, OpenShard
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.core.checks import as_integer
 from purifyloader.core.images import ImageKind
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
@@ -41,7 +42,6 @@ from purifyloader.files.locks import Lock, is_held, lock_path, read_note
 from purifyloader.purified.job import (
     Job,
     Read,
-    as_integer,
     check_arguments,
     check_source,
     class_of,

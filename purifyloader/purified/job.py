@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from purifyloader.core import noise
+from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
 from purifyloader.core.images import ImageKind, as_stored, quantize, to_bytes, type_of
 from purifyloader.core.version import __version__
@@ -35,7 +35,6 @@ __all__ = [
     "Job",
     "Read",
     "SampleReader",
-    "as_integer",
     "check_arguments",
     "check_source",
     "class_of",
@@ -258,20 +257,6 @@ def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
     if device_of(purifier) in (None, device):
         return purifier
     return copy.deepcopy(purifier).to(device)
-
-
-def as_integer(name: str, value: Any, low: int) -> int:
-    """
-    Raises:
-        InputError: `value` is no integer, or none of 64 bits from `low`.
-    """
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
-    if not low <= integer < 2**63:
-        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
-    return integer
 
 
 def class_of(dataset: Any) -> str:

@@ -13,13 +13,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from purifyloader.core import corruptions, noise
+from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import luma
 from purifyloader.datasets.samples import ImageKey, place, with_image
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.already import purified_by
 from purifyloader.purified.dataset import KeyedCorruption
-from purifyloader.purified.job import COMPENSATE, PURIFY, as_integer, placed
+from purifyloader.purified.job import COMPENSATE, PURIFY, placed
 from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms.compensation import Compensate

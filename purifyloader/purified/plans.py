@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.writer import CacheWriter
+from purifyloader.core.checks import as_integer
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
-from purifyloader.purified.job import Job, as_integer, check_arguments, placed, read_batches
+from purifyloader.purified.job import Job, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.energy_above import conditions_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
@@ -26,7 +25,6 @@ __all__ = [
     "Purifier",
     "Resolver",
     "by_shape",
-    "check_number",
     "from_config",
     "from_json",
     "of_kind",
@@ -214,12 +212,6 @@ def _check_seeds(seeds_B: Any, count: int) -> None:
         )
     if seeds_B.shape != (count,):
         raise InputError(f"seeds must have shape ({count},), one an image. Got {tuple(seeds_B.shape)}.")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless this is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number. Got {value!r}.")
 
 
 def pixels(sigma: float) -> float:

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from purifyloader.core.checks import check_compute_batch, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Resolver, by_shape, check_number, of_kind
-from purifyloader.purifiers.networks import check_compute_batch, check_energy, entry
+from purifyloader.purifiers.base import Resolver, by_shape, of_kind
+from purifyloader.purifiers.networks import check_energy, entry
 
 __all__ = ["Condition", "EnergyAbove", "check_share", "condition_from_config", "conditions_of", "refuse_plans"]
 

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.batches import in_batches
+from purifyloader.core.checks import check_compute_batch, check_number
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.weights import weights_sha256
-from purifyloader.purifiers.base import Purifier, Resolver, check_number, pixels
+from purifyloader.purifiers.base import Purifier, Resolver, pixels
 
-__all__ = ["DTYPES", "DenoiseOnce", "Diffuse", "NetworkPurifier", "check_compute_batch", "check_energy", "entry"]
+__all__ = ["DTYPES", "DenoiseOnce", "Diffuse", "NetworkPurifier", "check_energy", "entry"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,12 +27,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def entry(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
     """What a configuration says of a model: its name, for people, and the hash of its weights as they are now."""
     return {"name": model.name, "weights_sha256": weights_sha256(model)}
-
-
-def check_compute_batch(compute_batch: Any) -> None:
-    """Raise `ConfigError` unless this is a positive integer."""
-    if type(compute_batch) is not int or compute_batch < 1:
-        raise ConfigError(f"compute_batch must be a positive integer. Got {compute_batch!r}.")
 
 
 def check_energy(taker: str, energy: Any) -> None:

@@ -1,0 +1,147 @@
+"""Check single values that users give: each checker raises an error that names the value and the values allowed.
+
+Checkers of fields of a configuration raise `ConfigError` unless told otherwise, `as_integer` raises `InputError`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from typing import Any
+
+from purifyloader.errors import ConfigError, InputError, PurifyError
+
+__all__ = [
+    "as_integer",
+    "check_choice",
+    "check_compute_batch",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "check_seed",
+]
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    unit: str = "",
+    error: type[PurifyError] = ConfigError,
+) -> None:
+    """Raise an error unless `value` is a finite Python number (no bool) within the limits.
+
+    Args:
+        name: what the message calls the value.
+        value: to check.
+        low, above: the lowest number allowed, or a number that it must exceed.
+        high, below: the highest number allowed, or a number that it must stay under.
+        unit: words that follow the limits in the message, such as "in image units".
+        error: class of the error.
+
+    >>> check_number("ema_decay", 0.999, low=0, below=1)
+    >>> check_number("ema_decay", 1.0, low=0, below=1)
+    Traceback (most recent call last):
+    purifyloader.errors.ConfigError: ema_decay must be a finite number of 0 or more and below 1. Got 1.0.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if number and not (
+        (low is not None and value < low)
+        or (above is not None and value <= above)
+        or (high is not None and value > high)
+        or (below is not None and value >= below)
+    ):
+        return
+    raise error(f"{name} must be a finite number{_limits(low, above, high, below)}{_unit(unit)}. Got {value!r}.")
+
+
+def check_integer(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    none: bool = False,
+    unit: str = "",
+    error: type[PurifyError] = ConfigError,
+) -> None:
+    """Raise an error unless `value` is a Python integer (no bool) from `low` to `high`.
+
+    Args:
+        none: allow None too.
+
+    >>> check_integer("steps", 0, 1)
+    Traceback (most recent call last):
+    purifyloader.errors.ConfigError: steps must be a positive integer. Got 0.
+    """
+    if (none and value is None) or (type(value) is int and low <= value and (high is None or value <= high)):
+        return
+    if high is not None:
+        allowed = f"an integer from {low} to {high}"
+    else:
+        allowed = "a positive integer" if low == 1 else f"an integer of {low} or more"
+    raise error(f"{name} must be {allowed}{' or None' * none}{_unit(unit)}. Got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: Collection[Any], *, error: type[PurifyError] = ConfigError) -> None:
+    """Raise an error unless `value` is one of `allowed`, and of its type: 1 is equal to True and no stand-in for it.
+
+    >>> check_choice("dtype", "float16", ("float32", "bfloat16"))
+    Traceback (most recent call last):
+    purifyloader.errors.ConfigError: dtype must be one of 'float32', 'bfloat16'. Got 'float16'.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {value!r}.")
+
+
+def check_flag(name: str, value: Any, *, error: type[PurifyError] = ConfigError) -> None:
+    """Raise an error unless `value` is True or False: 1 is equal to True, but would be written to JSON as a number."""
+    if not isinstance(value, bool):
+        raise error(f"{name} must be True or False. Got {value!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `ConfigError` unless `seed` is a Python integer of 64 bits."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed must be an integer of 64 bits. Got {seed!r}.")
+
+
+def check_compute_batch(compute_batch: Any) -> None:
+    """Raise `ConfigError` unless this number of images in every network call is a positive integer."""
+    check_integer("compute_batch", compute_batch, 1)
+
+
+def as_integer(name: str, value: Any, low: int) -> int:
+    """Return `value`, which may be one of numpy's or torch's integers, as a Python integer.
+
+    Raises:
+        InputError: `value` is no integer, or not from `low` to 2^63 - 1.
+
+    >>> import numpy
+    >>> as_integer("draws", numpy.int32(3), 1)
+    3
+    """
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
+    if not low <= integer < 2**63:
+        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
+    return integer
+
+
+def _limits(low: float | None, above: float | None, high: float | None, below: float | None) -> str:
+    if low is not None and high is not None:
+        return f" from {low} to {high}"
+    lower = f" of {low} or more" if low is not None else f" above {above}" if above is not None else ""
+    upper = f" of {high} or less" if high is not None else f" below {below}" if below is not None else ""
+    return f"{lower}{' and' * bool(lower and upper)}{upper}"
+
+
+def _unit(unit: str) -> str:
+    return f", {unit}" if unit else ""
