@@ -16,6 +16,8 @@ from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 
+pytest_plugins = ["tests.cpu"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
