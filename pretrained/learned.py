@@ -1,29 +1,104 @@
-"""Which images a model learned from: by hash, of the model itself and of those that its training started from."""
+"""Tell which images a model learned from: by the hash of every image's pixels, its own and those of its ancestors.
+
+The one answer for every command that measures something. Hashes and not indices or names, because a set may have been
+copied, cut, renamed or put in another order. A checkpoint's config.json has them as `image_hashes`.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
-from purifyloader.errors import CheckpointError, InputError
-from purifyloader.files.hashes import hashes_of_text
+from purifyloader.core import sizes
+from purifyloader.core.images import quantize, to_engine
+from purifyloader.datasets.named import TORCHVISION
+from purifyloader.datasets.samples import get_image
+from purifyloader.datasets.select import load_images
+from purifyloader.errors import CheckpointError, InputError, PurifyError
+from purifyloader.files.hashes import hashes_of_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import load, read_config
 from purifyloader.pretrained.registry import FORMATS, find
 
-__all__ = ["learned_from", "weights_of"]
+__all__ = ["Learned", "check_disjoint", "learned_from", "learned_images", "training_details", "weights_of"]
+
+_AT_ONCE = 256  # images held while those of an older card are hashed, which may be millions
+
+Hashes = NDArray[np.uint64]
 
 
-def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = None) -> NDArray[np.uint64]:
-    """The hashes of the images that a model learned from, and of those that the models before it learned from.
+# -- what checkpoints say ----------------------------------------------------------------------------
+
+
+def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a checkpoint, by name or folder, says of its training; {} where it says nothing."""
+    try:
+        return _details(read_config(find(model), None))
+    except CheckpointError:  # a model from elsewhere, which `load` has taken all the same
+        return {}
+
+
+def weights_of(model: str | os.PathLike[str], kind: str) -> str:
+    """Return the hash of the weights of a "denoiser" or an "energy" model, by name or folder."""
+    return weights_sha256(load(model) if kind == "denoiser" else load(model, kind="energy"))
+
+
+def _details(config: Mapping[str, Any]) -> dict[str, Any]:
+    details = config.get("details")
+    return details if isinstance(details, dict) else {}
+
+
+def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and details of a model, of the model that its training started from, and so on.
+
+    Raises:
+        InputError: what a training started from is not found.
+        CheckpointError: no such model.
+    """
+    name: str = os.fspath(model)
+    visited: set[str] = set()
+    while name not in visited:
+        visited.add(name)
+        config = read_config(find(name), None)
+        details = _details(config)
+        yield name, details
+        train = details.get("train")
+        start = train.get("start_from") if isinstance(train, dict) else None
+        if start is None:
+            return
+        kind = next(kind for kind, file_format in FORMATS.items() if file_format == config["format"])
+        before, weights = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
+        try:
+            is_found = isinstance(before, str) and weights_of(before, kind) == weights
+        except CheckpointError:
+            is_found = False
+        if not is_found:
+            raise InputError(
+                f"{name!r} does not say all that it learned from: its training started from the {kind} {before!r}, and "
+                "no model of that name has those weights here. Put its folder where that name leads, or take another "
+                "model."
+            )
+        assert isinstance(before, str)
+        name = before
+
+
+def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Hashes:
+    """Return the hashes of all images that a model learned from, those of the models before it included.
 
     Args:
         model: name, folder or hub id, of a denoiser or an energy model.
-        size: (H, W) of the images that these will be compared with. None says nothing of images that were resized.
+        size: (H, W) of the images that these will be compared with. A model that learned from images resized to
+            another size is then refused: it cannot be told whether they are the same. None compares nothing.
 
     Returns:
         uint64 (N,), of `purifyloader.files.hashes.image_hashes`, each once, rising.
@@ -33,46 +108,186 @@ def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = N
             training started from is not found.
         CheckpointError: no such model.
     """
-    return np.unique(np.concatenate(list(_learned(model, size))))
+    parts = []
+    for name, details in _lineage(model):
+        hashes = _own_hashes(details)
+        if hashes is None:
+            raise InputError(
+                f"{name!r} does not say which images it learned from: there is no image_hashes among the details of "
+                "its config.json. Train it again with this version, which notes them, or take another model."
+            )
+        if size is not None and details.get("resized") is not None and tuple(details.get("image_size") or ()) != size:
+            raise InputError(
+                f"{name!r} learned from images that were resized to {details.get('image_size')}. Whether these, which "
+                f"are {list(size)}, were among them cannot be told. Take another model, or one that learned from "
+                "images at their own size."
+            )
+        parts.append(hashes)
+    return np.unique(np.concatenate(parts))
 
 
-def weights_of(model: str | os.PathLike[str], kind: str) -> str:
-    """The hash of the weights of a "denoiser" or an "energy" model, by name or folder."""
-    return weights_sha256(load(model) if kind == "denoiser" else load(model, kind="energy"))
+def _own_hashes(details: Mapping[str, Any]) -> Hashes | None:
+    text = details.get("image_hashes")
+    return hashes_of_text(text) if isinstance(text, str) else None
 
 
-def _learned(model: str | os.PathLike[str], size: tuple[int, int] | None) -> Iterator[NDArray[np.uint64]]:
-    """The hashes that a model has of the images it learned from, and those of the models before it."""
-    config = read_config(find(model), None)
-    found = config.get("details")
-    details: dict[str, Any] = found if isinstance(found, dict) else {}
-    text, name = details.get("image_hashes"), os.fspath(model)
-    if not isinstance(text, str):
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, whose config.json has "
-            "no image_hashes among its details: train it again with this version, which notes them, or take another."
-        )
-    if size is not None and details.get("resized") is not None and tuple(details.get("image_size") or ()) != size:
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, which learned from images that "
-            f"were resized to {details.get('image_size')}, where these are of {list(size)}: whether they are the same "
-            "cannot be told. Take another, or one that learned from images at their size."
-        )
-    yield hashes_of_text(text)
-    train = details.get("train")
-    if not isinstance(train, dict) or (start := train.get("start_from")) is None:
-        return
-    before, wanted = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
-    kind = next(kind for kind, its in FORMATS.items() if its == config["format"])
-    try:
-        known = isinstance(before, str) and weights_of(before, kind) == wanted
-    except CheckpointError:
-        known = False
-    if not known:
-        raise InputError(
-            f"Expected a model that says which images it learned from. Got {name!r}, whose training started from the "
-            f"{kind} {before!r}, of which none with its weights is found: give its folder that name here, or take "
-            "another model."
-        )
-    assert isinstance(before, str)
-    yield from _learned(before, size)
+# -- what a dataset has of them ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """The images that some models learned from, as far as their checkpoints tell.
+
+    Attributes:
+        hashes: of `image_hashes`, of the images as they were trained on.
+        sides: that images were resized to for training, where they were: an image is compared at each of them too.
+        channels: of the images that the models take; a grey image is compared as they see it.
+        doubtful: indices of the dataset that a model may have learned from, as far as numbers go.
+        silent: the models that do not say, or not all.
+    """
+
+    hashes: frozenset[int] = frozenset()
+    sides: frozenset[int] = frozenset()
+    channels: int = 3
+    doubtful: frozenset[int] = frozenset()
+    silent: tuple[str, ...] = ()
+
+    def has(self, sample: Any, size: int | None = None) -> bool:
+        """Tell whether a model learned from the image of a sample: as it is, or as it was resized for training.
+
+        Args:
+            sample: an image, or a tuple or dict with one.
+            size: side that the image is resized to where it is measured; that image is looked for too.
+        """
+        if not self.hashes:
+            return False
+        try:
+            image = to_engine(get_image(sample))[0]
+        except InputError:  # whoever measures it says what is wrong with it
+            return False
+        if len(image) == 1 and self.channels == 3:
+            image = image.expand(3, -1, -1)
+        wanted = [None, *self.sides, *(() if size is None else (size,))]
+        return any(_hash(image, side) in self.hashes for side in dict.fromkeys(wanted))
+
+    def finder(self, size: int | None = None) -> Callable[[Any], bool] | None:
+        """Return `has` for images of a size; None where nothing is known to look for, so that no image need be read."""
+        return functools.partial(self.has, size=size) if self.hashes else None
+
+
+def _hash(image_CHW: Tensor, side: int | None) -> int:
+    if side is not None:
+        image_CHW = sizes.resize(image_CHW, side, side)
+    return int(image_hashes(quantize(image_CHW).permute(1, 2, 0).contiguous().numpy()[None])[0])
+
+
+def learned_images(
+    models: Sequence[str | os.PathLike[str]], dataset: Dataset[Any], spec: str, channels: int, progress: bool = False
+) -> Learned:
+    """Find out, as far as can be told, what these models learned from, to compare the images of a dataset with it.
+
+    A checkpoint with `image_hashes` tells all. An older one names indices, and perhaps one hash of all those images
+    together: where the images of `dataset` at these indices have that hash, or where it is the named torchvision
+    dataset that the checkpoint names and as long, they are what the model learned from, and each of them is hashed.
+    The same length alone may be chance, or the same data with JPEG or resized images that come out otherwise here.
+
+    Args:
+        models: names or folders.
+        dataset: map-style.
+        spec: what the command line calls the dataset, as `open_dataset` takes it.
+        channels: of the images that the models take.
+        progress: show a bar.
+    """
+    hashes: set[int] = set()
+    sides: set[int] = set()
+    doubtful: set[int] = set()
+    silent: list[str] = []
+    length = len(dataset)  # type: ignore[arg-type]
+    for model in models:
+        try:
+            for name, details in _lineage(model):
+                own = _own_hashes(details)
+                if own is None:
+                    own = _recovered(details, dataset, spec, channels, progress)
+                if own is None:
+                    silent.append(name)
+                else:
+                    hashes.update(own.tolist())
+                    sides.update([details["resized"]] if _is_side(details.get("resized")) else [])
+                if details.get("data_length") == length:
+                    doubtful.update(_indices(details))
+        except (InputError, CheckpointError):
+            silent.append(os.fspath(model))
+    return Learned(frozenset(hashes), frozenset(sides), channels, frozenset(doubtful), tuple(dict.fromkeys(silent)))
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _indices(details: Mapping[str, Any]) -> list[int]:
+    indices = details.get("indices")
+    return indices if isinstance(indices, list) and all(type(i) is int for i in indices) else []
+
+
+def _recovered(
+    details: Mapping[str, Any], dataset: Dataset[Any], spec: str, channels: int, progress: bool
+) -> Hashes | None:
+    """Hash the images that an older checkpoint names by their indices, where this dataset certainly has them."""
+    indices, sha256 = _indices(details), details.get("images_sha256")
+    length = len(dataset)  # type: ignore[arg-type]
+    if not indices or not all(0 <= i < length for i in indices):
+        return None
+    is_named = spec in TORCHVISION and details.get("data") == spec and details.get("data_length") == length
+    if sha256 is None and not is_named:
+        return None
+    whole, each = hashlib.sha256(), []
+    with tqdm(total=len(indices), desc="looking for images trained on", disable=not progress, leave=False) as bar:
+        for start in range(0, len(indices), _AT_ONCE):
+            chosen = indices[start : start + _AT_ONCE]
+            try:
+                images = load_images(dataset, chosen, size=details.get("resized"), channels=channels)
+            except PurifyError:  # training could not have read them
+                return None
+            whole.update(images.numpy().data)
+            each.append(image_hashes(images.permute(0, 2, 3, 1).contiguous().numpy()))
+            bar.update(len(chosen))
+    return np.concatenate(each) if sha256 in (None, whole.hexdigest()) else None
+
+
+# -- sets that must have no image in common ----------------------------------------------------------
+
+
+def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:
+    """Refuse a result that would not be honest, where an image is in two sets.
+
+    Args:
+        train: hashes of the training images: of the clean ones, and of what a poison made of them.
+        test: of the test images.
+        learned: model → of the images that it learned from. Two models may have learned from the same.
+
+    Returns:
+        how many images of each were compared.
+
+    Raises:
+        InputError: an image is in two sets. The message names which, and how many.
+    """
+    sets: dict[str, frozenset[int]] = {
+        "the training set": _distinct(train),
+        "the test set": _distinct(test),
+        **{f"what {model} learned from": _distinct(hashes) for model, hashes in learned.items()},
+    }
+    names = list(sets)
+    pairs = [(first, second) for i, first in enumerate(names[:2]) for second in names[i + 1 :]]
+    for first, second in pairs:
+        if both := len(sets[first] & sets[second]):
+            raise InputError(
+                f"{first[0].upper()}{first[1:]} and {second} must have no image in common. Got {both} of "
+                f"{len(sets[second])}. Leave them out of one of the two (the bench's option leave-out does it for the "
+                "training set), or take another model."
+            )
+    return {name: len(hashes) for name, hashes in sets.items()}
+
+
+def _distinct(hashes: Iterable[int]) -> frozenset[int]:
+    return frozenset(int(value) for value in hashes)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.named import ImageFiles, TarDataset
 from purifyloader.datasets.samples import fields, get_image
+from purifyloader.datasets.select import label_of
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.evaluation.sets import label_of
 
 __all__ = ["DatasetEnergies", "dataset_energies", "image_name"]
 
@@ -41,6 +41,7 @@ class DatasetEnergies:
         names: the file of each below its folder, or its key in a tar; None where the dataset has no names.
         shapes: number of images of each shape (C, H, W).
         sha256: of the pixels of each as 8 bits.
+        learned: number of images that the model was trained on, as far as that was asked.
     """
 
     indices: list[int]
@@ -49,21 +50,10 @@ class DatasetEnergies:
     names: list[str | None]
     shapes: dict[tuple[int, ...], int]
     sha256: list[bytes]
+    learned: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def where(self, keep: Sequence[bool]) -> DatasetEnergies:
-        """Those for which `keep` is true."""
-        rows = [row for row, kept in enumerate(keep) if kept]
-        return DatasetEnergies(
-            [self.indices[row] for row in rows],
-            self.energies[rows],
-            [self.labels[row] for row in rows],
-            [self.names[row] for row in rows],
-            self.shapes,
-            [self.sha256[row] for row in rows],
-        )
 
 
 def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
@@ -93,6 +83,7 @@ def dataset_energies(
     *,
     size: int | None = None,
     compute_batch: int = 32,
+    learned: Callable[[Any], bool] | None = None,
     what: str = "--data",
     progress: bool = False,
 ) -> DatasetEnergies:
@@ -107,6 +98,7 @@ def dataset_energies(
         indices: which, all if None.
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
         compute_batch: images of every network call, at least 16 on the CPU.
+        learned: tells of a sample whether the model was trained on its image, to count these.
         what: the images are called in errors.
         progress: show a bar.
 
@@ -133,7 +125,7 @@ def dataset_energies(
     digests: list[bytes] = []
     shapes: Counter[tuple[int, ...]] = Counter()
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    held = 0
+    held = trained_on = 0
     device = energy.readout.weight.device
 
     def flush(shape: tuple[int, ...]) -> None:
@@ -150,6 +142,7 @@ def dataset_energies(
             image = _image(sample, index, energy.config.image_channels, size, what)
             labels.append(label_of(fields(sample)))
             names.append(image_name(dataset, index, sample))
+            trained_on += learned is not None and learned(sample)
             digests.append(hashlib.sha256(image.numpy().data).digest())
             shape = tuple(image.shape)
             shapes[shape] += 1
@@ -162,7 +155,7 @@ def dataset_energies(
             bar.update()
         for shape in list(waiting):
             flush(shape)
-    return DatasetEnergies(chosen, found, labels, names, dict(shapes), digests)
+    return DatasetEnergies(chosen, found, labels, names, dict(shapes), digests, trained_on)
 
 
 def _image(sample: Any, index: int, channels: int, size: int | None, what: str) -> Tensor:

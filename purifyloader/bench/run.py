@@ -19,7 +19,6 @@ from purifyloader.bench import targeted, transfer
 from purifyloader.bench.defence import afresh, compensation
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
-from purifyloader.datasets.honest import check_disjoint
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import file_sha256, writing
@@ -30,7 +29,7 @@ from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks
 from purifyloader.poisons.writing import write_npz
-from purifyloader.pretrained.learned import learned_from
+from purifyloader.pretrained.learned import check_disjoint, learned_from
 from purifyloader.purified.dataset import PurifiedDataset
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.networks import entry

@@ -18,14 +18,15 @@ from purifyloader.audit.pictures import picture
 from purifyloader.audit.report import ranked_csv, sizes_in_words, table
 from purifyloader.audit.truth import read_poisoned
 from purifyloader.commands.evaluate import to_json
+from purifyloader.commands.inputs import tell_learned
 from purifyloader.core.devices import as_device
 from purifyloader.core.version import __version__
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
-from purifyloader.datasets.select import choose, read_indices
+from purifyloader.datasets.select import choose, choose_images, read_indices
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
-from purifyloader.evaluation.sets import Overlap, choose_images, overlap, training_details
 from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.learned import Learned, learned_images
 from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["CSV_FILE", "JSON_FILE", "PICTURE_FILE", "main"]
@@ -159,24 +160,36 @@ def _data(
         if not 1 <= options.count <= length:
             raise InputError(f"--count must be from 1 to {length}, the images in --data. Got {options.count}.")
         indices = choose(length, options.count, options.choose_seed)
-    trained = overlap(
-        training_details(options.model), options.data, dataset, energy.config.image_channels, _progress(options)
+    learned = learned_images([options.model], dataset, options.data, energy.config.image_channels, _progress(options))
+    data = dataset_energies(
+        energy,
+        dataset,
+        indices,
+        size=options.size,
+        learned=learned.finder(options.size),
+        what="--data",
+        progress=_progress(options),
     )
-    data = dataset_energies(energy, dataset, indices, size=options.size, what="--data", progress=_progress(options))
     if len(data.shapes) > _MANY_SHAPES:
         print(
             f"purifyloader: warning: --data has images of {len(data.shapes)} sizes. Energies of different sizes "
             "compare only roughly, and this is slow: give --size to bring all to one.",
             file=sys.stderr,
         )
-    if seen := len(trained.indices.intersection(data.indices)):
-        sure = "was" if trained.certain else "may have been"
-        print(
-            f"purifyloader: note: the model {sure} trained on {seen:,} of the {len(data):,} images in --data, which "
-            "lowers their energies.",
-            file=sys.stderr,
-        )
-    return data, {**_said(options.data, options.split), "length": length, "trained_on": seen if trained.certain else 0}
+    _tell_trained_on(learned, data)
+    return data, {**_said(options.data, options.split), "length": length, "trained_on": data.learned}
+
+
+def _tell_trained_on(learned: Learned, data: DatasetEnergies) -> None:
+    if data.learned:
+        what = f"the model was trained on {data.learned:,} of the {len(data):,} images in --data, which lowers"
+    elif seen := len(learned.doubtful.intersection(data.indices)):
+        what = f"the model may have been trained on {seen:,} of the {len(data):,} images in --data, which would lower"
+    elif learned.silent:
+        what = f"{' and '.join(learned.silent)} does not say which images it was trained on: some of --data would lower"
+    else:
+        return
+    print(f"purifyloader: note: {what} their energies.", file=sys.stderr)
 
 
 def _said(spec: str, split: str) -> dict[str, Any]:
@@ -192,29 +205,23 @@ def _reference(options: argparse.Namespace, energy: EnergyNetwork) -> tuple[Data
     if not length:
         raise InputError("Expected images in --reference. Got an empty dataset.")
     progress, channels = _progress(options), energy.config.image_channels
-    trained = overlap(training_details(options.model), options.reference, dataset, channels, progress)
+    learned = learned_images([options.model], dataset, options.reference, channels, progress)
     try:
-        indices = choose_images(length, options.reference_count, options.choose_seed, None, trained, _REFERENCE)
-    except InputError as error:  # which speaks of the options of another command
-        text = str(error).replace("--data", "--reference").replace("--count", "--reference-count")
-        raise InputError(text) from None
+        indices, left_out = choose_images(
+            dataset,
+            options.reference_count,
+            options.choose_seed,
+            _REFERENCE,
+            learned=learned.finder(options.size),
+        )
+    except InputError as error:
+        if error.argument == "count":
+            raise InputError(error.message, argument="reference_count") from None
+        raise InputError(f"--reference: {error}") from None
     reference = dataset_energies(energy, dataset, indices, size=options.size, what="--reference", progress=progress)
-    kept = reference.where([digest not in trained.images for digest in reference.sha256])
-    if not len(kept):
-        raise InputError(
-            f"Expected images that the model was not trained on. Got {len(reference)} in --reference that are "
-            "copies of such: give others."
-        )
-    left_out = len(reference) - len(kept) + (len(trained.indices) if trained.certain else 0)
-    if left_out:
-        print(
-            f"purifyloader: left out {left_out:,} of the {length:,} images in --reference: the model was trained on "
-            "them.",
-            file=sys.stderr,
-        )
-    _warn_of_overlap(trained, indices)
+    tell_learned(learned, indices, left_out, length, "--reference")
     said = _said(options.reference, options.reference_split)
-    return kept, {**said, "length": length, "trained_on_left_out": left_out}
+    return reference, {**said, "length": length, "trained_on_left_out": left_out}
 
 
 def _warn_of_sizes(data: DatasetEnergies, reference: DatasetEnergies) -> None:
@@ -223,15 +230,5 @@ def _warn_of_sizes(data: DatasetEnergies, reference: DatasetEnergies) -> None:
             f"purifyloader: warning: the images in --data have {sizes_in_words(data.shapes)}, those in --reference "
             f"{sizes_in_words(reference.shapes)}. Energies of different sizes do not compare: give --size to bring all "
             "to one.",
-            file=sys.stderr,
-        )
-
-
-def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:
-    if not trained.certain and (seen := trained.indices.intersection(indices)):
-        print(
-            "purifyloader: warning: --reference has as many images as the model's training data, but cannot be told to "
-            f"be the same. If it is, {len(seen)} of the {len(indices)} images chosen were trained on, and --data looks "
-            "more unusual than it is: give other images.",
             file=sys.stderr,
         )

@@ -32,10 +32,9 @@ from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.samples import fields
-from purifyloader.datasets.select import load_images
+from purifyloader.datasets.select import label_of, load_images
 from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import label_of
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, lock_path

@@ -16,24 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from purifyloader import pretrained
+from purifyloader.commands.inputs import Models, read_images
 from purifyloader.core.devices import as_device
-from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
-from purifyloader.datasets.select import read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
-from purifyloader.errors import InputError
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
 from purifyloader.evaluation.pictures import examples, picture
-from purifyloader.evaluation.sets import (
-    ATTACKS,
-    Overlap,
-    choose_images,
-    leave_out,
-    load,
-    overlap,
-    poisoned_images,
-    training_details,
-)
 from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
@@ -101,7 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     denoiser: Denoiser = pretrained.load(options.model).to(device)
     sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]
     denoiser.check_sigma(torch.tensor(sigmas, dtype=torch.float64))  # before images are read
-    images, poisoned, data = _images(options, denoiser)
+    images, poisoned, data = read_images(
+        Models(None, denoiser, (options.model,)),
+        options.data,
+        options,
+        root=options.root,
+        default=_COUNT,
+        progress=not options.quiet and sys.stderr.isatty(),
+    )
     with _bar(None, "calls", options.quiet) as bar:
 
         def progress(calls: int, total: int) -> None:
@@ -128,63 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         _write(options, results, denoiser, images, sigmas)
     return 0
-
-
-def _images(options: argparse.Namespace, denoiser: Denoiser) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """The images, their poisoned versions, and what is said of them in the results."""
-    dataset = open_dataset(options.data, options.root, train=False)
-    length = len(dataset)  # type: ignore[arg-type]
-    if not length:
-        raise InputError("Expected images in --data. Got an empty dataset.")
-    progress = not options.quiet and sys.stderr.isatty()
-    trained = overlap(training_details(options.model), options.data, dataset, denoiser.image_channels, progress)
-    given = None if options.indices is None else read_indices(options.indices)
-    indices = choose_images(length, options.count, options.choose_seed, given, trained, _COUNT)
-    _warn_of_overlap(trained, indices)
-    loaded = load(dataset, indices, denoiser.image_channels, options.size, progress)
-    clean, kept = leave_out(loaded, indices, trained, named=given is not None)
-    left_out = len(indices) - len(kept) + (len(trained.indices) if trained.certain and given is None else 0)
-    indices = kept
-    if left_out:
-        print(
-            f"purifyloader: left out {left_out:,} of the {length:,} images in --data: the model was trained on them.",
-            file=sys.stderr,
-        )
-    specs = options.poisoned
-    if specs is None:
-        specs = list(ATTACKS) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
-    elif "none" in specs:
-        if len(specs) > 1:
-            raise InputError(f"--poisoned none stands alone. Got {' '.join(specs)}.")
-        specs = []
-    poisoned: dict[str, Tensor] = {}
-    for spec in specs:
-        name, images = poisoned_images(spec, clean, indices, length, options.root, options.size, options.seed)
-        if name in poisoned:
-            raise InputError(f"--poisoned must name each set once. Got {name} twice.")
-        poisoned[name] = images
-    split = " (test split)" if options.data in TORCHVISION else ""
-    data = {
-        # never a path: results travel
-        "description": describe(options.data) + split,
-        "length": length,
-        "indices": indices,
-        "size": options.size,
-        "trained_on_left_out": left_out,
-    }
-    return clean.images, poisoned, data
-
-
-def _warn_of_overlap(trained: Overlap, indices: Sequence[int]) -> None:
-    if trained.certain or not (seen := trained.indices.intersection(indices)):
-        return
-    print(
-        "purifyloader: warning: --data has as many images as the model's training data, but cannot be told to be the "
-        "same (an older card has no hash, and a JPEG or a resized image may be read otherwise elsewhere). If it is, "
-        f"{len(seen)} of the {len(indices)} images chosen were trained on, and the results are too good: give other "
-        "images.",
-        file=sys.stderr,
-    )
 
 
 def _write(

@@ -15,23 +15,14 @@ from torch import Tensor
 from purifyloader import pretrained
 from purifyloader.core.images import quantize
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
-from purifyloader.datasets.select import read_indices
+from purifyloader.datasets.select import Loaded, choose_images, load, read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import (
-    ATTACKS,
-    Loaded,
-    Overlap,
-    choose_images,
-    leave_out,
-    load,
-    overlap,
-    poisoned_images,
-    training_details,
-)
+from purifyloader.evaluation.sets import ATTACKS, poisoned_images
+from purifyloader.pretrained.learned import Learned, learned_images
 
-__all__ = ["UNITS", "Images", "Models", "add_poisons", "load_models", "poisoned_by_file", "read_images"]
+__all__ = ["UNITS", "Images", "Models", "add_poisons", "load_models", "poisoned_by_file", "read_images", "tell_learned"]
 
 UNITS = {"unit": 1.0, "minus-one-to-one": 0.5, "bytes": 1 / 255}
 """What a value of a perturbation is in image units, for each kind of image that it may be made for."""
@@ -126,34 +117,17 @@ def read_images(
     length = len(dataset)  # type: ignore[arg-type]
     if not length:
         raise InputError(f"Expected images in {what}. Got an empty dataset.")
-    overlaps = [overlap(training_details(model), spec, dataset, models.channels, progress) for model in models.specs]
-    certain = [found for found in overlaps if found.certain]
-    trained = Overlap(
-        frozenset().union(*(found.indices for found in certain)),
-        True,
-        frozenset().union(*(found.images for found in certain)),
+    learned = learned_images(models.specs, dataset, spec, models.channels, progress)
+    kept, left_out = choose_images(
+        dataset,
+        options.count,
+        options.choose_seed,
+        default,
+        indices=None if options.indices is None else read_indices(options.indices),
+        learned=learned.finder(options.size),
     )
-    given = None if options.indices is None else read_indices(options.indices)
-    try:
-        indices = choose_images(length, options.count, options.choose_seed, given, trained, default)
-        loaded = load(dataset, indices, models.channels, options.size, progress, what)
-        clean, kept = leave_out(loaded, indices, trained, named=given is not None)
-    except InputError as error:  # which speaks of another command's option
-        raise InputError(str(error).replace("--data", what)) from None
-    left_out = len(indices) - len(kept) + (len(trained.indices) if given is None else 0)
-    if left_out:
-        print(
-            f"purifyloader: left out {left_out:,} of the {length:,} images in {what}: the model was trained on them.",
-            file=sys.stderr,
-        )
-    for found in overlaps:
-        if not found.certain and (seen := found.indices.intersection(kept)):
-            print(
-                f"purifyloader: warning: {what} has as many images as the model's training data, but cannot be told to "
-                f"be the same. If it is, {len(seen)} of the {len(kept)} images chosen were trained on: give "
-                "other images.",
-                file=sys.stderr,
-            )
+    clean = load(dataset, kept, models.channels, options.size, progress, what)
+    tell_learned(learned, kept, left_out, length, what)
     poisoned = _poisoned(options, clean, kept, length, root, what)
     said = {
         # never a path: results travel
@@ -164,6 +138,28 @@ def read_images(
         "trained_on_left_out": left_out,
     }
     return Images(clean.images, poisoned, said)
+
+
+def tell_learned(learned: Learned, chosen: Sequence[int], left_out: int, length: int, what: str) -> None:
+    """Say on standard error which images were left out because a model was trained on them, and what is not certain."""
+
+    def tell(text: str) -> None:
+        print(f"purifyloader: {text}", file=sys.stderr)
+
+    if left_out:
+        tell(f"left out {left_out:,} of the {length:,} images in {what}: the model was trained on them.")
+    if seen := learned.doubtful.intersection(chosen):
+        tell(
+            f"warning: {what} has as many images as the model's training data, but cannot be told to be the same (an "
+            "older card has no hashes, and a JPEG or a resized image may be read otherwise elsewhere). If it is, "
+            f"{len(seen)} of the {len(chosen)} images chosen were trained on, and the results are too good. Give other "
+            "images."
+        )
+    elif learned.silent:
+        tell(
+            f"warning: {' and '.join(learned.silent)} does not say which images it was trained on. If some of the "
+            f"{len(chosen)} images chosen from {what} are among them, the results are too good."
+        )
 
 
 def _poisoned(
@@ -181,7 +177,7 @@ def _poisoned(
         if len(specs) > 1:
             raise InputError(f"--poisoned none stands alone. Got {' '.join(specs)}.")
         specs = []
-    if options.npy_units is not None and not any(spec.endswith(".npy") for spec in specs):
+    if getattr(options, "npy_units", None) is not None and not any(spec.endswith(".npy") for spec in specs):
         raise InputError(
             f"--npy-units is about a .npy file in --poisoned. Got --npy-units {options.npy_units} without."
         )
@@ -189,7 +185,10 @@ def _poisoned(
     for spec in specs:
         try:
             if spec.endswith(".npy"):
-                name, images = Path(spec).name, poisoned_by_file(spec, clean, indices, length, options.npy_units)
+                name, images = (
+                    Path(spec).name,
+                    poisoned_by_file(spec, clean, indices, length, getattr(options, "npy_units", None)),
+                )
             else:
                 name, images = poisoned_images(spec, clean, indices, length, root, options.size, options.seed)
         except InputError as error:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.select import load
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import load
 from purifyloader.poisons.attacks.registry import ATTACKS, Attack, check_options, find
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
 from purifyloader.poisons.writing import check_free, is_npz, write

@@ -18,13 +18,13 @@ from purifyloader.commands.evaluate import to_json
 from purifyloader.commands.inputs import Models, load_models, read_images
 from purifyloader.core.devices import as_device
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
-from purifyloader.datasets.select import choose
+from purifyloader.datasets.select import choose, load
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath
 from purifyloader.dynamics.paths import Path as Purification
 from purifyloader.dynamics.pictures import picture
 from purifyloader.dynamics.tune import COMPENSATED, choose_level, tune
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import load
+from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out, write_results
 
 __all__ = ["JSON_FILE", "PICTURE_FILE", "RECIPES", "main", "pasted", "reasons"]
@@ -168,8 +168,20 @@ def _data(
         raise InputError("Expected images in --data. Got an empty dataset.")
     indices = choose(length, min(count, length), options.choose_seed)
     images = load(dataset, indices, models.channels, options.size, progress).images
+    learned = learned_images(models.specs, dataset, options.data, models.channels, progress)
+    if trained_on := sum(learned.has(dataset[index], options.size) for index in indices):
+        print(
+            f"purifyloader: note: the model was trained on {trained_on:,} of the {len(indices):,} images chosen from "
+            "--data, which it purifies better than others.",
+            file=sys.stderr,
+        )
     split = f" ({options.data_split} split)" if options.data in TORCHVISION else ""
-    return images, {"description": describe(options.data) + split, "length": length, "indices": indices}
+    return images, {
+        "description": describe(options.data) + split,
+        "length": length,
+        "indices": indices,
+        "trained_on": trained_on,
+    }
 
 
 # -- the proposal ------------------------------------------------------------------------------------

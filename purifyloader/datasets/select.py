@@ -1,13 +1,14 @@
-"""The sparse clean set: which images, from where, as one uint8 tensor."""
+"""Choose images of a dataset, and load them with their labels as tensors."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,10 +16,20 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import noise, sizes
 from purifyloader.core.images import quantize, to_engine
-from purifyloader.datasets.samples import get_image
+from purifyloader.datasets.samples import fields, get_image
 from purifyloader.errors import InputError
 
-__all__ = ["choose", "hold_out", "load_images", "read_indices"]
+__all__ = [
+    "Chosen",
+    "Loaded",
+    "choose",
+    "choose_images",
+    "hold_out",
+    "label_of",
+    "load",
+    "load_images",
+    "read_indices",
+]
 
 # Held-out images where nobody says how many: enough for a mean that moves by 0.1 dB, few enough to be quick.
 _HELD_OUT = 200
@@ -35,6 +46,80 @@ def choose(length: int, count: int, seed: int) -> list[int]:
 
 def _shuffled(length: int, seed: int) -> list[int]:
     return noise.uniform(noise.image_keys(seed, 0, 0), (length,))[0].argsort().tolist()
+
+
+class Chosen(NamedTuple):
+    """Indices of a dataset, and how many images were passed over for them."""
+
+    indices: list[int]
+    left_out: int
+
+
+def choose_images(
+    dataset: Dataset[Any],
+    count: int | None,
+    seed: int,
+    default: int,
+    *,
+    indices: Sequence[int] | None = None,
+    learned: Callable[[Any], bool] | None = None,
+) -> Chosen:
+    """Choose images that no model was trained on: at random, in rising order, or the ones named.
+
+    Images are drawn in the order of `choose`, so that without a model to respect these are the images of `choose`.
+
+    Args:
+        dataset: map-style.
+        count: that many; None for `default`, or all where there are fewer.
+        seed: decides the draw alone.
+        indices: these and no others, in this order.
+        learned: tells of a sample whether a model was trained on its image. None asks nothing and reads no image.
+
+    Raises:
+        InputError: indices twice, out of range or trained on; or fewer images than asked for. Its `argument` is
+            "count" or "indices".
+    """
+    length = len(dataset)  # type: ignore[arg-type]
+    if indices is not None:
+        _check_indices(dataset, indices, learned)
+        return Chosen(list(indices), 0)
+    if count is not None and not 1 <= count <= length:
+        raise InputError(f"must be from 1 to {length}, the images there are. Got {count}.", argument="count")
+    wanted = min(default, length) if count is None else count
+    kept: list[int] = []
+    left_out = 0
+    for index in _shuffled(length, seed):
+        if len(kept) == wanted:
+            break
+        if learned is not None and learned(dataset[index]):
+            left_out += 1
+        else:
+            kept.append(index)
+    if not kept:
+        raise InputError(
+            f"Expected images that the model was not trained on. Got {length}, and it was trained on all of them: give "
+            "other images."
+        )
+    if count is not None and len(kept) < count:
+        raise InputError(
+            f"must be from 1 to {len(kept)}, the images not trained on. Got {count}.",
+            argument="count",
+        )
+    return Chosen(sorted(kept), left_out)
+
+
+def _check_indices(dataset: Dataset[Any], indices: Sequence[int], learned: Callable[[Any], bool] | None) -> None:
+    length = len(dataset)  # type: ignore[arg-type]
+    if len(set(indices)) != len(indices):
+        raise InputError("must name each image once. Got repeated ones.", argument="indices")
+    if bad := [i for i in indices if not 0 <= i < length]:
+        raise InputError(f"must lie in [0, {length}), the images there are. Got {bad[0]}.", argument="indices")
+    if learned is not None and (seen := [i for i in indices if learned(dataset[i])]):
+        raise InputError(
+            f"must name images that the model was not trained on. Got {len(seen)} that it was, the first at index "
+            f"{min(seen)}: leave them out, or give other images.",
+            argument="indices",
+        )
 
 
 def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
@@ -138,3 +223,65 @@ def load_images(
     if channels is not None and images.shape[1] != channels:
         raise InputError(f"Expected images with {channels} channels. Got {images.shape[1]}.")
     return images
+
+
+class Loaded(NamedTuple):
+    """Images uint8 (N, C, H, W) and class labels int64 (N,), None where the dataset has none."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+class _WithLabels(Dataset[Any]):
+    """A dataset that keeps the class labels of the samples it has given."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.labels: list[int | None] = []
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.dataset[index]
+        self.labels.append(label_of(fields(sample)))
+        return sample
+
+
+def load(
+    dataset: Dataset[Any],
+    indices: Sequence[int],
+    channels: int,
+    size: int | None = None,
+    progress: bool = False,
+    what: str = "--data",
+) -> Loaded:
+    """Load the samples at `indices`; grey images are repeated for a model of colour.
+
+    Args:
+        channels: of the images that are wanted, 1 or 3.
+        size: bring the shorter side of each image to this, antialiased, and crop the centre.
+        progress: show a bar.
+        what: the images are called in errors.
+
+    Raises:
+        InputError: an image that cannot be read, of another size than the one before, or of colour for a
+            model of grey.
+    """
+    source = _WithLabels(dataset)
+    try:
+        images = load_images(source, indices, size=size, channels=channels, progress=progress)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+    labels = [label for label in source.labels if label is not None]
+    return Loaded(images, torch.tensor(labels) if len(labels) == len(images) else None)
+
+
+def label_of(target: Any) -> int | None:
+    """Return the class that the fields of a sample beside its image name, None where they name none."""
+    if isinstance(target, Mapping):
+        target = target.get("cls", target.get("label"))
+    if isinstance(target, Tensor | np.ndarray) and target.ndim == 0:
+        target = target.item()
+    is_class = isinstance(target, int | np.integer) and not isinstance(target, bool) and int(target) >= 0
+    return int(target) if is_class else None

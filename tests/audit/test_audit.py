@@ -322,7 +322,7 @@ def test_energies_are_shown_as_fine_as_they_spread():
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    pretrained.save(tiny_energy(), tmp_path / "model", name="tiny")
+    pretrained.save(tiny_energy(), tmp_path / "model", name="tiny", details={"image_hashes": ""})  # learned from none
     return tmp_path / "model"
 
 
@@ -438,7 +438,7 @@ def empty():
         (["--data", "tests.audit.test_audit:empty"], "Expected images in --data. Got an empty dataset"),
         (["--reference", "tests.audit.test_audit:empty"], "Expected images in --reference. Got an empty dataset"),
         (["--count", "41"], "--count must be from 1 to 40"),
-        (["--reference", POISONED, "--reference-count", "41"], "--reference-count must be from 1 to 40"),
+        (["--reference", POISONED, "--reference-count", "41"], "^reference_count must be from 1 to 40"),
         (["--poisoned", "{tmp}/far.json"], "--poisoned must be indices of the 40 images in --data. Got 40"),
         (["--poisoned", "{tmp}/none.json"], "must be a JSON list of one or more indices"),
         (["--poisoned", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
@@ -495,7 +495,7 @@ def test_images_trained_on_stay_in_the_list_and_out_of_the_reference(tmp_path, c
     said = capsys.readouterr()
     assert json.loads(said.out)["reference"]["count"] == 6
     assert "left out 4 of the 10" in said.err
-    with pytest.raises(InputError, match="in --reference, and it was trained on all"):
+    with pytest.raises(InputError, match=r"reference: .* it was trained on all"):
         run(trained_on(tmp_path / "all", list(range(40)), clean_sample()), "--reference", CLEAN)
 
 

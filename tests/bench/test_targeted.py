@@ -185,7 +185,7 @@ def test_a_process_leaves_a_seed_to_another_and_takes_the_next(tmp_path):
 
 
 def test_a_poison_that_is_the_target_byte_for_byte_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"the training set and the test set to have no image in common. Got 1"):
+    with pytest.raises(InputError, match=r"The training set and the test set must have no image in common\. Got 1"):
         bench(tmp_path).row(AttackSpec("planted", {"exact": True}, None, "planted"), "none", 0)
 
 

@@ -20,13 +20,13 @@ from purifyloader.commands.dynamics import main
 from purifyloader.commands.inputs import poisoned_by_file
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
+from purifyloader.datasets.select import Loaded
 from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.dynamics import DiffusionPath, LangevinPath, dynamics, measure, picture
 from purifyloader.dynamics.measure import crossing
 from purifyloader.dynamics.paths import Piece
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.evaluation.sets import Loaded
 from purifyloader.purifiers import Diffuse, Langevin
 from tests.audit.test_audit import Brightness, trained_on
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
@@ -450,7 +450,7 @@ def other_order():
             ["--energy", "{tmp}/energy", "--poisoned", "tests.evaluation.test_evaluation:clean_sample"],
             "must differ from the clean",
         ),
-        (["--energy", "{tmp}/energy", "--count", "41"], "--count must be from 1 to 40"),
+        (["--energy", "{tmp}/energy", "--count", "41"], "count must be from 1 to 40"),
         (["--energy", "{tmp}/energy", "--batch-size", "0"], "compute_batch"),
         (["--energy", "{tmp}/energy", "--overwrite"], "--overwrite is about"),
     ],

@@ -417,7 +417,7 @@ def test_no_proposal_is_said_plainly(models, tmp_path, capsys):
             ["--energy", "{tmp}/energy", "--poisoned", "tests.dynamics.test_dynamics:other_order"],
             "images of --clean, poisoned",
         ),
-        (["--energy", "{tmp}/energy", "--count", "41"], "--count must be from 1 to 40"),
+        (["--energy", "{tmp}/energy", "--count", "41"], "^count must be from 1 to 40"),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(options, message, models, tmp_path):

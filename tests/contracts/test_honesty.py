@@ -1,0 +1,142 @@
+"""No command measures a model on images that it was trained on, whatever folder they lie in, without saying so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from purifyloader import pretrained
+from purifyloader.commands import main as cli
+from purifyloader.core import sizes
+from purifyloader.core.images import quantize, to_engine
+from purifyloader.datasets.shards import load_sample
+from purifyloader.files.hashes import hashes_as_text, image_hashes
+from purifyloader.files.weights import weights_sha256
+from tests.conftest import tiny_denoiser, tiny_energy
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "data"
+
+
+def pngs(folder: Path, images) -> Path:
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"picture-{number:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return load_sample(SAMPLE, "test")[0][:12]
+
+
+def details(images, **more):
+    return {"image_hashes": hashes_as_text(image_hashes(images)), **more}
+
+
+@pytest.fixture
+def folder(images, tmp_path) -> Path:
+    """12 images, of which the last 7 are learned from: renamed and in another order than the card has them."""
+    return pngs(tmp_path / "pictures", images)
+
+
+@pytest.fixture
+def models(images, tmp_path) -> Path:
+    seen = images[5:][::-1]
+    pretrained.save(tiny_denoiser(), tmp_path / "denoiser", details=details(seen, data="CIFAR-10", data_length=50000))
+    pretrained.save(tiny_energy(), tmp_path / "energy", details=details(seen))
+    return tmp_path
+
+
+QUICK = ["--device", "cpu", "--json"]
+
+MEASURING = {
+    "evaluate": ["denoiser", "evaluate", "{0}/denoiser", "--sigma-px", "25", "--poisoned", "none", "--data"],
+    "dynamics": ["dynamics", "--model", "{0}/denoiser", "--sigma-px", "25", "--poisoned", "none", "--data"],
+    "dynamics-energy": ["dynamics", "--energy", "{0}/energy", "--steps", "1", "--poisoned", "none", "--data"],
+    "tune": ["tune", "--model", "{0}/denoiser", "--sigma-px", "25", "--poisoned", "ar", "--clean"],
+    "audit": ["audit", "energy", "--model", "{0}/energy", "--data", "{0}/pictures", "--reference"],
+}
+
+
+def data_of(command: str, results: dict) -> dict:
+    return {"tune": lambda: results["curves"]["data"], "audit": lambda: results["reference"]}.get(
+        command, lambda: results["data"]
+    )()
+
+
+@pytest.mark.parametrize("command", MEASURING)
+def test_images_trained_on_are_left_out_and_said_to_be(command, folder, models, capsys):
+    words = [word.format(models) for word in MEASURING[command]]
+    assert cli.main([*words, str(folder), *QUICK]) == 0
+    said = capsys.readouterr()
+    found = data_of(command, json.loads(said.out))
+    assert found["trained_on_left_out"] == 7
+    assert found.get("indices", [0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
+    assert "left out 7 of the 12 images in " in said.err
+    # of nothing but these there is nothing to measure
+    all_seen = pngs(models / "seen", load_sample(SAMPLE, "test")[0][5:9])
+    assert cli.main([*words, str(all_seen), *QUICK]) == 2
+    assert "was trained on all of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", MEASURING)
+def test_a_model_that_does_not_say_is_warned_of(command, folder, models, capsys):
+    for kind, make in (("denoiser", tiny_denoiser), ("energy", tiny_energy)):
+        pretrained.save(make(), models / kind, overwrite=True)
+    words = [word.format(models) for word in MEASURING[command]]
+    assert cli.main([*words, str(folder), *QUICK]) == 0
+    assert "does not say which images it was trained on" in capsys.readouterr().err
+
+
+def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models, capsys):
+    """What a user wants to know about, `audit --data` and `tune --data`, stays whole."""
+    assert cli.main(["audit", "energy", "--model", str(models / "energy"), "--data", str(folder), *QUICK]) == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out)["data"]["count"], json.loads(said.out)["data"]["trained_on"]) == (12, 7)
+    assert "was trained on 7 of the 12 images in --data" in said.err
+    clean = pngs(models / "clean", load_sample(SAMPLE, "test")[0][20:32])
+    words = ["tune", "--model", str(models / "denoiser"), "--sigma-px", "25", "--poisoned", "ar", "--clean", str(clean)]
+    assert cli.main([*words, "--data", str(folder), *QUICK]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["data"]["trained_on"] == 7
+    assert "was trained on 7 of the 12 images chosen from --data" in said.err
+
+
+def test_bench_and_certify_refuse_images_trained_on(images, models, tmp_path, capsys):
+    labels = (0, 1)
+    for split, some in (("train", images[:6]), ("test", images[6:])):
+        for label in labels:
+            pngs(tmp_path / "set" / split / str(label), some[label::2])
+    words = ["--data", "imagefolder", "--root", str(tmp_path / "set")]
+    out = ["--out", str(tmp_path / "out")]
+    assert cli.main(["bench", *words, *out, "--defence", "A", "--denoiser", str(models / "denoiser")]) == 2
+    assert "must have no image in common" in capsys.readouterr().err
+    more = ["--model", str(models / "denoiser"), "--sigma", "0.1", "--plan"]
+    assert cli.main(["certify", *words, *out, *more]) == 2
+    assert "test images that no model has learned from" in capsys.readouterr().err
+
+
+def test_what_a_training_started_from_counts(images, folder, tmp_path, capsys):
+    first = tiny_denoiser()
+    pretrained.save(first, tmp_path / "first", details=details(images[:3]))
+    start = {"name": str(tmp_path / "first"), "weights_sha256": weights_sha256(first)}
+    pretrained.save(tiny_denoiser(), tmp_path / "m", details=details(images[9:], train={"start_from": start}))
+    words = ["denoiser", "evaluate", str(tmp_path / "m"), "--sigma-px", "25", "--poisoned", "none", *QUICK]
+    assert cli.main([*words, "--data", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["indices"] == [3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("measured", [None, 8], ids=["as they are", "at another size"])
+def test_images_resized_for_training_are_compared_at_that_size(measured, images, folder, tmp_path, capsys):
+    small = [quantize(sizes.resize(to_engine(image)[0], 16, 16)).permute(1, 2, 0).numpy() for image in images[:4]]
+    card = details(np.stack(small), resized=16, image_size=[16, 16])
+    pretrained.save(tiny_denoiser(), tmp_path / "m", details=card)
+    words = ["denoiser", "evaluate", str(tmp_path / "m"), "--sigma-px", "25", "--poisoned", "none", *QUICK]
+    words += [] if measured is None else ["--size", str(measured)]
+    for data in (folder, pngs(tmp_path / "small", [*small, *[np.zeros((16, 16, 3), np.uint8)] * 2])):
+        assert cli.main([*words, "--data", str(data)]) == 0
+        assert json.loads(capsys.readouterr().out)["data"]["trained_on_left_out"] == 4
