@@ -29,7 +29,7 @@ from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.learned import Learned, learned_images
 from purifyloader.results.folder import check_out, write_results
 
-__all__ = ["CSV_FILE", "JSON_FILE", "PICTURE_FILE", "main"]
+__all__ = ["DESCRIPTION", "add_options", "CSV_FILE", "JSON_FILE", "PICTURE_FILE", "run"]
 
 JSON_FILE = "audit.json"
 CSV_FILE = "audit.csv"
@@ -40,12 +40,14 @@ _REFERENCE = 2000  # twenty images lie above the 99th percentile, which is then 
 _MANY_SHAPES = 8
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader audit energy",
-        description="Rank the images of a dataset by an energy model, and compare them with clean images. High energy: "
-        "unlike the clean images that the model was trained on. Prints a table.",
-    )
+DESCRIPTION = (
+    "Rank the images of a dataset by an energy model, and compare them with clean images. High energy: "
+    "unlike the clean images that the model was trained on. Prints a table."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add(
         "--data",
@@ -90,12 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    options = _parser().parse_args(arguments)
     device = as_device(options.device)
     check_out(options.out, (JSON_FILE, CSV_FILE, PICTURE_FILE), options.overwrite, "an audit")
     if bad := [percent for percent in options.top if not 0 < percent <= 100]:

@@ -34,7 +34,7 @@ from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS
 from purifyloader.victims.presets import TRAININGS
 
-__all__ = ["main"]
+__all__ = ["DESCRIPTION", "add_options", "run"]
 
 ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
 ACCURACY_FILE, COST_FILE, NOISE_FILE, IMAGES_FILE = "accuracy.png", "cost.png", "noise.png", "images.png"
@@ -61,12 +61,14 @@ SCALES = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader bench",
-        description="Train victims on poisoned data, with and without defences, and test them on clean images. Rows "
-        "are kept as they are done: the same command goes on, and any number of processes may run it at once.",
-    )
+DESCRIPTION = (
+    "Train victims on poisoned data, with and without defences, and test them on clean images. Rows "
+    "are kept as they are done: the same command goes on, and any number of processes may run it at once."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
     add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
@@ -121,18 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, metavar="N", help="so many on this machine (default: 1)")
     add("--report", action="store_true", help="write the table and pictures of the rows there are, and stop")
     add("--list", action="store_true", help="list attacks and defences, and stop")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Run the bench, or list or report."""
     if options.list:
         print("\n".join(_listed()))
         return 0
     if options.out is None:
-        parser.error("the following arguments are required: --out (or --list)")
+        raise ConfigError("--out is required, or --list.")
     if options.processes < 1:
         raise ConfigError(f"--processes must be at least 1. Got {options.processes}.")
     as_device(options.device)
@@ -146,9 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.processes == 1:
             _run(bench, wanted, path)
         else:
-            given = sys.argv[1:] if arguments is None else list(arguments)
             threads = max(1, (os.cpu_count() or 1) // options.processes)
-            run_many(functools.partial(_worker, given, threads), options.processes)
+            run_many(functools.partial(_worker, options, threads), options.processes)
         _pictures_of_images(options.out, bench, wanted)
     _report(options.out)
     return 0
@@ -336,11 +334,9 @@ def _is_there(path: Path, name: str, clean: bool, beside: _Beside) -> bool:
     return (not beside.targets or "flipped" in found) and {*beside.triggers} <= {*found.get("clean_success", {})}
 
 
-def _worker(arguments: list[str], threads: int, number: int) -> None:
+def _worker(options: argparse.Namespace, threads: int, number: int) -> None:
     torch.set_num_threads(threads)
-    options = _parser().parse_args(arguments)
     options.device = str(device_of_process(options.device, number))  # of several GPUs each has one
-    options.work = options.work or options.out / "work"
     bench, wanted = _prepared(options)
     _run(bench, wanted, options.out / ROWS_FILE)
 

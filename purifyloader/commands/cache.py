@@ -23,14 +23,17 @@ from purifyloader.errors import CacheError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import is_held, lock_path
 
-__all__ = ["describe", "main"]
+__all__ = ["DESCRIPTION", "add_options", "describe", "run"]
 
 _THREADS = 4  # hashing lets go of the interpreter
 _CHANNELS = {1: "grey", 2: "grey + alpha", 3: "RGB", 4: "RGBA"}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="purifyloader cache", description="Look after purified caches.")
+DESCRIPTION = "Look after purified caches."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="say what a cache is, finished or not; reads no images")
@@ -60,16 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--picture", type=Path, metavar="FILE", help="also write example images as a PNG")
     compare.add_argument("--draw", type=int, default=0, metavar="K", help="which draw of both (default: 0)")
     compare.add_argument("--json", action="store_true", help="as JSON")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`.
 
     Returns:
         0, or 1 for a cache that `verify` finds unfinished or damaged.
     """
-    options = _parser().parse_args(arguments)
     return _COMMANDS[options.command](options)
 
 

@@ -42,21 +42,23 @@ from purifyloader.purified.filling import place
 from purifyloader.results.rows import fingerprint
 from purifyloader.victims.networks import VICTIMS
 
-__all__ = ["main"]
+__all__ = ["DESCRIPTION", "add_options", "run"]
 
 VOTES, START_FILE = "votes", "start.safetensors"
 _BUILT_IN = ("network", "width", "pool", "pad", "epochs", "batch_size", "lr")
 _TRAIN = "train"  # --warm-start: the training set itself
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader certify",
-        description="Noise and denoise the training set once for each of many models, let them vote on test images, "
-        "and say how far the training images could be changed without changing the vote (Hong, Carlini & Kurakin). "
-        "Votes are kept as they are made: the same command goes on after a stop, and any number of processes may run "
-        "it at once. On several GPUs: accelerate launch -m purifyloader.certify, with the same options.",
-    )
+DESCRIPTION = (
+    "Noise and denoise the training set once for each of many models, let them vote on test images, "
+    "and say how far the training images could be changed without changing the vote (Hong, Carlini & Kurakin). "
+    "Votes are kept as they are made: the same command goes on after a stop, and any number of processes may run "
+    "it at once. On several GPUs: accelerate launch -m purifyloader certify, with the same options."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, help=f"folder of the results: {report.RESULTS_FILE}, a page, a picture, and the votes")
     add("--plan", action="store_true", help="measure one model, say what all will take and could give, and stop")
@@ -118,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     place("--processes", type=int, default=1, metavar="N", help="so many on this machine (default: 1)")
     place("--threads", type=int, default=1, help="of the CPU, a process; decides the last bit of a model (default: 1)")
     place("--quiet", action="store_true", help="no progress")
-    return parser
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,17 +187,15 @@ class Run:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
     if options.out is None and not options.plan:
-        parser.error("the following arguments are required: --out (or --plan)")
+        raise ConfigError("--out is required, or --plan.")
     _check(options)
     rank, world_size = place(None, None)
     if options.processes > 1 and world_size > 1:
         raise ConfigError("Expected --processes or a launcher. Got both: leave --processes out.")
-    options.device = str(_device(options.device, rank))
+    device, options.device = options.device, str(_device(options.device, rank))
     torch.set_num_threads(options.threads)
     run = _prepared(options)
     if options.plan:
@@ -205,8 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.processes > 1:
         _folders(run)  # other settings are said once, not by each process
-        given = sys.argv[1:] if arguments is None else list(arguments)
-        run_many(functools.partial(_worker, given), options.processes)
+        run_many(functools.partial(_worker, options, device), options.processes)
     _vote(run, shown=rank == 0 and not options.quiet)  # after other processes: what a dead one has left
     if rank == 0:
         _write(run)
@@ -486,10 +484,8 @@ def _progress(folders: Sequence[VoteFolder], models: int) -> Callable[[VoteFolde
     return seen
 
 
-def _worker(arguments: list[str], number: int) -> None:
-    options = _parser().parse_args(arguments)
-    _check(options)
-    options.device = str(_device(options.device, number))
+def _worker(options: argparse.Namespace, device: str | None, number: int) -> None:
+    options.device = str(_device(device, number))
     torch.set_num_threads(options.threads)
     _vote(_prepared(options), shown=number == 0 and not options.quiet)
 

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
+from purifyloader.errors import ConfigError
 from purifyloader.pretrained.convert import FORMATS, as_json, convert, in_words, option
 from purifyloader.pretrained.convert.openai import QKV_ORDERS
 from purifyloader.pretrained.convert.plausibility import Plausibility
 
-__all__ = ["main"]
+__all__ = ["DESCRIPTION", "add_options", "run"]
 
 _IMAGES = 32
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader convert",
-        description="Convert a published checkpoint into a folder that pretrained.load reads, and try whether the "
-        "result denoises. Pickles are read without running what they hold.",
-    )
+DESCRIPTION = (
+    "Convert a published checkpoint into a folder that pretrained.load reads, and try whether the "
+    "result denoises. Pickles are read without running what they hold."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     where = "a file (.pt, .pth, .bin, .safetensors), a folder, or owner/name on the Hugging Face hub"
     add("source", nargs="?", metavar="SOURCE", help=where)
@@ -66,26 +68,23 @@ def _parser() -> argparse.ArgumentParser:
     }
     for setting, arguments in how.items():
         group.add_argument(option(setting), default=None, **arguments)
-    return parser
 
 
 _SETTINGS = sorted({name for its in FORMATS.values() for name in its.takes} | {"timesteps"})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`.
 
     Returns:
         0, also for a result that does not denoise, which is a warning.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
     if options.list_presets:
         print("\n".join(_preset_lines(options.format)))
         return 0
     required = {"SOURCE": options.source, "OUT": options.out, "--format": options.format}
     if missing := [name for name, value in required.items() if value is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
+        raise ConfigError(f"{', '.join(missing)} must be given.")
     settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
     images = _images(options)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")  # those of the result among them

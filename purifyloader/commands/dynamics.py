@@ -25,7 +25,18 @@ from purifyloader.dynamics.pictures import picture
 from purifyloader.errors import ConfigError
 from purifyloader.results.folder import check_out, write_results
 
-__all__ = ["JSON_FILE", "PICTURE_FILE", "SCHEDULES", "add_images", "main", "make_path", "progress_bar", "table"]
+__all__ = [
+    "DESCRIPTION",
+    "add_options",
+    "JSON_FILE",
+    "PICTURE_FILE",
+    "SCHEDULES",
+    "add_images",
+    "run",
+    "make_path",
+    "progress_bar",
+    "table",
+]
 
 JSON_FILE = "dynamics.json"
 PICTURE_FILE = "dynamics.png"
@@ -41,13 +52,15 @@ _TIMESTEPS = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader dynamics",
-        description="How far purification moves clean and poisoned images, level by level, as in Figure 2 of the "
-        "PureGen paper: along a Langevin walk (--energy), or by diffusion from one timestep or noise level after "
-        "another (--model; with --energy too, the energies on the way). Prints a table.",
-    )
+DESCRIPTION = (
+    "How far purification moves clean and poisoned images, level by level, as in Figure 2 of the "
+    "PureGen paper: along a Langevin walk (--energy), or by diffusion from one timestep or noise level after "
+    "another (--model; with --energy too, the energies on the way). Prints a table."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument(
         "--data",
         required=True,
@@ -86,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
 def add_images(parser: argparse.ArgumentParser, of: str, default: int) -> None:
@@ -104,9 +116,8 @@ def add_images(parser: argparse.ArgumentParser, of: str, default: int) -> None:
     add_poisons(parser, of)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    options = _parser().parse_args(arguments)
     device = as_device(options.device)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "dynamics")
     models = load_models(options.energy, options.model, device)

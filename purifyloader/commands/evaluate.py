@@ -24,19 +24,21 @@ from purifyloader.evaluation.evaluate import default_sigmas, evaluate
 from purifyloader.evaluation.pictures import examples, picture
 from purifyloader.results.folder import check_out, write_results
 
-__all__ = ["JSON_FILE", "PICTURE_FILE", "main", "to_json"]
+__all__ = ["DESCRIPTION", "add_options", "JSON_FILE", "PICTURE_FILE", "run", "to_json"]
 
 JSON_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"
 _COUNT = 500
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader denoiser evaluate",
-        description="Judge a denoiser on clean images that it was not trained on: PSNR over noise, error by "
-        "frequency, calibration, and what it removes from poisoned images. Prints a table.",
-    )
+DESCRIPTION = (
+    "Judge a denoiser on clean images that it was not trained on: PSNR over noise, error by "
+    "frequency, calibration, and what it removes from poisoned images. Prints a table."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a shipped denoiser, a checkpoint's folder, or owner/name on the hub")
     add(
@@ -78,12 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    options = _parser().parse_args(arguments)
     device = as_device(options.device)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "an evaluation")
     denoiser: Denoiser = pretrained.load(options.model).to(device)

@@ -1,137 +1,131 @@
-"""The `purifyloader` command."""
+"""Run a command of `purifyloader`: one row a command, and one place for how each of them begins and ends.
+
+A command's module has its options and what it does with them:
+
+    DESCRIPTION                     a sentence or two for its --help
+    add_options(parser)             adds its options; imports no torch, for a help text must not take seconds
+    run(options) -> int             does the work and returns the exit status; imports the rest
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
+from purifyloader.commands.exit_status import USER_ERROR, exit_status
 from purifyloader.core.version import __version__
 from purifyloader.errors import PurifyError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "Command", "execute", "main", "parse"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="purifyloader", description="Train on images you cannot trust.")
+class Command(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: one word or two, as they are typed.
+        help: what it does, in a line.
+        module: of `purifyloader.commands`.
+    """
+
+    name: str
+    help: str
+    module: str
+
+    def load(self) -> Any:
+        return importlib.import_module(f"purifyloader.commands.{self.module}")
+
+
+COMMANDS = (
+    Command("precompute", "purify a dataset once, into a cache", "precompute"),
+    Command("cache", "look at a cache, verify it, compare two, or take one to tars and back", "cache"),
+    Command("models", "list the models that ship with the library", "models"),
+    Command("tune", "propose how strongly to purify, from clean images and attacks", "tune"),
+    Command("train denoiser", "train a denoiser from a few clean images", "train_denoiser"),
+    Command("train energy", "train an energy model from clean images", "train_energy"),
+    Command("convert", "bring a published checkpoint into this library's form", "convert"),
+    Command("denoiser evaluate", "measure how well a denoiser denoises, by noise level and frequency", "evaluate"),
+    Command("audit energy", "rank the images of a dataset by how unusual an energy model finds them", "audit"),
+    Command("dynamics", "measure how purification moves clean and poisoned images, step by step", "dynamics"),
+    Command("bench", "train victims on poisons, with and without defences", "bench"),
+    Command("certify", "certify how far training images may be changed without changing a vote", "certify"),
+    Command("poison", "poison a dataset, to test a defence on it", "poison"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are, and which takes no shortened options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"purifyloader: error: {message} (`{self.prog} --help` lists the options)\n")
+
+
+def _overview(arguments: Sequence[str]) -> NoReturn:
+    """Print the commands or the version, or refuse what is no command."""
+    group = [row for row in COMMANDS if arguments and row.name.split()[0] == arguments[0]]
+    rows = group or COMMANDS
+    width = max(len(row.name) for row in rows) + 2
+    parser = _Parser(
+        prog="purifyloader",
+        usage="purifyloader COMMAND ... (each has its --help)",
+        description="Train on images you cannot trust.",
+        epilog="\n".join(["commands:", *(f"  {row.name:<{width}}{row.help}" for row in rows)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"purifyloader {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    # listed here; their options are their own modules', which cost seconds of torch to import
-    commands.add_parser("precompute", help="purify a dataset once, into a cache", add_help=False)
-    commands.add_parser(
-        "cache", help="look at a cache, verify it, compare two, or take one to tars and back", add_help=False
-    )
-    commands.add_parser("models", help="list the models that ship with the library")
-    commands.add_parser("convert", help="bring a published checkpoint into this library's form", add_help=False)
-
-    train = commands.add_parser("train", help="train a model").add_subparsers(
-        dest="what", required=True, metavar="WHAT"
-    )
-    train.add_parser("denoiser", help="train a denoiser from a few clean images", add_help=False)
-    train.add_parser("energy", help="train an energy model from clean images", add_help=False)
-    denoiser = commands.add_parser("denoiser", help="judge a denoiser").add_subparsers(
-        dest="what", required=True, metavar="WHAT"
-    )
-    denoiser.add_parser("evaluate", help="how well it denoises, by noise level and by frequency", add_help=False)
-    audit = commands.add_parser("audit", help="look at a dataset before trusting it").add_subparsers(
-        dest="what", required=True, metavar="WHAT"
-    )
-    audit.add_parser("energy", help="which images an energy model finds unusual", add_help=False)
-    commands.add_parser(
-        "dynamics", help="how purification moves clean and poisoned images, step by step", add_help=False
-    )
-    commands.add_parser("tune", help="propose how strongly to purify, from clean images and attacks", add_help=False)
-    commands.add_parser("bench", help="train victims on poisons, with and without defences", add_help=False)
-    commands.add_parser(
-        "certify", help="how far training images could be changed without changing a vote", add_help=False
-    )
-    commands.add_parser("poison", help="poison a dataset, to test a defence on it", add_help=False)
-    return parser
+    parser.parse_args(arguments[1:] if group else arguments[:1] if arguments[0:1] and arguments[0][0] == "-" else [])
+    names = ", ".join(row.name for row in rows)
+    got = f"Got {' '.join(arguments[:2])!r}." if arguments else "Got none."
+    parser.error(f"A command is one of {names}. {got}")
 
 
-def _models() -> Iterator[str]:
-    """A line for each model that ships, also for one that cannot be read; no weights are loaded."""
-    from purifyloader.pretrained.checkpoint import summary
-    from purifyloader.pretrained.registry import available, find
+def parse(arguments: Sequence[str]) -> tuple[Any, argparse.ArgumentParser, argparse.Namespace]:
+    """Find the command's module and parse its options: (module, parser, options).
 
-    for name in available():
-        try:
-            its = summary(find(name))
-        except PurifyError as error:
-            yield f"{name:<23} cannot be read: {' '.join(str(error).split())}"
-            continue
-        what = "an energy model"
-        if its.noise_px is not None:
-            what = "for noise from {:.2g} to {:.0f} px".format(*its.noise_px)
-        yield f"{name:<23} {its.parameters / 1e6:>6.2f} M parameters, {what}"
+    Raises:
+        SystemExit: 0 after a help text or the version, 2 after options that are none.
+    """
+    for command in COMMANDS:
+        words = command.name.split()
+        if list(arguments[: len(words)]) == words:
+            module = command.load()
+            parser = _Parser(prog=f"purifyloader {command.name}", description=module.DESCRIPTION)
+            module.add_options(parser)
+            return module, parser, parser.parse_args(arguments[len(words) :])
+    _overview(arguments)
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status. An error of the user's is raised, as a `PurifyError`."""
+    module, _, options = parse(arguments)
+    status: int = module.run(options)
+    return status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run a command and return the exit status.
 
-    Errors of the user's are one line on standard error and exit status 2; so is an interruption, with 130.
+    An error of the user's is one line on standard error and status 2; an interruption is one, too, and 130.
     """
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if argv[:2] == ["train", "denoiser"]:
-            from purifyloader.commands import train_denoiser as command
+    flags: dict[str, str] = {}
 
-            return command.main(argv[2:])
-        if argv[:2] == ["train", "energy"]:
-            from purifyloader.commands.train_energy import main as train_energy
+    def work() -> int:
+        module, parser, options = parse(sys.argv[1:] if arguments is None else arguments)
+        flags.update({action.dest: action.option_strings[0] for action in parser._actions if action.option_strings})
+        status: int = module.run(options)
+        return status
 
-            return train_energy(argv[2:])
-        if argv[:2] == ["denoiser", "evaluate"]:
-            from purifyloader.commands.evaluate import main as evaluate
+    def in_words(error: PurifyError) -> str:
+        # the library names its argument, a command line its option
+        return str(error) if error.argument is None else f"{flags.get(error.argument, error.argument)} {error.message}"
 
-            return evaluate(argv[2:])
-        if argv[:2] == ["audit", "energy"]:
-            from purifyloader.commands.audit import main as audit
-
-            return audit(argv[2:])
-        if argv[:1] == ["dynamics"]:
-            from purifyloader.commands.dynamics import main as dynamics
-
-            return dynamics(argv[1:])
-        if argv[:1] == ["tune"]:
-            from purifyloader.commands.tune import main as tune
-
-            return tune(argv[1:])
-        if argv[:1] == ["bench"]:
-            from purifyloader.commands.bench import main as bench
-
-            return bench(argv[1:])
-        if argv[:1] == ["certify"]:
-            from purifyloader.commands.certify import main as certify
-
-            return certify(argv[1:])
-        if argv[:1] == ["poison"]:
-            from purifyloader.commands.poison import main as poison
-
-            return poison(argv[1:])
-        if argv[:1] == ["convert"]:
-            from purifyloader.commands.convert import main as convert
-
-            return convert(argv[1:])
-        if argv[:1] == ["precompute"]:
-            from purifyloader.precompute import main as precompute
-
-            return precompute(argv[1:])
-        if argv[:1] == ["cache"]:
-            from purifyloader.commands.cache import main as cache
-
-            return cache(argv[1:])
-        _parser().parse_args(argv)  # "models" is what is left
-        for line in _models():
-            print(line)
-        return 0
-    except PurifyError as error:
-        print(f"purifyloader: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("purifyloader: interrupted", file=sys.stderr)
-        return 130
+    return exit_status(work, in_words)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,18 @@ from purifyloader.poisons.attacks.registry import ATTACKS, Attack, check_options
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
 from purifyloader.poisons.writing import check_free, is_npz, write
 
-__all__ = ["listed", "main", "summary"]
+__all__ = ["DESCRIPTION", "add_options", "listed", "run", "summary"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader poison",
-        description="Poison a dataset, for testing defences: what is written here is of no use to train a good model. "
-        "The same data, attack, options and seed give the same images. --list says which attacks there are, and what "
-        "options they take.",
-    )
+DESCRIPTION = (
+    "Poison a dataset, for testing defences: what is written here is of no use to train a good model. "
+    "The same data, attack, options and seed give the same images. --list says which attacks there are, and what "
+    "options they take."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("--list", action="store_true", help="list the attacks and their options, and do nothing else")
     add("--attack", metavar="NAME", help=f"{', '.join(ATTACKS)}")
@@ -66,18 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         help="options of the attack, such as trigger=FILE.npy target_class=2; a value is JSON or text",
     )
     add("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(listed()))
         return 0
     if missing := [f"--{name}" for name in ("attack", "data", "out") if getattr(options, name) is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)} (or --list)")
+        raise ConfigError(f"{', '.join(missing)} must be given, or --list.")
     attack = find(options.attack)
     given = _options(options)
     if options.device is None and "device" in attack.options:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from purifyloader.commands.exit_status import exit_status
 from purifyloader.errors import PurifyError
 
 __all__ = ["run_many"]
@@ -43,13 +44,12 @@ def run_many(work: Callable[[int], object], processes: int) -> None:
 
 def _one(work: Callable[[int], object], number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
+
+    def done() -> int:
         work(number)
-    except PurifyError as error:
-        print(f"purifyloader: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return 0
+
+    sys.exit(exit_status(done))
 
 
 def _end_with_parent() -> None:

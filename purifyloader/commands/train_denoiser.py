@@ -1,4 +1,4 @@
-"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader.commands.train_denoiser`.
+"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader train denoiser`.
 
 From a folder of clean images to a checkpoint with its card.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from purifyloader.commands.training import (
     processes,
 )
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.errors import PurifyError
 from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
 from purifyloader.train import plan
 from purifyloader.train.denoiser.augment import AUGMENTATIONS
@@ -40,19 +38,21 @@ from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG, validati
 from purifyloader.train.denoiser.task import train_denoiser
 from purifyloader.train.state import STATE_FILE, writing
 
-__all__ = ["main"]
+__all__ = ["DESCRIPTION", "add_options", "run"]
 
 # Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
 _CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
 _ON_THE_WAY = 200  # of the held-out images, for the measurements during training
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader train denoiser",
-        description="Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
-        "On several GPUs: accelerate launch -m purifyloader.commands.train_denoiser, with the same options.",
-    )
+DESCRIPTION = (
+    "Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
+    "On several GPUs: accelerate launch -m purifyloader train denoiser, with the same options."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_data(parser, "measure PSNR on")
 
     how = parser.add_argument_group("how")
@@ -89,12 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--micro-batch", type=int, help="images in memory at a time, if a batch does not fit")
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the run)")
     add_card(parser)
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`."""
-    options = _parser().parse_args(arguments)
     with processes(options.device) as (rank, device):
         quiet = prepare(options, rank)
         with alone(options, rank, (CURVES_PNG, SAMPLES_PNG)):
@@ -163,14 +161,3 @@ def save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, An
     }
     text = card(name, denoiser, about, {p: c for p, c in captions.items() if (out / p).exists()})
     pretrained.save(denoiser, out, name=name, card=text, details=about, overwrite=True)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except PurifyError as error:
-        print(f"purifyloader: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("purifyloader: interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -1,4 +1,4 @@
-"""`purifyloader train energy`, or on several GPUs `accelerate launch -m purifyloader.train.energy`.
+"""`purifyloader train energy`, or on several GPUs `accelerate launch -m purifyloader train energy`.
 
 From a folder of clean images to an energy model with its card.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,20 @@ from purifyloader.train.energy.plan import measure_energy
 from purifyloader.train.energy.task import energy_started_from, train_energy
 from purifyloader.train.state import STATE_FILE, writing
 
-__all__ = ["main", "save"]
+__all__ = ["DESCRIPTION", "add_options", "run", "save"]
 
 _OPTIONS = ("steps", "batch_size", "langevin_steps", "learning_rate", "rejuvenation", "bank_size", "seed", "dtype")
 _CHAIN_STEPS = (10, 50, 150, 500, 1500)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader train energy",
-        description="Train an energy model from clean images (PureGen-EBM). Run the same command again after a stop: "
-        "it goes on. On several GPUs: accelerate launch -m purifyloader.train.energy, with the same options.",
-    )
+DESCRIPTION = (
+    "Train an energy model from clean images (PureGen-EBM). Run the same command again after a stop: "
+    "it goes on. On several GPUs: accelerate launch -m purifyloader train energy, with the same options."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_data(parser, "follow the energies of")
 
     how = parser.add_argument_group("how")
@@ -93,12 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run(parser)
     add_card(parser)
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`."""
-    options = _parser().parse_args(arguments)
     if options.chain_steps is not None and options.chain_steps < 0:
         raise InputError(f"--chain-steps must be 0 or more. Got {options.chain_steps}.")
     with processes(options.device) as (rank, device):

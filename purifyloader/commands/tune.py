@@ -27,7 +27,7 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out, write_results
 
-__all__ = ["JSON_FILE", "PICTURE_FILE", "RECIPES", "main", "pasted", "reasons"]
+__all__ = ["DESCRIPTION", "add_options", "JSON_FILE", "PICTURE_FILE", "RECIPES", "run", "pasted", "reasons"]
 
 JSON_FILE = "tune.json"
 PICTURE_FILE = "tune.png"
@@ -41,13 +41,15 @@ _TIMESTEPS = (10, 20, 30, 40, 50, 60, 75, 90, 100, 125, 150, 175, 200)
 _SIGMA_PX = (2, 3, 4, 5, 6.37, 8, 10, 12.75, 16, 20, 25, 32, 40, 50, 63.75, 80, 100)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="purifyloader tune",
-        description="Propose how strongly to purify: the smallest level at which poisoned images, purified, have come "
-        "closer to the clean image than to the poisoned one. Attacks are made on clean images here, for nobody knows "
-        "the attack on a dataset; with --data, that is compared with the clean images before and after.",
-    )
+DESCRIPTION = (
+    "Propose how strongly to purify: the smallest level at which poisoned images, purified, have come "
+    "closer to the clean image than to the poisoned one. Attacks are made on clean images here, for nobody knows "
+    "the attack on a dataset; with --data, that is compared with the clean images before and after."
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument(
         "--clean",
         required=True,
@@ -80,12 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the proposal")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0, also without a proposal."""
-    options = _parser().parse_args(arguments)
     device = as_device(options.device)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "a proposal")
     choose_level({"": [0.0]}, options.share)

@@ -25,7 +25,7 @@ from purifyloader.audit import DatasetEnergies, audit_energy, dataset_energies, 
 from purifyloader.audit.compare import expected_share, halves, percentiles, threshold
 from purifyloader.audit.report import in_words, number
 from purifyloader.commands import main as cli
-from purifyloader.commands.audit import main
+from purifyloader.commands.main import execute
 from purifyloader.datasets.named import ImageFiles, TarDataset
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import CheckpointError, InputError, PurifyError
@@ -36,6 +36,11 @@ from tests.evaluation.test_evaluation import Listed, clean_sample, folder_of, sa
 ROOT = Path(__file__).parents[2]
 CLEAN = "tests.evaluation.test_evaluation:clean_sample"
 POISONED = "tests.evaluation.test_evaluation:poisoned_sample"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["audit", "energy", *arguments])
 
 
 class Brightness(EnergyNetwork):

@@ -15,7 +15,7 @@ from purifyloader import pretrained, recipes
 from purifyloader.bench import pictures, published, report
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.commands.main import main
+from purifyloader.commands.main import main, parse
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
@@ -215,9 +215,7 @@ def test_values_are_checked_before_any_work_and_wherever_one_is(tmp_path, monkey
 
 
 def test_no_attacker_starts_as_a_victim_does():
-    from purifyloader.commands.bench import _parser
-
-    options = _parser().parse_args(["--out", "o"])
+    options = parse(["bench", "--out", "o"])[2]
     assert options.attack_seed not in options.seeds
     assert options.attack_seed > 100
 

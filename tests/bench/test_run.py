@@ -22,7 +22,7 @@ from purifyloader.bench import report
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import AttackSpec, Bench
-from purifyloader.commands.main import main
+from purifyloader.commands.main import main, parse
 from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hashes
@@ -720,11 +720,11 @@ def test_a_poison_is_not_called_as_clean_data_are(folder, tmp_path, capsys):
 
 
 def test_tiny_imagenet_has_a_denoiser_of_its_kind():
-    from purifyloader.commands.bench import SCALES, _models, _parser
+    from purifyloader.commands.bench import SCALES, _models
 
     for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):
-        assert _models(_parser().parse_args(["--out", "o", "--data", data])).denoiser == name
-    given = _parser().parse_args(["--out", "o", "--data", "tiny-imagenet", "--denoiser", "cifar10-sparse"])
+        assert _models(parse(["bench", "--out", "o", "--data", data])[2]).denoiser == name
+    given = parse(["bench", "--out", "o", "--data", "tiny-imagenet", "--denoiser", "cifar10-sparse"])[2]
     assert _models(given).denoiser == "cifar10-sparse"
     assert all("eclipse@25" in scale.defences for scale in SCALES.values())
 

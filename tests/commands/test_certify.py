@@ -453,7 +453,8 @@ def test_processes_that_a_launcher_starts(noise_alone: Path, tmp_path: Path) -> 
     processes = [
         started(
             tmp_path,
-            "purifyloader.certify",
+            "purifyloader",
+            "certify",
             *NOISE,
             "--out",
             out,
@@ -477,7 +478,7 @@ def test_processes_that_a_launcher_starts(noise_alone: Path, tmp_path: Path) -> 
 def test_accelerate_launch(noise_alone: Path, tmp_path: Path) -> None:
     """The command that people are told."""
     out = with_secrets(tmp_path / "out", "recipe-noise")
-    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "purifyloader.certify")
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "purifyloader", "certify")
     finished(started(tmp_path, *launch, *NOISE, "--out", out))
     assert_same_run(out, noise_alone)
 
@@ -898,5 +899,5 @@ def test_the_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> No
         run("--help")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "accelerate launch -m purifyloader.certify" in text
+    assert "accelerate launch -m purifyloader certify" in text
     assert "no certificate covers that" in text

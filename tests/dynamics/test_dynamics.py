@@ -16,8 +16,8 @@ from PIL import Image
 
 from purifyloader import pretrained
 from purifyloader.commands import main as cli
-from purifyloader.commands.dynamics import main
 from purifyloader.commands.inputs import poisoned_by_file
+from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.datasets.select import Loaded
@@ -35,6 +35,11 @@ from tests.evaluation.test_evaluation import Identity, clean_sample, folder_of, 
 ROOT = Path(__file__).parents[2]
 CLEAN = "tests.evaluation.test_evaluation:clean_sample"
 POISONED = "tests.evaluation.test_evaluation:poisoned_sample"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["dynamics", *arguments])
 
 
 class Towards:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from purifyloader import pretrained, recipes
-from purifyloader.commands.tune import main, reasons
+from purifyloader.commands.main import execute, parse
+from purifyloader.commands.precompute import purifier_of
+from purifyloader.commands.tune import reasons
 from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune
 from purifyloader.dynamics.tune import compare_unpaired
 from purifyloader.errors import InputError, PurifyError
@@ -25,11 +25,14 @@ from tests.audit.test_audit import brightness
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.dynamics.test_dynamics import Towards
 
-precompute: Any = importlib.import_module("purifyloader.precompute")  # the package has a function of that name
-
 ROOT = Path(__file__).parents[2]
 CLEAN = "tests.evaluation.test_evaluation:clean_sample"
 POISONED = "tests.evaluation.test_evaluation:poisoned_sample"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["tune", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -293,8 +296,8 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
     purifier = eval(python, {"recipes": recipes})
     assert isinstance(purifier, Diffuse)
     assert (purifier.sigma, purifier.steps) == (proposal["level"], 1)
-    parsed = precompute._parser().parse_args(command[2:])
-    assert precompute._purifier(parsed).to_json() == purifier.to_json()
+    parsed = parse(command[1:])[2]
+    assert purifier_of(parsed).to_json() == purifier.to_json()
     assert (parsed.dataset, str(parsed.out)) == (POISONED, "cache/purified")
     assert "Your data and the clean images" in done.stdout
     assert results["pasted_with_compensation"] is None
@@ -332,8 +335,8 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
     purifier = eval(python, {"recipes": recipes})
     assert isinstance(purifier, kind)
     assert {name: getattr(purifier, name) for name in want} == want
-    parsed = precompute._parser().parse_args(command[2:])
-    assert precompute._purifier(parsed).to_json() == purifier.to_json()
+    parsed = parse(command[1:])[2]
+    assert purifier_of(parsed).to_json() == purifier.to_json()
     # with a size, what is measured is what is purified, resized
     assert run(*options, "--size", "16") == 0
     python, command = lines(capsys.readouterr().out)

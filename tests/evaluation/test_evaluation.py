@@ -18,7 +18,8 @@ from PIL import Image
 from scipy import stats
 
 from purifyloader import pretrained
-from purifyloader.commands.evaluate import main, to_json
+from purifyloader.commands.evaluate import to_json
+from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.datasets.select import load, load_images
 from purifyloader.datasets.shards import load_sample
@@ -50,6 +51,11 @@ from tests.conftest import random_images, tiny_denoiser, tiny_network
 ROOT = Path(__file__).parents[2]
 
 TAU = 0.1
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["denoiser", "evaluate", *arguments])
 
 
 class Wiener(Denoiser):
@@ -654,7 +660,8 @@ def read(folder: Path) -> dict:
 
 
 def test_the_command_as_a_process_on_real_images(tmp_path):
-    code = "import sys; from purifyloader.commands.evaluate import main; sys.exit(main(sys.argv[1:]))"
+    words = "['denoiser', 'evaluate', *sys.argv[1:]]"
+    code = f"import sys; from purifyloader.commands.main import main; sys.exit(main({words}))"
     out = tmp_path / "out"
     options = ["cifar10-sparse", "--data", CLEAN, "--count", "16", "--sigma-px", "25", "10", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

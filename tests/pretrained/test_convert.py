@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from purifyloader import pretrained
-from purifyloader.commands.convert import main
+from purifyloader.commands.main import execute
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
@@ -75,6 +75,11 @@ _BLOCK = {
     "conv2": "out_layers.3",
     "skip": "skip_connection",
 }
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["convert", *arguments])
 
 
 def openai_names(network: UNet) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import multiprocessing
 import os
@@ -797,9 +796,8 @@ def test_wrong_options_are_one_error(
         "--threads",
         "1",
     ]
-    main = importlib.import_module("purifyloader.precompute").main
     with pytest.raises((ConfigError, InputError, PurifyError)) as caught:
-        main([*arguments, *given])
+        cli.execute(["precompute", *arguments, *given])
     assert message in str(caught.value)
     assert cli.main(["precompute", *arguments, *given]) == 2
     error = capsys.readouterr().err

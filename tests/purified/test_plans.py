@@ -17,7 +17,8 @@ import torch
 from purifyloader import PurifiedDataset, plans
 from purifyloader.cache import CacheReader
 from purifyloader.cache import format as fmt
-from purifyloader.commands.cache import describe, main
+from purifyloader.commands.cache import describe
+from purifyloader.commands.main import execute
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError
 from purifyloader.purified.filling import precompute
@@ -29,6 +30,11 @@ COUNT = 23
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def main(arguments: list[str]) -> int:
+    """The command; errors of the user's are raised."""
+    return execute(["cache", *arguments])
 
 
 @pytest.fixture(autouse=True)

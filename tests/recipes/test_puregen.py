@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from purifyloader import plans, pretrained, recipes
 from purifyloader.cache import CacheReader
 from purifyloader.commands import main as cli
+from purifyloader.commands import precompute as precompute_command
 from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.samplers import ancestral
@@ -419,8 +419,7 @@ def test_the_help_names_every_recipe(capsys):
     with pytest.raises(SystemExit):
         cli.main(["precompute", "--help"])
     text = capsys.readouterr().out
-    module = importlib.import_module("purifyloader.precompute")
-    for name in module._OPTIONS:
+    for name in precompute_command._OPTIONS:
         assert name in text
         assert callable(getattr(recipes, name.replace("-", "_")))
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from purifyloader.commands import train_options as options
-from purifyloader.commands.train_denoiser import _parser
+from purifyloader.commands.main import parse
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
@@ -184,7 +184,7 @@ def configured(tmp_path: Path, fields: Any, *arguments: str) -> TrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
     given = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *arguments]
-    return options.configuration(_parser().parse_args(given), (3, 32, 32), torch.device("cpu"))[0]
+    return options.configuration(parse(["train", "denoiser", *given])[2], (3, 32, 32), torch.device("cpu"))[0]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--steps", "5"], ["--recipe", "eclipse"]], ids=str)

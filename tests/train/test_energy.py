@@ -794,7 +794,7 @@ def configured(tmp_path: Path, fields: Any, *options: str) -> EnergyTrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
     arguments = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *options]
-    return command._configuration(command._parser().parse_args(arguments), 3, torch.device("cpu"))[0]
+    return command._configuration(cli.parse(["train", "energy", *arguments])[2], 3, torch.device("cpu"))[0]
 
 
 def test_fields_and_options_are_judged_together(tmp_path):
@@ -928,7 +928,7 @@ def stuck_in_writing(name: str, arguments: list[str]) -> None:
 def test_two_launched_processes_and_one_card(folder, small, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-         "-m", "purifyloader.train.energy", "--quiet", "--chain-steps", "2", "--data", folder, "--config", small,
+         "-m", "purifyloader", "train", "energy", "--quiet", "--chain-steps", "2", "--data", folder, "--config", small,
          "--device", "cpu", "--out", tmp_path / "two"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         cwd=REPOSITORY,
