@@ -1,7 +1,7 @@
-"""What each part of ECLIPSE does, over several seeds: the table of the README.
+"""What each part of ECLIPSE does, over several seeds: tables of purifyloader/recipes/README.md.
 
     python examples/ablation.py
-    python examples/ablation.py --readme README.md
+    python examples/ablation.py --readme purifyloader/recipes/README.md
 
 Every cell is the mean accuracy on 1,000 clean test images of a ResNet-9 of width 16, trained for ten
 epochs on 4,000 images. Finished cells are kept in the file, so a stopped run goes on. `--cells` takes a

@@ -1,7 +1,7 @@
 """What helps against CUDA, whose blur a purifier leaves where it is: augmentations that make sharpness say nothing.
 
     python examples/against_cuda.py
-    python examples/against_cuda.py --readme README.md
+    python examples/against_cuda.py --readme purifyloader/bench/README.md
 
 CUDA gives each class a blur of its own, and a network learns the blur. Where every image is blurred at random, or its
 pixels moved (COIN), in every epoch anew, it cannot. Accuracy on 1,000 clean test images of a ResNet-9 of width 16,

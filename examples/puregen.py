@@ -1,7 +1,7 @@
-"""PureGen's purifiers, ECLIPSE and JPEG against availability poisons and a back door: the table of the README.
+"""PureGen, ECLIPSE and JPEG against availability poisons and a back door: tables of purifyloader/recipes/README.md.
 
     python examples/puregen.py --trigger narcissus_resnet18_trigger.npy
-    python examples/puregen.py --readme README.md
+    python examples/puregen.py --readme purifyloader/recipes/README.md
 
 A cell is a poison and a defence. Its figures are the mean over the seeds of the accuracy on 1,000 clean test images
 of a ResNet-9 of width 16, trained for ten epochs on the purified images; for the back door also how many of the test
