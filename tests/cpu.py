@@ -22,7 +22,7 @@ from tests import processes
 
 LIMIT = 5.0  # CPU seconds of a test that is not marked slow or gpu
 ENFORCED = False  # whether a test over the limit fails
-LISTED = 20
+LISTED, LEAST = 20, 0.1  # tests in the list, and the seconds of the least of them
 
 _CPU = "cpu_seconds"
 
@@ -148,7 +148,8 @@ class Summary:
             shared.update(other_shared)
         terminalreporter.section(f"{LISTED} slowest by CPU seconds")
         for name, seconds in (entries + shared).most_common(LISTED):
-            terminalreporter.line(f"{seconds:7.2f}  {name}")
+            if seconds >= LEAST:
+                terminalreporter.line(f"{seconds:7.2f}  {name}")
         terminalreporter.line(
             f"CPU: {total:.0f} s, of which tests {tests:.0f}, shared fixtures {shared.total():.0f}, "
             f"imports {imports:.0f}, {len(self._others) or 1} process(es)"

@@ -1,0 +1,207 @@
+"""Every public function and class has an example in its docstring, which runs as it stands there."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.public import PUBLIC
+
+# Names that have no example yet.
+WITHOUT: set[str] = {
+    "purifyloader:PurifiedDataset",
+    "purifyloader:PurifiedLoader",
+    "purifyloader:precompute",
+    "purifyloader.cache:CacheReader",
+    "purifyloader.cache:CacheWriter",
+    "purifyloader.cache:Layout",
+    "purifyloader.cache:Shard",
+    "purifyloader.cache:fingerprint",
+    "purifyloader.cache:source_hashes",
+    "purifyloader.purifiers:BitDepth",
+    "purifyloader.purifiers:Chain",
+    "purifyloader.purifiers:Coin",
+    "purifyloader.purifiers:Compensation",
+    "purifyloader.purifiers:Condition",
+    "purifyloader.purifiers:DenoiseOnce",
+    "purifyloader.purifiers:Diffuse",
+    "purifyloader.purifiers:EnergyAbove",
+    "purifyloader.purifiers:Grayscale",
+    "purifyloader.purifiers:Jpeg",
+    "purifyloader.purifiers:Langevin",
+    "purifyloader.purifiers:Purifier",
+    "purifyloader.purifiers:Repeat",
+    "purifyloader.purifiers:Resize",
+    "purifyloader.purifiers:Resolver",
+    "purifyloader.purifiers:Squeeze",
+    "purifyloader.purifiers:Tiles",
+    "purifyloader.purifiers:Where",
+    "purifyloader.purifiers:from_config",
+    "purifyloader.purifiers:from_json",
+    "purifyloader.evaluation:Examples",
+    "purifyloader.evaluation:auc",
+    "purifyloader.evaluation:calibration",
+    "purifyloader.evaluation:default_sigmas",
+    "purifyloader.evaluation:evaluate",
+    "purifyloader.evaluation:examples",
+    "purifyloader.evaluation:jpeg_psnr",
+    "purifyloader.evaluation:noised_psnr",
+    "purifyloader.evaluation:picture",
+    "purifyloader.evaluation:psnr",
+    "purifyloader.evaluation:removed_energy",
+    "purifyloader.evaluation:residual_spectrum",
+    "purifyloader.evaluation:ring_frequencies",
+    "purifyloader.evaluation:variance_calibration",
+    "purifyloader.train:TrainConfig",
+    "purifyloader.train:recipe",
+    "purifyloader.train:started_from",
+    "purifyloader.train:train_denoiser",
+    "purifyloader.datasets.named:ImageFiles",
+    "purifyloader.datasets.named:TarDataset",
+    "purifyloader.datasets.named:open_dataset",
+    "purifyloader.datasets.named:read_image",
+    "purifyloader.purified.plans:plan",
+    "purifyloader.recipes:bit_depth",
+    "purifyloader.recipes:coin",
+    "purifyloader.recipes:denoise_once",
+    "purifyloader.recipes:eclipse",
+    "purifyloader.recipes:from_json",
+    "purifyloader.recipes:grayscale",
+    "purifyloader.recipes:jpeg",
+    "purifyloader.recipes:puregen_ddpm",
+    "purifyloader.recipes:puregen_ebm",
+    "purifyloader.recipes:puregen_filt",
+    "purifyloader.recipes:puregen_naive",
+    "purifyloader.recipes:puregen_reps",
+    "purifyloader.transforms:Compensate",
+    "purifyloader.transforms:Purify",
+    "purifyloader.transforms:RandomCompensate",
+    "purifyloader.transforms:RandomPurify",
+    "purifyloader.transforms:RandomSqueeze",
+    "purifyloader.transforms:Squeeze",
+    "purifyloader.transforms.webdataset:compensated",
+    "purifyloader.transforms.webdataset:purified",
+    "purifyloader.transforms.functional:bit_depth",
+    "purifyloader.transforms.functional:coin",
+    "purifyloader.transforms.functional:compensate",
+    "purifyloader.transforms.functional:grayscale",
+    "purifyloader.transforms.functional:jpeg",
+    "purifyloader.pretrained:available",
+    "purifyloader.pretrained:load",
+    "purifyloader.pretrained:save",
+    "purifyloader.pretrained.convert:Format",
+    "purifyloader.pretrained.convert:convert",
+    "purifyloader.audit:DatasetEnergies",
+    "purifyloader.audit:audit_energy",
+    "purifyloader.audit:dataset_energies",
+    "purifyloader.audit:picture",
+    "purifyloader.audit:ranked_csv",
+    "purifyloader.dynamics:Choice",
+    "purifyloader.dynamics:DiffusionPath",
+    "purifyloader.dynamics:LangevinPath",
+    "purifyloader.dynamics:Measured",
+    "purifyloader.dynamics:Path",
+    "purifyloader.dynamics:choose_level",
+    "purifyloader.dynamics:dynamics",
+    "purifyloader.dynamics:measure",
+    "purifyloader.dynamics:picture",
+    "purifyloader.dynamics:tune",
+    "purifyloader.certify:Certificates",
+    "purifyloader.certify:DenoisedSet",
+    "purifyloader.certify:Noised",
+    "purifyloader.certify:Paths",
+    "purifyloader.certify:Predictor",
+    "purifyloader.certify:Train",
+    "purifyloader.certify:Training",
+    "purifyloader.certify:best_lower_bound",
+    "purifyloader.certify:best_radius",
+    "purifyloader.certify:certified_accuracy",
+    "purifyloader.certify:certify",
+    "purifyloader.certify:counts",
+    "purifyloader.certify:fixed_draws",
+    "purifyloader.certify:linf_epsilon",
+    "purifyloader.certify:linf_images",
+    "purifyloader.certify:models_needed",
+    "purifyloader.certify:models_of",
+    "purifyloader.certify:ndt_classify",
+    "purifyloader.certify:noised",
+    "purifyloader.certify:predict",
+    "purifyloader.certify:radius_per_image",
+    "purifyloader.certify:reasons_against",
+    "purifyloader.certify:shared_images",
+    "purifyloader.certify:voted_accuracy",
+    "purifyloader.energy:EnergyConfig",
+    "purifyloader.energy:EnergyNetwork",
+    "purifyloader.energy:image_energies",
+    "purifyloader.energy:langevin",
+    "purifyloader.energy:walk",
+    "purifyloader.train.energy:EnergyTrainConfig",
+    "purifyloader.train.energy:energy_recipe",
+    "purifyloader.train.energy:train_energy",
+    "purifyloader.poisons:Attack",
+    "purifyloader.poisons:Bound",
+    "purifyloader.poisons:Moved",
+    "purifyloader.poisons:Poisoned",
+    "purifyloader.poisons:Target",
+    "purifyloader.poisons:add_trigger",
+    "purifyloader.poisons:ar_coefficients",
+    "purifyloader.poisons:ar_perturbation",
+    "purifyloader.poisons:autoregressive",
+    "purifyloader.poisons:backdoor",
+    "purifyloader.poisons:check",
+    "purifyloader.poisons:class_patterns",
+    "purifyloader.poisons:cuda",
+    "purifyloader.poisons:cuda_filters",
+    "purifyloader.poisons:lsp",
+    "purifyloader.poisons:lsp_perturbation",
+    "purifyloader.poisons:make",
+    "purifyloader.poisons:ops",
+    "purifyloader.poisons:ops_pixels",
+    "purifyloader.poisons:read",
+    "purifyloader.poisons:read_ar_coefficients",
+    "purifyloader.poisons:read_trigger",
+    "purifyloader.poisons:urp",
+    "purifyloader.poisons:write",
+    "purifyloader.poisons:write_images",
+    "purifyloader.poisons:write_npz",
+}
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def entry_points() -> dict[str, Any]:
+    """Map "module:name" to each public function and class once, by the first module that lists it; no exceptions."""
+    found: dict[str, Any] = {}
+    for module, names in PUBLIC.items():
+        for name in names:
+            value = getattr(importlib.import_module(module), name)
+            is_exception = isinstance(value, type) and issubclass(value, Exception)
+            known = any(value is other for other in found.values())
+            if callable(value) and not (isinstance(value, ModuleType) or is_exception or known):
+                found[f"{module}:{name}"] = value
+    return found
+
+
+ENTRY_POINTS = entry_points()
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_an_entry_point_has_an_example_that_runs(entry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = inspect.getdoc(ENTRY_POINTS[entry]) or ""
+    examples = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, entry, None, 0)
+    if entry in WITHOUT and not examples.examples:
+        return
+    assert examples.examples, f"the docstring of {entry} needs an example: lines that begin with >>>"
+    output: list[str] = []
+    results = doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(examples, out=output.append)
+    assert results.failed == 0, "".join(output)
+
+
+def test_the_list_of_those_without_has_no_stray_names():
+    assert ENTRY_POINTS.keys() >= WITHOUT
