@@ -42,15 +42,7 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.purified.tensors → purifyloader",
         "purifyloader.train.denoiser.curves → purifyloader.evaluation.measures",
     },  # "importing module → imported module"
-    "rooms": {
-        "evaluation",
-        "poisons",
-        "pretrained",
-        "purified",
-        "purifyloader",
-        "recipes",
-        "transforms",
-    },  # rooms in a circle
+    "rooms": {"purified", "purifyloader", "transforms"},  # rooms in a circle
     "files": {
         "purifyloader",
         "purifyloader.certify.functions",
@@ -80,10 +72,8 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.bench.transfer",
         "purifyloader.cache.writer",
         "purifyloader.certify.conditions",
-        "purifyloader.datasets.honest",
         "purifyloader.datasets.select",
         "purifyloader.dynamics.tune",
-        "purifyloader.evaluation.sets",
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",

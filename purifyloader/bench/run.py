@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from purifyloader.poisons import add_trigger, reading
 from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks
+from purifyloader.poisons.spec import CLEAN, AttackSpec
 from purifyloader.poisons.writing import write_npz
 from purifyloader.pretrained.learned import check_disjoint, learned_from
 from purifyloader.purified.dataset import PurifiedDataset
@@ -38,34 +39,9 @@ from purifyloader.results import rows
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
 from purifyloader.victims.training import Normalised, accuracy, train_victim
 
-__all__ = ["AttackSpec", "Bench"]
+__all__ = ["Bench"]
 
-CLEAN = "none"
 _TIMED = 32  # images: what every network call is padded to
-
-
-@dataclass(frozen=True)
-class AttackSpec:
-    """What poisons: an attack by name and its options, or a file.
-
-    Attributes:
-        name: of `poisons.ATTACKS`, "none" for clean data, or of the file.
-        options: of the attack.
-        file: of a published poison, for `poisons.read`.
-        label: what a table calls it.
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    file: Path | None = None
-    label: str = ""
-
-    def settings(self) -> dict[str, Any]:
-        """What decides its images beside the data, as JSON: all options, whatever a preset had; never a path."""
-        if self.file is not None:
-            content = file_sha256(self.file) if self.file.is_file() else _folder_sha256(self.file)
-            return {"file_sha256": content, "options": _plain(self.options)}
-        return {"name": self.name, "options": _plain(attacks.resolved(attacks.find(self.name), self.options))}
 
 
 class Bench:
@@ -180,7 +156,7 @@ class Bench:
             return CLEAN
         if attack.file is None and "model" in attacks.find(attack.name).options:
             attack = replace(attack, options={"model": self.models.denoiser, **attack.options})
-        return attack.settings()
+        return _attack_settings(attack)
 
     def row(self, attack: AttackSpec, defence: str, seed: int, backdoors: Sequence[AttackSpec] = ()) -> rows.Row:
         """Measure it.
@@ -434,6 +410,14 @@ def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
         for i in range(0, len(images), 1024)
     )
     return float(np.sqrt(total / images.size))
+
+
+def _attack_settings(attack: AttackSpec) -> dict[str, Any]:
+    """Describe what decides an attack's images beside the data, as JSON: all options, and never a path."""
+    if attack.file is not None:
+        content = file_sha256(attack.file) if attack.file.is_file() else _folder_sha256(attack.file)
+        return {"file_sha256": content, "options": _plain(attack.options)}
+    return {"name": attack.name, "options": _plain(attacks.resolved(attacks.find(attack.name), attack.options))}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

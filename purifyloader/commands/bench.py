@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
-import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from purifyloader.bench import report, targeted
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.run import CLEAN, AttackSpec, Bench
+from purifyloader.bench.run import Bench
 from purifyloader.commands.processes import run_many
 from purifyloader.core.devices import as_device, device_of_process
 from purifyloader.datasets.splits import DATA, Data, load
@@ -27,8 +24,8 @@ from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import write_text, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock
-from purifyloader.poisons import reading
 from purifyloader.poisons.attacks import registry as attacks
+from purifyloader.poisons.spec import CLEAN, AttackSpec, parse
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS
@@ -159,7 +156,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
     scale = SCALES[options.scale]
     options.data = options.data or scale.data
     root = options.root or Path("examples/data" if options.data == "sample" else "data")
-    specs = [_attack(text, scale.preset) for text in options.attack or ("lsp", "ar")]
+    specs = [parse(text, scale.preset) for text in options.attack or ("lsp", "ar")]
     specs = [AttackSpec(CLEAN), *(spec for spec in specs if spec.name != CLEAN)]
     labels = [spec.label or spec.name for spec in specs]
     if twice := {label for label in labels if labels.count(label) > 1}:
@@ -211,6 +208,8 @@ def _check_attack(bench: Bench, spec: AttackSpec, defences: Sequence[str], seed:
     """
     if spec.name == CLEAN:
         return
+    if spec.file is None:
+        targeted.check_options(attacks.find(spec.name), spec.options)
     if spec.file is None and spec.options.get("target_class") is not None:
         wanted = spec.options["target_class"]
         if type(wanted) is not int or not 0 <= wanted < bench.data.classes:
@@ -220,42 +219,6 @@ def _check_attack(bench: Bench, spec: AttackSpec, defences: Sequence[str], seed:
         if spec.file is not None:  # which may hold any images
             for defence in defences:
                 bench.check(defence, poisoned)
-
-
-def _attack(text: str, preset: str) -> AttackSpec:
-    """NAME[:OPTION=VALUE,...], or a path."""
-    name, _, given = text.partition(":")
-    words = re.split(r",(?![^\[]*\])", given)  # not at the commas of a list
-    options = dict(_option(word, text) for word in words) if given else {}
-    if name == CLEAN:
-        if options:
-            raise ConfigError(f"none takes no options. Got {text!r}.")
-        return AttackSpec(CLEAN)
-    if name in attacks.ATTACKS:
-        attack = attacks.find(name)
-        targeted.check_options(attack, options)
-        label = " ".join([name, *(f"{k}={v}" for k, v in options.items() if k not in (*attacks.FILES, "model"))])
-        if "preset" in attack.options:
-            options.setdefault("preset", preset)
-        return AttackSpec(name, options, None, label)
-    if not Path(name).exists():
-        raise ConfigError(f"An attack is none, {', '.join(attacks.ATTACKS)}, or a poison file. Got {text!r}.")
-    takes = [option for option in inspect.signature(reading.read).parameters if option not in ("path", "clean")]
-    if unknown := [option for option in options if option not in takes]:
-        raise ConfigError(f"A poison file takes {', '.join(takes)}. Got {unknown[0]!r} in {text!r}.")
-    if Path(name).stem == CLEAN:
-        raise ConfigError(f"none is what clean data are called. Got the poison {text!r}: rename it.")
-    return AttackSpec(Path(name).stem, options, Path(name), Path(name).stem)
-
-
-def _option(word: str, text: str) -> tuple[str, Any]:
-    name, equals, value = word.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"Expected OPTION=VALUE after the colon. Got {word!r} in {text!r}.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:

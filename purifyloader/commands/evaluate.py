@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from purifyloader import pretrained
-from purifyloader.commands.inputs import Models, read_images
+from purifyloader.commands.inputs import Models, add_poisons, read_images
 from purifyloader.core.devices import as_device
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
@@ -62,14 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="noise levels on the 0-255 scale (default: spread over the denoiser's range)",
     )
-    add(
-        "--poisoned",
-        nargs="+",
-        default=None,
-        metavar="WHAT",
-        help="lsp, ar, a .npy file of perturbations or poisoned images, or the images of --data poisoned, given like "
-        "--data; none for none (default: lsp ar, for colour images)",
-    )
+    add_poisons(parser, "--data")
     add("--steps", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
     add("--sampler", choices=sorted(SAMPLERS), default="ancestral", help="of several calls (default: ancestral)")
     add("--no-calibration", action="store_true", help="leave out the calibration, half of the network calls")

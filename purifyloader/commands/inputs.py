@@ -1,4 +1,4 @@
-"""The clean images and their poisoned versions that a command line names."""
+"""Read the clean images that a command line names, none that a model was trained on, and poison them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from purifyloader import pretrained
-from purifyloader.core.images import quantize
+from purifyloader.datasets.arrays import Part
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import Loaded, choose_images, load, read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.evaluation.sets import ATTACKS, poisoned_images
+from purifyloader.poisons.part import poison_part
+from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.reading import check
+from purifyloader.poisons.spec import CLEAN, is_spec, parse
 from purifyloader.pretrained.learned import Learned, learned_images
 
-__all__ = ["UNITS", "Images", "Models", "add_poisons", "load_models", "poisoned_by_file", "read_images", "tell_learned"]
+__all__ = ["Images", "Models", "add_poisons", "load_models", "read_images", "tell_learned"]
 
-UNITS = {"unit": 1.0, "minus-one-to-one": 0.5, "bytes": 1 / 255}
-"""What a value of a perturbation is in image units, for each kind of image that it may be made for."""
-
-
-_FAR_PX = 50  # two images of CIFAR-10 are some 90 apart, and the strongest of published poisons moves by 16
+_USUAL = ("lsp", "ar")  # attacks where the command line names none
 
 
 class Models(NamedTuple):
@@ -68,19 +69,13 @@ def load_models(energy: str | None, model: str | None, device: torch.device) -> 
 
 
 def add_poisons(parser: argparse.ArgumentParser, of: str) -> None:
-    """The options that say which attacks are tried on the images of `of`."""
+    """Add the option that says which attacks are tried on the images of the option `of`."""
     parser.add_argument(
         "--poisoned",
         nargs="+",
         metavar="WHAT",
-        help=f"lsp, ar, a .npy file of perturbations or poisoned images or of one trigger for all, or the images of "
-        f"{of} poisoned, given like it; none for none (default: lsp ar, for colour images)",
-    )
-    parser.add_argument(
-        "--npy-units",
-        choices=sorted(UNITS),
-        help="what the perturbations of a .npy file are added to: images in [0, 1] (unit), in [-1, 1], or 0-255 "
-        "(default: unit; a single trigger needs it said)",
+        help=f"attacks, poison files, or the images of {of} poisoned, given like it; none for none. Options of an "
+        "attack or a file follow a colon: lsp:norm=2, or FILE.npy:units=bytes (default: lsp ar, for colour images)",
     )
 
 
@@ -90,6 +85,26 @@ class Images(NamedTuple):
     clean: Tensor
     poisoned: dict[str, Tensor]
     data: dict[str, Any]
+
+
+class _Source(NamedTuple):
+    """A dataset by its name on the command line, and how its images are read."""
+
+    dataset: Dataset[Any]
+    spec: str
+    what: str
+    channels: int
+    size: int | None
+    progress: bool
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def load(self, indices: Sequence[int]) -> Loaded:
+        return load(self.dataset, indices, self.channels, self.size, self.progress, self.what)
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        return _arrays(self.load(range(len(self))), range(len(self)))
 
 
 def read_images(
@@ -102,42 +117,41 @@ def read_images(
     what: str = "--data",
     progress: bool = False,
 ) -> Images:
-    """The clean images that `options` choose, none that a model was trained on, and their poisoned versions.
+    """Read the clean images that `options` choose, none that a model was trained on, and poison them.
 
     Args:
         spec: of the dataset, as `open_dataset` takes it.
-        options: count, indices, choose_seed, size, poisoned, npy_units, seed.
+        options: count, indices, choose_seed, size, poisoned, seed.
         default: images where --count does not say how many.
         what: the option that names the images.
 
     Raises:
         InputError: nothing of the kind, images trained on and no others, or an attack that does not fit them.
     """
-    dataset = open_dataset(spec, root, train=False)
-    length = len(dataset)  # type: ignore[arg-type]
-    if not length:
+    source = _Source(open_dataset(spec, root, train=False), spec, what, models.channels, options.size, progress)
+    if not len(source):
         raise InputError(f"Expected images in {what}. Got an empty dataset.")
-    learned = learned_images(models.specs, dataset, spec, models.channels, progress)
+    learned = learned_images(models.specs, source.dataset, spec, models.channels, progress)
     kept, left_out = choose_images(
-        dataset,
+        source.dataset,
         options.count,
         options.choose_seed,
         default,
         indices=None if options.indices is None else read_indices(options.indices),
         learned=learned.finder(options.size),
     )
-    clean = load(dataset, kept, models.channels, options.size, progress, what)
-    tell_learned(learned, kept, left_out, length, what)
-    poisoned = _poisoned(options, clean, kept, length, root, what)
-    said = {
+    clean = source.load(kept)
+    tell_learned(learned, kept, left_out, len(source), what)
+    poisoned = _poisoned(options, source, clean, kept, root)
+    data = {
         # never a path: results travel
         "description": describe(spec) + (" (test split)" if spec in TORCHVISION else ""),
-        "length": length,
+        "length": len(source),
         "indices": kept,
         "size": options.size,
         "trained_on_left_out": left_out,
     }
-    return Images(clean.images, poisoned, said)
+    return Images(clean.images, poisoned, data)
 
 
 def tell_learned(learned: Learned, chosen: Sequence[int], left_out: int, length: int, what: str) -> None:
@@ -162,105 +176,55 @@ def tell_learned(learned: Learned, chosen: Sequence[int], left_out: int, length:
         )
 
 
+def _arrays(loaded: Loaded, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images uint8 (N, H, W, C) and labels; images without a class get one by their place in the dataset."""
+    labels = np.asarray(indices) % 10 if loaded.labels is None else loaded.labels.numpy()
+    return loaded.images.permute(0, 2, 3, 1).contiguous().numpy(), labels.astype(np.int64)
+
+
 def _poisoned(
-    options: argparse.Namespace,
-    clean: Loaded,
-    indices: Sequence[int],
-    length: int,
-    root: str,
-    what: str,
+    options: argparse.Namespace, source: _Source, clean: Loaded, indices: Sequence[int], root: str
 ) -> dict[str, Tensor]:
     specs = options.poisoned
     if specs is None:
-        specs = list(ATTACKS) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
-    elif "none" in specs:
+        specs = list(_USUAL) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
+    elif CLEAN in specs:
         if len(specs) > 1:
             raise InputError(f"--poisoned none stands alone. Got {' '.join(specs)}.")
         specs = []
-    if getattr(options, "npy_units", None) is not None and not any(spec.endswith(".npy") for spec in specs):
-        raise InputError(
-            f"--npy-units is about a .npy file in --poisoned. Got --npy-units {options.npy_units} without."
-        )
+    images, labels = _arrays(clean, indices)
+    part = Part(images, labels, np.asarray(indices, np.int64), max(int(labels.max()) + 1, 10), len(source))
     poisoned: dict[str, Tensor] = {}
     for spec in specs:
-        try:
-            if spec.endswith(".npy"):
-                name, images = (
-                    Path(spec).name,
-                    poisoned_by_file(spec, clean, indices, length, getattr(options, "npy_units", None)),
-                )
-            else:
-                name, images = poisoned_images(spec, clean, indices, length, root, options.size, options.seed)
-        except InputError as error:
-            raise InputError(str(error).replace("--data", what)) from None
-        _check_pairs(clean.images, images, name, what)
+        name, found = _poison(spec, options, source, part, root)
         if name in poisoned:
             raise InputError(f"--poisoned must name each set once. Got {name} twice.")
-        poisoned[name] = images
+        poisoned[name] = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
     return poisoned
 
 
-def _check_pairs(clean: Tensor, poisoned: Tensor, name: str, what: str) -> None:
-    """Other images than the clean ones look like a poison of a size that nobody would overlook."""
-    px = float((clean.float() - poisoned.float()).square().mean(dim=(1, 2, 3)).sqrt().median())
-    if px > _FAR_PX:
+def _poison(
+    spec: str, options: argparse.Namespace, source: _Source, part: Part, root: str
+) -> tuple[str, NDArray[np.uint8]]:
+    """A name for people, and the images of a part as an attack, a file or a dataset has them."""
+    if is_spec(spec):
+        attack = parse(spec)
+        if attack.file is None and part.images.shape[3] != 3:
+            raise InputError(f"{spec} poisons colour images. Got 1 channel: give --poisoned none.")
+        run = {"device": getattr(options, "device", "cpu"), "progress": source.progress}
+        found = poison_part(attack, part, source.arrays, options.seed, **run)
+        return (attack.label if attack.file is None else attack.file.name), found.images
+    dataset = open_dataset(spec, root, train=False)
+    if (got := len(dataset)) != part.length:  # type: ignore[arg-type]
         raise InputError(
-            f"--poisoned must have the very images of {what}, poisoned, in the same order. Got {name}, which differs "
-            f"from them by {px:.0f} px (RMS): these are other images, or another order."
+            f"--poisoned must have the {part.length} images of {source.what} in the same order. Got {got} in {spec}."
         )
-
-
-def poisoned_by_file(
-    path: str | Path, clean: Loaded, indices: Sequence[int], length: int, units: str | None = None
-) -> Tensor:
-    """The images with what a .npy file holds, uint8 (N, C, H, W).
-
-    Besides what `evaluation.sets.poisoned_images` takes, a perturbation may be one for all images, (1, C, H, W), (1,
-    H, W, C) or without the 1, as Narcissus publishes its trigger, and made for images of another range: that trigger
-    is for images in [-1, 1], where a value is twice what it is in [0, 1].
-
-    Args:
-        clean: the images at `indices` of a dataset of `length`.
-        units: a key of `UNITS`; None for "unit", but not of a single trigger, whose range cannot be told from it.
-
-    Raises:
-        InputError: no such array, values that the units do not have, or units that must be said.
-    """
-    path = Path(path)
-    channels, height, width = clean.images.shape[1:]
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"Expected an array of perturbations or poisoned images in {path}. Got: {error}.") from None
-    array = array[None] if array.ndim == 3 else array
-    single = array.ndim == 4 and len(array) == 1 != length
-    if not single and units in (None, "unit"):
-        return poisoned_images(str(path), clean, indices, length, "", None, 0)[1]
-    count = 1 if single else length
-    last = array.shape == (count, height, width, channels)
-    if not last and array.shape != (count, channels, height, width):
+    chosen = part.positions.tolist()
+    images, _ = _arrays(load(dataset, chosen, source.channels, source.size, what="--poisoned"), chosen)
+    if images.shape != part.images.shape:
         raise InputError(
-            f"{path} must have the shape {(count, channels, height, width)} or {(count, height, width, channels)}. Got "
-            f"{array.shape}."
+            f"--poisoned must have the images of {source.what}, {part.images.shape[1:]} (H, W, C). Got "
+            f"{images.shape[1:]} in {spec}."
         )
-    if array.dtype.kind not in "fi":
-        raise InputError(
-            f"{path} must hold perturbations, floating point or signed integers. Got {array.dtype}: leave --npy-units "
-            "out for poisoned images, one for each of the data."
-        )
-    rows = np.ascontiguousarray(array if single else array[list(indices)]).astype(np.float32)
-    largest = float(np.abs(rows).max())  # NaN where there is one
-    if units is None:
-        raise InputError(
-            f"{path} holds one perturbation for all images, and its values, up to {largest:.4g}, do not tell for which "
-            f"range. Got no --npy-units: give minus-one-to-one (as Narcissus; {127.5 * largest:.3g} px), unit "
-            f"({255 * largest:.3g} px) or bytes ({largest:.3g} px)."
-        )
-    if not largest * UNITS[units] <= 1:
-        raise InputError(
-            f"Perturbations must be finite and at most 255 px. Got values up to {largest:.4g} in {path}, with "
-            f"--npy-units {units}: give another one of {', '.join(UNITS)}."
-        )
-    delta = torch.from_numpy(rows)
-    delta = delta.permute(0, 3, 1, 2) if last else delta
-    return quantize(clean.images.float() / 255 + UNITS[units] * delta)
+    check(Poisoned.of(images, part.labels, spec), part)  # other images, or another order
+    return (Path(spec).name if Path(spec).exists() else spec), images

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from purifyloader.datasets.select import load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.attacks.registry import ATTACKS, Attack, check_options, find
 from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
+from purifyloader.poisons.spec import parse
 from purifyloader.poisons.writing import check_free, is_npz, write
 
 __all__ = ["DESCRIPTION", "add_options", "listed", "run", "summary"]
@@ -34,7 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("--list", action="store_true", help="list the attacks and their options, and do nothing else")
-    add("--attack", metavar="NAME", help=f"{', '.join(ATTACKS)}")
+    add(
+        "--attack",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help=f"{', '.join(ATTACKS)}; with its options, such as lsp:norm=2 or narcissus:trigger=FILE.npy,target_class=2",
+    )
     add(
         "--data",
         help="clean images with a class each: cifar10, cifar100, imagefolder, webdataset, .tar files, or "
@@ -59,14 +63,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of an attack that trains a network: small enough for a CPU, or as far as may be as in the paper",
     )
     add("--device", help="of such an attack (default: a GPU where there is one, else cpu)")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="options of the attack, such as trigger=FILE.npy target_class=2; a value is JSON or text",
-    )
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -77,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if missing := [f"--{name}" for name in ("attack", "data", "out") if getattr(options, name) is None]:
         raise ConfigError(f"{', '.join(missing)} must be given, or --list.")
-    attack = find(options.attack)
-    given = _options(options)
+    attack = find(options.attack.partition(":")[0])
+    given = _options(options, parse(options.attack).options)
     if options.device is None and "device" in attack.options:
         given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     if "progress" in attack.options:
@@ -99,24 +95,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the attack, from flags and --set."""
-    given: dict[str, Any] = {
+def _options(options: argparse.Namespace, of_attack: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the attack, from flags and from behind its name."""
+    flags = {
         name: getattr(options, name)
         for name in ("share", "count", "preset", "device")
         if getattr(options, name) is not None
     }
-    for word in options.set:
-        name, equals, text = word.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--set takes OPTION=VALUE. Got {word!r}.")
-        if name in given or name == "seed":
-            raise ConfigError(f"Each option must be given once, and the seed as --seed. Got {word!r} after it.")
-        try:
-            given[name] = json.loads(text)
-        except json.JSONDecodeError:
-            given[name] = text
-    return given
+    if twice := [name for name in of_attack if name in flags or name == "seed"]:
+        raise ConfigError(f"Each option must be given once, and the seed as --seed. Got {twice[0]!r} in --attack too.")
+    return {**flags, **of_attack}
 
 
 def _progress(options: argparse.Namespace) -> bool:

@@ -1,7 +1,8 @@
-"""The images and labels of whatever an attack is given."""
+"""Hold datasets as arrays, and read others into them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
 
-__all__ = ["InMemory", "as_arrays"]
+__all__ = ["InMemory", "Part", "as_arrays"]
 
 
 class InMemory(Dataset[Any]):
@@ -26,8 +27,27 @@ class InMemory(Dataset[Any]):
     labels: NDArray[np.int64]
 
 
+@dataclass(frozen=True, eq=False)
+class Part(InMemory):
+    """Some images of a dataset, and where they belong in it: an attack poisons them as it would among all.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,).
+        positions: of each image in the dataset, int64 (N,).
+        classes: of the dataset, also where no image here is of the last one.
+        length: of the dataset.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    classes: int
+    length: int
+
+
 def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
+    """Return images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
 
     Args:
         dataset: a pair (images uint8 (N, H, W, C), labels), an `InMemory` dataset such as a poisoned set, or a

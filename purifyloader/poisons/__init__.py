@@ -6,16 +6,22 @@ attacks are regenerable from a seed. An availability attack makes a training set
 added pattern, which is a shortcut to the label, and not the image. A trigger plants a back door.
 """
 
-from purifyloader.poisons.attacks.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
-from purifyloader.poisons.attacks.class_wise import class_patterns, urp
-from purifyloader.poisons.attacks.cuda import cuda, cuda_filters
-from purifyloader.poisons.attacks.lsp import lsp, lsp_perturbation
-from purifyloader.poisons.attacks.ops import ops, ops_pixels
-from purifyloader.poisons.attacks.registry import ATTACKS, Attack, make
-from purifyloader.poisons.attacks.trigger import add_trigger, backdoor, read_trigger
-from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
-from purifyloader.poisons.reading import check, read
-from purifyloader.poisons.writing import write, write_images, write_npz
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from purifyloader.poisons.attacks.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
+    from purifyloader.poisons.attacks.class_wise import class_patterns, urp
+    from purifyloader.poisons.attacks.cuda import cuda, cuda_filters
+    from purifyloader.poisons.attacks.lsp import lsp, lsp_perturbation
+    from purifyloader.poisons.attacks.ops import ops, ops_pixels
+    from purifyloader.poisons.attacks.registry import ATTACKS, Attack, make
+    from purifyloader.poisons.attacks.trigger import add_trigger, backdoor, read_trigger
+    from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
+    from purifyloader.poisons.reading import check, read
+    from purifyloader.poisons.writing import write, write_images, write_npz
 
 __all__ = [
     "ATTACKS",
@@ -46,3 +52,28 @@ __all__ = [
     "write_images",
     "write_npz",
 ]
+
+# The table of attacks needs no torch: each name is loaded when it is first used.
+_MODULES = {
+    "attacks.ar": ("ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"),
+    "attacks.class_wise": ("class_patterns", "urp"),
+    "attacks.cuda": ("cuda", "cuda_filters"),
+    "attacks.lsp": ("lsp", "lsp_perturbation"),
+    "attacks.ops": ("ops", "ops_pixels"),
+    "attacks.registry": ("ATTACKS", "Attack", "make"),
+    "attacks.trigger": ("add_trigger", "backdoor", "read_trigger"),
+    "poisoned": ("Bound", "Moved", "Poisoned", "Target"),
+    "reading": ("check", "read"),
+    "writing": ("write", "write_images", "write_npz"),
+}
+_ORIGIN = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ORIGIN:
+        return getattr(importlib.import_module(f"{__name__}.{_ORIGIN[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -14,13 +14,14 @@ from PIL import Image
 from purifyloader import pretrained, recipes
 from purifyloader.bench import pictures, published, report
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.run import AttackSpec, Bench
+from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main, parse
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.poisons import Poisoned, Target
 from purifyloader.poisons.attacks import registry as attacks
+from purifyloader.poisons.spec import AttackSpec
 from purifyloader.purifiers import Chain, Coin, Jpeg, Repeat
 from purifyloader.results import rows
 from tests.bench.test_run import CLASSES, TEST, TRAIN

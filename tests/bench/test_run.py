@@ -21,7 +21,7 @@ from purifyloader import poisons, pretrained
 from purifyloader.bench import report
 from purifyloader.bench.defence import afresh
 from purifyloader.bench.defences import DEFENCES, Models, find
-from purifyloader.bench.run import AttackSpec, Bench
+from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main, parse
 from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
@@ -29,6 +29,7 @@ from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hash
 from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons.attacks import em
+from purifyloader.poisons.spec import AttackSpec
 from purifyloader.pretrained.learned import check_disjoint, learned_from, training_details
 from purifyloader.purifiers import Coin
 from purifyloader.results import rows
@@ -662,7 +663,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
     ("words", "message"),
     [
         (("--attack", "nothing"), "An attack is none, .*or a poison file. Got 'nothing'"),
-        (("--attack", "lsp:norm"), "Expected OPTION=VALUE after the colon. Got 'norm'"),
+        (("--attack", "lsp:norm"), "Options are OPTION=VALUE, with commas between them. Got 'norm'"),
         (("--attack", "lsp:norms=1"), "The attack lsp takes"),
         (("--attack", "none:x=1"), "none takes no options"),
         (("--attack", f"{__file__}:foo=1"), "A poison file takes format,.*Got 'foo'"),

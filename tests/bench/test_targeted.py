@@ -18,7 +18,7 @@ from PIL import Image
 from purifyloader import pretrained
 from purifyloader.bench import report, targeted, transfer
 from purifyloader.bench.defences import Models
-from purifyloader.bench.run import AttackSpec, Bench
+from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main
 from purifyloader.datasets.shards import load_sample
 from purifyloader.datasets.splits import Data, load
@@ -27,6 +27,7 @@ from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock
 from purifyloader.poisons import Attack, Poisoned, Target
 from purifyloader.poisons.attacks import registry as attacks
+from purifyloader.poisons.spec import AttackSpec
 from purifyloader.results import rows
 from purifyloader.victims.networks import resnet9
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer

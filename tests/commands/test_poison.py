@@ -135,7 +135,7 @@ def _umask() -> int:
 
 def test_a_folder_by_class_is_an_image_folder(poison, tmp_path):
     out = tmp_path / "folder"
-    assert poison("--attack", "cuda", "--out", out, "--layout", "class", "--set", "blur=0.1", "unit=centre")[0] == 0
+    assert poison("--attack", "cuda:blur=0.1,unit=centre", "--out", out, "--layout", "class")[0] == 0
     want = make("cuda", (IMAGES, LABELS), blur=0.1, unit="centre")
     dataset = open_dataset("imagefolder", out)
     assert isinstance(dataset, ImageFolder)
@@ -158,7 +158,7 @@ def test_ten_classes_and_more_keep_their_numbers(tmp_path):
 def test_a_trigger_is_kept(poison, tmp_path):
     trigger = (RNG.choice([-1, 1], (1, 3, 9, 8)) * 32 / 255).astype(np.float32)
     np.save(tmp_path / "trigger.npy", trigger)
-    words = ("--attack", "narcissus", "--set", f"trigger={tmp_path / 'trigger.npy'}", "target_class=1", "--share", 0.1)
+    words = ("--attack", f"narcissus:trigger={tmp_path / 'trigger.npy'},target_class=1", "--share", 0.1)
     assert poison(*words, "--out", tmp_path / "out.npz")[0] == 0
     assert poison(*words, "--out", tmp_path / "out")[0] == 0
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
@@ -223,11 +223,12 @@ def test_the_list_and_the_help(poison, capsys):
     ("arguments", "message"),
     [
         (["--attack", "lps"], "An attack is one of urp, lsp"),
-        (["--attack", "lsp", "--set", "patch=3"], "did you mean patches"),
-        (["--attack", "lsp", "--set", "patches"], "--set takes OPTION=VALUE. Got 'patches'"),
-        (["--attack", "lsp", "--set", "patches=3", "patches=4"], "Each option must be given once"),
-        (["--attack", "lsp", "--set", "seed=4"], "the seed as --seed"),
-        (["--attack", "lsp", "--set", "patches=three"], "patches must be an integer from 1 to the image's 8 pixels"),
+        (["--attack", "lsp:patch=3"], "did you mean patches"),
+        (["--attack", "lsp:patches"], "Options are OPTION=VALUE, with commas between them. Got 'patches'"),
+        (["--attack", "lsp:patches=3,patches=4"], "Each option must be given once"),
+        (["--attack", "lsp:share=0.5", "--share", "0.5"], "Each option must be given once"),
+        (["--attack", "lsp:seed=4"], "Got 'seed'"),
+        (["--attack", "lsp:patches=three"], "patches must be an integer from 1 to the image's 8 pixels"),
         (["--attack", "lsp", "--preset", "cpu"], "Got 'preset': leave it out"),
         (["--attack", "lsp", "--device", "cpu"], "Got 'device': leave it out"),
         (["--attack", "lsp", "--share", "2"], "share must be above 0"),

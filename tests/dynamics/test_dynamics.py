@@ -16,11 +16,9 @@ from PIL import Image
 
 from purifyloader import pretrained
 from purifyloader.commands import main as cli
-from purifyloader.commands.inputs import poisoned_by_file
 from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
-from purifyloader.datasets.select import Loaded
 from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.dynamics import DiffusionPath, LangevinPath, dynamics, measure, picture
 from purifyloader.dynamics.measure import crossing
@@ -280,55 +278,6 @@ def test_a_model_that_breaks_is_named():
         measure(Towards(0.5), random_images(2), energy=Nan(EnergyConfig(channels=4)))
 
 
-# -- perturbations in files --------------------------------------------------------------------------
-
-
-def test_a_trigger_is_the_same_in_any_units(tmp_path):
-    clean = Loaded(random_images(6, 8), None)
-    trigger = np.random.default_rng(0).choice([-16, 16], (3, 8, 8)).astype(np.float32)
-    want = quantize(clean.images / 255 + torch.from_numpy(trigger) / 255)
-    for i, (array, units) in enumerate(
-        [
-            (trigger[None] / 127.5, "minus-one-to-one"),
-            (trigger / 127.5, "minus-one-to-one"),
-            (trigger[None].transpose(0, 2, 3, 1) / 255, "unit"),
-            (trigger[None].astype(np.int8), "bytes"),
-            (np.repeat(trigger[None], 6, 0), "bytes"),
-            (np.repeat(trigger[None] / 255, 6, 0), None),
-            (want.numpy(), None),
-        ]
-    ):
-        np.save(tmp_path / f"{i}.npy", array)
-        assert torch.equal(poisoned_by_file(tmp_path / f"{i}.npy", clean, range(6), 6, units), want)
-    # rows by index of the dataset
-    np.save(tmp_path / "rows.npy", np.arange(9, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 8, 8)))
-    got = poisoned_by_file(tmp_path / "rows.npy", Loaded(0 * clean.images, None), [8, 1, 2, 3, 4, 5], 9, "bytes")
-    assert got[:, 0, 0, 0].tolist() == [8, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize(
-    ("array", "units", "message"),
-    [
-        (np.full((1, 3, 8, 8), 0.125, np.float32), None, r"do not tell.*\(as Narcissus; 15.9 px\), unit \(31.9 px\)"),
-        (np.zeros((1, 3, 9, 9), np.float32), "unit", r"shape \(1, 3, 8, 8\) or \(1, 8, 8, 3\). Got \(1, 3, 9, 9\)"),
-        (np.zeros((5, 3, 8, 8), np.float32), "bytes", r"\(6, 3, 8, 8\)"),
-        (np.full((1, 3, 8, 8), 3.0, np.float32), "minus-one-to-one", "at most 255 px. Got values up to 3"),
-        (np.full((1, 3, 8, 8), np.nan, np.float32), "unit", "must be finite"),
-        (np.zeros((6, 3, 8, 8), np.uint8), "bytes", "signed integers. Got uint8: leave --npy-units out"),
-        (np.array(0.5), "unit", "shape"),
-        (np.array(["a"]), "unit", "shape|Got"),
-        (np.full((6, 3, 8, 8), 9.0, np.float32), None, "divide those of 0-255 by 255"),
-    ],
-)
-def test_bad_perturbations_are_named(array, units, message, tmp_path):
-    np.save(tmp_path / "p.npy", array)
-    with pytest.raises(InputError, match=message):
-        poisoned_by_file(tmp_path / "p.npy", Loaded(random_images(6, 8), None), range(6), 6, units)
-    (tmp_path / "p.npy").write_bytes(b"no array")
-    with pytest.raises(InputError, match=r"p.npy. Got: "):
-        poisoned_by_file(tmp_path / "p.npy", Loaded(random_images(6, 8), None), range(6), 6, "bytes")
-
-
 # -- the command -------------------------------------------------------------------------------------
 
 
@@ -351,7 +300,7 @@ def test_the_command_as_a_process_on_real_images(models, tmp_path):
     np.save(tmp_path / "trigger.npy", np.full((1, 3, 32, 32), 0.125, np.float32))
     out = tmp_path / "out"
     options = ["--data", CLEAN, "--model", "cifar10-sparse", "--energy", str(models / "energy"), "--count", "8"]
-    options += ["--poisoned", "ar", str(tmp_path / "trigger.npy"), "--npy-units", "minus-one-to-one", "--out", str(out)]
+    options += ["--poisoned", "ar", f"{tmp_path / 'trigger.npy'}:units=minus-one-to-one", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "purifyloader", "dynamics", *options, "--sigma-px", "25", "6.37", "--device", "cpu"],
         capture_output=True,
@@ -442,18 +391,18 @@ def other_order():
         ),
         (["--energy", "{tmp}/energy", "--poisoned", "none", "ar"], "none stands alone"),
         (["--energy", "{tmp}/energy", "--poisoned", "ar", "ar"], "Got ar twice"),
-        (["--energy", "{tmp}/energy", "--npy-units", "unit"], "--npy-units is about a .npy file"),
+        (["--energy", "{tmp}/energy", "--poisoned", "lsp:units=unit"], "The attack lsp takes norm.* Got 'units'"),
         (
             ["--energy", "{tmp}/energy", "--poisoned", "tests.evaluation.test_evaluation:short_sample"],
             "must have the 40 images of",
         ),
         (
             ["--energy", "{tmp}/energy", "--poisoned", "tests.dynamics.test_dynamics:other_order"],
-            "other images, or another order",
+            "so the order is another",
         ),
         (
             ["--energy", "{tmp}/energy", "--poisoned", "tests.evaluation.test_evaluation:clean_sample"],
-            "must differ from the clean",
+            "must move images",
         ),
         (["--energy", "{tmp}/energy", "--count", "41"], "count must be from 1 to 40"),
         (["--energy", "{tmp}/energy", "--batch-size", "0"], "compute_batch"),
@@ -493,7 +442,7 @@ def test_images_of_many_sizes_need_one(models, tmp_path):
 def test_the_command_is_listed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["dynamics", "--help"])
-    assert "--npy-units" in capsys.readouterr().out
+    assert "FILE.npy:units=bytes" in capsys.readouterr().out
     with pytest.raises(ConfigError):
         main(["--data", CLEAN])
     assert isinstance(tiny_energy(), EnergyNetwork)

@@ -378,13 +378,13 @@ def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_pat
 
 def test_no_proposal_is_said_plainly(models, tmp_path, capsys):
     np.save(tmp_path / "bright.npy", np.full((1, 3, 32, 32), 0.1, np.float32))
-    options = ("--energy", str(models / "energy"), "--steps", "1", "2", "--npy-units", "unit")
-    assert run(*options, "--poisoned", str(tmp_path / "bright.npy")) == 0
+    options = ("--energy", str(models / "energy"), "--steps", "1", "2")
+    assert run(*options, "--poisoned", f"{tmp_path / 'bright.npy'}:units=unit") == 0
     said = capsys.readouterr().out
     assert "No proposal." in said
     assert "recipes." not in said
     assert "That is the last level tried" in said
-    assert run(*options, "--poisoned", str(tmp_path / "bright.npy"), "--json") == 0
+    assert run(*options, "--poisoned", f"{tmp_path / 'bright.npy'}:units=unit", "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results["proposal"] is results["pasted"] is None
     assert results["best"]["level"] == 2
@@ -418,7 +418,7 @@ def test_no_proposal_is_said_plainly(models, tmp_path, capsys):
         ),
         (
             ["--energy", "{tmp}/energy", "--poisoned", "tests.dynamics.test_dynamics:other_order"],
-            "images of --clean, poisoned",
+            "so the order is another",
         ),
         (["--energy", "{tmp}/energy", "--count", "41"], "^count must be from 1 to 40"),
     ],

@@ -15,7 +15,6 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons import (
     ATTACKS,
     ar_coefficients,
-    attacks,
     autoregressive,
     class_patterns,
     cuda,
@@ -26,6 +25,7 @@ from purifyloader.poisons import (
     ops_pixels,
     urp,
 )
+from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.attacks.tap import PRESETS, TapSettings
 from purifyloader.poisons.poisoned import Bound, Poisoned
 
@@ -427,8 +427,3 @@ N = OPTIONS["narcissus"]
 def test_bad_inputs(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_the_modules_names_do_not_clash():
-    assert attacks.lsp is ATTACKS["lsp"].function
-    assert attacks.lsp is not lsp

@@ -8,6 +8,7 @@ reduction of the library.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -36,6 +37,7 @@ __all__ = [
     "poison",
     "purpose_keys",
     "scale_to_norm",
+    "sha256_of",
     "size_of",
 ]
 
@@ -143,9 +145,16 @@ def draw_all(draw: Draw, labels_N: Tensor, positions_N: Tensor) -> Tensor:
     return torch.cat([draw(label_B, position_B) for label_B, position_B in parts])
 
 
-def poison(images: Images, labels_N: Tensor, indices: Integers | None, draw: Draw) -> Images:
-    """A copy of the images with x + delta, clamped to [0, 1] and rounded to 8 bits; see `change_images`."""
-    return change_images(images, labels_N, indices, lambda x, label, index: x + draw(label, index).to(x.device))
+def poison(
+    images: Images, labels_N: Tensor, indices: Integers | None, draw: Draw, positions: Integers | None = None
+) -> Images:
+    """Return a copy of the images with x + delta, clamped to [0, 1] and rounded to 8 bits; see `change_images`."""
+    positions_N = as_positions(positions, len(labels_N))
+
+    def change(x: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        return x + draw(label, positions_N[index]).to(x.device)
+
+    return change_images(images, labels_N, indices, change)
 
 
 def change_images(images: Images, labels_N: Tensor, indices: Integers | None, change: Change) -> Images:
@@ -169,3 +178,8 @@ def change_images(images: Images, labels_N: Tensor, indices: Integers | None, ch
         index = index_B.to(view.device)
         view[index] = quantize(change(view[index].to(torch.float32) / 255, labels_N[index_B], index_B))
     return out
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Hash the numbers of a tensor as float32: what a setting says of a file, whose path it must not hold."""
+    return hashlib.sha256(tensor.to(torch.float32).contiguous().numpy().tobytes()).hexdigest()

@@ -6,9 +6,12 @@ window, so a victim can tell the class from any window, whatever random values t
 
 from __future__ import annotations
 
+import functools
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +30,13 @@ from purifyloader.poisons.attacks.additive import (
     poison,
     purpose_keys,
     scale_to_norm,
+    sha256_of,
     size_of,
 )
+from purifyloader.poisons.attacks.choice import victims
+from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"]
+__all__ = ["ar_coefficients", "ar_perturbation", "attack", "autoregressive", "read_ar_coefficients"]
 
 _ATTACK = 0x6172  # "ar"
 _START, _COEFFICIENTS, _TRIAL = 0, 1, 2  # what a key is for
@@ -91,6 +97,11 @@ def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
     """
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
+    return _draw_coefficients(classes, seed).clone()
+
+
+@functools.lru_cache(maxsize=8)  # seconds of a CPU for ten classes
+def _draw_coefficients(classes: int, seed: int) -> Tensor:
     keys = purpose_keys(seed, _ATTACK, _COEFFICIENTS, torch.arange(3 * classes))
     found = torch.zeros(3 * classes, 3, 3)
     pending = torch.arange(3 * classes)
@@ -218,6 +229,7 @@ def autoregressive(
     labels: Integers,
     *,
     indices: Integers | None = None,
+    positions: Integers | None = None,
     classes: int = 10,
     seed: int = 0,
     norm: float = 1.0,
@@ -230,6 +242,7 @@ def autoregressive(
         images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
         labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
+        positions: position of each image in the dataset, 0 to N - 1 if None.
         others: see `ar_perturbation`.
 
     Returns:
@@ -240,4 +253,49 @@ def autoregressive(
     """
     size = size_of(images)
     labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
-    return poison(images, labels_N, indices, _draw(size, coefficients_K333, seed, norm, crop))
+    return poison(images, labels_N, indices, _draw(size, coefficients_K333, seed, norm, crop), positions)
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    norm: float = 1.0,
+    coefficients: str | os.PathLike[str] | Tensor | Sequence[Tensor] | None = None,
+    crop: int = 4,
+    share: float | None = None,
+    count: int | None = None,
+) -> Poisoned:
+    """Autoregressive noise.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        norm, crop: see `ar_perturbation`.
+        coefficients: a published `.pt` file, or what `autoregressive` takes; None for those of `ar_coefficients`.
+        share, count: as in `urp`'s.
+
+    Raises:
+        InputError: a dataset or an option of another type, shape or range.
+        ConfigError: both share and count.
+    """
+    chosen = victims(dataset, seed, share, count)
+    if isinstance(coefficients, str | os.PathLike):
+        coefficients = read_ar_coefficients(os.fspath(coefficients))
+    settings: dict[str, Any] = {"norm": norm, "crop": crop, "coefficients": None, "share": share, "count": count}
+    if coefficients is None:
+        used: Tensor | Sequence[Tensor] = ar_coefficients(chosen.classes, seed)
+    else:
+        used = coefficients
+    images = autoregressive(
+        chosen.images,
+        chosen.labels,
+        indices=chosen.indices,
+        positions=chosen.positions,
+        seed=seed,
+        norm=norm,
+        coefficients=used,
+        crop=crop,
+    )
+    if coefficients is not None:  # checked by now
+        settings["coefficients"] = {"sha256": sha256_of(torch.stack(list(used)))}
+    return chosen.poisoned(images, "ar", Bound("l2", norm), **settings)

@@ -1,24 +1,76 @@
-"""Which images an attack poisons, and which test image a targeted one is aimed at."""
+"""Choose which images an attack poisons, and check the test image that a targeted one is aimed at."""
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.core import noise
+from purifyloader.datasets.arrays import Part, as_arrays
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.attacks.additive import purpose_keys
-from purifyloader.poisons.poisoned import Target
+from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 
-__all__ = ["as_target", "drawn", "how_many", "is_class", "of_class"]
+__all__ = ["Victims", "as_target", "colour", "drawn", "how_many", "is_class", "of_class", "victims"]
 
+_ATTACK = 0x6174746B  # "attk"
 _CHOICE = 0  # what the keys drawn here are for, in every attack
+
+
+class Victims(NamedTuple):
+    """A dataset to poison, and which of its images.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,).
+        classes: one more than the largest label, or of the dataset that these are a part of.
+        indices: int64 (P,), rising: which of the images are poisoned.
+        positions: int64 (N,): place of each image in the dataset.
+        seed: of the attack.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: int
+    indices: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    seed: int
+
+    def poisoned(self, images: NDArray[np.uint8], attack: str, bound: Bound | None, **settings: Any) -> Poisoned:
+        """Return the images as the attack has changed them, with all that it was made with."""
+        settings = {"seed": operator.index(self.seed), **settings}
+        return Poisoned.of(images, self.labels, attack, self.indices, bound=bound, settings=settings)
+
+
+def victims(dataset: Any, seed: int, share: float | None, count: int | None) -> Victims:
+    """Read a dataset and draw which of its images to poison: a share, a number, or all where both are None."""
+    images, labels = colour(dataset)
+    wanted = how_many(len(images), share, count, f"the {len(images)} images")
+    indices = np.arange(len(images))
+    if wanted is not None:
+        indices = drawn(torch.arange(len(images)), wanted, seed, _ATTACK).numpy()
+    if isinstance(dataset, Part):
+        return Victims(images, labels, dataset.classes, indices, dataset.positions, seed)
+    return Victims(images, labels, int(labels.max()) + 1, indices, np.arange(len(images)), seed)
+
+
+def colour(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read a dataset as `as_arrays` does, and refuse grey images."""
+    images, labels = as_arrays(dataset)
+    if images.shape[3] != 3:
+        raise InputError(
+            f"An attack poisons colour images, (N, H, W, 3). Got {images.shape}: repeat the grey channel, as "
+            'image.convert("RGB") does.'
+        )
+    return images, labels
 
 
 def how_many(images: int, share: float | None, count: int | None, of: str) -> int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ from purifyloader.poisons.attacks.additive import (
     purpose_keys,
     size_of,
 )
+from purifyloader.poisons.attacks.choice import victims
+from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["class_patterns", "urp"]
+__all__ = ["attack", "class_patterns", "urp"]
 
 _ATTACK = 0x757270  # "urp"
 _PATTERN = 0  # what a key is for
@@ -100,3 +102,37 @@ def urp(
     labels_N = as_labels(labels, classes)
     patterns = class_patterns(size, classes=classes, seed=seed, epsilon=epsilon, distribution=distribution)
     return poison(images, labels_N, indices, lambda label_B, _: patterns[label_B])
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    epsilon: float = 8 / 255,
+    distribution: Literal["uniform", "gaussian"] = "uniform",
+    share: float | None = None,
+    count: int | None = None,
+) -> Poisoned:
+    """One random pattern a class.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        epsilon, distribution: see `class_patterns`.
+        share, count: poison so many of the images, chosen by `seed`; None for all.
+
+    Raises:
+        InputError: a dataset or an option of another type, shape or range.
+        ConfigError: both share and count.
+    """
+    chosen = victims(dataset, seed, share, count)
+    images = urp(
+        chosen.images,
+        chosen.labels,
+        indices=chosen.indices,
+        classes=chosen.classes,
+        seed=seed,
+        epsilon=epsilon,
+        distribution=distribution,
+    )
+    settings = {"epsilon": epsilon, "distribution": distribution, "share": share, "count": count}
+    return chosen.poisoned(images, "urp", Bound("linf", epsilon), **settings)

@@ -6,7 +6,7 @@ adds and removes leaves it there: the paper's attack is the honest hard case for
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from purifyloader.poisons.attacks.additive import (
     purpose_keys,
     size_of,
 )
+from purifyloader.poisons.attacks.choice import victims
+from purifyloader.poisons.poisoned import Poisoned
 
-__all__ = ["cuda", "cuda_filters"]
+__all__ = ["attack", "cuda", "cuda_filters"]
 
 _ATTACK = 0x63756461  # "cuda"
 _FILTER = 0  # what a key is for
@@ -102,3 +104,36 @@ def cuda(
     labels_N = as_labels(labels, classes)
     filters = cuda_filters(classes=classes, seed=seed, blur=blur, unit=unit)
     return change_images(images, labels_N, indices, lambda x, label, _: _filtered(x, filters[label].to(x.device)))
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    blur: float = 0.3,
+    unit: Literal["random", "centre"] = "random",
+    share: float | None = None,
+    count: int | None = None,
+) -> Poisoned:
+    """A random blur a class; without a bound.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        blur, unit: see `cuda_filters`.
+        share, count: as in `urp`'s.
+
+    Raises:
+        InputError: a dataset or an option of another type, shape or range.
+        ConfigError: both share and count.
+    """
+    chosen = victims(dataset, seed, share, count)
+    images = cuda(
+        chosen.images,
+        chosen.labels,
+        indices=chosen.indices,
+        classes=chosen.classes,
+        seed=seed,
+        blur=blur,
+        unit=unit,
+    )
+    return chosen.poisoned(images, "cuda", None, blur=blur, unit=unit, share=share, count=count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from purifyloader.poisons.attacks.additive import (
     scale_to_norm,
     size_of,
 )
+from purifyloader.poisons.attacks.choice import victims
+from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["lsp", "lsp_perturbation"]
+__all__ = ["attack", "lsp", "lsp_perturbation"]
 
 _ATTACK = 0x6C7370  # "lsp"
 _SAMPLE, _CENTRE, _MAP = 0, 1, 2  # what a key is for
@@ -128,6 +131,7 @@ def lsp(
     labels: Integers,
     *,
     indices: Integers | None = None,
+    positions: Integers | None = None,
     classes: int = 10,
     seed: int = 0,
     norm: float | None = None,
@@ -140,6 +144,7 @@ def lsp(
         images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
         labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
+        positions: position of each image in the dataset, 0 to N - 1 if None.
         others: see `lsp_perturbation`.
 
     Returns:
@@ -150,4 +155,44 @@ def lsp(
     """
     size = size_of(images)
     labels_N = as_labels(labels, classes)
-    return poison(images, labels_N, indices, _draw(size, classes, seed, norm, patches, class_separation))
+    draw = _draw(size, classes, seed, norm, patches, class_separation)
+    return poison(images, labels_N, indices, draw, positions)
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    norm: float | None = None,
+    patches: int = 4,
+    class_separation: float = 10.0,
+    share: float | None = None,
+    count: int | None = None,
+) -> Poisoned:
+    """Linearly separable patches.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        norm, patches, class_separation: see `lsp_perturbation`.
+        share, count: as in `urp`'s.
+
+    Raises:
+        InputError: a dataset or an option of another type, shape or range.
+        ConfigError: both share and count.
+    """
+    chosen = victims(dataset, seed, share, count)
+    height, width = chosen.images.shape[1:3]
+    length = 6 / 255 * math.sqrt(3 * height * width) if norm is None else norm
+    images = lsp(
+        chosen.images,
+        chosen.labels,
+        indices=chosen.indices,
+        positions=chosen.positions,
+        classes=chosen.classes,
+        seed=seed,
+        norm=length,
+        patches=patches,
+        class_separation=class_separation,
+    )
+    settings = {"norm": length, "patches": patches, "class_separation": class_separation}
+    return chosen.poisoned(images, "lsp", Bound("l2", length), **settings, share=share, count=count)

@@ -7,7 +7,7 @@ before anything else. Nothing in it is random: the pixel is the best there is by
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, size_of
+from purifyloader.poisons.attacks.choice import victims
+from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["Pixel", "ops", "ops_pixels"]
+__all__ = ["Pixel", "attack", "ops", "ops_pixels"]
 
 _COLOURS = tuple((red, green, blue) for red, green, blue in itertools.product((0, 255), repeat=3))
 """The corners of the colour cube: the search is over these alone (section 3.2)."""
@@ -160,3 +162,32 @@ def set_pixels(images: Images, labels: Integers, pixels: list[Pixel | None], ind
         return x_BHWC
 
     return change_images(images, as_labels(labels, len(pixels)), indices, change)
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    objective: Literal["paper", "code"] = "paper",
+    share: float | None = None,
+    count: int | None = None,
+) -> Poisoned:
+    """One-pixel shortcuts. The settings tell each class's pixel.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        seed: decides which images `share` and `count` take, and nothing else.
+        objective: see `ops_pixels`.
+        share, count: as in `urp`'s; the search is over all images.
+
+    Raises:
+        InputError: a dataset or an option of another type, shape or range, or more classes than the images' pixels
+            can tell apart.
+        ConfigError: both share and count.
+    """
+    chosen = victims(dataset, seed, share, count)
+    pixels = ops_pixels(chosen.images, chosen.labels, classes=chosen.classes, objective=objective)
+    images = set_pixels(chosen.images, chosen.labels, pixels, chosen.indices)
+    said = [None if pixel is None else pixel._asdict() | {"colour": list(pixel.colour)} for pixel in pixels]
+    settings = {"objective": objective, "pixels": said, "share": share, "count": count}
+    return chosen.poisoned(images, "ops", Bound("l0", 1), **settings)

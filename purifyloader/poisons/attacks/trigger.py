@@ -6,8 +6,10 @@ The labels stay right. A victim learns the trigger as a sign of the class, and c
 from __future__ import annotations
 
 import math
+import operator
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, size_of
-from purifyloader.poisons.attacks.choice import drawn
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, sha256_of, size_of
+from purifyloader.poisons.attacks.choice import colour, drawn, of_class
+from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["add_trigger", "backdoor", "read_trigger"]
+__all__ = ["add_trigger", "attack", "backdoor", "read_trigger"]
 
 _ATTACK = 0x74726967  # "trig"
 
@@ -117,3 +120,75 @@ def backdoor(
         )
     chosen = drawn(of_target, count, seed, _ATTACK)
     return add_trigger(images, trigger_HWC, indices=chosen), chosen.numpy()
+
+
+def attack(
+    dataset: Any,
+    seed: int = 0,
+    *,
+    trigger: str | os.PathLike[str] | Tensor | NDArray[np.floating],
+    target_class: int,
+    share: float | None = None,
+    share_of: Literal["set", "class"] = "set",
+    count: int | None = None,
+) -> Poisoned:
+    """A published trigger on some images of the class that it is to stand for.
+
+    Args:
+        dataset: see `as_arrays`; in colour.
+        trigger: a published `.npy` file, in units of [-1, 1] images (see `read_trigger`), or float (H, W, 3) in units
+            of [0, 1] images.
+        target_class: whose images get it.
+        share: of the "set" or of the "class", as `share_of` says; None for PureGen's 1 % of the set, where there is
+            no count either.
+        count: so many images of the class, chosen by `seed`.
+
+    Raises:
+        InputError: a dataset, a trigger or an option of another type, shape or range, or more images than the class
+            has.
+        ConfigError: both share and count.
+    """
+    images, labels = colour(dataset)
+    delta = _as_trigger(trigger, images.shape[1:])
+    share = 0.01 if share is None and count is None else share
+    wanted = of_class(labels, target_class, share, count, share_of)
+    poisoned, indices = backdoor(images, labels, delta, target_class, wanted, classes=int(labels.max()) + 1, seed=seed)
+    settings = {
+        "seed": operator.index(seed),
+        "trigger": {"sha256": sha256_of(delta)},
+        "target_class": int(target_class),
+        "share": share,
+        "share_of": share_of,
+        "count": count,
+    }
+    return Poisoned.of(
+        poisoned,
+        labels,
+        "narcissus",
+        indices,
+        bound=Bound("linf", float(delta.abs().max())),
+        trigger=delta.numpy(),
+        target_class=int(target_class),
+        settings=settings,
+    )
+
+
+def _as_trigger(trigger: Any, shape: tuple[int, ...]) -> Tensor:
+    """float32 (H, W, 3), checked."""
+    if isinstance(trigger, str | os.PathLike):
+        delta = read_trigger(trigger)
+    elif isinstance(trigger, Tensor | np.ndarray):
+        delta = torch.as_tensor(trigger).detach().cpu()
+        if not delta.is_floating_point():
+            raise InputError(f"trigger must be in floating point, in units of [0, 1] images. Got {delta.dtype}.")
+    else:
+        raise InputError(f"trigger must be a .npy file, a tensor or an array. Got {type(trigger).__name__}.")
+    if tuple(delta.shape) != shape:
+        raise InputError(f"trigger must have the shape of the images, {shape}. Got {tuple(delta.shape)}.")
+    largest = float(delta.abs().max())
+    if not 0 < largest <= 1:
+        raise InputError(
+            f"trigger must be finite, at most 1 in units of [0, 1] images, and not all zero. Got {largest:g}: divide "
+            "numbers on the 0-255 scale by 255."
+        )
+    return delta.to(torch.float32).contiguous()

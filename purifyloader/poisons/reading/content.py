@@ -64,7 +64,7 @@ def read_array(path: Path) -> NDArray[Any]:
         InputError: no such file, or none of numbers.
     """
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # read where it is looked at, and never written
     except Exception as error:  # its header is read as Python source, and what that raises is not a closed list
         raise InputError(f"{path} must be a whole .npy file of numbers. Got: {error}. {_AGAIN}") from None
     return np.asarray(array)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from purifyloader.poisons.poisoned import Poisoned
-from purifyloader.poisons.reading import perturbations, pictures, targeted
+from purifyloader.poisons.reading import perturbations, pictures, rows, targeted
 from purifyloader.poisons.reading.request import Request
 
 __all__ = ["FORMATS", "Format"]
@@ -20,12 +20,14 @@ class Format(NamedTuple):
         matches: whether content looks like it.
         read: the poisoned set; it checks all that `matches` did not.
         may_aim: whether it may be of a poison that is aimed at a test image, which `target=` gives.
+        by_row: it has a row for each image of the clean set, so that a part of them can be read alone.
     """
 
     what: str
     matches: Callable[[Any, Request], bool]
     read: Callable[[Any, Request], Poisoned]
     may_aim: bool = False
+    by_row: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -76,6 +78,13 @@ FORMATS: dict[str, Format] = {
         pictures.read_raw_bytes,
         may_aim=True,
     ),
+    "perturbations": Format(
+        "an .npy of perturbations (N, H, W, C) or (N, C, H, W), or one for all, with units=",
+        rows.is_perturbations,
+        rows.read_perturbations,
+        by_row=True,
+    ),
+    "images": Format("an .npy of poisoned images, uint8 (N, H, W, C)", rows.is_images, rows.read_images, by_row=True),
     "png": Format(
         "a folder of <index>.png, or of class folders of them", pictures.is_png, pictures.read_png, may_aim=True
     ),

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
-from purifyloader.datasets.arrays import as_arrays
+from purifyloader.datasets.arrays import Part, as_arrays
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import check
@@ -37,8 +37,9 @@ def read(
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    units: str | None = None,
 ) -> Poisoned:
-    """A published poison, as a dataset of (PIL image, label) and all that its file says.
+    """Read a published poison, as a dataset of (PIL image, label) and all that its file says.
 
     No file runs code: pickles get a fixed list of classes. See purifyloader/poisons/README.md for the formats.
 
@@ -62,6 +63,8 @@ def read(
         seed: for Narcissus, which of them; for AR, the start values.
         mean, std: for Bullseye Polytope and Witches' Brew (std alone): one number a channel by which the file's images
             were normalised; those that the authors took for CIFAR-10 if None.
+        units: for perturbations in an .npy array, of what images they are: in [0, 1] ("unit"), in [-1, 1]
+            ("minus-one-to-one") or of 0 to 255 ("bytes").
 
     Returns:
         The poisoned set. `settings` holds "format", "file", "checked" and, with `clean`, "moved": the figures of
@@ -86,9 +89,11 @@ def read(
         seed=seed,
         mean=mean,
         std=std,
+        units=units,
     )
     arrays = None if clean is None else as_arrays(clean)
-    request = replace(request, clean=arrays)
+    places = (clean.length, clean.positions) if isinstance(clean, Part) else None
+    request = replace(request, clean=arrays, places=places)
     content = open_content(request.path)
     name = _detected(content, request) if format is None else format
     _check_fits(name, request)
@@ -111,6 +116,10 @@ def _check_fits(name: str, request: Request) -> None:
         raise InputError(f"drop_negative is a cast of EM's own loader. Got it for {its}: leave it.")
     if request.target is not None and not FORMATS[name].may_aim:
         raise InputError(f"target is for a poison that is aimed at one test image. Got it for {its}: leave it away.")
+    if request.units is not None and not FORMATS[name].by_row:
+        raise InputError(f"units is for perturbations in an .npy array. Got it for {its}: leave it.")
+    if request.places is not None and not FORMATS[name].by_row:
+        raise InputError(f"clean must be the whole clean set. Got a part of it for {its}.")
     if request.target_class is not None and request.target is None and name != "narcissus":
         raise InputError(
             "target_class says what a target= is to be called, or what the trigger of Narcissus stands for. Got it "
@@ -119,7 +128,11 @@ def _check_fits(name: str, request: Request) -> None:
 
 
 def _detected(content: Any, request: Request) -> str:
-    names = [name for name, known in FORMATS.items() if known.matches(content, request)]
+    names = [
+        name
+        for name, known in FORMATS.items()
+        if (known.by_row or request.units is None) and known.matches(content, request)
+    ]
     if len(names) == 1:
         return names[0]
     known = "\n".join(f"  {name:14}{FORMATS[name].what}" for name in names or FORMATS)

@@ -1,4 +1,4 @@
-"""What a reader is asked, and what all of them need: the clean set, labels, and 8-bit images."""
+"""Check what a reader is asked, and give all of them what they need: the clean set, labels and 8-bit images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from purifyloader.poisons.attacks.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import unmoved
 
-__all__ = ["Arrays", "Request", "add", "as_bound", "as_levels", "asked", "full", "indexed", "label_of"]
+__all__ = ["UNITS", "Arrays", "Request", "add", "as_bound", "as_levels", "asked", "full", "indexed", "label_of"]
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+UNITS = {"unit": 1.0, "minus-one-to-one": 0.5, "bytes": 1 / 255}
+"""Value of 1 of a perturbation in units of [0, 1] images, by the range of the images that it is made for."""
 
 _CHUNK = 1024  # images made 8-bit together, which bounds memory
 
@@ -34,6 +37,8 @@ class Request:
 
     Attributes:
         target: a file of one is read.
+        units: of perturbations in an .npy file, a key of `UNITS`.
+        places: where `clean` is a part of the clean set: the whole set's length, and the place of each image in it.
     """
 
     path: Path
@@ -47,6 +52,8 @@ class Request:
     seed: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    units: str | None = None
+    places: tuple[int, NDArray[np.int64]] | None = None
 
     def need_clean(self, why: str) -> Arrays:
         if self.clean is None:
@@ -72,6 +79,7 @@ def asked(
     seed: Any,
     mean: Any,
     std: Any,
+    units: Any = None,
 ) -> Request:
     """The options of `read`, checked before anything of the poison is read. The clean set is still to be given.
 
@@ -83,6 +91,8 @@ def asked(
     for name, value in (("checked", checked), ("drop_negative", drop_negative)):
         if not isinstance(value, bool):
             raise InputError(f"{name} must be True or False. Got {value!r:.80}: give one of them.")
+    if units is not None and units not in UNITS:
+        raise InputError(f"units must be one of {', '.join(UNITS)}. Got {units!r:.80}: give one of them.")
     image = _as_target_image(target)
     label = None if target_class is None else _whole("target_class", target_class, 0, "a class, an integer from 0")
     if image is not None and label is None and not isinstance(image, Target):
@@ -102,6 +112,7 @@ def asked(
         _whole("seed", seed, None, "an integer"),
         None if mean is None else _channels("mean", mean),
         None if std is None else _channels("std", std, low=0.0),
+        units,
     )
 
 
