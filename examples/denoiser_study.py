@@ -36,9 +36,10 @@ from purifyloader.core import noise
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import load_images
 from purifyloader.datasets.shards import load_sample
+from purifyloader.diffusion.psnr import estimate, psnr_of
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
-from purifyloader.evaluation.measures import estimate, psnr_of, removed_energy
+from purifyloader.evaluation.measures import removed_energy
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.poisons import autoregressive
 from purifyloader.poisons.attacks import lsp

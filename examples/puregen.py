@@ -38,11 +38,11 @@ from purifyloader.audit import dataset_energies
 from purifyloader.bench.defence import ArrayDataset, compensation
 from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
-from purifyloader.evaluation.measures import auc
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, read_trigger
 from purifyloader.poisons.attacks import lsp
 from purifyloader.purifiers import Purifier
+from purifyloader.results.ranks import auc
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim
 

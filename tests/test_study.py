@@ -16,8 +16,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from purifyloader.datasets.select import choose
+from purifyloader.diffusion.psnr import psnr
 from purifyloader.diffusion.unet import UNetConfig
-from purifyloader.evaluation.measures import psnr
 from tests.conftest import tiny_denoiser
 
 ROOT = Path(__file__).parents[1]

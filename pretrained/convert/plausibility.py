@@ -23,9 +23,9 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
+from purifyloader.diffusion.psnr import noised_psnr, psnr
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import PurifyError
-from purifyloader.evaluation.measures import noised_psnr, psnr
 
 __all__ = ["Plausibility", "Row", "dead_leaves", "judge_denoiser", "judge_energy", "levels"]
 

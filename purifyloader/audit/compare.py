@@ -17,7 +17,7 @@ from purifyloader.audit.energies import DatasetEnergies
 from purifyloader.core import noise
 from purifyloader.energy.langevin import TEMPERATURE
 from purifyloader.errors import InputError
-from purifyloader.evaluation.measures import auc
+from purifyloader.results.ranks import auc
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "audit_energy", "halves", "percentiles", "ranking", "threshold"]
 

@@ -12,6 +12,7 @@ from typing import Any
 from purifyloader.audit.compare import percentiles, ranking
 from purifyloader.audit.energies import DatasetEnergies
 from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.results.table import plain
 
 __all__ = ["MEANING", "in_words", "number", "ranked_csv", "sizes_in_words", "table"]
 
@@ -159,13 +160,14 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
     yield ""
     spread = (results["reference"] or results["data"])["energy"]["standard_deviation"]
     quantiles = {"0.01": "1 %", "0.25": "25 %", "0.5": "median", "0.75": "75 %", "0.99": "99 %"}
-    yield _line("energy", ["images", "lowest", *quantiles.values(), "highest"])
     shown = [("data", results["data"]), ("reference", results["reference"]), ("poisoned", results["truth"])]
+    rows = []
     for name, part in shown:
         if part is not None:
             count = part["poisoned"] if name == "poisoned" else part["count"]
             values = part["energy"]["quantiles"]
-            yield _line(name, [f"{count:,}", *(number(values[q], spread) for q in ("0", *quantiles, "1"))])
+            rows.append([name, f"{count:,}", *(number(values[q], spread) for q in ("0", *quantiles, "1"))])
+    yield from plain(["energy", "images", "lowest", *quantiles.values(), "highest"], rows)
     yield ""
     for sentence in in_words(results):
         yield from wrap(sentence, _WIDTH)
@@ -177,10 +179,17 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
         yield ""
         told = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"
         yield f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: {told}):"
-        yield _line("flagged", ["images", "poisoned", "of flagged", "of poisoned"])
-        for row in truth["top"]:
-            cells = [f"{row['flagged']:,}", f"{row['poisoned']:,}", _percent(row["of_flagged"])]
-            yield _line(f"top {row['percent']:g} %", [*cells, _percent(row["of_poisoned"])])
+        rows = [
+            [
+                f"top {row['percent']:g} %",
+                f"{row['flagged']:,}",
+                f"{row['poisoned']:,}",
+                _percent(row["of_flagged"]),
+                _percent(row["of_poisoned"]),
+            ]
+            for row in truth["top"]
+        ]
+        yield from plain(["flagged", "images", "poisoned", "of flagged", "of poisoned"], rows)
     yield ""
     yield from _highest(data, reference, temperature, spread)
     yield ""
@@ -205,13 +214,10 @@ def _highest(
     heads += ["label"] if labelled else []
     named = any(data.names[row] is not None for row in order)
     yield "Highest energies" + (", and the percent of the reference below" if known is not None else "")
-    yield _line(heads[0], heads[1:]) + ("   name" if named else "")
+    rows = []
     for rank, row in enumerate(order):
-        cells = [str(data.indices[row]), number(values[row], spread)]
+        cells = [str(rank + 1), str(data.indices[row]), number(values[row], spread)]
         cells += [] if known is None else [f"{known[rank]:.1f}"]
         cells += [str("-" if data.labels[row] is None else data.labels[row])] if labelled else []
-        yield _line(str(rank + 1), cells) + (f"   {data.names[row] or '-'}" if named else "")
-
-
-def _line(first: str, cells: list[str]) -> str:
-    return f"{first:>10}" + "".join(f"{cell:>13}" for cell in cells)
+        rows.append([*cells, *([data.names[row] or "-"] if named else [])])
+    yield from plain([*heads, *(["name"] if named else [])], rows, text_last=named)

@@ -12,6 +12,7 @@ from purifyloader.bench import published
 from purifyloader.bench.defences import DEFENCES
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.results import table
 from purifyloader.results.rows import Row
 
 __all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
@@ -157,7 +158,7 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += [_header(at, its, found), *_tables(found)]
         if at.data in published.DATA:
             attacks, defences = in_order(found)
-            parts += [text for table in published.TABLES for text in _published(table, attacks, defences)]
+            parts += [text for source in published.tables().values() for text in _published(source, attacks, defences)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -205,7 +206,7 @@ def _unlike(what: str, values: Sequence[str]) -> list[str]:
 def _tables(found: Mapping[tuple[str, str], Cell]) -> list[str]:
     attacks, defences = in_order(found)
     most = _most(found)
-    accuracies = _table(
+    accuracies = table.markdown(
         ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
         [
             [
@@ -250,7 +251,7 @@ def _given_back(found: Mapping[tuple[str, str], Cell]) -> list[str]:
         f"Of what a poison took, a defence gives back (poisons that take {BITES:.0f} points or more), and what it "
         "changes on clean data, in points; each over the seeds that all it compares have:"
     )
-    return [title, _table(["defence", *biting, "on clean data"], lines)]
+    return [title, table.markdown(["defence", *biting, "on clean data"], lines)]
 
 
 def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Callable[[str, str], str]) -> list[str]:
@@ -264,12 +265,12 @@ def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Ca
         for d in defences
         if any((a, d) in found for a in having if a != CLEAN)
     ]
-    return [f"{title}, in %:", _table(["defence", *(_shown(a) for a in having)], lines)]
+    return [f"{title}, in %:", table.markdown(["defence", *(_shown(a) for a in having)], lines)]
 
 
-def _published(table: published.Published, attacks: Sequence[str], defences: Sequence[str]) -> list[str]:
+def _published(source: published.Published, attacks: Sequence[str], defences: Sequence[str]) -> list[str]:
     """The published figures of the attacks and defences that were measured, in a table of their own."""
-    known = dict.fromkeys(column for values in table.figures.values() for column in values)
+    known = dict.fromkeys(column for values in source.figures.values() for column in values)
     # without the options of an attack, the level of the noise and the models
     bases = dict.fromkeys(attack.partition(" ")[0] for attack in attacks)
     columns = [column for base in bases for column in known if column.partition(" ")[0] == base]
@@ -280,14 +281,14 @@ def _published(table: published.Published, attacks: Sequence[str], defences: Seq
         measured.add("eclipse-100")
     lines = [
         [defence, *(" / ".join(f"{v:.2f}" for v in values[c]) if c in values else "–" for c in columns)]
-        for defence, values in table.figures.items()
+        for defence, values in source.figures.items()
         if defence in measured and values.keys() & set(columns)
     ]
     if not lines:
         return []
     return [
-        f"Published, on other poison files and another scale ({table.caption}):",
-        _table(["published", *(_shown(c) for c in columns)], lines),
+        f"Published, on other poison files and another scale ({source.caption}):",
+        table.markdown(["published", *(_shown(c) for c in columns)], lines),
     ]
 
 
@@ -336,8 +337,3 @@ def _share(flipped: Sequence[float]) -> str:
 def _cost(cell: Cell) -> list[str]:
     noise = "–" if cell.sigma_px is None else f"{cell.sigma_px:g} px"
     return [noise, str(cell.calls), f"{1000 * cell.seconds:.3g}" if cell.seconds else "–"]
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    aligned = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, aligned, *lines])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from purifyloader.certify.statistics import (
 )
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.results import table
 from purifyloader.results.figures import has_matplotlib
 from purifyloader.results.rows import versions
 
@@ -283,7 +284,7 @@ def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
         parts.append("## No certificate")
         for its in without:
             reasons = "\n".join(f"- {reason}" for reason in its["reasons"])
-            parts.append(f"**{_escaped(its['name'])}**, no certificate:\n\n{reasons}")
+            parts.append(f"**{table.escaped(its['name'])}**, no certificate:\n\n{reasons}")
     parts += ["## Settings", "```json\n" + json.dumps(_described(results), indent=1, sort_keys=True) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -325,7 +326,7 @@ def _main_table(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float
         spread = "" if one["std"] is None else f" ± {one['std']:.1f}"
         lines.append(
             [
-                _escaped(its["name"]),
+                table.escaped(its["name"]),
                 "–" if its["sigma"] is None else f"{its['sigma']:g}",
                 *(["–" if its["sigma"] is None else str(its["draws"])] if draws else []),
                 f"{its['models']['selection']:,} + {its['models']['estimation']:,}",
@@ -343,7 +344,7 @@ def _main_table(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float
                 ),
             ]
         )
-    return _table(head, lines)
+    return table.markdown(head, lines)
 
 
 def _what_columns_are(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float]) -> str:
@@ -381,7 +382,8 @@ def _in_other_words(
         cells.append([f"{radius:.3g}" for radius in radius_per_image(radii, images).tolist()])
     words = (
         "How large a change may be, of l2 norm, where one image is changed, or where several are changed alike. The "
-        f"last line is the largest radius that can be had here, {_escaped(best['name'])} with all models in agreement."
+        f"last line is the largest radius that can be had here, {table.escaped(best['name'])} with all models in "
+        "agreement."
     )
     if values is not None:
         head.append("one image, each value, levels of 255")
@@ -390,7 +392,7 @@ def _in_other_words(
             f" The last column is an l-infinity norm: each of an image's {values:,} values may change by less than so "
             "many levels of 255."
         )
-    return ["## What a radius allows", words, _table(head, list(zip(*cells, strict=True)))]
+    return ["## What a radius allows", words, table.markdown(head, list(zip(*cells, strict=True)))]
 
 
 def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -422,16 +424,6 @@ def _of_data(results: Mapping[str, Any], name: str) -> int | None:
     data = results["settings"].get("data")
     value = data.get(name) if isinstance(data, Mapping) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _escaped(name: str) -> str:
-    """A name that neither ends a cell nor changes its font."""
-    return "".join(f"\\{letter}" if letter in "\\|*_`<[" else letter for letter in name)
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    aligned = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, aligned, *lines])
 
 
 # -- files -------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from purifyloader.dynamics.paths import Path as Purification
 from purifyloader.dynamics.pictures import picture
 from purifyloader.errors import ConfigError
 from purifyloader.results.folder import check_out, write_results
+from purifyloader.results.table import plain
 
 __all__ = [
     "DESCRIPTION",
@@ -216,11 +217,12 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
     energies = [] if unit is None else ["energy"]
     yield ""
     yield "Clean images: how far they are moved, and the seconds that an image takes on this machine"
-    yield _line(first, [*(["noise"] if by_t else []), "calls", "seconds", "l2 moved", "px moved", *energies])
+    rows = []
     for where, level in zip(at, levels, strict=True):
-        cells = [f"{level.get('sigma_px', 0):.3g} px"] if by_t else []
+        cells = [where, *([f"{level.get('sigma_px', 0):.3g} px"] if by_t else [])]
         cells += [f"{level['calls']}", f"{level['seconds_per_image']:.3g}"]
-        yield _line(where, [*cells, *_both(level["clean_to_purified_clean"]), *_median(level["energy"])])
+        rows.append([*cells, *_both(level["clean_to_purified_clean"]), *_median(level["energy"])])
+    yield from plain([first, *(["noise"] if by_t else []), "calls", "seconds", "l2 moved", "px moved", *energies], rows)
     for name, poison in results["poisons"].items():
         yield ""
         yield (
@@ -228,12 +230,12 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
             f"{poison['images']:,} images:"
         )
         yield "distance of the purified image from the clean and from the poisoned one; share of images closer to clean"
-        yield _line(first, ["l2 to clean", "px to clean", "l2 to pois.", "px to pois.", "closer", *energies])
+        rows = []
         for where, level in zip(at, levels, strict=True):
-            found = level["poisoned"][name]
-            cells = [*_both(found["clean_to_purified_poisoned"]), *_both(found["poisoned_to_purified_poisoned"])]
-            cells.append(f"{100 * found['closer_to_clean']:.0f} %")
-            yield _line(where, [*cells, *_median(found["energy"])])
+            measured = level["poisoned"][name]
+            cells = [*_both(measured["clean_to_purified_poisoned"]), *_both(measured["poisoned_to_purified_poisoned"])]
+            rows.append([where, *cells, f"{100 * measured['closer_to_clean']:.0f} %", *_median(measured["energy"])])
+        yield from plain([first, "l2 to clean", "px to clean", "l2 to pois.", "px to pois.", "closer", *energies], rows)
         yield _crossing(poison["crossing"], first)
 
 
@@ -250,7 +252,3 @@ def _both(distance: Mapping[str, Any]) -> list[str]:
 
 def _median(energy: Mapping[str, Any] | None) -> list[str]:
     return [] if energy is None else [f"{energy['quantiles']['0.5']:,.5g}"]
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"{first:>9}" + "".join(f"{cell:>13}" for cell in cells)

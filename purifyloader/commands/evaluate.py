@@ -23,6 +23,7 @@ from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
 from purifyloader.evaluation.pictures import examples, picture
 from purifyloader.results.folder import check_out, write_results
+from purifyloader.results.table import plain
 
 __all__ = ["DESCRIPTION", "add_options", "JSON_FILE", "PICTURE_FILE", "run", "to_json"]
 
@@ -32,8 +33,8 @@ _COUNT = 500
 
 
 DESCRIPTION = (
-    "Judge a denoiser on clean images that it was not trained on: PSNR over noise, error by "
-    "frequency, calibration, and what it removes from poisoned images. Prints a table."
+    "Judge a denoiser on clean images that it was not trained on: PSNR over noise, calibration, and what it removes "
+    "from poisoned images. Prints a table."
 )
 
 
@@ -158,21 +159,18 @@ def _table(results: Mapping[str, Any]) -> Iterator[str]:
         f"{results['data']['description']}, {size} px, {calls} an image"
     )
     yield ""
-    yield "PSNR in dB (± standard error), and the error by frequency: dB over the noise, at a low, middle and high one"
+    yield "PSNR in dB (± standard error)"
     heads = [("denoiser", "denoiser"), ("one_call", "one call"), ("noised", "as it is"), ("jpeg10", "JPEG-10")]
-    heads = [(key, head) for key, head in [*heads, ("blur", "best blur")] if key in levels[0]["psnr_db"]]
-    rings = _rings(results["spectrum"]["frequency"])
-    yield _line("noise", [*(head for _, head in heads), *(f"{f:.2f} c/px" for f, _ in rings)])
+    heads = [(key, head) for key, head in heads if key in levels[0]["psnr_db"]]
+    rows = []
     for level in levels:
         cells = []
         for key, _ in heads:
             value = level["psnr_db"][key]
             spread = f" ± {value['standard_error']:.2f}" if key == "denoiser" and value["standard_error"] else ""
             cells.append(f"{value['mean']:.2f}{spread}")
-        error = level["spectrum"]["error_db"]
-        noise = _decibels(level["sigma_px"])
-        cells += ["-" if error[i] is None else f"{error[i] - noise:+.1f}" for _, i in rings]
-        yield _line(f"{level['sigma_px']:.3g} px", cells)
+        rows.append([f"{level['sigma_px']:.3g} px", *cells])
+    yield from plain(["noise", *(head for _, head in heads)], rows)
     if settings["calibrate"]:
         yield ""
         yield from _calibration(levels)
@@ -181,48 +179,29 @@ def _table(results: Mapping[str, Any]) -> Iterator[str]:
         yield "Poisoned: RMS removed (px), share of the pattern left, and whether the removed energy tells poison (AUC)"
         names = list(levels[0]["poisoned"])
         heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
-        yield _line("noise", ["from clean", *heads_])
+        rows = []
         for level in levels:
             cells = [f"{level['removed_px']['mean']:.2f}"]
             for name in names:
                 found = level["poisoned"][name]
                 cells.append(f"{found['removed_px']['mean']:.2f}")
                 cells += [f"{found['remaining']['mean']:.3f}", f"{found['auc']:.3f}"]
-            yield _line(f"{level['sigma_px']:.3g} px", cells)
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    widths = [15 if i == 0 else 12 for i in range(len(cells))]
-    return f"{first:>9}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-
-
-def _decibels(px: float) -> float:
-    return float(20 * torch.tensor(px, dtype=torch.float64).log10())
-
-
-def _rings(frequency: Sequence[float]) -> list[tuple[float, int]]:
-    """The rings nearest to a low, a middle and a high frequency."""
-    found = {min(range(len(frequency)), key=lambda i: abs(frequency[i] - wanted)) for wanted in (0.06, 0.25, 0.45)}
-    return [(frequency[i], i) for i in sorted(found)]
+            rows.append([f"{level['sigma_px']:.3g} px", *cells])
+        yield from plain(["noise", "from clean", *heads_], rows)
 
 
 def _calibration(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    variance = any(level["variance"] for level in levels)
-    learned_text = ", squared error of a step over its learned variance" if variance else ""
-    yield f"Calibration: RMS error of one call and the one it claims (px), noise told that serves best{learned_text}"
-    heads = ["error", "claimed", "ratio", "best/true", "bias, px", *(["variance"] if variance else [])]
-    yield _line("noise", heads)
+    yield "Calibration: RMS error of one call and the one it claims (px); a ratio above 1 is too sure of itself"
+    rows = []
     for level in levels:
-        found = level["calibration"]
-        ratio, best = found["error_over_claimed"], (found["wrong_level"] or {}).get("best")
-        cells = [
-            f"{found['error_px']:.2f}",
-            "-" if found["claimed_px"] is None else f"{found['claimed_px']:.2f}",
-            "-" if ratio["mean"] is None else f"{ratio['mean']:.3f}",
-            "-" if best is None else f"{best:.3f}",
-            f"{found['bias_px']['mean']:+.3f}",
-        ]
-        if variance:
-            learned = level["variance"]
-            cells.append("-" if learned is None else f"{learned['error_over_learned']['mean']:.3f}")
-        yield _line(f"{level['sigma_px']:.3g} px", cells)
+        measured = level["calibration"]
+        ratio = measured["error_over_claimed"]["mean"]
+        rows.append(
+            [
+                f"{level['sigma_px']:.3g} px",
+                f"{measured['error_px']:.2f}",
+                "-" if measured["claimed_px"] is None else f"{measured['claimed_px']:.2f}",
+                "-" if ratio is None else f"{ratio:.3f}",
+            ]
+        )
+    yield from plain(["noise", "error", "claimed", "ratio"], rows)

@@ -29,7 +29,7 @@ from purifyloader.commands.training import (
     processes,
 )
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.evaluation.measures import jpeg_psnr, noised_psnr, psnr
+from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
 from purifyloader.train import plan
 from purifyloader.train.denoiser.augment import AUGMENTATIONS
 from purifyloader.train.denoiser.card import card

@@ -26,6 +26,7 @@ from purifyloader.dynamics.tune import COMPENSATED, choose_level, tune
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out, write_results
+from purifyloader.results.table import plain
 
 __all__ = ["DESCRIPTION", "add_options", "JSON_FILE", "PICTURE_FILE", "RECIPES", "run", "pasted", "reasons"]
 
@@ -330,17 +331,19 @@ def _printed(results: Mapping[str, Any], options: argparse.Namespace) -> Iterato
     yield ""
     names = list(curves["poisons"])
     heads = ["noise"] if "sigma_px" in results["best"] else []
-    yield _line("level", [*heads, "cost, px", "seconds", *(f"{name[:9]} closer" for name in names)])
     marks = {
-        results[key]["level"]: f"  <-{what}"
+        results[key]["level"]: f"<-{what}"
         for key, what in (("with_compensation", " with compensation"), ("proposal", ""))
         if results[key] is not None
     }
+    rows = []
     for level in curves["levels"][1:]:
-        cells = [f"{level['sigma_px']:.3g} px"] if heads else []
+        cells = [f"{level['level']:.4g}", *([f"{level['sigma_px']:.3g} px"] if heads else [])]
         cells += [f"{level['clean_to_purified_clean']['rms_px']:.2f}", f"{level['seconds_per_image']:.3g}"]
         cells += [f"{100 * level['poisoned'][name]['closer_to_clean']:.0f} %" for name in names]
-        yield _line(f"{level['level']:.4g}", cells) + marks.get(level["level"], "")
+        rows.append([*cells, marks.get(level["level"], "")])
+    head = ["level", *heads, "cost, px", "seconds", *(f"{name[:9]} closer" for name in names), ""]
+    yield from plain(head, rows, text_last=True)
     yield ""
     if results["proposal"] is None:
         yield "No proposal."
@@ -361,7 +364,3 @@ def _printed(results: Mapping[str, Any], options: argparse.Namespace) -> Iterato
 def _pasted_lines(level: Mapping[str, Any], options: argparse.Namespace) -> Iterator[str]:
     for line in pasted(level, options, {"energy": options.energy, "model": options.model}):
         yield f"    {line}"
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"{first:>9}" + "".join(f"{cell:>17}" for cell in cells)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.version import __version__
+from purifyloader.diffusion.psnr import check_images
 from purifyloader.dynamics.paths import Path, model_facts
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.langevin import TEMPERATURE
 from purifyloader.errors import InputError
-from purifyloader.evaluation.measures import check_images
 from purifyloader.files.atomic import canonical_json
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "in_numbers", "measure"]

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.batches import in_batches
-from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.devices import device_of, exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import Schedule
 from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.langevin import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.evaluation.measures import device_of
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Diffuse, Langevin
 
@@ -289,7 +288,7 @@ class DiffusionPath:
         )
 
     def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
-        device = device_of(self.denoiser)
+        device = device_of(self.denoiser) or torch.device("cpu")
         for level in range(len(self._levels)):
             purifier = self._purifier(level)
             for start in range(0, len(images_NCHW), self.compute_batch):

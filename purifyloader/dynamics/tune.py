@@ -17,11 +17,12 @@ from torch import Tensor
 
 from purifyloader.audit.compare import halves, threshold
 from purifyloader.core import noise
+from purifyloader.diffusion.psnr import check_images
 from purifyloader.dynamics.measure import in_numbers, measure, temperature_of
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError
-from purifyloader.evaluation.measures import auc, check_images
+from purifyloader.results.ranks import auc
 
 __all__ = ["COMPENSATED", "FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
 

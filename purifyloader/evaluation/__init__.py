@@ -1,22 +1,14 @@
-"""How good a denoiser is: error over noise, by frequency, against what it claims, and on poisoned images.
+"""Judge a denoiser: PSNR over noise, one calibration figure, and what it takes from poisoned images.
 
-`evaluate` runs all of it and gives JSON, `picture` draws that, and `purifyloader denoiser evaluate` is both
-from the command line. The measures themselves are small functions of `purifyloader.evaluation.measures`.
+`evaluate` measures all of it and returns JSON, `picture` draws that, and `purifyloader denoiser evaluate` does both
+from the command line.
 """
 
+from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
-from purifyloader.evaluation.measures import (
-    auc,
-    calibration,
-    jpeg_psnr,
-    noised_psnr,
-    psnr,
-    removed_energy,
-    residual_spectrum,
-    ring_frequencies,
-    variance_calibration,
-)
+from purifyloader.evaluation.measures import calibration, removed_energy
 from purifyloader.evaluation.pictures import Examples, examples, picture
+from purifyloader.results.ranks import auc
 
 __all__ = [
     "Examples",
@@ -30,7 +22,4 @@ __all__ = [
     "picture",
     "psnr",
     "removed_energy",
-    "residual_spectrum",
-    "ring_frequencies",
-    "variance_calibration",
 ]

@@ -1,4 +1,4 @@
-"""All measures of one denoiser over a list of noise levels, as one JSON value."""
+"""Measure one denoiser over a list of noise levels; the result is one JSON value."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import corruptions, noise
-from purifyloader.core.devices import exact_arithmetic
+from purifyloader.core.devices import device_of, exact_arithmetic
 from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.diffusion.psnr import batch_size_of, check_images, estimate, psnr_of
 from purifyloader.diffusion.samplers import SAMPLERS
-from purifyloader.diffusion.schedule import CosineSchedule, Schedule, spaced_sigmas
+from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
-from purifyloader.evaluation.measures import BLUR_WIDTHS, auc, batch_size_of, check_images, device_of
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
+from purifyloader.results.ranks import auc
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 
 FORMAT = "purifyloader-denoiser-evaluation"
-VERSION = 1
+VERSION = 2
 
 _CLASSIC_PX = (6.37, 10.0, 25.0, 50.0)  # ECLIPSE's, and those that papers on denoising give
 _SPREAD_PX, _SPREAD = (1.0, 100.0), 5
-_TOLD = tuple(2 ** (k / 4) for k in (-4, -2, -1, 1, 2, 4))
-"""Levels that a denoiser is told in place of the true one, as factors."""
-_TOLD_IMAGES = 100  # all levels see the same noise, so that few images tell them apart
 
-_PROBE, _SAMPLING = 1, 2  # what the children of an image's key are for
+_PROBE, _SAMPLING = 1, 2  # purposes of the children of an image's key
 
 
 def default_sigmas(denoiser: Denoiser) -> list[float]:
-    """Noise levels worth looking at, in image units: 6.37, 10, 25 and 50 px and some spread between 1 and
-    100 px on a logarithmic scale, as far as the denoiser was trained for them."""
+    """Choose noise levels worth looking at, in image units, as far as the denoiser was trained for them.
+
+    They are 6.37, 10, 25 and 50 px of 255, and some spread between 1 and 100 px on a logarithmic scale.
+
+    Example:
+        >>> from purifyloader.evaluation import default_sigmas
+        >>> from purifyloader.pretrained import load
+        >>> [round(255 * sigma, 2) for sigma in default_sigmas(load("cifar10-sparse"))]
+        [1.0, 3.0, 6.37, 10.0, 25.0, 50.0, 76.5]
+    """
     low, high = (255 * sigma for sigma in denoiser.sigma_range)
     ends = max(low, _SPREAD_PX[0]), min(high, _SPREAD_PX[1])
     if ends[0] >= ends[1]:  # trained for nothing in there
@@ -74,22 +80,8 @@ def _px(mean_square: float) -> float | None:
     return _figures(255 * math.sqrt(mean_square)) if mean_square >= 0 else None
 
 
-def _root_mean_px(squares_N: Tensor) -> dict[str, float | None]:
-    """Root of the mean of squared errors, in levels of 255, and its standard error to first order."""
-    found = _mean(squares_N)
-    mean, error = found["mean"], found["standard_error"]
-    if mean is None or mean <= 0:
-        return {"mean": None, "standard_error": None}
-    root = math.sqrt(mean)
-    return {"mean": _figures(255 * root), "standard_error": None if error is None else _figures(255 * error / 2 / root)}
-
-
-def _decibels(power: Tensor) -> list[float | None]:
-    return [round(10 * math.log10(p * 255**2), 3) if p > 0 else None for p in power.tolist()]
-
-
 class _Images:
-    """What a batch of images is at every noise level: clean, its noise, its poisoned versions."""
+    """A batch of images as every noise level uses it: clean, its noise, its poisoned versions."""
 
     def __init__(self, images: Tensor, poisoned: Mapping[str, Tensor], seed: int, start: int, end: int) -> None:
         def unit(x: Tensor) -> Tensor:
@@ -106,7 +98,7 @@ class _Images:
 
 
 class _Rows:
-    """Values of every image, gathered batch by batch under a name."""
+    """Collect one value per image, batch by batch, under a name."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}
@@ -118,20 +110,17 @@ class _Rows:
     def add_all(self, prefix: str, values: Any) -> None:
         self.add(**{f"{prefix}.{name}": value for name, value in values._asdict().items()})
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.parts
-
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
 
 
 class _Level:
-    """One noise level: what is measured on each batch, and what is said of all of them.
+    """Measure one noise level batch by batch, then summarise it.
 
     Args:
         sigma: in image units.
-        levels: that the sampler visits, from sigma down to 0.
-        calibrate: whether to measure calibration.
+        levels: noise levels that the sampler visits, from sigma down to 0.
+        calibrate: measure calibration too.
         poisons: names of the poisoned versions.
     """
 
@@ -146,20 +135,16 @@ class _Level:
     ) -> None:
         self.denoiser, self.sigma, self.levels, self.sampler = denoiser, sigma, levels, sampler
         self.steps, self.calibrate, self.poisons = len(levels) - 1, calibrate, list(poisons)
-        low, high = denoiser.sigma_range
-        self.told = [factor for factor in _TOLD if low <= factor * sigma <= high] if calibrate else []
-        self.variance = _own_levels(denoiser, sigma) if calibrate else None
         self.rows = _Rows()
 
-    def calls(self, images: int) -> int:
-        """Of the network, for so many images, counted in images."""
+    @property
+    def calls(self) -> int:
+        """Network calls per image."""
         several = self.steps if self.steps > 1 else 0
-        calibration = 1 + (self.variance is not None) if self.calibrate else 0
-        each = 1 + several + self.steps * len(self.poisons) + calibration
-        return images * each + min(images, _TOLD_IMAGES) * len(self.told)
+        return 1 + several + self.steps * len(self.poisons) + self.calibrate
 
     def _wash(self, image_BCHW: Tensor, batch: _Images) -> Tensor:
-        """The image noised with the batch's noise and denoised in `steps` calls, as a purifier gives it."""
+        """Noise the images with the batch's noise and denoise them in `steps` calls, as a purifier does."""
         keys, shape = noise.fold_in(batch.keys, _SAMPLING), image_BCHW.shape[1:]
         device = device_of(self.denoiser)
         out = SAMPLERS[self.sampler](
@@ -173,145 +158,59 @@ class _Level:
     def measure(self, batch: _Images) -> None:
         clean, rows = batch.clean, self.rows
         noised = clean + self.sigma * batch.noise
-        x0 = measures.estimate(self.denoiser, noised, self.sigma)
+        x0 = estimate(self.denoiser, noised, self.sigma)
         washed = x0.clamp(0, 1) if self.steps == 1 else self._wash(clean, batch)
-        rows.add(denoiser=measures.psnr_of(washed, clean), noised=measures.psnr_of(noised.clamp(0, 1), clean))
-        if self.steps > 1:
-            rows.add(one_call=measures.psnr_of(x0.clamp(0, 1), clean))
         rows.add(
-            jpeg10=measures.psnr_of(corruptions.jpeg(noised.clamp(0, 1), 10), clean),
-            blur=measures.blur_psnr_of(noised, clean),
-            error=measures.residual_spectrum(washed, clean),
-            kept=measures.cross_spectrum(washed, clean),
+            denoiser=psnr_of(washed, clean),
+            noised=psnr_of(noised.clamp(0, 1), clean),
+            jpeg10=psnr_of(corruptions.jpeg(noised.clamp(0, 1), 10), clean),
+            removed=(clean - washed).double().square().mean(dim=(1, 2, 3)).sqrt(),
         )
+        if self.steps > 1:
+            rows.add(one_call=psnr_of(x0.clamp(0, 1), clean))
         for name, poisoned in batch.poisoned.items():
             rows.add_all(name, measures.removed_energy(clean, poisoned, washed, self._wash(poisoned, batch)))
-        rows.add(removed=(clean - washed).double().square().mean(dim=(1, 2, 3)).sqrt())
         if self.calibrate:
-            found = measures.calibration(self.denoiser, clean, batch.noise, self.sigma, batch.signs, x0)
-            rows.add_all("calibration", found)
-            few = max(0, _TOLD_IMAGES - batch.start)
-            if few and self.told:
-                told = [factor * self.sigma for factor in self.told]
-                errors = measures.wrong_level_errors(self.denoiser, clean[:few], batch.noise[:few], self.sigma, told)
-                rows.add(told=torch.cat([errors, found.error[:few, None]], dim=1))
-        if self.variance is not None:
-            variance = measures.variance_calibration(self.denoiser, clean, batch.noise, *self.variance[1:])
-            if variance is not None:
-                rows.add_all("variance", variance)
+            values = measures.calibration(self.denoiser, clean, batch.noise, self.sigma, batch.signs, x0)
+            rows.add_all("calibration", values)
 
-    def results(self, clean_power: Tensor) -> dict[str, Any]:
-        rows = self.rows
+    def results(self) -> dict[str, Any]:
         names = ["denoiser", *(["one_call"] if self.steps > 1 else []), "noised", "jpeg10"]
-        best = int(rows["blur"].double().mean(dim=0).argmax())
-        kept = rows["kept"].mean(dim=0) / clean_power
         return {
             "sigma_px": _figures(255 * self.sigma),
             "network_levels_px": [_figures(255 * level) for level in self.levels[:-1]],
-            "psnr_db": {
-                **{name: _mean(rows[name]) for name in names},
-                "blur": {**_mean(rows["blur"][:, best]), "width_pixels": BLUR_WIDTHS[best]},
-            },
-            "spectrum": {
-                "error_db": _decibels(rows["error"].mean(dim=0)),
-                "kept": [_figures(share) for share in kept.tolist()],
-            },
+            "psnr_db": {name: _mean(self.rows[name]) for name in names},
             "calibration": self._calibration() if self.calibrate else None,
-            "variance": self._variance(),
-            "removed_px": _mean(rows["removed"], 255),
+            "removed_px": _mean(self.rows["removed"], 255),
             "poisoned": {name: self._poisoned(name) for name in self.poisons},
         }
 
     def _calibration(self) -> dict[str, Any]:
-        found = {name: self.rows[f"calibration.{name}"] for name in measures.Calibration._fields}
-        error, claimed, removed = (float(found[name].mean()) for name in ("error", "claimed", "removed"))
+        errors, claims = (self.rows[f"calibration.{name}"] for name in measures.Calibration._fields)
+        error, claimed = float(errors.mean()), float(claims.mean())
         ratio = spread = math.nan
         if claimed > 0:
             ratio = math.sqrt(error / claimed)
             # of a ratio of two means over the same images, to first order
-            single = found["error"] / error - found["claimed"] / claimed if error > 0 else found["claimed"] * 0
+            single = errors / error - claims / claimed if error > 0 else claims * 0
             spread = ratio / 2 * float(single.std()) / math.sqrt(len(single)) if len(single) > 1 else math.nan
         return {
             "error_px": _px(error),
             "claimed_px": _px(claimed),
             "error_over_claimed": {"mean": _figures(ratio), "standard_error": _figures(spread)},
-            "stein_px": _root_mean_px(found["sure"]),
-            "rank_correlation": _maybe(measures.rank_correlation(found["claimed"], found["error"])),
-            "predicted_noise": {
-                "standard_deviation": _figures(math.sqrt(removed) / self.sigma),
-                "expected": _figures(math.sqrt(max(0.0, 1 - error / self.sigma**2))),
-            },
-            "bias_px": _mean(found["bias"], 255),
-            "wrong_level": _best_level(self.told, self.rows["told"]) if self.told else None,
-        }
-
-    def _variance(self) -> dict[str, Any] | None:
-        if self.variance is None or "variance.learned" not in self.rows:
-            return None
-        t, sigma, below = self.variance
-        return {
-            "t": t,
-            "sigma_px": _figures(255 * sigma),
-            "below_px": _figures(255 * below),
-            **{f"error_over_{n}": _mean(self.rows[f"variance.{n}"]) for n in measures.VarianceCalibration._fields},
         }
 
     def _poisoned(self, name: str) -> dict[str, Any]:
-        found = {field: self.rows[f"{name}.{field}"] for field in measures.Removed._fields}
-        changed = found["perturbation"] > 0
+        values = {field: self.rows[f"{name}.{field}"] for field in measures.Removed._fields}
+        changed = values["perturbation"] > 0
         return {
             "images": int(changed.sum()),
-            "perturbation_px": _mean(found["perturbation"][changed], 255),
-            "removed_px": _mean(found["poisoned"][changed], 255),
-            "remaining": _mean(found["remaining"][changed]),
-            "distance": _mean(found["distance"][changed]),
-            "auc": _figures(auc(found["clean"], found["poisoned"][changed])),
+            "perturbation_px": _mean(values["perturbation"][changed], 255),
+            "removed_px": _mean(values["poisoned"][changed], 255),
+            "remaining": _mean(values["remaining"][changed]),
+            "distance": _mean(values["distance"][changed]),
+            "auc": _figures(auc(values["clean"], values["poisoned"][changed])),
         }
-
-
-def _maybe(value: float | None) -> float | None:
-    return None if value is None else _figures(value)
-
-
-def _own_levels(denoiser: Denoiser, sigma: float) -> tuple[int, float, float] | None:
-    """The timestep of a denoiser with learned variance that is nearest to sigma, and the two levels of its step.
-
-    A denoiser that is told log sigma has no schedule, and takes the steps of `purifyloader.purifiers.Diffuse`.
-    """
-    if not getattr(denoiser, "learned_variance", False):
-        return None
-    schedule: Schedule = getattr(denoiser, "schedule", None) or CosineSchedule(4000)
-    top = float(schedule.sigma(schedule.timesteps))  # which a level of the range may exceed by rounding
-    t = min(max(2, round(float(schedule.t(min(sigma, top))))), int(schedule.timesteps))
-    levels = float(schedule.sigma(t)), float(schedule.sigma(t - 1))
-    low, high = denoiser.sigma_range
-    # the tolerance of `check_sigma`
-    return (t, *levels) if low * (1 - 1e-6) <= levels[0] <= high * (1 + 1e-6) else None
-
-
-def _best_level(told: Sequence[float], errors_NL: Tensor) -> dict[str, Any]:
-    """Where the error over the level told is smallest: the vertex of the parabola through the lowest and its
-    neighbours, both axes logarithmic. At an end of what the denoiser takes there is no telling.
-
-    Args:
-        told: factors without 1; the truth is the last column of `errors_NL`.
-    """
-    pairs = sorted(zip((*told, 1.0), errors_NL.mean(dim=0).tolist(), strict=True))
-    factors, values = [factor for factor, _ in pairs], [value for _, value in pairs]
-    lowest = min(values)
-    at, best = values.index(lowest), None
-    if 0 < at < len(values) - 1 and lowest > 0:
-        x, y = np.log(factors[at - 1 : at + 2]), np.log(values[at - 1 : at + 2])
-        square, slope, _ = np.polyfit(x, y, 2)
-        best = _figures(math.exp(-slope / (2 * square)) if square > 0 else factors[at])
-    truth = values[factors.index(1.0)]
-    return {
-        "images": len(errors_NL),
-        "told_over_true": [_figures(factor) for factor in factors],
-        "error_px": [_px(value) for value in values],
-        "best": best,
-        "excess": _figures(math.sqrt(truth / lowest) - 1) if lowest > 0 else None,
-    }
 
 
 def _check(denoiser: Denoiser, images: Tensor, poisoned: Mapping[str, Tensor], sampler: str, steps: int) -> None:
@@ -400,27 +299,14 @@ def evaluate(
         format, version, purifyloader, torch, device, model (name, weights_sha256, parameters, sigma_range_px,
         learned_variance), images (count, shape, sha256 of the clean and of the poisoned ones), settings;
 
-        spectrum: frequency (cycles a pixel), count (Fourier coefficients) of each ring and clean_db, the
-        images' own power in it. Power is in dB over one squared level of 255; see `residual_spectrum`;
-
         levels: a list, rising in sigma_px, each with
 
         - network_levels_px: what the network is called with;
         - psnr_db: in dB with peak 1, of the denoiser (and, with several steps, of one_call), of the noised
-          image as it is, of JPEG at quality 10, and of the Gaussian blur that is best on these images;
-        - spectrum: error_db, and kept, the share of the images' own amplitude that comes through
-          (cross-spectrum of washed and clean over the clean power; 1 all, 0 nothing);
+          image as it is, and of JPEG at quality 10;
         - calibration (None without): the root mean squared error_px of one call, unclipped, the claimed_px
-          that its derivative stands for, error_over_claimed (1 is calibrated, above 1 is too sure of
-          itself), stein_px, which must be error_px within its standard error, or the claim is badly known, the
-          rank_correlation of both over images, the standard_deviation of the predicted_noise and the one
-          expected of a calibrated denoiser, bias_px, and wrong_level: error_px for a denoiser told other
-          levels than the true one (on the first 100 images), the best of them over the true one (1 is
-          calibrated; None at an end of its range) and the excess of the error when told the truth, 0 where
-          none told is better. See `measures.calibration`;
-        - variance (None where none was learned): for the step from the nearest timestep t to t - 1 of its own
-          schedule, or of the cosine one with T = 4000, its squared error over the variance learned, and over
-          either bound. See `variance_calibration`;
+          that its derivative stands for, and error_over_claimed: 1 is calibrated, above 1 is too sure of
+          itself. See `calibration`;
         - removed_px: root mean square of clean minus washed, the mean over images;
         - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, the
           share of the perturbation remaining and the distance that it still makes (see `removed_energy`),
@@ -428,6 +314,15 @@ def evaluate(
 
     Raises:
         InputError: images, noise levels or an argument of another type, shape or range.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.evaluation import evaluate
+        >>> from purifyloader.pretrained import load
+        >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+        >>> results = evaluate(load("cifar10-sparse"), images, [25 / 255])
+        >>> sorted(results["levels"][0]["psnr_db"])
+        ['denoiser', 'jpeg10', 'noised']
     """
     poisoned = dict(poisoned or {})
     _check(denoiser, images_NCHW, poisoned, sampler, steps)
@@ -444,23 +339,20 @@ def evaluate(
         _Level(denoiser, sigma, _visited(denoiser, sigma, steps), sampler, calibrate, list(poisoned))
         for sigma in chosen
     ]
-    total = sum(level.calls(len(images_NCHW)) for level in levels)
-    power = []
-    device, training = device_of(denoiser), denoiser.training
+    total = len(images_NCHW) * sum(level.calls for level in levels)
+    device = device_of(denoiser) or torch.device("cpu")
+    training = denoiser.training
     denoiser.eval()
     try:
         with torch.no_grad(), exact_arithmetic(device):
             for start in range(0, len(images_NCHW), batch_size):
                 batch = _Images(images_NCHW, poisoned, seed, start, start + batch_size)
-                power.append(measures.residual_spectrum(batch.clean))
                 for level in levels:
                     level.measure(batch)
                     if progress is not None:
-                        progress(level.calls(start + len(batch.clean)) - level.calls(start), total)
+                        progress(level.calls * len(batch.clean), total)
     finally:
         denoiser.train(training)
-    clean_power = torch.cat(power).mean(dim=0)
-    frequency, count = measures.ring_frequencies(images_NCHW.shape[2], images_NCHW.shape[3])
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -488,12 +380,7 @@ def evaluate(
             "calibrate": bool(calibrate),
             "batch_size": batch_size,
         },
-        "spectrum": {
-            "frequency": [_figures(f) for f in frequency.tolist()],
-            "count": count.tolist(),
-            "clean_db": _decibels(clean_power),
-        },
-        "levels": [level.results(clean_power) for level in levels],
+        "levels": [level.results() for level in levels],
     }
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.diffusion.psnr import check_images, estimate
 from purifyloader.errors import InputError
-from purifyloader.evaluation import measures
 from purifyloader.evaluation.evaluate import FORMAT, VERSION
-from purifyloader.evaluation.measures import check_images
 from purifyloader.results.figures import new_figure, save_figure
 
 __all__ = ["Examples", "examples", "picture"]
@@ -68,7 +67,7 @@ def examples(
     clean = images_NCHW[spread].float() / 255
     z = noise.normal(noise.image_keys(seed, 0, spread), clean.shape[1:])
     noised = [clean + sigma * z for sigma in chosen]
-    denoised = [measures.estimate(denoiser, x, sigma) for x, sigma in zip(noised, chosen, strict=True)]
+    denoised = [estimate(denoiser, x, sigma) for x, sigma in zip(noised, chosen, strict=True)]
 
     def shown(x_BCHW: Tensor) -> NDArray[np.float32]:
         height, width = x_BCHW.shape[-2:]
@@ -102,14 +101,14 @@ def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None
     if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
         got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
         raise InputError(f"Expected results of evaluate, {FORMAT!r} of version {VERSION}. Got {got}.")
-    figure = new_figure((17, 9.3 if shown is None else 14.6), dpi=_DPI, layout="constrained")
+    figure = new_figure((17, 4.9 if shown is None else 10.2), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     figure.suptitle(_title(results), fontsize=13, x=0.01, ha="left")
     if shown is None:
-        _panels(figure.subplots(2, 4), results)
+        _panels(figure.subplots(1, 4), results)
     else:
-        top, bottom = figure.subfigures(2, 1, height_ratios=(8.6, 5.4))
-        _panels(top.subplots(2, 4), results)
+        top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, 5.4))
+        _panels(top.subplots(1, 4), results)
         _strip(bottom, shown)
     return save_figure(figure, path)
 
@@ -127,15 +126,8 @@ def _title(results: Mapping[str, Any]) -> str:
 
 def _panels(axes: Any, results: Mapping[str, Any]) -> None:
     levels = results["levels"]
-    chosen = [levels[i] for i in _some([level["sigma_px"] for level in levels])]
-    _psnr(axes[0, 0], levels)
-    _error_spectrum(axes[0, 1], results["spectrum"], chosen)
-    _kept(axes[0, 2], results["spectrum"], chosen)
-    _wrong_level(axes[0, 3], chosen)
-    _claims(axes[1, 0], levels)
-    _removed(axes[1, 1], levels)
-    _remaining(axes[1, 2], levels)
-    _detector(axes[1, 3], levels)
+    for draw, axis in zip((_psnr, _claims, _removed, _remaining), axes, strict=True):
+        draw(axis, levels)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(11)
@@ -165,7 +157,9 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [np.nan if value is None else value for value in values]
 
 
-def _curve(axis: Any, px: Sequence[float], found: Sequence[Mapping[str, Any]], label: str, colour: str, **more: Any):  # type: ignore[no-untyped-def]
+def _curve(
+    axis: Any, px: Sequence[float], found: Sequence[Mapping[str, Any]], label: str | None, colour: str, **more: Any
+) -> None:
     """Means with two standard errors, which is 95 %."""
     error = [2 * (value["standard_error"] or 0) for value in found]
     means = _numbers([value["mean"] for value in found])
@@ -180,66 +174,11 @@ def _psnr(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     if several:
         _curve(axis, px, [f["one_call"] for f in found], "one call of it", _LINES[1], lw=1)
     for name, label, colour in (
-        ("blur", "best Gaussian blur", _LINES[3]),
         ("jpeg10", "JPEG-10", _LINES[4]),
         ("noised", "as it is", _GREY),
     ):
         _curve(axis, px, [f[name] for f in found], label, colour, lw=1)
     axis.set(title="Noised and denoised", ylabel="PSNR (dB)")
-    axis.legend(frameon=False, fontsize=9)
-
-
-def _rings(spectrum: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Frequencies, and which are shown: not the corners, nor the mean of the image."""
-    frequency = np.asarray(spectrum["frequency"])
-    return frequency, (frequency > 0) & (frequency <= 0.5 + 1e-6)
-
-
-def _error_spectrum(axis: Any, spectrum: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> None:
-    frequency, some = _rings(spectrum)
-    clean = np.array(_numbers(spectrum["clean_db"]))
-    axis.plot(frequency[some], clean[some], color="black", lw=1.5, label="the images")
-    for level, colour in zip(chosen, _LINES, strict=False):
-        error = np.array(_numbers(level["spectrum"]["error_db"]))
-        axis.plot(frequency[some], error[some], color=colour, lw=1.8, label=f"error at {level['sigma_px']:.3g} px")
-        axis.axhline(20 * np.log10(level["sigma_px"]), color=colour, ls=":", lw=1)
-    axis.plot([], [], color=_GREY, ls=":", lw=1, label="its noise")
-    axis.set(title="Error by frequency", xlabel="frequency (cycles/pixel)", ylabel="power (dB over 1 px²)")
-    axis.set_xlim(0, 0.5)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=9)
-
-
-def _kept(axis: Any, spectrum: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> None:
-    frequency, some = _rings(spectrum)
-    for level, colour in zip(chosen, _LINES, strict=False):
-        kept = np.array(_numbers(level["spectrum"]["kept"]))
-        axis.plot(frequency[some], kept[some], color=colour, lw=1.8, label=f"{level['sigma_px']:.3g} px")
-    axis.axhline(1, color=_GREY, lw=0.8)
-    axis.set(title="What it keeps of the images", xlabel="frequency (cycles/pixel)", ylabel="share of the amplitude")
-    axis.set(xlim=(0, 0.5), ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=9)
-
-
-def _wrong_level(axis: Any, chosen: Sequence[Mapping[str, Any]]) -> None:
-    title = "Told another noise level"
-    found = [(level["sigma_px"], (level["calibration"] or {}).get("wrong_level")) for level in chosen]
-    if not any(wrong for _, wrong in found):
-        _nothing(axis, title, "not measured")
-        return
-    for (px, wrong), colour in zip(found, _LINES, strict=False):
-        if wrong:
-            error = np.array(_numbers(wrong["error_px"]))
-            error = error / error[wrong["told_over_true"].index(1.0)]
-            axis.plot(wrong["told_over_true"], error, color=colour, marker="o", ms=4, label=f"{px:.3g} px")
-    axis.axvline(1, color=_GREY, lw=0.8)
-    axis.axhline(1, color=_GREY, lw=0.8)
-    axis.set_xscale("log")
-    axis.set_xticks([0.5, 0.71, 1, 1.41, 2], ["0.5", "0.71", "1", "1.41", "2"])
-    axis.minorticks_off()
-    axis.set(title=title, xlabel="level told / true level", ylabel="error / error when told the truth")
-    axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=9)
 
 
@@ -250,14 +189,8 @@ def _claims(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
         return
     px = _over_sigma(axis, levels)
     found = [level["calibration"] for level in levels]
-    _curve(axis, px, [f["error_over_claimed"] for f in found], "error / error claimed", _LINES[0], lw=2)
-    best = _numbers([(f["wrong_level"] or {}).get("best") for f in found])
-    axis.plot(px, best, color=_LINES[3], marker="s", ms=4, lw=1, label="best level told / true level")
-    values = [*_numbers([f["error_over_claimed"]["mean"] for f in found]), *best]
-    learned = [(level["sigma_px"], level["variance"]["error_over_learned"]) for level in levels if level["variance"]]
-    if learned:
-        _curve(axis, [p for p, _ in learned], [v for _, v in learned], "error / learned variance", _LINES[4], lw=1)
-        values += _numbers([v["mean"] for _, v in learned])
+    _curve(axis, px, [f["error_over_claimed"] for f in found], None, _LINES[0], lw=2)
+    values = _numbers([f["error_over_claimed"]["mean"] for f in found])
     axis.axhline(1, color=_GREY, lw=0.8)
     finite = [value for value in values if np.isfinite(value)] or [1.0]
     reach = max(0.15, 1.6 * max(abs(np.log(finite))))  # room for the legend
@@ -266,8 +199,7 @@ def _claims(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 5, 10) if low < t < high]
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axis.yaxis.minorticks_off()
-    axis.set(title=title, ylabel="ratio", ylim=(low, high))
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    axis.set(title=title, ylabel="error / error claimed", ylim=(low, high))
 
 
 def _poisons(levels: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -310,21 +242,6 @@ def _remaining(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
         _curve(axis, px, [f["distance"] for f in found], f"{_label(name)}: of any change", colour, lw=1, ls="--")
     axis.set(title=title, ylabel="share of its size", ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
     axis.legend(frameon=False, fontsize=9, loc="lower left")
-
-
-def _detector(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
-    title = "Poisoned images told by what is removed"
-    if not levels[0]["poisoned"]:
-        _nothing(axis, title, "no poisoned images given")
-        return
-    px = _over_sigma(axis, levels)
-    for name, colour in _poisons(levels):
-        values = _numbers([level["poisoned"][name]["auc"] for level in levels])
-        axis.plot(px, values, color=colour, marker="o", ms=4, label=_label(name))
-    axis.axhline(0.5, color=_GREY, lw=0.8)
-    axis.text(px[0], 0.505, "chance", color=_GREY, fontsize=8)
-    axis.set(title=title, ylabel="area under the ROC curve", ylim=(min(0.45, axis.get_ylim()[0]), 1.02))
-    axis.legend(frameon=False, fontsize=9)
 
 
 def _strip(figure: Any, shown: Examples) -> None:

@@ -26,7 +26,7 @@ from purifyloader import pretrained
 from purifyloader.commands import main as cli
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images
-from purifyloader.evaluation.measures import jpeg_psnr, psnr
+from purifyloader.diffusion.psnr import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.train.denoiser import task as loop
 from purifyloader.train.denoiser.card import card as card_of

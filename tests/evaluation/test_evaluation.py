@@ -23,9 +23,8 @@ from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.datasets.select import load_images
 from purifyloader.datasets.shards import load_sample
-from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
-from purifyloader.diffusion.objective import posterior_log_variance_bounds
-from purifyloader.diffusion.schedule import CosineSchedule
+from purifyloader.diffusion import psnr as psnr_module
+from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
 from purifyloader.evaluation import (
     auc,
@@ -34,18 +33,15 @@ from purifyloader.evaluation import (
     evaluate,
     examples,
     jpeg_psnr,
-    measures,
+    noised_psnr,
     picture,
     psnr,
     removed_energy,
-    residual_spectrum,
-    ring_frequencies,
-    variance_calibration,
 )
 from purifyloader.poisons import autoregressive
 from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out
-from tests.conftest import random_images, tiny_denoiser, tiny_network
+from tests.conftest import random_images, tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,31 +59,14 @@ class Wiener(Denoiser):
     image_channels = 3
     sigma_range = (0.005, 0.3)
 
-    def __init__(self, tau: float = TAU, misread: float = 1.0, variance: float | None = None) -> None:
-        """
-        Args:
-            misread: the level told is taken for so many times itself.
-            variance: factor of the variance it gives a step, over the right one.
-        """
+    def __init__(self, tau: float = TAU) -> None:
         super().__init__()
-        self.tau, self.misread, self.variance = tau, misread, variance
-        self.learned_variance = variance is not None
-        self.schedule = CosineSchedule(4000) if self.learned_variance else None
+        self.tau = tau
 
     def predict(self, x, sigma):
         sigma = sigma.double()[:, None, None, None]
-        gain = self.tau**2 / (self.tau**2 + (self.misread * sigma) ** 2)
-        fraction = None
-        if self.variance is not None:
-            level = sigma.flatten()[:1]
-            schedule = self.schedule or CosineSchedule(4000)
-            t = round(float(schedule.t(level.numpy())[0]))
-            below = torch.tensor([float(schedule.sigma(t - 1))], dtype=torch.float64)
-            lower, upper = posterior_log_variance_bounds(level, below)
-            miss = (1 - (below / level) ** 2) ** 2 * self.tau**2 * level**2 / (self.tau**2 + level**2)
-            value = float(((self.variance * (lower.exp() + miss)).log() - lower) / (upper - lower))
-            fraction = torch.full_like(x, value)
-        return (0.5 + gain * (x.double() - 0.5)).to(x.dtype), fraction
+        gain = self.tau**2 / (self.tau**2 + sigma**2)
+        return (0.5 + gain * (x.double() - 0.5)).to(x.dtype), None
 
 
 class Identity(Denoiser):
@@ -111,50 +90,6 @@ def draws(count: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     return noise.normal(keys, (3, size, size)), noise.normal(keys, (3, size, size), 1).sign()
 
 
-# -- spectra -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (32, 32), (33, 20), (9, 300)])
-def test_a_spectrum_holds_parseval(size):
-    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    y = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    frequency, count = ring_frequencies(*size)
-    power = residual_spectrum(x, y)
-    assert power.shape == (2, len(frequency))
-    assert count.sum() == size[0] * size[1]
-    assert frequency[0] < 1e-9 or size == (9, 300)  # the first ring of a long image is not only its mean
-    assert (np.diff(frequency) > 0).all()
-    assert frequency[-1] <= math.sqrt(0.5) + 1e-9
-    total = (power * torch.from_numpy(count)).sum(dim=1) / count.sum()
-    torch.testing.assert_close(total, (x.double() - y.double()).square().mean(dim=(1, 2, 3)))
-
-
-def test_a_spectrum_is_that_of_a_sum_written_out():
-    x = torch.rand(1, 1, 4, 6, generator=torch.Generator().manual_seed(2)).double()
-    want: dict[int, list[float]] = {}
-    for k in range(4):
-        for m in range(6):
-            fy, fx = (k if k <= 2 else k - 4) / 4, (m if m <= 3 else m - 6) / 6
-            wave = [[np.exp(-2j * np.pi * (fy * i + fx * j)) for j in range(6)] for i in range(4)]
-            power = abs((x[0, 0].numpy() * np.array(wave)).sum()) ** 2 / 24
-            want.setdefault(math.floor(4 * math.hypot(fy, fx) + 0.5), []).append(power)
-    got = residual_spectrum(x)[0].numpy()
-    np.testing.assert_allclose(got, [np.mean(want[ring]) for ring in sorted(want)])
-    assert ring_frequencies(4, 6)[1].tolist() == [len(want[ring]) for ring in sorted(want)]
-
-
-def test_white_noise_is_flat_and_a_wave_is_one_ring():
-    z, _ = draws(200)
-    power = residual_spectrum(0.1 * z).mean(dim=0)
-    torch.testing.assert_close(power, torch.full_like(power, 0.01), rtol=0.12, atol=0)
-    wave = torch.cos(2 * math.pi * 3 / 16 * torch.arange(16.0)).expand(1, 1, 16, 16)
-    frequency, count = ring_frequencies(16, 16)
-    power = residual_spectrum(wave)[0].numpy()
-    assert frequency[power.argmax()] == pytest.approx(3 / 16, abs=0.01)
-    assert power[3] * count[3] / 256 == pytest.approx(0.5)
-    assert np.delete(power, 3) == pytest.approx(0, abs=1e-10)
-
-
 # -- calibration -------------------------------------------------------------------------------------
 
 
@@ -167,10 +102,7 @@ def test_errors_made_and_claimed_are_those_in_closed_form(believed):
     error = (1 - gain) ** 2 * TAU**2 + gain**2 * sigma**2
     assert float(found.error.mean()) == pytest.approx(error, rel=0.01)
     assert float(found.claimed.mean()) == pytest.approx(sigma**2 * gain, rel=1e-4)
-    assert float(found.sure.mean()) == pytest.approx(error, rel=0.02)
-    assert float(found.removed.mean()) == pytest.approx((1 - gain) ** 2 * (TAU**2 + sigma**2), rel=0.01)
-    if believed == TAU:  # the Pythagoras of a posterior mean
-        assert float(found.removed.mean()) + float(found.error.mean()) == pytest.approx(sigma**2, rel=0.01)
+    if believed == TAU:
         assert float(found.claimed.mean()) == pytest.approx(error, rel=1e-3)
 
 
@@ -183,72 +115,6 @@ def test_the_divergence_is_that_of_automatic_differentiation():
     _, moved = torch.autograd.functional.jvp(lambda x: denoiser(x, level), clean + sigma * z, signs)
     want = sigma**2 * (moved * signs).mean(dim=(1, 2, 3))
     torch.testing.assert_close(found.claimed.float(), want, rtol=0.03, atol=0.01 * sigma**2)
-
-
-def test_steins_estimate_is_unbiased_for_any_denoiser():
-    z, signs = draws(300)
-    clean = random_images(300).float() / 255
-    found = calibration(tiny_denoiser(), clean, z, 0.1, signs)
-    gap = found.sure - found.error
-    assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(300)
-    assert float(found.error.mean()) != pytest.approx(float(found.claimed.mean()), rel=0.05)
-
-
-def test_a_denoiser_does_best_when_told_what_it_takes_for_the_truth():
-    images = gaussian_bytes(40)
-    for misread in (1.0, 0.8, 1.3):
-        result = evaluate(Wiener(misread=misread), images, [0.08])
-        wrong = result["levels"][0]["calibration"]["wrong_level"]
-        assert wrong["best"] == pytest.approx(1 / misread, rel=0.02)
-        assert wrong["told_over_true"] == sorted(wrong["told_over_true"])
-        assert (wrong["excess"] == 0) == (misread == 1)
-    edge = evaluate(Wiener(), images, [0.3])["levels"][0]["calibration"]["wrong_level"]
-    assert edge["best"] is None
-    assert max(edge["told_over_true"]) == 1
-
-
-@pytest.mark.parametrize("factor", [1.0, 2.0, 0.5])
-def test_a_learned_variance_is_compared_with_the_error_of_the_step(factor):
-    schedule = CosineSchedule(4000)
-    # steps as long as these, so that the miss of the mean counts beside the posterior's own variance
-    sigma, below = float(schedule.sigma(500)), float(schedule.sigma(499))
-    z, _ = draws(100)
-    found = variance_calibration(Wiener(variance=factor), gaussian(100), z, sigma, below)
-    assert found is not None
-    assert float(found.learned.mean()) == pytest.approx(1 / factor, rel=1e-3)
-    assert float(found.lower.mean()) > 1 > float(found.upper.mean())
-    level = evaluate(Wiener(variance=factor), gaussian_bytes(4), [0.1])["levels"][0]
-    assert level["variance"]["error_over_learned"]["mean"] == pytest.approx(1 / factor, rel=1e-3)
-    assert level["variance"]["sigma_px"] == pytest.approx(25.5, rel=0.02)
-    top = Wiener(variance=factor)
-    top.sigma_range = (0.005, float(schedule.sigma(2000)))
-    assert evaluate(top, gaussian_bytes(2), [top.sigma_range[1] * (1 + 1e-9)])["levels"][0]["variance"] is not None
-
-
-def test_a_learned_variance_without_a_schedule_is_judged_on_the_steps_of_the_purifiers():
-    told_log_sigma = Wiener(variance=2.0)
-    told_log_sigma.schedule = None
-    variance = evaluate(told_log_sigma, gaussian_bytes(4), [0.1])["levels"][0]["variance"]
-    assert variance["error_over_learned"]["mean"] == pytest.approx(0.5, rel=1e-3)
-    # cifar10-eclipse: timesteps 1 to 1000 of T = 4000, and no schedule
-    schedule = CosineSchedule(4000)
-    ends = float(schedule.sigma(1)), float(schedule.sigma(1000))
-    hybrid = NetworkDenoiser(tiny_network(learned_variance=True), "edm", ends)
-    levels = evaluate(hybrid, gaussian_bytes(2), [ends[0], 25 / 255, ends[1]])["levels"]
-    assert [level["variance"]["t"] for level in levels] == [2, round(float(schedule.t(25 / 255))), 1000]
-    assert levels[1]["variance"]["below_px"] < levels[1]["variance"]["sigma_px"] == pytest.approx(25, rel=0.01)
-    with torch.no_grad():
-        z = noise.normal(noise.image_keys(0, 0, range(2)), (3, 16, 16))
-        t = levels[1]["variance"]["t"]
-        two = float(schedule.sigma(t)), float(schedule.sigma(t - 1))
-        found = variance_calibration(hybrid, gaussian_bytes(2).float() / 255, z, *two)
-    assert levels[1]["variance"]["error_over_learned"]["mean"] == pytest.approx(float(found.learned.mean()), rel=1e-4)
-
-
-def test_a_fixed_variance_has_no_calibration():
-    z, _ = draws(2)
-    assert variance_calibration(Wiener(), gaussian(2), z, 0.1, 0.099) is None
-    assert evaluate(Wiener(), gaussian_bytes(2), [0.1])["levels"][0]["variance"] is None
 
 
 # -- poisoned images ---------------------------------------------------------------------------------
@@ -295,9 +161,6 @@ def test_auc_is_mann_and_whitneys(levels):
     assert auc(high.tolist(), low.tolist()) == pytest.approx(1 - want)
     assert auc([0.0, 1.0], [2.0]) == 1
     assert auc([1.0], [1.0]) == 0.5
-    other = generator.integers(0, levels, 70)
-    assert measures.rank_correlation(low, other) == pytest.approx(stats.spearmanr(low, other).statistic)
-    assert measures.rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
 
 
 @pytest.mark.parametrize("bad", [[], [math.nan], [[1.0]]])
@@ -310,33 +173,16 @@ def test_auc_refuses_what_has_no_order(bad):
 
 
 def test_the_best_denoiser_is_judged_so():
-    """Over all levels: error, spectrum, what is kept and the calibration are those of theory."""
-    images = gaussian_bytes(60, 32)
-    result = evaluate(Wiener(), images, [0.04, 0.1])
-    count = np.array(result["spectrum"]["count"])
+    """Error and calibration are those of theory, at each level."""
+    result = evaluate(Wiener(), gaussian_bytes(60, 32), [0.04, 0.1])
     for level, sigma in zip(result["levels"], (0.04, 0.1), strict=True):
-        gain = TAU**2 / (TAU**2 + sigma**2)
         error = TAU**2 * sigma**2 / (TAU**2 + sigma**2)
         assert level["sigma_px"] == pytest.approx(255 * sigma)
         assert level["psnr_db"]["denoiser"]["mean"] == pytest.approx(-10 * math.log10(error), abs=0.05)
         assert level["psnr_db"]["noised"]["mean"] == pytest.approx(-20 * math.log10(sigma), abs=0.05)
-        assert level["psnr_db"]["denoiser"]["mean"] > level["psnr_db"]["blur"]["mean"]
-        spectrum = 10 ** (np.array(level["spectrum"]["error_db"]) / 10) / 255**2
-        np.testing.assert_allclose(spectrum[1:-2], error, rtol=0.2)  # the last corners are a few coefficients
-        assert (spectrum * count).sum() / count.sum() == pytest.approx(error, rel=0.01)
-        np.testing.assert_allclose(level["spectrum"]["kept"][1:-2], gain, rtol=0.1)
         found = level["calibration"]
         assert found["error_px"] == pytest.approx(255 * math.sqrt(error), rel=0.01)
         assert abs(found["error_over_claimed"]["mean"] - 1) < 4 * found["error_over_claimed"]["standard_error"]
-        assert found["predicted_noise"]["expected"] == pytest.approx(math.sqrt(1 - error / sigma**2), rel=0.01)
-        assert found["predicted_noise"]["standard_deviation"] == pytest.approx(
-            found["predicted_noise"]["expected"], rel=0.01
-        )
-        assert found["stein_px"]["mean"] == pytest.approx(
-            found["error_px"], abs=4 * found["stein_px"]["standard_error"]
-        )
-        assert abs(found["bias_px"]["mean"]) < 4 * found["bias_px"]["standard_error"] + 0.05
-    assert result["spectrum"]["clean_db"][5] == pytest.approx(20 * math.log10(255 * TAU), abs=0.6)
 
 
 def test_its_psnr_is_that_of_psnr():
@@ -359,15 +205,15 @@ def test_its_psnr_is_that_of_psnr():
 def test_batches_change_nothing_and_bound_the_memory(monkeypatch):
     images = random_images(23, size=24)
     denoiser, seen = tiny_denoiser(), []
-    clean, x = measures.noised(images, 0.1, seed=4)
+    clean, x = psnr_module.noised(images, 0.1, seed=4)
     z = noise.normal(noise.image_keys(4, 0, range(23)), (3, 24, 24))
     assert torch.equal(clean, images.float() / 255)
     assert torch.equal(x, clean + 0.1 * z)
-    assert torch.equal(measures.noised(images, 0.1, 4, 20, 30)[1], x[20:])
+    assert torch.equal(psnr_module.noised(images, 0.1, 4, 20, 30)[1], x[20:])
     whole = [
         psnr(denoiser, images, 0.1, seed=4, batch_size=23),
-        float(measures.psnr_of(measures.corruptions.jpeg(x.clamp(0, 1), 10), clean).mean()),
-        float(measures.psnr_of(x.clamp(0, 1), clean).mean()),
+        float(psnr_module.psnr_of(psnr_module.corruptions.jpeg(x.clamp(0, 1), 10), clean).mean()),
+        float(psnr_module.psnr_of(x.clamp(0, 1), clean).mean()),
     ]
     normal = noise.normal
 
@@ -375,20 +221,20 @@ def test_batches_change_nothing_and_bound_the_memory(monkeypatch):
         seen.append(len(keys) * math.prod(shape))
         return normal(keys, shape, *step)
 
-    monkeypatch.setattr(measures, "_BATCH_VALUES", 5 * 3 * 24 * 24 + 1)
-    monkeypatch.setattr(measures.noise, "normal", counted)
+    monkeypatch.setattr(psnr_module, "_BATCH_VALUES", 5 * 3 * 24 * 24 + 1)
+    monkeypatch.setattr(psnr_module.noise, "normal", counted)
     batched = [psnr(denoiser, images, 0.1, seed=4), jpeg_psnr(images, 0.1, seed=4)]
-    batched.append(measures.noised_psnr(images, 0.1, seed=4))
+    batched.append(noised_psnr(images, 0.1, seed=4))
     assert batched[1:] == whole[1:]
     assert batched[0] == pytest.approx(whole[0], abs=1e-5)
     assert seen == 3 * [*4 * [5 * 3 * 24 * 24], 3 * 3 * 24 * 24]
     evaluate(Wiener(), images, [0.1], calibrate=False)
-    assert max(seen) <= measures._BATCH_VALUES
+    assert max(seen) <= psnr_module._BATCH_VALUES
     assert evaluate(Wiener(), images[:1], [0.1], calibrate=False)["settings"]["batch_size"] == 5
-    monkeypatch.setattr(measures, "_BATCH_VALUES", 1)
-    assert measures.batch_size_of(images) == 1
+    monkeypatch.setattr(psnr_module, "_BATCH_VALUES", 1)
+    assert psnr_module.batch_size_of(images) == 1
     monkeypatch.undo()
-    assert [measures.batch_size_of(random_images(1, size=side)) for side in (32, 64, 224)] == [100, 100, 8]
+    assert [psnr_module.batch_size_of(random_images(1, size=side)) for side in (32, 64, 224)] == [100, 100, 8]
 
 
 def close(a, b) -> bool:
@@ -400,14 +246,13 @@ def close(a, b) -> bool:
 
 
 def test_results_are_a_function_of_the_arguments_whatever_the_batch():
-    images = random_images(107, size=8)  # the wrong-level test stops within a batch
+    images = random_images(20, size=8)
     poisoned = {"x": images.flip(3)}
     denoiser = tiny_denoiser()
     first = evaluate(denoiser, images, [0.05, 0.2], poisoned=poisoned, seed=1)
     assert to_json(first) == to_json(evaluate(denoiser, images, [0.2, 0.05, 0.2], poisoned=poisoned, seed=1))
     other = evaluate(denoiser, images, [0.05, 0.2], poisoned=poisoned, seed=1, batch_size=7)
     assert close(first["levels"], other["levels"])
-    assert first["levels"][0]["calibration"]["wrong_level"]["images"] == 100
     assert not close(first["levels"], evaluate(denoiser, images, [0.05, 0.2], poisoned=poisoned, seed=2)["levels"])
 
 
@@ -420,7 +265,7 @@ def test_several_calls_are_those_of_the_recipe():
     diffuse = Diffuse(denoiser, sigma=0.1, steps=3, sampler="ddim")
     assert level["network_levels_px"] == pytest.approx([255 * s for s in diffuse.sigmas[:-1]], rel=1e-5)
     out = diffuse(images.float() / 255, noise.image_keys(0, 0, range(3))).clamp(0, 1)
-    want = measures.psnr_of(out, images.float() / 255).mean()
+    want = psnr_module.psnr_of(out, images.float() / 255).mean()
     assert level["psnr_db"]["denoiser"]["mean"] == pytest.approx(float(want), abs=1e-3)
     assert level["psnr_db"]["one_call"]["mean"] == pytest.approx(psnr(denoiser, images, 0.1), abs=1e-3)
     assert level["psnr_db"]["one_call"]["mean"] != level["psnr_db"]["denoiser"]["mean"]
@@ -456,7 +301,6 @@ def test_one_image_has_no_standard_error():
     level = result["levels"][0]
     assert level["psnr_db"]["denoiser"]["standard_error"] is None
     assert level["calibration"]["error_over_claimed"]["standard_error"] is None
-    assert level["calibration"]["rank_correlation"] is None
     json.loads(to_json(result))
 
 
@@ -469,10 +313,10 @@ def shape(value):
 def test_documented_names():
     """A name that leaves this tree leaves somebody's script broken: raise VERSION."""
     images = gaussian_bytes(3)
-    result = evaluate(Wiener(variance=1.0), images, [0.1], poisoned={"x": images.flip(3)}, steps=2)
+    result = evaluate(Wiener(), images, [0.1], poisoned={"x": images.flip(3)}, steps=2)
     mean = {"mean": "value", "standard_error": "value"}
     levels = result.pop("levels")
-    assert (result["format"], result["version"]) == ("purifyloader-denoiser-evaluation", 1)
+    assert (result["format"], result["version"]) == ("purifyloader-denoiser-evaluation", 2)
     assert shape(result) == {
         **dict.fromkeys(("format", "version", "purifyloader", "torch", "device"), "value"),
         "model": {
@@ -484,29 +328,12 @@ def test_documented_names():
             "sigma_px": "list",
             **dict.fromkeys(("seed", "steps", "sampler", "calibrate", "batch_size"), "value"),
         },
-        "spectrum": {"frequency": "list", "count": "list", "clean_db": "list"},
     }
     assert shape(levels[0]) == {
         "sigma_px": "value",
         "network_levels_px": "list",
-        "psnr_db": {
-            **dict.fromkeys(("denoiser", "one_call", "noised", "jpeg10"), mean),
-            "blur": {**mean, "width_pixels": "value"},
-        },
-        "spectrum": {"error_db": "list", "kept": "list"},
-        "calibration": {
-            **dict.fromkeys(("error_px", "claimed_px", "rank_correlation"), "value"),
-            **dict.fromkeys(("error_over_claimed", "stein_px", "bias_px"), mean),
-            "predicted_noise": {"standard_deviation": "value", "expected": "value"},
-            "wrong_level": {
-                **dict.fromkeys(("images", "best", "excess"), "value"),
-                **dict.fromkeys(("told_over_true", "error_px"), "list"),
-            },
-        },
-        "variance": {
-            **dict.fromkeys(("t", "sigma_px", "below_px"), "value"),
-            **dict.fromkeys(("error_over_learned", "error_over_lower", "error_over_upper"), mean),
-        },
+        "psnr_db": dict.fromkeys(("denoiser", "one_call", "noised", "jpeg10"), mean),
+        "calibration": {"error_px": "value", "claimed_px": "value", "error_over_claimed": mean},
         "removed_px": mean,
         "poisoned": {
             "x": {
@@ -568,7 +395,7 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("full", [True, False], ids=["everything", "little"])
 def test_a_picture_is_a_whole_png(full, tmp_path):
     images = gaussian_bytes(4)
-    denoiser = Wiener(variance=1.0)
+    denoiser = Wiener()
     poisoned = {"x": images.flip(3)} if full else {}
     results = evaluate(denoiser, images, [0.05, 0.1] if full else [0.1], poisoned=poisoned, calibrate=full)
     shown = examples(denoiser, images, [0.05, 0.1]) if full else None
@@ -674,14 +501,10 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
     assert high["psnr_db"]["denoiser"]["mean"] == pytest.approx(29.2, abs=1)
     for level in (low, high):
         found = level["psnr_db"]
-        assert found["denoiser"]["mean"] > found["blur"]["mean"] > found["jpeg10"]["mean"]
+        assert found["denoiser"]["mean"] > found["jpeg10"]["mean"]
         assert level["calibration"]["error_over_claimed"]["mean"] == pytest.approx(1, abs=0.05)
-        assert level["calibration"]["wrong_level"]["best"] == pytest.approx(1, abs=0.05)
-        assert level["calibration"]["rank_correlation"] > 0.7
         # AR is fine and goes first, LSP is coarse and stays: what compensation is for
         assert level["poisoned"]["ar"]["remaining"]["mean"] < 0.6 < level["poisoned"]["lsp"]["remaining"]["mean"]
-        kept = level["spectrum"]["kept"]
-        assert kept[1] > kept[8] > kept[15]
     assert low["poisoned"]["ar"]["auc"] > 0.6
     assert result["model"]["name"] == "cifar10-sparse"
     assert result["data"]["description"] == CLEAN

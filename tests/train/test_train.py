@@ -26,9 +26,9 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.diffusion.objective import sigma_loss
+from purifyloader.diffusion.psnr import jpeg_psnr, psnr
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError, TrainingError
-from purifyloader.evaluation.measures import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, started_from, train_denoiser
 from purifyloader.train.denoiser import task as loop
 from purifyloader.train.denoiser.curves import (

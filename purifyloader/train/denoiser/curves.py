@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.evaluation.measures import jpeg_psnr, noised, noised_psnr, psnr
+from purifyloader.diffusion.psnr import jpeg_psnr, noised, noised_psnr, psnr
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
 
