@@ -31,8 +31,9 @@ from purifyloader.certify.statistics import (
 )
 
 if TYPE_CHECKING:
-    from purifyloader.certify.models import DenoisedSet, Predictor, Train, ndt_classify
+    from purifyloader.certify.models import ndt_classify
     from purifyloader.certify.noising import Noised, models_of, noised, shared_images
+    from purifyloader.certify.protocols import DenoisedSet, Predictor, Train
     from purifyloader.certify.training import Training
 
 __all__ = [
@@ -65,10 +66,10 @@ __all__ = [
 
 # these need torch, which takes seconds to import
 _ORIGIN = {
-    "DenoisedSet": "models",
+    "DenoisedSet": "protocols",
     "Noised": "noising",
-    "Predictor": "models",
-    "Train": "models",
+    "Predictor": "protocols",
+    "Train": "protocols",
     "Training": "training",
     "models_of": "noising",
     "ndt_classify": "models",

@@ -14,7 +14,7 @@ from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 
 if TYPE_CHECKING:
-    from purifyloader.certify.models import Train
+    from purifyloader.certify.protocols import Train
 
 __all__ = ["named_training", "training_settings"]
 

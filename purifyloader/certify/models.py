@@ -15,7 +15,7 @@ the 150 million values of CIFAR-10 one would be with a probability of 0.002, whi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from purifyloader.certify.functions import training_settings
 from purifyloader.certify.noising import noised
+from purifyloader.certify.protocols import DenoisedSet, Predictor, Train
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
 from purifyloader.core import noise
 from purifyloader.core.devices import device_of
@@ -38,43 +37,14 @@ from purifyloader.datasets.sources import random_state_kept
 from purifyloader.errors import InputError
 from purifyloader.files.hashes import image_hashes
 from purifyloader.purifiers import Purifier
+from purifyloader.results.claims import make_missing
 from purifyloader.results.rows import fingerprint
 
-__all__ = ["DenoisedSet", "Predictor", "Train", "Voting", "fill", "ndt_classify"]
-
-Predictor = Callable[[Tensor], Any]
-"""images float32 (B, C, H, W) in [0, 1] -> class numbers, integers (B,), or logits, floats (B, K)."""
-
-Train = Callable[["DenoisedSet", int], Predictor]
-"""(training set, seed) -> predictor: the user's own training, or `purifyloader.certify.training.Training`."""
+__all__ = ["Voting", "fill", "ndt_classify", "voting_settings"]
 
 _NOISE, _TRAINING = 0x6E6F6973, 0x74726E67  # "nois", "trng": what the keys drawn here are for
 _AT_ONCE = 256  # images that are purified or asked about together; decides no pixel
 _SEED_MASK = 2**31 - 1  # what every library takes for a seed
-
-
-class DenoisedSet(Dataset[Any]):
-    """A training set after noising and denoising, in the form of torchvision's CIFAR10.
-
-    Attributes:
-        data: uint8 (N, H, W, C).
-        targets: list of N class numbers.
-        classes: how many there are.
-        transform: of a PIL image, for `dataset[i]`; None, and yours to set.
-    """
-
-    def __init__(self, data: NDArray[np.uint8], targets: Sequence[int], classes: int) -> None:
-        self.data, self.targets, self.classes = data, list(targets), classes
-        self.transform: Callable[[Image.Image], Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """(image, class): a PIL image, or what `transform` makes of it."""
-        image = self.data[index]
-        picture: Any = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        return (picture if self.transform is None else self.transform(picture)), self.targets[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,25 +170,15 @@ def fill(
 
     Args:
         cells: (folder, what its models have in common, a model's number), in the order in which they are made.
-        seen: told of each model that was made here.
+        seen: called with the folder and number of each model that was made here.
     """
-    left, wait = list(cells), False
-    while left:
-        again = []
-        for folder, voting, model in left:
-            if folder.has(model):
-                continue
-            lock = folder.lock(model)
-            if not lock.acquire(wait):
-                again.append((folder, voting, model))
-                continue
-            try:
-                if not folder.has(model):
-                    folder.write(model, voting.vote(model, folder.seed))
-                    seen(folder, model)
-            finally:
-                lock.release()
-        left, wait = again, True  # what others are at: wait for it, or make it where they died
+
+    def make(cell: tuple[VoteFolder, Voting, int]) -> None:
+        folder, voting, model = cell
+        folder.write(model, voting.vote(model, folder.seed))
+        seen(folder, model)
+
+    make_missing(cells, is_done=lambda cell: cell[0].has(cell[2]), lock=lambda cell: cell[0].lock(cell[2]), make=make)
 
 
 def ndt_classify(

@@ -11,8 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,16 +30,13 @@ from purifyloader.certify.statistics import (
     radius_per_image,
 )
 from purifyloader.errors import InputError
-from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.files.atomic import canonical_json
 from purifyloader.results import table
-from purifyloader.results.figures import has_matplotlib
 from purifyloader.results.rows import versions
 
-__all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "SCHEMA", "Outcome", "Written", "markdown", "results", "write"]
+__all__ = ["SCHEMA", "Outcome", "check_results", "markdown", "results"]
 
 SCHEMA = 1
-
-RESULTS_FILE, PAGE_FILE, PICTURE_FILE = "certificates.json", "README.md", "certified.png"
 
 _NICE = (1, 2, 3, 5)  # in front of a power of ten: radii that a table has a column for
 _COLUMNS = 4
@@ -72,18 +68,6 @@ class Outcome:
     reasons: tuple[str, ...]
     selection: NDArray[np.int64]
     estimation: NDArray[np.int64]
-
-
-class Written(NamedTuple):
-    """What `write` wrote.
-
-    Attributes:
-        paths: of the files.
-        note: why there is no picture, where one was wanted; else empty.
-    """
-
-    paths: list[Path]
-    note: str
 
 
 # -- figures -----------------------------------------------------------------------------------------
@@ -424,44 +408,6 @@ def _of_data(results: Mapping[str, Any], name: str) -> int | None:
     data = results["settings"].get("data")
     value = data.get(name) if isinstance(data, Mapping) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-# -- files -------------------------------------------------------------------------------------------
-
-
-def write(results: Mapping[str, Any], folder: str | Path, picture: bool = True) -> Written:
-    """Write the results, a page and a picture, each whole or not at all; files of these names are replaced.
-
-    Args:
-        results: of `results`, or read from its JSON.
-        folder: created where it is not there.
-        picture: draw one. Without matplotlib there is none, and the note says so.
-
-    Raises:
-        InputError: results of something else.
-        PurifyError: a file cannot be written.
-    """
-    check_results(results)
-    folder = Path(folder)
-    drawing = picture and has_matplotlib()
-    texts = {
-        RESULTS_FILE: canonical_json(results) + "\n",
-        PAGE_FILE: markdown(results, picture=PICTURE_FILE if drawing else None),
-    }
-    for name in (*texts, PICTURE_FILE):  # none of an older result may stay beside these
-        with writing(folder / name):
-            (folder / name).unlink(missing_ok=True)
-    for name, text in texts.items():
-        with writing(folder / name):
-            write_text(folder / name, text)
-    paths = [folder / name for name in texts]
-    if drawing:
-        from purifyloader.certify.pictures import curves
-
-        curves(results, folder / PICTURE_FILE)
-        paths.append(folder / PICTURE_FILE)
-    note = "no picture without matplotlib: pip install 'purifyloader[plots]'" if picture and not drawing else ""
-    return Written(paths, note)
 
 
 # -- checks ------------------------------------------------------------------------------------------

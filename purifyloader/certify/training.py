@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.certify.models import DenoisedSet
+from purifyloader.certify.protocols import DenoisedSet
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.victims.networks import VICTIMS, resnet9, victim

@@ -28,6 +28,7 @@ from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.spec import CLEAN, AttackSpec, parse
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.results import rows
+from purifyloader.results.claims import make_missing
 from purifyloader.victims.networks import VICTIMS
 from purifyloader.victims.presets import TRAININGS
 
@@ -247,28 +248,27 @@ def _run(bench: Bench, wanted: _Wanted, path: Path) -> None:
     specs = list({spec.label: spec for spec, _, _ in wanted}.values())
     backdoors = [spec for spec in specs if _is_backdoor(bench, spec, wanted[0][2])]
     beside = _Beside(any(_kind(spec) == "targeted" for spec in specs), [spec.label for spec in backdoors])
-    wait = False
-    while left:
-        again = []
-        for cell, name in left:
-            if _is_there(path, name, cell[0].name == CLEAN, beside):
-                continue
-            lock = Lock(claims, name)
-            if (not wait and bench.is_being_made(cell[0], cell[2])) or not lock.acquire(wait):
-                again.append((cell, name))
-                continue
-            try:
-                if not _is_there(path, name, cell[0].name == CLEAN, beside):
-                    row = bench.row(*cell, backdoors)
-                    for old in rows.read(path):  # what it was shown in other runs
-                        if old["fingerprint"] == name and "clean_success" in old:
-                            row["clean_success"] = {**old["clean_success"], **row.get("clean_success", {})}
-                    rows.add(path, row)
-                    print(_in_words(row), flush=True)
-            finally:
-                lock.release()
-        # what others are at: wait for it, or make it where they died
-        left, wait = again, True
+
+    def is_there(item: tuple[tuple[AttackSpec, str, int], str]) -> bool:
+        cell, name = item
+        return _is_there(path, name, cell[0].name == CLEAN, beside)
+
+    def make(item: tuple[tuple[AttackSpec, str, int], str]) -> None:
+        cell, name = item
+        row = bench.row(*cell, backdoors)
+        for old in rows.read(path):  # triggers that it was shown in other runs
+            if old["fingerprint"] == name and "clean_success" in old:
+                row["clean_success"] = {**old["clean_success"], **row.get("clean_success", {})}
+        rows.add(path, row)
+        print(_in_words(row), flush=True)
+
+    make_missing(
+        left,
+        is_done=is_there,
+        lock=lambda item: Lock(claims, item[1]),
+        make=make,
+        is_busy=lambda item: bench.is_being_made(item[0][0], item[0][2]),
+    )
 
 
 class _Beside(NamedTuple):

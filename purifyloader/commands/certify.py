@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from purifyloader.certify import report
+from purifyloader.certify import output, report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
 from purifyloader.certify.functions import named_training, training_settings
-from purifyloader.certify.models import Train, Voting, fill, voting_settings
+from purifyloader.certify.models import Voting, fill, voting_settings
+from purifyloader.certify.protocols import Train
 from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
@@ -60,7 +61,7 @@ DESCRIPTION = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("--out", type=Path, help=f"folder of the results: {report.RESULTS_FILE}, a page, a picture, and the votes")
+    add("--out", type=Path, help=f"folder of the results: {output.RESULTS_FILE}, a page, a picture, and the votes")
     add("--plan", action="store_true", help="measure one model, say what all will take and could give, and stop")
 
     data = parser.add_argument_group("what is certified").add_argument
@@ -514,5 +515,5 @@ def _write(run: Run) -> None:
     found = report.results(
         outcomes, run.data.test_labels, max(2, run.data.classes), run.options.alpha, settings=run.settings()
     )
-    written = report.write(found, run.options.out)
+    written = output.write(found, run.options.out)
     print("\n".join([*map(str, written.paths), *([written.note] if written.note else [])]))

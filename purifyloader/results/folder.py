@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import write_text, writing
 from purifyloader.results.figures import has_matplotlib
 
-__all__ = ["check_out", "write_results", "writing"]
+__all__ = ["Written", "check_out", "write_files", "write_results", "writing"]
 
 
 def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: str) -> None:
@@ -55,6 +56,47 @@ def _try_writing(folder: Path) -> None:
                 path.rmdir()
 
 
+class Written(NamedTuple):
+    """Files that were written.
+
+    Attributes:
+        paths: of the files, the picture last.
+        note: why there is no picture, where one was wanted; else empty.
+    """
+
+    paths: list[Path]
+    note: str
+
+
+def write_files(
+    folder: Path, texts: Mapping[str, str], picture_file: str, draw: Callable[[Path], object] | None
+) -> Written:
+    """Write the files of one result, each whole or not at all; files of these names are replaced.
+
+    Args:
+        folder: created where it is not there.
+        texts: name and content of each file but the picture.
+        draw: writes the picture to a path; None for no picture. It is not called without matplotlib, which the note
+            says then.
+
+    Raises:
+        PurifyError: a file cannot be written.
+    """
+    for name in (*texts, picture_file):  # none of an older result may stay beside these
+        with writing(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    for name, text in texts.items():
+        with writing(folder / name):
+            write_text(folder / name, text)
+    paths = [folder / name for name in texts]
+    if draw is None:
+        return Written(paths, "")
+    if not has_matplotlib():
+        return Written(paths, "no picture without matplotlib: pip install 'purifyloader[plots]'")
+    draw(folder / picture_file)
+    return Written([*paths, folder / picture_file], "")
+
+
 def write_results(
     folder: Path,
     texts: Mapping[str, str],
@@ -62,26 +104,16 @@ def write_results(
     draw: Callable[[Path], object],
     say: Callable[[str], None],
 ) -> None:
-    """Write the files of one result, each whole or not at all, and say where they are.
+    """Write files as `write_files` does, and say where they are.
 
     Args:
-        texts: name and content of each file but the picture.
-        draw: writes the picture to a path; not called without matplotlib, which is then said.
         say: takes a line for people.
 
     Raises:
         PurifyError: a file cannot be written.
     """
-    drawing = folder / picture_file
-    for name in (*texts, picture_file):  # none of an older result may stay beside these
-        with writing(folder / name):
-            (folder / name).unlink(missing_ok=True)
-    for name, text in texts.items():
-        with writing(folder / name):
-            write_text(folder / name, text)
-        say(f"results: {folder / name}")
-    if not has_matplotlib():
-        say("picture: none without matplotlib: pip install 'purifyloader[plots]'")
-        return
-    draw(drawing)
-    say(f"picture: {drawing}")
+    written = write_files(folder, texts, picture_file, draw)
+    for path in written.paths:
+        say(f"{'picture' if path.name == picture_file else 'results'}: {path}")
+    if written.note:
+        say(written.note)

@@ -1,4 +1,4 @@
-"""The networks that are trained on poisoned data to see what a defence is worth."""
+"""Networks that are trained on poisoned data to see what a defence is worth, and the attackers' own networks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "ResNet9",
     "UNetClassifier",
     "densenet121",
+    "last_features",
     "mobilenet_v2",
     "resnet9",
     "resnet18",
@@ -71,7 +72,7 @@ class ResNet9(nn.Module):
 
 
 def resnet9(classes: int = 10, width: int = 16, image_channels: int = 3) -> ResNet9:
-    """ResNet-9 with channels (w, 2w, 4w, 8w); the original is width 64.
+    """Make a ResNet-9 with channels (w, 2w, 4w, 8w); the original is width 64.
 
     With the defaults it has 412,944 parameters, small enough to train on two CPU cores.
 
@@ -85,7 +86,7 @@ def resnet9(classes: int = 10, width: int = 16, image_channels: int = 3) -> ResN
 
 
 def resnet18(classes: int = 10) -> nn.Module:
-    """torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1, and no pooling."""
+    """Make torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1, and no pooling."""
     _check_classes(classes)
     model = models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -95,7 +96,7 @@ def resnet18(classes: int = 10) -> nn.Module:
 
 
 def vgg19(classes: int = 10) -> nn.Module:
-    """torchvision's VGG-19 with batch normalisation, and one linear layer in place of three: 20 million parameters."""
+    """Make torchvision's VGG-19 with batch norm, and one linear layer in place of three: 20 million parameters."""
     _check_classes(classes)
     model = models.vgg19_bn(num_classes=1)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -104,7 +105,7 @@ def vgg19(classes: int = 10) -> nn.Module:
 
 
 def densenet121(classes: int = 10) -> nn.Module:
-    """torchvision's DenseNet-121 with the stem for small images."""
+    """Make torchvision's DenseNet-121 with the stem for small images."""
     _check_classes(classes)
     model = models.densenet121(num_classes=classes)
     model.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -114,7 +115,7 @@ def densenet121(classes: int = 10) -> nn.Module:
 
 
 def mobilenet_v2(classes: int = 10) -> nn.Module:
-    """torchvision's MobileNetV2 with its first two strides 1, for small images."""
+    """Make torchvision's MobileNetV2 with its first two strides 1, for small images."""
     _check_classes(classes)
     model = models.mobilenet_v2(num_classes=classes)
     model.features[0][0].stride = (1, 1)
@@ -148,7 +149,7 @@ class UNetClassifier(nn.Module):
 
 
 def unet(classes: int = 10, channels: int = 16) -> UNetClassifier:
-    """`UNetConfig.small` with so many channels; 128 gives the published network of ECLIPSE."""
+    """Make a U-Net classifier with so many channels; 128 gives the published network of ECLIPSE."""
     _check_classes(classes)
     config = UNetConfig() if channels == 128 else UNetConfig.small(channels=channels)
     return UNetClassifier(classes, config).to(memory_format=torch.channels_last)
@@ -167,8 +168,20 @@ VICTIMS: dict[str, Callable[[int], nn.Module]] = {
 """Networks for colour images of 32 x 32 and about, by name."""
 
 
+def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """Return the input of a network's last linear layer, (B, F); a gradient goes through."""
+    head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        network(x_BCHW)
+    finally:
+        handle.remove()
+    return seen[0].float()
+
+
 def victim(name: str, classes: int = 10) -> nn.Module:
-    """A network of `VICTIMS`, initialised from torch's global generator.
+    """Make a network of `VICTIMS`, initialised from torch's global generator.
 
     Raises:
         ConfigError: there is none of that name.

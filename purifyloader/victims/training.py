@@ -1,4 +1,4 @@
-"""Training a victim: SGD on arrays in memory, the same weights again for the same seed.
+"""Train a victim: SGD on arrays in memory, the same weights again for the same seed.
 
 The order of a batch is crop, flip, `batch_transform`, normalise: a defence that draws something fresh in
 each epoch (ECLIPSE's compensation) gets the augmented images in [0, 1] and each one's index.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
+from purifyloader.victims.augment import crop_and_flip
 from purifyloader.victims.networks import resnet9, victim
 
 __all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Normalised", "Trained", "accuracy", "train_victim"]
@@ -32,7 +34,7 @@ Images = Tensor | NDArray[np.uint8] | NDArray[np.float32]
 BatchTransform = Callable[[Tensor, Tensor, int], Tensor]
 """(x_BCHW float32 in [0, 1], index_B int64, epoch) -> x_BCHW, called after crop and flip."""
 
-_AUGMENT = 0x61756774  # "augt": what the keys drawn here are for
+_AUGMENT = 0x61756774  # "augt": purpose of the keys drawn here
 
 
 class Trained(NamedTuple):
@@ -57,7 +59,7 @@ def _as_images(images: Images, count: int | None = None) -> Tensor:
             f"Got {given.dtype} {tuple(given.shape)}."
         )
     if count is not None and len(x) != count:
-        raise InputError(f"There must be one label an image. Got {len(x)} images and {count} labels.")
+        raise InputError(f"There must be one label per image. Got {len(x)} images and {count} labels.")
     return x
 
 
@@ -93,22 +95,6 @@ class Normalised(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         logits: Tensor = self.network(_normalise(x_BCHW))
         return logits
-
-
-def _crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int) -> Tensor:
-    """Pad with black, cut a window of the old size at random, mirror half of them.
-
-    Args:
-        uniform_B3: uniforms in (0, 1) that decide row, column and flip of each image.
-    """
-    height, width = x_BCHW.shape[2:]
-    if pad:
-        # (B, C, offsets, offsets, H, W), a view
-        windows = F.pad(x_BCHW, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        offset_B2 = (uniform_B3[:, :2] * (2 * pad + 1)).long()
-        rows = torch.arange(len(x_BCHW), device=x_BCHW.device)
-        x_BCHW = windows[rows, :, offset_B2[:, 0], offset_B2[:, 1]]
-    return torch.where(uniform_B3[:, 2].reshape(-1, 1, 1, 1) < 0.5, x_BCHW.flip(3), x_BCHW)
 
 
 def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
@@ -157,7 +143,7 @@ def train_victim(
     device: torch.device | str = "cpu",
     bfloat16: bool = True,
 ) -> Trained:
-    """Train a network and say how long it took.
+    """Train a network with SGD, and time it.
 
     What an epoch draws (order, crop, flip) is a function of (seed, epoch, index); on the CPU with one
     number of threads the same arguments give the same weights.
@@ -183,7 +169,8 @@ def train_victim(
         The model in evaluation mode, and seconds of training (of `images(epoch)` and transforms too).
 
     Raises:
-        InputError: images, labels or arguments that do not fit; TrainingError: the loss is not finite.
+        InputError: images, labels or arguments that do not fit.
+        TrainingError: the loss is not finite.
     """
     y = _as_labels(labels, classes)
     if epochs < 1 or batch_size < 1 or not lr > 0 or not (warmup is None or 0 <= warmup < 1) or pad < 0:
@@ -206,42 +193,57 @@ def train_victim(
             model = _going_on(start, classes, head_only, keep_head).to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-        batch_size = min(batch_size, len(y))
-        steps = len(y) // batch_size
+        batches = _Batches(min(batch_size, len(y)), pad, flip, batch_transform, seed, device)
+        steps = epochs * (len(y) // batches.size)
         y = y.to(device)
-        key = noise.fold_in(noise.key_from_seed(seed), _AUGMENT)
         began = time.perf_counter()
+        taken = 0
         for epoch in range(epochs):
             x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
-            # drawn on the CPU, so that every device trains on the same crops
-            uniform = noise.uniform(noise.fold_in(noise.fold_in(key, epoch), torch.arange(len(y))), (4,))
-            order = uniform[:, 0].argsort(stable=True).to(device)
-            uniform = uniform[:, 1:].to(device)
-            if not flip:
-                uniform[:, 2] = 1.0
-            for step in range(steps):
-                index_B = order[step * batch_size : (step + 1) * batch_size]
-                batch = _crop_and_flip(_to_float(x[index_B]), uniform[index_B], pad)
-                if batch_transform is not None:
-                    batch = batch_transform(batch, index_B, epoch)
+            for index_B, batch in batches.of(x, epoch):
                 for group in optimiser.param_groups:
-                    group["lr"] = _learning_rate((epoch * steps + step + 0.5) / (epochs * steps), lr, warmup)
+                    group["lr"] = _learning_rate((taken + 0.5) / steps, lr, warmup)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model(_normalise(batch))
                 loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=label_smoothing)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
+                taken += 1
             if not torch.isfinite(loss):
                 raise TrainingError(f"The loss must be finite: lower lr={lr}. Got {loss.item()} in epoch {epoch}.")
     return Trained(model.requires_grad_(True).eval(), time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Shuffled, cropped and flipped batches of an epoch, drawn from (seed, epoch, index)."""
+
+    size: int
+    pad: int
+    flip: bool
+    transform: BatchTransform | None
+    seed: int
+    device: torch.device
+
+    def of(self, x_NCHW: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(x_NCHW)
+        # drawn on the CPU, so that every device trains on the same crops
+        key = noise.fold_in(noise.fold_in(noise.key_from_seed(self.seed), _AUGMENT), epoch)
+        uniform = noise.uniform(noise.fold_in(key, torch.arange(count)), (4,))
+        order = uniform[:, 0].argsort(stable=True).to(self.device)
+        uniform = uniform[:, 1:].to(self.device)
+        for step in range(count // self.size):
+            index_B = order[step * self.size : (step + 1) * self.size]
+            batch = crop_and_flip(_to_float(x_NCHW[index_B]), uniform[index_B], self.pad, self.flip)
+            yield index_B, batch if self.transform is None else self.transform(batch, index_B, epoch)
 
 
 @torch.no_grad()
 def accuracy(
     model: nn.Module, images: Images, labels: Tensor | NDArray | Sequence[int], *, batch_size: int = 500
 ) -> float:
-    """Share of images whose largest logit is their label's, in [0, 1], in evaluation mode and float32."""
+    """Compute the share of images whose largest logit is their label's, in [0, 1], in evaluation mode and float32."""
     y = (labels if isinstance(labels, Tensor) else torch.tensor(np.asarray(labels))).cpu()
     x = _as_images(images, len(y))
     device = next(model.parameters()).device

@@ -15,7 +15,7 @@ from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import ConfigError, InputError, TrainingError
 from purifyloader.victims.networks import resnet9
-from purifyloader.victims.training import _crop_and_flip, _learning_rate, accuracy, train_victim
+from purifyloader.victims.training import _learning_rate, accuracy, train_victim
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 ORDER = noise.uniform(noise.image_keys(2026, 0, 0), (50_000,))[0].argsort()
@@ -185,17 +185,6 @@ def test_batch_transform_gets_augmented_images_and_their_indices():
     assert not torch.equal(plain, changed)
     assert [len(set(indices)) for indices in seen.values()] == [64, 64]  # 2 whole batches of 32
     assert seen[0] != seen[1]
-
-
-def test_crop_and_flip():
-    x = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6)
-    middle = torch.tensor([[0.5, 0.5, 0.9], [0.5, 0.5, 0.1]])
-    out = _crop_and_flip(x, middle, 2)
-    assert torch.equal(out[0], x[0])
-    assert torch.equal(out[1], x[1].flip(2))
-    corner = _crop_and_flip(x, torch.tensor([[0.0, 0.999, 0.9]] * 2), 2)
-    assert torch.equal(corner[:, :, 2:, :-2], x[:, :, :-2, 2:])
-    assert not corner[:, :, :2].any()
 
 
 def test_learning_rate_is_one_cycle():

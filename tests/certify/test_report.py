@@ -19,8 +19,9 @@ from scipy import stats
 
 from purifyloader.certify import certified_accuracy, certify
 from purifyloader.certify.counting import counts
+from purifyloader.certify.output import PAGE_FILE, PICTURE_FILE, RESULTS_FILE, write
 from purifyloader.certify.pictures import curves
-from purifyloader.certify.report import PAGE_FILE, PICTURE_FILE, RESULTS_FILE, SCHEMA, Outcome, markdown, results, write
+from purifyloader.certify.report import SCHEMA, Outcome, markdown, results
 from purifyloader.errors import InputError, PurifyError
 
 ROOT = Path(__file__).parents[2]
@@ -568,7 +569,7 @@ def test_without_scipy_it_says_what_to_install(monkeypatch):
 
 def test_the_modules_import_neither_matplotlib_nor_scipy():
     code = (
-        "import sys, purifyloader.certify.report, purifyloader.certify.pictures; "
+        "import sys, purifyloader.certify.report, purifyloader.certify.output; "
         "print([m for m in ('matplotlib', 'scipy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

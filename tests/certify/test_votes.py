@@ -31,7 +31,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from purifyloader.certify import models
 from purifyloader.certify.functions import named_training, training_settings
-from purifyloader.certify.models import DenoisedSet, Voting, fill, ndt_classify, voting_settings
+from purifyloader.certify.models import Voting, fill, ndt_classify, voting_settings
+from purifyloader.certify.protocols import DenoisedSet
 from purifyloader.certify.training import SmallNetwork, Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core import noise

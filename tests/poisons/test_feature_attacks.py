@@ -23,8 +23,9 @@ from purifyloader.poisons.attacks.clean import opened, rounded
 from purifyloader.poisons.attacks.few import approach
 from purifyloader.poisons.attacks.frogs import backward, collision, poison_frogs
 from purifyloader.poisons.attacks.presets import choose
-from purifyloader.poisons.attacks.surrogate import last_features, train
+from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Bound, Target
+from purifyloader.victims.networks import last_features
 from tests.poisons.test_surrogate_attacks import SMALL, as_batch, patterns
 
 ATTACKS = {"poison-frogs": poison_frogs, "bullseye": bullseye}

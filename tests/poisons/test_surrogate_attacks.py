@@ -20,9 +20,10 @@ from purifyloader.poisons.attacks.pgd import direction, lengths, pgd, project, r
 from purifyloader.poisons.attacks.presets import choose
 from purifyloader.poisons.attacks.rem import rem
 from purifyloader.poisons.attacks.sep import sep
-from purifyloader.poisons.attacks.surrogate import Surrogate, Training, crop_and_flip, train, worst_case
+from purifyloader.poisons.attacks.surrogate import Surrogate, Training, train, worst_case
 from purifyloader.poisons.attacks.tap import tap
 from purifyloader.poisons.poisoned import Bound
+from purifyloader.victims.augment import crop_and_flip
 
 rem_module, sep_module, tap_module = (inspect.getmodule(attack) for attack in (rem, sep, tap))
 

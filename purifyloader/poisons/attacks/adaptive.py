@@ -24,19 +24,13 @@ from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.pgd import Loss
 from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
-from purifyloader.poisons.attacks.surrogate import (
-    Surrogate,
-    crop_and_flip,
-    cross_entropy,
-    share_called,
-    train,
-    uniforms,
-)
+from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.views import View, compensated, purified
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.eclipse import eclipse
 from purifyloader.recipes.models import Model, as_denoiser
+from purifyloader.victims.augment import crop_and_flip, uniforms
 
 __all__ = ["PRESETS", "AdaptiveSettings", "adaptive"]
 

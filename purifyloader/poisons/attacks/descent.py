@@ -11,8 +11,8 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.clean import Clean
 from purifyloader.poisons.attacks.pgd import Loss, pgd, random_start
 from purifyloader.poisons.attacks.presets import AttackSettings, TrainedSettings
-from purifyloader.poisons.attacks.surrogate import crop_and_flip, uniforms
 from purifyloader.poisons.poisoned import Bound
+from purifyloader.victims.augment import crop_and_flip, uniforms
 
 __all__ = ["descend", "shifted", "starts"]
 

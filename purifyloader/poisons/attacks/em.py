@@ -22,9 +22,10 @@ from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import ascend, pgd
 from purifyloader.poisons.attacks.presets import AttackSettings, choose, told
-from purifyloader.poisons.attacks.surrogate import Training, crop_and_flip, cross_entropy
+from purifyloader.poisons.attacks.surrogate import Training, cross_entropy
 from purifyloader.poisons.attacks.views import View, itself
 from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.victims.augment import crop_and_flip
 
 __all__ = ["PRESETS", "EmSettings", "em", "min_min", "with_defaults"]
 

@@ -26,8 +26,9 @@ from purifyloader.poisons.attacks.choice import as_target, drawn, of_class
 from purifyloader.poisons.attacks.clean import Clean
 from purifyloader.poisons.attacks.pgd import project
 from purifyloader.poisons.attacks.presets import TrainedSettings
-from purifyloader.poisons.attacks.surrogate import crop_and_flip, last_features, uniforms
 from purifyloader.poisons.poisoned import Bound, Target
+from purifyloader.victims.augment import crop_and_flip, uniforms
+from purifyloader.victims.networks import last_features
 
 __all__ = [
     "Few",

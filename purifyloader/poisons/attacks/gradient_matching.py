@@ -27,8 +27,9 @@ from purifyloader.poisons.attacks.clean import Clean, add_to, opened
 from purifyloader.poisons.attacks.few import Few, chosen, evaluated, facts, given, rate, within
 from purifyloader.poisons.attacks.pgd import random_start
 from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
-from purifyloader.poisons.attacks.surrogate import crop_and_flip, train, uniforms
+from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.victims.augment import crop_and_flip, uniforms
 
 __all__ = ["PRESETS", "GradientMatchingSettings", "gradient_matching", "loss_gradient", "mismatch"]
 

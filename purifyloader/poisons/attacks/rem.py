@@ -19,8 +19,9 @@ from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import Loss, pgd
 from purifyloader.poisons.attacks.presets import AdversarialSettings, choose, told
-from purifyloader.poisons.attacks.surrogate import Surrogate, Training, crop_and_flip, cross_entropy, worst_case
+from purifyloader.poisons.attacks.surrogate import Surrogate, Training, cross_entropy, worst_case
 from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.victims.augment import crop_and_flip
 
 __all__ = ["PRESETS", "RemSettings", "rem"]
 

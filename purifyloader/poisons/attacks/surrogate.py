@@ -1,6 +1,6 @@
 """The attacker's own network, and its training: a stand-in for the victim that nobody knows yet.
 
-Other than `bench.training.train_victim`, which trains from start to end, this training stops after any number of
+Other than `victims.training.train_victim`, which trains from start to end, this training stops after any number of
 steps, as an attack may change the images or take a copy of the network there.
 """
 
@@ -15,22 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
 from purifyloader.poisons.attacks.clean import Clean
 from purifyloader.poisons.attacks.pgd import Loss, pgd, random_start
 from purifyloader.poisons.attacks.presets import AdversarialSettings, AttackSettings, TrainedSettings
-from purifyloader.victims.networks import resnet9, victim
+from purifyloader.victims.augment import crop_and_flip, uniforms
+from purifyloader.victims.networks import last_features, resnet9, victim
 
 __all__ = [
     "Surrogate",
     "Training",
-    "crop_and_flip",
     "cross_entropy",
-    "last_features",
     "share_called",
     "train",
-    "uniforms",
     "worst_case",
 ]
 
@@ -39,7 +36,7 @@ _WARMUP = 0.2
 
 
 class Surrogate(nn.Module):
-    """A network of `bench.victims` with the normalisation inside: images (B, C, H, W) in [0, 1] to logits.
+    """A network of `victims.networks` with the normalisation inside: images (B, C, H, W) in [0, 1] to logits.
 
     Grey images are repeated, as the networks are for colour.
     """
@@ -73,20 +70,8 @@ class Surrogate(nn.Module):
         return logits.float()
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """What the last linear layer reads, (B, F)."""
+        """Return the input of the last linear layer, (B, F)."""
         return last_features(self, x_BCHW)
-
-
-def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
-    """What the last linear layer of any network reads, (B, F); a gradient goes through."""
-    head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        network(x_BCHW)
-    finally:
-        handle.remove()
-    return seen[0].float()
 
 
 def cross_entropy(network: nn.Module, y_B: Tensor) -> Loss:
@@ -108,32 +93,6 @@ def worst_case(
         step_size=settings.attack_step * bound.epsilon,
         start=start,
     )
-
-
-def uniforms(seed: int, purpose: int, turn: int, index_B: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """float32 (B, *shape) in [0, 1], of (seed, purpose, turn, index) alone; drawn on the CPU, for all devices alike."""
-    key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), purpose), turn)
-    return noise.uniform(noise.fold_in(key, index_B.cpu()), shape).float().to(index_B.device)
-
-
-def crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int, flip: bool = True) -> Tensor:
-    """Pad with black, cut a window of the old size at random, mirror half of them; a gradient goes through.
-
-    Args:
-        uniform_B3: uniforms in [0, 1] that decide row, column and flip of each image.
-    """
-    count, channels, height, width = x_BCHW.shape
-    if pad:
-        offset_B2 = (uniform_B3[:, :2] * (2 * pad + 1)).long().clamp_max(2 * pad)
-        padded = F.pad(x_BCHW, (pad,) * 4)
-        rows_BH = offset_B2[:, :1] + torch.arange(height, device=x_BCHW.device)
-        columns_BW = offset_B2[:, 1:] + torch.arange(width, device=x_BCHW.device)
-        rows = rows_BH.reshape(count, 1, height, 1).expand(-1, channels, -1, width + 2 * pad)
-        columns = columns_BW.reshape(count, 1, 1, width).expand(-1, channels, height, -1)
-        x_BCHW = padded.gather(2, rows).gather(3, columns)
-    if not flip:
-        return x_BCHW
-    return torch.where(uniform_B3[:, 2].reshape(-1, 1, 1, 1) < 0.5, x_BCHW.flip(3), x_BCHW)
 
 
 class Training:

@@ -1,0 +1,36 @@
+"""Write certificates to a folder: the figures as JSON, a page and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from purifyloader.certify.pictures import curves
+from purifyloader.certify.report import check_results, markdown
+from purifyloader.files.atomic import canonical_json
+from purifyloader.results.figures import has_matplotlib
+from purifyloader.results.folder import Written, write_files
+
+__all__ = ["PAGE_FILE", "PICTURE_FILE", "RESULTS_FILE", "write"]
+
+RESULTS_FILE, PAGE_FILE, PICTURE_FILE = "certificates.json", "README.md", "certified.png"
+
+
+def write(results: Mapping[str, Any], folder: str | Path, picture: bool = True) -> Written:
+    """Write the results, a page and a picture, each whole or not at all; files of these names are replaced.
+
+    Args:
+        results: of `purifyloader.certify.report.results`, or read from its JSON.
+        folder: created where it is not there.
+        picture: draw one. Without matplotlib there is none, and the note says so.
+
+    Raises:
+        InputError: results of something else.
+        PurifyError: a file cannot be written.
+    """
+    check_results(results)
+    shown = PICTURE_FILE if picture and has_matplotlib() else None
+    texts = {RESULTS_FILE: canonical_json(results) + "\n", PAGE_FILE: markdown(results, picture=shown)}
+    draw = (lambda path: curves(results, path)) if picture else None
+    return write_files(Path(folder), texts, PICTURE_FILE, draw)
