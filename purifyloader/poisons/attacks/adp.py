@@ -10,15 +10,10 @@ denoiser is made of, U, whose last layer is replaced so that it classifies. The 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.em import EmSettings, min_min, with_defaults
-from purifyloader.poisons.attacks.presets import choose, told
 from purifyloader.poisons.attacks.views import compensated
-from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["PRESETS", "AdpSettings", "adp"]
 
@@ -46,37 +41,13 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def adp(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset with noise that is easy to learn through ECLIPSE's compensation.
+@on_all_images("adp", PRESETS, with_defaults)
+def adp(clean: Clean, settings: AdpSettings, seed: int) -> Made:
+    """Add noise to all images of a dataset that is easy to learn through ECLIPSE's compensation.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`; in colour.
-        seed: of the network, its batches, the compensation and the noise's start.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full": the published U-Net, and
-            EM's own steps, as the paper gives none.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `AdpSettings` in place of the preset's; with class_wise=True as in `em`.
-
-    Returns:
-        The poisoned set. Its settings hold the options, the rounds taken, and the network's accuracy on it.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, the rounds taken, and the network's accuracy on it. With
+    class_wise=True as in `em`.
     """
-    settings = choose(PRESETS, preset, with_defaults(options))
-    with opened(dataset, "adp", seed, device, progress) as clean:
-        view = compensated(settings.grey, settings.noise, seed)
-        noise, measured = min_min(clean, settings, seed, "adp", view)
-        return poisoned(clean, add(clean, noise, settings.bound), "adp", settings, seed, preset, **measured)
+    view = compensated(settings.grey, settings.noise, seed)
+    noise, measured = min_min(clean, settings, seed, "adp", view)
+    return add(clean, noise, settings.bound), measured

@@ -1,8 +1,12 @@
-"""What an attack with a surrogate starts from and ends in: checked images on its device, poisoned images of 8 bits."""
+"""Open a dataset for an attack with a network, and end in poisoned images of 8 bits.
+
+`on_all_images` makes an attack that poisons a whole dataset out of what it does to the opened images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +22,10 @@ from purifyloader.core.devices import as_device, exact_arithmetic
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.pgd import round_within
-from purifyloader.poisons.attacks.presets import AttackSettings
+from purifyloader.poisons.attacks.presets import AttackSettings, Settings, choose, told
 from purifyloader.poisons.poisoned import Bound, Poisoned
 
-__all__ = ["Clean", "add", "add_to", "opened", "poisoned", "rounded"]
+__all__ = ["Clean", "Made", "add", "add_to", "on_all_images", "opened", "poisoned", "rounded"]
 
 _SMALLEST = 8  # pixels along a side, as the networks halve it three times
 
@@ -114,3 +118,60 @@ def poisoned(
     """
     record = settings.record(seed, preset, **measured)
     return Poisoned.of(images, clean.y.cpu().numpy(), attack, bound=settings.bound, settings=record)
+
+
+_ARGUMENTS = """
+
+On the CPU, with one number of threads, the same arguments give the same pixels.
+
+Args:
+    dataset: see `as_arrays`.
+    seed: of all that is random.
+    preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as far as may be as in the
+        paper.
+    device: where to compute.
+    progress: show a bar.
+    options: values of the settings in place of the preset's.
+
+Raises:
+    InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+"""
+
+Made = tuple[NDArray[np.uint8], dict[str, Any]]
+"""Poisoned images, uint8 (N, H, W, C), and JSON values to record beside the settings."""
+
+Core = Callable[[Clean, Settings, int], Made]
+"""(clean, settings, seed) -> what an attack on all images makes of them."""
+
+
+def on_all_images(
+    name: str, presets: Mapping[str, Settings], defaults: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+) -> Callable[[Core[Settings]], Callable[..., Poisoned]]:
+    """Make an attack `(dataset, seed=0, *, preset, device, progress, **options)` out of its core. A decorator.
+
+    Args:
+        name: of the attack.
+        presets: named settings, the first the default.
+        defaults: completes the options that are given.
+    """
+
+    def decorate(core: Core[Settings]) -> Callable[..., Poisoned]:
+        def attack(
+            dataset: Any,
+            seed: int = 0,
+            *,
+            preset: str = "cpu",
+            device: torch.device | str = "cpu",
+            progress: bool = False,
+            **options: Any,
+        ) -> Poisoned:
+            settings = choose(presets, preset, defaults(options))
+            with opened(dataset, name, seed, device, progress) as clean:
+                images, measured = core(clean, settings, seed)
+                return poisoned(clean, images, name, settings, seed, preset, **measured)
+
+        attack.__name__, attack.__qualname__, attack.__module__ = core.__name__, core.__qualname__, core.__module__
+        attack.__doc__ = (inspect.getdoc(core) or "") + _ARGUMENTS
+        return told(presets)(attack)
+
+    return decorate

@@ -12,17 +12,16 @@ adversarial training would rely on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.descent import descend
 from purifyloader.poisons.attacks.features import class_features, feature_distance
-from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings
 from purifyloader.poisons.attacks.surrogate import Surrogate, share_called, train, worst_case
-from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["PRESETS", "EfpSettings", "efp"]
 
@@ -57,55 +56,29 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def efp(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset with the robust features of their class mixed into those of others.
+@on_all_images("efp", PRESETS)
+def efp(clean: Clean, settings: EfpSettings, seed: int) -> Made:
+    """Mix the robust features of each image's class into those of others, for all images of a dataset.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the network, its batches and the perturbations' starts.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `EfpSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set. Its settings hold the options, and the share of it that the network calls by the label.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit, or a class between 0 and the largest label
-            without an image; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, and the share of it that the network calls by the label.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "efp", seed, device, progress) as clean:
-        random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
 
-        def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-            return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
+    def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+        return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
 
-        (network,) = train(clean, settings, seed, adversary=adversary)
-        mean_KF = class_features(clean, network)
-        class_N = clean.y if settings.variant == "push" else nearest_class(mean_KF)[clean.y]
-        delta = descend(
-            clean,
-            settings,
-            seed,
-            lambda index_B: feature_distance(network, mean_KF[class_N[index_B]]),
-            minimise=settings.variant == "pull",
-        )
-        images = add(clean, delta, settings.bound)
-        called = share_called(network, images, clean.y)
-        return poisoned(clean, images, "efp", settings, seed, preset, called_label=called)
+    (network,) = train(clean, settings, seed, adversary=adversary)
+    mean_KF = class_features(clean, network)
+    class_N = clean.y if settings.variant == "push" else nearest_class(mean_KF)[clean.y]
+    delta = descend(
+        clean,
+        settings,
+        seed,
+        lambda index_B: feature_distance(network, mean_KF[class_N[index_B]]),
+        minimise=settings.variant == "pull",
+    )
+    images = add(clean, delta, settings.bound)
+    return images, {"called_label": share_called(network, images, clean.y)}
 
 
 def nearest_class(mean_KF: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import ascend, pgd
-from purifyloader.poisons.attacks.presets import AttackSettings, choose, told
+from purifyloader.poisons.attacks.presets import AttackSettings
 from purifyloader.poisons.attacks.surrogate import Training, cross_entropy
 from purifyloader.poisons.attacks.views import View, itself
-from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.victims.augment import crop_and_flip
 
 __all__ = ["PRESETS", "EmSettings", "em", "min_min", "with_defaults"]
@@ -68,44 +67,20 @@ PRESETS = {
 _CLASS_WISE: dict[str, Any] = {"steps": 1, "step": 0.1, "stop_accuracy": 0.9}
 
 
-@told(PRESETS)
-def em(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset with error-minimising noise.
-
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the network, its batches and the noise's start.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `EmSettings` in place of the preset's; with class_wise=True, steps is 1 for each batch and
-            stop_accuracy 0.9 unless said.
-
-    Returns:
-        The poisoned set. Its settings hold the options, the rounds taken, and the network's accuracy on it.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
-    """
-    settings = choose(PRESETS, preset, with_defaults(options))
-    with opened(dataset, "em", seed, device, progress) as clean:
-        noise, measured = min_min(clean, settings, seed, "em")
-        return poisoned(clean, add(clean, noise, settings.bound), "em", settings, seed, preset, **measured)
-
-
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with what class-wise noise has by default in place of a preset's."""
     return {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options}
+
+
+@on_all_images("em", PRESETS, with_defaults)
+def em(clean: Clean, settings: EmSettings, seed: int) -> Made:
+    """Add error-minimising noise to all images of a dataset.
+
+    The settings of the poisoned set hold the options, the rounds taken, and the network's accuracy on it. With
+    class_wise=True, steps is 1 for each batch and stop_accuracy 0.9 unless said.
+    """
+    noise, measured = min_min(clean, settings, seed, "em")
+    return add(clean, noise, settings.bound), measured
 
 
 def min_min(

@@ -10,11 +10,12 @@ magnitude from one network to the next, and with it the step that a plain descen
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,15 +24,16 @@ from torch import Tensor, nn
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.choice import as_target, drawn, of_class
-from purifyloader.poisons.attacks.clean import Clean
+from purifyloader.poisons.attacks.clean import Clean, opened
 from purifyloader.poisons.attacks.pgd import project
-from purifyloader.poisons.attacks.presets import TrainedSettings
-from purifyloader.poisons.poisoned import Bound, Target
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.victims.augment import crop_and_flip, uniforms
 from purifyloader.victims.networks import last_features
 
 __all__ = [
     "Few",
+    "Made",
     "Objective",
     "aims",
     "approach",
@@ -41,10 +43,13 @@ __all__ = [
     "facts",
     "features",
     "given",
+    "on_few_images",
     "rate",
     "seen",
     "within",
 ]
+
+SomeSettings = TypeVar("SomeSettings", bound=TrainedSettings)
 
 _VIEW = 0x66657776  # "fewv": what the keys drawn here are for
 _TINY = 1e-12  # of Adam, far below any gradient: that of one among a thousand poisons is a thousandth
@@ -274,3 +279,105 @@ def distances(
     after_KHWC = torch.from_numpy(images[few.index_K.cpu().numpy()]).to(few.base_KCHW.device)
     after_KCHW = after_KHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
     return {"distance_before": of(few.base_KCHW), "distance_after": of(after_KCHW)}
+
+
+_ARGUMENTS = """
+
+On the CPU, with one number of threads, the same arguments give the same pixels.
+
+Args:
+    dataset: see `as_arrays`.
+    seed: of the choice of images, of the networks and their batches, and of all else that is random.
+    target: the test image, a `Target`, uint8 (H, W, 3) or a file.
+    target_class: what the victim is to call it, the class of the poisons; of a `Target`, None takes its label.
+    count, share: how many images to poison, or what share of the set; without them as said above, or all of the class
+        if it has fewer.
+    networks: the attacker's, on `device`, images (B, 3, H, W) in [0, 1] to logits, the last nn.Linear reading the
+        features; they stay as they are. None trains some on the dataset.
+    preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as far as may be as in the
+        paper.
+    device: where to compute.
+    progress: show a bar.
+    options: values of the settings in place of the preset's.
+
+Raises:
+    InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both share and
+        count; TrainingError: a network diverges.
+"""
+
+Made = tuple[Few, NDArray[np.uint8], dict[str, Any]]
+"""What was poisoned, all images uint8 (N, H, W, C), and JSON values to record beside the settings."""
+
+Core = Callable[[Clean, Few, Sequence[nn.Module], SomeSettings, int], Made]
+"""(clean, few, networks in evaluation mode, settings, seed) -> what an attack makes of them."""
+
+
+def on_few_images(
+    name: str,
+    presets: Mapping[str, SomeSettings],
+    *,
+    purpose: int,
+    default: Callable[[Clean], int],
+    surrogates: Callable[[Clean, SomeSettings, int], Sequence[nn.Module]],
+) -> Callable[[Core[SomeSettings]], Callable[..., Poisoned]]:
+    """Make an attack that is aimed at one test image out of its core. A decorator.
+
+    The attack is `(dataset, seed=0, *, target, target_class, count, share, networks, preset, device, progress,
+    **options)`.
+
+    Args:
+        name: of the attack.
+        presets: named settings, the first the default.
+        purpose: what the images are drawn by, beside the seed.
+        default: how many to poison where nothing is said.
+        surrogates: trains networks where none are given.
+    """
+
+    def decorate(core: Core[SomeSettings]) -> Callable[..., Poisoned]:
+        def attack(
+            dataset: Any,
+            seed: int = 0,
+            *,
+            target: Any,
+            target_class: int | None = None,
+            count: int | None = None,
+            share: float | None = None,
+            networks: Sequence[nn.Module] | None = None,
+            preset: str = "cpu",
+            device: torch.device | str = "cpu",
+            progress: bool = False,
+            **options: Any,
+        ) -> Poisoned:
+            settings = choose(presets, preset, options)
+            with opened(dataset, name, seed, device, progress) as clean:
+                few = chosen(
+                    clean,
+                    target,
+                    target_class,
+                    share=share,
+                    count=count,
+                    default=default(clean),
+                    seed=seed,
+                    attack=purpose,
+                )
+                used = surrogates(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
+                with evaluated(used):
+                    few, images, measured = core(clean, few, used, settings, seed)
+                    record = settings.record(
+                        seed, preset, **facts(few, used, networks is not None, share, count), **measured
+                    )
+                return Poisoned.of(
+                    images,
+                    clean.y.cpu().numpy(),
+                    name,
+                    few.index_K.cpu().numpy(),
+                    bound=settings.bound,
+                    target=few.target,
+                    settings=record,
+                )
+
+        attack.__name__, attack.__qualname__, attack.__module__ = core.__name__, core.__qualname__, core.__module__
+        attack.__doc__ = (inspect.getdoc(core) or "") + _ARGUMENTS
+        return told(presets)(attack)
+
+    return decorate

@@ -24,16 +24,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from purifyloader.poisons.attacks.clean import add_to, opened
-from purifyloader.poisons.attacks.few import aims, approach, chosen, distances, evaluated, facts, features, given, rate
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.clean import Clean, add_to
+from purifyloader.poisons.attacks.few import Few, Made, aims, approach, distances, features, on_few_images, rate
+from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import train
-from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["PRESETS", "FrogsSettings", "backward", "collision", "poison_frogs"]
 
@@ -64,94 +61,43 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def poison_frogs(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    target: Any,
-    target_class: int | None = None,
-    count: int | None = None,
-    share: float | None = None,
-    networks: Sequence[nn.Module] | None = None,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """A few images of one class, each moved onto a test image in feature space.
+def _surrogate(clean: Clean, settings: FrogsSettings, seed: int) -> Sequence[nn.Module]:
+    return train(clean, settings, seed)
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
 
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the choice of bases, and of the network and its batches.
-        target: the test image, a `Target`, uint8 (H, W, 3) or a file.
-        target_class: what the victim is to call it, the class of the bases; of a `Target`, None takes its label.
-        count: how many poisons; 10 where there is no share either, or the class if it has fewer.
-        share: how many, as a share of the set.
-        networks: the attacker's, on `device`, images (B, 3, H, W) in [0, 1] to logits, the last nn.Linear reading the
-            features; they stay as they are. None trains one on the dataset.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", a ResNet-18.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `FrogsSettings` in place of the preset's.
+@on_few_images("poison-frogs", PRESETS, purpose=_ATTACK, default=lambda clean: _COUNT, surrogates=_surrogate)
+def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: FrogsSettings, seed: int) -> Made:
+    """Move a few images of one class, 10 unless said, each onto a test image in feature space.
 
-    Returns:
-        The poisoned set. Its settings hold the options, and for each network what it calls the target, and how far the
-        poisons' features are from the target's before and after: the mean of |f(p) - f(t)| / |f(t)|.
-
-    Raises:
-        InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both share and
-            count; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, and for each network what it calls the target, and how far the
+    poisons' features are from the target's before and after: the mean of |f(p) - f(t)| / |f(t)|.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "poison-frogs", seed, device, progress) as clean:
-        few = chosen(clean, target, target_class, share=share, count=count, default=_COUNT, seed=seed, attack=_ATTACK)
-        used: Sequence[nn.Module] = (
-            train(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
-        )
-        with evaluated(used):
-            aim_of = aims(used, few.target_1CHW)
+    aim_of = aims(networks, few.target_1CHW)
 
-            def objective(x_KCHW: Tensor) -> Iterator[Tensor]:
-                for network, aim_1F in zip(used, aim_of, strict=True):
-                    for x_BCHW in x_KCHW.split(settings.batch_size):
-                        yield collision(features(network, x_BCHW), aim_1F) / len(used)
+    def objective(x_KCHW: Tensor) -> Iterator[Tensor]:
+        for network, aim_1F in zip(networks, aim_of, strict=True):
+            for x_BCHW in x_KCHW.split(settings.batch_size):
+                yield collision(features(network, x_BCHW), aim_1F) / len(networks)
 
-            base_KCHW = few.base_KCHW
-            shares = [(aim_1F.shape[1] / base_KCHW[0].numel()) ** 2 for aim_1F in aim_of]
-            delta = approach(
-                objective,
-                base_KCHW,
-                settings,
-                clean.bar,
-                index_K=few.index_K,
-                seed=seed,
-                start=settings.watermark * few.target_1CHW + (1 - settings.watermark) * base_KCHW,
-                backward=partial(
-                    backward,
-                    base_KCHW=base_KCHW,
-                    lr=rate(settings, base_KCHW),
-                    beta=settings.beta * sum(shares) / len(shares),
-                ),
-            )
-            images = add_to(clean, few.index_K, delta, settings.bound)
-            record = settings.record(
-                seed,
-                preset,
-                **facts(few, used, networks is not None, share, count),
-                **distances(few, images, used, aim_of, apart, settings.batch_size),
-            )
-    return Poisoned.of(
-        images,
-        clean.y.cpu().numpy(),
-        "poison-frogs",
-        few.index_K.cpu().numpy(),
-        bound=settings.bound,
-        target=few.target,
-        settings=record,
+    base_KCHW = few.base_KCHW
+    shares = [(aim_1F.shape[1] / base_KCHW[0].numel()) ** 2 for aim_1F in aim_of]
+    delta = approach(
+        objective,
+        base_KCHW,
+        settings,
+        clean.bar,
+        index_K=few.index_K,
+        seed=seed,
+        start=settings.watermark * few.target_1CHW + (1 - settings.watermark) * base_KCHW,
+        backward=partial(
+            backward,
+            base_KCHW=base_KCHW,
+            lr=rate(settings, base_KCHW),
+            beta=settings.beta * sum(shares) / len(shares),
+        ),
     )
+    images = add_to(clean, few.index_K, delta, settings.bound)
+    return few, images, distances(few, images, networks, aim_of, apart, settings.batch_size)
 
 
 def collision(feature_KF: Tensor, aim_1F: Tensor) -> Tensor:

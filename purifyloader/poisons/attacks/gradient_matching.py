@@ -13,9 +13,9 @@ batch's gradient with the target's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.clean import Clean, add_to, opened
-from purifyloader.poisons.attacks.few import Few, chosen, evaluated, facts, given, rate, within
+from purifyloader.poisons.attacks.clean import Clean, add_to
+from purifyloader.poisons.attacks.few import Few, Made, on_few_images, rate, within
 from purifyloader.poisons.attacks.pgd import random_start
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import train
-from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.victims.augment import crop_and_flip, uniforms
 
 __all__ = ["PRESETS", "GradientMatchingSettings", "gradient_matching", "loss_gradient", "mismatch"]
@@ -57,6 +56,8 @@ class GradientMatchingSettings(TrainedSettings):
             published code does, "random" ones.
     """
 
+    EPSILON: ClassVar[Mapping[str, float]] = {"linf": 16 / 255, "l2": 1.0}
+
     restarts: int
     surrogates: int = 1
     bases: Literal["largest", "random"] = "largest"
@@ -65,10 +66,6 @@ class GradientMatchingSettings(TrainedSettings):
         super().__post_init__()
         self.integers(restarts=1, surrogates=1)
         self.among("bases", ("largest", "random"))
-
-    @property
-    def bound(self) -> Bound:
-        return Bound("linf", 16 / 255) if self.norm == "linf" and self.epsilon is None else super().bound
 
 
 # The published step, 0.1 for images divided by their standard deviation of about 1/4, is 0.4 of 16/255.
@@ -88,84 +85,48 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def gradient_matching(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    target: Any,
-    target_class: int | None = None,
-    count: int | None = None,
-    share: float | None = None,
-    networks: Sequence[nn.Module] | None = None,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """A few images of a class that have a victim, trained from scratch on the set, call one test image so.
-
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the first network (seed + 1 of the second, and so on), its batches, the perturbations' starts and
-            views, and random bases.
-        target: the test image, see `poisons.choice.as_target`.
-        target_class: what the victim is to call it, and the class of the poisons; of a `Target`, None takes its label.
-        count, share: how many images to poison, or what share of the set; 1 % of it, or all of the class where that is
-            less, if both are None.
-        networks: surrogates to use as they are, in evaluation mode: modules on `device` from images (B, 3, H, W) in
-            [0, 1] to logits. None trains some.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", much as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `GradientMatchingSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set, with its target. Its settings hold the options; for each surrogate B of the bases and of the
-        poisons, without crops, and the class that it calls the target; and the mean B of each restart.
-
-    Raises:
-        InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both count and
-            share; TrainingError: a network diverges.
-    """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "gradient-matching", seed, device, progress) as clean:
-        default = max(1, round(0.01 * len(clean)))
-        few = chosen(clean, target, target_class, share=share, count=count, default=default, seed=seed, attack=_ATTACK)
-        nets = _trained(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
-        label_1 = torch.tensor([few.target.label], device=clean.y.device)
-        with evaluated(nets):
-            _check_classes(nets, few)
-            matched = [(network, loss_gradient(network, few.target_1CHW, label_1)) for network in nets]
-            if settings.bases == "largest":
-                index_K = _largest(clean, nets, few.target.label, len(few.index_K))
-                few = replace(few, index_K=index_K, base_KCHW=clean.images(index_K))
-            tried = [_brew(few, matched, settings, seed, restart, clean.bar) for restart in range(settings.restarts)]
-            scores = [sum(_losses(matched, few, few.base_KCHW + delta, settings)) / len(nets) for delta in tried]
-            images = add_to(clean, few.index_K, tried[scores.index(min(scores))], settings.bound)
-            which = few.index_K.cpu().numpy()
-            poison_KCHW = torch.from_numpy(images[which]).permute(0, 3, 1, 2).to(clean.x.device).float() / 255
-            record = settings.record(
-                seed,
-                preset,
-                **facts(few, nets, networks is not None, share, count),
-                b_before=_losses(matched, few, few.base_KCHW, settings),
-                b_after=_losses(matched, few, poison_KCHW, settings),
-                b_of_restart=scores,
-            )
-        labels = clean.y.cpu().numpy()
-        return Poisoned.of(
-            images, labels, "gradient-matching", which, bound=settings.bound, target=few.target, settings=record
-        )
-
-
 def _trained(clean: Clean, settings: GradientMatchingSettings, seed: int) -> list[nn.Module]:
     networks = [train(clean, settings, seed + turn)[0] for turn in range(settings.surrogates)]
     for network in networks:
         network.in_bfloat16 = False
     return list(networks)
+
+
+@on_few_images(
+    "gradient-matching",
+    PRESETS,
+    purpose=_ATTACK,
+    default=lambda clean: max(1, round(0.01 * len(clean))),
+    surrogates=_trained,
+)
+def gradient_matching(
+    clean: Clean, few: Few, networks: Sequence[nn.Module], settings: GradientMatchingSettings, seed: int
+) -> Made:
+    """Have a victim, trained from scratch on the set, call one test image by the class of a few: 1 % unless said.
+
+    The settings of the poisoned set hold the options; for each surrogate B of the bases and of the poisons, without
+    crops, and the class that it calls the target; and the mean B of each restart.
+    """
+    label_1 = torch.tensor([few.target.label], device=clean.y.device)
+    _check_classes(networks, few)
+    matched = [(network, loss_gradient(network, few.target_1CHW, label_1)) for network in networks]
+    if settings.bases == "largest":
+        index_K = _largest(clean, networks, few.target.label, len(few.index_K))
+        few = replace(few, index_K=index_K, base_KCHW=clean.images(index_K))
+    tried = [_brew(few, matched, settings, seed, restart, clean.bar) for restart in range(settings.restarts)]
+    scores = [sum(_losses(matched, few, few.base_KCHW + delta, settings)) / len(networks) for delta in tried]
+    images = add_to(clean, few.index_K, tried[scores.index(min(scores))], settings.bound)
+    which = few.index_K.cpu().numpy()
+    poison_KCHW = torch.from_numpy(images[which]).permute(0, 3, 1, 2).to(clean.x.device).float() / 255
+    return (
+        few,
+        images,
+        {
+            "b_before": _losses(matched, few, few.base_KCHW, settings),
+            "b_after": _losses(matched, few, poison_KCHW, settings),
+            "b_of_restart": scores,
+        },
+    )
 
 
 def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: bool = False) -> Gradient:
@@ -242,10 +203,7 @@ def _largest(clean: Clean, networks: Sequence[nn.Module], label: int, count: int
 
 @torch.no_grad()
 def _check_classes(networks: Sequence[nn.Module], few: Few) -> None:
-    """
-    Raises:
-        InputError: a network that does not know the target class.
-    """
+    """Refuse a network that does not know the target class, with an InputError."""
     for number, network in enumerate(networks):
         classes = network(few.target_1CHW.expand(-1, 3, -1, -1)).shape[1]
         if classes <= few.target.label:

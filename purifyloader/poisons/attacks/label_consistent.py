@@ -10,8 +10,9 @@ outright. In all four corners it is mirrored, so that a flip keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ from purifyloader.poisons.poisoned import Bound, Poisoned
 __all__ = ["PRESETS", "LabelConsistentSettings", "corner_trigger", "label_consistent"]
 
 _ATTACK = 0x6C636273  # "lcbs"
-_EPSILON = {"linf": 16 / 255, "l2": 600 / 255}
 _PATTERN = ((-1, -1, 1), (-1, 1, -1), (1, -1, 1))  # of the lower right corner, as published: no checkerboard quite
 
 
@@ -44,6 +44,8 @@ class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
         corners: how many have the trigger, 4, or 1: the lower right, which flips and crops of a training take apart.
     """
 
+    EPSILON: ClassVar[Mapping[str, float]] = {"linf": 16 / 255, "l2": 600 / 255}
+
     adversarial: bool = True
     amplitude: float = 1.0
     corners: int = 4
@@ -54,11 +56,6 @@ class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
         self.numbers(amplitude=(1 / 255, 1))
         if self.corners not in (1, 4) or isinstance(self.corners, bool):
             raise InputError(f"corners must be 1 or 4. Got {self.corners!r}.")
-
-    @property
-    def bound(self) -> Bound:
-        """Of the perturbation, without the trigger."""
-        return Bound(self.norm, _EPSILON[self.norm] if self.epsilon is None else self.epsilon)
 
     @property
     def bound_with_trigger(self) -> Bound | None:

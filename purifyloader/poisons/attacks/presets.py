@@ -1,4 +1,4 @@
-"""What an attack is made with: a named preset, and options in place of some of its values."""
+"""Settings of attacks with networks: a named preset, and options in place of some of its values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned
@@ -17,8 +17,6 @@ __all__ = ["AdversarialSettings", "AttackSettings", "Settings", "TrainedSettings
 
 Attack = TypeVar("Attack", bound=Callable[..., Poisoned])
 Settings = TypeVar("Settings", bound="AttackSettings")
-
-_EPSILON = {"linf": 8 / 255, "l2": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,9 @@ class AttackSettings:
         bfloat16: autocast the network's arithmetic, twice as fast where the processor has it.
     """
 
+    EPSILON: ClassVar[Mapping[str, float]] = {"linf": 8 / 255, "l2": 1.0}
+    """Largest perturbation in each norm, where epsilon is None."""
+
     norm: Literal["linf", "l2"] = "linf"
     epsilon: float | None = None
     steps: int
@@ -53,7 +54,7 @@ class AttackSettings:
     bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        self.among("norm", tuple(_EPSILON))
+        self.among("norm", tuple(self.EPSILON))
         self.among("network", tuple(VICTIMS))
         self.integers(steps=1, width=1, batch_size=2, pad=0)  # batch normalisation needs two images
         self.numbers(step=(1e-6, 100), lr=(1e-12, math.inf), momentum=(0, 1), weight_decay=(0, math.inf))
@@ -62,7 +63,7 @@ class AttackSettings:
 
     @property
     def bound(self) -> Bound:
-        return Bound(self.norm, _EPSILON[self.norm] if self.epsilon is None else self.epsilon)
+        return Bound(self.norm, self.EPSILON[self.norm] if self.epsilon is None else self.epsilon)
 
     @property
     def step_size(self) -> float:

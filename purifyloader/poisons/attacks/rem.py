@@ -10,17 +10,15 @@ transformation, EOT); the maximum is taken at each sample and held fixed while u
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import Loss, pgd
-from purifyloader.poisons.attacks.presets import AdversarialSettings, choose, told
+from purifyloader.poisons.attacks.presets import AdversarialSettings
 from purifyloader.poisons.attacks.surrogate import Surrogate, Training, cross_entropy, worst_case
-from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.victims.augment import crop_and_flip
 
 __all__ = ["PRESETS", "RemSettings", "rem"]
@@ -60,72 +58,42 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def rem(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset with robust error-minimising noise.
+@on_all_images("rem", PRESETS)
+def rem(clean: Clean, settings: RemSettings, seed: int) -> Made:
+    """Add robust error-minimising noise to all images of a dataset.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the network, its batches, the crops and the perturbations' starts.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `RemSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set. Its settings hold the options, and the network's loss on it, cropped, flipped and perturbed at
-        worst, beside that on the clean images.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, and the network's loss on it, cropped, flipped and perturbed
+    at worst, beside that on the clean images.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "rem", seed, device, progress) as clean:
-        random = torch.Generator().manual_seed(seed)
-        training = Training(clean, settings, seed, settings.train_steps)
-        noise = torch.cat([starts(clean, index_B, settings.bound, seed) for index_B in clean.batches(1024)])
+    random = torch.Generator().manual_seed(seed)
+    training = Training(clean, settings, seed, settings.train_steps)
+    noise = torch.cat([starts(clean, index_B, settings.bound, seed) for index_B in clean.batches(1024)])
 
-        def improve(index_B: Tensor) -> None:  # min over u
-            noise[index_B] = pgd(
-                _robust(training.network.eval(), clean.y[index_B], settings, random),
-                clean.images(index_B),
-                settings.bound,
-                steps=settings.steps,
-                step_size=settings.step_size,
-                minimise=True,
-                start=noise[index_B],
-            )
-            clean.bar.update(settings.steps * settings.views * (settings.attack_steps + 1))
-
-        for _ in range(settings.train_steps):
-            index_B, uniform_B3 = training.next_batch()
-            improve(index_B)
-            x, y = clean.images(index_B) + noise[index_B], clean.y[index_B]
-            view = crop_and_flip(x, uniform_B3, settings.pad, settings.flip)
-            training.learn(view + worst_case(training.network, view, y, settings, random), y)  # min over theta
-        for index_B in clean.batches(settings.batch_size):
-            improve(index_B)
-        images = add(clean, noise, settings.bound)
-        return poisoned(
-            clean,
-            images,
-            "rem",
-            settings,
-            seed,
-            preset,
-            worst_loss=_worst_loss(training.network, clean, torch.from_numpy(images), settings, random),
-            worst_loss_clean=_worst_loss(training.network, clean, clean.x.permute(0, 2, 3, 1), settings, random),
+    def improve(index_B: Tensor) -> None:  # min over u
+        noise[index_B] = pgd(
+            _robust(training.network.eval(), clean.y[index_B], settings, random),
+            clean.images(index_B),
+            settings.bound,
+            steps=settings.steps,
+            step_size=settings.step_size,
+            minimise=True,
+            start=noise[index_B],
         )
+        clean.bar.update(settings.steps * settings.views * (settings.attack_steps + 1))
+
+    for _ in range(settings.train_steps):
+        index_B, uniform_B3 = training.next_batch()
+        improve(index_B)
+        x, y = clean.images(index_B) + noise[index_B], clean.y[index_B]
+        view = crop_and_flip(x, uniform_B3, settings.pad, settings.flip)
+        training.learn(view + worst_case(training.network, view, y, settings, random), y)  # min over theta
+    for index_B in clean.batches(settings.batch_size):
+        improve(index_B)
+    images = add(clean, noise, settings.bound)
+    return images, {
+        "worst_loss": _worst_loss(training.network, clean, torch.from_numpy(images), settings, random),
+        "worst_loss_clean": _worst_loss(training.network, clean, clean.x.permute(0, 2, 3, 1), settings, random),
+    }
 
 
 def _robust(network: Surrogate, y_B: Tensor, settings: RemSettings, random: torch.Generator) -> Loss:

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.features import class_features, feature_distance
 from purifyloader.poisons.attacks.pgd import Loss
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
-from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["PRESETS", "SepSettings", "sep"]
 
@@ -56,51 +55,21 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def sep(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset as adversarial examples of another class, for all of a training.
+@on_all_images("sep", PRESETS)
+def sep(clean: Clean, settings: SepSettings, seed: int) -> Made:
+    """Turn all images of a dataset into adversarial examples of another class, for all of a training.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the network, its batches and the perturbations' start.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `SepSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set. Its settings hold the options, and for each checkpoint the shares of the set that it calls by
-        the label and by the target class.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, and for each checkpoint the shares of the set that it calls
+    by the label and by the target class.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "sep", seed, device, progress) as clean:
-        target_N = shifted(clean, settings.shift)
-        networks = train(clean, settings, seed, checkpoints=settings.checkpoints)
-        delta = descend(clean, settings, seed, _ensemble(clean, networks, target_N, settings))
-        images = add(clean, delta, settings.bound)
-        return poisoned(
-            clean,
-            images,
-            "sep",
-            settings,
-            seed,
-            preset,
-            called_label=[share_called(network, images, clean.y) for network in networks],
-            called_target=[share_called(network, images, target_N) for network in networks],
-        )
+    target_N = shifted(clean, settings.shift)
+    networks = train(clean, settings, seed, checkpoints=settings.checkpoints)
+    delta = descend(clean, settings, seed, _ensemble(clean, networks, target_N, settings))
+    images = add(clean, delta, settings.bound)
+    return images, {
+        "called_label": [share_called(network, images, clean.y) for network in networks],
+        "called_target": [share_called(network, images, target_N) for network in networks],
+    }
 
 
 def _ensemble(

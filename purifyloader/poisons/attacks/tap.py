@@ -10,15 +10,11 @@ variant. For testing defences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from purifyloader.poisons.attacks.clean import add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
 from purifyloader.poisons.attacks.descent import descend, shifted
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import cross_entropy, share_called, train
-from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["PRESETS", "TapSettings", "tap"]
 
@@ -47,48 +43,24 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
-def tap(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """All images of a dataset as adversarial examples of another class, under their own labels.
+@on_all_images("tap", PRESETS)
+def tap(clean: Clean, settings: TapSettings, seed: int) -> Made:
+    """Turn all images of a dataset into adversarial examples of another class, under their own labels.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`.
-        seed: of the network, its batches and the perturbations' start.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as in the paper.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `TapSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set. Its settings hold the options, and the shares of it that the network calls by the label and
-        by the target class.
-
-    Raises:
-        InputError: a dataset, preset, device or option that does not fit; TrainingError: the network diverges.
+    The settings of the poisoned set hold the options, and the shares of it that the network calls by the label and
+    by the target class.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "tap", seed, device, progress) as clean:
-        wanted_N = shifted(clean, settings.shift) if settings.targeted else clean.y
-        (network,) = train(clean, settings, seed)
-        delta = descend(
-            clean,
-            settings,
-            seed,
-            lambda index_B: cross_entropy(network, wanted_N[index_B]),
-            minimise=settings.targeted,
-        )
-        images = add(clean, delta, settings.bound)
-        measured = {"called_label": share_called(network, images, clean.y)}
-        if settings.targeted:
-            measured["called_target"] = share_called(network, images, wanted_N)
-        return poisoned(clean, images, "tap", settings, seed, preset, **measured)
+    wanted_N = shifted(clean, settings.shift) if settings.targeted else clean.y
+    (network,) = train(clean, settings, seed)
+    delta = descend(
+        clean,
+        settings,
+        seed,
+        lambda index_B: cross_entropy(network, wanted_N[index_B]),
+        minimise=settings.targeted,
+    )
+    images = add(clean, delta, settings.bound)
+    measured = {"called_label": share_called(network, images, clean.y)}
+    if settings.targeted:
+        measured["called_target"] = share_called(network, images, wanted_N)
+    return images, measured
