@@ -12,50 +12,33 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from purifyloader.diffusion.denoiser import NetworkDenoiser, denoiser_from_config
-from purifyloader.energy.network import EnergyNetwork, energy_from_config
-from purifyloader.errors import CheckpointError, InputError
+from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 from purifyloader.files.weights import named_weights
-from purifyloader.pretrained.messages import listed
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, FORMATS, MODEL_FILE, check_not_foreign, find
+from purifyloader.pretrained.kinds import KINDS, ModelKind, kind_of, kind_of_format
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find, listed
 
-__all__ = ["VERSION", "Summary", "load", "model_facts", "read_config", "save", "summary"]
+if TYPE_CHECKING:
+    from purifyloader.diffusion.denoiser import NetworkDenoiser
+    from purifyloader.energy.network import EnergyNetwork
+
+__all__ = ["VERSION", "Summary", "kind_of_folder", "load", "model_facts", "read_config", "save", "summary"]
 
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order
 
 _AGAIN = "Save or download the checkpoint again"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What `save` and `load` need to know of a kind of model."""
-
-    words: str  # with its article
-    type: type[nn.Module]
-    describe: Callable[[Any], dict[str, Any]]
-    build: Callable[[Mapping[str, Any]], Any]
-    network: Callable[[Any], nn.Module]  # whose weights are the file
-
-
-_KINDS = {
-    "denoiser": _Kind(
-        "a denoiser", NetworkDenoiser, NetworkDenoiser.config, denoiser_from_config, lambda model: model.network
-    ),
-    "energy": _Kind("an energy model", EnergyNetwork, EnergyNetwork.describe, energy_from_config, lambda model: model),
-}
 
 
 def save(
@@ -82,12 +65,10 @@ def save(
             finite, details that are not JSON.
         CheckpointError: files of a checkpoint are there and `overwrite` is False, or writing failed.
     """
-    kind = next((kind for kind, its in _KINDS.items() if isinstance(model, its.type)), None)
-    if kind is None:
-        raise InputError(
-            f"Only a NetworkDenoiser or an EnergyNetwork can be saved. Got {type(model).__name__}. Wrap the network."
-        )
-    its = _KINDS[kind]
+    kind = kind_of(model)
+    if kind is None or not isinstance(model, kind.saved()):
+        known = " or ".join(kind.saved().__name__ for kind in KINDS.values())
+        raise InputError(f"A model that can be saved is a {known}. Got {type(model).__name__}. Wrap the network.")
     if not isinstance(name, str | None):
         raise InputError(f"The name of a model must be a string or None. Got {type(name).__name__}.")
     folder = Path(path)
@@ -99,7 +80,7 @@ def save(
             f"A checkpoint is saved to a folder without one. Got {folder}, which has {', '.join(found)}. "
             "Give another path, or overwrite=True to replace these files."
         )
-    weights = {key: tensor.float() for key, tensor in named_weights(its.network(model)).items()}
+    weights = {key: tensor.float() for key, tensor in named_weights(kind.network(model)).items()}
     if bad := _not_finite(weights):
         raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {listed(bad)}.")
     try:
@@ -107,11 +88,11 @@ def save(
     except (TypeError, ValueError) as error:
         raise InputError(f"details must be a JSON object without NaN. Got {error}. Convert its values.") from None
 
-    header = {"format": FORMATS[kind], "version": VERSION, kind: its.describe(model)}
+    header = {"format": kind.format, "version": VERSION, kind.name: kind.config(model)}
     try:
         with replacing(folder / MODEL_FILE) as temporary:
             save_file(weights, temporary, metadata={_METADATA: canonical_json(header)})
-        write_text(folder / CARD_FILE, card if card is not None else _minimal_card(model, name))
+        write_text(folder / CARD_FILE, card if card is not None else _minimal_card(kind, model, name))
         config = {**header, "name": name, "model_sha256": file_sha256(folder / MODEL_FILE), "details": details}
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
     except (SafetensorError, OSError) as error:
@@ -129,10 +110,12 @@ def load(name_or_path: str | os.PathLike[str], kind: Literal["denoiser"] = "deno
 def load(name_or_path: str | os.PathLike[str], kind: Literal["energy"]) -> EnergyNetwork: ...
 
 
-def load(
-    name_or_path: str | os.PathLike[str], kind: Literal["denoiser", "energy"] = "denoiser"
-) -> NetworkDenoiser | EnergyNetwork:
-    """A model in eval mode, frozen, float32, on the CPU. torch's generator is left alone.
+@overload
+def load(name_or_path: str | os.PathLike[str], kind: str) -> Any: ...
+
+
+def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
+    """Load a model in eval mode, frozen, float32, on the CPU. torch's generator is left alone.
 
     Args:
         name_or_path: one of `list()`, the folder that `save` wrote, or, for a folder of that layout on the
@@ -146,8 +129,9 @@ def load(
             missing, damaged, newer than this version of purifyloader, or do not fit each other. The message
             names the file.
     """
-    if kind not in _KINDS:
-        raise InputError(f"The kind of a model must be one of {', '.join(_KINDS)}. Got {kind!r}.")
+    if kind not in KINDS:
+        raise InputError(f"must be one of {', '.join(KINDS)}. Got {kind!r}.", argument="kind")
+    what = KINDS[kind]
     folder = find(name_or_path)
     config = read_config(folder, kind)
     file = folder / MODEL_FILE
@@ -177,21 +161,19 @@ def load(
             f"{folder / CONFIG_FILE} must describe the model that {MODEL_FILE} was saved from. "
             f"Got another description: it was edited. {_AGAIN}."
         )
-    its = _KINDS[kind]
     try:
         with torch.device("meta"):  # no memory, no time and no random numbers for weights thrown away
-            model = its.build(config[kind])
+            model = what.build(config[kind])
     except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} must describe {its.words} that this version can build. "
+            f"{folder / CONFIG_FILE} must describe {what.words} that this version can build. "
             f"Got: {error}. {_AGAIN}, or update purifyloader."
         ) from None
-    network = its.network(model)
+    network = what.network(model)
     _check_fit(file, network.state_dict(), weights)
     network.load_state_dict(weights, assign=True)
     model.name = config["name"]
-    frozen: NetworkDenoiser | EnergyNetwork = model.eval().requires_grad_(False)
-    return frozen
+    return model.eval().requires_grad_(False)
 
 
 def _unreadable(file: Path, error: OSError) -> CheckpointError:
@@ -203,50 +185,54 @@ class Summary:
     """What can be said of a checkpoint without loading its weights.
 
     Attributes:
-        kind: a key of `FORMATS`.
+        kind: a key of `purifyloader.pretrained.kinds.KINDS`.
         parameters: how many.
-        noise_px: of a denoiser, the levels it was trained for, in px; None for another kind.
+        words: the model in a few words, such as the noise that it was trained for.
     """
 
     kind: str
     parameters: int
-    noise_px: tuple[float, float] | None
+    words: str
+
+
+def kind_of_folder(folder: Path) -> ModelKind:
+    """Read the kind of a checkpoint from its config.json.
+
+    Raises:
+        CheckpointError: it is missing, damaged or no checkpoint's.
+    """
+    kind = kind_of_format(read_config(folder, None)["format"])
+    assert kind is not None
+    return kind
 
 
 def summary(folder: Path) -> Summary:
-    """The kind, size and noise range of a checkpoint, from config.json and the header of model.safetensors.
+    """Read the kind, size and purpose of a checkpoint from config.json and the header of model.safetensors.
 
     Neither the hash nor the fit of the weights is checked: that is for `load`.
 
     Raises:
         CheckpointError: either file is missing, damaged or no checkpoint's.
     """
-    config = read_config(folder, None)
-    kind = next(kind for kind, name in FORMATS.items() if name == config["format"])
+    kind, config = kind_of_folder(folder), read_config(folder, None)
     file = folder / MODEL_FILE
     try:
         with safe_open(file, "pt") as weights:
             parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} must be a whole safetensors file. Got: {error}. {_AGAIN}.") from None
-    if kind != "denoiser":
-        return Summary(kind, parameters, None)
     try:
-        low, high = (255 * float(sigma) for sigma in config[kind]["sigma_range"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} must say the sigma_range of the denoiser, [low, high]. Got "
-            f"{config[kind].get('sigma_range')!r}. {_AGAIN}."
-        ) from None
-    return Summary(kind, parameters, (low, high))
+        return Summary(kind.name, parameters, kind.describe(config[kind.name]))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} must describe {kind.words}. {error} {_AGAIN}.") from None
 
 
 def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
-    """config.json of a checkpoint folder, its format, version and fields checked.
+    """Read config.json of a checkpoint folder and check its format, version and fields.
 
     Args:
         folder: the checkpoint.
-        kind: of model that it must be, a key of `FORMATS`; None for any.
+        kind: of model that it must be, a key of `KINDS`; None for any.
 
     Raises:
         CheckpointError: it is missing, not JSON, of another format, another kind or a newer version.
@@ -265,20 +251,22 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
     except ValueError as error:  # also text that is not UTF-8
         raise CheckpointError(f"{file} must be JSON. Got {error}. {_AGAIN}.") from None
     found = config.get("format") if isinstance(config, dict) else None
-    other = next((k for k, name in FORMATS.items() if name == found), None)
+    other = kind_of_format(found)
     if other is None:
         check_not_foreign(folder, config)
         got = repr(found) if isinstance(config, dict) else type(config).__name__
-        formats = repr(FORMATS[kind]) if kind is not None else " or ".join(map(repr, FORMATS.values()))
+        wanted = KINDS.values() if kind is None else [KINDS[kind]]
+        formats = " or ".join(repr(one.format) for one in wanted)
         raise CheckpointError(
             f"{file} must be an object with the format {formats}. Got {got}. "
             "Give the folder of a checkpoint that purifyloader.pretrained.save wrote."
         )
-    kind = other if kind is None else kind
-    if other != kind:
+    kind = other.name if kind is None else kind
+    if other.name != kind:
+        words = KINDS[kind].words
         raise CheckpointError(
-            f"{folder} must hold {_KINDS[kind].words}. Got {_KINDS[other].words} (format {found!r}). Give "
-            f"{_KINDS[kind].words} here; purifyloader.pretrained.load(..., kind={other!r}) reads this one."
+            f"{folder} must hold {words}. Got {other.words} (format {found!r}). Give {words} here; "
+            f"purifyloader.pretrained.load(..., kind={other.name!r}) reads this one."
         )
     version = config.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
@@ -331,34 +319,19 @@ def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def model_facts(model: NetworkDenoiser | EnergyNetwork) -> dict[str, str]:
-    """What a model knows of itself, as the rows of its card."""
-    facts = {"Parameters": f"{sum(math.prod(p.shape) for p in model.parameters()):,}"}
-    if isinstance(model, EnergyNetwork):
-        return facts | {
-            "Gives": "an energy, low on clean images",
-            "Width": f"{model.config.channels}",
-            "Image channels": f"{model.config.image_channels}",
-        }
-    low, high = model.sigma_range
-    schedule = canonical_json(model.schedule.config()) if model.schedule is not None else "none"
-    return facts | {
-        "Parameterization": model.parameterization,
-        "Noise it was trained for": f"{255 * low:.3g} to {255 * high:.3g} px (sigma {low:.4g} to {high:.4g})",
-        "Schedule": f"`{schedule}`",
-        "Image channels": f"{model.image_channels}",
-        "Learned variance": "yes" if model.learned_variance else "no",
-    }
+    """Say what a model knows of itself, as the rows of its card."""
+    kind = kind_of(model)
+    assert kind is not None
+    return {"Parameters": f"{sum(math.prod(p.shape) for p in model.parameters()):,}", **kind.facts(model)}
 
 
-def _minimal_card(model: NetworkDenoiser | EnergyNetwork, name: str | None) -> str:
+def _minimal_card(kind: ModelKind, model: Any, name: str | None) -> str:
     """The text is a promise: a denoiser saved without a card has the same bytes for ever."""
-    words, how = ("A denoiser", "")
-    if isinstance(model, EnergyNetwork):
-        words, how = "An energy model", ', kind="energy"'
+    words = kind.words[0].upper() + kind.words[1:]
     rows = "".join(f"| {key} | {value} |\n" for key, value in model_facts(model).items())
     return (
         f"# {name or words}\n\n"
         f"{words} saved by `purifyloader.pretrained.save`. Read it with\n"
-        f"`purifyloader.pretrained.load(path_to_this_folder{how})`.\n\n"
+        f"`purifyloader.pretrained.load(path_to_this_folder{kind.load_argument})`.\n\n"
         f"| | |\n|---|---|\n{rows}"
     )

@@ -28,7 +28,8 @@ from purifyloader.errors import CheckpointError, InputError, PurifyError
 from purifyloader.files.hashes import hashes_of_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import load, read_config
-from purifyloader.pretrained.registry import FORMATS, find
+from purifyloader.pretrained.kinds import kind_of_format
+from purifyloader.pretrained.registry import find
 
 __all__ = ["Learned", "check_disjoint", "learned_from", "learned_images", "training_details", "weights_of"]
 
@@ -50,7 +51,7 @@ def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
 
 def weights_of(model: str | os.PathLike[str], kind: str) -> str:
     """Return the hash of the weights of a "denoiser" or an "energy" model, by name or folder."""
-    return weights_sha256(load(model) if kind == "denoiser" else load(model, kind="energy"))
+    return weights_sha256(load(model, kind))
 
 
 def _details(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,15 +77,16 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
         start = train.get("start_from") if isinstance(train, dict) else None
         if start is None:
             return
-        kind = next(kind for kind, file_format in FORMATS.items() if file_format == config["format"])
+        kind = kind_of_format(config["format"])
+        assert kind is not None
         before, weights = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
         try:
-            is_found = isinstance(before, str) and weights_of(before, kind) == weights
+            is_found = isinstance(before, str) and weights_of(before, kind.name) == weights
         except CheckpointError:
             is_found = False
         if not is_found:
             raise InputError(
-                f"{name!r} does not say all that it learned from: its training started from the {kind} {before!r}, and "
+                f"{name!r} does not say all that it learned from: its training started from the {kind.noun} {before!r}, and "
                 "no model of that name has those weights here. Put its folder where that name leads, or take another "
                 "model."
             )

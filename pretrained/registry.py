@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained import hub
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.kinds import KINDS
 
 __all__ = [
     "CARD_FILE",
     "CONFIG_FILE",
-    "FORMATS",
     "MODEL_FILE",
     "PICKLES",
     "available",
     "check_not_foreign",
     "find",
     "is_local",
+    "listed",
 ]
 
 log = logging.getLogger("purifyloader")
@@ -30,9 +31,6 @@ CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
-FORMATS = {"denoiser": "purifyloader-denoiser", "energy": "purifyloader-energy"}
-"""The format that config.json names, for each kind of model. The kind is also the name of a field."""
-
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 """Suffixes of files that are, or hold, pickles."""
 
@@ -40,29 +38,41 @@ _SHIPPED = Path(__file__).parent
 _CONVERT = "Convert it once: purifyloader convert {source} OUT --format {format}."
 
 
-def available(kind: Literal["denoiser", "energy"] | None = None) -> list[str]:
-    """Names of the models that ship with this installation, sorted; `load(name, kind)` takes each.
+def listed(names: Sequence[str], limit: int = 6) -> str:
+    """Join names for a message; those beyond the limit are only counted."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def available(kind: str | None = None) -> list[str]:
+    """Name the models that ship with this installation, sorted; `load(name, kind)` takes each.
 
     Args:
         kind: only the models of this kind, "denoiser" or "energy"; None for all.
 
     Raises:
         InputError: no such kind.
+
+    >>> from purifyloader import pretrained
+    >>> pretrained.available("energy")
+    ['cifar10-energy']
     """
-    if kind is not None and kind not in FORMATS:
-        raise InputError(f"kind must be one of {', '.join(map(repr, FORMATS))}, or None for all. Got {kind!r}.")
+    if kind is not None and kind not in KINDS:
+        raise InputError(
+            f"must be one of {', '.join(map(repr, KINDS))}, or None for all. Got {kind!r}.", argument="kind"
+        )
     files = sorted(_SHIPPED.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.parent.name)
     return [
         file.parent.name
         for file in files
-        if kind is None or json.loads(file.read_text(encoding="utf-8"))["format"] == FORMATS[kind]
+        if kind is None or json.loads(file.read_text(encoding="utf-8"))["format"] == KINDS[kind].format
     ]
 
 
 def is_local(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether `find` would take this from this machine: a name that ships, or a folder that is there.
+    """Tell whether `find` would take this from this machine: a name that ships, or a folder that is there.
 
-    Asks nobody and reads nothing, so it says what may be done with a name that a stranger wrote into a file. What
+    It asks nobody and reads nothing, so it says what may be done with a name that a stranger wrote into a file. What
     is in the folder is for `find` and `load` to say.
     """
     return isinstance(name_or_path, str | os.PathLike) and _local(name_or_path) is not None
@@ -75,7 +85,7 @@ def _local(name_or_path: str | os.PathLike[str]) -> Path | None:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder that a shipped name, a path or a hub id stands for.
+    """Find the checkpoint folder that a shipped name, a path or a hub id stands for.
 
     A shipped name comes before a folder of that name in the working directory (write `./name` for the
     folder), and a folder `owner/name` before the repository `owner/name` on the hub, which is downloaded: a warning

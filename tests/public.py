@@ -61,6 +61,7 @@ PUBLIC = {
     "purifyloader.datasets.named": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
     "purifyloader.purified.plans": ["plan"],
     "purifyloader.recipes": [
+        "RECIPES",
         "bit_depth",
         "coin",
         "denoise_once",

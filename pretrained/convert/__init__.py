@@ -10,11 +10,10 @@ guessed: what nobody says is an error that lists it.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,9 +30,9 @@ from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.energy import convert_energy
 from purifyloader.pretrained.convert.pickles import read_file, state_dict
-from purifyloader.pretrained.convert.plausibility import Plausibility, dead_leaves, judge_denoiser, judge_energy
-from purifyloader.pretrained.messages import listed
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES
+from purifyloader.pretrained.kinds import kind_of
+from purifyloader.pretrained.plausibility import Plausibility, dead_leaves
+from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES, listed
 
 __all__ = ["FORMATS", "Format", "convert"]
 
@@ -158,18 +157,16 @@ def convert(
     preset = FORMATS[format].preset if preset is None else preset
     values = _values(format, preset, dict(settings or {}))
     found = _find(source, format, file)
-    model, others, size = _build(format, found, key, values)
+    model, size = _build(format, found, key, values)
+    kind = kind_of(model)
+    assert kind is not None
     if licence is None and preset is not None:
         licence = FORMATS[format].licences.get(preset)
     if images is None:
-        channels = model.config.image_channels if isinstance(model, EnergyNetwork) else model.image_channels
         count = 8 if size <= 64 else 4  # a large network takes a second or more for one
-        images, images_are = dead_leaves(count, size, channels), f"synthetic images (dead leaves, {size} px)"
-    judged = (
-        judge_energy(model, images, images_are)
-        if isinstance(model, EnergyNetwork)
-        else judge_denoiser(model, images, images_are, others)
-    )
+        images = dead_leaves(count, size, kind.image_channels(model))
+        images_are = f"synthetic images (dead leaves, {size} px)"
+    judged = kind.judge(model, images, images_are)
     details = {
         "purifyloader": __version__,
         "converted": {
@@ -368,40 +365,34 @@ def _read_json(path: Path) -> Any:
 
 # -- models ------------------------------------------------------------------------------------------
 
-_Others = Mapping[str, Callable[[], NetworkDenoiser]]
 _TRIED_PX = 128  # at most: what a network does with noise shows on a part of a large image
 
 
-def _build(
-    format: str, source: _Source, key: str | None, values: Any
-) -> tuple[NetworkDenoiser | EnergyNetwork, _Others, int]:
-    """The model, other ways to read the same weights, and a size of images to try it on."""
+def _build(format: str, source: _Source, key: str | None, values: Any) -> tuple[NetworkDenoiser | EnergyNetwork, int]:
+    """The model, and a size of images to try it on."""
     read = read_file(source.weights)
     config = _read_json(source.config) if source.config is not None else None
     try:
         if format == "puregen-energy":
-            return convert_energy(state_dict(read, source.weights, key), str(source.weights), config), {}, 32
-        make, readings = _reader(format, source, key, values, read, config)
-        model = make(values)
+            return convert_energy(state_dict(read, source.weights, key), str(source.weights), config), 32
+        model = _denoiser(format, source, key, values, read, config)
     except CheckpointError as error:
         if str(source.weights) in str(error):
             raise
         raise CheckpointError(f"{source.weights}: {error}") from None
-    said = config.get("sample_size") if isinstance(config, Mapping) else None
-    size = said if type(said) is int and said > 0 else max(32, 4 * model.network.config.size_multiple)
-    return model, {words: functools.partial(make, other) for words, other in readings}, min(size, _TRIED_PX)
+    size = config.get("sample_size") if isinstance(config, Mapping) else None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        size = max(32, 4 * model.network.config.size_multiple)
+    return model, min(size, _TRIED_PX)
 
 
-def _reader(
-    format: str, source: _Source, key: str | None, values: Any, read: Any, config: Any
-) -> tuple[Callable[[Any], NetworkDenoiser], Iterable[tuple[str, Any]]]:
-    """What makes a denoiser of what was read, by settings, and other settings that might have been meant."""
+def _denoiser(format: str, source: _Source, key: str | None, values: Any, read: Any, config: Any) -> NetworkDenoiser:
     if format == "score-sde":
         shadow, model_state = _shadow(read, source.weights)
-        return lambda its: score_sde.denoiser_from_shadow(shadow, model_state, its), _other_score_sde(values)
+        return score_sde.denoiser_from_shadow(shadow, model_state, values)
     weights = state_dict(read, source.weights, key)
     if format != "diffusers":
-        return lambda its: openai.denoiser_from_state(weights, its), _other_openai(values)
+        return openai.denoiser_from_state(weights, values)
     if config is None:
         raise CheckpointError(
             f"A diffusers folder has config.json beside its weights. Got none beside {source.weights}. Download it too."
@@ -412,8 +403,7 @@ def _reader(
             f"A diffusers folder says its schedule in {_SCHEDULER}. Got none in it or beside it: give --preset "
             f"({', '.join(FORMATS[format].presets)}), or --schedule and --timesteps."
         )
-    others = _other_schedules(values) if scheduler is None else ()
-    return lambda its: diffusers.denoiser_from_folder_parts(config, scheduler, weights, its), others
+    return diffusers.denoiser_from_folder_parts(config, scheduler, weights, values)
 
 
 def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tensor] | None]:
@@ -426,36 +416,6 @@ def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tenso
         )
     model = read.get("model")
     return ema["shadow_params"], model if isinstance(model, Mapping) else None
-
-
-def _other_schedules(values: Any) -> Iterator[tuple[str, Any]]:
-    now = values.schedule
-    for other in (LinearSchedule(1000), CosineSchedule(1000), CosineSchedule(4000), LinearSchedule(4000)):
-        if other != now and (values.max_timestep is None or values.max_timestep <= other.timesteps):
-            words = f"--schedule {other.kind} --timesteps {other.timesteps}"
-            yield words, replace(values, schedule=other)
-
-
-def _other_openai(values: openai.OpenAISettings) -> Iterator[tuple[str, Any]]:
-    yield from _other_schedules(values)
-    flipped = not values.rescale_timesteps
-    if values.schedule.timesteps != 1000:  # where both are the same
-        yield f"--{'' if flipped else 'no-'}rescale-timesteps", replace(values, rescale_timesteps=flipped)
-    order = next(order for order in openai.QKV_ORDERS if order != values.qkv_order)
-    yield f"--qkv-order {order}", replace(values, qkv_order=order)
-    for heads in (1, 2, 4, 8):
-        if heads != values.heads:
-            yield f"--heads {heads}", replace(values, heads=heads, head_channels=None)
-    for width in (32, 64):
-        if width != values.head_channels:
-            yield f"--head-channels {width}", replace(values, heads=None, head_channels=width)
-
-
-def _other_score_sde(values: score_sde.ScoreSDESettings) -> Iterator[tuple[str, Any]]:
-    for setting in ("continuous", "skip_rescale"):
-        flipped = not getattr(values, setting)
-        changes: dict[str, Any] = {setting: flipped}
-        yield ("--" if flipped else "--no-") + setting.replace("_", "-"), replace(values, **changes)
 
 
 # -- the card ----------------------------------------------------------------------------------------
@@ -478,13 +438,14 @@ def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[st
         if "source" in converted["settings"]:
             rows["These settings are from"] = converted["settings"]["source"]
     rows["Licence"] = converted["licence"] or "not stated: see where the file is from"
-    kind = ', kind="energy"' if isinstance(model, EnergyNetwork) else ""
+    kind = kind_of(model)
+    assert kind is not None
     text = [
         f"# {name}",
         "",
-        f"{'An energy model' if kind else 'A denoiser'} that others trained, converted by `purifyloader convert` "
+        f"{kind.words[0].upper()}{kind.words[1:]} that others trained, converted by `purifyloader convert` "
         f"{details['purifyloader']}. Read it with",
-        f"`purifyloader.pretrained.load(path_to_this_folder{kind})`.",
+        f"`purifyloader.pretrained.load(path_to_this_folder{kind.load_argument})`.",
         "",
         "| | |",
         "|---|---|",

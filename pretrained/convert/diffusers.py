@@ -30,7 +30,7 @@ from purifyloader.pretrained.convert.mapping import (
     qkv_rows,
     tensors_only,
 )
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.registry import listed
 
 __all__ = ["PRESETS", "DiffusersSettings", "denoiser_from_folder_parts", "schedule_from_scheduler"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from purifyloader.energy.network import EnergyConfig, EnergyNetwork
 from purifyloader.errors import CheckpointError
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.registry import listed
 
 __all__ = ["NAMES", "convert_energy"]
 

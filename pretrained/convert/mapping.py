@@ -19,7 +19,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, Schedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.registry import listed
 
 __all__ = [
     "Piece",

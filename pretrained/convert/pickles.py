@@ -23,7 +23,7 @@ from torch import Tensor
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained.convert.mapping import unprefixed
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.registry import listed
 
 __all__ = ["read_file", "state_dict"]
 

@@ -33,7 +33,7 @@ from purifyloader.pretrained.convert.mapping import (
     places,
     tensors_only,
 )
-from purifyloader.pretrained.messages import listed
+from purifyloader.pretrained.registry import listed
 
 __all__ = ["PRESETS", "ScoreSDESettings", "denoiser_from_shadow"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from purifyloader.audit.energies import DatasetEnergies
 from purifyloader.core import noise
-from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
 

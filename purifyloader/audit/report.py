@@ -11,7 +11,7 @@ from typing import Any
 
 from purifyloader.audit.compare import percentiles, ranking
 from purifyloader.audit.energies import DatasetEnergies
-from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.results.table import plain
 
 __all__ = ["MEANING", "in_words", "number", "ranked_csv", "sizes_in_words", "table"]

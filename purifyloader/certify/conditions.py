@@ -15,8 +15,8 @@ from purifyloader import recipes
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.noising import Noised, models_of, noised, shared_images
 from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.pretrained.kinds import KINDS
 from purifyloader.pretrained.learned import weights_of
-from purifyloader.pretrained.registry import FORMATS
 from purifyloader.purifiers import Compensation, Purifier
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
@@ -169,7 +169,7 @@ def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
     """Kind, name and weights of each model that a purifier's configuration names."""
     if isinstance(config, dict):
         for key, value in config.items():
-            if key in FORMATS and isinstance(value, dict) and "weights_sha256" in value:
+            if key in KINDS and isinstance(value, dict) and "weights_sha256" in value:
                 yield key, value.get("name"), value["weights_sha256"]
             else:
                 yield from _models(value)

@@ -13,7 +13,7 @@ from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
 from purifyloader.errors import ConfigError
 from purifyloader.pretrained.convert import FORMATS, as_json, convert, in_words, option
 from purifyloader.pretrained.convert.openai import QKV_ORDERS
-from purifyloader.pretrained.convert.plausibility import Plausibility
+from purifyloader.pretrained.plausibility import Plausibility
 
 __all__ = ["DESCRIPTION", "add_options", "run"]
 
@@ -132,11 +132,6 @@ def _judged_lines(judged: Plausibility) -> list[str]:
     lines += [f"  {r.sigma_px:5.3g} px: {r.noisy:.2f} → {r.denoised:.2f} dB ({r.gain:+.2f})" for r in judged.rows]
     if judged.energy is not None:
         lines.append(f"  noise raises the energy of {100 * judged.energy:.0f} %")
-    if judged.others:
-        name, gain = max(judged.others.items(), key=lambda item: item[1])
-        lines.append(
-            f"  best of {len(judged.others)} other readings: {name} ({gain:+.2f} dB; this one {judged.gain:+.2f})"
-        )
     return lines
 
 

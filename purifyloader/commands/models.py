@@ -36,7 +36,4 @@ def _lines() -> Iterator[str]:
         except PurifyError as error:
             yield f"{name:<23} cannot be read: {' '.join(str(error).split())}"
             continue
-        use = "an energy model"
-        if model.noise_px is not None:
-            use = "for noise from {:.2g} to {:.0f} px".format(*model.noise_px)
-        yield f"{name:<23} {model.parameters / 1e6:>6.2f} M parameters, {use}"
+        yield f"{name:<23} {model.parameters / 1e6:>6.2f} M parameters, {model.words}"

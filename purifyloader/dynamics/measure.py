@@ -22,7 +22,7 @@ from purifyloader.core.version import __version__
 from purifyloader.diffusion.psnr import check_images
 from purifyloader.dynamics.paths import Path, model_facts
 from purifyloader.energy import EnergyNetwork, image_energies
-from purifyloader.energy.langevin import TEMPERATURE
+from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 

@@ -21,7 +21,7 @@ from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import Schedule
 from purifyloader.energy import EnergyNetwork, walk
-from purifyloader.energy.langevin import STEP_SIZE, check_dynamics
+from purifyloader.energy.walking import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Diffuse, Langevin

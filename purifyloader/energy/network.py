@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from purifyloader.energy.langevin import TEMPERATURE, check_dynamics
+from purifyloader.energy.walking import TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError, InputError
 
 __all__ = ["EnergyConfig", "EnergyNetwork", "energy_from_config"]

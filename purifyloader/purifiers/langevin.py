@@ -11,7 +11,7 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.energy import EnergyNetwork
-from purifyloader.energy.langevin import STEP_SIZE, check_dynamics, langevin
+from purifyloader.energy.walking import STEP_SIZE, check_dynamics, langevin
 from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.purifiers.base import Resolver, pixels
 from purifyloader.purifiers.networks import DTYPES, NetworkPurifier, check_energy

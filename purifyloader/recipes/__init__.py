@@ -1,6 +1,7 @@
-"""The published systems, each in a few lines of the algebra of `purifyloader.purifiers`.
+"""Build the published systems, each in a few lines of the algebra of `purifyloader.purifiers`.
 
-A model is a name or folder that `purifyloader.pretrained.load` takes, or a model already loaded.
+A model is a name or folder that `purifyloader.pretrained.load` takes, or a model already loaded. `RECIPES` names all
+recipes, those of plugins too. Importing this package does not import torch.
 
 Images of many or large sizes: every recipe takes `resize`, `crop`, `tile` and `overlap`, in pixels.
 
@@ -13,23 +14,23 @@ options an image gets other noise than without, whatever its size. With none the
 
 from __future__ import annotations
 
-from purifyloader.recipes.certified import denoise_once
-from purifyloader.recipes.eclipse import eclipse
+from purifyloader.recipes import denoising, puregen, squeezing
+from purifyloader.recipes.denoising import *  # noqa: F403
 from purifyloader.recipes.models import from_json
-from purifyloader.recipes.puregen import puregen_ddpm, puregen_ebm, puregen_filt, puregen_naive, puregen_reps
-from purifyloader.recipes.squeezing import bit_depth, coin, grayscale, jpeg
+from purifyloader.recipes.puregen import *  # noqa: F403
+from purifyloader.recipes.registry import Recipes
+from purifyloader.recipes.squeezing import *  # noqa: F403
 
-__all__ = [
-    "bit_depth",
-    "coin",
-    "denoise_once",
-    "eclipse",
-    "from_json",
-    "grayscale",
-    "jpeg",
-    "puregen_ddpm",
-    "puregen_ebm",
-    "puregen_filt",
-    "puregen_naive",
-    "puregen_reps",
-]
+RECIPES = Recipes(
+    {
+        name.replace("_", "-"): getattr(module, name)
+        for module in (denoising, puregen, squeezing)
+        for name in module.__all__
+    }
+)
+"""The functions by name, with dashes, in the order in which people read them; `registry.describe` reads one."""
+
+__all__ = ["RECIPES", "from_json"]
+__all__ += denoising.__all__
+__all__ += puregen.__all__
+__all__ += squeezing.__all__

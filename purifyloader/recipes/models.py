@@ -1,98 +1,121 @@
-"""The models of a recipe: loaded by name, given, or found again for a purifier that was written down."""
+"""Find the models of a recipe: by name, as given, or again for a purifier that was written down."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from purifyloader import pretrained, purifiers
-from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import CheckpointError, InputError
-from purifyloader.files.weights import weights_sha256
-from purifyloader.pretrained.checkpoint import read_config
-from purifyloader.pretrained.registry import FORMATS, find, is_local
-from purifyloader.purifiers import Purifier
 
-__all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "from_json"]
+if TYPE_CHECKING:
+    from purifyloader.diffusion.denoiser import Denoiser
+    from purifyloader.energy import EnergyNetwork
+    from purifyloader.purifiers import Purifier
 
-Model = str | Path | Denoiser
-EnergyModel = str | Path | EnergyNetwork
+__all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "dtype_of", "from_json"]
 
-_WORDS = {"denoiser": ("denoiser", "an unnamed denoiser"), "energy": ("energy model", "an unnamed energy model")}
+# the annotation is the kind of model, for whoever reads a recipe's signature
+Model: TypeAlias = Annotated["str | Path | Denoiser", "denoiser"]
+EnergyModel: TypeAlias = Annotated["str | Path | EnergyNetwork", "energy"]
+
+
+def as_model(model: Any, kind: str) -> Any:
+    """The model itself, loaded where it is a name or a folder; the purifier refuses what is none at all."""
+    from purifyloader.pretrained.checkpoint import load
+
+    return load(model, kind) if isinstance(model, str | os.PathLike) else model
 
 
 def as_denoiser(model: Model) -> Denoiser:
-    """The denoiser itself; what is no denoiser at all is for the purifier to refuse."""
-    return pretrained.load(model) if isinstance(model, str | os.PathLike) else model
+    """The denoiser itself; the purifier refuses what is none at all."""
+    denoiser: Denoiser = as_model(model, "denoiser")
+    return denoiser
 
 
 def as_energy(model: EnergyModel) -> EnergyNetwork:
-    """The energy model itself; what is none at all is for the purifier to refuse."""
-    return pretrained.load(model, kind="energy") if isinstance(model, str | os.PathLike) else model
+    """The energy model itself; the purifier refuses what is none at all."""
+    energy: EnergyNetwork = as_model(model, "energy")
+    return energy
 
 
-class _Found:
-    """The models that a purifier's JSON means: of those given the one with its weights, else the one of its name."""
+def dtype_of(fast: bool) -> str:
+    """The arithmetic of a network, as purifiers name it."""
+    return "bfloat16" if fast else "float32"
 
-    def __init__(self, given: Sequence[Model | EnergyModel]) -> None:
-        self._given = [(_kind(model), model) for model in given]
-        self._loaded: dict[tuple[str, object], Denoiser | EnergyNetwork] = {}
 
-    def __call__(self, entry: Mapping[str, object], kind: str = "denoiser") -> Denoiser | EnergyNetwork:
+class _Finder:
+    """Find the models that a purifier's JSON means: of those given the one with its weights, else the one it names."""
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self._given = [(_kind_of(model), model) for model in given]
+        self._loaded: dict[tuple[str, object], Any] = {}
+
+    def __call__(self, entry: Mapping[str, object], kind: str = "denoiser") -> Any:
+        from purifyloader.files.weights import weights_sha256
+        from purifyloader.pretrained.kinds import KINDS
+        from purifyloader.pretrained.registry import is_local
+
         name, wanted = entry["name"], str(entry["weights_sha256"])
-        what, unnamed = _WORDS[kind]
-        candidates = [self._load(kind, model) for its_kind, model in self._given if its_kind == kind]
+        what = KINDS[kind]
+        candidates = [self._load(kind, model) for of_model, model in self._given if of_model == kind]
         if not candidates:
             if not isinstance(name, str):
-                raise CheckpointError(f"This purifier uses {unnamed}. Give it as model=.")
+                raise CheckpointError(f"This purifier uses an unnamed {what.noun}. Give it as model=.")
             if not is_local(name):  # a name in somebody's file must not lead to a download
                 raise CheckpointError(
-                    f"This purifier uses the {what} {name!r}. Got no model of that name here: give it as model= "
-                    f"(--{'model' if kind == 'denoiser' else kind} of precompute), by its folder or, to have it "
-                    "downloaded, by its name on the hub."
+                    f"This purifier uses the {what.noun} {name!r}. Got no model of that name here: give it as model=, "
+                    "by its folder or, to have it downloaded, by its name on the hub."
                 )
             candidates = [self._load(kind, name)]
         hashes = [weights_sha256(model) for model in candidates]
         if wanted not in hashes:
             got = " and ".join(sha256[:12] for sha256 in hashes)
             raise CheckpointError(
-                f"The {what} {name!r} must have weights {wanted[:12]}. Got {got}: give the right one as model=."
+                f"The {what.noun} {name!r} must have weights {wanted[:12]}. Got {got}: give the right one as model=."
             )
         return candidates[hashes.index(wanted)]
 
-    def _load(self, kind: str, model: Model | EnergyModel) -> Denoiser | EnergyNetwork:
+    def _load(self, kind: str, model: Any) -> Any:
         if not isinstance(model, str | os.PathLike):
             return model
         if (kind, model) not in self._loaded:
-            self._loaded[kind, model] = as_denoiser(model) if kind == "denoiser" else as_energy(model)
+            self._loaded[kind, model] = as_model(model, kind)
         return self._loaded[kind, model]
 
 
-def _kind(model: Model | EnergyModel) -> str:
-    if isinstance(model, Denoiser | EnergyNetwork):
-        return "denoiser" if isinstance(model, Denoiser) else "energy"
+def _kind_of(model: Any) -> str:
+    from purifyloader.pretrained.checkpoint import kind_of_folder
+    from purifyloader.pretrained.kinds import kind_of
+    from purifyloader.pretrained.registry import find
+
     if isinstance(model, str | os.PathLike):
-        found = read_config(find(model), None)["format"]
-        return next(kind for kind, its in FORMATS.items() if its == found)
-    raise InputError(
-        f"A model is a denoiser, an energy model, or the name or folder of one. Got {type(model).__name__}."
-    )
+        return kind_of_folder(find(model)).name
+    if (kind := kind_of(model)) is None:
+        raise InputError(
+            f"A model is a denoiser, an energy model, or the name or folder of one. Got {type(model).__name__}."
+        )
+    return kind.name
 
 
-def from_json(text: str, model: Model | EnergyModel | Sequence[Model | EnergyModel] | None = None) -> Purifier:
-    """The purifier that `Purifier.to_json` described.
+def from_json(text: str, model: Any = None) -> Purifier:
+    """Build the purifier that `Purifier.to_json` described.
 
     Args:
         text: the JSON.
-        model: the denoiser or energy model it uses, or a list of those it uses, where they are not all ones that
-            load by their names in the JSON. They are told apart by their weights.
+        model: the denoiser or energy model that it uses, by name, folder or loaded, or a list of those it uses, where
+            they are not all ones that load by their names in the JSON. They are told apart by their weights.
 
     Raises:
         CheckpointError: the weights are not the ones the JSON was written with, or a model is missing.
         ConfigError: no purifier's JSON.
+
+    >>> from purifyloader import recipes
+    >>> recipes.from_json(recipes.jpeg(30).to_json()).config()
+    {'kind': 'jpeg', 'quality': 30}
     """
-    given: list[Any] = list(model) if isinstance(model, list | tuple) else [] if model is None else [model]
-    return purifiers.from_json(text, _Found(given))
+    from purifyloader import purifiers
+
+    given = list(model) if isinstance(model, list | tuple) else [] if model is None else [model]
+    return purifiers.from_json(text, _Finder(given))

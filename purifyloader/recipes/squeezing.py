@@ -2,92 +2,97 @@
 
 from __future__ import annotations
 
-from purifyloader.purifiers import BitDepth, Coin, Grayscale, Jpeg, Purifier
-from purifyloader.recipes.sizes import check_sizes, resized, tiled
+from typing import TYPE_CHECKING, Unpack
 
-__all__ = ["bit_depth", "coin", "grayscale", "jpeg"]
+from purifyloader.recipes.registry import Row, recipe
+from purifyloader.recipes.sizes import SizeOptions, Sizes
+
+if TYPE_CHECKING:
+    from purifyloader.purifiers import Purifier
+
+__all__ = ["jpeg", "grayscale", "bit_depth", "coin"]
 
 
-def jpeg(
-    quality: int = 10,
-    *,
-    resize: int | None = None,
-    crop: int | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> Purifier:
-    """JPEG at quality 10 (ISS-J; Liu et al. 2023): the cheap baseline.
+@recipe(Row("jpeg-10", "JPEG at quality 10 (ISS-J)"), Row("jpeg-75", "JPEG at quality 75", {"quality": 75}))
+def jpeg(quality: int = 10, **sizes: Unpack[SizeOptions]) -> Purifier:
+    """Compress as JPEG at quality 10 (ISS-J; Liu et al. 2023): the cheap baseline.
 
     Args:
-        quality: 1 to 100.
-        resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
+        quality: of the compression, 1 to 100.
+        sizes: see `purifyloader.recipes`.
 
     Raises:
         InputError: no such quality.
         ConfigError: options that contradict each other.
+
+    >>> from purifyloader import recipes
+    >>> recipes.jpeg(quality=30).to_json()
+    '{"purifier":{"kind":"jpeg","quality":30},"schema":1}'
     """
-    check_sizes(resize, crop, tile, overlap)
-    return resized(tiled(Jpeg(quality), tile, overlap), resize, crop)
+    from purifyloader.purifiers import Jpeg
+
+    return Sizes(**sizes).around(Jpeg(quality))
 
 
-def grayscale(
-    *,
-    resize: int | None = None,
-    crop: int | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> Purifier:
-    """The brightness of each pixel in all channels (ISS-G; Liu et al. 2023).
+@recipe(Row("grayscale", "grey for every image (ISS-G)"))
+def grayscale(**sizes: Unpack[SizeOptions]) -> Purifier:
+    """Put the brightness of each pixel into all channels (ISS-G; Liu et al. 2023).
 
     Args:
-        resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
+        sizes: see `purifyloader.recipes`.
 
     Raises:
         ConfigError: options that contradict each other.
+
+    >>> from purifyloader import recipes
+    >>> recipes.grayscale().config()
+    {'kind': 'grayscale'}
     """
-    check_sizes(resize, crop, tile, overlap)
-    return resized(tiled(Grayscale(), tile, overlap), resize, crop)
+    from purifyloader.purifiers import Grayscale
+
+    return Sizes(**sizes).around(Grayscale())
 
 
-def bit_depth(
-    bits: int = 2,
-    *,
-    resize: int | None = None,
-    crop: int | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> Purifier:
-    """The two highest bits of each channel (ISS-BDR; Liu et al. 2023).
+@recipe(Row("bit-depth", "2 bits a channel"))
+def bit_depth(bits: int = 2, **sizes: Unpack[SizeOptions]) -> Purifier:
+    """Keep the two highest bits of each channel (ISS-BDR; Liu et al. 2023).
 
     Args:
-        bits: how many, 1 to 8.
-        resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
+        bits: of each channel that are kept, 1 to 8.
+        sizes: see `purifyloader.recipes`.
 
     Raises:
         InputError: no such number of bits.
         ConfigError: options that contradict each other.
+
+    >>> from purifyloader import recipes
+    >>> recipes.bit_depth().config()
+    {'kind': 'bit-depth', 'bits': 2}
     """
-    check_sizes(resize, crop, tile, overlap)
-    return resized(tiled(BitDepth(bits), tile, overlap), resize, crop)
+    from purifyloader.purifiers import BitDepth
+
+    return Sizes(**sizes).around(BitDepth(bits))
 
 
-def coin(
-    alpha: float = 2.0,
-    *,
-    resize: int | None = None,
-    crop: int | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> Purifier:
-    """Every pixel moved at random by up to 2 pixels along each side (COIN; Wang et al. 2023, arXiv:2311.18403).
+@recipe(
+    Row("coin", "COIN: pixels moved at random by interpolation"),
+    Row("coin-afresh", "the same anew in every epoch, as published", per_epoch=True),
+)
+def coin(alpha: float = 2.0, **sizes: Unpack[SizeOptions]) -> Purifier:
+    """Move every pixel at random by up to 2 pixels along each side (COIN; Wang et al. 2023, arXiv:2311.18403).
 
     Args:
-        alpha: the furthest that a pixel moves, in pixels.
-        resize, crop, tile, overlap: for images of many sizes, in pixels; see the package.
+        alpha: the furthest that a pixel moves along each side, in pixels.
+        sizes: see `purifyloader.recipes`.
 
     Raises:
         InputError: no such distance.
         ConfigError: options that contradict each other.
+
+    >>> from purifyloader import recipes
+    >>> recipes.coin().config()
+    {'kind': 'coin', 'alpha': 2.0}
     """
-    check_sizes(resize, crop, tile, overlap)
-    return resized(tiled(Coin(alpha), tile, overlap), resize, crop)
+    from purifyloader.purifiers import Coin
+
+    return Sizes(**sizes).around(Coin(alpha))

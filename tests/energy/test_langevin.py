@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from purifyloader.core import noise
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies, langevin, walk
-from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, energy_gradient
+from purifyloader.energy.walking import STEP_SIZE, TEMPERATURE, energy_gradient
 from purifyloader.errors import ConfigError, PurifyError
 
 

@@ -387,10 +387,10 @@ def test_a_summary_needs_no_weights(saved: Path, tmp_path: Path, monkeypatch: py
     pretrained.save(EnergyNetwork(EnergyConfig(4)), tmp_path / "energy")
     count = sum(p.numel() for p in EnergyNetwork(EnergyConfig(4)).parameters())
     monkeypatch.setattr(checkpoint, "read_safetensors", None)
-    assert checkpoint.summary(tmp_path / "energy") == checkpoint.Summary("energy", count, None)
+    assert checkpoint.summary(tmp_path / "energy") == checkpoint.Summary("energy", count, "an energy model")
     its = checkpoint.summary(saved)
     assert (its.kind, its.parameters) == ("denoiser", sum(p.numel() for p in make().parameters()))
-    assert its.noise_px == pytest.approx((2.55, 127.5))
+    assert its.words == "for noise from 2.5 to 128 px"
 
 
 def test_a_summary_of_what_is_damaged(saved: Path) -> None:

@@ -28,7 +28,7 @@ from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, sha
 from purifyloader.poisons.attacks.views import View, compensated, purified
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.purifiers.networks import entry
-from purifyloader.recipes.eclipse import eclipse
+from purifyloader.recipes.denoising import eclipse
 from purifyloader.recipes.models import Model, as_denoiser
 from purifyloader.victims.augment import crop_and_flip, uniforms
 

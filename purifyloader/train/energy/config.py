@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from purifyloader.energy.langevin import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.energy.network import EnergyConfig
+from purifyloader.energy.walking import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError
 from purifyloader.train.denoiser.config import check_start_from
 

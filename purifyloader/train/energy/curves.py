@@ -19,8 +19,8 @@ from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.energy.energies import image_energies
-from purifyloader.energy.langevin import FAR, walk
 from purifyloader.energy.network import EnergyNetwork
+from purifyloader.energy.walking import FAR, walk
 from purifyloader.files.atomic import replacing, write_text
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.train.denoiser.curves import CURVES_CSV, CURVES_PNG

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device
-from purifyloader.energy.langevin import walk
 from purifyloader.energy.network import EnergyNetwork
+from purifyloader.energy.walking import walk
 from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.train.denoiser.task import check_images, peak_memory, seeded

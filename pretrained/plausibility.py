@@ -1,19 +1,15 @@
-"""Does a converted model do what it should? A wrong guess at what a file does not say shows in the pixels.
+"""Measure whether a converted model does what it should: a wrong setting shows in the pixels.
 
-A denoiser is given noised clean images and must give back better ones; and, where the settings could have been
-others (another number of heads, another schedule), none of these may do better. A network was trained with one
-reading of its weights, and every other one costs it.
-
-Without images of the user's it is tried on dead leaves (Matheron 1968; Lee, Mumford & Huang 2001): overlapping
-discs, of whose radius r the density falls as r^-3, which gives them the edges, flat parts and power spectrum of
-photographs.
+A denoiser is given noised clean images and must give back better ones; an energy model must give noised images a
+higher energy. Without images of the user's they are tried on dead leaves (Matheron 1968; Lee, Mumford & Huang 2001):
+overlapping discs, of whose radius r the density falls as r^-3, which gives them the edges, flat parts and power
+spectrum of photographs.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,17 +21,11 @@ from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.psnr import noised_psnr, psnr
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.errors import PurifyError
 
 __all__ = ["Plausibility", "Row", "dead_leaves", "judge_denoiser", "judge_energy", "levels"]
 
 _LEVELS_PX = (10, 25, 50, 100)
 _GAIN_DB = 1.0  # at least so much better than the noisy image, at every level
-_BETTER_DB = (
-    0.3  # another reading that is better by more than this, in the mean over the levels, is likely the right one
-)
-_ALIKE_DB = 0.05
-_SECONDS = 60.0  # for all other readings together
 _ENERGY_PX = 25
 
 
@@ -54,34 +44,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Plausibility:
-    """What was measured and what speaks against the conversion.
+    """The measurements of a converted model, and what speaks against the conversion.
 
     Attributes:
         images: what they were, and how many.
         rows: of a denoiser, one a noise level.
-        others: mean gain, in dB, of each other reading of the file that was tried.
         energy: of an energy model, the share of images whose energy rises when noise is added.
         warnings: sentences; none where nothing speaks against it.
     """
 
     images: str
     rows: list[Row] = field(default_factory=list)
-    others: dict[str, float] = field(default_factory=dict)
     energy: float | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
     def gain(self) -> float:
         """Mean over the levels, in dB."""
-        return _mean_gain(self.rows) if self.rows else math.nan
+        return sum(row.gain for row in self.rows) / len(self.rows) if self.rows else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{key: round(value, 3) for key, value in asdict(row).items()} for row in self.rows]
-        others = {name: round(gain, 3) for name, gain in self.others.items()}
         return {
             "images": self.images,
             "psnr": rows,
-            "other_readings_gain_db": others,
             "share_with_rising_energy": self.energy,
             "warnings": self.warnings,
         }
@@ -138,52 +124,16 @@ def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], ba
     return rows
 
 
-def _mean_gain(rows: Sequence[Row]) -> float:
-    return sum(row.gain for row in rows) / len(rows)
-
-
-def judge_denoiser(
-    denoiser: NetworkDenoiser,
-    images_NCHW: Tensor,
-    images: str,
-    others: Mapping[str, Callable[[], Denoiser]] | None = None,
-) -> Plausibility:
-    """Whether a denoiser denoises, and whether another reading of the same weights would do so better.
+def judge_denoiser(denoiser: NetworkDenoiser, images_NCHW: Tensor, images: str) -> Plausibility:
+    """Measure whether a denoiser denoises.
 
     Args:
         denoiser: the converted one.
         images_NCHW: uint8, clean, of the kind it was trained on.
         images: what they are, in words.
-        others: by what is different about it, how to make each other reading; one that cannot be made is left out.
     """
-    sigmas = levels(denoiser.sigma_range)
-    begun = time.monotonic()
-    rows = measure(denoiser, images_NCHW, sigmas)
+    rows = measure(denoiser, images_NCHW, levels(denoiser.sigma_range))
     found = Plausibility(f"{len(images_NCHW)} {images}", rows)
-    # all other readings together may take so long, on as many of the images as that allows
-    share = _SECONDS / max(1e-9, (time.monotonic() - begun) * len(others or {}))
-    some = images_NCHW[: max(2, int(len(images_NCHW) * min(1.0, share)))]
-    ours = rows if len(some) == len(images_NCHW) else measure(denoiser, some, sigmas)
-    better: dict[str, float] = {}
-    for name, make in (others or {}).items():
-        try:
-            other = make()
-        except PurifyError:  # this network cannot be read so
-            continue
-        low, high = other.sigma_range
-        tried = [row for row, sigma in zip(ours, sigmas, strict=True) if low <= sigma <= high]
-        if not tried:
-            continue
-        found.others[name] = gain = _mean_gain(measure(other, some, [row.sigma_px / 255 for row in tried]))
-        better[name] = gain - _mean_gain(tried)
-    most = max(better.values(), default=0.0)
-    if most > _BETTER_DB:
-        # readings that come to the same, such as another T of rescaled timesteps, are named together
-        names = [name for name, by in better.items() if by > most - _ALIKE_DB]
-        found.warnings.append(
-            f"Read with {', or with '.join(names)}, the same weights denoise {most:.1f} dB better than the "
-            f"{_mean_gain(ours):.1f} dB that they gain so: that is likely how they were trained. Convert again with it."
-        )
     if bad := [row for row in rows if not row.gain >= _GAIN_DB]:
         text = ", ".join(f"{row.sigma_px:.3g} px: {row.noisy:.1f} → {row.denoised:.1f} dB" for row in bad)
         found.warnings.append(
@@ -196,7 +146,7 @@ def judge_denoiser(
 
 @torch.no_grad()
 def judge_energy(network: EnergyNetwork, images_NCHW: Tensor, images: str) -> Plausibility:
-    """Whether noise raises the energy, as it must for Langevin steps to remove any.
+    """Measure whether noise raises the energy, as it must for Langevin steps to remove any.
 
     Args:
         network: the converted one.

@@ -1,0 +1,199 @@
+"""Describe the kinds of models, one entry each: all that saving, loading, converting and messages need of a kind.
+
+A new kind is a class here and its name in `KINDS`. Nothing else asks of which kind a model is. The classes of models
+are imported in the bodies of functions, so that names and formats are there without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from purifyloader.errors import ConfigError
+from purifyloader.files.atomic import canonical_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from purifyloader.pretrained.plausibility import Plausibility
+
+__all__ = ["KINDS", "ModelKind", "kind_of", "kind_of_format"]
+
+
+class ModelKind:
+    """Base of the kinds of models.
+
+    Attributes:
+        name: the field of config.json that describes the model, and `kind=` of `pretrained.load`.
+        noun: for messages, with `article` before it.
+        used_by: purifiers and recipes that take it, for messages.
+    """
+
+    name: str
+    noun: str
+    article: str = "a"
+    used_by: str
+
+    @property
+    def format(self) -> str:
+        """The format that config.json names."""
+        return f"purifyloader-{self.name}"
+
+    @property
+    def words(self) -> str:
+        """The noun with its article."""
+        return f"{self.article} {self.noun}"
+
+    @property
+    def load_argument(self) -> str:
+        """What `pretrained.load(path, ...)` takes beside the path to read one, for cards."""
+        return f', kind="{self.name}"'
+
+    def base(self) -> type[nn.Module]:
+        """The class that purifiers take."""
+        raise NotImplementedError
+
+    def saved(self) -> type[nn.Module]:
+        """The class that can be saved, with its name for messages."""
+        return self.base()
+
+    def config(self, model: Any) -> dict[str, Any]:
+        """The model as JSON, without its weights."""
+        raise NotImplementedError
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        """Build a model back, with new weights, from what `config` gave."""
+        raise NotImplementedError
+
+    def network(self, model: Any) -> nn.Module:
+        """The module whose weights are stored."""
+        raise NotImplementedError
+
+    def image_channels(self, model: Any) -> int:
+        raise NotImplementedError
+
+    def facts(self, model: Any) -> dict[str, str]:
+        """What is special about a model of this kind, as rows of its card."""
+        raise NotImplementedError
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        """The model in a few words, for `purifyloader models`, from what `config` gave.
+
+        Raises:
+            ConfigError: `config` cannot have given this.
+        """
+        return self.words
+
+    def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
+        """Measure whether a converted model does what it should, on uint8 images that `images` describes."""
+        raise NotImplementedError
+
+
+class DenoiserKind(ModelKind):
+    name = "denoiser"
+    noun = "denoiser"
+    used_by = "Diffuse and DenoiseOnce: recipes.eclipse, denoise_once and puregen_ddpm"
+    load_argument = ""
+
+    def base(self) -> type[nn.Module]:
+        from purifyloader.diffusion.denoiser import Denoiser
+
+        return Denoiser
+
+    def saved(self) -> type[nn.Module]:
+        from purifyloader.diffusion.denoiser import NetworkDenoiser
+
+        return NetworkDenoiser
+
+    def config(self, model: Any) -> dict[str, Any]:
+        config: dict[str, Any] = model.config()
+        return config
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        from purifyloader.diffusion.denoiser import denoiser_from_config
+
+        return denoiser_from_config(config)
+
+    def network(self, model: Any) -> nn.Module:
+        network: nn.Module = model.network
+        return network
+
+    def image_channels(self, model: Any) -> int:
+        return int(model.image_channels)
+
+    def facts(self, model: Any) -> dict[str, str]:
+        low, high = model.sigma_range
+        schedule = canonical_json(model.schedule.config()) if model.schedule is not None else "none"
+        return {
+            "Parameterization": model.parameterization,
+            "Noise it was trained for": f"{255 * low:.3g} to {255 * high:.3g} px (sigma {low:.4g} to {high:.4g})",
+            "Schedule": f"`{schedule}`",
+            "Image channels": f"{model.image_channels}",
+            "Learned variance": "yes" if model.learned_variance else "no",
+        }
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        try:
+            low, high = (255 * float(sigma) for sigma in config["sigma_range"])
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"sigma_range must be [low, high]. Got {config.get('sigma_range')!r}.") from None
+        return f"for noise from {low:.2g} to {high:.0f} px"
+
+    def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
+        from purifyloader.pretrained.plausibility import judge_denoiser
+
+        return judge_denoiser(model, images_NCHW, images)
+
+
+class EnergyKind(ModelKind):
+    name = "energy"
+    noun = "energy model"
+    article = "an"
+    used_by = "Langevin and EnergyAbove: recipes.puregen_ebm and puregen_filt"
+
+    def base(self) -> type[nn.Module]:
+        from purifyloader.energy.network import EnergyNetwork
+
+        return EnergyNetwork
+
+    def config(self, model: Any) -> dict[str, Any]:
+        config: dict[str, Any] = model.describe()
+        return config
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        from purifyloader.energy.network import energy_from_config
+
+        return energy_from_config(config)
+
+    def network(self, model: Any) -> nn.Module:
+        network: nn.Module = model
+        return network
+
+    def image_channels(self, model: Any) -> int:
+        return int(model.config.image_channels)
+
+    def facts(self, model: Any) -> dict[str, str]:
+        return {
+            "Gives": "an energy, low on clean images",
+            "Width": f"{model.config.channels}",
+            "Image channels": f"{model.config.image_channels}",
+        }
+
+    def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
+        from purifyloader.pretrained.plausibility import judge_energy
+
+        return judge_energy(model, images_NCHW, images)
+
+
+KINDS: dict[str, ModelKind] = {kind.name: kind for kind in (DenoiserKind(), EnergyKind())}
+"""The kinds of models by name."""
+
+
+def kind_of(model: Any) -> ModelKind | None:
+    """The kind of a model in memory; None for what is no model."""
+    return next((kind for kind in KINDS.values() if isinstance(model, kind.base())), None)
+
+
+def kind_of_format(format: Any) -> ModelKind | None:
+    """The kind whose format config.json names; None for no format of this library."""
+    return next((kind for kind in KINDS.values() if kind.format == format), None)

@@ -1,0 +1,219 @@
+"""Read all that others need of a recipe from the recipe itself: its options, its models, its rows in the bench.
+
+A recipe is a function whose keyword arguments are the options of the command line, and which imports torch in its
+body alone: a help text or a list of names is then written without it. `Args:` of its docstring is the help. A
+recipe of another distribution is found by the entry point `purifyloader.recipes`; `purifyloader/purifiers/README.md`
+shows one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from purifyloader.errors import ConfigError
+from purifyloader.recipes.sizes import SizeOptions, Sizes
+
+if TYPE_CHECKING:
+    from purifyloader.purifiers import Purifier
+
+__all__ = ["GROUP", "Option", "Recipe", "Recipes", "Row", "describe", "recipe"]
+
+GROUP = "purifyloader.recipes"
+"""The entry points of recipes: their names have dashes, as on the command line."""
+
+Make = TypeVar("Make", bound="Callable[..., Purifier]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that a recipe has in the bench by default.
+
+    Attributes:
+        name: of the row.
+        description: what it does, in a few words.
+        options: of the recipe; None stands for its defaults.
+        per_epoch: applied to the images in training, drawn anew in every epoch, instead of purifying beforehand.
+        slow: left out of the bench's short lists, for it takes many network calls an image.
+    """
+
+    name: str
+    description: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    per_epoch: bool = False
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a recipe that a command line can give.
+
+    Attributes:
+        name: of the keyword argument, with underscores.
+        type: int, float, bool or str.
+        default: the recipe's own; `inspect.Parameter.empty` where it must be given.
+        help: the text of the docstring.
+    """
+
+    name: str
+    type: type
+    default: Any
+    help: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def parse(self, text: str) -> Any:
+        """The value of an option that is written `name=TEXT`.
+
+        Raises:
+            ConfigError: the text is no value of its type.
+        """
+        if self.type is bool:
+            if text not in ("true", "false"):
+                raise ConfigError(f"{self.name} must be true or false. Got {text!r}.", argument=self.name)
+            return text == "true"
+        try:
+            return self.type(text)
+        except ValueError:
+            word = {int: "an integer", float: "a number"}[self.type]
+            raise ConfigError(f"{self.name} must be {word}. Got {text!r}.", argument=self.name) from None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe and what is read from its signature and docstring.
+
+    Attributes:
+        name: with dashes.
+        make: the function.
+        summary: the first line of its docstring.
+        options: by the name of the keyword argument, in the order of the signature.
+        models: the kind of model ("denoiser", "energy") by the name of the keyword argument.
+        model_help: the help of each of these.
+        model_defaults: the name of the model that is taken where none is given; no entry where one must be.
+        rows: in the bench.
+    """
+
+    name: str
+    make: Callable[..., Purifier]
+    summary: str
+    options: Mapping[str, Option]
+    models: Mapping[str, str]
+    model_help: Mapping[str, str]
+    model_defaults: Mapping[str, str]
+    rows: tuple[Row, ...]
+
+    @property
+    def takes_fast(self) -> bool:
+        """Whether it has bfloat16 network arithmetic: `fast=True`."""
+        return "fast" in self.options
+
+
+def recipe(*rows: Row) -> Callable[[Make], Make]:
+    """Mark a function as a recipe: `**sizes` becomes four keyword arguments in its signature and in its help.
+
+    Args:
+        rows: in the bench. A recipe without any is there only when it is asked for by name.
+    """
+
+    def mark(make: Make) -> Make:
+        marked: Any = make
+        signature = inspect.signature(make)
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        if len(parameters) < len(signature.parameters):
+            parameters += [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
+                for name in SizeOptions.__annotations__
+            ]
+        marked.__signature__ = signature.replace(parameters=parameters)
+        marked.__doc__ = re.sub(r"( *)sizes: .*\n", _sizes_help, make.__doc__ or "")
+        marked.rows = rows
+        return make
+
+    return mark
+
+
+def _sizes_help(line: re.Match[str]) -> str:
+    return "".join(f"{line[1]}{name}: {text}\n" for name, text in _arguments(Sizes.__doc__).items())
+
+
+def _arguments(doc: str | None) -> dict[str, str]:
+    """The texts of `Args:` by the name of the argument; `a, b: TEXT` is the text of both."""
+    section = re.search(r"\n *Args:\n((?: +.*\n|\n)+?)(?=\S|\n *\w+:\n|\Z)", inspect.cleandoc(doc or "") + "\n")
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in section[1].splitlines() if section is not None else ():
+        if head := re.match(r"    ([\w, ]+): (.*)", line):
+            names = head[1].split(", ")
+            texts |= dict.fromkeys(names, head[2])
+        else:
+            texts |= {name: f"{texts[name]} {line.strip()}".strip() for name in names}
+    return texts
+
+
+def describe(name: str, make: Callable[..., Purifier]) -> Recipe:
+    """Read a recipe's options, models and rows from its signature and docstring.
+
+    An annotation that only a type checker knows, such as that of a `Schedule`, is not an option of a command line.
+    """
+    doc = inspect.cleandoc(make.__doc__ or "")
+    texts = _arguments(doc)
+    options, models, defaults = {}, {}, {}
+    for parameter in inspect.signature(make).parameters.values():
+        kind, of_model = _kind(make, parameter.annotation)
+        if of_model is not None:
+            models[parameter.name] = of_model
+            if parameter.default is not parameter.empty:
+                defaults[parameter.name] = parameter.default
+        elif kind is not None:
+            text = texts.get(parameter.name, "")
+            options[parameter.name] = Option(parameter.name, kind, parameter.default, text)
+    model_help = {name: texts.get(name, "") for name in models}
+    rows = getattr(make, "rows", ())
+    return Recipe(name, make, doc.partition("\n")[0], options, models, model_help, defaults, rows)
+
+
+def _kind(make: Callable[..., Purifier], annotation: Any) -> tuple[type | None, str | None]:
+    """The type of an option, or the kind of a model, that an annotation means; None for neither."""
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, make.__globals__)
+        except (NameError, TypeError):
+            return None, None
+    if isinstance(kind := next(iter(getattr(annotation, "__metadata__", ())), None), str):
+        return None, kind
+    several = [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]
+    return (several[0], None) if len(several) == 1 and several[0] in (int, float, bool, str) else (None, None)
+
+
+class Recipes(Mapping[str, "Callable[..., Purifier]"]):
+    """The recipes by name: those of the library, then those that other distributions bring as entry points.
+
+    Args:
+        own: those of the library, which come before a plugin's of the same name.
+    """
+
+    def __init__(self, own: Mapping[str, Callable[..., Purifier]]) -> None:
+        self._own = dict(own)
+
+    def __getitem__(self, name: str) -> Callable[..., Purifier]:
+        if name in self._own:
+            return self._own[name]
+        plugins = entry_points(group=GROUP, name=name) if isinstance(name, str) else ()
+        for plugin in plugins:
+            make: Callable[..., Purifier] = plugin.load()
+            return make
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._own, *sorted(plugin.name for plugin in entry_points(group=GROUP))]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
