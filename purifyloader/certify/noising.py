@@ -1,4 +1,4 @@
-"""What a purifier means for a certificate: of which sigma, or why of none.
+"""Find the noise of a purifier that a certificate can be about, or why there is none.
 
 A certificate is about x + N(0, sigma^2 I): noise on every value of an image, independent, drawn once, and nothing done
 to the image before. So only what comes first counts. All that comes after, a network, more noise, JPEG, sees the image
@@ -14,35 +14,23 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.kinds import kind_of
 from purifyloader.pretrained.learned import learned_from
-from purifyloader.purifiers import (
-    BitDepth,
-    Chain,
-    Coin,
-    Compensation,
-    DenoiseOnce,
-    Diffuse,
-    Grayscale,
-    Jpeg,
-    Langevin,
-    Purifier,
-    Repeat,
-    Resize,
-    Tiles,
-    Where,
-)
-from purifyloader.purifiers.energy_above import conditions_of
+from purifyloader.purifiers import Purifier
+from purifyloader.purifiers.base import UNKNOWN_FIRST, conditions_of
 
-__all__ = ["DECIDED", "Noised", "models_of", "noised", "shared_images"]
+if TYPE_CHECKING:
+    from purifyloader.diffusion.denoiser import Denoiser
+    from purifyloader.energy import EnergyNetwork
+
+__all__ = ["Noised", "models_of", "noised", "says_what_it_does_first", "shared_images"]
 
 
 @dataclass(frozen=True)
@@ -63,43 +51,21 @@ class Noised:
 
 # -- the rule ----------------------------------------------------------------------------------------
 
-_EXPECTED = "Expected Gaussian noise on every value of an image before anything else is done to it."
-_FIRST = "put DenoiseOnce, or another that begins with noise, before it"
-
-# What a kind does to an image, in a sentence's middle, and the way out.
-_BEFORE: dict[type[Purifier], str] = {
-    BitDepth: f"BitDepth, which cuts levels apart that were next to each other: {_FIRST}.",
-    Coin: f"Coin, which adds no noise and may read one pixel several times: {_FIRST}.",
-    Grayscale: f"Grayscale, which changes how far images are apart: {_FIRST}.",
-    Jpeg: f"Jpeg, whose rounding takes images apart that were almost alike: {_FIRST}.",
-    Langevin: f"Langevin, whose first step follows the energy of the image as it is, before it adds noise: {_FIRST}.",
-    Resize: (
-        "Resize, which changes how far images are apart: resize the data set beforehand, and certify what comes of it."
-    ),
-    Tiles: (
-        "Tiles, which draw noise for each tile, so that a pixel in several of them, or mirrored at the border of a "
-        "small image, has several draws: purify whole images, of the size that the model was trained for."
-    ),
-    Where: (
-        "Where, which chooses images by how they look without noise: purify all of them, or choose after the noise."
-    ),
-}
+_EXPECTED = "A certificate needs Gaussian noise on every value of an image before anything else is done to it."
 
 _SHARE = (
     "Where with a share k, whose threshold comes from another look at all images, which no model's noise covers: give "
     "it a threshold."
 )
 
-DECIDED: frozenset[type[Purifier]] = frozenset({*_BEFORE, Chain, Compensation, DenoiseOnce, Diffuse, Repeat})
-"""The kinds whose first step is known here. A subclass of one is another kind: it may do anything."""
-
 
 def noised(purifier: Purifier) -> Noised:
-    """Whether Gaussian noise is the first thing that a purifier does to an image, and of which sigma.
+    """Find out whether Gaussian noise is the first thing that a purifier does to an image, and of which sigma.
 
-    DenoiseOnce and Diffuse begin so, and Compensation that makes nothing grey; a chain and a repetition as their first
-    stage does. It is about the values that the purifier is given: a grey image that is repeated for a purifier of
-    colour has three draws of each of its own values, and an alpha plane goes around the purifier, without noise.
+    Each purifier says so of itself (`Purifier.noise_first`): DenoiseOnce and Diffuse begin so, and Compensation that
+    makes nothing grey; a chain and a repetition as their first stage does. It is about the values that the purifier is
+    given: a grey image that is repeated for a purifier of colour has three draws of each of its own values, and an
+    alpha plane goes around the purifier, without noise.
 
     Raises:
         InputError: no purifier.
@@ -107,59 +73,55 @@ def noised(purifier: Purifier) -> Noised:
     given: Any = purifier
     if not isinstance(given, Purifier):
         raise InputError(
-            f"Expected a purifier, as purifyloader.recipes make them. Got {type(given).__name__}: images that nothing "
-            "is done to have no noise, and no certificate."
+            f"A certificate is about a purifier, as purifyloader.recipes make them. Got {type(given).__name__}: images "
+            "that nothing is done to have no noise, and no certificate."
         )
     if any(True for _ in conditions_of(given)):  # at any place: what it finds is a second look at the same images
         return Noised(None, True, (f"{_EXPECTED} Got {_SHARE}",))
     steps = list(_steps(given))
-    before = list(itertools.takewhile(lambda step: _sigma(step) is None, steps))
-    if not before:
-        return Noised(_sigma(steps[0]), False, ())
-    reasons = dict.fromkeys(f"{_EXPECTED} Got {_got(step)}" for step in before)
-    return Noised(None, any(isinstance(step, Where) for step in before), tuple(reasons))
+    firsts = [_noise_first(step) for step in steps]
+    if isinstance(firsts[0], float):
+        return Noised(firsts[0], False, ())
+    before = [
+        (step, first)
+        for step, first in itertools.takewhile(lambda pair: isinstance(pair[1], str), zip(steps, firsts, strict=True))
+    ]
+    reasons = dict.fromkeys(f"{_EXPECTED} Got {type(step).__name__}{first}" for step, first in before)
+    return Noised(None, any(step.selects for step, _ in before), tuple(reasons))
+
+
+def _says(purifier: Purifier, method: str) -> bool:
+    """A subclass may do anything before what its parent does, so that only what a class says itself counts."""
+    return method in vars(type(purifier))
+
+
+def says_what_it_does_first(kind: type[Purifier]) -> bool:
+    """Tell whether a kind of purifier can be decided about, rather than refused as unknown."""
+    return not {"noise_first", "in_order"}.isdisjoint(vars(kind))
 
 
 def _steps(purifier: Purifier) -> Iterator[Purifier]:
-    """What is done to an image, in order. A repetition counts once: what the first has not done, no other does."""
-    if type(purifier) is Chain:
-        for stage in purifier.stages:
-            assert isinstance(stage, Purifier)
-            yield from _steps(stage)
-    elif type(purifier) is Repeat:
-        yield from _steps(purifier.purifier)
-    else:
-        yield purifier
-        if type(purifier) is Tiles or type(purifier) is Where:
-            yield from _steps(purifier.purifier)
+    """The steps that an image goes through, those of compositions too."""
+    for step in purifier.in_order() if _says(purifier, "in_order") else (purifier,):
+        if step is purifier:
+            yield step
+        else:
+            yield from _steps(step)
 
 
-def _sigma(step: Purifier) -> float | None:
-    """Of the noise that a step begins with; None where it does not."""
-    sigma = 0.0
-    if type(step) is DenoiseOnce:
-        sigma = step.sigma
-    elif type(step) is Diffuse:  # its samplers see the noised image alone, and draw other noise
-        sigma = step.sigmas[0]
-    elif type(step) is Compensation and step.p == 0:  # x + sigma z, and clamped after that
-        sigma = step.sigma
-    return float(sigma) if sigma > 0 else None
-
-
-def _got(step: Purifier) -> str:
-    if type(step) is Compensation and step.p != 0:
-        return f"Compensation, which makes images grey (p={step.p:g}) before it adds noise: give it p=0, or {_FIRST}."
-    name = type(step).__name__
-    if type(step) in DECIDED:
-        return _BEFORE.get(type(step), f"{name} with noise of sigma 0: give it a sigma above 0.")
-    return f"{name}, of which it is not known here what it does first: {_FIRST}."
+def _noise_first(step: Purifier) -> float | str:
+    """The sigma above 0 that a step begins with; otherwise the rest of a sentence that begins with its class."""
+    first = step.noise_first() if _says(step, "noise_first") else UNKNOWN_FIRST
+    if isinstance(first, str):
+        return f", {first}"
+    return float(first) if first > 0 else " with noise of sigma 0: give it a sigma above 0."
 
 
 # -- the models --------------------------------------------------------------------------------------
 
 
 def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
-    """The denoisers and energy models inside, in the order in which images come to them; those of a `Where` too.
+    """List the denoisers and energy models inside, in the order in which images come to them; those of a `Where` too.
 
     Each is the purifier's own frozen copy, with the `name` of the checkpoint it was loaded from, None where it is from
     none. Of copies with one name and the same weights there is one, but for a copy in bfloat16 beside one in float32.
@@ -167,13 +129,14 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     """
     found: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
     for part in purifier.modules():
-        if isinstance(part, Denoiser | EnergyNetwork):
-            found.setdefault((type(part).__name__, part.name, weights_sha256(part)), part)
+        if kind_of(part) is not None:
+            model: Any = part
+            found.setdefault((type(part).__name__, model.name, weights_sha256(part)), model)
     return list(found.values())
 
 
 def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size: tuple[int, int] | None = None) -> int:
-    """How many of these training images a model learned from, or the model that its training started from.
+    """Count the training images that a model learned from, or the model that its training started from.
 
     By the hash of the very pixels: one that was changed since, poisoned or resized, is another image. Where the clean
     images are at hand too, ask for both.
@@ -193,5 +156,7 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
     given: Any = train
     if not isinstance(given, np.ndarray) or given.dtype != np.uint64 or given.ndim != 1:
         got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
-        raise InputError(f"Expected the hashes of training images, uint64 (N,). Got {got}: give it image_hashes(...).")
+        raise InputError(
+            f"train must be the hashes of training images, uint64 (N,). Got {got}. Give it image_hashes(...)."
+        )
     return int(np.isin(train, learned_from(model, size)).sum())

@@ -32,7 +32,7 @@ from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
 from purifyloader.purified.job import Job, check_arguments, placed, read_batches
 from purifyloader.purifiers import Condition, Purifier
-from purifyloader.purifiers.energy_above import conditions_of
+from purifyloader.purifiers.base import conditions_of
 
 __all__ = ["plan"]  # the rest is for PurifiedDataset and precompute
 

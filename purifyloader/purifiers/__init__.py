@@ -1,4 +1,4 @@
-"""The algebra: what can be done to an image batch to wash a poison out of it, and how to compose it.
+"""Wash a poison out of a batch of images: what can be done to it, and how to compose it.
 
 A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. Images of many sizes go
 through `purify_images`; `Resize` and `Tiles` bring them to one. The pixels of an image are a function of
@@ -8,61 +8,32 @@ composition gives each stage, repetition and tile a child seed. What must look a
 (`purifyloader.purified.plans`), made once; the purifier that has it is again a function of one image.
 
 Every purifier says itself as JSON (`to_json`) and is built back from it (`from_json`) through a closed
-table of names. Plugins add theirs under the entry point group `purifyloader.purifiers`.
+table of names. Plugins add theirs under the entry point group `purifyloader.purifiers`: the README of this folder
+shows one.
 """
 
 from __future__ import annotations
 
-from purifyloader.purifiers.base import KINDS, SCHEMA, Purifier, Resolver, from_config, from_json
-from purifyloader.purifiers.composition import Chain, Repeat
-from purifyloader.purifiers.energy_above import Condition, EnergyAbove
-from purifyloader.purifiers.langevin import Langevin
-from purifyloader.purifiers.networks import DenoiseOnce, Diffuse
-from purifyloader.purifiers.shapes import Resize, Tiles
-from purifyloader.purifiers.squeezing import BitDepth, Coin, Compensation, Grayscale, Jpeg, Squeeze
-from purifyloader.purifiers.where import Where
+from purifyloader.purifiers import composition, energy_above, langevin, networks, shapes, squeezing, where
+from purifyloader.purifiers.base import SCHEMA, Condition, Purifier, Resolver
+from purifyloader.purifiers.composition import *  # noqa: F403
+from purifyloader.purifiers.energy_above import *  # noqa: F403
+from purifyloader.purifiers.langevin import *  # noqa: F403
+from purifyloader.purifiers.networks import *  # noqa: F403
+from purifyloader.purifiers.registry import CONDITIONS, KINDS, from_config, from_json
+from purifyloader.purifiers.shapes import *  # noqa: F403
+from purifyloader.purifiers.squeezing import *  # noqa: F403
+from purifyloader.purifiers.where import *  # noqa: F403
 
-__all__ = [
-    "SCHEMA",
-    "BitDepth",
-    "Chain",
-    "Coin",
-    "Compensation",
-    "Condition",
-    "DenoiseOnce",
-    "Diffuse",
-    "EnergyAbove",
-    "Grayscale",
-    "Jpeg",
-    "Langevin",
-    "Purifier",
-    "Repeat",
-    "Resize",
-    "Resolver",
-    "Squeeze",
-    "Tiles",
-    "Where",
-    "from_config",
-    "from_json",
-]
+__all__ = ["SCHEMA", "Condition", "Purifier", "Resolver", "from_config", "from_json"]
+__all__ += composition.__all__
+__all__ += energy_above.__all__
+__all__ += langevin.__all__
+__all__ += networks.__all__
+__all__ += shapes.__all__
+__all__ += squeezing.__all__
+__all__ += where.__all__
 
-KINDS.update(
-    {
-        cls.kind: cls
-        for cls in (
-            BitDepth,
-            Chain,
-            Coin,
-            Compensation,
-            DenoiseOnce,
-            Diffuse,
-            Grayscale,
-            Jpeg,
-            Langevin,
-            Repeat,
-            Resize,
-            Tiles,
-            Where,
-        )
-    }
-)
+_classes = [value for value in map(globals().get, __all__) if isinstance(value, type)]
+KINDS.update({cls.kind: cls for cls in _classes if issubclass(cls, Purifier) and "kind" in vars(cls)})
+CONDITIONS.update({cls.kind: cls for cls in _classes if issubclass(cls, Condition) and "kind" in vars(cls)})

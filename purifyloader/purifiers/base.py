@@ -1,11 +1,9 @@
-"""What every purifier is: its calls and their checks, its configuration, and the table that builds it back."""
+"""Check the calls of all purifiers and conditions, and say them as JSON: the two base classes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +14,26 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
 
-if TYPE_CHECKING:
-    from purifyloader.purifiers.energy_above import Condition
-
 __all__ = [
-    "KINDS",
+    "NOISE_BEFORE",
     "SCHEMA",
+    "UNKNOWN_FIRST",
+    "Condition",
     "Purifier",
     "Resolver",
     "by_shape",
-    "from_config",
-    "from_json",
-    "of_kind",
+    "conditions_of",
     "pixels",
+    "refuse_plans",
 ]
-
-Named = TypeVar("Named")
 
 SCHEMA = 1
 """Version of the JSON that purifiers say themselves in."""
+
+NOISE_BEFORE = "put DenoiseOnce, or another that begins with noise, before it."
+"""The advice that ends the reason why a purifier has no certificate: see `Purifier.noise_first`."""
+
+UNKNOWN_FIRST = f"of which it is not known here what it does first: {NOISE_BEFORE}"
 
 # Of a configuration, what decides no pixel: names are for people, and a plan follows from the rest and the source.
 _NO_IDENTITY = ("name", "planned")
@@ -70,13 +69,34 @@ class Purifier(nn.Module):
     image_channels: int | None = None
     """Channels it takes, None for any."""
 
+    selects: ClassVar[bool] = False
+    """True where it treats images differently because of how they look."""
+
     @property
     def calls(self) -> int:
         """Network calls an image (NFE), of a tile with `Tiles`, at most; a Langevin step counts as one."""
         return 0
 
+    def noise_first(self) -> float | str:
+        """For a certificate: the noise that a purifier begins with, or why there is none.
+
+        Returns:
+            the standard deviation, in units of [0, 1] images, of Gaussian noise that is added to every value of an
+            image, independent, before anything else is done to it; otherwise a reason that continues "Jpeg, ...". A
+            subclass may do anything first, so it must say this again by itself.
+        """
+        return UNKNOWN_FIRST
+
+    def in_order(self) -> Iterator[Purifier]:
+        """What is done to an image, in order: the purifier itself, or the stages inside it.
+
+        A repetition counts once, for what the first has not done, no other does. As `noise_first`, it is not believed
+        of a subclass.
+        """
+        yield self
+
     def config(self) -> dict[str, Any]:
-        """The configuration as plain data, with its `kind`; `from_config` builds it back."""
+        """Describe it as plain data, with its `kind`; `from_config` builds it back."""
         raise NotImplementedError
 
     @classmethod
@@ -233,60 +253,82 @@ def _deciding(value: Any) -> Any:
     return [_deciding(v) for v in value] if isinstance(value, list) else value
 
 
-KINDS: dict[str, type[Purifier]] = {}
-"""The closed table of kinds, filled in `purifyloader.purifiers`."""
+class Condition(nn.Module):
+    """Base of all conditions: of each image whether it holds. Frozen, and stateless but for its plan.
 
-
-def of_kind(kind: Any, table: Mapping[str, type[Named]], group: str, what: str) -> type[Named]:
-    """The class of a kind, from a closed table or from the entry points of a group, never by an import path.
-
-    Raises:
-        ConfigError: it is in neither.
+    Attributes:
+        planned: what a plan has found, a JSON object; None before, and for a condition that needs no plan.
     """
-    if isinstance(kind, str) and kind in table:
-        return table[kind]
-    plugins = {entry.name: entry for entry in entry_points(group=group)}
-    if not isinstance(kind, str) or kind not in plugins:
-        raise ConfigError(f"A {what}'s kind must be one of {sorted({*table, *plugins})}. Got {kind!r}.")
-    found: type[Named] = plugins[kind].load()
-    return found
+
+    kind: ClassVar[str]
+    image_channels: int | None = None
+    planned: dict[str, Any] | None = None
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether it is a statement about the whole dataset, planned by now or not."""
+        return False
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain data, with its `kind`; `condition_from_config` builds it back."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        """The inverse of `config` (whose `kind` is gone from `values`)."""
+        raise NotImplementedError
+
+    def measure(self, x_BCHW: Tensor) -> Tensor:
+        """The number that decides about each image, float32 (B,): what a plan collects."""
+        raise NotImplementedError
+
+    def holds(self, x_BCHW: Tensor) -> Tensor:
+        """bool (B,).
+
+        Raises:
+            ConfigError: it needs a plan and has none.
+        """
+        raise NotImplementedError
+
+    def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
+        """What `planned` is to be for a dataset of these `measure`s, on the CPU."""
+        raise NotImplementedError
+
+    def check_plan(self, planned: Any) -> None:
+        """Raise `ConfigError` unless `make_plan` may have given this."""
+        raise NotImplementedError
+
+    def measure_images(self, images: Sequence[Tensor]) -> Tensor:
+        """`measure` of images (C, H, W) of any sizes, (B,)."""
+        out = torch.empty(len(images), dtype=torch.float32, device="cpu")
+        for rows in by_shape(images):
+            out[rows] = self.measure(torch.stack([images[row] for row in rows])).cpu()
+        return out
+
+    def holds_images(self, images: Sequence[Tensor]) -> list[int]:
+        """The positions of those images (C, H, W), of any sizes, for which it holds."""
+        found: list[int] = []
+        for rows in by_shape(images):
+            holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
+            found += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
+        return sorted(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Never in training mode, as purifiers."""
+        return super().train(False)
 
 
-def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
-    """Build back what `Purifier.config` said.
-
-    Args:
-        config: plain data with a `kind`.
-        resolve: finds the model meant by an entry `{"name", "weights_sha256"}` and its kind
-            (`purifyloader.recipes.from_json` loads it by name and checks the hash).
-
-    Raises:
-        ConfigError: no such kind, or values that do not fit it.
-    """
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"A purifier's configuration is an object with a kind. Got {type(config).__name__}.")
-    values = dict(config)
-    kind = values.pop("kind", None)
-    cls = of_kind(kind, KINDS, "purifyloader.purifiers", "purifier")
-    try:
-        return cls.build(values, resolve)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
+def conditions_of(purifier: nn.Module) -> Iterator[Condition]:
+    """The conditions inside that need a plan, planned or not, in the order in which images come to them."""
+    parts = (part for _, part in purifier.named_modules(remove_duplicate=False))
+    return (part for part in parts if isinstance(part, Condition) and part.needs_plan)
 
 
-def from_json(text: str, resolve: Resolver) -> Purifier:
-    """Build back what `Purifier.to_json` said; a newer schema than this library's is an error."""
-    try:
-        values = json.loads(text)
-    except TypeError:
-        raise ConfigError(f"Expected a purifier as JSON text. Got {type(text).__name__}.") from None
-    except ValueError as error:
-        raise ConfigError(f"Expected a purifier as JSON. Got text that is not JSON ({error}).") from None
-    if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):
-        raise ConfigError(f"Expected a JSON object with schema and purifier. Got {text[:80]!r}.")
-    if values["schema"] != SCHEMA:
+def refuse_plans(taker: str, purifier: nn.Module) -> None:
+    """Raise `ConfigError` where a condition about the whole dataset is inside something that does not see it."""
+    if any(True for _ in conditions_of(purifier)):
         raise ConfigError(
-            f"This version of purifyloader reads purifier schema {SCHEMA}. Got {values['schema']!r}: "
-            "use the version that wrote it, or a newer one."
+            f"{taker} takes no condition with a share k, because k counts the whole images of a dataset, once. Got one "
+            f"inside: put {taker} inside the Where, as in Where(EnergyAbove(energy, k=0.5), {taker}(...)), or give "
+            "the condition a threshold."
         )
-    return from_config(values["purifier"], resolve)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from purifyloader.core import noise
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.energy_above import Condition, refuse_plans
+from purifyloader.purifiers.base import Condition, Purifier, Resolver, refuse_plans
+from purifyloader.purifiers.registry import from_config
 
 __all__ = ["Chain", "Repeat"]
 
@@ -48,6 +48,9 @@ class Chain(Purifier):
         for stage in self.stages:
             assert isinstance(stage, Purifier)
             yield stage
+
+    def in_order(self) -> Iterator[Purifier]:
+        yield from self._stages()
 
     def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
         for i, stage in enumerate(self._stages()):
@@ -98,6 +101,9 @@ class Repeat(Purifier):
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         return cls(from_config(values["purifier"], resolve), values["times"])
+
+    def in_order(self) -> Iterator[Purifier]:
+        yield self.purifier
 
     def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         for _ in range(self.times):

@@ -7,84 +7,19 @@ function of one image.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from purifyloader.core.checks import check_compute_batch, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Resolver, by_shape, of_kind
-from purifyloader.purifiers.networks import check_energy, entry
+from purifyloader.purifiers.base import Condition, Resolver
+from purifyloader.purifiers.networks import check_model, entry
 
-__all__ = ["Condition", "EnergyAbove", "check_share", "condition_from_config", "conditions_of", "refuse_plans"]
-
-
-class Condition(nn.Module):
-    """Base of all conditions: of each image whether it holds. Frozen, and stateless but for its plan.
-
-    Attributes:
-        planned: what a plan has found, a JSON object; None before, and for a condition that needs no plan.
-    """
-
-    kind: ClassVar[str]
-    image_channels: int | None = None
-    planned: dict[str, Any] | None = None
-
-    @property
-    def needs_plan(self) -> bool:
-        """Whether it is a statement about the whole dataset, planned by now or not."""
-        return False
-
-    def config(self) -> dict[str, Any]:
-        """The configuration as plain data, with its `kind`; `condition_from_config` builds it back."""
-        raise NotImplementedError
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        """The inverse of `config` (whose `kind` is gone from `values`)."""
-        raise NotImplementedError
-
-    def measure(self, x_BCHW: Tensor) -> Tensor:
-        """The number that decides about each image, float32 (B,): what a plan collects."""
-        raise NotImplementedError
-
-    def holds(self, x_BCHW: Tensor) -> Tensor:
-        """bool (B,).
-
-        Raises:
-            ConfigError: it needs a plan and has none.
-        """
-        raise NotImplementedError
-
-    def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
-        """What `planned` is to be for a dataset of these `measure`s, on the CPU."""
-        raise NotImplementedError
-
-    def check_plan(self, planned: Any) -> None:
-        """Raise `ConfigError` unless `make_plan` may have given this."""
-        raise NotImplementedError
-
-    def measure_images(self, images: Sequence[Tensor]) -> Tensor:
-        """`measure` of images (C, H, W) of any sizes, (B,)."""
-        out = torch.empty(len(images), dtype=torch.float32, device="cpu")
-        for rows in by_shape(images):
-            out[rows] = self.measure(torch.stack([images[row] for row in rows])).cpu()
-        return out
-
-    def holds_images(self, images: Sequence[Tensor]) -> list[int]:
-        """The positions of those images (C, H, W), of any sizes, for which it holds."""
-        found: list[int] = []
-        for rows in by_shape(images):
-            holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
-            found += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
-        return sorted(found)
-
-    def train(self, mode: bool = True) -> Self:
-        """Never in training mode, as purifiers."""
-        return super().train(False)
+__all__ = ["EnergyAbove"]
 
 
 def check_share(k: Any) -> None:
@@ -123,7 +58,7 @@ class EnergyAbove(Condition):
         compute_batch: int = 32,
     ) -> None:
         super().__init__()
-        check_energy("EnergyAbove", energy)
+        check_model("EnergyAbove", energy, "energy")
         if (threshold is None) == (k is None):
             raise ConfigError(
                 f"Give the threshold of the energy, or the share k of the images. Got threshold={threshold!r}, k={k!r}."
@@ -201,38 +136,3 @@ class EnergyAbove(Condition):
                 f"{planned!r}: leave it out, and plan again."
             )
         check_number("The threshold of a plan", values.get("threshold"))
-
-
-CONDITIONS: dict[str, type[Condition]] = {EnergyAbove.kind: EnergyAbove}
-"""The closed table of kinds; others come in by the entry points `purifyloader.conditions`, as those of purifiers do."""
-
-
-def condition_from_config(config: Any, resolve: Resolver) -> Condition:
-    """Build back what `Condition.config` said.
-
-    Raises:
-        ConfigError: no such kind, or values that do not fit it.
-    """
-    values = dict(config) if isinstance(config, Mapping) else {}
-    kind = values.pop("kind", None)
-    cls = of_kind(kind, CONDITIONS, "purifyloader.conditions", "condition")
-    try:
-        return cls.build(values, resolve)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
-
-
-def conditions_of(purifier: nn.Module) -> Iterator[Condition]:
-    """The conditions inside that need a plan, planned or not, in the order in which images come to them."""
-    parts = (part for _, part in purifier.named_modules(remove_duplicate=False))
-    return (part for part in parts if isinstance(part, Condition) and part.needs_plan)
-
-
-def refuse_plans(taker: str, purifier: nn.Module) -> None:
-    """Raise `ConfigError` where a condition about the whole dataset is inside something that does not see it."""
-    if any(True for _ in conditions_of(purifier)):
-        raise ConfigError(
-            f"{taker} takes no condition with a share k, because k counts the whole images of a dataset, once. Got one "
-            f"inside: put {taker} inside the Where, as in Where(EnergyAbove(energy, k=0.5), {taker}(...)), or give "
-            "the condition a threshold."
-        )

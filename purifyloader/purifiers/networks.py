@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from purifyloader.core import noise
 from purifyloader.core.batches import in_batches
@@ -14,42 +14,30 @@ from purifyloader.core.checks import check_compute_batch, check_number
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
-from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.kinds import KINDS, kind_of
 from purifyloader.purifiers.base import Purifier, Resolver, pixels
 
-__all__ = ["DTYPES", "DenoiseOnce", "Diffuse", "NetworkPurifier", "check_energy", "entry"]
+__all__ = ["DenoiseOnce", "Diffuse"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def entry(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
+def entry(model: Any) -> dict[str, Any]:
     """What a configuration says of a model: its name, for people, and the hash of its weights as they are now."""
     return {"name": model.name, "weights_sha256": weights_sha256(model)}
 
 
-def check_energy(taker: str, energy: Any) -> None:
-    """Raise `InputError` unless this is an energy model; `taker` is what asks for one."""
-    if isinstance(energy, EnergyNetwork):
+def check_model(taker: str, model: Any, kind: str) -> None:
+    """Raise `InputError` unless this is a model of a kind; `taker` is what asks for one."""
+    wanted, other = KINDS[kind], kind_of(model)
+    if other is wanted:
         return
-    hint = ""
-    if isinstance(energy, Denoiser):
-        hint = " A denoiser goes into Diffuse and DenoiseOnce: recipes.eclipse, denoise_once and puregen_ddpm."
+    hint = "" if other is None else f" {other.words[0].upper()}{other.words[1:]} goes into {other.used_by}."
     raise InputError(
-        f'{taker} takes an energy model, as `purifyloader.pretrained.load(..., kind="energy")` gives. '
-        f"Got {type(energy).__name__}.{hint}"
-    )
-
-
-def _check_denoiser(denoiser: Any) -> None:
-    if isinstance(denoiser, Denoiser):
-        return
-    hint = ""
-    if isinstance(denoiser, EnergyNetwork):
-        hint = " An energy model goes into Langevin and EnergyAbove: recipes.puregen_ebm and puregen_filt."
-    raise InputError(
-        f"Expected a denoiser, as `purifyloader.pretrained.load` gives. Got {type(denoiser).__name__}.{hint}"
+        f"{taker} takes {wanted.words}, as `purifyloader.pretrained.load(...{wanted.load_argument})` gives. "
+        f"Got {type(model).__name__}.{hint}"
     )
 
 
@@ -57,15 +45,28 @@ class NetworkPurifier(Purifier):
     """A purifier around a network, run in chunks of exactly `compute_batch` images.
 
     Args:
-        model: stands under `role` in the configuration; its own copy, in `dtype`, is for the subclass to keep.
+        model: copied in `dtype`, frozen, as the attribute `role`, which is also its key in the configuration and the
+            kind of model that it must be.
         dtype: of the network's arithmetic, "float32" or "bfloat16".
         compute_batch: images of every network call (at least 16 on the CPU); part of the configuration,
             for it decides which kernels run.
+        memory_format: of the weights. There is one, for another would choose other kernels, and so other bits.
+
+    Raises:
+        InputError: a model of another kind.
+        ConfigError: no such dtype or batch.
     """
 
-    role: str
+    role: ClassVar[str]
 
-    def __init__(self, model: Denoiser | EnergyNetwork, dtype: str, compute_batch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: str,
+        compute_batch: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        check_model(type(self).__name__, model, self.role)
         super().__init__()
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {sorted(DTYPES)}. Got {dtype!r}.")
@@ -73,6 +74,10 @@ class NetworkPurifier(Purifier):
         self.dtype = dtype
         self.compute_batch = compute_batch
         self._entry = entry(model)  # before any cast
+        self.image_channels = KINDS[self.role].image_channels(model)
+        own: Any = copy.deepcopy(model)
+        setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=memory_format).requires_grad_(False))
+        self.eval()
 
     def network_config(self) -> dict[str, Any]:
         return {self.role: self._entry, "dtype": self.dtype, "compute_batch": self.compute_batch}
@@ -85,22 +90,7 @@ class NetworkPurifier(Purifier):
         raise NotImplementedError
 
 
-class _DenoiserPurifier(NetworkPurifier):
-    """Around a denoiser, which is copied and frozen; the original is left alone."""
-
-    role = "denoiser"
-
-    def __init__(self, denoiser: Denoiser, dtype: str, compute_batch: int) -> None:
-        _check_denoiser(denoiser)
-        super().__init__(denoiser, dtype, compute_batch)
-        self.image_channels = denoiser.image_channels
-        # in one memory format, for another would choose other kernels, and so other bits
-        self.denoiser = copy.deepcopy(denoiser).to(dtype=DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self.denoiser.requires_grad_(False)
-        self.eval()
-
-
-class DenoiseOnce(_DenoiserPurifier):
+class DenoiseOnce(NetworkPurifier):
     """Add noise of exactly sigma and denoise in one network call (Hong et al. 2024; Carlini et al. 2023).
 
     Args:
@@ -110,6 +100,8 @@ class DenoiseOnce(_DenoiserPurifier):
     """
 
     kind = "denoise-once"
+    role = "denoiser"
+    denoiser: Denoiser
     calls = 1
 
     def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
@@ -117,6 +109,9 @@ class DenoiseOnce(_DenoiserPurifier):
         check_number("sigma", sigma)
         denoiser.check_sigma(sigma)
         self.sigma = float(sigma)
+
+    def noise_first(self) -> float | str:
+        return self.sigma
 
     def config(self) -> dict[str, Any]:
         return {
@@ -136,7 +131,7 @@ class DenoiseOnce(_DenoiserPurifier):
         return self.denoiser(noised, torch.full((len(x_BCHW),), self.sigma, dtype=torch.float64))
 
 
-class Diffuse(_DenoiserPurifier):
+class Diffuse(NetworkPurifier):
     """Noise to a level, then sample back down to 0 (ECLIPSE, Algorithm 1; DiffPure).
 
     Give the level as `t`, read through `schedule`, or as `sigma`.
@@ -154,6 +149,8 @@ class Diffuse(_DenoiserPurifier):
     """
 
     kind = "diffuse"
+    role = "denoiser"
+    denoiser: Denoiser
 
     def __init__(
         self,
@@ -193,6 +190,9 @@ class Diffuse(_DenoiserPurifier):
     @property
     def calls(self) -> int:
         return self.steps
+
+    def noise_first(self) -> float | str:
+        return self.sigmas[0]  # the samplers see the noised image alone, and draw other noise
 
     def config(self) -> dict[str, Any]:
         level = {"t": self.t} if self.sigma is None else {"sigma": self.sigma}

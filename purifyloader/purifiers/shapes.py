@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Self
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from purifyloader.core import noise, sizes
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.energy_above import refuse_plans
+from purifyloader.purifiers.base import Purifier, Resolver, refuse_plans
+from purifyloader.purifiers.registry import from_config
 
-__all__ = ["Resize", "Tiles", "keeps_shape"]
+__all__ = ["Resize", "Tiles"]
 
 
 class Resize(Purifier):
@@ -40,6 +40,9 @@ class Resize(Purifier):
 
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "size": self.size, "crop": self.crop}
+
+    def noise_first(self) -> float | str:
+        return "which changes how far images are apart: resize the data set beforehand, and certify what comes of it."
 
     def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return sizes.resized_shape(shape, self.size, self.crop)
@@ -114,6 +117,16 @@ class Tiles(Purifier):
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         return cls(from_config(values.pop("purifier"), resolve), **values)
+
+    def noise_first(self) -> float | str:
+        return (
+            "which draw noise for each tile, so that a pixel in several of them, or mirrored at the border of a small "
+            "image, has several draws: purify whole images, of the size that the model was trained for."
+        )
+
+    def in_order(self) -> Iterator[Purifier]:
+        yield self
+        yield self.purifier
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return torch.stack(self.run_images(x_BCHW.unbind(), seeds_B)) if len(x_BCHW) else x_BCHW

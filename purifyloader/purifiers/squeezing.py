@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from purifyloader.core import corruptions
-from purifyloader.purifiers.base import Purifier, Resolver, pixels
+from purifyloader.purifiers.base import NOISE_BEFORE, Purifier, Resolver, pixels
 
 __all__ = ["BitDepth", "Coin", "Compensation", "Grayscale", "Jpeg", "Squeeze"]
 
@@ -35,6 +35,9 @@ class Jpeg(Squeeze):
         corruptions.check_quality(quality)
         self.quality = quality
 
+    def noise_first(self) -> float | str:
+        return f"whose rounding takes images apart that were almost alike: {NOISE_BEFORE}"
+
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return corruptions.jpeg(x_BCHW, self.quality)
 
@@ -43,6 +46,9 @@ class Grayscale(Squeeze):
     """The brightness alone, in all channels (image shortcut squeezing, ISS-G; Liu et al. 2023)."""
 
     kind = "grayscale"
+
+    def noise_first(self) -> float | str:
+        return f"which changes how far images are apart: {NOISE_BEFORE}"
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return corruptions.grayscale(x_BCHW)
@@ -65,6 +71,9 @@ class BitDepth(Squeeze):
         corruptions.check_bits(bits)
         self.bits = bits
 
+    def noise_first(self) -> float | str:
+        return f"which cuts levels apart that were next to each other: {NOISE_BEFORE}"
+
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return corruptions.bit_depth(x_BCHW, self.bits)
 
@@ -85,6 +94,9 @@ class Coin(Squeeze):
         super().__init__()
         corruptions.check_alpha(alpha)
         self.alpha = float(alpha)
+
+    def noise_first(self) -> float | str:
+        return f"which adds no noise and may read one pixel several times: {NOISE_BEFORE}"
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return corruptions.coin(x_BCHW, seeds_B, self.alpha)
@@ -111,6 +123,11 @@ class Compensation(Purifier):
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         values.pop("sigma_px", None)
         return cls(**values)
+
+    def noise_first(self) -> float | str:
+        if self.p == 0:
+            return float(self.sigma)  # x + sigma z, and clamped after that
+        return f"which makes images grey (p={self.p:g}) before it adds noise: give it p=0, or {NOISE_BEFORE}"
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         return corruptions.compensate(x_BCHW, seeds_B, self.p, self.sigma)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Purifier, Resolver, from_config
-from purifyloader.purifiers.energy_above import Condition, condition_from_config, refuse_plans
+from purifyloader.purifiers.base import Condition, Purifier, Resolver, refuse_plans
+from purifyloader.purifiers.registry import condition_from_config, from_config
 from purifyloader.purifiers.shapes import keeps_shape
 
 __all__ = ["Where"]
@@ -35,6 +35,7 @@ class Where(Purifier):
     """
 
     kind = "where"
+    selects = True
 
     def __init__(self, condition: Condition, purifier: Purifier) -> None:
         super().__init__()
@@ -68,6 +69,13 @@ class Where(Purifier):
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         return cls(condition_from_config(values["condition"], resolve), from_config(values["purifier"], resolve))
+
+    def noise_first(self) -> float | str:
+        return "which chooses images by how they look without noise: purify all of them, or choose after the noise."
+
+    def in_order(self) -> Iterator[Purifier]:
+        yield self
+        yield self.purifier
 
     def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
         waits = self.condition.needs_plan and self.condition.planned is None
