@@ -1,195 +1,249 @@
-"""The defences of a bench, by name: what purifies, and what compensates."""
+"""Find the defences of a bench by name: the rows of the recipes, the parts of ECLIPSE, and purifiers in files.
+
+NAME                    a row of a recipe (`purifyloader.recipes.registry.Row`), or a recipe with its defaults
+NAME:OPTION=VALUE,...   the same with other options of the recipe
+NAME@PX                 the same with noise of another standard deviation, in levels of 0 to 255
+FILE.json               a purifier of one's own, as `Purifier.to_json` writes it
+FILE.json+B, +C, +B+C   the same with ECLIPSE's random grey, noise or both after it, in every epoch
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from purifyloader import recipes
 from purifyloader.errors import CheckpointError, InputError
-from purifyloader.files.weights import weights_sha256
-from purifyloader.purifiers import Purifier
-from purifyloader.recipes.models import as_denoiser, as_energy
-from purifyloader.transforms import Compensate
+from purifyloader.pretrained.kinds import KINDS
+from purifyloader.recipes.models import as_model
+from purifyloader.recipes.registry import Recipe, describe
 
-__all__ = ["DEFENCES", "Defence", "Made", "Models", "find"]
+if TYPE_CHECKING:  # a help text lists defences without importing torch
+    from purifyloader.purifiers import Purifier
+    from purifyloader.transforms import Compensate
+
+__all__ = ["DEFENCES", "Defence", "Made", "Models", "find", "table"]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Which checkpoints the defences use: names, folders, or ids of a hub.
+    """Checkpoints that the defences use: names, folders, or ids of a hub.
 
     Attributes:
-        denoiser: of ECLIPSE.
+        denoiser: of recipes that have no model of their own, such as ECLIPSE.
         energy, ddpm: of PureGen.
     """
 
-    denoiser: str = "cifar10-sparse"
-    energy: str = "cifar10-energy"
-    ddpm: str = "cifar10-puregen-ddpm"
+    denoiser: str = field(default="cifar10-sparse", metadata={"kind": "denoiser"})
+    energy: str = field(default="cifar10-energy", metadata={"kind": "energy"})
+    ddpm: str = field(default="cifar10-puregen-ddpm", metadata={"kind": "denoiser"})
+
+    def of_kind(self, kind: str) -> list[str]:
+        return [getattr(self, one.name) for one in fields(self) if one.metadata["kind"] == kind]
 
 
 class Made(NamedTuple):
     """A defence that is ready.
 
     Attributes:
+        purifier: of the training images, beforehand.
+        compensate: drawn anew in every epoch, after the crop and flip.
         sigma_px: standard deviation of the noise that a network takes off, in levels of 0 to 255; None where there is
             none, or not one.
-        afresh: what is done to the images in training, drawn anew in every epoch, after the crop and flip.
+        per_epoch: a purifier applied to the images in training, drawn anew in every epoch, after the crop and flip.
     """
 
     purifier: Purifier | None
     compensate: Compensate | None
     sigma_px: float | None
-    afresh: Purifier | None = None
+    per_epoch: Purifier | None = None
 
 
 @dataclass(frozen=True)
 class Defence:
-    """One row of the table below.
+    """A recipe with its options, and what is done in every epoch after it.
 
     Attributes:
-        uses: the fields of `Models` that it takes.
-        takes_sigma: whether `NAME@PX` means anything for it.
-        afresh: whether what it makes is for every epoch anew, and nothing is purified beforehand.
+        recipe: None where nothing is purified.
+        grayscale, noise: ECLIPSE's compensation, half by half.
+        per_epoch: the purifier is drawn anew in every epoch, and nothing is purified beforehand.
+        slow: it takes many network calls an image, and is left out where nobody asks for it.
     """
 
     name: str
     description: str
-    make: Callable[[Models, float | None, bool], Purifier] | None
+    recipe: Recipe | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     grayscale: bool = False
     noise: bool = False
-    uses: tuple[str, ...] = ()
-    takes_sigma: bool = False
-    sigma: float | None = None
+    per_epoch: bool = False
     slow: bool = False
-    afresh: bool = False
+
+    @property
+    def takes_sigma(self) -> bool:
+        """Whether `NAME@PX` means anything for it."""
+        return self.recipe is not None and "sigma" in self.recipe.options and "t" not in self.options
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The fields of `Models` that it takes."""
+        return tuple(one for one in self._fields().values() if one is not None)
+
+    def _fields(self) -> dict[str, str | None]:
+        """The field of `Models` for each model of the recipe; None for one that only the recipe names."""
+        known = {one.default: one.name for one in reversed(fields(Models))}
+        first = {one.metadata["kind"]: one.name for one in reversed(fields(Models))}
+        recipe = self.recipe
+        if recipe is None:
+            return {}
+        return {
+            argument: known.get(recipe.model_defaults[argument]) if argument in recipe.model_defaults else first[kind]
+            for argument, kind in recipe.models.items()
+        }
+
+    def _given(self, models: Models) -> dict[str, str]:
+        """The models by the argument of the recipe."""
+        defaults = {} if self.recipe is None else self.recipe.model_defaults
+        return {
+            argument: defaults[argument] if one is None else getattr(models, one)
+            for argument, one in self._fields().items()
+        }
 
     def models(self, models: Models) -> list[str]:
         """The checkpoints it uses, each once."""
-        return list(dict.fromkeys(getattr(models, field) for field in self.uses))
+        return list(dict.fromkeys(self._given(models).values()))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
-        """
+        """Make the purifier and the compensation.
+
         Args:
+            models: that recipes take.
             px: standard deviation of the noise in levels of 0 to 255, in place of the defence's own.
             fast: bfloat16 (`fast=True` of the recipes).
         """
-        sigma = self.sigma if px is None else px / 255
-        purifier = None if self.make is None else self.make(models, sigma, fast)
-        compensate = None
+        from purifyloader.transforms import Compensate
+
+        compensate, purifier, noise = None, None, None
         if self.grayscale or self.noise:
             compensate = Compensate(p=0.4 if self.grayscale else 0.0, sigma=0.05 if self.noise else 0.0)
-        noise = None if purifier is None else _noise_of(purifier.config())
-        return Made(None, compensate, noise, purifier) if self.afresh else Made(purifier, compensate, noise)
+        if self.recipe is not None:
+            options = dict(self.options) | ({} if px is None else {"sigma": px / 255})
+            if self.recipe.takes_fast:
+                options["fast"] = fast
+            purifier = self.recipe.make(**self._given(models), **options)
+            noise = _noise_of(purifier.config())
+        return Made(None, compensate, noise, purifier) if self.per_epoch else Made(purifier, compensate, noise)
 
 
-def _once(models: Models, sigma: float | None, fast: bool) -> Purifier:
-    return recipes.eclipse(models.denoiser, sigma=sigma, fast=fast)
+def _eclipse_parts() -> Iterator[Defence]:
+    """ECLIPSE in its parts: A the purification, B random grey, C noise."""
+    eclipse = describe("eclipse", recipes.RECIPES["eclipse"])
+    # of one call: 12.75 px, with which the tables of the README were made; @25 is the safer choice
+    once: dict[str, Any] = {"recipe": eclipse, "options": {"sigma": 0.05}}
+    yield Defence("B", "ECLIPSE's random grey alone", grayscale=True)
+    yield Defence("C", "ECLIPSE's noise alone", noise=True)
+    yield Defence("B+C", "ECLIPSE's compensation alone", grayscale=True, noise=True)
+    yield Defence("A", "ECLIPSE's purification alone, one call", **once)
+    yield Defence("A+B", "purification and random grey", **once, grayscale=True)
+    yield Defence("A+C", "purification and noise", **once, noise=True)
+    yield Defence("eclipse", "ECLIPSE with one network call", **once, grayscale=True, noise=True)
+    published = "ECLIPSE as published: 100 calls from t = 100"
+    yield Defence("eclipse-100", published, eclipse, {"t": 100}, grayscale=True, noise=True, slow=True)
 
 
-def _published(models: Models, sigma: float | None, fast: bool) -> Purifier:
-    return recipes.eclipse(models.denoiser, fast=fast)
+def _rows(recipe: Recipe) -> Iterator[Defence]:
+    for row in recipe.rows:
+        yield Defence(row.name, row.description, recipe, row.options, per_epoch=row.per_epoch, slow=row.slow)
 
 
-_ONE_CALL = 0.05  # of one call: 12.75 px, with which the tables of the README were made; @25 is the safer choice
+def _ordered(described: list[Recipe]) -> Iterator[Defence]:
+    """In the order of the reports: what needs no model, the parts of ECLIPSE, what needs one."""
+    yield Defence("none", "nothing")
+    for recipe in described:
+        if not recipe.models:
+            yield from _rows(recipe)
+    yield from _eclipse_parts()
+    for recipe in described:
+        if recipe.models:
+            yield from _rows(recipe)
 
-_ALL = (
-    Defence("none", "nothing", None),
-    Defence("jpeg-10", "JPEG at quality 10 (ISS-J)", lambda m, s, f: recipes.jpeg(10)),
-    Defence("jpeg-75", "JPEG at quality 75", lambda m, s, f: recipes.jpeg(75)),
-    Defence("grayscale", "grey for every image (ISS-G)", lambda m, s, f: recipes.grayscale()),
-    Defence("bit-depth", "2 bits a channel", lambda m, s, f: recipes.bit_depth()),
-    Defence("coin", "COIN: pixels moved at random by interpolation", lambda m, s, f: recipes.coin()),
-    Defence("coin-afresh", "the same anew in every epoch, as published", lambda m, s, f: recipes.coin(), afresh=True),
-    Defence("B", "ECLIPSE's random grey alone", None, grayscale=True),
-    Defence("C", "ECLIPSE's noise alone", None, noise=True),
-    Defence("B+C", "ECLIPSE's compensation alone", None, True, True),
-    Defence("A", "ECLIPSE's purification alone, one call", _once, False, False, ("denoiser",), True, _ONE_CALL),
-    Defence("A+B", "purification and random grey", _once, True, False, ("denoiser",), True, _ONE_CALL),
-    Defence("A+C", "purification and noise", _once, False, True, ("denoiser",), True, _ONE_CALL),
-    Defence("eclipse", "ECLIPSE with one network call", _once, True, True, ("denoiser",), True, _ONE_CALL),
-    Defence(
-        "eclipse-100",
-        "ECLIPSE as published: 100 calls from t = 100",
-        _published,
-        True,
-        True,
-        ("denoiser",),
-        slow=True,
-    ),
-    Defence(
-        "puregen-ebm",
-        "PureGen, 150 Langevin steps",
-        lambda m, s, f: recipes.puregen_ebm(150, energy=m.energy, fast=f),
-        uses=("energy",),
-        slow=True,
-    ),
-    Defence(
-        "puregen-ddpm",
-        "PureGen, 75 diffusion steps",
-        lambda m, s, f: recipes.puregen_ddpm(75, model=m.ddpm, fast=f),
-        uses=("ddpm",),
-        slow=True,
-    ),
-    Defence(
-        "puregen-naive",
-        "PureGen, 150 Langevin and then 75 diffusion steps",
-        lambda m, s, f: recipes.puregen_naive(150, 75, energy=m.energy, model=m.ddpm, fast=f),
-        uses=("energy", "ddpm"),
-        slow=True,
-    ),
-    Defence(
-        "puregen-reps",
-        "PureGen, both by turns, five times",
-        lambda m, s, f: recipes.puregen_reps(10, 50, 5, energy=m.energy, model=m.ddpm, fast=f),
-        uses=("energy", "ddpm"),
-        slow=True,
-    ),
-    Defence(
-        "puregen-filt",
-        "PureGen, diffusion of the half with the highest energies",
-        lambda m, s, f: recipes.puregen_filt(0.5, energy=m.energy, model=m.ddpm, fast=f),
-        uses=("energy", "ddpm"),
-        slow=True,
-    ),
-)
 
-DEFENCES: dict[str, Defence] = {its.name: its for its in _ALL}
-"""All of them; `slow` ones take many network calls an image and are left out where nobody asks for them."""
+DEFENCES: dict[str, Defence] = {
+    defence.name: defence for defence in _ordered([describe(name, make) for name, make in recipes.RECIPES.own.items()])
+}
+"""The defences of the library; `slow` ones take many network calls an image and are left out where nobody asks."""
 
-_SPEC = re.compile(r"^(?P<name>[^@]+)(@(?P<px>\d+(\.\d+)?))?$")
-_FILE = re.compile(r"^(?P<file>.+\.json)(?P<grey>\+B)?(?P<noise>\+C)?$")
+
+def table() -> dict[str, Defence]:
+    """All defences by name, those of plugins after the library's."""
+    plugins = [describe(name, make) for name, make in recipes.RECIPES.items() if name not in recipes.RECIPES.own]
+    return {defence.name: defence for recipe in plugins for defence in _rows(recipe)} | DEFENCES
+
+
+_SPEC = re.compile(r"(?P<name>[^@:]+)(:(?P<options>[^@]+))?(@(?P<px>\d+(\.\d+)?))?")
+_FILE = re.compile(r"(?P<file>.+\.json)(?P<grey>\+B)?(?P<noise>\+C)?")
 
 
 def find(spec: str) -> tuple[Defence, float | None]:
-    """A defence by NAME, or by NAME@PX with another standard deviation of its noise, in levels of 0 to 255.
-
-    FILE.json is a purifier of one's own, as `Purifier.to_json` writes it; FILE.json+B, +C or +B+C has ECLIPSE's random
-    grey, noise or both after it, in every epoch.
+    """Find a defence by NAME, NAME:OPTION=VALUE,..., NAME@PX or FILE.json, and the PX: see the module.
 
     Raises:
-        InputError: none of that name, one whose noise is not one number, or no file.
+        InputError: none of that name, an option that it does not have, one whose noise is not one number, or no file.
+        ConfigError: a value that is none of the option's type.
     """
-    if its := _FILE.match(spec):
-        return _of_file(Path(its["file"]), bool(its["grey"]), bool(its["noise"])), None
-    match = _SPEC.match(spec)
+    if match := _FILE.fullmatch(spec):
+        return _of_file(Path(match["file"]), bool(match["grey"]), bool(match["noise"])), None
+    match, known = _SPEC.fullmatch(spec), table()
     name = match["name"] if match else spec
-    if match is None or name not in DEFENCES:
-        raise InputError(f"A defence is one of {', '.join(DEFENCES)}, NAME@PX, or FILE.json. Got {spec!r}.")
-    defence, px = DEFENCES[name], None if match["px"] is None else float(match["px"])
+    if match is None or (name not in known and name not in recipes.RECIPES):
+        names = ", ".join([*known, *(name for name in recipes.RECIPES if name not in known)])
+        raise InputError(
+            f"A defence is one of {names}, with NAME:OPTION=VALUE,... or NAME@PX, or FILE.json. Got {spec!r}."
+        )
+    defence = known[name] if name in known else _of_recipe(name)
+    if match["options"] is not None:
+        defence = _with_options(defence, match["options"])
+    px = None if match["px"] is None else float(match["px"])
     if px is not None and not (defence.takes_sigma and px > 0):
-        able = [its.name for its in DEFENCES.values() if its.takes_sigma]
-        raise InputError(f"Only {', '.join(able)} take a noise level above 0. Got {spec!r}.")
+        able = [one.name for one in known.values() if one.takes_sigma]
+        raise InputError(f"Only {', '.join(able)} and the like take a noise level above 0. Got {spec!r}.")
+    wanted = [] if defence.recipe is None else [one.name for one in defence.recipe.options.values() if one.required]
+    if missing := [one for one in wanted if one not in defence.options and not (one == "sigma" and px)]:
+        how = f"{name}@PX" if missing == ["sigma"] else f"{name}:{missing[0]}=VALUE"
+        raise InputError(f"The defence {name} needs {', '.join(missing)}. Got {spec!r}. Write {how}.")
     return defence, px
+
+
+def _of_recipe(name: str) -> Defence:
+    recipe = describe(name, recipes.RECIPES[name])
+    return Defence(name, recipe.summary, recipe)
+
+
+def _with_options(defence: Defence, text: str) -> Defence:
+    """The defence with `a=1,b=2` over the options of its row."""
+    options = {} if defence.recipe is None else {k: v for k, v in defence.recipe.options.items() if k != "fast"}
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        key = name.strip().replace("-", "_")
+        if not equals or key not in options:
+            known = ", ".join(options) or "none"
+            raise InputError(f"The options of the defence {defence.name} are: {known}. Got {part!r}.")
+        given[key] = options[key].parse(value.strip())
+    # t and sigma are two names of one level: the one given replaces the row's own
+    own = {k: v for k, v in defence.options.items() if not (k in _LEVEL and _LEVEL & set(given))}
+    return replace(defence, name=f"{defence.name}:{text}", options={**own, **given})
+
+
+_LEVEL = {"t", "sigma"}
 
 
 def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
     name = path.stem + "+B" * grey + "+C" * noise
-    if name in DEFENCES or not re.fullmatch(r"[\w.-]+", path.stem):
+    if name in table() or name in recipes.RECIPES or not re.fullmatch(r"[\w.-]+", path.stem):
         raise InputError(
             "A purifier's file must be named with letters, digits, ., - and _, and not as a defence is. Got "
             f"{path.name}: rename it."
@@ -197,8 +251,8 @@ def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Expected a file of a purifier's JSON. Got {path}: {error}.") from None
-    return _Own(name, "a purifier of one's own", None, grey, noise, text=text)
+        raise InputError(f"A purifier's file holds its JSON. Got {path}: {error}.") from None
+    return _Own(name, "a purifier of one's own", grayscale=grey, noise=noise, text=text)
 
 
 @dataclass(frozen=True)
@@ -209,8 +263,8 @@ class _Own(Defence):
 
     def models(self, models: Models) -> list[str]:
         purifier = self._purifier(models)
-        found = [self._meant(entry, kind, models) for kind, entry in _entries(purifier.config())]
-        return list(dict.fromkeys(found))
+        names = [self._name_of(entry, kind, models) for kind, entry in _entries(purifier.config())]
+        return list(dict.fromkeys(names))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
         purifier, compensate = self._purifier(models), super().ready(models, px, fast).compensate
@@ -226,13 +280,12 @@ class _Own(Defence):
         try:
             return recipes.from_json(self.text)
         except CheckpointError:  # of a name that is not here
-            return recipes.from_json(self.text, [models.denoiser, models.energy, models.ddpm])
+            return recipes.from_json(self.text, [getattr(models, one.name) for one in fields(models)])
 
-    def _meant(self, entry: dict[str, str], kind: str, models: Models) -> str:
-        fields = ("energy",) if kind == "energy" else ("denoiser", "ddpm")
-        given = [getattr(models, field) for field in fields]
-        loaded = [as_energy(model) if kind == "energy" else as_denoiser(model) for model in given]
-        of_weights = {weights_sha256(model): name for model, name in zip(loaded, given, strict=True)}
+    def _name_of(self, entry: dict[str, str], kind: str, models: Models) -> str:
+        from purifyloader.files.weights import weights_sha256
+
+        of_weights = {weights_sha256(as_model(name, kind)): name for name in models.of_kind(kind)}
         return of_weights.get(entry["weights_sha256"], entry["name"])
 
 
@@ -244,12 +297,12 @@ def _noise_of(config: Any) -> float | None:
 
 def _entries(config: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """The models in a purifier's configuration: (kind, name and weights)."""
-    for kind in ("denoiser", "energy"):
+    for kind in KINDS:
         yield from ((kind, value) for value in _values(config, kind) if isinstance(value, dict))
 
 
 def _values(config: Any, key: str) -> Iterator[Any]:
-    """What stands under a key, anywhere in a configuration."""
+    """The values of a key, anywhere in a configuration."""
     if isinstance(config, dict):
         for name, value in config.items():
             if name == key:

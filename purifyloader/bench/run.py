@@ -142,7 +142,7 @@ class Bench:
             "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
             "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
             # of most defences there is none, and the names of their rows are without
-            **({} if made.afresh is None else {"afresh": json.loads(made.afresh.to_json())}),
+            **({} if made.per_epoch is None else {"afresh": json.loads(made.per_epoch.to_json())}),
             "victim": self.victim,
             "training": asdict(self.how),
             "seed": seed,
@@ -174,8 +174,8 @@ class Bench:
         compared = self.check(defence, poisoned)
         images, purifier = self.purified(poisoned, made)
         corrupt = None if made.compensate is None else compensation(made.compensate, seed)
-        if made.afresh is not None:
-            corrupt = afresh(made.afresh.to(self.device), seed)
+        if made.per_epoch is not None:
+            corrupt = afresh(made.per_epoch.to(self.device), seed)
         trained = train_victim(
             images,
             poisoned.labels,

@@ -77,13 +77,14 @@ class Option:
         """
         if self.type is bool:
             if text not in ("true", "false"):
-                raise ConfigError(f"{self.name} must be true or false. Got {text!r}.", argument=self.name)
+                raise ConfigError(f"must be true or false. Got {text!r}.", argument=self.name)
             return text == "true"
         try:
-            return self.type(text)
+            # as in Python: t=50 is written to JSON as 50, not as 50.0
+            return int(text) if self.type is float and text.isdecimal() else self.type(text)
         except ValueError:
             word = {int: "an integer", float: "a number"}[self.type]
-            raise ConfigError(f"{self.name} must be {word}. Got {text!r}.", argument=self.name) from None
+            raise ConfigError(f"must be {word}. Got {text!r}.", argument=self.name) from None
 
 
 @dataclass(frozen=True)
@@ -201,11 +202,11 @@ class Recipes(Mapping[str, "Callable[..., Purifier]"]):
     """
 
     def __init__(self, own: Mapping[str, Callable[..., Purifier]]) -> None:
-        self._own = dict(own)
+        self.own = dict(own)
 
     def __getitem__(self, name: str) -> Callable[..., Purifier]:
-        if name in self._own:
-            return self._own[name]
+        if name in self.own:
+            return self.own[name]
         plugins = entry_points(group=GROUP, name=name) if isinstance(name, str) else ()
         for plugin in plugins:
             make: Callable[..., Purifier] = plugin.load()
@@ -213,7 +214,7 @@ class Recipes(Mapping[str, "Callable[..., Purifier]"]):
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._own, *sorted(plugin.name for plugin in entry_points(group=GROUP))]))
+        return iter(dict.fromkeys([*self.own, *sorted(plugin.name for plugin in entry_points(group=GROUP))]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

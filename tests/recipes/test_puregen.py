@@ -281,8 +281,8 @@ def test_a_model_of_the_wrong_kind(folders):
     for make, message in (
         (lambda: recipes.puregen_ebm(energy=ddpm()), r"takes an energy model.* recipes\.eclipse"),
         (lambda: recipes.puregen_filt(energy=ddpm(), model=ddpm()), "takes an energy model"),
-        (lambda: recipes.puregen_ddpm(model=tiny_energy()), r"Expected a denoiser.* recipes\.puregen_ebm"),
-        (lambda: recipes.puregen_ddpm(model=5), "Expected a denoiser.* Got int"),
+        (lambda: recipes.puregen_ddpm(model=tiny_energy()), r"takes a denoiser.* recipes\.puregen_ebm"),
+        (lambda: recipes.puregen_ddpm(model=5), "takes a denoiser.* Got int"),
         (lambda: recipes.puregen_ddpm(300, model=ddpm(), calls=1), "trained for sigma"),
         (lambda: recipes.puregen_ddpm(1001, model=ddpm(), calls=1), r"t must lie in \[0, 1000\]"),
     ):
