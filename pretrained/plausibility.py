@@ -139,7 +139,7 @@ def judge_denoiser(denoiser: NetworkDenoiser, images_NCHW: Tensor, images: str) 
         found.warnings.append(
             f"The converted model does not denoise ({text}). Likely causes: another schedule or T, rescaled timesteps "
             "or not, another number of heads or order of qkv than the weights were trained with; weights of an "
-            "untrained or other model; or images unlike those it was trained on (give its kind with --images)."
+            "untrained or other model; or images unlike those it was trained on (give it images of its kind)."
         )
     return found
 
@@ -161,6 +161,6 @@ def judge_energy(network: EnergyNetwork, images_NCHW: Tensor, images: str) -> Pl
         found.warnings.append(
             f"Noise of {_ENERGY_PX} px raises the energy of only {100 * share:.0f} % of clean images, so steps down "
             "the energy would not remove it. Likely causes: an energy of the other sign, weights of an untrained or "
-            "other model, or images unlike those it was trained on (give its kind with --images)."
+            "other model, or images unlike those it was trained on (give it images of its kind)."
         )
     return found

@@ -48,9 +48,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.purified.filling",
         "purifyloader.purified.loader",
         "purifyloader.purified.tensors",
-        "purifyloader.purifiers.base",
-        "purifyloader.purifiers.energy_above",
-        "purifyloader.purifiers.networks",
         "purifyloader.transforms",
         "purifyloader.transforms.held",
         "purifyloader.transforms.kornia",
@@ -71,7 +68,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",
-        "purifyloader.pretrained.convert.plausibility",
         "purifyloader.purified.filling",
         "purifyloader.purified.loader",
         "purifyloader.results.folder",
@@ -87,11 +83,8 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.core.corruptions",
         "purifyloader.poisons.reading.pictures",
         "purifyloader.commands.precompute",
-        "purifyloader.purifiers",
         "purifyloader.purifiers.squeezing",
         "purifyloader.recipes.squeezing",
-        "purifyloader.transforms.kornia",
-        "purifyloader.transforms.purification",
     },  # modules that name COIN beyond the four
 }
 

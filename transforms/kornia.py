@@ -114,7 +114,7 @@ class RandomSqueeze(RandomPurify):
     """A cheap baseline in one word: `RandomSqueeze("jpeg", quality=10)`; see `purifyloader.transforms.Squeeze`.
 
     Args:
-        method: "jpeg", "grayscale", "bit_depth" or "coin".
+        method: a recipe of `purifyloader.recipes` that has no model, such as "jpeg".
         p: probability that an image is squeezed.
         options: of the method.
     """

@@ -13,6 +13,7 @@ from purifyloader import recipes
 from purifyloader.errors import InputError
 from purifyloader.purified.tensors import purify_tensor
 from purifyloader.purifiers import Purifier
+from purifyloader.recipes.registry import describe
 from purifyloader.transforms.base import ImageTransform
 from purifyloader.transforms.held import HoldsPurifier
 
@@ -21,12 +22,9 @@ __all__ = ["SQUEEZES", "Purify", "Squeeze", "squeezing"]
 log = logging.getLogger(__name__)
 
 SQUEEZES = {
-    "jpeg": recipes.jpeg,
-    "grayscale": recipes.grayscale,
-    "bit_depth": recipes.bit_depth,
-    "coin": recipes.coin,
+    name.replace("-", "_"): make for name, make in recipes.RECIPES.own.items() if not describe(name, make).models
 }
-"""The baselines that `Squeeze` and `RandomSqueeze` know by name."""
+"""The baselines that `Squeeze` and `RandomSqueeze` know by name: the recipes without a model."""
 
 
 class Purify(HoldsPurifier, ImageTransform):
@@ -86,8 +84,8 @@ _IMAGES = (tv_tensors.Image, tv_tensors.Video)
 
 
 class Squeeze(Purify):
-    """A cheap baseline in one word: `Squeeze("jpeg", quality=10)`, `Squeeze("grayscale")`, `Squeeze("bit_depth",
-    bits=2)`, `Squeeze("coin", alpha=2)`. COIN is drawn afresh at each call, as its published script does.
+    """Apply a cheap baseline in one word: `Squeeze("jpeg", quality=10)`, `Squeeze("grayscale")`, `Squeeze("bit_depth",
+    bits=2)`. One that moves pixels at random draws anew at each call, as its published script does.
 
     Args:
         method: one of `SQUEEZES`, functions of `purifyloader.recipes`.

@@ -93,7 +93,7 @@ def test_a_row_of_a_file_has_its_name_and_no_path(chain, tmp_path):
 
 
 def test_files_that_are_no_purifier(tmp_path):
-    with pytest.raises(InputError, match=r"Expected a file of a purifier's JSON\. Got .*nothing"):
+    with pytest.raises(InputError, match=r"A purifier's file holds its JSON\. Got .*nothing"):
         find(str(tmp_path / "nothing.json"))
     for text, message in (("{", "not JSON"), ('{"schema": 1, "purifier": {"kind": "magic"}}', "kind must be one of")):
         path = tmp_path / "bad.json"

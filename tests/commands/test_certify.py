@@ -717,7 +717,7 @@ def test_a_plan(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     given = (*options, "--alpha", 0.01, "--models", 40, "--plan")
     assert run(*given, "--out", out) == 0
     first = capsys.readouterr().out
-    assert "no certificate: Expected Gaussian noise on every value" in first
+    assert "no certificate: A certificate needs Gaussian noise on every value" in first
     assert first.count("no certificate: A trigger changes the test inputs") == 2
     assert "radius" not in first.replace("the radius", "")
 
@@ -816,7 +816,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "no recipe": (("--recipe", "nowhere.json"), "'nowhere.json': no such file"),
     "a folder for a recipe": (("--recipe", "tiny"), "'tiny': no such file"),
     "a recipe of bytes": (("--recipe", "binary.json"), "'binary.json': 'utf-8' codec"),
-    "a recipe that is none": (("--recipe", "list.json"), "Expected a JSON object with schema and purifier"),
+    "a recipe that is none": (("--recipe", "list.json"), "an object with schema and purifier"),
     "no model": (("--model", "nowhere"), "Got 'nowhere', which is none of these"),
     "another model": (("--model", "energy-tiny", "--sigma", 0.1), "an energy"),
     "no data": (("--data", "cifar11"), "Got 'cifar11'"),

@@ -267,7 +267,7 @@ def test_crops_come_between_the_denoiser_and_compensation(monkeypatch):
         ("adaptive", {"sigma": 10.0}, "trained for sigma"),
         ("adaptive", {"shift": 4}, "shift must turn"),
         ("adaptive", {"noise": True}, "noise must be"),
-        ("adaptive", {"model": 3}, "Expected a denoiser"),
+        ("adaptive", {"model": 3}, "takes a denoiser"),
         ("adaptive", {"model": "no-such-model"}, "no-such-model"),
     ],
 )

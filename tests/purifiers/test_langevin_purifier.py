@@ -229,7 +229,7 @@ def test_everything_but_the_name_is_identity():
         (lambda e, d: Langevin(torch.nn.Identity()), InputError, "energy model.* Got Identity"),
         (lambda e, d: Langevin("cifar10-energy"), InputError, "energy model.* Got str"),
         (lambda e, d: DenoiseOnce(e, 0.1), InputError, r"Got EnergyNetwork\. An energy model goes into Langevin"),
-        (lambda e, d: Diffuse(e, sigma=0.1), InputError, "Expected a denoiser"),
+        (lambda e, d: Diffuse(e, sigma=0.1), InputError, "takes a denoiser"),
         (lambda e, d: Langevin(e, 0), ConfigError, "steps.* Got 0"),
         (lambda e, d: Langevin(e, 1.5), ConfigError, r"steps.* Got 1\.5"),
         (lambda e, d: Langevin(e, 1, step_size=0), ConfigError, "step_size.* Got 0"),

@@ -396,7 +396,7 @@ def test_an_empty_batch_comes_back_empty():
         (lambda d: Diffuse(d, t=100, dtype="float16"), "dtype"),
         (lambda d: DenoiseOnce(d, 0.0005), "trained for sigma"),
         (lambda d: DenoiseOnce(d, 0.1, compute_batch=0), "compute_batch"),
-        (lambda d: DenoiseOnce(nn.Identity(), 0.1), "Expected a denoiser"),
+        (lambda d: DenoiseOnce(nn.Identity(), 0.1), "takes a denoiser"),
         (lambda d: Jpeg(0), "1 to 100"),
         (lambda d: Compensation(p=1.5), "probability"),
         (lambda d: Chain(), "one or more"),
