@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -108,27 +107,6 @@ def test_configurations_that_cannot_be_built(config: dict[str, Any]) -> None:
 # -- as a checkpoint ---------------------------------------------------------------------------------
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    network = tiny()
-    pretrained.save(network, tmp_path / "a", name="low", details={"steps": 7})
-    again = pretrained.load(tmp_path / "a", kind="energy")
-    assert isinstance(again, EnergyNetwork)
-    assert again.name == "low"
-    assert again.config == network.config
-    assert not again.training
-    assert not any(p.requires_grad for p in again.parameters())
-    assert weights_sha256(again) == weights_sha256(network)
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    assert config["format"] == "purifyloader-energy"
-    assert config["energy"] == network.describe()
-    card = (tmp_path / "a/README.md").read_text()
-    assert 'kind="energy"' in card
-    assert f"{sum(p.numel() for p in network.parameters()):,}" in card
-    pretrained.save(tiny(), tmp_path / "b", name="low", details={"steps": 7})
-    for file in ("config.json", "model.safetensors", "README.md"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
 def test_a_recipe_that_wants_a_denoiser_says_what_it_got(tmp_path: Path) -> None:
     pretrained.save(tiny(), tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"must hold a denoiser\. Got an energy model .*kind='energy'"):
@@ -138,22 +116,6 @@ def test_a_recipe_that_wants_a_denoiser_says_what_it_got(tmp_path: Path) -> None
         pretrained.load(tmp_path / "b", kind="energy")
     with pytest.raises(InputError, match=r"denoiser, energy\. Got 'vae'"):
         pretrained.load(tmp_path / "a", kind="vae")  # type: ignore[call-overload]
-
-
-def test_damage_is_seen(tmp_path: Path) -> None:
-    pretrained.save(tiny(), tmp_path / "a")
-    file = tmp_path / "a/model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="damaged"):
-        pretrained.load(tmp_path / "a", kind="energy")
-    pretrained.save(tiny(), tmp_path / "a", overwrite=True)
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    config["energy"]["network"]["channels"] = 8
-    (tmp_path / "a/config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="edited"):
-        pretrained.load(tmp_path / "a", kind="energy")
 
 
 # -- the published layout ----------------------------------------------------------------------------

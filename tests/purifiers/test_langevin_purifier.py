@@ -19,7 +19,6 @@ from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.energy import EnergyConfig, EnergyNetwork, langevin
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import DenoiseOnce, Diffuse, Langevin, Tiles
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
 
@@ -41,36 +40,6 @@ def purifier(**options) -> Langevin:
 
 
 # -- the same pixels ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [3, 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_an_image_does_not_depend_on_its_batch(dtype, threads, channels, x, seeds):
-    washes = Langevin(tiny_energy(channels), 3, dtype=dtype, compute_batch=16)
-    x = x[:, :channels]
-    whole = washes(x, seeds)
-    assert not torch.equal(whole, x)
-    assert whole.is_contiguous()
-    assert whole.dtype == torch.float32
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for size in range(1, COUNT + 1, 3):
-            assert torch.equal(washes(x[:size], seeds[:size]), whole[:size]), f"batch size {size}"
-        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(washes(x[order], seeds[order]), whole[order])
-        assert torch.equal(washes(x[17:18], seeds[17:18]), whole[17:18])
-        # the memory format of the input decides nothing
-        assert torch.equal(washes(x.contiguous(memory_format=torch.channels_last), seeds), whole)
-        mixed = [x[0], x[1, :, :11, :9], x[2]]
-        apart = washes(mixed[1][None], seeds[1:2])[0]
-        assert all(
-            torch.equal(got, want)
-            for got, want in zip(washes.purify_images(mixed, seeds[:3]), (whole[0], apart, whole[2]), strict=True)
-        )
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -170,25 +139,6 @@ def test_compiled_it_does_the_same(dtype, x, seeds):
 
 
 # -- configuration -----------------------------------------------------------------------------------
-
-
-def test_golden_json():
-    values = json.loads(Langevin(tiny_energy(), dtype="bfloat16").to_json())
-    assert values["purifier"]["energy"].pop("weights_sha256") == weights_sha256(tiny_energy())
-    assert values == {
-        "schema": 1,
-        "purifier": {
-            "kind": "langevin",
-            "steps": 150,
-            "step_size": 0.00625,
-            "step_px": 1.5938,
-            "temperature": 0.0001,
-            "energy": {"name": None},
-            "dtype": "bfloat16",
-            "compute_batch": 32,
-            "compile": False,
-        },
-    }
 
 
 @pytest.mark.parametrize(

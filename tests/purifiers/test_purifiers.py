@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,10 +13,9 @@ from purifyloader import pretrained, recipes
 from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule
-from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
+from purifyloader.errors import CheckpointError, ConfigError, PurifyError
 from purifyloader.purifiers import (
     Chain,
-    Coin,
     Compensation,
     DenoiseOnce,
     Diffuse,
@@ -33,6 +29,7 @@ from purifyloader.purifiers import (
     from_config,
     from_json,
 )
+from tests import processes
 from tests.conftest import random_images, tiny_denoiser, tiny_energy, tiny_network
 
 COUNT = 40
@@ -48,45 +45,7 @@ def seeds() -> Tensor:
     return noise.image_keys(0, 0, range(COUNT))
 
 
-def purifiers() -> dict[str, Purifier]:
-    denoiser = tiny_denoiser()
-    once = {d: DenoiseOnce(denoiser, 0.1, dtype=d, compute_batch=16) for d in ("float32", "bfloat16")}
-    return {
-        **once,
-        "diffuse": Diffuse(denoiser, sigma=0.1, steps=4, compute_batch=16),
-        "diffuse-bf16": Diffuse(denoiser, sigma=0.1, steps=4, compute_batch=16, dtype="bfloat16"),
-        "ddim": Diffuse(denoiser, t=100, steps=3, sampler="ddim", compute_batch=16),
-        "jpeg": Jpeg(10),
-        "compensation": Compensation(),
-        "chain": Chain(Jpeg(50), once["float32"], Compensation()),
-        "repeat": Repeat(once["float32"], 3),
-        "mixed": Repeat(Chain(Langevin(tiny_energy(), 1, compute_batch=16), once["bfloat16"]), 2),
-        "where": Where(EnergyAbove(tiny_energy(), 0.1, compute_batch=16), Chain(Coin(), once["float32"])),
-    }
-
-
 # -- the same pixels ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", purifiers())
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_an_image_does_not_depend_on_its_batch(name, threads, x, seeds):
-    purifier = purifiers()[name]
-    whole = purifier(x, seeds)
-    assert not torch.equal(whole, x)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        # every size with one and two threads; with three, which no two of our cores can share out, a few
-        for size in range(1, COUNT + 1, 1 if threads < 3 else 13):
-            assert torch.equal(purifier(x[:size], seeds[:size]), whole[:size]), f"batch size {size}"
-        for seed in range(3):
-            order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
-            assert torch.equal(purifier(x[order], seeds[order]), whole[order]), f"permutation {seed}"
-        for i in (0, 17, COUNT - 1):
-            assert torch.equal(purifier(x[i : i + 1], seeds[i : i + 1]), whole[i : i + 1]), f"image {i} alone"
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_published_size_of_network_too(seeds):
@@ -116,21 +75,6 @@ def test_seeds_decide_the_noise(x, seeds):
     assert torch.equal(purifier(x[:1], seeds[1:2])[0], a[1])
 
 
-def test_another_process_gives_the_same_pixels(x, seeds, tmp_path):
-    purifier = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, compute_batch=8)
-    script = (
-        "import sys, torch\n"
-        "from tests.purifiers.test_purifiers import *\n"
-        "torch.set_num_threads(2)\n"
-        "x = random_images(COUNT).float() / 255\n"
-        "purifier = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, compute_batch=8)\n"
-        "torch.save(purifier(x[3:5], noise.image_keys(0, 0, [3, 4])), sys.argv[1])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    subprocess.run([sys.executable, "-c", script, tmp_path / "out.pt"], env=environment, check=True)
-    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), purifier(x[3:5], seeds[3:5]))
-
-
 FAST_SETTINGS = [
     'torch.set_float32_matmul_precision("medium")',
     'torch.backends.fp32_precision = "tf32"',
@@ -142,30 +86,34 @@ FAST_SETTINGS = [
 ]
 
 
+def fast_process(setting: str) -> tuple[list[Tensor], bool]:
+    """Pixels after `setting` and under autocast, and whether all settings are as they were before."""
+
+    def state() -> list:
+        b = torch.backends
+        parts = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)
+        return [part.fp32_precision for part in parts] + [b.cudnn.benchmark, b.cudnn.deterministic]
+
+    exec(setting)
+    before = state()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pixels_of_both()
+    return out, state() == before
+
+
+def pixels_of_both() -> list[Tensor]:
+    made = [Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    return [purifier(random_images(4).float() / 255, noise.image_keys(0, 0, range(4))) for purifier in made]
+
+
 @pytest.mark.parametrize("setting", FAST_SETTINGS)
-def test_what_the_training_script_switched_on_does_not_matter(setting, x, seeds, tmp_path):
+def test_what_the_training_script_switched_on_does_not_matter(setting):
     """In a process of its own: torch does not let every one of these be taken back."""
-    script = (
-        "import sys, torch\n"
-        "from tests.purifiers.test_purifiers import *\n"
-        f"{setting}\n"
-        "def state():\n"
-        "    b = torch.backends\n"
-        "    parts = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv)\n"
-        "    return [p.fp32_precision for p in parts] + [b.cudnn.benchmark, b.cudnn.deterministic]\n"
-        "before = state()\n"
-        "purifiers = [Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=d) for d in ('float32', 'bfloat16')]\n"
-        "x, seeds = random_images(4).float() / 255, noise.image_keys(0, 0, range(4))\n"
-        "with torch.autocast('cpu', torch.bfloat16):\n"
-        "    out = [p(x, seeds) for p in purifiers]\n"
-        "assert state() == before, (before, state())\n"
-        "torch.save(out, sys.argv[1])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    subprocess.run([sys.executable, "-W", "error", "-c", script, tmp_path / "out.pt"], env=environment, check=True)
-    got = torch.load(tmp_path / "out.pt", weights_only=True)
-    for dtype, out in zip(("float32", "bfloat16"), got, strict=True):
-        want = Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype=dtype)(random_images(4).float() / 255, seeds[:4])
+    done = processes.run(fast_process, setting, warnings="error")
+    assert done.returncode == 0, done.stderr
+    got, kept = done.value
+    assert kept
+    for out, want in zip(got, pixels_of_both(), strict=True):
         assert torch.equal(out, want)
         assert out.dtype == torch.float32
 
@@ -224,45 +172,7 @@ def test_a_purifier_is_frozen_and_leaves_the_denoiser_alone(x, seeds):
     x.requires_grad_(False)
 
 
-def test_purify_with_grad_differentiates_the_input(seeds):
-    purifier = Diffuse(tiny_denoiser(), sigma=0.1, steps=2)
-    x = (random_images(2, 8).float() / 255).requires_grad_(True)
-    purifier.purify_with_grad(x, seeds[:2])[0].sum().backward()
-    assert x.grad is not None
-    assert x.grad[0].abs().sum() > 0
-    assert x.grad[1].abs().sum() == 0
-
-
 # -- configuration -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", purifiers())
-def test_json_builds_back_the_same_purifier(name, x, seeds):
-    purifier = purifiers()[name]
-    text = purifier.to_json()
-    again = recipes.from_json(text, [tiny_denoiser(), tiny_energy()])
-    assert again.to_json() == text
-    assert torch.equal(again(x[:3], seeds[:3]), purifier(x[:3], seeds[:3]))
-
-
-def test_golden_json():
-    purifier = recipes.eclipse(tiny_denoiser(), t=100, steps=4)
-    values = json.loads(purifier.to_json())
-    values["purifier"]["denoiser"]["weights_sha256"] = "..."
-    assert values == {
-        "schema": 1,
-        "purifier": {
-            "kind": "diffuse",
-            "t": 100,
-            "sigma_px": 6.3665,
-            "steps": 4,
-            "schedule": {"kind": "cosine", "timesteps": 4000},
-            "sampler": "ancestral",
-            "denoiser": {"name": None, "weights_sha256": "..."},
-            "dtype": "float32",
-            "compute_batch": 32,
-        },
-    }
 
 
 def test_a_resolver_of_denoisers_alone_needs_no_second_argument():
@@ -275,7 +185,8 @@ def test_a_resolver_of_denoisers_alone_needs_no_second_argument():
         asked.append((kind, entry["name"]))
         return {"denoiser": tiny_denoiser, "energy": tiny_energy}[kind]()
 
-    mixed = purifiers()["mixed"]
+    once = DenoiseOnce(tiny_denoiser(), 0.1, compute_batch=16, dtype="bfloat16")
+    mixed = Repeat(Chain(Langevin(tiny_energy(), 1, compute_batch=16), once), 2)
     assert from_json(mixed.to_json(), resolve).to_json() == mixed.to_json()
     assert asked == [("energy", None), ("denoiser", None)]
 
@@ -353,30 +264,6 @@ def test_a_model_by_folder(tmp_path, x, seeds):
 
 
 # -- bad input ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("x", "seeds", "message"),
-    [
-        (torch.zeros(3, 8, 8), torch.zeros(3, dtype=torch.int64), r"\(B, C, H, W\)\. Got"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), "Got torch.uint8"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), "3 channels"),
-        (torch.zeros(2, 3, 8, 8), torch.zeros(3, dtype=torch.int64), r"shape \(2,\)"),
-        (torch.zeros(2, 3, 8, 8), torch.zeros(2), "int64"),
-        (torch.full((2, 3, 8, 8), torch.nan), torch.zeros(2, dtype=torch.int64), "NaN"),
-        (torch.full((2, 3, 8, 8), -0.5), torch.zeros(2, dtype=torch.int64), r"lies in \[0, 1\]"),
-        (torch.full((2, 3, 8, 8), 255.0), torch.zeros(2, dtype=torch.int64), "divide 0-255"),
-    ],
-)
-def test_bad_calls(x, seeds, message):
-    with pytest.raises(InputError, match=message):
-        DenoiseOnce(tiny_denoiser(), 0.1)(x, seeds)
-
-
-def test_an_empty_batch_comes_back_empty():
-    empty = torch.zeros(0, 3, 8, 8)
-    for purifier in purifiers().values():
-        assert purifier(empty, torch.zeros(0, dtype=torch.int64)).shape == empty.shape
 
 
 @pytest.mark.parametrize(
