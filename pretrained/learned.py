@@ -86,8 +86,8 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
             is_found = False
         if not is_found:
             raise InputError(
-                f"{name!r} does not say all that it learned from: its training started from the {kind.noun} {before!r}, and "
-                "no model of that name has those weights here. Put its folder where that name leads, or take another "
+                f"{name!r} does not say all that it learned from: its training started from the {kind.noun} "
+                f"{before!r}, and no model of that name has those weights here. Put its folder where that name leads, or take another "
                 "model."
             )
         assert isinstance(before, str)

@@ -57,7 +57,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.audit.energies",
         "purifyloader.audit.report",
         "purifyloader.audit.truth",
-        "purifyloader.bench.defences",
         "purifyloader.bench.report",
         "purifyloader.bench.run",
         "purifyloader.bench.transfer",

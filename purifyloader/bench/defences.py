@@ -271,8 +271,8 @@ class _Own(Defence):
         config = purifier.config()
         if not fast and (dtypes := {*_values(config, "dtype")} - {"float32"}):
             raise InputError(
-                f"In float32 (--precise) a purifier must compute in float32. Got {', '.join(sorted(dtypes))} in "
-                f"{self.name}: write the file anew, or leave --precise out."
+                f"A bench in float32 takes purifiers in float32. Got {', '.join(sorted(dtypes))} in {self.name}: write "
+                "the file anew, or measure in bfloat16."
             )
         return Made(purifier, compensate, _noise_of(config))
 

@@ -124,7 +124,7 @@ def test_a_file_may_use_a_denoiser_of_ones_own(tmp_path):
     with pytest.raises(PurifyError):
         its.ready(Models(), None, True)
     assert make_bench(tmp_path, models).check(str(path))["what tiny learned from"] == len(HELD)
-    with pytest.raises(InputError, match=r"must compute in float32\. Got bfloat16 in mine"):
+    with pytest.raises(InputError, match=r"takes purifiers in float32\. Got bfloat16 in mine"):
         its.ready(models, None, False)
 
 
