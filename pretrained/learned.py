@@ -87,8 +87,8 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
         if not is_found:
             raise InputError(
                 f"{name!r} does not say all that it learned from: its training started from the {kind.noun} "
-                f"{before!r}, and no model of that name has those weights here. Put its folder where that name leads, or take another "
-                "model."
+                f"{before!r}, and no model of that name has those weights here. Put its folder where that name "
+                "leads, or take another model."
             )
         assert isinstance(before, str)
         name = before
