@@ -1,4 +1,4 @@
-"""A model as a folder: config.json, model.safetensors and README.md, its card.
+"""Write and read a model as a folder: config.json, model.safetensors and README.md, its card.
 
 config.json is written last and names the SHA-256 of model.safetensors, so that a save which was killed,
 over nothing or over an older checkpoint, is never read as whole. Its `format` says what the model is: a
@@ -64,6 +64,14 @@ def save(
         InputError: neither a `NetworkDenoiser` nor an `EnergyNetwork`, a path to a file, weights that are not
             finite, details that are not JSON.
         CheckpointError: files of a checkpoint are there and `overwrite` is False, or writing failed.
+
+    >>> import tempfile
+    >>> from purifyloader import pretrained
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pretrained.save(EnergyNetwork(EnergyConfig(channels=4)), folder, name="tiny")
+    ...     pretrained.load(folder, kind="energy").name
+    'tiny'
     """
     kind = kind_of(model)
     if kind is None or not isinstance(model, kind.saved()):
@@ -121,13 +129,17 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
         name_or_path: one of `list()`, the folder that `save` wrote, or, for a folder of that layout on the
             Hugging Face hub, `"owner/name"` or `"owner/name@revision"`. Only the last touches the network,
             and only where there is no folder of that name, which a warning then says.
-        kind: what is asked for, "denoiser" or "energy": the other kind is an error.
+        kind: "denoiser", "energy", or another of `purifyloader.pretrained.kinds`: a model of another is an error.
 
     Raises:
         InputError: not a name, a path or a kind.
         CheckpointError: no such model, the hub cannot be reached, another kind of model, or files that are
             missing, damaged, newer than this version of purifyloader, or do not fit each other. The message
             names the file.
+
+    >>> from purifyloader import pretrained
+    >>> pretrained.load("cifar10-sparse").image_channels
+    3
     """
     if kind not in KINDS:
         raise InputError(f"must be one of {', '.join(KINDS)}. Got {kind!r}.", argument="kind")
@@ -182,7 +194,7 @@ def _unreadable(file: Path, error: OSError) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Summary:
-    """What can be said of a checkpoint without loading its weights.
+    """The kind, size and purpose of a checkpoint, read without loading its weights.
 
     Attributes:
         kind: a key of `purifyloader.pretrained.kinds.KINDS`.

@@ -1,8 +1,7 @@
-"""Published checkpoints into folders of this library: `purifyloader convert`, or `convert` in Python.
+"""Convert published checkpoints into folders of this library: `purifyloader convert`, or `convert` in Python.
 
     openai, diffusers, score_sde, energy   pure mappings: from names and shapes to a network
     pickles                                weights out of files, without running what they hold
-    plausibility                           whether the result denoises
 
 What a file does not say about itself comes from a preset, from settings, or from both, settings first. Nothing is
 guessed: what nobody says is an error that lists it.
@@ -51,6 +50,10 @@ class Format:
         presets: such settings by the name of what was published.
         preset: the one that is taken where none is given.
         licences: of each preset, where it is known.
+
+    >>> from purifyloader.pretrained.convert import FORMATS
+    >>> FORMATS["score-sde"].needs
+    ['beta_min', 'beta_max', 'continuous', 'skip_rescale']
     """
 
     words: str
@@ -143,12 +146,17 @@ def convert(
         overwrite: replace a checkpoint that stands in `out`.
 
     Returns:
-        what the plausibility check found. Its warnings are also logged and in the card.
+        the measurements of the plausibility check. Its warnings are also logged and in the card.
 
     Raises:
         InputError: no such format, preset, setting, source or file.
         ConfigError: settings that are missing, all of them named, or contradict each other.
         CheckpointError: files that are damaged, refused, of another format or do not fit; a checkpoint in `out`.
+
+    >>> from purifyloader.pretrained.convert import convert
+    >>> convert("no-such-file.pt", "no-such-folder", "eclipse")
+    Traceback (most recent call last):
+    purifyloader.errors.InputError: SOURCE must be a file (.safetensors, .pt, .pth, .bin, .ckpt), a folder, or ...
     """
     if format not in FORMATS:
         raise InputError(f"The format must be one of {', '.join(FORMATS)}. Got {format!r}.")

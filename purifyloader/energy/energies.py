@@ -1,4 +1,4 @@
-"""The energies of many images, each the same number whatever images come with it."""
+"""Compute the energies of many images, each the same number whatever images come with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["image_energies"]
 
 @torch.no_grad()
 def image_energies(energy: EnergyNetwork, x_BCHW: Tensor, compute_batch: int = 32) -> Tensor:
-    """float32 (B,): the energy of each image, in the network's own unit (PureGen divides it by a temperature).
+    """Compute the energy of each image, in the network's own unit (PureGen divides it by a temperature).
 
     On one kind of device and version of torch it is a function of (weights, `compute_batch`, image).
 
@@ -24,9 +24,17 @@ def image_energies(energy: EnergyNetwork, x_BCHW: Tensor, compute_batch: int = 3
         x_BCHW: float images in [0, 1].
         compute_batch: images of every network call.
 
+    Returns:
+        float32 (B,).
+
     Raises:
         InputError: images that the network does not take.
         PurifyError: an energy is infinite or NaN.
+
+    >>> import torch
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
+    >>> image_energies(EnergyNetwork(EnergyConfig(channels=4)), torch.rand(5, 3, 8, 8)).shape
+    torch.Size([5])
     """
     if len(x_BCHW) == 0:
         return x_BCHW.new_zeros(0, dtype=torch.float32)

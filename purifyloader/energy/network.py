@@ -1,4 +1,4 @@
-"""PureGen's energy network (Bhat et al. 2024, arXiv:2405.18627): a residual network with one number an image.
+"""Give each image one number by PureGen's energy network, a residual one (Bhat et al. 2024, arXiv:2405.18627).
 
 Shape suffixes: B batch, C channels, H height, W width. The network is the discriminator of SNGAN (Miyato et
 al. 2018, arXiv:1802.05957, Table 4a) without spectral normalisation and with the mean over pixels where that
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.core.checks import check_integer
 from purifyloader.energy.walking import TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError, InputError
 
@@ -25,21 +26,26 @@ _SIZE_MIN = 4  # two halvings must leave a pixel
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """Everything that fixes the shape of an `EnergyNetwork`. The default is the published one, 1,053,824 parameters.
+    """The shape of an `EnergyNetwork`. The default is the published one, 1,053,824 parameters.
 
     Args:
         channels: width of every block.
         image_channels: channels of the image, 3 for RGB.
+
+    Raises:
+        ConfigError: either is no positive integer.
+
+    >>> from purifyloader.energy import EnergyConfig
+    >>> EnergyConfig(channels=4).to_dict()
+    {'channels': 4, 'image_channels': 3}
     """
 
     channels: int = 128
     image_channels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("channels", "image_channels"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"EnergyConfig.{name} must be a positive integer. Got {value!r}.")
+        check_integer("EnergyConfig.channels", self.channels, 1)
+        check_integer("EnergyConfig.image_channels", self.image_channels, 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +99,11 @@ class EnergyNetwork(nn.Module):
 
     Raises:
         ConfigError: a temperature that is no positive number.
+
+    >>> import torch
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> EnergyNetwork(EnergyConfig(channels=4))(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2])
     """
 
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
@@ -117,12 +128,13 @@ class EnergyNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def describe(self) -> dict[str, Any]:
-        """What `energy_from_config` builds it back from, as JSON."""
+        """Describe the network as JSON, from which `energy_from_config` builds it back."""
         own = {} if self.temperature == TEMPERATURE else {"temperature": self.temperature}
         return {"network": {"kind": "resnet", **self.config.to_dict()}, **own}
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """
+        """Compute the energies of images (B, C, H, W).
+
         Raises:
             InputError: another number of channels or dimensions, a height or width below 4, or integers.
         """
@@ -143,7 +155,7 @@ class EnergyNetwork(nn.Module):
 
 
 def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:
-    """Build back, with fresh weights, what `EnergyNetwork.describe` said.
+    """Build the network that `EnergyNetwork.describe` described, with new weights.
 
     Raises:
         ConfigError: it does not say a network of a known kind.

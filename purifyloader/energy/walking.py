@@ -1,4 +1,4 @@
-"""Langevin dynamics: a walk downhill in energy, with noise (PureGen, Eq. 4; Bhat et al. 2024, arXiv:2405.18627).
+"""Walk downhill in energy, with noise: Langevin dynamics (PureGen, Eq. 4; Bhat et al. 2024, arXiv:2405.18627).
 
 One step on images in [0, 1], with s the `step_size` and T the `temperature`:
 
@@ -25,7 +25,7 @@ STEP_SIZE = 0.00625
 """PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step."""
 
 TEMPERATURE = 1e-4
-"""PureGen's: what an energy is divided by."""
+"""PureGen's: the number that an energy is divided by."""
 
 FAR = 10.0
 """Image units from the middle grey: no image is out there, and a walk that is has run away."""
@@ -35,10 +35,7 @@ Energy = Callable[[Tensor], Tensor]
 
 
 def check_dynamics(steps: int = 1, step_size: float = STEP_SIZE, temperature: float = TEMPERATURE) -> None:
-    """
-    Raises:
-        ConfigError: no such number of steps, step size or temperature.
-    """
+    """Raise `ConfigError` unless these are a number of steps, a step size and a temperature."""
     if type(steps) is not int or steps < 1:
         raise ConfigError(f"steps is the number of Langevin steps, at least 1. Got {steps!r}.")
     for name, value, what in (
@@ -50,7 +47,7 @@ def check_dynamics(steps: int = 1, step_size: float = STEP_SIZE, temperature: fl
 
 
 def energy_gradient(energy: Energy, x_BCHW: Tensor, create_graph: bool = False) -> Tensor:
-    """The gradient of each image's energy, (B, C, H, W); of the weights none is computed.
+    """Compute the gradient of each image's energy, (B, C, H, W); of the weights none is computed.
 
     Args:
         create_graph: make it differentiable in `x_BCHW`, which must then require a gradient.
@@ -72,7 +69,7 @@ def walk(
     step_size: float = STEP_SIZE,
     temperature: float = TEMPERATURE,
 ) -> Iterator[Tensor]:
-    """The images after each of `steps` Langevin steps.
+    """Yield the images after each of `steps` Langevin steps.
 
     Nothing of a step is kept for the next but the images, unless gradients of them are wanted: where torch records
     them and the images require one, the whole walk is differentiable, and its memory grows with its length.
@@ -88,6 +85,12 @@ def walk(
     Raises:
         ConfigError: no such number of steps, step size or temperature.
         PurifyError: the images became infinite or NaN, or ran away.
+
+    >>> import torch
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork, walk
+    >>> images = torch.full((1, 3, 8, 8), 0.5)
+    >>> [x.shape[0] for x in walk(EnergyNetwork(EnergyConfig(channels=4)), images, 3, noise=None)]
+    [1, 1, 1]
     """
     check_dynamics(steps, step_size, temperature)
     slope = step_size**2 / 2 / temperature
@@ -121,7 +124,14 @@ def langevin(
     step_size: float = STEP_SIZE,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """The images at the end of a `walk`."""
+    """Return the images at the end of a `walk`, which has the same arguments.
+
+    >>> import torch
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork, langevin
+    >>> images = torch.full((1, 3, 8, 8), 0.5)
+    >>> langevin(EnergyNetwork(EnergyConfig(channels=4)), images, 2, lambda step: torch.randn(1, 3, 8, 8)).shape
+    torch.Size([1, 3, 8, 8])
+    """
     for x in walk(energy, x_BCHW, steps, noise, step_size=step_size, temperature=temperature):
         x_BCHW = x
     return x_BCHW
