@@ -63,6 +63,12 @@ class Purifier(nn.Module):
         InputError: another type, shape or range, NaN, or seeds that do not match the batch.
 
     `purify_images` does the same to a list of images of different sizes.
+
+    >>> import torch
+    >>> from purifyloader.purifiers import Jpeg, Purifier
+    >>> purifier = Jpeg(10)
+    >>> purifier(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape, isinstance(purifier, Purifier)
+    (torch.Size([2, 3, 8, 8]), True)
     """
 
     kind: ClassVar[str]
@@ -101,11 +107,11 @@ class Purifier(nn.Module):
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        """The inverse of `config` (whose `kind` is gone from `values`)."""
+        """Build a purifier from its `config`, whose `kind` is gone from `values`."""
         return cls(**values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
-        """The purification itself, on checked float32 input; values may leave [0, 1] between stages.
+        """Purify checked float32 input; values may leave [0, 1] between stages.
 
         The images keep their shape, unless `output_shape` says otherwise.
         """
@@ -121,7 +127,7 @@ class Purifier(nn.Module):
         return out
 
     def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
-        """The first condition inside that has no plan yet, and the images as they come to it.
+        """Find the first condition inside that has no plan yet, and the images as they come to it.
 
         Args:
             images: checked float32 (C, H, W), as `run_images` takes them.
@@ -136,13 +142,14 @@ class Purifier(nn.Module):
         return shape
 
     def identity(self) -> dict[str, Any]:
-        """What decides the pixels: the configuration without names, which are for people, and without plans,
+        """Return what decides the pixels: the configuration without names, which are for people, and without plans,
         which are functions of the rest and of the source."""
         identity = _deciding(self.config())
         assert isinstance(identity, dict)
         return identity
 
     def to_json(self) -> str:
+        """Describe the purifier as canonical JSON with a schema version; `recipes.from_json` builds it back."""
         return canonical_json({"schema": SCHEMA, "purifier": self.config()})
 
     def forward(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
@@ -150,7 +157,7 @@ class Purifier(nn.Module):
             return self.purify_with_grad(x_BCHW, seeds_B)
 
     def purify_with_grad(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
-        """The same, with gradients of the input: for attacks that adapt to the purifier."""
+        """Purify with gradients of the input, for attacks that adapt to the purifier."""
         if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
             raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
         self._check_pixels(x_BCHW, "image to purify")
@@ -159,7 +166,7 @@ class Purifier(nn.Module):
             return self.run(x_BCHW.float(), seeds_B.to(x_BCHW.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
-        """Images of different sizes at once: each is, bit for bit, what the purifier makes of it alone.
+        """Purify images of different sizes at once: each is, bit for bit, what the purifier makes of it alone.
 
         Images of one shape are one batch; a purifier with a network pads each shape's to `compute_batch`,
         so many sizes are cheap only where a `Resize` (with a crop) or `Tiles` makes them one.
@@ -254,10 +261,14 @@ def _deciding(value: Any) -> Any:
 
 
 class Condition(nn.Module):
-    """Base of all conditions: of each image whether it holds. Frozen, and stateless but for its plan.
+    """Base of all conditions, which hold for an image or not. Frozen, and stateless but for its plan.
 
     Attributes:
-        planned: what a plan has found, a JSON object; None before, and for a condition that needs no plan.
+        planned: the numbers that a plan has found, a JSON object; None before, and where none is needed.
+
+    >>> from purifyloader.purifiers import Condition, EnergyAbove
+    >>> issubclass(EnergyAbove, Condition)
+    True
     """
 
     kind: ClassVar[str]
@@ -266,24 +277,24 @@ class Condition(nn.Module):
 
     @property
     def needs_plan(self) -> bool:
-        """Whether it is a statement about the whole dataset, planned by now or not."""
+        """True for a statement about the whole dataset, planned by now or not."""
         return False
 
     def config(self) -> dict[str, Any]:
-        """The configuration as plain data, with its `kind`; `condition_from_config` builds it back."""
+        """Describe it as plain data, with its `kind`; `condition_from_config` builds it back."""
         raise NotImplementedError
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        """The inverse of `config` (whose `kind` is gone from `values`)."""
+        """Build a condition from its `config`, whose `kind` is gone from `values`."""
         raise NotImplementedError
 
     def measure(self, x_BCHW: Tensor) -> Tensor:
-        """The number that decides about each image, float32 (B,): what a plan collects."""
+        """Measure the number that decides about each image, float32 (B,), which a plan collects."""
         raise NotImplementedError
 
     def holds(self, x_BCHW: Tensor) -> Tensor:
-        """bool (B,).
+        """Tell for which images it holds, bool (B,).
 
         Raises:
             ConfigError: it needs a plan and has none.
@@ -291,7 +302,7 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
-        """What `planned` is to be for a dataset of these `measure`s, on the CPU."""
+        """Make the plan (`planned`) for a dataset of these `measure`s, on the CPU."""
         raise NotImplementedError
 
     def check_plan(self, planned: Any) -> None:
@@ -319,7 +330,7 @@ class Condition(nn.Module):
 
 
 def conditions_of(purifier: nn.Module) -> Iterator[Condition]:
-    """The conditions inside that need a plan, planned or not, in the order in which images come to them."""
+    """List the conditions inside that need a plan, planned or not, in the order in which images come to them."""
     parts = (part for _, part in purifier.named_modules(remove_duplicate=False))
     return (part for part in parts if isinstance(part, Condition) and part.needs_plan)
 

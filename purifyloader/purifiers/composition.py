@@ -1,4 +1,4 @@
-"""Purifiers of purifiers."""
+"""Compose purifiers: one after another, or one several times."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ __all__ = ["Chain", "Repeat"]
 
 
 class Chain(Purifier):
-    """One purifier after another; stage i draws from `fold_in(seed, i)`.
+    """Apply one purifier after another; stage i draws from `fold_in(seed, i)`.
 
     So a purifier alone and in a chain, even as its only stage, draws other noise for the same seed.
+
+    >>> from purifyloader.purifiers import BitDepth, Chain, Jpeg
+    >>> [stage["kind"] for stage in Chain(Jpeg(50), BitDepth(4)).config()["stages"]]
+    ['jpeg', 'bit-depth']
     """
 
     kind = "chain"
@@ -77,7 +81,12 @@ class Chain(Purifier):
 
 
 class Repeat(Purifier):
-    """The same purifier several times over; repetition i draws from `fold_in(seed, i)`."""
+    """Apply the same purifier several times; repetition i draws from `fold_in(seed, i)`.
+
+    >>> from purifyloader.purifiers import Coin, Repeat
+    >>> Repeat(Coin(1), 3).config()["times"]
+    3
+    """
 
     kind = "repeat"
 

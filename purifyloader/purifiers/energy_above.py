@@ -1,4 +1,4 @@
-"""Which images to purify: conditions, some of which need a look at the whole dataset first.
+"""Choose which images to purify by their energy; a share of them needs a look at the whole dataset first.
 
 That look is a plan (`purifyloader.purified.plans`): one pass that yields numbers, with which the condition is again a
 function of one image.
@@ -29,7 +29,7 @@ def check_share(k: Any) -> None:
 
 
 class EnergyAbove(Condition):
-    """The image's energy is at least a threshold (PureGen-Filt; Bhat et al. 2024, arXiv:2405.18627).
+    """Hold for images whose energy is at least a threshold (PureGen-Filt; Bhat et al. 2024, arXiv:2405.18627).
 
     Energies are computed in float32, whatever the purifier computes in.
 
@@ -45,6 +45,10 @@ class EnergyAbove(Condition):
     Raises:
         InputError: no energy model.
         ConfigError: not one of threshold and k, or no such threshold, share or batch.
+
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> EnergyAbove(EnergyNetwork(EnergyConfig(channels=4)), k=0.5).needs_plan
+    True
     """
 
     kind = "energy-above"

@@ -1,4 +1,4 @@
-"""Purification by an energy: Langevin steps from the image itself."""
+"""Purify by an energy: Langevin steps from the image itself."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ class Langevin(NetworkPurifier):
     Raises:
         InputError: no energy model.
         ConfigError: no such steps, step size, temperature, dtype or batch.
+
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> Langevin(EnergyNetwork(EnergyConfig(channels=4)), steps=3).calls
+    3
     """
 
     kind = "langevin"

@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def entry(model: Any) -> dict[str, Any]:
-    """What a configuration says of a model: its name, for people, and the hash of its weights as they are now."""
+    """Describe a model in a configuration: its name, for people, and the hash of its weights as they are now."""
     return {"name": model.name, "weights_sha256": weights_sha256(model)}
 
 
@@ -97,6 +97,14 @@ class DenoiseOnce(NetworkPurifier):
         denoiser: see `purifyloader.pretrained.load`.
         sigma: noise level in image units, within `denoiser.sigma_range`.
         dtype, compute_batch: see `Diffuse`.
+
+    Raises:
+        InputError: no denoiser, or one that was not trained for this noise.
+        ConfigError: no such sigma, dtype or batch.
+
+    >>> from purifyloader import pretrained
+    >>> DenoiseOnce(pretrained.load("cifar10-sparse"), sigma=0.1).calls
+    1
     """
 
     kind = "denoise-once"
@@ -146,6 +154,14 @@ class Diffuse(NetworkPurifier):
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
         compute_batch: images of every network call.
+
+    Raises:
+        InputError: no denoiser, or one that was not trained for this noise; no such t or steps.
+        ConfigError: not one of t and sigma, or no such level, sampler, dtype or batch.
+
+    >>> from purifyloader import pretrained
+    >>> Diffuse(pretrained.load("cifar10-sparse"), sigma=0.1, steps=4).calls
+    4
     """
 
     kind = "diffuse"

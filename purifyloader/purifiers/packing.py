@@ -1,4 +1,4 @@
-"""Weights on their way to another process: all in one piece of shared memory.
+"""Send weights to another process, all in one piece of shared memory.
 
 torch hands each tensor to a worker as an open file of its own, and a process that is forked by a server
 (`multiprocessing_context="forkserver"`, the default from Python 3.14) takes 250 of them: fewer than a U-Net has.
@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 
 def reduced(module: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """What `__reduce_ex__` gives for a module that is sent to a new process; None where nothing is to be packed."""
+    """Return what `__reduce_ex__` gives for a module that is sent to a new process; None where nothing is packed."""
     if get_spawning_popen() is None or _packing.get():
         return None
     found: dict[int, tuple[list[str], Tensor]] = {}

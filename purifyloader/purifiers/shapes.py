@@ -1,4 +1,4 @@
-"""Images of any size: to one size, or in tiles."""
+"""Take images of any size: bring them to one size, or purify them in tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Resize", "Tiles"]
 
 
 class Resize(Purifier):
-    """Images of any size at the size that a model was trained for: the one purifier that changes shapes.
+    """Bring images of any size to the size that a model was trained for: the one purifier that changes shapes.
 
     Antialiased bilinear, image by image; an image that has the size already passes unchanged. It draws
     nothing.
@@ -29,6 +29,9 @@ class Resize(Purifier):
 
     Raises:
         ConfigError: no such size or crop.
+
+    >>> Resize(32, crop=32).output_shape((3, 100, 80))
+    (3, 32, 32)
     """
 
     kind = "resize"
@@ -59,7 +62,7 @@ class Resize(Purifier):
 
 
 def keeps_shape(purifier: Purifier, shape: sizes.Shape) -> bool:
-    """Whether images of `shape` keep it, whatever size they have.
+    """Tell whether images of `shape` keep it, whatever size they have.
 
     Asked by kind too: a resize to the very size of a tile would do nothing, which nobody asks for.
     """
@@ -67,7 +70,7 @@ def keeps_shape(purifier: Purifier, shape: sizes.Shape) -> bool:
 
 
 class Tiles(Purifier):
-    """A purifier applied to square tiles, at the resolution the image has, and blended together again.
+    """Apply a purifier to square tiles, at the resolution the image has, and blend them together again.
 
     All tiles of all images that come together are purified together: the network's batches are as full for
     images of different sizes as for one size. Tile j of an image (row by row from the top left) draws from
@@ -86,6 +89,10 @@ class Tiles(Purifier):
 
     Raises:
         ConfigError: no such size or overlap, or a purifier that changes shapes or has a condition over the dataset.
+
+    >>> from purifyloader.purifiers import Jpeg, Tiles
+    >>> Tiles(Jpeg(50), 32).overlap
+    8
     """
 
     kind = "tiles"

@@ -1,4 +1,4 @@
-"""Light corruptions of an image, with no network: the baselines to try first, and ECLIPSE's compensation."""
+"""Corrupt an image lightly, with no network: the baselines to try first, and ECLIPSE's compensation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class Squeeze(Purifier):
     """Base of the baselines that squeeze an image until what is fine in it is gone.
 
     Each is a pure function of `purifyloader.core.corruptions`; `options` names its parameters, which are attributes.
+
+    >>> Jpeg(10).options
+    ('quality',)
     """
 
     options: ClassVar[tuple[str, ...]] = ()
@@ -25,7 +28,15 @@ class Squeeze(Purifier):
 
 
 class Jpeg(Squeeze):
-    """JPEG compression (image shortcut squeezing, ISS-J; Liu et al. 2023), the baseline to try first."""
+    """Compress as JPEG (image shortcut squeezing, ISS-J; Liu et al. 2023), the baseline to try first.
+
+    Args:
+        quality: 1 to 100.
+
+    >>> import torch
+    >>> Jpeg(10)(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape
+    torch.Size([2, 3, 8, 8])
+    """
 
     kind = "jpeg"
     options = ("quality",)
@@ -43,7 +54,13 @@ class Jpeg(Squeeze):
 
 
 class Grayscale(Squeeze):
-    """The brightness alone, in all channels (image shortcut squeezing, ISS-G; Liu et al. 2023)."""
+    """Put the brightness into all channels (image shortcut squeezing, ISS-G; Liu et al. 2023).
+
+    >>> import torch
+    >>> x = Grayscale()(torch.rand(1, 3, 8, 8), torch.tensor([1]))
+    >>> bool((x[:, 0] == x[:, 2]).all())
+    True
+    """
 
     kind = "grayscale"
 
@@ -55,12 +72,16 @@ class Grayscale(Squeeze):
 
 
 class BitDepth(Squeeze):
-    """The first bits of each channel (image shortcut squeezing, ISS-BDR; Liu et al. 2023, arXiv:2301.13838).
+    """Keep the first bits of each channel (image shortcut squeezing, ISS-BDR; Liu et al. 2023, arXiv:2301.13838).
 
     White becomes darker by it, as published: 192 of 255 with 2 bits.
 
     Args:
         bits: of the 8 of a channel, 1 to 8.
+
+    >>> import torch
+    >>> round(255 * float(BitDepth(2)(torch.ones(1, 3, 8, 8), torch.tensor([1])).max()))
+    192
     """
 
     kind = "bit-depth"
@@ -79,12 +100,16 @@ class BitDepth(Squeeze):
 
 
 class Coin(Squeeze):
-    """Every pixel moved at random by a little (COIN; Wang et al. 2023, arXiv:2311.18403).
+    """Move every pixel at random by a little (COIN; Wang et al. 2023, arXiv:2311.18403).
 
-    One fixed draw an image; the published training script draws it afresh in every epoch, after the crop and flip.
+    It is one fixed draw an image; the published training script draws anew in every epoch, after the crop and flip.
 
     Args:
         alpha: the furthest that a pixel moves along each side, in pixels.
+
+    >>> import torch
+    >>> Coin(2)(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape
+    torch.Size([2, 3, 8, 8])
     """
 
     kind = "coin"
@@ -103,10 +128,17 @@ class Coin(Squeeze):
 
 
 class Compensation(Purifier):
-    """One fixed draw of ECLIPSE's corruption, as Algorithm 1 prints it (Eq. 13).
+    """Apply one fixed draw of ECLIPSE's corruption, as Algorithm 1 prints it (Eq. 13).
 
-    The published training script draws it afresh in every epoch, which is what
+    The published training script draws anew in every epoch, which is what
     `purifyloader.transforms.Compensate` does and what defends better.
+
+    Args:
+        p: probability that an image becomes grey.
+        sigma: standard deviation of the noise that every image gets, in image units.
+
+    >>> Compensation().config()
+    {'kind': 'compensation', 'p': 0.4, 'sigma': 0.05, 'sigma_px': 12.75}
     """
 
     kind = "compensation"

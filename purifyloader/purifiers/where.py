@@ -1,4 +1,4 @@
-"""Purifying only some of the images."""
+"""Purify only some of the images."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Where(Purifier):
     Raises:
         ConfigError: no condition, no purifier, one that changes shapes or has a share k of its own, or two that take
             different channels.
+
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> from purifyloader.purifiers import EnergyAbove, Jpeg, Where
+    >>> Where(EnergyAbove(EnergyNetwork(EnergyConfig(channels=4)), threshold=0.1), Jpeg(10)).calls
+    1
     """
 
     kind = "where"
