@@ -83,8 +83,8 @@ class Chain(Purifier):
 class Repeat(Purifier):
     """Apply the same purifier several times; repetition i draws from `fold_in(seed, i)`.
 
-    >>> from purifyloader.purifiers import Coin, Repeat
-    >>> Repeat(Coin(1), 3).config()["times"]
+    >>> from purifyloader.purifiers import Jpeg, Repeat
+    >>> Repeat(Jpeg(50), 3).config()["times"]
     3
     """
 

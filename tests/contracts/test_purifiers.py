@@ -95,6 +95,7 @@ CASES = {
                 {"kind": "compensation", "p": 0.4, "sigma": 0.05, "sigma_px": 12.75},
             ],
         },
+        differentiable=False,
     ),
     "coin": Case(lambda: Coin(2), {"kind": "coin", "alpha": 2.0}),
     "coin, far": Case(lambda: Coin(40)),
