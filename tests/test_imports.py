@@ -77,8 +77,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.train.energy.task",
     },  # modules that name an option of the command line
     "coin": {
-        "purifyloader.bench.defences",
-        "purifyloader.certify.noising",
         "purifyloader.core.corruptions",
         "purifyloader.poisons.reading.pictures",
         "purifyloader.commands.precompute",
