@@ -97,3 +97,9 @@ class PictureDataset(VisionDataset):
 
     def __len__(self) -> int:
         return len(self.data)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Write results without a picture: drawing takes longer than measuring."""
+    monkeypatch.setattr("purifyloader.results.folder.has_matplotlib", lambda: False)

@@ -189,6 +189,14 @@ def audit_energy(
 
     Raises:
         InputError: no energy, one not finite, indices that are not in the data, or percentages outside (0, 100].
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.audit import DatasetEnergies, audit_energy
+        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+        >>> results = audit_energy(data, poisoned=[1], temperature=0.1)
+        >>> results["truth"]["auc"]  # the poisoned image has the higher energy
+        1.0
     """
     if not math.isfinite(temperature) or temperature <= 0:
         raise InputError(f"temperature is what the energy is divided by, a positive number. Got {temperature!r}.")

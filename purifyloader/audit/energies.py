@@ -32,7 +32,7 @@ _HELD = 3 * 2**26  # values: images of many sizes wait for others of theirs, in 
 
 @dataclass(frozen=True)
 class DatasetEnergies:
-    """The images of a dataset, in the order of their indices, and their energies.
+    """Energies of the images of a dataset, in the order of their indices.
 
     Attributes:
         indices: of the images in the dataset.
@@ -42,6 +42,12 @@ class DatasetEnergies:
         shapes: number of images of each shape (C, H, W).
         sha256: of the pixels of each as 8 bits.
         learned: number of images that the model was trained on, as far as that was asked.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.audit import DatasetEnergies
+        >>> len(DatasetEnergies([0, 1], torch.zeros(2), [None] * 2, [None] * 2, {(3, 32, 32): 2}, [b"", b""]))
+        2
     """
 
     indices: list[int]
@@ -87,7 +93,7 @@ def dataset_energies(
     what: str = "--data",
     progress: bool = False,
 ) -> DatasetEnergies:
-    """The energies of images of any sizes, as 8 bits, each the same number whatever images come with it.
+    """Compute the energy of each image of a dataset, as 8 bits: the same number whatever images come with it.
 
     Every image is read once. Images of one shape go through the network together, in batches of exactly
     `compute_batch`; up to 200 million values of images of rare shapes wait for others of theirs.
@@ -105,6 +111,15 @@ def dataset_energies(
     Raises:
         InputError: no image, one that cannot be read or that the model does not take, or an index out of range.
         PurifyError: an energy that is not finite. The message names the image.
+
+    Example:
+        >>> import numpy as np
+        >>> from purifyloader.audit import dataset_energies
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> dataset = [(np.full((32, 32, 3), level, np.uint8), 0) for level in (0, 99, 200)]
+        >>> energies = dataset_energies(EnergyNetwork(EnergyConfig(channels=8)).eval(), dataset)
+        >>> len(energies), energies.shapes
+        (3, {(3, 32, 32): 3})
     """
     if not isinstance(energy, EnergyNetwork):
         raise InputError(

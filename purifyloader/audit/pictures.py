@@ -34,6 +34,13 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         InputError: results of something else, or of a newer version.
         PurifyError: matplotlib is not installed, or the file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.audit import DatasetEnergies, audit_energy, picture
+        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+        >>> picture(audit_energy(data), "audit.png").name
+        'audit.png'
     """
     if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
         got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)

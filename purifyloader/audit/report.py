@@ -37,11 +37,20 @@ def ranked_csv(
     poisoned: Collection[int] | None = None,
     temperature: float = TEMPERATURE,
 ) -> str:
-    """All images from the highest energy to the lowest, a line each.
+    """List all images as CSV, from the highest energy to the lowest, a line each.
 
     The columns are rank (from 1), index in the dataset, name and label (empty where there is none), energy (U =
     E / T) and, with a reference, percentile: percent of the reference's energies below it; with `poisoned`, 1 for
     those poisoned and 0 for the others.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.audit import DatasetEnergies, ranked_csv
+        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+        >>> print(ranked_csv(data, temperature=0.1), end="")
+        rank,index,name,label,energy
+        1,1,,8,2
+        2,0,,7,1
     """
     values = data.energies.double().cpu().numpy() / temperature
     heads = ["rank", "index", "name", "label", "energy"]

@@ -11,7 +11,7 @@ __all__ = ["counts"]
 
 
 def counts(votes_MT: ArrayLike, classes: int) -> NDArray[np.int64]:
-    """How many models vote for each class: what `predict` and `certify` take.
+    """Count how many models vote for each class: what `predict` and `certify` take.
 
     Args:
         votes_MT: integers (M, T), the class that each of one or more models gives each of one or more test inputs,
@@ -23,6 +23,11 @@ def counts(votes_MT: ArrayLike, classes: int) -> NDArray[np.int64]:
 
     Raises:
         InputError: no such votes or number of classes.
+
+    Example:
+        >>> from purifyloader.certify import counts
+        >>> counts([[0, 1], [0, 2], [1, 2]], classes=3).tolist()  # three models, two test inputs
+        [[2, 1, 0], [0, 1, 2]]
     """
     if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 2:
         raise InputError(f"classes must be a whole number, at least 2. Got {classes!r}.")

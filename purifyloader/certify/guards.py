@@ -18,7 +18,9 @@ __all__ = ["Paths", "reasons_against"]
 
 @dataclass(frozen=True)
 class Paths:
-    """How the training images that are to be certified reach a model. No field has a default: each must be known.
+    """Paths by which the training images that are to be certified reach a model.
+
+    No field has a default: each must be known.
 
     Attributes:
         draws: how many fixed noise draws of each image one model sees, 1 in the paper; None for fresh noise in each
@@ -28,6 +30,11 @@ class Paths:
         warm_start: training begins on these images without noise. Weights from other images are no such start.
         own_denoiser: the denoiser, or an energy model that is used with it, was fitted to these images.
         triggered: the test inputs may be changed too, as by a back door's trigger.
+
+    Example:
+        >>> from purifyloader.certify import Paths
+        >>> Paths(1, secret_noise=True, selected=False, warm_start=False, own_denoiser=False, triggered=False).draws
+        1
     """
 
     draws: int | None
@@ -48,7 +55,7 @@ class Paths:
 
 
 def reasons_against(paths: Paths, models: int, alpha: float) -> list[str]:
-    """Why there is no certificate: a sentence for each reason, none where there may be one.
+    """List the reasons against a certificate, a sentence each; empty where there may be one.
 
     Args:
         models: m of estimation, at least 1.
@@ -57,6 +64,12 @@ def reasons_against(paths: Paths, models: int, alpha: float) -> list[str]:
     Raises:
         InputError: no such number of models or alpha.
         PurifyError: SciPy is not installed.
+
+    Example:
+        >>> from purifyloader.certify import Paths, reasons_against
+        >>> paths = Paths(1, secret_noise=False, selected=False, warm_start=False, own_denoiser=False, triggered=False)
+        >>> len(reasons_against(paths, models=100, alpha=0.001))  # the noise can be foreseen
+        1
     """
     reasons = []
     if paths.draws is None:

@@ -219,6 +219,17 @@ def ndt_classify(
     Raises:
         InputError: data, images or numbers that do not fit, or a predictor that gives no classes.
         ConfigError: the folder holds votes of other settings.
+
+    Example:
+        >>> import numpy as np
+        >>> from purifyloader.certify import ndt_classify
+        >>> from purifyloader.purifiers import Compensation
+        >>> images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+        >>> def train(dataset, seed):  # your own training; this one always answers class 1
+        ...     return lambda x: np.ones(len(x), int)
+        >>> votes = ndt_classify((images, labels), images[:2], Compensation(p=0.0, sigma=0.25), train, models=3)
+        >>> votes.tolist()
+        [[1, 1], [1, 1], [1, 1]]
     """
     images, labels = as_arrays(data)
     tests = np.asarray(test_images)

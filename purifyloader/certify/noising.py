@@ -35,13 +35,19 @@ __all__ = ["Noised", "models_of", "noised", "says_what_it_does_first", "shared_i
 
 @dataclass(frozen=True)
 class Noised:
-    """What a purifier does to training images, as far as a certificate is concerned.
+    """Noise that a purifier adds to training images, as far as a certificate is concerned.
 
     Attributes:
         sigma: standard deviation, in units of [0, 1] images, of the Gaussian noise that everything else comes after;
             None where there is none.
         selected: some images are treated otherwise than others because of how they look without noise.
         reasons: why there is no such noise, a sentence each; empty exactly where there is a sigma.
+
+    Example:
+        >>> from purifyloader import recipes
+        >>> from purifyloader.certify import noised
+        >>> noised(recipes.jpeg(10)).reasons[0].split(" Got ")[1].split(",")[0]
+        'Jpeg'
     """
 
     sigma: float | None
@@ -69,6 +75,14 @@ def noised(purifier: Purifier) -> Noised:
 
     Raises:
         InputError: no purifier.
+
+    Example:
+        >>> from purifyloader import recipes
+        >>> from purifyloader.certify import noised
+        >>> noised(recipes.denoise_once("cifar10-sparse", 0.25)).sigma
+        0.25
+        >>> noised(recipes.jpeg(10)).sigma is None
+        True
     """
     given: Any = purifier
     if not isinstance(given, Purifier):
@@ -126,6 +140,12 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     Each is the purifier's own frozen copy, with the `name` of the checkpoint it was loaded from, None where it is from
     none. Of copies with one name and the same weights there is one, but for a copy in bfloat16 beside one in float32.
     What a plugin keeps in another way than as a module of its own is not seen.
+
+    Example:
+        >>> from purifyloader import recipes
+        >>> from purifyloader.certify import models_of
+        >>> [model.name for model in models_of(recipes.denoise_once("cifar10-sparse", 0.25))]
+        ['cifar10-sparse']
     """
     found: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
     for part in purifier.modules():
@@ -152,6 +172,13 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
     Raises:
         InputError: no such hashes, or a model that does not say which images it learned from.
         CheckpointError: no such model.
+
+    Example:
+        >>> import numpy as np
+        >>> from purifyloader.certify import shared_images
+        >>> from purifyloader.files.hashes import image_hashes
+        >>> shared_images("cifar10-sparse", image_hashes(np.zeros((2, 32, 32, 3), np.uint8)))
+        0
     """
     given: Any = train
     if not isinstance(given, np.ndarray) or given.dtype != np.uint64 or given.ndim != 1:

@@ -73,7 +73,7 @@ _MOST_IMAGES = 2**63 - 1
 
 @dataclass(frozen=True, eq=False)
 class Certificates:
-    """What `certify` says of T test inputs.
+    """Certificates of T test inputs, as `certify` returns them.
 
     Attributes:
         predictions: int64 (T,), the class that the selection votes chose, whether it is certified or not.
@@ -83,6 +83,11 @@ class Certificates:
         sigma, alpha: as given.
         models: m, whose votes the bounds were computed from.
         classes: K.
+
+    Example:
+        >>> from purifyloader.certify import certify
+        >>> certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001).certified.tolist()
+        [True, False]
     """
 
     predictions: NDArray[np.int64]
@@ -103,7 +108,7 @@ class Certificates:
 
 
 def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
-    """The class that most models would vote for, or `ABSTAIN` (Algorithm 2, Predict).
+    """Find the class that most models would vote for, or `ABSTAIN` (Algorithm 2, Predict).
 
     Two classes that share the most votes are never told apart, so no order among the classes decides anything.
 
@@ -117,6 +122,11 @@ def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
     Raises:
         InputError: no such votes, or no such alpha.
         PurifyError: SciPy is not installed.
+
+    Example:
+        >>> from purifyloader.certify import ABSTAIN, predict
+        >>> predict([[98, 2], [51, 49]], alpha=0.001).tolist() == [0, ABSTAIN]
+        True
     """
     counts, _ = _votes(votes, "votes")
     _check_alpha(alpha)
@@ -126,7 +136,7 @@ def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
 
 
 def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: float, alpha: float) -> Certificates:
-    """Within which distance of this training set every other one gives the same class (Algorithm 2, Certify).
+    """Compute within which distance of this training set every other one gives the same class (Algorithm 2, Certify).
 
     The class comes from the selection votes alone: that with most of them, of several the one with the smallest
     number. The estimation votes only say how sure it is. They must be those of other models, which counts cannot
@@ -141,6 +151,12 @@ def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: floa
     Raises:
         InputError: no such votes, other shapes, one array given as both, or no such sigma or alpha.
         PurifyError: SciPy is not installed.
+
+    Example:
+        >>> from purifyloader.certify import certify
+        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+        >>> certificates.predictions.tolist(), certificates.radii.round(3).tolist()
+        ([0, 1], [0.253, 0.0])
     """
     selection, _ = _votes(selection_votes, "selection_votes")
     estimation, models = _votes(estimation_votes, "estimation_votes")
@@ -178,19 +194,25 @@ def _radii(lower_bounds: NDArray[np.float64], sigma: float) -> NDArray[np.float6
 
 
 def voted_accuracy(certificates: Certificates, labels: ArrayLike) -> float:
-    """Share of test inputs for which the selected class is right, certified or not.
+    """Compute the share of test inputs for which the selected class is right, certified or not.
 
     Args:
         labels: integers (T,), from 0 to K - 1.
 
     Raises:
         InputError: no such labels.
+
+    Example:
+        >>> from purifyloader.certify import certify, voted_accuracy
+        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+        >>> voted_accuracy(certificates, labels=[0, 0])
+        0.5
     """
     return float((certificates.predictions == _labels(labels, certificates)).mean())
 
 
 def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: ArrayLike) -> NDArray[np.float64]:
-    """Share of test inputs that are right and stay so, for each radius: the curve of the paper's Figure 1.
+    """Compute the share of test inputs that are right and stay so, at each radius: the paper's Figure 1.
 
     At radius r, whatever change with ||Delta||_2 <= r is made: where R > r. At 0, those that are right and have a
     certificate at all. It never rises.
@@ -204,6 +226,12 @@ def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: Arr
 
     Raises:
         InputError: no such labels or radii.
+
+    Example:
+        >>> from purifyloader.certify import certified_accuracy, certify
+        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+        >>> certified_accuracy(certificates, labels=[0, 1], radii=[0.0, 0.25, 0.5]).tolist()
+        [0.5, 0.5, 0.0]
     """
     right = certificates.predictions == _labels(labels, certificates)
     at = _reals(radii, "radii")
@@ -217,7 +245,7 @@ def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: Arr
 
 
 def radius_per_image(radius: ArrayLike, images: int) -> NDArray[np.float64]:
-    """R / sqrt(r): what l2 norm each perturbation must stay below where `images` (r) images are poisoned.
+    """Compute R / sqrt(r): what l2 norm each perturbation must stay below where `images` (r) images are poisoned.
 
     Args:
         radius: of any shape, from 0, l2 over the stacked training set.
@@ -228,13 +256,18 @@ def radius_per_image(radius: ArrayLike, images: int) -> NDArray[np.float64]:
 
     Raises:
         InputError: no such radius or number of images.
+
+    Example:
+        >>> from purifyloader.certify import radius_per_image
+        >>> radius_per_image([1.0, 2.0], images=4).tolist()
+        [0.5, 1.0]
     """
     _check_whole(images, "images")
     return _reals(radius, "radius") / math.sqrt(images)
 
 
 def linf_images(radius: ArrayLike, epsilon: float, values: int) -> NDArray[np.int64]:
-    """How many images may be poisoned where each of their values may change by `epsilon` (Appendix B).
+    """Compute how many images may be poisoned where each of their values may change by `epsilon` (Appendix B).
 
     The largest r with epsilon sqrt(d) sqrt(r) < R, in exact arithmetic on the numbers given: at equality it is one
     image fewer, and 0 where one image is too many.
@@ -249,6 +282,11 @@ def linf_images(radius: ArrayLike, epsilon: float, values: int) -> NDArray[np.in
 
     Raises:
         InputError: no such radius, epsilon or number of values.
+
+    Example:
+        >>> from purifyloader.certify import linf_images
+        >>> linf_images(2.0, epsilon=0.5, values=4).tolist()  # at equality it is one image fewer
+        3
     """
     _check_above_zero(epsilon, "epsilon")
     _check_whole(values, "values")
@@ -262,7 +300,7 @@ def linf_images(radius: ArrayLike, epsilon: float, values: int) -> NDArray[np.in
 
 
 def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.float64]:
-    """R / sqrt(r d): below what epsilon every value of `images` (r) images of `values` (d) values may change.
+    """Compute R / sqrt(r d): below what epsilon every value of `images` (r) images of `values` (d) values may change.
 
     Args:
         radius: R, of any shape, from 0, l2 over the stacked training set in units of [0, 1] images.
@@ -273,6 +311,11 @@ def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.floa
 
     Raises:
         InputError: no such radius or numbers.
+
+    Example:
+        >>> from purifyloader.certify import linf_epsilon
+        >>> linf_epsilon(2.0, images=4, values=4).tolist()
+        0.5
     """
     _check_whole(values, "values")
     return radius_per_image(radius, images) / math.sqrt(values)
@@ -282,7 +325,7 @@ def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.floa
 
 
 def best_lower_bound(models: int, alpha: float) -> float:
-    """alpha^(1/m): the bound p_A when all of m models agree, the highest that m models can give.
+    """Compute alpha^(1/m): the bound p_A when all of m models agree, the highest that m models can give.
 
     Args:
         models: m, at least 1.
@@ -290,6 +333,11 @@ def best_lower_bound(models: int, alpha: float) -> float:
 
     Raises:
         InputError: no such number of models, or no such alpha.
+
+    Example:
+        >>> from purifyloader.certify import best_lower_bound
+        >>> round(best_lower_bound(100, alpha=0.001), 3)
+        0.933
     """
     _check_whole(models, "models")
     _check_alpha(alpha)
@@ -297,7 +345,7 @@ def best_lower_bound(models: int, alpha: float) -> float:
 
 
 def best_radius(sigma: float, models: int, alpha: float) -> float:
-    """sigma Phi^-1(alpha^(1/m)): the radius when all of m models agree; 0 where even that certifies nothing.
+    """Compute sigma Phi^-1(alpha^(1/m)): the radius when all of m models agree; 0 where even that certifies nothing.
 
     Args:
         sigma: above 0, in units of [0, 1] images.
@@ -311,13 +359,18 @@ def best_radius(sigma: float, models: int, alpha: float) -> float:
     Raises:
         InputError: no such sigma, number of models or alpha.
         PurifyError: SciPy is not installed.
+
+    Example:
+        >>> from purifyloader.certify import best_radius
+        >>> round(best_radius(1.0, models=1000, alpha=0.001), 2)
+        2.46
     """
     _check_above_zero(sigma, "sigma")
     return float(_radii(np.array(best_lower_bound(models, alpha)), sigma))
 
 
 def models_needed(sigma: float, radius: float, alpha: float) -> int:
-    """The fewest models whose `best_radius` is `radius` or more: fewer cannot certify it, however they vote.
+    """Find the fewest models whose `best_radius` is `radius` or more: fewer cannot certify it, however they vote.
 
     Args:
         sigma: above 0, in units of [0, 1] images.
@@ -327,6 +380,11 @@ def models_needed(sigma: float, radius: float, alpha: float) -> int:
     Raises:
         InputError: no such sigma, radius or alpha, or a radius that a billion models would not reach.
         PurifyError: SciPy is not installed.
+
+    Example:
+        >>> from purifyloader.certify import models_needed
+        >>> models_needed(sigma=0.25, radius=0, alpha=0.001)  # for any certificate at all
+        10
     """
     wanted = float(_reals(radius, "radius", a_number=True))
 
@@ -347,7 +405,7 @@ def models_needed(sigma: float, radius: float, alpha: float) -> int:
 
 
 def fixed_draws(sigma: float, draws: int) -> float:
-    """sigma / sqrt(K): the sigma to certify with where a model sees K fixed draws of each training image.
+    """Compute sigma / sqrt(K): the sigma to certify with where a model sees K fixed draws of each training image.
 
     The K noised copies of the training set are one vector K times as long, and a change Delta of the images is a
     change of it of sqrt(K) ||Delta||_2. Draws without number, as fresh noise in each epoch, leave nothing.
@@ -358,6 +416,11 @@ def fixed_draws(sigma: float, draws: int) -> float:
 
     Raises:
         InputError: no such sigma or number of draws.
+
+    Example:
+        >>> from purifyloader.certify import fixed_draws
+        >>> fixed_draws(0.5, draws=4)
+        0.25
     """
     _check_above_zero(sigma, "sigma")
     _check_whole(draws, "draws")

@@ -58,6 +58,14 @@ class Training:
 
     Raises:
         ConfigError: no such network, or a number that is too small.
+
+    Example:
+        >>> import numpy as np
+        >>> from purifyloader.certify import DenoisedSet, Training
+        >>> dataset = DenoisedSet(np.zeros((8, 16, 16, 3), np.uint8), [0, 1] * 4, classes=2)
+        >>> network = Training(width=4, epochs=1, batch_size=8)(dataset, 0)
+        >>> type(network).__name__
+        'SmallNetwork'
     """
 
     network: str | None = None

@@ -57,7 +57,7 @@ class Poisoned:
 
 @dataclass(frozen=True)
 class Measured:
-    """Arrays (levels, images); the first level is 0, where nothing is purified.
+    """Distances and energies as arrays (levels, images); the first level is 0, where nothing is purified.
 
     Attributes:
         levels: 0 and those of the path.
@@ -66,6 +66,15 @@ class Measured:
         energy: of the clean image purified, not divided by a temperature; None without an energy model.
         poisoned: by name.
         values: of an image, C H W.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.dynamics import LangevinPath, measure
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+        >>> measure(path, clean).levels
+        (0, 1, 2)
     """
 
     levels: tuple[float, ...]
@@ -115,6 +124,15 @@ def measure(
 
     Raises:
         InputError: images of another type or shape, or poisoned ones that are not the clean ones' versions.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.dynamics import LangevinPath, measure
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+        >>> measure(path, clean).moved.shape  # levels (0, 1 and 2 steps), images
+        (3, 2)
     """
     check_images(clean_NCHW, "Dynamics take")
     if clean_NCHW.shape[1] != path.image_channels:
@@ -268,7 +286,7 @@ def dynamics(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """PureGen's Figure 2 as numbers. For the arguments see `measure`.
+    """Measure PureGen's Figure 2 as numbers. For the arguments see `measure`.
 
     Args:
         temperature: T of the energies, which are given as U = E / T; by default the one of the energy model.
@@ -283,6 +301,15 @@ def dynamics(
 
     Raises:
         InputError: see `measure`.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.dynamics import LangevinPath, dynamics
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+        >>> [level["calls"] for level in dynamics(path, clean, {"brighter": clean + 8})["levels"]]
+        [0, 1, 2]
     """
     poisoned = dict(poisoned or {})
     measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)

@@ -46,7 +46,15 @@ class Piece(NamedTuple):
 
 
 class Path(Protocol):
-    """A kind of purification, and the levels of it that are looked at, rising and above 0."""
+    """Purification to rising levels above 0: `LangevinPath`, `DiffusionPath`, or your own.
+
+    Example:
+        >>> from purifyloader.dynamics import DiffusionPath, Path
+        >>> from purifyloader.pretrained import load
+        >>> path: Path = DiffusionPath(load("cifar10-sparse"), sigmas=[25 / 255])
+        >>> path.work
+        (1,)
+    """
 
     @property
     def levels(self) -> tuple[float, ...]: ...
@@ -102,6 +110,12 @@ class LangevinPath:
     Raises:
         InputError: no energy model.
         ConfigError: no such steps, step size or temperature.
+
+    Example:
+        >>> from purifyloader.dynamics import LangevinPath
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> LangevinPath(EnergyNetwork(EnergyConfig(channels=8)), steps=[5, 10, 20]).levels
+        (5, 10, 20)
     """
 
     def __init__(
@@ -203,6 +217,12 @@ class DiffusionPath:
     Raises:
         InputError: no denoiser, or a level outside its range.
         ConfigError: no such levels, calls or sampler.
+
+    Example:
+        >>> from purifyloader.dynamics import DiffusionPath
+        >>> from purifyloader.pretrained import load
+        >>> len(DiffusionPath(load("cifar10-sparse"), sigmas=[10 / 255, 25 / 255]).levels)
+        2
     """
 
     def __init__(

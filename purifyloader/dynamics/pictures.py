@@ -38,6 +38,15 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         InputError: results of something else, or of a newer version.
         PurifyError: matplotlib is not installed, or the file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.dynamics import LangevinPath, dynamics, picture
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+        >>> picture(dynamics(path, clean), "dynamics.png").name
+        'dynamics.png'
     """
     got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
     tuned = results if got == {"format": TUNE_FORMAT, "version": TUNE_VERSION} else None

@@ -45,6 +45,11 @@ class Choice:
         chosen: the smallest level that does for every attack; None where none does.
         best: the level at which the attack that fares worst does best, the smallest of such; the last, where none
             brings a single image of that attack closer.
+
+    Example:
+        >>> from purifyloader.dynamics import choose_level
+        >>> choose_level({"lsp": [0.1, 0.3, 0.2]})
+        Choice(chosen=None, best=1)
     """
 
     chosen: int | None
@@ -52,7 +57,7 @@ class Choice:
 
 
 def choose_level(closer: Mapping[str, Sequence[float]], share: float = 0.5) -> Choice:
-    """The level that the criterion asks for.
+    """Choose the smallest level at which every attack is undone for a share of its images.
 
     Args:
         closer: for each attack, at each level, the share of images closer to clean than to poisoned.
@@ -60,6 +65,11 @@ def choose_level(closer: Mapping[str, Sequence[float]], share: float = 0.5) -> C
 
     Raises:
         InputError: no attack or level, or a share outside (0, 1].
+
+    Example:
+        >>> from purifyloader.dynamics import choose_level
+        >>> choose_level({"lsp": [0.2, 0.6, 0.9], "ar": [0.4, 0.4, 0.7]}).chosen
+        2
     """
     if not 0 < share <= 1:
         raise InputError(f"share is the part of the images that must come closer, above 0, at most 1. Got {share!r}.")
@@ -107,6 +117,16 @@ def tune(
 
     Raises:
         InputError: no attack, or images that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.dynamics import LangevinPath, tune
+        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+        >>> results = tune(path, clean, {"brighter": clean + 8})
+        >>> sorted(results["alone"])
+        ['brighter']
     """
     if not poisoned:
         raise InputError("tune needs one attack or more on the clean images. Got none: give --poisoned lsp ar.")

@@ -30,7 +30,16 @@ _GREY = "#777777"
 
 
 class Examples(NamedTuple):
-    """Images to be shown: float32 in [0, 1], (N, H, W, C), and (levels, N, H, W, C) for each of `sigma_px`."""
+    """Images to be shown: float32 in [0, 1], (N, H, W, C), and (levels, N, H, W, C) for each of `sigma_px`.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.evaluation import examples
+        >>> from purifyloader.pretrained import load
+        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
+        >>> len(examples(denoiser, images, [25 / 255]).clean)
+        1
+    """
 
     sigma_px: tuple[float, ...]
     clean: NDArray[np.float32]
@@ -50,7 +59,7 @@ def _some(levels_px: Sequence[float], count: int = 3) -> list[int]:
 def examples(
     denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], *, seed: int = 0, count: int = 3
 ) -> Examples:
-    """Images with the noise that `evaluate` gives them, and what one network call makes of them.
+    """Choose images to show, with the noise that `evaluate` gives them and as one network call denoises them.
 
     Args:
         images_NCHW: uint8, clean; `count` of them, evenly spread, are taken, and the centre of large ones.
@@ -58,6 +67,14 @@ def examples(
 
     Raises:
         InputError: images of another type or shape, no level, or one outside the denoiser's range.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.evaluation import examples
+        >>> from purifyloader.pretrained import load
+        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
+        >>> examples(denoiser, images, [25 / 255]).denoised.shape
+        (1, 1, 32, 32, 3)
     """
     check_images(images_NCHW, "Examples are")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1 or not len(sigmas):
@@ -97,6 +114,14 @@ def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None
     Raises:
         InputError: results of something else, or of a newer version.
         PurifyError: matplotlib is not installed, or the file cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from purifyloader.evaluation import evaluate, picture
+        >>> from purifyloader.pretrained import load
+        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
+        >>> picture(evaluate(denoiser, images, [25 / 255], calibrate=False), "evaluation.png").name
+        'evaluation.png'
     """
     if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
         got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from purifyloader.dynamics.paths import Piece
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
+from tests import processes
 from tests.audit.test_audit import Brightness, trained_on
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.evaluation.test_evaluation import Identity, clean_sample, folder_of, sample
@@ -299,16 +297,9 @@ def read(folder: Path) -> dict:
 def test_the_command_as_a_process_on_real_images(models, tmp_path):
     np.save(tmp_path / "trigger.npy", np.full((1, 3, 32, 32), 0.125, np.float32))
     out = tmp_path / "out"
-    options = ["--data", CLEAN, "--model", "cifar10-sparse", "--energy", str(models / "energy"), "--count", "8"]
+    options = ["--data", CLEAN, "--model", "cifar10-sparse", "--energy", str(models / "energy"), "--count", "4"]
     options += ["--poisoned", "ar", f"{tmp_path / 'trigger.npy'}:units=minus-one-to-one", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "purifyloader", "dynamics", *options, "--sigma-px", "25", "6.37", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = processes.run("purifyloader", "dynamics", *options, "--sigma-px", "25", "6.37", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["dynamics.json", "dynamics.png"]
     results = read(out)
@@ -346,12 +337,13 @@ def test_files_are_not_overwritten_unasked_and_json_is_the_file(models, tmp_path
             picture(bad, tmp_path / "bad.png")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
-    "more", [("--steps", "3", "5"), ("--sigma-px", "10"), ("--calls", "1"), ("--schedule", "cosine")]
+    "more", [("--steps", "3", "5"), ("--sigma-px", "10"), ("--calls", "1"), ("--schedule", "cosine", "--calls", "1")]
 )
-def test_a_denoiser_alone_is_drawn_without_energies(more, models, tmp_path, capsys):
-    more = (*more, "--calls", "1") if more[0] == "--schedule" else more
-    assert run("--model", str(models / "denoiser"), *more, "--count", "2", "--out", str(tmp_path / "out")) == 0
+def test_a_denoiser_alone_has_no_energies(more, models, tmp_path):
+    options = (*more, "--count", "2", "--size", "8", "--out", str(tmp_path / "out"))
+    assert run("--model", str(models / "denoiser"), *options) == 0
     results = read(tmp_path / "out")
     assert results["energy"] is None
     assert set(results["poisons"]) == {"lsp", "ar"}
@@ -359,6 +351,12 @@ def test_a_denoiser_alone_is_drawn_without_energies(more, models, tmp_path, caps
         assert [level["calls"] for level in results["levels"]] == [0, 3, 5]
     if more[0] == "--calls":
         assert [level["calls"] for level in results["levels"][1:]] == [1] * 10
+
+
+def test_results_without_energies_are_drawn(tmp_path):
+    results = dynamics(Towards(0.4, 0.8), random_images(2), {"lsp": random_images(2, seed=1)})
+    assert results["energy"] is None
+    assert picture(results, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def other_order():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, pic
 from purifyloader.dynamics.tune import compare_unpaired
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
+from tests import processes
 from tests.audit.test_audit import brightness
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.dynamics.test_dynamics import Towards
@@ -275,15 +273,9 @@ def lines(text: str) -> tuple[str, list[str]]:
 
 def test_the_command_as_a_process_on_real_images(tmp_path):
     out = tmp_path / "out"
-    options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-sparse", "--count", "16", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "purifyloader", "tune", *options, "--poisoned", "ar", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-sparse", "--count", "8", "--device", "cpu"]
+    options += ["--sigma-px", "3", "6.37", "10", "20"]
+    done = processes.run("purifyloader", "tune", *options, "--poisoned", "ar", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["tune.json", "tune.png"]
     results = json.loads((out / "tune.json").read_text())
@@ -330,7 +322,7 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
 
     monkeypatch.setattr(tune_command, "tune", proposing)
     options = [option.format(tmp=tmp_path) for option in options]
-    assert run(*options, "--data", CLEAN) == 0
+    assert run(*options, "--poisoned", "ar") == 0
     python, command = lines(capsys.readouterr().out)
     purifier = eval(python, {"recipes": recipes})
     assert isinstance(purifier, kind)
@@ -338,13 +330,14 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
     parsed = parse(command[1:])[2]
     assert purifier_of(parsed).to_json() == purifier.to_json()
     # with a size, what is measured is what is purified, resized
-    assert run(*options, "--size", "16") == 0
+    assert run(*options, "--size", "16", "--poisoned", "ar") == 0
     python, command = lines(capsys.readouterr().out)
     assert eval(python, {"recipes": recipes}).output_shape((3, 40, 30)) == (3, 16, 16)
     assert command[command.index("--dataset") + 1] == "YOUR_DATA"
     assert command[command.index("--crop") + 1] == "16"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_path, capsys, monkeypatch):
     """The measurement is the fixture's own: which levels do is not decided by a network with random weights."""
     from purifyloader.commands import tune as tune_command
@@ -357,7 +350,7 @@ def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_pat
         return {**results, "proposal": high, "best": high, "with_compensation": low}
 
     monkeypatch.setattr(tune_command, "tune", known)
-    options = ("--model", str(models / "denoiser"), "--sigma-px", "5.1", "51")
+    options = ("--model", str(models / "denoiser"), "--sigma-px", "5.1", "51", "--poisoned", "ar")
     assert run(*options, "--out", str(tmp_path / "out")) == 0
     said = capsys.readouterr().out
     where = said.index(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +39,7 @@ from purifyloader.evaluation import (
 from purifyloader.poisons import autoregressive
 from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out
+from tests import processes
 from tests.conftest import random_images, tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
@@ -426,12 +425,6 @@ def test_a_picture_of_something_else_is_refused(bad, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_measures_do_not_import_matplotlib():
-    code = "import sys; from purifyloader.evaluation import psnr, jpeg_psnr; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "False"
-
-
 # -- the command -------------------------------------------------------------------------------------
 
 
@@ -486,29 +479,24 @@ def read(folder: Path) -> dict:
 
 
 def test_the_command_as_a_process_on_real_images(tmp_path):
-    words = "['denoiser', 'evaluate', *sys.argv[1:]]"
-    code = f"import sys; from purifyloader.commands.main import main; sys.exit(main({words}))"
     out = tmp_path / "out"
-    options = ["cifar10-sparse", "--data", CLEAN, "--count", "16", "--sigma-px", "25", "10", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
-    )
+    options = ["cifar10-sparse", "--data", CLEAN, "--count", "8", "--sigma-px", "25", "10", "--out", str(out)]
+    done = processes.run("purifyloader", "denoiser", "evaluate", *options)
     assert done.returncode == 0, done.stderr
     result = read(out)
     low, high = result["levels"]
-    assert low["psnr_db"]["denoiser"]["mean"] == pytest.approx(34.5, abs=1)
-    assert high["psnr_db"]["denoiser"]["mean"] == pytest.approx(29.2, abs=1)
+    assert low["psnr_db"]["denoiser"]["mean"] == pytest.approx(34.5, abs=1.5)
+    assert high["psnr_db"]["denoiser"]["mean"] == pytest.approx(29.2, abs=1.5)
     for level in (low, high):
         found = level["psnr_db"]
         assert found["denoiser"]["mean"] > found["jpeg10"]["mean"]
-        assert level["calibration"]["error_over_claimed"]["mean"] == pytest.approx(1, abs=0.05)
+        assert level["calibration"]["error_over_claimed"]["mean"] == pytest.approx(1, abs=0.06)
         # AR is fine and goes first, LSP is coarse and stays: what compensation is for
         assert level["poisoned"]["ar"]["remaining"]["mean"] < 0.6 < level["poisoned"]["lsp"]["remaining"]["mean"]
     assert low["poisoned"]["ar"]["auc"] > 0.6
     assert result["model"]["name"] == "cifar10-sparse"
     assert result["data"]["description"] == CLEAN
-    assert len(result["data"]["indices"]) == result["images"]["count"] == 16
+    assert len(result["data"]["indices"]) == result["images"]["count"] == 8
     assert f"{high['psnr_db']['denoiser']['mean']:.2f}" in done.stdout
     assert str(out / "evaluation.png") in done.stdout
     assert max(map(len, done.stdout.splitlines()[1:-2])) <= 120
@@ -519,7 +507,9 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
 
 
 def run(model: Path, *more: str, data: str = CLEAN) -> int:
-    return main([str(model), "--data", data, "--sigma-px", "20", "--device", "cpu", "--no-calibration", *more])
+    poisoned = () if "--poisoned" in more else ("--poisoned", "none")
+    options = ("--data", data, "--sigma-px", "20", "--device", "cpu", "--no-calibration", *poisoned)
+    return main([str(model), *options, *more])
 
 
 def test_the_file_is_the_same_text_again_and_not_overwritten_unasked(model, tmp_path, capsys):
@@ -598,6 +588,7 @@ def test_modules_of_the_working_directory_are_not_run(model, tmp_path, monkeypat
     assert sys.path[: len(before)] == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_poisoned_sets_are_aligned_with_the_data(model, tmp_path):
     images, labels = sample()
     poisoned = autoregressive(images, labels)
@@ -688,17 +679,18 @@ def test_a_model_that_is_none_is_named(tmp_path):
         main(["nothing-of-the-kind", "--data", CLEAN])
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("size", [None, 24])
 def test_images_of_many_sizes_need_one(size, model, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
+    many = tmp_path / "images"
+    many.mkdir()
     for i, image in enumerate(sample(4)[0]):
-        Image.fromarray(image[: 32 - i]).save(folder / f"{i}.png")
+        Image.fromarray(image[: 32 - i]).save(many / f"{i}.png")
     if size is None:
         with pytest.raises(InputError, match="give --size"):
-            run(model, data=str(folder))
+            run(model, data=str(many))
         return
-    assert run(model, "--size", "24", "--out", str(tmp_path / "out"), data=str(folder)) == 0
+    assert run(model, "--size", "24", "--out", str(tmp_path / "out"), data=str(many)) == 0
     result = read(tmp_path / "out")
     assert result["images"]["shape"] == [3, 24, 24]
     assert result["data"]["description"] == "an image folder"
@@ -788,7 +780,7 @@ def test_copies_of_images_trained_on_are_left_out(tmp_path, capsys):
     images, _ = sample(8)
     data = folder_of(tmp_path / "a", [*images, images[1], images[7]])
     model = trained_on(tmp_path / "m", [0, 1, 2], open_dataset(data), data="an image folder", data_length=8)
-    assert run(model, "--json", data=data) == 0
+    assert run(model, "--json", "--poisoned", "ar", data=data) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["data"]["indices"] == [3, 4, 5, 6, 7, 9]

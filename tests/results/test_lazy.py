@@ -1,0 +1,21 @@
+"""Heavy packages are imported where they are needed, and not by whoever imports the library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODULES = (
+    *("purifyloader.evaluation", "purifyloader.audit", "purifyloader.dynamics"),
+    *("purifyloader.certify.report", "purifyloader.certify.output", "purifyloader.certify.pictures"),
+    *("purifyloader.bench.report", "purifyloader.bench.pictures"),
+    *("purifyloader.commands.audit", "purifyloader.commands.tune", "purifyloader.commands.evaluate"),
+)
+
+
+def test_what_measures_imports_neither_matplotlib_nor_scipy():
+    code = f"import sys, {', '.join(MODULES)}; print([m for m in ('matplotlib', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split() == ["[]"], done.stderr
