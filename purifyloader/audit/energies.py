@@ -90,7 +90,7 @@ def dataset_energies(
     size: int | None = None,
     compute_batch: int = 32,
     learned: Callable[[Any], bool] | None = None,
-    what: str = "--data",
+    what: str = "the data",
     progress: bool = False,
 ) -> DatasetEnergies:
     """Compute the energy of each image of a dataset, as 8 bits: the same number whatever images come with it.
@@ -105,7 +105,7 @@ def dataset_energies(
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
         compute_batch: images of every network call, at least 16 on the CPU.
         learned: tells of a sample whether the model was trained on its image, to count these.
-        what: the images are called in errors.
+        what: name of the images in errors, such as "the data".
         progress: show a bar.
 
     Raises:

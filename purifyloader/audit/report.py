@@ -98,7 +98,7 @@ def in_words(results: Mapping[str, Any]) -> Iterator[str]:
     if shapes[0] != shapes[1]:
         yield (
             f"Caution: the data has {sizes_in_words(shapes[0])}, the reference {sizes_in_words(shapes[1])}. Energies "
-            "of different sizes do not compare, and this may be all that is unusual: give --size to bring all to one."
+            "of different sizes do not compare, and this may be all that is unusual: give a size to bring all to."
         )
     if found["same_images"]:
         yield (

@@ -16,11 +16,11 @@ from purifyloader.errors import InputError
 __all__ = ["read_poisoned"]
 
 
-def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "--data") -> list[int]:
+def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "the data") -> list[int]:
     """Rising indices of `dataset`, from a JSON list of indices or of file names, or from a file name a line.
 
     Args:
-        what: the dataset is called in errors.
+        what: name of the dataset in errors, such as "the data".
 
     Raises:
         InputError: no such list, one named twice, or one that is not in the dataset.
@@ -30,23 +30,27 @@ def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "--data") -> li
     if named is None:
         indices = read_indices(path)
         if indices[-1] >= length:
-            raise InputError(f"--poisoned must be indices of the {length:,} images in {what}. Got {indices[-1]}.")
+            raise InputError(
+                f"must be indices of the {length:,} images in {what}. Got {indices[-1]}.", argument="poisoned"
+            )
         return indices
     if image_name(dataset, 0) is None:
         raise InputError(
-            f"--poisoned may name files where {what} is a folder of images. Got {named[0]!r:.80}, and images without "
-            "file names: give a JSON list of indices from 0."
+            f"may name files where {what} is a folder of images. Got {named[0]!r:.80}, and images without "
+            "file names: give a JSON list of indices from 0.",
+            argument="poisoned",
         )
     known = {image_name(dataset, index): index for index in range(length)}
     if missing := [name for name in named if name not in known]:
         more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise InputError(
-            f"--poisoned must name images of {what} by their paths below its folder, as the ranked list does, such as "
-            f"{next(iter(known))!r}. Got {missing[0]!r:.80}, which is none of them{more}."
+            f"must name images of {what} by their paths below its folder, as the ranked list does, such as "
+            f"{next(iter(known))!r}. Got {missing[0]!r:.80}, which is none of them{more}.",
+            argument="poisoned",
         )
     if len(set(named)) < len(named):
         first = next(name for name, count in Counter(named).items() if count > 1)
-        raise InputError(f"--poisoned must name each image once. Got {first!r} more than once: leave it out.")
+        raise InputError(f"must name each image once. Got {first!r} more than once: leave it out.", argument="poisoned")
     return sorted(known[name] for name in named)
 
 

@@ -63,7 +63,7 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
         if len({canonical_json({**row["settings"], "seed": None}) for row in its}) > 1:
             raise InputError(
                 f"Expected rows of {attack} and {defence} that differ in their seed alone. Got others too, such as a "
-                "model, a file or a preset under one name: give each an --out of its own."
+                "model, a file or a preset under one name: give each an output folder of its own."
             )
     return {
         key: Cell(

@@ -291,7 +291,7 @@ class Bench:
         if not len(some):
             raise InputError(
                 f"Expected poisoned images among the {len(chosen)} training images of {len(found)} that were chosen. "
-                f"Got none of the {len(found.poisoned)} of {attack.file}: choose more (--train), or take models that "
+                f"Got none of the {len(found.poisoned)} of {attack.file}: choose more images, or take models that "
                 "have learned from others."
             )
         return replace(found, images=found.images[chosen], labels=found.labels[chosen], poisoned=some)

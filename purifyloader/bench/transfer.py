@@ -42,7 +42,7 @@ def split(data: Data) -> tuple[Data, Data]:
         if len(members) < 2:
             raise InputError(
                 f"Transfer learning needs two training images or more of each class: one for the extractor, one to "
-                f"fine-tune on. Got one of class {label}: give more images (--train)."
+                f"fine-tune on. Got one of class {label}: give more images."
             )
         count = min(_MOST, max(1, len(members) // _PART))
         tuned[members[drawn[members].argsort(kind="stable")[:count]]] = True

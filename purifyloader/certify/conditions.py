@@ -58,10 +58,12 @@ def conditions(
         InputError: a sigma that the denoiser was not trained for.
     """
     if bad := [sigma for sigma in sigmas if not 0 < sigma < float("inf")]:
-        raise ConfigError(f"--sigma must be above 0, in units of [0, 1] images: 0.25 is 63.75 px. Got {bad[0]}.")
+        raise ConfigError(
+            f"must be above 0, in units of [0, 1] images: 0.25 is 63.75 px. Got {bad[0]}.", argument="sigma"
+        )
     if plain and not sigmas:
         raise ConfigError(
-            "--plain is the noise of --sigma without denoising. Got no --sigma: give one, or leave it out."
+            "is the noise of a sigma without denoising. Got no sigma: give one, or leave it out.", argument="plain"
         )
     found = []
     for sigma in sigmas:
@@ -73,12 +75,14 @@ def conditions(
         found.append(Condition(name, f"sigma-{sigma:g}-plain", purifier, noised(purifier), plain=True))
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"--recipe must be a file with the JSON of a purifier. Got {str(file)!r}: no such file.")
+            raise ConfigError(
+                f"must be a file with the JSON of a purifier. Got {str(file)!r}: no such file.", argument="recipe"
+            )
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"--recipe must be a file with the JSON of a purifier. Got {str(file)!r}: {error}."
+                f"must be a file with the JSON of a purifier. Got {str(file)!r}: {error}.", argument="recipe"
             ) from None
         purifier = recipes.from_json(text, [model])
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
@@ -89,7 +93,7 @@ def conditions(
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
     if not found:
-        raise ConfigError("Expected --sigma or --recipe. Got neither: a certificate needs noise.")
+        raise ConfigError("A certificate needs noise: a sigma, or a recipe that begins with noise. Got neither.")
     return found
 
 
@@ -141,7 +145,7 @@ def reasons(
                 raise InputError(
                     f"Expected to know what the models of {condition.name} have learned from. Got the {kind} {name!r}, "
                     "of which none with its weights is found by that name: load it from a folder with its config.json, "
-                    "or say --learned-elsewhere if you know it."
+                    "or say learned_elsewhere if you know it."
                 )
             both, its = shared_images(source, test, known.size), shared_images(source, train, known.size)
         except InputError:

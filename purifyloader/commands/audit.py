@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--top must be percentages above 0, at most 100. Got {bad[0]:g}.")
     energy = pretrained.load(options.model, kind="energy").to(device)
     dataset = _dataset(options)
-    poisoned = None if options.poisoned is None else read_poisoned(options.poisoned, dataset)
+    poisoned = None if options.poisoned is None else read_poisoned(options.poisoned, dataset, "--data")
     data, said = _data(options, energy, dataset)
     reference: DatasetEnergies | None = None
     said_of_reference: dict[str, Any] = {}

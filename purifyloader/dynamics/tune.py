@@ -129,13 +129,15 @@ def tune(
         ['brighter']
     """
     if not poisoned:
-        raise InputError("tune needs one attack or more on the clean images. Got none: give --poisoned lsp ar.")
+        raise InputError(
+            "tune needs one attack or more on the clean images. Got none: give poisoned images, such as of lsp and ar."
+        )
     if data_NCHW is not None:
         check_images(data_NCHW, "The dataset's images are")
         if data_NCHW.shape[1:] != clean_NCHW.shape[1:]:
             raise InputError(
                 f"Expected images of one size, {tuple(clean_NCHW.shape[1:])} (C, H, W), as the clean ones. Got "
-                f"{tuple(data_NCHW.shape[1:])} in the dataset: give --size for both."
+                f"{tuple(data_NCHW.shape[1:])} in the dataset: give a size for both."
             )
     choose_level({"": [0.0]}, share)  # before minutes of work
     measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)

@@ -19,7 +19,7 @@ def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: 
     """Refuse before minutes of work what could not be written after them.
 
     Args:
-        folder: that --out names, None without.
+        folder: of the results, None for none.
         files: names of all that will be written there.
         what: the files are, with its article, such as "an audit".
 
@@ -29,16 +29,17 @@ def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: 
     """
     if folder is None:
         if overwrite:
-            raise InputError("--overwrite is about files in --out. Got no --out: give the folder.")
+            raise InputError("is about files in the output folder. Got none: give the folder.", argument="overwrite")
         return
     with writing(folder):  # or it may not be searched
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"Expected a folder as --out. Got the file {folder}.")
+            raise InputError(f"must be a folder. Got the file {folder}.", argument="out")
         found = [name for name in files if (folder / name).exists()]
     if found and not overwrite:
         raise InputError(
-            f"Expected a folder without {what} as --out. Got {folder} with {', '.join(found)}: give another one, or "
-            "--overwrite."
+            f"must be a folder without {what}. Got {folder} with {', '.join(found)}: give another one, or overwrite "
+            "them.",
+            argument="out",
         )
     with writing(folder):
         _try_writing(folder)

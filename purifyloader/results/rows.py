@@ -56,7 +56,7 @@ def read(path: Path) -> list[Row]:
         if not isinstance(row, dict) or "fingerprint" not in row or row.get("schema") != SCHEMA:
             raise InputError(
                 f"{path} must hold rows of a bench, one a line, of schema {SCHEMA}. Got another line {number}: move "
-                "the file away, or give another --out."
+                "the file away, or give another folder."
             )
         rows.append(row)
     return rows

@@ -138,7 +138,7 @@ def test_grey_images_and_grey_models():
     assert dataset_energies(brightness(1), Listed(images)).shapes == {(1, 8, 8): 4}
     colour = dataset_energies(brightness(3), Listed(images))
     torch.testing.assert_close(colour.energies, torch.arange(4) / 5)
-    with pytest.raises(InputError, match=r"--data, index 0: .*1 channel"):
+    with pytest.raises(InputError, match=r"the data, index 0: .*1 channel"):
         dataset_energies(brightness(1), Listed([grey((8, 8), 1)]))
 
 
@@ -155,15 +155,15 @@ def broken(value: float = float("inf")) -> EnergyNetwork:
     ("network", "dataset", "indices", "message"),
     [
         (brightness, [], None, "Expected images in --data. Got none"),
-        (brightness, [grey((8, 8), 1)], [1], "--data has 1 images. Got the index 1"),
-        (tiny_energy, [grey((8, 8), 1), grey((8, 2), 1)], None, r"--data, index 1: .*at least 4"),
-        (brightness, [grey((8, 8), 1), "text"], None, "--data, index 1: Expected an image"),
+        (brightness, [grey((8, 8), 1)], [1], "the data has 1 images. Got the index 1"),
+        (tiny_energy, [grey((8, 8), 1), grey((8, 2), 1)], None, r"the data, index 1: .*at least 4"),
+        (brightness, [grey((8, 8), 1), "text"], None, "the data, index 1: Expected an image"),
         (tiny_denoiser, [grey((8, 8), 1)], None, "Expected an energy model.*Got NetworkDenoiser"),
         (
             broken,
             [grey((8, 8), 1)] * 5 + [grey((8, 8), 255)],
             None,
-            "--data, index 5: Energies must be finite. Got inf",
+            "the data, index 5: Energies must be finite. Got inf",
         ),
     ],
 )
@@ -421,13 +421,13 @@ def empty():
         (["--reference", "tests.audit.test_audit:empty"], "Expected images in --reference. Got an empty dataset"),
         (["--count", "41"], "--count must be from 1 to 40"),
         (["--reference", POISONED, "--reference-count", "41"], "^reference_count must be from 1 to 40"),
-        (["--poisoned", "{tmp}/far.json"], "--poisoned must be indices of the 40 images in --data. Got 40"),
+        (["--poisoned", "{tmp}/far.json"], "^poisoned must be indices of the 40 images in --data. Got 40"),
         (["--poisoned", "{tmp}/none.json"], "must be a JSON list of one or more indices"),
         (["--poisoned", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
         (["--top", "0"], "--top must be percentages above 0"),
         (["--size", "0"], "size"),
         (["--size", "99999"], "at most 4096 pixels. Got 99999"),
-        (["--overwrite"], "--overwrite is about files in --out"),
+        (["--overwrite"], "^overwrite is about files in the output folder"),
         (["--device", "abacus"], "Expected a device"),
         (["--data", "nothing at all"], "Got 'nothing at all'"),
     ],

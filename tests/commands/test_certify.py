@@ -687,7 +687,7 @@ def test_the_users_word_does_not_stand_against_what_a_model_says(
 
 def test_plain_noise_is_that_of_a_sigma(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*DATA, *OWN, *TINY, "--recipe", "noise.json", "--plain", *NUMBERS, "--out", tmp_path / "out") == 2
-    assert "--plain is the noise of --sigma without denoising" in capsys.readouterr().err
+    assert "--plain is the noise of a sigma without denoising" in capsys.readouterr().err
 
 
 def test_models_of_two_kinds_are_each_asked(tmp_path: Path) -> None:

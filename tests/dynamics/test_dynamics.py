@@ -323,7 +323,7 @@ def test_files_are_not_overwritten_unasked_and_json_is_the_file(models, tmp_path
     options = ("--energy", str(models / "energy"), "--steps", "2", "1", "--poisoned", "none", "--out", str(out))
     assert run(*options) == 0
     assert "clean images:" in capsys.readouterr().out.lower()
-    with pytest.raises(InputError, match=r"with dynamics.json, dynamics.png: give another one, or --overwrite"):
+    with pytest.raises(InputError, match=r"with dynamics.json, dynamics.png: give another one, or overwrite them"):
         run(*options)
     assert run(*options, "--overwrite", "--json") == 0
     printed = capsys.readouterr()
@@ -404,7 +404,7 @@ def other_order():
         ),
         (["--energy", "{tmp}/energy", "--count", "41"], "count must be from 1 to 40"),
         (["--energy", "{tmp}/energy", "--batch-size", "0"], "compute_batch"),
-        (["--energy", "{tmp}/energy", "--overwrite"], "--overwrite is about"),
+        (["--energy", "{tmp}/energy", "--overwrite"], "^overwrite is about"),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(options, message, models, tmp_path):

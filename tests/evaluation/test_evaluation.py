@@ -516,7 +516,7 @@ def test_the_file_is_the_same_text_again_and_not_overwritten_unasked(model, tmp_
     out = tmp_path / "out"
     assert run(model, "--count", "5", "--out", str(out)) == 0
     text = (out / "evaluation.json").read_text()
-    with pytest.raises(InputError, match=r"with evaluation.json, evaluation.png: give another one, or --overwrite"):
+    with pytest.raises(InputError, match=r"with evaluation.json, evaluation.png: give another one, or overwrite them"):
         run(model, "--count", "5", "--out", str(out))
     capsys.readouterr()
     assert run(model, "--count", "5", "--out", str(out), "--overwrite", "--json") == 0
@@ -642,8 +642,8 @@ def test_poisoned_sets_are_aligned_with_the_data(model, tmp_path):
         (["--sigma-px", "200"], r"to 76.5 px\). Got"),
         (["--sigma-px", "20", "nan"], "trained for sigma"),
         (["--device", "tpu"], "Expected a device"),
-        (["--out", "bad/far.json"], "Expected a folder as --out"),
-        (["--overwrite"], "Got no --out"),
+        (["--out", "bad/far.json"], "^out must be a folder. Got the file"),
+        (["--overwrite"], "^overwrite is about files in the output folder. Got none"),
         (["--size", "0"], "size"),
         (["--batch-size", "0"], "batch_size"),
         (["--data", "cifar10", "--root", "bad"], "download=True"),
