@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader.bench.defence import afresh
+from purifyloader.bench.defence import per_epoch_transform
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons.attacks import registry as attacks
@@ -79,7 +79,7 @@ def transform(way: str, seed: int) -> BatchTransform | None:
     if way == "none":
         return None
     if way == "coin":
-        return afresh(Coin(), seed)
+        return per_epoch_transform(Coin(), seed)
     blur = K.RandomGaussianBlur((5, 5), (0.1, 2.5), p=0.9)
 
     def blurred(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:

@@ -107,7 +107,7 @@ def in_words(results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _against_halves(share: float, told: float, halves: Mapping[str, Any]) -> Iterator[str]:
+def _against_halves(share: float, data_auc: float, halves: Mapping[str, Any]) -> Iterator[str]:
     """What is found, beside what clean images do among themselves."""
     tail, whole = halves["share_above"], halves["auc"]
     judged = "more" if share > tail["high"] else "less" if share < tail["low"] else "no more"
@@ -115,25 +115,25 @@ def _against_halves(share: float, told: float, halves: Mapping[str, Any]) -> Ite
         f"That is {judged} than clean images vary among themselves: of a half of the reference ({halves['images']:,} "
         f"images, against the other {halves['against']:,}), {_percent(tail['low'])} to {_percent(tail['high'])} are."
     )
-    side = "higher" if told > whole["high"] else "lower" if told < whole["low"] else "neither higher nor lower"
+    side = "higher" if data_auc > whole["high"] else "lower" if data_auc < whole["low"] else "neither higher nor lower"
     yield (
-        f"As a whole its energies are {side}: an image of the data is above one of the reference in {_percent(told)} "
+        f"As a whole its energies are {side}: an image of the data is above one of the reference in {_percent(data_auc)} "
         f"of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
     )
 
 
-def _verdict(share: float, told: float, halves: Mapping[str, Any]) -> str:
+def _verdict(share: float, data_auc: float, halves: Mapping[str, Any]) -> str:
     if share > halves["share_above"]["high"]:
         return (
             "So some of the data is unlike the reference: poison, or images of another kind. Look at the top of the "
             "list."
         )
-    if told > halves["auc"]["high"]:
+    if data_auc > halves["auc"]["high"]:
         return (
             "So the data as a whole differs from the reference: images of another kind, or a poison in many of them "
             "that moves each a little. Look at the top of the list first."
         )
-    if told < halves["auc"]["low"]:
+    if data_auc < halves["auc"]["low"]:
         return "So the data is of another kind than the reference: smoother, more compressed, or trained on."
     return "By this measure the data cannot be told from the reference, which does not prove it clean."
 
@@ -186,8 +186,8 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
         )
     if (truth := results["truth"]) is not None:
         yield ""
-        told = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"
-        yield f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: {told}):"
+        measured_auc = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"
+        yield f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: {measured_auc}):"
         rows = [
             [
                 f"top {row['percent']:g} %",

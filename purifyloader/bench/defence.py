@@ -1,4 +1,4 @@
-"""A defence on arrays in memory: purify once, compensate in every epoch, train, test."""
+"""Apply a defence to arrays in memory: purify once, and compensate in every epoch of a training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import BatchTransform
 
-__all__ = ["ArrayDataset", "Purified", "afresh", "compensation", "purify_array"]
+__all__ = ["ArrayDataset", "Purified", "compensation", "per_epoch_transform", "purify_array"]
 
-_AFRESH = 0x61667273  # "afrs": what the keys drawn here are for
+_AFRESH = 0x61667273  # "afrs": purpose of the keys drawn here
 
 
 class ArrayDataset(Dataset[tuple[NDArray[np.uint8], int]]):
@@ -51,7 +51,7 @@ def purify_array(
     batch_size: int = 256,
     progress: str | None = None,
 ) -> Purified:
-    """All images through a `PurifiedDataset`: uint8 (N, H, W, C), and the seconds it took.
+    """Purify all images through a `PurifiedDataset`: uint8 (N, H, W, C), and the seconds it took.
 
     Args:
         progress: text of a progress bar, None for none.
@@ -67,8 +67,8 @@ def purify_array(
     return Purified(np.stack(rows), time.perf_counter() - start)
 
 
-def afresh(purifier: Purifier, seed: int = 0) -> BatchTransform:
-    """A purifier for `train_victim`, drawn anew from (seed, epoch, index)."""
+def per_epoch_transform(purifier: Purifier, seed: int = 0) -> BatchTransform:
+    """Make a purifier a batch transform of `train_victim`, drawn anew from (seed, epoch, index)."""
 
     def transform(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), _AFRESH)
@@ -79,7 +79,7 @@ def afresh(purifier: Purifier, seed: int = 0) -> BatchTransform:
 
 
 def compensation(compensate: Compensate, seed: int = 0) -> BatchTransform:
-    """`compensate` for `train_victim`, drawn from (seed, epoch, index) as `PurifiedDataset` draws it."""
+    """Make `compensate` a batch transform, drawn from (seed, epoch, index) as `PurifiedDataset` draws it."""
 
     def transform(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         keys = noise.fold_in(noise.image_keys(seed, epoch, index_B), COMPENSATE)

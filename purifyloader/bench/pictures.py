@@ -85,10 +85,10 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     defences = in_order(found)[1]
     measured: dict[str, tuple[float, float]] = {}
     for defence in defences:
-        its = {a: found[a, defence] for a in every if (a, defence) in found}
-        if its.keys() == every:
-            level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in its.values())
-            measured[defence] = max(1e-6, statistics.median(cell.seconds for cell in its.values())), level
+        measured_cells = {a: found[a, defence] for a in every if (a, defence) in found}
+        if measured_cells.keys() == every:
+            level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in measured_cells.values())
+            measured[defence] = max(1e-6, statistics.median(cell.seconds for cell in measured_cells.values())), level
     labels = {defence: f"{defence}, {level:.1f} %" for defence, (_, level) in measured.items()}
     width = 7.2 + _LETTER * max(map(len, labels.values()), default=0)
     figure = new_figure((width, _HEIGHT))
@@ -117,10 +117,10 @@ def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, l
             base = re.sub(r"@[\d.]+", "", defence)
             found.setdefault(base, {}).setdefault(attack, []).append((cell.sigma_px, cell.accuracy))
     curves = {
-        base: {attack: sorted(points) for attack, points in its.items() if len(points) > 1}
-        for base, its in found.items()
+        base: {attack: sorted(points) for attack, points in by_attack.items() if len(points) > 1}
+        for base, by_attack in found.items()
     }
-    return {base: its for base, its in curves.items() if its}
+    return {base: by_attack for base, by_attack in curves.items() if by_attack}
 
 
 def noise(rows: Sequence[Row], path: str | Path) -> bool:
@@ -129,7 +129,7 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
     if not curves:
         return False
     clean = cells(rows).get((CLEAN, CLEAN))
-    attacks = in_order({(attack, CLEAN) for its in curves.values() for attack in its})[0]
+    attacks = in_order({(attack, CLEAN) for by_attack in curves.values() for attack in by_attack})[0]
     names = ["\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, _NAME)) for attack in attacks]
     left = 0.8 + _PANEL * len(curves)
     lengths = [len(line) for name in (*names, _UNDEFENDED) for line in name.split("\n")]
@@ -137,12 +137,12 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
     figure = new_figure((width, _HEIGHT))
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     lines: dict[str, Any] = {}  # a panel may lack some attacks
-    for axis, (defence, its) in zip(panels, curves.items(), strict=True):
-        levels = sorted({px for points in its.values() for px, _ in points})
+    for axis, (defence, by_attack) in zip(panels, curves.items(), strict=True):
+        levels = sorted({px for points in by_attack.values() for px, _ in points})
         for i, (attack, name) in enumerate(zip(attacks, names, strict=True)):
-            if attack not in its:
+            if attack not in by_attack:
                 continue
-            points = its[attack]
+            points = by_attack[attack]
             again, colour = divmod(i, len(_COLOURS))
             style = {"color": _COLOURS[colour], "marker": _MARKS[i % len(_MARKS)], "ls": "--" if again else "-"}
             means = [statistics.fmean(values) for _, values in points]

@@ -59,25 +59,25 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
         found.setdefault((row["attack"], row["defence"]), []).append(row)
         seconds = row["seconds"]["purify_an_image"]
         fastest[_purifier(row)] = min(seconds, fastest.get(_purifier(row), seconds))
-    for (attack, defence), its in found.items():
-        if len({canonical_json({**row["settings"], "seed": None}) for row in its}) > 1:
+    for (attack, defence), group in found.items():
+        if len({canonical_json({**row["settings"], "seed": None}) for row in group}) > 1:
             raise InputError(
                 f"Expected rows of {attack} and {defence} that differ in their seed alone. Got others too, such as a "
                 "model, a file or a preset under one name: give each an output folder of its own."
             )
     return {
         key: Cell(
-            seeds=[row["seed"] for row in its],
-            accuracy=[row["accuracy"] for row in its],
-            success=[row["success"] for row in its if "success" in row],
-            flipped=[row["flipped"] for row in its if "flipped" in row],
-            clean_success=_clean_success(its),
-            seconds=fastest[_purifier(its[0])],
-            calls=max(row["calls"] for row in its),
-            sigma_px=its[0]["sigma_px"],
-            distance_px=statistics.fmean(row["distance_px"] for row in its),
+            seeds=[row["seed"] for row in group],
+            accuracy=[row["accuracy"] for row in group],
+            success=[row["success"] for row in group if "success" in row],
+            flipped=[row["flipped"] for row in group if "flipped" in row],
+            clean_success=_clean_success(group),
+            seconds=fastest[_purifier(group[0])],
+            calls=max(row["calls"] for row in group),
+            sigma_px=group[0]["sigma_px"],
+            distance_px=statistics.fmean(row["distance_px"] for row in group),
         )
-        for key, its in found.items()
+        for key, group in found.items()
     }
 
 
@@ -108,9 +108,9 @@ class Setting(NamedTuple):
 
 
 def settings_of(row: Row) -> Setting:
-    its = row["settings"]
+    settings = row["settings"]
     shown = row["data"], row["images"], row["test_images"], row["victim"], row["training"]
-    return Setting(*shown, its["data"]["sha"], its["attack_seed"], its["fast"], its["device"])
+    return Setting(*shown, settings["data"]["sha"], settings["attack_seed"], settings["fast"], settings["device"])
 
 
 def bites(found: Mapping[tuple[str, str], Cell], attack: str) -> bool:
@@ -136,14 +136,14 @@ def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) 
     return 100 * (reached - bottom) / (top - bottom) if top > bottom else None  # of these few seeds it may take nothing
 
 
-def _compared(*its: Cell) -> list[float] | None:
+def _compared(*compared: Cell) -> list[float] | None:
     """Mean accuracies over the seeds that all have: a victim of another seed is better or worse by a point or two."""
-    common = set.intersection(*(set(cell.seeds) for cell in its))
+    common = set.intersection(*(set(cell.seeds) for cell in compared))
     if not common:
         return None
     return [
         statistics.fmean(value for seed, value in zip(cell.seeds, cell.accuracy, strict=True) if seed in common)
-        for cell in its
+        for cell in compared
     ]
 
 
@@ -153,9 +153,9 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         groups.setdefault(settings_of(row), []).append(row)
     parts = []
-    for at, its in groups.items():
-        found = cells(its)
-        parts += [_header(at, its, found), *_tables(found)]
+    for at, group in groups.items():
+        found = cells(group)
+        parts += [_header(at, group, found), *_tables(found)]
         if at.data in published.DATA:
             attacks, defences = in_order(found)
             parts += [text for source in published.tables().values() for text in _published(source, attacks, defences)]

@@ -1,4 +1,4 @@
-"""One row of a bench: poison, purify, train a victim, test it."""
+"""Make one row of a bench: poison, purify, train a victim, test it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader.bench import targeted, transfer
-from purifyloader.bench.defence import afresh, compensation
+from purifyloader.bench.defence import compensation, per_epoch_transform
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
 from purifyloader.datasets.splits import Data
@@ -37,7 +37,7 @@ from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.models import as_denoiser
 from purifyloader.results import rows
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
-from purifyloader.victims.training import Normalised, accuracy, train_victim
+from purifyloader.victims.training import BatchTransform, Normalised, accuracy, train_victim
 
 __all__ = ["Bench"]
 
@@ -45,7 +45,7 @@ _TIMED = 32  # images: what every network call is padded to
 
 
 class Bench:
-    """Makes rows of one setting; attacks, defences and seeds are asked for.
+    """Make rows of one setting, one for each (attack, defence, seed).
 
     With a training of transfer learning the training images are split (`transfer.split`). An extractor learns from the
     larger part, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
@@ -105,8 +105,8 @@ class Bench:
         self._identity = {"name": data.name, "sha": rows.fingerprint({"hashes": hashes, "labels": labels})}
         if self.rest is not None:
             self._hashes["rest"] = image_hashes(self.rest.train)
-            its = {"hashes": self._hashes["rest"].tolist(), "labels": self.rest.train_labels.tolist()}
-            self._extractor = {"data": rows.fingerprint(its), "training": asdict(EXTRACTOR)}
+            rest = {"hashes": self._hashes["rest"].tolist(), "labels": self.rest.train_labels.tolist()}
+            self._extractor = {"data": rows.fingerprint(rest), "training": asdict(EXTRACTOR)}
 
     # -- what a row is ---------------------------------------------------------------------------------
 
@@ -116,28 +116,30 @@ class Bench:
         return self._found[defence]
 
     def makes(self, defence: str) -> Made:
-        """A defence by its spec, ready."""
+        """Return a defence by its spec, with its models loaded."""
         if defence not in self._made:
-            its, px = self._find(defence)
-            self._made[defence] = its.ready(self.models, px, self.fast)
+            found, px = self._find(defence)
+            self._made[defence] = found.ready(self.models, px, self.fast)
         return self._made[defence]
 
-    def called(self, defence: str) -> str:
-        """What a table calls it: its name, never a path, and the models where they are not the shipped ones."""
-        its, px = self._find(defence)
-        name = its.name if px is None else f"{its.name}@{px:g}"
-        others = [_shown(m) for field in its.uses if (m := getattr(self.models, field)) != getattr(Models, field)]
+    def label(self, defence: str) -> str:
+        """Name a defence for tables: never by a path, and with its models where they are not the shipped ones."""
+        found, px = self._find(defence)
+        name = found.name if px is None else f"{found.name}@{px:g}"
+        others = [
+            _model_label(m) for field in found.uses if (m := getattr(self.models, field)) != getattr(Models, field)
+        ]
         return f"{name} [{', '.join(others)}]" if others else name
 
     def settings(self, attack: AttackSpec, defence: str, seed: int) -> dict[str, Any]:
-        """All that decides the figures of a row; JSON."""
+        """Collect all that decides the figures of a row, as JSON."""
         made = self.makes(defence)
         # rows that were there before transfer learning have no such entry, and their names must stay
         start = {} if self.rest is None else {"extractor": self._extractor}
         return {
             **start,
             "data": self._identity,
-            "attack": self._told(attack),
+            "attack": self._settings_of(attack),
             "attack_seed": self.attack_seed,
             "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
             "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
@@ -150,8 +152,8 @@ class Bench:
             "device": torch.device(self.device).type,
         }
 
-    def _told(self, attack: AttackSpec) -> str | dict[str, Any]:
-        """What decides an attack's images beside the data: of one that goes through the defence, its denoiser too."""
+    def _settings_of(self, attack: AttackSpec) -> str | dict[str, Any]:
+        """Collect what decides an attack's images beside the data; of an adaptive attack its denoiser too."""
         if attack.name == CLEAN:
             return CLEAN
         if attack.file is None and "model" in attacks.find(attack.name).options:
@@ -159,11 +161,11 @@ class Bench:
         return _attack_settings(attack)
 
     def row(self, attack: AttackSpec, defence: str, seed: int, backdoors: Sequence[AttackSpec] = ()) -> rows.Row:
-        """Measure it.
+        """Measure one row.
 
         Args:
-            backdoors: whose triggers a victim of clean data is shown: what a back door's success is to be compared
-                with.
+            backdoors: attacks whose triggers a victim of clean data is shown. A back door's success is compared with
+                how often that happens by chance.
 
         Raises:
             InputError: see the class, and what attacks and purifiers refuse.
@@ -173,9 +175,6 @@ class Bench:
         poisoned = self.poisoned(attack, seed)
         compared = self.check(defence, poisoned)
         images, purifier = self.purified(poisoned, made)
-        corrupt = None if made.compensate is None else compensation(made.compensate, seed)
-        if made.per_epoch is not None:
-            corrupt = afresh(made.per_epoch.to(self.device), seed)
         trained = train_victim(
             images,
             poisoned.labels,
@@ -183,7 +182,7 @@ class Bench:
             network=self.victim if self.rest is None else None,
             start=None if self.rest is None else self.extractor(seed),
             **asdict(self.how),
-            batch_transform=corrupt,
+            batch_transform=self._batch_transform(made, seed),
             seed=seed,
             device=self.device,
             bfloat16=self.fast,
@@ -196,8 +195,8 @@ class Bench:
         by_chance: dict[str, float] = {}
         if attack.name == CLEAN:
             for spec in backdoors:
-                its = self._success(trained.model, self.poisoned(spec, seed), None)
-                by_chance |= {spec.label: round(its["success"], 2)} if its else {}
+                success = self._success(trained.model, self.poisoned(spec, seed), None)
+                by_chance |= {spec.label: round(success["success"], 2)} if success else {}
         moved = poisoned.moved(self.data.train)
         return {
             "schema": rows.SCHEMA,
@@ -209,7 +208,7 @@ class Bench:
             "attack": attack.label or attack.name,
             "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
             "attack_made": {k: v for k, v in poisoned.settings.items() if k != "moved"},
-            "defence": self.called(defence),
+            "defence": self.label(defence),
             "sigma_px": None if made.sigma_px is None else round(made.sigma_px, 2),
             "calls": 0 if made.purifier is None else made.purifier.calls,
             "distance_px": round(_rms(images, self.data.train), 2),
@@ -218,7 +217,7 @@ class Bench:
             "training": self.training,
             **{name: round(value, 2) for name, value in found.items()},
             **({"clean_success": by_chance} if by_chance else {}),
-            **({} if target is None else {"target": _told(target)}),
+            **({} if target is None else {"target": _describe_target(target)}),
             "seconds": {
                 "purify_an_image": self._seconds_an_image(purifier, defence),
                 "train": round(trained.seconds, 1),
@@ -229,13 +228,20 @@ class Bench:
             "versions": rows.versions(),
         }
 
-    # -- its parts -------------------------------------------------------------------------------------
+    # -- parts of a row --------------------------------------------------------------------------------
+
+    def _batch_transform(self, made: Made, seed: int) -> BatchTransform | None:
+        if made.per_epoch is not None:
+            return per_epoch_transform(made.per_epoch.to(self.device), seed)
+        return None if made.compensate is None else compensation(made.compensate, seed)
 
     def check(self, defence: str, poisoned: Poisoned | None = None) -> dict[str, int]:
-        """Refuse a row that would not be honest; else how many images were compared, of the clean training set, an
-        extractor's too, and of what was made of it. A target is a test image, and in neither."""
+        """Refuse a row whose test images a model or the training set has; returns how many images were compared.
+
+        The training set is the clean one, that of an extractor, and the poisoned one. A target is a test image.
+        """
         used = self._find(defence)[0].models(self.models)
-        shown = [_shown(model) for model in used]
+        shown = [_model_label(model) for model in used]
         # a row has no paths, and two folders may have one name
         names = [name if shown.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(shown)]
         learned = {name: learned_from(model, self.data.size) for name, model in zip(names, used, strict=True)}
@@ -248,7 +254,7 @@ class Bench:
         return check_disjoint(train, test, learned)
 
     def poisoned(self, attack: AttackSpec, seed: int = 0) -> Poisoned:
-        """The poisoned training set, made once and kept.
+        """Return the poisoned training set, made once and kept.
 
         Args:
             seed: of a row; for a targeted attack and for what is made for an extractor.
@@ -275,7 +281,7 @@ class Bench:
         return found
 
     def _read(self, attack: AttackSpec) -> Poisoned:
-        """What a file has of the training images. It is of all those that there were before some were chosen."""
+        """Read the chosen training images of a poison file, which has all of them."""
         whole = self.data.whole or (self.data.train, self.data.train_labels)
         assert attack.file is not None
         found = reading.read(attack.file, clean=whole, **attack.options)
@@ -297,19 +303,19 @@ class Bench:
         return replace(found, images=found.images[chosen], labels=found.labels[chosen], poisoned=some)
 
     def is_being_made(self, attack: AttackSpec, seed: int = 0) -> bool:
-        """Whether another process is making the poison or the extractor, for which this one would only wait."""
+        """Tell whether another process is making the poison or the extractor: this one would only wait."""
         paths = [] if attack.name == CLEAN else [self._poison_path(attack, seed)]
         if self.rest is not None:
             paths.append(self._extractor_path(seed))
         return any(not path.exists() and is_held(lock_path(path.parent, path.stem)) for path in paths)
 
     def _attacked(self, attack: AttackSpec, seed: int) -> Poisoned:
-        data, its = self.data, attacks.find(attack.name)
-        targeted.check_options(its, attack.options)
+        data, known = self.data, attacks.find(attack.name)
+        targeted.check_options(known, attack.options)
         here = {"device": self.device, "progress": self.progress, "model": self.models.denoiser}
-        given = {name: value for name, value in here.items() if name in its.options}
+        given = {name: value for name, value in here.items() if name in known.options}
         attack_seed = self.attack_seed
-        if its.kind == "targeted":
+        if known.kind == "targeted":
             given["target"] = targeted.target_of(data, self.attack_seed, seed)
             attack_seed = targeted.seed_of(self.attack_seed, seed)
         if self._knows_extractor(attack):
@@ -320,19 +326,19 @@ class Bench:
         return self.rest is not None and attack.file is None and "networks" in attacks.find(attack.name).options
 
     def _poison_path(self, attack: AttackSpec, seed: int) -> Path:
-        known = {"data": self._identity, "attack": self._told(attack), "seed": self.attack_seed}
+        known = {"data": self._identity, "attack": self._settings_of(attack), "seed": self.attack_seed}
         if attack.file is None:
-            its = attacks.find(attack.name)
-            if its.kind == "targeted":
+            registered = attacks.find(attack.name)
+            if registered.kind == "targeted":
                 known["row_seed"] = seed
-            if "device" in its.options:  # which computes otherwise in the last digits
+            if "device" in registered.options:  # GPU and CPU results differ in the last digits
                 known["device"] = torch.device(self.device).type
         if self._knows_extractor(attack):
             known["extractor"] = self._extractor_path(seed).stem
         return self.work / "poisoned" / f"{rows.fingerprint(known)}.npz"
 
     def extractor(self, seed: int) -> torch.nn.Module:
-        """What a victim of transfer learning starts from, trained once and kept; in evaluation mode."""
+        """Return the network that transfer learning starts from, trained once and kept; in evaluation mode."""
         assert self.rest is not None
         path = self._extractor_path(seed)
         return transfer.extractor(path, self.rest, self.victim, seed=seed, device=self.device, bfloat16=self.fast)
@@ -349,7 +355,7 @@ class Bench:
         return self.work / "extractors" / f"{rows.fingerprint(known)}.safetensors"
 
     def purified(self, poisoned: Poisoned, made: Made) -> tuple[NDArray[np.uint8], Purifier | None]:
-        """The training images as the defence leaves them, from a cache, and the purifier with its plan."""
+        """Return the purified training images, from a cache, and the purifier with its plan."""
         if made.purifier is None:
             return poisoned.images, None
         purifier = made.purifier.to(self.device)
@@ -365,7 +371,7 @@ class Bench:
         return np.stack([np.asarray(dataset[i][0]) for i in range(len(dataset))]), dataset.purifier
 
     def _success(self, model: torch.nn.Module, poisoned: Poisoned, target: Target | None) -> dict[str, float]:
-        """Of a back door the share of other classes' test images that it takes, of a targeted attack whether it won."""
+        """Measure a back door's share of other classes' test images, and whether a targeted attack won, in percent."""
         found = {}
         if poisoned.trigger is not None and poisoned.target_class is not None:
             others = self.data.test_labels != poisoned.target_class
@@ -377,7 +383,7 @@ class Bench:
         return found
 
     def _seconds_an_image(self, purifier: Purifier | None, defence: str) -> float:
-        """Of one full network batch after a first: the median of three, or one of many calls. Once in a process."""
+        """Time a full network batch after a first one, once per process: the median of three, or one of many calls."""
         if purifier is None:
             return 0.0
         if defence not in self._timed:
@@ -394,17 +400,17 @@ class Bench:
         return float(f"{self._timed[defence]:.3g}")
 
 
-def _told(target: Target) -> dict[str, int | None]:
+def _describe_target(target: Target) -> dict[str, int | None]:
     return {"index": target.index, "true": target.true_label, "wanted": target.label}
 
 
-def _shown(model: str) -> str:
-    """A name or an id as it is, of a folder its name: a row travels."""
+def _model_label(model: str) -> str:
+    """Name a model without a path, as a row travels: the name, the id, or the name of its folder."""
     return Path(model).name if Path(model).is_dir() else model
 
 
 def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
-    """Root mean square distance, in levels of 0 to 255."""
+    """Compute the root mean square distance, in levels of 0 to 255."""
     total = sum(
         float(((images[i : i + 1024].astype(np.float32) - clean[i : i + 1024]) ** 2).sum(dtype=np.float64))
         for i in range(0, len(images), 1024)

@@ -147,15 +147,15 @@ def reasons(
                     "of which none with its weights is found by that name: load it from a folder with its config.json, "
                     "or say learned_elsewhere if you know it."
                 )
-            both, its = shared_images(source, test, known.size), shared_images(source, train, known.size)
+            in_test, in_train = shared_images(source, test, known.size), shared_images(source, train, known.size)
         except InputError:
             if known.learned_elsewhere:  # the user's word stands for what is not known, and for nothing else
                 continue
             raise
-        own = own or its > 0
-        if both:
+        own = own or in_train > 0
+        if in_test:
             raise InputError(
-                f"Expected test images that no model has learned from. Got {both} of {len(test)} that {source} has: "
+                f"Expected test images that no model has learned from. Got {in_test} of {len(test)} that {source} has: "
                 "take others, or another model."
             )
     paths = Paths(

@@ -255,12 +255,12 @@ def ndt_classify(
     if folder is None:
         seed = new_seed()
         return np.stack([voting.vote(model, seed) for model in range(models)])
-    mine = voting_settings(voting)
-    if clash := sorted({*mine, "models", "inputs", "classes", "schema"} & {*(settings or {})}):
+    own = voting_settings(voting)
+    if clash := sorted({*own, "models", "inputs", "classes", "schema"} & {*(settings or {})}):
         raise InputError(f"Expected settings beside those that are looked at in any case. Got {clash[0]!r} again.")
     votes = VoteFolder(
         folder,
-        {**mine, **(settings or {})},
+        {**own, **(settings or {})},
         models=models,
         inputs=len(tests),
         classes=classes,

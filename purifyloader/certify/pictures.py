@@ -41,19 +41,19 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
         PurifyError: matplotlib is not installed, or the file cannot be written.
     """
     check_results(results)
-    certified = [its for its in results["conditions"] if its["certificate"] is not None]
-    without = [its["name"] for its in results["conditions"] if its["certificate"] is None]
-    sigmas = sorted({its["sigma"] for its in certified})
+    certified = [condition for condition in results["conditions"] if condition["certificate"] is not None]
+    without = [condition["name"] for condition in results["conditions"] if condition["certificate"] is None]
+    sigmas = sorted({condition["sigma"] for condition in certified})
     colours = {sigma: _COLOURS[i % len(_COLOURS)] for i, sigma in enumerate(sigmas)}
-    kinds = [plain for plain in (False, True) if any(its["plain"] is plain for its in certified)]
-    panels = [[its for its in certified if its["plain"] is plain] for plain in kinds]
+    kinds = [plain for plain in (False, True) if any(condition["plain"] is plain for condition in certified)]
+    panels = [[condition for condition in certified if condition["plain"] is plain] for plain in kinds]
     across = max(1, len(panels))
     width = _LEFT + _PANEL * across + _GAP * (across - 1) + _RIGHT
     caption = _caption(without, bool(certified), width)
     if not certified:
         _nothing(caption, width, path)
         return
-    below = _AXIS + _ENTRY * max(len(its) for its in panels) + _EDGE + _LINE * len(caption) + _EDGE
+    below = _AXIS + _ENTRY * max(len(panel) for panel in panels) + _EDGE + _LINE * len(caption) + _EDGE
     height = _TOP + _TALL + below
     figure = new_figure((width, height))
     axes = [
@@ -63,12 +63,12 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
         )
         for i in range(across)
     ]
-    for axis, its, plain in zip(axes, panels, kinds, strict=True):
-        _lines(axis, its, colours, plain)
+    for axis, panel, plain in zip(axes, panels, kinds, strict=True):
+        _lines(axis, panel, colours, plain)
         _dress(axis, _TITLES[plain])
-    best = max(its["certificate"]["best_radius"] for its in certified)
+    best = max(condition["certificate"]["best_radius"] for condition in certified)
     axes[0].set_xlim(0, 1.04 * (max(map(_end, certified)) or best))  # the best may be far beyond all lines
-    top = max(max(its["vote"]["accuracy"], its["certificate"]["certified"]) for its in certified)
+    top = max(max(condition["vote"]["accuracy"], condition["certificate"]["certified"]) for condition in certified)
     axes[0].set_ylim(0, min(100, 10 * math.ceil((top + 3) / 10)))
     for axis in axes[1:]:
         axis.tick_params("y", labelleft=False)
@@ -79,16 +79,20 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
 
 def _lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[float, str], plain: bool) -> None:
     drawn: dict[float, int] = {}
-    for its in conditions:
-        colour, nth = colours[its["sigma"]], drawn.get(its["sigma"], 0)
-        drawn[its["sigma"]] = nth + 1
+    for condition in conditions:
+        colour, nth = colours[condition["sigma"]], drawn.get(condition["sigma"], 0)
+        drawn[condition["sigma"]] = nth + 1
         line = _LINES[plain][nth % len(_LINES[plain])]
-        name = its["name"] if len(its["name"]) <= _LONGEST else its["name"][: _LONGEST - 1] + "…"
-        points = [at for at in zip(its["curve"]["radii"], its["curve"]["accuracy"], strict=True) if at[0] <= _end(its)]
+        name = condition["name"] if len(condition["name"]) <= _LONGEST else condition["name"][: _LONGEST - 1] + "…"
+        points = [
+            at
+            for at in zip(condition["curve"]["radii"], condition["curve"]["accuracy"], strict=True)
+            if at[0] <= _end(condition)
+        ]
         # Between two radii it is what it is at the smaller one. The space is for a name that begins with an
         # underscore, which a legend leaves out.
         axis.step(*zip(*points, strict=True), where="post", color=colour, ls=line, lw=1.7, label=f" {name}")
-        axis.plot([0], [its["vote"]["accuracy"]], "o", color=colour, ms=5, clip_on=False, zorder=5)
+        axis.plot([0], [condition["vote"]["accuracy"]], "o", color=colour, ms=5, clip_on=False, zorder=5)
     legend = axis.legend(
         loc="upper left",
         bbox_to_anchor=(0, -_AXIS / _TALL),

@@ -108,12 +108,12 @@ def results(
     """
     best_lower_bound(1, alpha)  # refuses what is no alpha
     given: object = outcomes
-    if not isinstance(given, Sequence) or not given or not all(isinstance(its, Outcome) for its in given):
+    if not isinstance(given, Sequence) or not given or not all(isinstance(condition, Outcome) for condition in given):
         raise InputError(f"Expected one or more outcomes. Got {given!r:.80}: give a list of Outcome.")
-    for name in (its.name for its in outcomes):
+    for name in (condition.name for condition in outcomes):
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InputError(f"An outcome's name must be a line of text. Got {name!r}: name what was done.")
-    names = [its.name for its in outcomes]
+    names = [condition.name for condition in outcomes]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"Expected outcomes of different names. Got {twice[0]!r} twice: name what differs.")
     true = _labels(labels, classes)
@@ -247,7 +247,7 @@ def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
     """
     check_results(results)
     conditions = results["conditions"]
-    certified = [its for its in conditions if its["certificate"] is not None]
+    certified = [condition for condition in conditions if condition["certificate"] is not None]
     columns = _nice_radii(certified)
     parts = ["# Certified denoising", _what_was_done(results), f"{results['alpha_is']}"]
     parts.append(_main_table(conditions, columns))
@@ -264,11 +264,11 @@ def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
         "were. And it says that a prediction stays as it is, not that it is right: the table and the picture count "
         "those that are right besides.",
     ]
-    if without := [its for its in conditions if its["certificate"] is None]:
+    if without := [condition for condition in conditions if condition["certificate"] is None]:
         parts.append("## No certificate")
-        for its in without:
-            reasons = "\n".join(f"- {reason}" for reason in its["reasons"])
-            parts.append(f"**{table.escaped(its['name'])}**, no certificate:\n\n{reasons}")
+        for condition in without:
+            reasons = "\n".join(f"- {reason}" for reason in condition["reasons"])
+            parts.append(f"**{table.escaped(condition['name'])}**, no certificate:\n\n{reasons}")
     parts += ["## Settings", "```json\n" + json.dumps(_described(results), indent=1, sort_keys=True) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -277,9 +277,9 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     train = _of_data(results, "train")
     images = "the training images" if train is None else f"{train:,} training images"
     conditions = results["conditions"]
-    models = sorted({sum(its["models"].values()) for its in conditions})
+    models = sorted({sum(condition["models"].values()) for condition in conditions})
     many = f"{models[0]:,}" if len(models) == 1 else f"{models[0]:,} to {models[-1]:,}"
-    plain = [its["plain"] for its in conditions if its["certificate"] is not None]
+    plain = [condition["plain"] for condition in conditions if condition["certificate"] is not None]
     denoised = "" if all(plain) else ", and denoised unless it says plain noise," if any(plain) else " and denoised"
     noised = (
         f" Where there is a certificate, every image was noised{denoised} for each model anew, before its training "
@@ -301,19 +301,19 @@ def _main_table(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float
     head = ["condition", "sigma", "models", "one model", "vote", "abstained", "certified"]
     head += [f"within {radius:g}" for radius in columns]
     head.append("best radius")
-    draws = any(its["draws"] > 1 for its in conditions)
+    draws = any(condition["draws"] > 1 for condition in conditions)
     if draws:
         head.insert(2, "draws")
     lines = []
-    for its in conditions:
-        one, vote, certificate = its["one_model"], its["vote"], its["certificate"]
+    for condition in conditions:
+        one, vote, certificate = condition["one_model"], condition["vote"], condition["certificate"]
         spread = "" if one["std"] is None else f" ± {one['std']:.1f}"
         lines.append(
             [
-                table.escaped(its["name"]),
-                "–" if its["sigma"] is None else f"{its['sigma']:g}",
-                *(["–" if its["sigma"] is None else str(its["draws"])] if draws else []),
-                f"{its['models']['selection']:,} + {its['models']['estimation']:,}",
+                table.escaped(condition["name"]),
+                "–" if condition["sigma"] is None else f"{condition['sigma']:g}",
+                *(["–" if condition["sigma"] is None else str(condition["draws"])] if draws else []),
+                f"{condition['models']['selection']:,} + {condition['models']['estimation']:,}",
                 f"{one['mean']:.1f}{spread}",
                 f"{vote['accuracy']:.1f}",
                 f"{vote['abstained']:.1f}",
@@ -322,7 +322,7 @@ def _main_table(conditions: Sequence[Mapping[str, Any]], columns: Sequence[float
                     if certificate is None
                     else [
                         f"{certificate['certified']:.1f}",
-                        *(f"{_at(its['curve'], radius):.1f}" for radius in columns),
+                        *(f"{_at(condition['curve'], radius):.1f}" for radius in columns),
                         f"{certificate['best_radius']:.3g}",
                     ]
                 ),
@@ -338,14 +338,14 @@ def _what_columns_are(conditions: Sequence[Mapping[str, Any]], columns: Sequence
         "the class that most models vote for. Abstained: the votes do not tell that class from the second at this "
         "alpha."
     ]
-    if any(its["draws"] > 1 for its in conditions):
+    if any(condition["draws"] > 1 for condition in conditions):
         words.append("Draws: fixed noise draws of each image that a model sees; K of them divide a radius by √K.")
     if columns:
         words.append(
             "Certified: right, with a radius above 0; within r: right, and still so after any change of norm r. Best "
             "radius: what a test input has on which all models of the estimation agree. More models raise it."
         )
-    if any(its["certificate"] is None for its in conditions):
+    if any(condition["certificate"] is None for condition in conditions):
         words.append("–: no certificate, for the reasons below.")
     return " ".join(words)
 
@@ -354,7 +354,7 @@ def _in_other_words(
     results: Mapping[str, Any], certified: Sequence[Mapping[str, Any]], columns: Sequence[float]
 ) -> list[str]:
     """What radii allow: to one image, to some, to one in a hundred."""
-    best = max(certified, key=lambda its: its["certificate"]["best_radius"])
+    best = max(certified, key=lambda condition: condition["certificate"]["best_radius"])
     radii = [*columns, best["certificate"]["best_radius"]]
     train, values = _of_data(results, "train"), _of_data(results, "values")
     head, cells = ["one image"], [[f"{radius:.3g}" for radius in radii]]
@@ -381,7 +381,7 @@ def _in_other_words(
 
 def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
     """A few round numbers, from a quarter of the smallest best radius to below the largest."""
-    best = [its["certificate"]["best_radius"] for its in certified]
+    best = [condition["certificate"]["best_radius"] for condition in certified]
     if not best:
         return []
     powers = range(math.floor(math.log10(min(best) / 4)), math.floor(math.log10(max(best))) + 1)
@@ -399,7 +399,7 @@ def _at(curve: Mapping[str, Any], radius: float) -> float:
 
 
 def _described(results: Mapping[str, Any]) -> dict[str, Any]:
-    purifiers = {its["name"]: its["purifier"] for its in results["conditions"]}
+    purifiers = {condition["name"]: condition["purifier"] for condition in results["conditions"]}
     return {"alpha": results["alpha"], "purifiers": purifiers, **{k: results[k] for k in ("settings", "versions")}}
 
 

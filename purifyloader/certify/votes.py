@@ -82,20 +82,20 @@ class VoteFolder:
     def _check_settings(self) -> None:
         path = self.folder / SETTINGS_FILE
         try:
-            mine = json.loads(canonical_json({"schema": SCHEMA, **self.settings}))
+            own = json.loads(canonical_json({"schema": SCHEMA, **self.settings}))
         except (TypeError, ValueError) as error:
             raise InputError(f"Expected settings that JSON can hold. Got: {error}.") from None
         if not path.exists():
             with writing(path):
-                write_text(path, canonical_json(mine) + "\n")
+                write_text(path, canonical_json(own) + "\n")
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             there = None
-        if there != mine:
+        if there != own:
             raise ConfigError(
-                f"Expected votes of these settings in {self.folder}. Got others: {_difference(there, mine)}. Votes of "
+                f"Expected votes of these settings in {self.folder}. Got others: {_difference(there, own)}. Votes of "
                 "different settings are no votes of one kind of model, and how many models are asked is decided before "
                 "the first is seen. Give the settings of before, or another folder."
             )
@@ -219,16 +219,16 @@ class VoteFolder:
                 lock.release()
 
 
-def _difference(there: Any, mine: Mapping[str, Any]) -> str:
+def _difference(there: Any, own: Mapping[str, Any]) -> str:
     if not isinstance(there, dict):
         return "a settings.json that is no such file"
-    return "; ".join(f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _differing(there, mine))
+    return "; ".join(f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _differing(there, own))
 
 
-def _differing(there: Mapping[str, Any], mine: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differing(there: Mapping[str, Any], own: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The innermost values that are not the same, by their names: those of a whole training would be too long."""
-    for key in sorted({*there, *mine}):
-        old, new = there.get(key), mine.get(key)
+    for key in sorted({*there, *own}):
+        old, new = there.get(key), own.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differing(old, new, f"{before}{key}.")
         elif old != new:

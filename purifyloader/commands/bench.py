@@ -185,7 +185,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         fast=not options.precise,
         progress=options.processes == 1 and sys.stderr.isatty(),
     )
-    names = [bench.called(defence) for defence in defences]
+    names = [bench.label(defence) for defence in defences]
     if same := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"Expected defences of different names. Got {sorted(same)[0]} twice: name files apart.")
     for defence in defences:  # before hours of work
@@ -330,7 +330,7 @@ def _pictures_of_images(out: Path, bench: Bench, wanted: _Wanted) -> None:
         after, _ = bench.purified(poisoned, bench.makes(chosen))
         shown[label] = bench.data.train[which], poisoned.images[which], after[which]
     if shown:
-        images(shown, bench.called(chosen), out / IMAGES_FILE)
+        images(shown, bench.label(chosen), out / IMAGES_FILE)
 
 
 def _report(out: Path) -> None:

@@ -235,10 +235,10 @@ def _summary(measured: Measured, path: Path, temperature: float) -> dict[str, An
     config = path.config()
     known = [{"level": 0, "calls": 0}, *config.pop("levels")]
     levels = []
-    for i, its in enumerate(known):
+    for i, level in enumerate(known):
         levels.append(
             {
-                **its,
+                **level,
                 "seconds_per_image": _figures(measured.seconds[i]),
                 "clean_to_purified_clean": _distance(measured.moved[i], measured.values),
                 "energy": None if measured.energy is None else _spread(measured.energy[i], temperature),

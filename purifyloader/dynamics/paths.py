@@ -159,13 +159,13 @@ class LangevinPath:
         }
 
     def only(self, level: int) -> LangevinPath:
-        its = self.purifier
+        purifier = self.purifier
         return LangevinPath(
             self.energy,
             self.steps[level : level + 1],
-            step_size=its.step_size,
-            temperature=its.temperature,
-            compute_batch=its.compute_batch,
+            step_size=purifier.step_size,
+            temperature=purifier.temperature,
+            compute_batch=purifier.compute_batch,
         )
 
     def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
@@ -182,15 +182,15 @@ class LangevinPath:
 
     def _walked(self, x_BCHW: Tensor, keys_B: Tensor, seconds: list[float]) -> Tensor:
         """uint8 (B, levels, C, H, W); the seconds that an image took to each level are put into `seconds`."""
-        its, shape = self.purifier, x_BCHW.shape[1:]
+        purifier, shape = self.purifier, x_BCHW.shape[1:]
         begun = _finish(x_BCHW.device)
         steps = walk(
-            its.energy,
+            purifier.energy,
             x_BCHW.contiguous(memory_format=torch.channels_last),
-            its.steps,
+            purifier.steps,
             lambda step: noise.normal(keys_B, shape, step).contiguous(memory_format=torch.channels_last),
-            step_size=its.step_size,
-            temperature=its.temperature,
+            step_size=purifier.step_size,
+            temperature=purifier.temperature,
         )
         seen = []
         for step, x in enumerate(steps, start=1):

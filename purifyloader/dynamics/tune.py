@@ -175,11 +175,11 @@ def _record(level: Mapping[str, Any], poisons: Mapping[str, Any]) -> dict[str, A
         "cost_px": level["clean_to_purified_clean"]["rms_px"],
         "attacks": {
             name: {
-                "closer_to_clean": its["closer_to_clean"],
-                "to_clean_px": its["clean_to_purified_poisoned"]["rms_px"],
+                "closer_to_clean": attack["closer_to_clean"],
+                "to_clean_px": attack["clean_to_purified_poisoned"]["rms_px"],
                 "to_clean_before_px": poisons[name]["size"]["rms_px"],
             }
-            for name, its in level["poisoned"].items()
+            for name, attack in level["poisoned"].items()
         },
     }
 

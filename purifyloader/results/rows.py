@@ -67,9 +67,9 @@ def add(path: Path, row: Row) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), Lock(path.parent, path.name):
-        rows = {its["fingerprint"]: its for its in read(path)}
+        rows = {old["fingerprint"]: old for old in read(path)}
         rows[row["fingerprint"]] = row
-        write_text(path, "".join(canonical_json(its) + "\n" for its in in_order(rows.values())))
+        write_text(path, "".join(canonical_json(each) + "\n" for each in in_order(rows.values())))
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from purifyloader import poisons, pretrained
 from purifyloader.bench import report
-from purifyloader.bench.defence import afresh
+from purifyloader.bench.defence import per_epoch_transform
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main, parse
@@ -210,10 +210,10 @@ def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
 def test_what_is_drawn_afresh_is_of_the_seed_the_epoch_and_the_image():
     x = torch.from_numpy(pictures(6, 1)).permute(0, 3, 1, 2).float() / 255
     index, coin = torch.arange(6), Coin()
-    drawn = afresh(coin, seed=3)(x, index, 0)
-    assert torch.equal(drawn, afresh(coin, seed=3)(x, index, 0))
-    assert torch.equal(drawn[2:4], afresh(coin, seed=3)(x[2:4], index[2:4], 0)), "whatever the batch"
-    for other in (afresh(coin, seed=4)(x, index, 0), afresh(coin, seed=3)(x, index, 1)):
+    drawn = per_epoch_transform(coin, seed=3)(x, index, 0)
+    assert torch.equal(drawn, per_epoch_transform(coin, seed=3)(x, index, 0))
+    assert torch.equal(drawn[2:4], per_epoch_transform(coin, seed=3)(x[2:4], index[2:4], 0)), "whatever the batch"
+    for other in (per_epoch_transform(coin, seed=4)(x, index, 0), per_epoch_transform(coin, seed=3)(x, index, 1)):
         assert not any(torch.equal(a, b) for a, b in zip(drawn, other, strict=True))
 
 
@@ -226,7 +226,7 @@ def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path)
     assert fresh["settings"]["purifier"] is None
     assert "afresh" not in fixed["settings"]
     data, how = load("imagefolder", folder), {**asdict(TRAININGS["short"]), "network": "resnet9", "classes": CLASSES}
-    model = train_victim(data.train, data.train_labels, batch_transform=afresh(Coin()), **how).model
+    model = train_victim(data.train, data.train_labels, batch_transform=per_epoch_transform(Coin()), **how).model
     assert fresh["accuracy"] == pytest.approx(100 * accuracy(model, data.test, data.test_labels), abs=0.01)
 
 
