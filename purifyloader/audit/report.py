@@ -115,10 +115,12 @@ def _against_halves(share: float, data_auc: float, halves: Mapping[str, Any]) ->
         f"That is {judged} than clean images vary among themselves: of a half of the reference ({halves['images']:,} "
         f"images, against the other {halves['against']:,}), {_percent(tail['low'])} to {_percent(tail['high'])} are."
     )
-    side = "higher" if data_auc > whole["high"] else "lower" if data_auc < whole["low"] else "neither higher nor lower"
+    side = "neither higher nor lower"
+    if not whole["low"] <= data_auc <= whole["high"]:
+        side = "higher" if data_auc > whole["high"] else "lower"
     yield (
-        f"As a whole its energies are {side}: an image of the data is above one of the reference in {_percent(data_auc)} "
-        f"of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
+        f"As a whole its energies are {side}: an image of the data is above one of the reference in "
+        f"{_percent(data_auc)} of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
     )
 
 
@@ -187,7 +189,10 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
     if (truth := results["truth"]) is not None:
         yield ""
         measured_auc = "-" if truth["auc"] is None else f"{truth['auc']:.3f}"
-        yield f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: {measured_auc}):"
+        yield (
+            f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: "
+            f"{measured_auc}):"
+        )
         rows = [
             [
                 f"top {row['percent']:g} %",
