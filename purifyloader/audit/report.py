@@ -120,7 +120,8 @@ def _against_halves(share: float, data_auc: float, halves: Mapping[str, Any]) ->
         side = "higher" if data_auc > whole["high"] else "lower"
     yield (
         f"As a whole its energies are {side}: an image of the data is above one of the reference in "
-        f"{_percent(data_auc)} of pairs (of two halves of the reference: {_percent(whole['low'])} to {_percent(whole['high'])})."
+        f"{_percent(data_auc)} of pairs (of two halves of the reference: {_percent(whole['low'])} to "
+        f"{_percent(whole['high'])})."
     )
 
 
