@@ -36,7 +36,7 @@ _HELD_OUT = 200
 
 
 def choose(length: int, count: int, seed: int) -> list[int]:
-    """`count` of `length` indices at random, rising: the first of a shuffle that `seed` alone decides."""
+    """Draw `count` of `length` indices, rising: the first of a shuffle that `seed` alone decides."""
     if not 1 <= count <= length:
         raise InputError(
             f"Expected to choose from 1 to {length} images, all that there are. Got {count}: give another count."
@@ -123,7 +123,7 @@ def _check_indices(dataset: Dataset[Any], indices: Sequence[int], learned: Calla
 
 
 def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
-    """(trained on, held out): rising indices of `length` images, of which `chosen` may be trained on.
+    """Split `length` images into (trained on, held out), rising indices; `chosen` may be trained on.
 
     Held out is what was not chosen, as far as there is any; where all images were chosen, a twentieth of
     them is taken back.
@@ -144,7 +144,7 @@ def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = 
 
 
 def read_indices(path: str | Path) -> list[int]:
-    """Indices from a JSON list, or those that a checkpoint's config.json says it was trained on."""
+    """Read indices from a JSON list, or those that a checkpoint's config.json says it was trained on."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -163,7 +163,7 @@ def read_indices(path: str | Path) -> list[int]:
 
 
 def _instead(values: Any) -> str:
-    """What a file has that is no list of indices."""
+    """Describe what a file has that is no list of indices."""
     if not isinstance(values, list):
         return f"{values!r:.80}"
     wrong = [value for value in values if type(value) is not int or value < 0]
@@ -178,7 +178,7 @@ def load_images(
     channels: int | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """The images at `indices` as one uint8 tensor (N, C, H, W).
+    """Load the images at `indices` as one uint8 tensor (N, C, H, W).
 
     Args:
         dataset: map-style.

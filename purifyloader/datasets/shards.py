@@ -1,4 +1,4 @@
-"""Reading the CIFAR-10 sample of `examples/data`, or any folder of WebDataset shards named like it."""
+"""Read the CIFAR-10 sample of `examples/data`, or any folder of WebDataset shards named like it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["load_sample", "shards"]
 
 
 def shards(folder: str | Path, split: str) -> list[Path]:
-    """The files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order.
+    """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order.
 
     Raises:
         InputError: there is no such folder, no such file, or a number is missing.
@@ -62,7 +62,7 @@ def _decode(path: Path, sample: dict[str, Any]) -> tuple[str, NDArray[np.uint8],
 
 
 def load_sample(folder: str | Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """All images and labels of a split, sorted by key (for `examples/data`: by row of CIFAR-10).
+    """Load all images and labels of a split, sorted by key (for `examples/data`: by row of CIFAR-10).
 
     Args:
         folder: holds `<split>-000000.tar.gz` and on, with members `<key>.png` and `<key>.cls`.

@@ -1,4 +1,4 @@
-"""What a bench trains and tests on: two splits in memory, of a named set or of folders."""
+"""Load what a bench trains and tests on: two splits in memory, of a named set or of folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DRAW = {"train": 0, "test": 1}
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A training and a test split.
+    """A `Data` is a training and a test split.
 
     Attributes:
         name: of `DATA`.
@@ -50,14 +50,14 @@ class Data:
         return self.train.shape[1], self.train.shape[2]
 
     def only(self, keep: NDArray[Any]) -> Data:
-        """The data with some of the training images: bool (N,), or their places, rising."""
+        """Keep some of the training images: bool (N,), or their places, rising."""
         chosen = np.arange(len(self.train)) if self.chosen is None else self.chosen
         whole = (self.train, self.train_labels) if self.whole is None else self.whole
         few = {"train": self.train[keep], "train_labels": self.train_labels[keep]}
         return replace(self, **few, whole=whole, chosen=chosen[keep])
 
     def some(self, train: int | None, test: int | None, seed: int = 0) -> Data:
-        """The same data with that many images of each split, drawn by `seed`, in their order; None for all."""
+        """Draw that many images of each split by `seed`, in their order; None for all."""
         rows = {}
         for split, count, images in (("train", train, self.train), ("test", test, self.test)):
             every = len(images)

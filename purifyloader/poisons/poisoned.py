@@ -1,4 +1,4 @@
-"""What every attack gives and every reader finds: a poisoned training set, and all that is known of the poison."""
+"""Define what every attack and every reader gives: a poisoned training set, and all that is known of the poison."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ __all__ = ["Bound", "Moved", "Poisoned", "Target"]
 
 @dataclass(frozen=True)
 class Bound:
-    """How far an attack may move an image.
+    """A `Bound` is how far an attack may move an image.
 
     Attributes:
         norm: "linf", "l2" or "l0", of one image's perturbation.
         epsilon: the largest it may be, before rounding to 8 bits, in units of [0, 1] images: 8/255 for l-infinity,
             1 for AR's l2. For l0 it counts pixels: 1 for OPS.
+
+    >>> Bound("linf", 8 / 255).norm
+    'linf'
     """
 
     norm: Literal["linf", "l2", "l0"]
@@ -41,13 +44,16 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What a targeted attack wants: that one test image is taken for another class.
+    """A `Target` is a test image that a targeted attack wants taken for another class.
 
     Attributes:
         image: uint8 (H, W, C).
         label: what the victim is to call it.
         true_label: what it shows, where that is known.
         index: its place in the test set, where that is known.
+
+    >>> Target(np.zeros((32, 32, 3), np.uint8), label=3, true_label=5).label
+    3
     """
 
     image: NDArray[np.uint8]
@@ -57,7 +63,7 @@ class Target:
 
 
 class Moved(NamedTuple):
-    """How far a poisoned set is from the clean one, in levels of 0 to 255: over the poisoned images.
+    """`Moved` is how far a poisoned set is from the clean one, in levels of 0 to 255, over the poisoned images.
 
     Attributes:
         images: how many differ from the clean ones at all.
@@ -66,6 +72,10 @@ class Moved(NamedTuple):
         mean: signed mean difference over the images that differ.
         down: share of the values that differ which became smaller: near 0 or 1 where a sign was lost.
         pixels: most pixels of an image that differ.
+
+    >>> clean = np.zeros((2, 8, 8, 3), np.uint8)
+    >>> Poisoned.of(clean + np.uint8(4), [0, 1], "brighter").moved(clean).linf
+    4
     """
 
     images: int
@@ -79,7 +89,7 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Poisoned(InMemory):
-    """A poisoned training set in memory: a map-style dataset of (PIL image, label).
+    """A `Poisoned` is a poisoned training set in memory: a map-style dataset of (PIL image, label).
 
     It goes wherever a torchvision dataset goes: `PurifiedDataset(poisoned, purifier, transform=...)`.
 
@@ -93,6 +103,11 @@ class Poisoned(InMemory):
         trigger: of a back door: float32 (H, W, C) in units of [0, 1] images.
         target_class: of a back door: what the trigger stands for.
         settings: what the attack was made with, or the file that was read; JSON values.
+
+    >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
+    >>> image, label = poisoned[1]
+    >>> image.size, label
+    ((8, 8), 1)
     """
 
     images: NDArray[np.uint8]
@@ -186,6 +201,6 @@ class Poisoned(InMemory):
         poisoned: Sequence[int] | NDArray[Any] | None = None,
         **known: Any,
     ) -> Self:
-        """From arrays of any integer type; all images are poisoned if `poisoned` is None."""
+        """Make one of arrays of any integer type; all images are poisoned if `poisoned` is None."""
         which = np.arange(len(images)) if poisoned is None else np.sort(np.asarray(poisoned))
         return cls(images, np.asarray(labels).astype(np.int64), which.astype(np.int64), attack, **known)

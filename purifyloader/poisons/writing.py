@@ -1,4 +1,4 @@
-"""A poisoned set as files that others read: one `.npz`, or a folder of PNGs. Nothing half-written is left behind.
+"""Write a poisoned set as files that others read: one `.npz`, or a folder of PNGs; never half a file.
 
 `.npz`, which `np.load` reads without pickle:
 
@@ -43,13 +43,13 @@ Layout = Literal["flat", "class"]
 
 
 def about(poisoned: Poisoned) -> dict[str, Any]:
-    """All that is known of the poison and is no array, as JSON values.
+    """Return all that is known of the poison beside its arrays, as JSON values.
 
     Raises:
         InputError: settings that are no JSON values.
     """
     bound, target = poisoned.bound, poisoned.target
-    said = {
+    record = {
         "format": FORMAT,
         "purifyloader": __version__,
         "attack": poisoned.attack,
@@ -62,10 +62,10 @@ def about(poisoned: Poisoned) -> dict[str, Any]:
         "settings": dict(poisoned.settings),
     }
     try:
-        json.dumps(said, allow_nan=False)
+        json.dumps(record, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"The settings of a poison must be JSON values. Got: {error}.") from None
-    return said
+    return record
 
 
 def is_npz(out: str | os.PathLike[str]) -> bool:
@@ -92,7 +92,15 @@ def check_free(out: str | os.PathLike[str]) -> None:
 
 
 def write(poisoned: Poisoned, out: str | os.PathLike[str], layout: Layout = "flat") -> None:
-    """Write to a file that ends in `.npz`, or to a folder; see `write_npz` and `write_images`."""
+    """Write to a file that ends in `.npz`, or to a folder; see `write_npz` and `write_images`.
+
+    >>> import tempfile
+    >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(poisoned, f"{folder}/images")
+    ...     sorted(path.name for path in Path(folder, "images").iterdir())[:2]
+    ['0.png', '1.png']
+    """
     if is_npz(out):
         write_npz(poisoned, out)
     else:
@@ -100,11 +108,18 @@ def write(poisoned: Poisoned, out: str | os.PathLike[str], layout: Layout = "fla
 
 
 def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
-    """One file, as this module's docstring describes it. The same set gives the same bytes.
+    """Write one file, as this module's docstring describes it. The same set gives the same bytes.
 
     Raises:
         InputError: the file exists, or its name does not end in .npz.
         PurifyError: it cannot be written.
+
+    >>> import tempfile
+    >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_npz(poisoned, f"{folder}/p.npz")
+    ...     np.load(f"{folder}/p.npz")["data"].shape
+    (2, 8, 8, 3)
     """
     path = Path(path)
     if not is_npz(path):
@@ -125,12 +140,19 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
 
 
 def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Layout = "flat") -> None:
-    """A folder of PNGs, as this module's docstring describes it. It appears whole or not at all.
+    """Write a folder of PNGs, as this module's docstring describes it. It appears whole or not at all.
 
     Raises:
         InputError: the folder is not empty or is a file, no such layout, or the layout "class" where a class has no
             image, which `ImageFolder` would number otherwise.
         PurifyError: it cannot be written.
+
+    >>> import tempfile
+    >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_images(poisoned, f"{folder}/images", "class")
+    ...     Path(folder, "images", "1", "1.png").exists()
+    True
     """
     folder = Path(folder)
     if layout not in ("flat", "class"):
@@ -139,7 +161,7 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
     names = _names(poisoned, layout)
     is_poisoned = np.zeros(len(poisoned), bool)
     is_poisoned[poisoned.poisoned] = True
-    said = {**about(poisoned), "layout": layout}
+    record = {**about(poisoned), "layout": layout}
     with writing(folder), replacing_folder(folder) as temporary:
         for place in sorted({(temporary / name).parent for name in names}):
             place.mkdir(exist_ok=True)
@@ -154,7 +176,7 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
             table.writerow(["file", "label", "poisoned"])
             table.writerows(zip(names, poisoned.labels.tolist(), is_poisoned.astype(int).tolist(), strict=True))
         _write_json(temporary / "poisoned.json", [names[index] for index in poisoned.poisoned])
-        _write_json(temporary / "poison.json", said)
+        _write_json(temporary / "poison.json", record)
 
 
 def _names(poisoned: Poisoned, layout: Layout) -> list[str]:

@@ -1,1 +1,1 @@
-"""The attacks, one module each, and the registry of their names."""
+"""Attacks, one module each, and the table of their names."""

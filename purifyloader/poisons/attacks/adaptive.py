@@ -1,4 +1,4 @@
-"""An attack on purification by whoever knows all of it but its noise: ours. For testing defences.
+"""Attack purification knowing all of it but its noise: ours. For testing defences.
 
     delta = argmin over |delta| <= epsilon  E_z  loss(f(C(D(x + delta; z))), g(y)),    g(y) = (y + shift) mod classes
 
@@ -23,7 +23,7 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.pgd import Loss
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, with_signature
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.views import View, compensated, purified
 from purifyloader.poisons.poisoned import Poisoned
@@ -40,7 +40,7 @@ _CACHED = 0  # the turn of what is drawn once; the descent counts from 1
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSettings(TrainedSettings):
-    """What `adaptive` is made with.
+    """Settings of `adaptive`.
 
     Attributes:
         sigma: of D's noise, in image units.
@@ -66,7 +66,7 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
+@with_signature(PRESETS)
 def adaptive(
     dataset: Any,
     seed: int = 0,
@@ -77,7 +77,7 @@ def adaptive(
     progress: bool = False,
     **options: Any,
 ) -> Poisoned:
-    """All images of a dataset as adversarial examples of another class that stay so through purification.
+    """Turn all images of a dataset into adversarial examples of another class that stay so through purification.
 
     On the CPU, with one number of threads, the same arguments give the same pixels.
 
@@ -140,7 +140,7 @@ def adaptive(
 
 
 def _purified(clean: Clean, x_NCHW: Tensor, purify: View) -> Clean:
-    """The images after one draw of the purifier, in 8 bits, as a cache holds them."""
+    """Purify the images once, in 8 bits, as a cache holds them."""
     seen = torch.empty_like(clean.x)
     with torch.no_grad():
         for index_B in clean.batches(256):

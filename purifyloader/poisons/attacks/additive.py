@@ -1,4 +1,4 @@
-"""What class-wise attacks share: checks, a perturbation for each image, adding it in 8 bits.
+"""Check, draw and add perturbations in 8 bits: what attacks without a network share.
 
 An additive attack is a `Draw`: a pure function of an image's label and its position in the dataset; any other is a
 `Change`, which is given the image too. Both work in float64 with elementwise operations alone, in a fixed order, so
@@ -54,7 +54,7 @@ _CHUNK = 1024  # images drawn together, which bounds memory
 
 
 def purpose_keys(seed: int, attack: int, purpose: int, index: Tensor) -> Tensor:
-    """int64 keys (B,): a function of (seed, attack, purpose, index), apart from those of other modules."""
+    """Return int64 keys (B,): a function of (seed, attack, purpose, index), apart from those of other modules."""
     root = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), attack), purpose)
     return noise.fold_in(root, index)
 
@@ -88,7 +88,7 @@ def as_labels(labels: Integers, classes: int, hint: str = ", or classes= must be
 
 
 def as_positions(positions: Integers | None, count: int) -> Tensor:
-    """Positions in the dataset of `count` labels: 0, 1, ... unless said."""
+    """Return the positions in the dataset of `count` labels: 0, 1, ... where none are given."""
     if positions is None:
         return torch.arange(count)
     positions_N = _as_integers("positions", positions, 0, 2**63 - 1, "")
@@ -110,7 +110,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def size_of(images: NDArray[np.uint8] | Tensor) -> tuple[int, int]:
-    """Height and width of checked images, uint8 (N, H, W, 3)."""
+    """Check images, uint8 (N, H, W, 3), and return their height and width."""
     if not isinstance(images, np.ndarray | Tensor):
         raise InputError(f"images must be a numpy array or a tensor. Got {type(images).__name__}.")
     if images.dtype not in (np.uint8, torch.uint8) or images.ndim != 4 or images.shape[3] != 3:
@@ -121,7 +121,7 @@ def size_of(images: NDArray[np.uint8] | Tensor) -> tuple[int, int]:
 
 
 def scale_to_norm(delta_BHWC: Tensor, norm: float) -> Tensor:
-    """Each image's perturbation, float64, scaled to the l2 norm `norm` and rounded to float32.
+    """Scale each image's perturbation, float64, to the l2 norm `norm`, and round it to float32.
 
     Raises:
         InputError: one that is zero everywhere or not finite cannot be scaled.
@@ -158,7 +158,7 @@ def poison(
 
 
 def change_images(images: Images, labels_N: Tensor, indices: Integers | None, change: Change) -> Images:
-    """A copy of the images, changed, clamped to [0, 1] and rounded to 8 bits.
+    """Return a copy of the images, changed, clamped to [0, 1] and rounded to 8 bits.
 
     Args:
         images: checked by `size_of`.

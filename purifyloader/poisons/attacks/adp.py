@@ -20,7 +20,7 @@ __all__ = ["PRESETS", "AdpSettings", "adp"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdpSettings(EmSettings):
-    """What `adp` is made with.
+    """Settings of `adp`.
 
     Attributes:
         grey: probability of C's grayscale, an image.

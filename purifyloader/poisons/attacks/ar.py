@@ -87,13 +87,16 @@ def _is_stable(coefficients_K33: Tensor) -> Tensor:
 
 
 def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
-    """Stable random filters, one for each class and channel; class c's are a function of (seed, c).
+    """Draw stable random filters, one for each class and channel; class c's are a function of (seed, c).
 
     As in the paper's published ones, the weights of a filter are normal and sum to 1 and the last, of the
     pixel itself, is 0. Filters whose field blows up or goes constant are drawn again.
 
     Returns:
         float32 (classes, 3, 3, 3): class, channel, row and column of the window.
+
+    >>> ar_coefficients(classes=1).shape
+    torch.Size([1, 3, 3, 3])
     """
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
@@ -146,13 +149,19 @@ def _describe(value: object) -> str:
 
 
 def read_ar_coefficients(path: str | Path) -> Tensor:
-    """The coefficients of a published `.pt` file: a list of (3, 3, 3) tensors, one a class.
+    """Read the coefficients of a published `.pt` file: a list of (3, 3, 3) tensors, one a class.
 
     Returns:
         float32 (classes, 3, 3, 3), as `autoregressive` takes them.
 
     Raises:
         InputError: no such file, or not such a list. Nothing in the file is run.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save([torch.zeros(3, 3, 3)] * 10, f"{folder}/coefficients.pt")
+    ...     read_ar_coefficients(f"{folder}/coefficients.pt").shape
+    torch.Size([10, 3, 3, 3])
     """
     path = Path(path)
     try:
@@ -200,7 +209,7 @@ def ar_perturbation(
     coefficients: Tensor | Sequence[Tensor] | None = None,
     crop: int = 4,
 ) -> Tensor:
-    """The perturbations that `autoregressive` adds.
+    """Draw the perturbations that `autoregressive` adds.
 
     Args:
         labels: integers (N,) in [0, classes).
@@ -218,6 +227,11 @@ def ar_perturbation(
 
     Raises:
         InputError: an argument of another type, shape or range, or coefficients that blow up.
+
+    >>> mean_of_eight = torch.full((2, 3, 3, 3), 1 / 8)
+    >>> mean_of_eight[:, :, 2, 2] = 0
+    >>> ar_perturbation([0, 1], (8, 8), coefficients=mean_of_eight).flatten(1).norm(dim=1)
+    tensor([1., 1.])
     """
     labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
     draw = _draw(as_size(size), coefficients_K333, seed, norm, crop)
@@ -236,7 +250,7 @@ def autoregressive(
     coefficients: Tensor | Sequence[Tensor] | None = None,
     crop: int = 4,
 ) -> Images:
-    """Images poisoned with autoregressive noise.
+    """Poison images with autoregressive noise.
 
     Args:
         images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
@@ -250,6 +264,12 @@ def autoregressive(
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
+
+    >>> mean_of_eight = torch.full((2, 3, 3, 3), 1 / 8)
+    >>> mean_of_eight[:, :, 2, 2] = 0
+    >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
+    >>> autoregressive(images, [0, 1], coefficients=mean_of_eight).shape
+    torch.Size([2, 8, 8, 3])
     """
     size = size_of(images)
     labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
@@ -266,7 +286,7 @@ def attack(
     share: float | None = None,
     count: int | None = None,
 ) -> Poisoned:
-    """Autoregressive noise.
+    """Add autoregressive noise.
 
     Args:
         dataset: see `as_arrays`; in colour.

@@ -34,7 +34,7 @@ _COUNT = 5
 
 @dataclass(frozen=True, kw_only=True)
 class BullseyeSettings(TrainedSettings):
-    """What `bullseye` is made with.
+    """Settings of `bullseye`.
 
     Attributes:
         epsilon: as ever, but None is the paper's 0.1, and 1 for l2.

@@ -74,7 +74,7 @@ def colour(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def how_many(images: int, share: float | None, count: int | None, of: str) -> int | None:
-    """How many of `images` to poison, None for all.
+    """Return how many of `images` to poison, None for all.
 
     Args:
         of: what these images are, for an error.
@@ -104,7 +104,7 @@ def of_class(
     share_of: Literal["set", "class"] = "set",
     default: int | None = None,
 ) -> int:
-    """How many images of one class to poison.
+    """Return how many images of one class to poison.
 
     Args:
         share: of the "set" or of the "class", as `share_of` says.
@@ -136,18 +136,18 @@ def of_class(
 
 
 def is_class(value: Any) -> bool:
-    """Whether this is an integer, of Python or numpy, as labels are."""
+    """Tell whether a value is an integer, of Python or numpy, as labels are."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def drawn(candidates_N: Tensor, count: int, seed: int, attack: int) -> Tensor:
-    """`count` of these indices, int64, rising, at random: a function of (seed, attack, the indices) alone."""
+    """Draw `count` of these indices, int64, rising: a function of (seed, attack, the indices) alone."""
     keys = purpose_keys(seed, attack, _CHOICE, candidates_N)
     return candidates_N[noise.uniform(keys, (1,))[:, 0].argsort(stable=True)[:count]].sort().values
 
 
 def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: int) -> Target:
-    """The test image that a targeted attack is aimed at, checked.
+    """Check the test image that a targeted attack is aimed at.
 
     Args:
         target: a `Target`, an image uint8 (H, W, 3), or a file of one.

@@ -42,7 +42,7 @@ def class_patterns(
     epsilon: float = 8 / 255,
     distribution: Literal["uniform", "gaussian"] = "uniform",
 ) -> Tensor:
-    """The patterns that `urp` adds; class c's is a function of (seed, c, size) and these arguments alone.
+    """Draw the patterns that `urp` adds; class c's is a function of (seed, c, size) and these arguments alone.
 
     Each value is a whole number of levels within the bound, so that every image of a class gets exactly the same, and
     no rounding leads out of the bound.
@@ -57,6 +57,10 @@ def class_patterns(
 
     Raises:
         InputError: an argument of another type or range.
+
+    >>> patterns = class_patterns((8, 8), classes=3, epsilon=8 / 255)
+    >>> patterns.shape, bool(patterns.abs().max() <= 8 / 255)
+    (torch.Size([3, 8, 8, 3]), True)
     """
     height, width = as_size(size)
     keys = purpose_keys(seed, _ATTACK, _PATTERN, torch.arange(as_classes(classes)))
@@ -97,6 +101,10 @@ def urp(
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
+
+    >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
+    >>> int((urp(images, [0, 1]).int() - 128).abs().max())
+    8
     """
     size = size_of(images)
     labels_N = as_labels(labels, classes)
@@ -113,7 +121,7 @@ def attack(
     share: float | None = None,
     count: int | None = None,
 ) -> Poisoned:
-    """One random pattern a class.
+    """Add one random pattern a class.
 
     Args:
         dataset: see `as_arrays`; in colour.

@@ -22,7 +22,7 @@ from purifyloader.core.devices import as_device, exact_arithmetic
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.pgd import round_within
-from purifyloader.poisons.attacks.presets import AttackSettings, Settings, choose, told
+from purifyloader.poisons.attacks.presets import AttackSettings, Settings, choose, with_signature
 from purifyloader.poisons.poisoned import Bound, Poisoned
 
 __all__ = ["Clean", "Made", "add", "add_to", "on_all_images", "opened", "poisoned", "rounded"]
@@ -32,7 +32,7 @@ _SMALLEST = 8  # pixels along a side, as the networks halve it three times
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """The images to poison, and where an attack on them is.
+    """`Clean` holds the images to poison, on the attack's device, and its progress.
 
     Attributes:
         x: uint8 (N, C, H, W), on the attack's device; y: int64 (N,) in [0, classes), there too.
@@ -53,13 +53,13 @@ class Clean:
         return self.x[index_B].to(torch.float32) / 255
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The indices of all images in order, in batches."""
+        """Yield the indices of all images in order, in batches."""
         yield from torch.arange(len(self.y), device=self.y.device).split(size)
 
 
 @contextmanager
 def opened(dataset: Any, attack: str, seed: int, device: torch.device | str, progress: bool) -> Iterator[Clean]:
-    """Checked images, in reproducible arithmetic.
+    """Check the images of a dataset and open them, in reproducible arithmetic.
 
     Raises:
         InputError: what `as_arrays` refuses, images too small for a network, labels of one class, a seed that is no
@@ -81,7 +81,7 @@ def opened(dataset: Any, attack: str, seed: int, device: torch.device | str, pro
 
 
 def add(clean: Clean, delta_NCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
-    """x + delta in 8 bits, uint8 (N, H, W, C); see `rounded`."""
+    """Add delta in 8 bits, uint8 (N, H, W, C); see `rounded`."""
     count, channels, height, width = clean.x.shape
     images = np.empty((count, height, width, channels), np.uint8)
     for index_B in clean.batches(1024):
@@ -91,14 +91,14 @@ def add(clean: Clean, delta_NCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
 
 
 def add_to(clean: Clean, index_K: Tensor, delta_KCHW: Tensor, bound: Bound) -> NDArray[np.uint8]:
-    """All images, uint8 (N, H, W, C), those of the index moved as by `add`."""
+    """Return all images, uint8 (N, H, W, C), those of the index moved as by `add`."""
     x_NCHW = clean.x.clone()
     x_NCHW[index_K] = rounded(clean.x[index_K], delta_KCHW, bound)
     return np.ascontiguousarray(x_NCHW.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def rounded(x_BCHW: Tensor, delta_BCHW: Tensor, bound: Bound) -> Tensor:
-    """x + delta in 8 bits of x in 8 bits, uint8: within the bound, and saturating at black and white."""
+    """Add delta to x in 8 bits: uint8, within the bound, and saturating at black and white."""
     return (x_BCHW.to(torch.int16) + round_within(delta_BCHW, bound)).clamp(0, 255).to(torch.uint8)
 
 
@@ -111,7 +111,7 @@ def poisoned(
     preset: str,
     **measured: Any,
 ) -> Poisoned:
-    """The images under their own labels, with all that they were made with.
+    """Return the images under their own labels, with all that they were made with.
 
     Args:
         measured: JSON values to record beside the settings.
@@ -172,6 +172,6 @@ def on_all_images(
 
         attack.__name__, attack.__qualname__, attack.__module__ = core.__name__, core.__qualname__, core.__module__
         attack.__doc__ = (inspect.getdoc(core) or "") + _ARGUMENTS
-        return told(presets)(attack)
+        return with_signature(presets)(attack)
 
     return decorate

@@ -37,7 +37,7 @@ _SIDE = 3
 def cuda_filters(
     *, classes: int = 10, seed: int = 0, blur: float = 0.3, unit: Literal["random", "centre"] = "random"
 ) -> Tensor:
-    """The filters that `cuda` convolves with; class c's is a function of (seed, c) and these arguments alone.
+    """Draw the filters that `cuda` convolves with; class c's is a function of (seed, c) and these arguments alone.
 
     Args:
         blur: p_b of the paper; all weights but one are uniform in [0, blur].
@@ -49,6 +49,9 @@ def cuda_filters(
 
     Raises:
         InputError: an argument of another type or range.
+
+    >>> cuda_filters(classes=2).shape
+    torch.Size([2, 3, 3])
     """
     keys = purpose_keys(seed, _ATTACK, _FILTER, torch.arange(as_classes(classes)))
     check_positive("blur", blur)
@@ -84,7 +87,7 @@ def cuda(
     blur: float = 0.3,
     unit: Literal["random", "centre"] = "random",
 ) -> Images:
-    """Images, each convolved with its class's filter, zero-padded, and rescaled so that its largest value is 255.
+    """Convolve each image with its class's filter, zero-padded, and rescale it so that its largest value is 255.
 
     As in the paper's code, but for rounding to 8 bits, which is to the nearest here and downwards there.
 
@@ -99,6 +102,10 @@ def cuda(
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
+
+    >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
+    >>> int(cuda(images, [0, 1]).max())  # rescaled
+    255
     """
     size_of(images)
     labels_N = as_labels(labels, classes)
@@ -115,7 +122,7 @@ def attack(
     share: float | None = None,
     count: int | None = None,
 ) -> Poisoned:
-    """A random blur a class; without a bound.
+    """Blur each class at random, without a bound.
 
     Args:
         dataset: see `as_arrays`; in colour.

@@ -20,12 +20,12 @@ _START, _VIEW = 0x73747274, 0x76696577  # "strt", "view": what the keys drawn he
 
 
 def starts(clean: Clean, index_B: Tensor, bound: Bound, seed: int) -> Tensor:
-    """A random perturbation within the bound for each index, (B, C, H, W), of (seed, index) alone."""
+    """Draw a perturbation within the bound for each index, (B, C, H, W): a function of (seed, index) alone."""
     return random_start(uniforms(seed, _START, 0, index_B, tuple(clean.x.shape[1:])), bound)
 
 
 def shifted(clean: Clean, shift: int) -> Tensor:
-    """The class (y + shift) mod classes that each image is to be taken for, (N,).
+    """Return the class (y + shift) mod classes that each image is to be taken for, (N,).
 
     Raises:
         InputError: that would be its own.
@@ -41,7 +41,7 @@ def shifted(clean: Clean, shift: int) -> Tensor:
 def descend(
     clean: Clean, settings: TrainedSettings, seed: int, loss_of: Callable[[Tensor], Loss], *, minimise: bool = True
 ) -> Tensor:
-    """A perturbation of each image, (N, C, H, W), from a random start.
+    """Descend to a perturbation of each image, (N, C, H, W), from a random start.
 
     Args:
         loss_of: index_B -> the loss of those images, to be made small, or large.
@@ -63,7 +63,7 @@ def descend(
 
 
 def _of_views(loss: Loss, settings: AttackSettings, seed: int, index_B: Tensor) -> Loss:
-    """The loss of the images as a training would crop and flip them, drawn again for each call."""
+    """Return the loss of the images as a training would crop and flip them, drawn again for each call."""
     calls = 0
 
     def of_view(x_BCHW: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ __all__ = ["PRESETS", "EfpSettings", "efp"]
 
 @dataclass(frozen=True, kw_only=True)
 class EfpSettings(AdversarialSettings, TrainedSettings):
-    """What `efp` is made with.
+    """Settings of `efp`.
 
     Attributes:
         variant: "push" away from the features of the own class, or "pull" to those of the nearest other one.

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EmSettings(AttackSettings):
-    """What `em` is made with.
+    """Settings of `em`.
 
     Attributes:
         class_wise: one noise a class, in place of one an image.
@@ -68,7 +68,7 @@ _CLASS_WISE: dict[str, Any] = {"steps": 1, "step": 0.1, "stop_accuracy": 0.9}
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with what class-wise noise has by default in place of a preset's."""
+    """Complete the options with what class-wise noise has by default in place of a preset's."""
     return {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options}
 
 
@@ -86,7 +86,7 @@ def em(clean: Clean, settings: EmSettings, seed: int) -> Made:
 def min_min(
     clean: Clean, settings: EmSettings, seed: int, attack: str, view: View | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The noise of each image (N, C, H, W), and what there is to record of it.
+    """Find the noise of each image (N, C, H, W), and JSON values to record of it.
 
     Args:
         attack: its name, for the log.
@@ -124,7 +124,7 @@ def min_min(
 
 
 def _start(clean: Clean, settings: EmSettings, seed: int) -> tuple[Tensor, Tensor]:
-    """Each image's row of the noise (N,), and the noise (rows, C, H, W): a row an image, or a class."""
+    """Start the noise: each image's row of it (N,), and the noise (rows, C, H, W), a row an image or a class."""
     if settings.class_wise:
         classes = torch.arange(clean.classes, device=clean.y.device)
         return clean.y, starts(clean, classes, settings.bound, seed)
@@ -141,7 +141,7 @@ def _descend(
     see: View,
     turn: Iterator[int],
 ) -> Tensor:
-    """The noise after some steps that make the loss of these images small."""
+    """Take some steps that make the loss of these images small."""
     x, plain = clean.images(index_B), cross_entropy(network, clean.y[index_B])
 
     def loss(x_BCHW: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ __all__ = ["class_features", "feature_distance"]
 
 
 def feature_distance(network: Surrogate, feature_BF: Tensor) -> Loss:
-    """How far each image's features are from those given, in l2."""
+    """Return a function that gives the l2 distance of each image's features from these."""
     return lambda x_BCHW: (network.features(x_BCHW) - feature_BF).norm(dim=1)
 
 
 @torch.no_grad()
 def class_features(clean: Clean, network: Surrogate) -> Tensor:
-    """The mean features (classes, F) of the clean images of each class.
+    """Return the mean features (classes, F) of the clean images of each class.
 
     Raises:
         InputError: a class has no image.

@@ -26,7 +26,7 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.choice import as_target, drawn, of_class
 from purifyloader.poisons.attacks.clean import Clean, opened
 from purifyloader.poisons.attacks.pgd import project
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import TrainedSettings, choose, with_signature
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.victims.augment import crop_and_flip, uniforms
 from purifyloader.victims.networks import last_features
@@ -42,10 +42,10 @@ __all__ = [
     "evaluated",
     "facts",
     "features",
-    "given",
+    "check_networks",
     "on_few_images",
     "rate",
-    "seen",
+    "features_in_each",
     "within",
 ]
 
@@ -60,7 +60,7 @@ Objective = Callable[[Tensor], Iterable[Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Few:
-    """The images to poison, and the one that they are to be like.
+    """`Few` holds the images to poison, and the one that they are to be like.
 
     Attributes:
         target: as it was given, checked.
@@ -86,7 +86,7 @@ def chosen(
     seed: int,
     attack: int,
 ) -> Few:
-    """Bases of the target class, drawn by (seed, attack).
+    """Draw bases of the target class, by (seed, attack).
 
     Args:
         target, target_class: see `as_target`; share, count: see `of_class`.
@@ -107,7 +107,7 @@ def chosen(
 
 @contextmanager
 def evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """The networks in evaluation mode, and each of their modules as it was thereafter."""
+    """Put the networks into evaluation mode, and each of their modules back as it was thereafter."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -118,8 +118,8 @@ def evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def given(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
-    """Networks of the user's, checked on one image.
+def check_networks(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
+    """Check networks of the user's on one image.
 
     Raises:
         InputError: no list of networks, or one that does not map that image to logits through a last linear layer.
@@ -156,23 +156,23 @@ def _colour(x_BCHW: Tensor) -> Tensor:
 
 
 def features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
-    """What the network's last linear layer reads, (B, F); a gradient goes through."""
+    """Return what the network's last linear layer reads, (B, F); a gradient goes through."""
     return last_features(network, _colour(x_BCHW))
 
 
 @torch.no_grad()
-def seen(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size: int) -> list[Tensor]:
-    """The features (K, F) of images in each network."""
+def features_in_each(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size: int) -> list[Tensor]:
+    """Return the features (K, F) of images in each network."""
     return [torch.cat([features(network, x_BCHW) for x_BCHW in x_KCHW.split(batch_size)]) for network in networks]
 
 
 def aims(networks: Sequence[nn.Module], target_1CHW: Tensor) -> list[Tensor]:
-    """The target's features (1, F) in each network.
+    """Return the target's features (1, F) in each network.
 
     Raises:
         InputError: they are all zero, or not finite, and so nothing to aim at.
     """
-    found = seen(networks, target_1CHW, 1)
+    found = features_in_each(networks, target_1CHW, 1)
     for number, aim_1F in enumerate(found):
         length = float(aim_1F.norm())
         if not 0 < length < math.inf:
@@ -189,7 +189,7 @@ def rate(settings: TrainedSettings, x_KCHW: Tensor) -> float:
 
 
 def within(x_KCHW: Tensor, base_KCHW: Tensor, bound: Bound) -> Tensor:
-    """The images within the bound around the bases, and in [0, 1]."""
+    """Bring the images within the bound around the bases, and into [0, 1]."""
     return (base_KCHW + project(x_KCHW - base_KCHW, bound)).clamp(0, 1)
 
 
@@ -204,7 +204,7 @@ def approach(
     start: Tensor | None = None,
     backward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Images that make the objective small, as perturbations of the bases (K, C, H, W).
+    """Find images that make the objective small, as perturbations of the bases (K, C, H, W).
 
     Args:
         objective: to be made small; of views as a training would crop and flip them, with `settings.augment`.
@@ -232,18 +232,18 @@ def _view(x_KCHW: Tensor, settings: TrainedSettings, index_K: Tensor, seed: int,
 
 
 @torch.no_grad()
-def called(networks: Sequence[nn.Module], image_1CHW: Tensor) -> list[int]:
-    """What each network takes the image for."""
+def predicted_labels(networks: Sequence[nn.Module], image_1CHW: Tensor) -> list[int]:
+    """Return the class that each network takes the image for."""
     return [int(network(_colour(image_1CHW)).argmax()) for network in networks]
 
 
 def facts(
-    few: Few, networks: Sequence[nn.Module], theirs: bool, share: float | None, count: int | None
+    few: Few, networks: Sequence[nn.Module], given: bool, share: float | None, count: int | None
 ) -> dict[str, Any]:
-    """What the settings tell beside the options: JSON values.
+    """Return what the settings tell beside the options: JSON values.
 
     Args:
-        networks: that the attack used; theirs: they were given.
+        networks: that the attack used; given: by the caller.
         share, count: as given.
     """
     return {
@@ -251,8 +251,8 @@ def facts(
         "target_class": few.target.label,
         "share": share,
         "count": count,
-        "networks": len(networks) if theirs else None,
-        "target_called": called(networks, few.target_1CHW),
+        "networks": len(networks) if given else None,
+        "target_called": predicted_labels(networks, few.target_1CHW),
     }
 
 
@@ -264,7 +264,7 @@ def distances(
     apart: Callable[[Tensor, Tensor], Tensor],
     batch_size: int,
 ) -> dict[str, list[float]]:
-    """How far from the target the poisons are in each network's features, before and after: JSON values.
+    """Measure how far from the target the poisons are in each network's features, before and after: JSON values.
 
     Args:
         images: all of them, after.
@@ -273,7 +273,7 @@ def distances(
     """
 
     def of(x_KCHW: Tensor) -> list[float]:
-        features_of = seen(networks, x_KCHW, batch_size)
+        features_of = features_in_each(networks, x_KCHW, batch_size)
         return [float(apart(feature_KF, aim_1F)) for feature_KF, aim_1F in zip(features_of, aim_of, strict=True)]
 
     after_KHWC = torch.from_numpy(images[few.index_K.cpu().numpy()]).to(few.base_KCHW.device)
@@ -360,7 +360,9 @@ def on_few_images(
                     seed=seed,
                     attack=purpose,
                 )
-                used = surrogates(clean, settings, seed) if networks is None else given(networks, few.target_1CHW)
+                used = (
+                    surrogates(clean, settings, seed) if networks is None else check_networks(networks, few.target_1CHW)
+                )
                 with evaluated(used):
                     few, images, measured = core(clean, few, used, settings, seed)
                     record = settings.record(
@@ -378,6 +380,6 @@ def on_few_images(
 
         attack.__name__, attack.__qualname__, attack.__module__ = core.__name__, core.__qualname__, core.__module__
         attack.__doc__ = (inspect.getdoc(core) or "") + _ARGUMENTS
-        return told(presets)(attack)
+        return with_signature(presets)(attack)
 
     return decorate

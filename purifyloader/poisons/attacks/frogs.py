@@ -40,7 +40,7 @@ _COUNT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class FrogsSettings(TrainedSettings):
-    """What `poison_frogs` is made with.
+    """Settings of `poison_frogs`.
 
     Attributes:
         beta: how much a poison is pulled back to its base, before the scaling by (features / values of an image)^2.
@@ -101,12 +101,12 @@ def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings
 
 
 def collision(feature_KF: Tensor, aim_1F: Tensor) -> Tensor:
-    """|f(x) - f(t)|^2, summed over the images, which have nothing to do with each other."""
+    """Sum |f(x) - f(t)|^2 over the images, which have nothing to do with each other."""
     return (feature_KF - aim_1F).square().sum()
 
 
 def backward(x_hat_KCHW: Tensor, base_KCHW: Tensor, lr: float, beta: float) -> Tensor:
-    """The x that makes |x - x_hat|^2 / 2 + lr * beta / 2 * |x - b|^2 small: pulled back to the base."""
+    """Pull back to the base: the x that makes |x - x_hat|^2 / 2 + lr * beta / 2 * |x - b|^2 small."""
     return (x_hat_KCHW + lr * beta * base_KCHW) / (1 + lr * beta)
 
 

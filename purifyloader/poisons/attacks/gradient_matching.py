@@ -37,7 +37,7 @@ _START, _VIEW = 0x676D7374, 0x676D7677  # "gmst", "gmvw": what the keys drawn he
 _TINY = 1e-20  # far below any gradient, and its square; one of zero, of a network that is certain, has B = 1
 
 Gradient = tuple[Tensor, ...]
-"""Of a loss, in each parameter of a network."""
+"""The gradient of a loss in each parameter of a network."""
 
 Matched = list[tuple[nn.Module, Gradient]]
 """Surrogates, each with the gradient that would teach it to call the target as is wanted."""
@@ -45,7 +45,7 @@ Matched = list[tuple[nn.Module, Gradient]]
 
 @dataclass(frozen=True, kw_only=True)
 class GradientMatchingSettings(TrainedSettings):
-    """What `gradient_matching` is made with. An epsilon of None is 16/255 here, and 1 for l2.
+    """Settings of `gradient_matching`. An epsilon of None is 16/255 here, and 1 for l2.
 
     bfloat16 is of the training alone: a gradient's gradient gains little speed by it, and B falls less far.
 
@@ -130,7 +130,7 @@ def gradient_matching(
 
 
 def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: bool = False) -> Gradient:
-    """The gradient of the mean loss in all parameters of a network, which may be frozen, and stays as it is.
+    """Compute the gradient of the mean loss in all parameters of a network, which may be frozen and stays as it is.
 
     Args:
         again: the gradient is to have a gradient itself.
@@ -143,7 +143,7 @@ def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: boo
 
 
 def mismatch(found: Gradient, wanted: Gradient) -> Tensor:
-    """B: 1 less the cosine of the angle between two gradients, over all parameters together."""
+    """Compute B: 1 less the cosine of the angle between two gradients, over all parameters together."""
     product = torch.stack([(a * b).sum() for a, b in zip(found, wanted, strict=True)]).sum()
     return 1 - product / (_length(found) * _length(wanted))
 
@@ -166,7 +166,7 @@ def _labels(few: Few, x_BCHW: Tensor) -> Tensor:
 
 
 def _brew(few: Few, matched: Matched, settings: GradientMatchingSettings, seed: int, restart: int, bar: Any) -> Tensor:
-    """A perturbation of each base, (K, C, H, W), that makes B small."""
+    """Find a perturbation of each base, (K, C, H, W), that makes B small."""
     base, bound = few.base_KCHW, settings.bound
     uniform_KCHW = uniforms(seed, _START, restart, few.index_K, tuple(base.shape[1:]))
     x = within(base + random_start(uniform_KCHW, bound), base, bound)
@@ -177,10 +177,10 @@ def _brew(few: Few, matched: Matched, settings: GradientMatchingSettings, seed: 
         gradient = torch.zeros_like(x)
         for part in torch.arange(len(x), device=x.device).split(settings.batch_size):
             for network, wanted in matched:
-                its = x[part].requires_grad_()
-                seen = crop_and_flip(its, view_K3[part], settings.pad, settings.flip) if settings.augment else its
-                b = mismatch(loss_gradient(network, seen, _labels(few, its), again=True), wanted)
-                gradient[part] += torch.autograd.grad(b, its)[0]
+                x_BCHW = x[part].requires_grad_()
+                seen = crop_and_flip(x_BCHW, view_K3[part], settings.pad, settings.flip) if settings.augment else x_BCHW
+                b = mismatch(loss_gradient(network, seen, _labels(few, x_BCHW), again=True), wanted)
+                gradient[part] += torch.autograd.grad(b, x_BCHW)[0]
                 bar.update()
         x.grad = gradient.sign() if bound.norm == "linf" else gradient
         adam.param_groups[0]["lr"] = first * 0.1 ** sum(8 * step >= eighths * settings.steps for eighths in (3, 5, 7))

@@ -1,4 +1,4 @@
-"""A label-consistent back door (Turner et al. 2019, arXiv:1912.02771, sec. 4.2). For testing defences.
+"""Plant a label-consistent back door (Turner et al. 2019, arXiv:1912.02771, sec. 4.2). For testing defences.
 
     delta = argmax over |delta| <= epsilon  loss(f(x + delta), y),    poison = clip(x + delta + trigger)
 
@@ -23,7 +23,7 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.choice import drawn, of_class
 from purifyloader.poisons.attacks.clean import Clean, add_to, opened
 from purifyloader.poisons.attacks.descent import descend
-from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, told
+from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, with_signature
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
 from purifyloader.poisons.attacks.trigger import add_trigger
 from purifyloader.poisons.poisoned import Bound, Poisoned
@@ -36,7 +36,7 @@ _PATTERN = ((-1, -1, 1), (-1, 1, -1), (1, -1, 1))  # of the lower right corner, 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
-    """What `label_consistent` is made with. An epsilon of None is 16/255 here, and 600/255 for l2.
+    """Settings of `label_consistent`. An epsilon of None is 16/255 here, and 600/255 for l2.
 
     Attributes:
         adversarial: train the surrogate on images perturbed at worst, as the paper does; if False, on clean ones.
@@ -59,7 +59,7 @@ class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
 
     @property
     def bound_with_trigger(self) -> Bound | None:
-        """Of all that is done to an image; None where that may be anything in l-infinity."""
+        """Bound of all that is done to an image; None where that may be anything in l-infinity."""
         if self.norm == "l2":
             values = 27 * self.corners
             return Bound("l2", self.bound.epsilon + values**0.5 * self.amplitude)
@@ -77,7 +77,7 @@ PRESETS = {
 }
 
 
-@told(PRESETS)
+@with_signature(PRESETS)
 def label_consistent(
     dataset: Any,
     seed: int = 0,
@@ -90,7 +90,7 @@ def label_consistent(
     progress: bool = False,
     **options: Any,
 ) -> Poisoned:
-    """A few images of a class, hard to tell but for the trigger in their corners.
+    """Make a few images of a class hard to tell but for a trigger in their corners.
 
     On the CPU, with one number of threads, the same arguments give the same pixels.
 
@@ -157,7 +157,7 @@ def label_consistent(
 
 
 def corner_trigger(height: int, width: int, corners: int, amplitude: float) -> NDArray[np.float32]:
-    """What is added to an image, (H, W, 3) in units of [0, 1] images: +-amplitude in the corners, 0 elsewhere."""
+    """Return what is added to an image, (H, W, 3) in [0, 1] units: +-amplitude in the corners, 0 elsewhere."""
     trigger = np.zeros((height, width, 3), np.float32)
     pattern = amplitude * np.array(_PATTERN, np.float32)[:, :, None]
     trigger[-3:, -3:] = pattern

@@ -103,7 +103,7 @@ def lsp_perturbation(
     patches: int = 4,
     class_separation: float = 10.0,
 ) -> Tensor:
-    """The perturbations that `lsp` adds.
+    """Draw the perturbations that `lsp` adds.
 
     Args:
         labels: integers (N,) in [0, classes).
@@ -120,6 +120,9 @@ def lsp_perturbation(
 
     Raises:
         InputError: an argument of another type, shape or range.
+
+    >>> lsp_perturbation([0, 1, 0], (8, 8), norm=1.0).shape
+    torch.Size([3, 8, 8, 3])
     """
     labels_N = as_labels(labels, classes)
     draw = _draw(as_size(size), classes, seed, norm, patches, class_separation)
@@ -138,7 +141,7 @@ def lsp(
     patches: int = 4,
     class_separation: float = 10.0,
 ) -> Images:
-    """Images poisoned with linearly separable patches.
+    """Poison images with linearly separable patches.
 
     Args:
         images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
@@ -152,6 +155,10 @@ def lsp(
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
+
+    >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
+    >>> lsp(images, [0, 1], norm=1.0).dtype
+    torch.uint8
     """
     size = size_of(images)
     labels_N = as_labels(labels, classes)
@@ -169,7 +176,7 @@ def attack(
     share: float | None = None,
     count: int | None = None,
 ) -> Poisoned:
-    """Linearly separable patches.
+    """Add linearly separable patches.
 
     Args:
         dataset: see `as_arrays`; in colour.

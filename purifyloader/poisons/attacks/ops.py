@@ -28,7 +28,7 @@ _CHUNK = 1024  # images summed together, which bounds memory
 
 
 class Pixel(NamedTuple):
-    """What one class's images get, and where: colour on the scale of 0 to 255."""
+    """A `Pixel` is what one class's images get, and where: colour on the scale of 0 to 255."""
 
     row: int
     column: int
@@ -38,7 +38,7 @@ class Pixel(NamedTuple):
 def ops_pixels(
     images: Images, labels: Integers, *, classes: int = 10, objective: Literal["paper", "code"] = "paper"
 ) -> list[Pixel | None]:
-    """Each class's pixel: the position and colour of the paper's Algorithm 1, found by trying all.
+    """Find each class's pixel, the position and colour of the paper's Algorithm 1, by trying all.
 
     They maximise equation 2, mean / variance over the class's images of the distance sum_j |x_j - colour_j| (channels
     j) at the position. The sums are of integers and exact, so that no order or batch of images matters. Where the
@@ -57,6 +57,10 @@ def ops_pixels(
 
     Raises:
         InputError: images or labels of another type, shape or range, or too few pixels for so many classes.
+
+    >>> images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    >>> len(ops_pixels(images, [0, 1, 0, 1], classes=2))
+    2
     """
     height, width = size_of(images)
     labels_N = as_labels(labels, classes)
@@ -145,6 +149,11 @@ def ops(
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
+
+    >>> images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    >>> changed = ops(images, [0, 1, 0, 1], classes=2) != images
+    >>> int(changed.any(dim=3).sum())  # a pixel an image
+    4
     """
     pixels = ops_pixels(images, labels, classes=classes, objective=objective)
     return set_pixels(images, labels, pixels, indices)
@@ -172,7 +181,7 @@ def attack(
     share: float | None = None,
     count: int | None = None,
 ) -> Poisoned:
-    """One-pixel shortcuts. The settings tell each class's pixel.
+    """Set one pixel a class. The settings tell each class's pixel.
 
     Args:
         dataset: see `as_arrays`; in colour.
@@ -188,6 +197,6 @@ def attack(
     chosen = victims(dataset, seed, share, count)
     pixels = ops_pixels(chosen.images, chosen.labels, classes=chosen.classes, objective=objective)
     images = set_pixels(chosen.images, chosen.labels, pixels, chosen.indices)
-    said = [None if pixel is None else pixel._asdict() | {"colour": list(pixel.colour)} for pixel in pixels]
-    settings = {"objective": objective, "pixels": said, "share": share, "count": count}
+    described = [None if pixel is None else pixel._asdict() | {"colour": list(pixel.colour)} for pixel in pixels]
+    settings = {"objective": objective, "pixels": described, "share": share, "count": count}
     return chosen.poisoned(images, "ops", Bound("l0", 1), **settings)

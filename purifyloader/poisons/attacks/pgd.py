@@ -25,26 +25,26 @@ _TINY = 1e-30  # a gradient of length 0 gives a step of length 0
 
 
 def lengths(delta_BCHW: Tensor) -> Tensor:
-    """The l2 norm of each perturbation, (B, 1, 1, 1)."""
+    """Return the l2 norm of each perturbation, (B, 1, 1, 1)."""
     return delta_BCHW.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
 
 
 def direction(gradient_BCHW: Tensor, bound: Bound) -> Tensor:
-    """The step of unit length along which a linear loss grows most: the sign for l-infinity, g / |g| for l2."""
+    """Return the unit step along which a linear loss grows most: the sign for l-infinity, g / |g| for l2."""
     if bound.norm == "linf":
         return gradient_BCHW.sign()
     return gradient_BCHW / lengths(gradient_BCHW).clamp_min(_TINY)
 
 
 def project(delta_BCHW: Tensor, bound: Bound) -> Tensor:
-    """The nearest perturbation within the bound, for each image."""
+    """Return the nearest perturbation within the bound, for each image."""
     if bound.norm == "linf":
         return delta_BCHW.clamp(-bound.epsilon, bound.epsilon)
     return delta_BCHW * (bound.epsilon / lengths(delta_BCHW).clamp_min(_TINY)).clamp_max(1.0)
 
 
 def ascend(loss: Callable[[Tensor], Tensor], delta: Tensor, bound: Bound, step_size: float) -> Tensor:
-    """One step of `delta` up the loss, which is a function of it, and back within the bound."""
+    """Take one step of `delta` up the loss, which is a function of it, and back within the bound."""
     delta = delta.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(delta).sum(), delta)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def pgd(
     minimise: bool = False,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The perturbation that makes the loss large within the bound and the range of pixels.
+    """Find the perturbation that makes the loss large within the bound and the range of pixels.
 
         delta <- clip(P(delta +- step_size * direction(grad loss(x + delta))))
 
@@ -89,13 +89,13 @@ def pgd(
 
 
 def random_start(uniform_BCHW: Tensor, bound: Bound) -> Tensor:
-    """Uniforms in (0, 1) as perturbations: throughout the l-infinity ball, or on the sphere of the l2 ball."""
+    """Turn uniforms in (0, 1) into perturbations: throughout the l-infinity ball, or on the sphere of the l2 ball."""
     cube = 2 * uniform_BCHW - 1
     return bound.epsilon * (cube if bound.norm == "linf" else direction(cube, bound))
 
 
 def round_within(delta_BCHW: Tensor, bound: Bound) -> Tensor:
-    """Whole levels of 0 to 255, int16 (B, C, H, W), that are within the bound too.
+    """Round to whole levels of 0 to 255, int16 (B, C, H, W), that are within the bound too.
 
     Rounded to the nearest; where that would leave the ball, values are clamped (l-infinity) or the image's perturbation
     is made shorter by hundredths until it does not (l2).

@@ -13,7 +13,15 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.victims.networks import VICTIMS
 
-__all__ = ["AdversarialSettings", "AttackSettings", "Settings", "TrainedSettings", "choose", "field_names", "told"]
+__all__ = [
+    "AdversarialSettings",
+    "AttackSettings",
+    "Settings",
+    "TrainedSettings",
+    "choose",
+    "field_names",
+    "with_signature",
+]
 
 Attack = TypeVar("Attack", bound=Callable[..., Poisoned])
 Settings = TypeVar("Settings", bound="AttackSettings")
@@ -21,7 +29,7 @@ Settings = TypeVar("Settings", bound="AttackSettings")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
-    """What all attacks with a surrogate have.
+    """Settings that all attacks with a surrogate have.
 
     Attributes:
         norm: "linf" or "l2".
@@ -116,7 +124,7 @@ class AttackSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedSettings(AttackSettings):
-    """Of attacks whose surrogate is trained first, and then descended on.
+    """Settings of attacks whose surrogate is trained first, and then descended on.
 
     Attributes:
         epochs: of training, with a learning rate that rises linearly to `lr` over a fifth of it, and falls to 0.
@@ -134,7 +142,7 @@ class TrainedSettings(AttackSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialSettings(AttackSettings):
-    """Of attacks whose surrogate learns from images that are perturbed at worst: adversarial training.
+    """Settings of attacks whose surrogate is trained adversarially, on images that are perturbed at worst.
 
     Attributes:
         attack_epsilon: largest of those perturbations, in the same norm; None is half of epsilon.
@@ -160,8 +168,8 @@ class AdversarialSettings(AttackSettings):
         return super().record(seed, preset, attack_epsilon=self.attack_bound.epsilon, **measured)
 
 
-def told(presets: Mapping[str, AttackSettings]) -> Callable[[Attack], Attack]:
-    """A decorator that puts the options, as the first preset has them, in the place of **options in a signature.
+def with_signature(presets: Mapping[str, AttackSettings]) -> Callable[[Attack], Attack]:
+    """Put the options, as the first preset has them, in the place of **options in a signature. A decorator.
 
     For `help`, and for whoever offers the options of any attack by looking there.
     """
@@ -184,12 +192,12 @@ def told(presets: Mapping[str, AttackSettings]) -> Callable[[Attack], Attack]:
 
 
 def field_names(presets: Mapping[str, AttackSettings]) -> list[str]:
-    """The options that all of these presets are made of."""
+    """Return the options that all of these presets are made of."""
     return [field.name for field in fields(next(iter(presets.values())))]
 
 
 def choose(presets: Mapping[str, Settings], preset: str, options: Mapping[str, Any]) -> Settings:
-    """A preset with some of its values replaced.
+    """Return a preset with some of its values replaced.
 
     Raises:
         InputError: no such preset or option, or a value that is none of that option's.

@@ -1,4 +1,4 @@
-"""The table of attacks by name. For testing defences.
+"""List the attacks by name. For testing defences.
 
 Every attack is a function `(dataset, seed=0, *, ...) -> Poisoned` in a module of its own, with whatever options it has:
 the same dataset, seed and options give the same images. This table lists them without importing any, so that a help
@@ -28,7 +28,7 @@ Kind = Literal["availability", "backdoor", "targeted"]
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack by name. All of them are clean-label: what an image is called stays right.
+    """An `Attack` is an entry of the table. All of them are clean-label: what an image is called stays right.
 
     Attributes:
         name: in `make` and on the command line.
@@ -52,7 +52,7 @@ class Attack:
 
     @property
     def function(self) -> Callable[..., Poisoned]:
-        """The attack itself."""
+        """The attack itself, imported when it is first asked for."""
         if not isinstance(self.implementation, str):
             return self.implementation
         module, _, name = self.implementation.partition(".")
@@ -186,7 +186,7 @@ _OF_A_RUN = ("device", "progress", "networks", "target", "model")  # what an att
 
 
 def resolved(attack: Attack, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an attack with the values that it takes for those that are not given: of its preset, or its own.
+    """Complete the options of an attack with the values that it takes for those that are not given.
 
     Without what depends on the run that makes it, unless that is given: the target, networks, models, the device.
 
@@ -209,7 +209,7 @@ def resolved(attack: Attack, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
-    """A dataset poisoned by the attack of that name, to test a defence on.
+    """Poison a dataset by the attack of that name, to test a defence on.
 
     Args:
         name: in `ATTACKS`.
@@ -221,6 +221,12 @@ def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
     Raises:
         ConfigError: no such attack, or options that it does not take.
         InputError: a dataset or an option of another type, shape or range.
+
+    >>> import numpy as np
+    >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), [0, 1, 0, 1]
+    >>> poisoned = make("lsp", clean, seed=0, norm=1.0, count=2)
+    >>> poisoned.attack, len(poisoned.poisoned)
+    ('lsp', 2)
     """
     attack = find(name)
     check_options(attack, options)

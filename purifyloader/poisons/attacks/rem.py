@@ -26,7 +26,7 @@ __all__ = ["PRESETS", "RemSettings", "rem"]
 
 @dataclass(frozen=True, kw_only=True)
 class RemSettings(AdversarialSettings):
-    """What `rem` is made with; epsilon is the paper's rho_u and attack_epsilon its rho_a.
+    """Settings of `rem`; epsilon is the paper's rho_u and attack_epsilon its rho_a.
 
     Attributes:
         train_steps: batches; for each the noise of its images is improved, and then the network learns from it.
@@ -97,7 +97,7 @@ def rem(clean: Clean, settings: RemSettings, seed: int) -> Made:
 
 
 def _robust(network: Surrogate, y_B: Tensor, settings: RemSettings, random: torch.Generator) -> Loss:
-    """The loss of each image cropped and flipped at random and perturbed at worst, a mean over views."""
+    """Return the loss of each image cropped and flipped at random and perturbed at worst, a mean over views."""
     plain = cross_entropy(network, y_B)
 
     def of_image(x_BCHW: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _robust(network: Surrogate, y_B: Tensor, settings: RemSettings, random: torc
 def _worst_loss(
     network: Surrogate, clean: Clean, images_NHWC: Tensor, settings: RemSettings, random: torch.Generator
 ) -> float:
-    """The mean loss of images of 8 bits, perturbed at worst."""
+    """Measure the mean loss of images of 8 bits, perturbed at worst."""
     total = 0.0
     for index_B in clean.batches(settings.batch_size):
         x = images_NHWC[index_B.to(images_NHWC.device)].to(clean.x.device).permute(0, 3, 1, 2).float() / 255

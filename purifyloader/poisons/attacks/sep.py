@@ -31,7 +31,7 @@ __all__ = ["PRESETS", "SepSettings", "sep"]
 
 @dataclass(frozen=True, kw_only=True)
 class SepSettings(TrainedSettings):
-    """What `sep` is made with.
+    """Settings of `sep`.
 
     Attributes:
         checkpoints: M, at equidistant steps of the training; a step of descent costs M times that of `tap`.
@@ -75,7 +75,7 @@ def sep(clean: Clean, settings: SepSettings, seed: int) -> Made:
 def _ensemble(
     clean: Clean, networks: list[Surrogate], target_N: Tensor, settings: SepSettings
 ) -> Callable[[Tensor], Loss]:
-    """index_B -> the mean loss over the networks."""
+    """Return a function index_B -> the mean loss over the networks."""
     means = [class_features(clean, network) for network in networks] if settings.align == "features" else []
 
     def loss_of(index_B: Tensor) -> Loss:

@@ -1,4 +1,4 @@
-"""The attacker's own network, and its training: a stand-in for the victim that nobody knows yet.
+"""Train the attacker's own network, a stand-in for the victim that nobody knows yet.
 
 Other than `victims.training.train_victim`, which trains from start to end, this training stops after any number of
 steps, as an attack may change the images or take a copy of the network there.
@@ -75,14 +75,14 @@ class Surrogate(nn.Module):
 
 
 def cross_entropy(network: nn.Module, y_B: Tensor) -> Loss:
-    """The loss of each image for these labels."""
+    """Return a function that gives the loss of each image for these labels."""
     return lambda x_BCHW: F.cross_entropy(network(x_BCHW), y_B, reduction="none")
 
 
 def worst_case(
     network: Surrogate, x_BCHW: Tensor, y_B: Tensor, settings: AdversarialSettings, random: torch.Generator
 ) -> Tensor:
-    """The perturbation within the attack's bound that makes the loss of each image large, from a random start."""
+    """Find the perturbation within the attack's bound that makes the loss of each image large, from a random start."""
     bound = settings.attack_bound
     start = random_start(torch.rand(x_BCHW.shape, generator=random).to(x_BCHW.device), bound)
     return pgd(
@@ -135,7 +135,7 @@ class Training:
         return index_B, self._uniform[index_B]
 
     def learn(self, x_BCHW: Tensor, y_B: Tensor) -> None:
-        """A step on these images.
+        """Take a step on these images.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -168,7 +168,7 @@ def train(
     checkpoints: int = 1,
     adversary: Callable[[Surrogate, Tensor, Tensor], Tensor] | None = None,
 ) -> list[Surrogate]:
-    """A surrogate on the clean images, as it was at so many equidistant steps of its training, the end the last.
+    """Train a surrogate on the clean images; return it as it was at equidistant steps, the end the last.
 
     Args:
         adversary: (network in evaluation mode, x_BCHW, y_B) -> x_BCHW to learn from instead: adversarial training.
@@ -192,7 +192,7 @@ def train(
 
 @torch.no_grad()
 def share_called(network: nn.Module, images: NDArray[np.uint8], labels_N: Tensor, batch_size: int = 500) -> float:
-    """Share of images uint8 (N, H, W, C) that the network, in evaluation mode, calls by these labels."""
+    """Return the share of images, uint8 (N, H, W, C), that the network in evaluation mode calls by these labels."""
     network.eval()
     device = next(network.parameters()).device
     right = 0

@@ -21,7 +21,7 @@ __all__ = ["PRESETS", "TapSettings", "tap"]
 
 @dataclass(frozen=True, kw_only=True)
 class TapSettings(TrainedSettings):
-    """What `tap` is made with.
+    """Settings of `tap`.
 
     Attributes:
         targeted: towards class (y + shift) mod classes; if False, away from y.

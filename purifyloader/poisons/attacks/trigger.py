@@ -1,4 +1,4 @@
-"""A back door by an additive trigger on some images of the target class (Narcissus; arXiv:2204.05255).
+"""Add a trigger to some images of the target class: a back door (Narcissus; arXiv:2204.05255).
 
 The labels stay right. A victim learns the trigger as a sign of the class, and calls any image that carries it so.
 """
@@ -28,13 +28,19 @@ _ATTACK = 0x74726967  # "trig"
 
 
 def read_trigger(path: str | os.PathLike[str]) -> Tensor:
-    """The published trigger file, `.npy` (1, 3, H, W) or (3, H, W) float in units of [-1, 1] images.
+    """Read the published trigger file, `.npy` (1, 3, H, W) or (3, H, W) float in units of [-1, 1] images.
 
     Returns:
         float32 (H, W, 3) in units of [0, 1] images: half of the numbers in the file.
 
     Raises:
         InputError: no such file, another format or shape, or numbers that cannot be in these units.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/trigger.npy", np.full((1, 3, 8, 8), 0.125, np.float32))
+    ...     read_trigger(f"{folder}/trigger.npy").max()
+    tensor(0.0625)
     """
     path = Path(path)
     try:
@@ -57,7 +63,7 @@ def read_trigger(path: str | os.PathLike[str]) -> Tensor:
 
 
 def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indices: Integers | None = None) -> Images:
-    """A copy of the images, uint8 (N, H, W, 3), with the trigger added to those at `indices` (all if None).
+    """Return a copy of the images, uint8 (N, H, W, 3), with the trigger added to those at `indices` (all if None).
 
     Args:
         trigger_HWC: in units of [0, 1] images, of the size of the images.
@@ -65,6 +71,9 @@ def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indi
 
     Raises:
         InputError: sizes that do not fit, or a strength that is no number.
+
+    >>> add_trigger(np.zeros((2, 8, 8, 3), np.uint8), torch.full((8, 8, 3), 16 / 255), indices=[1]).max(axis=(1, 2, 3))
+    array([ 0, 16], dtype=uint8)
     """
     height, width = size_of(images)
     if trigger_HWC.shape != (height, width, 3):
@@ -94,7 +103,7 @@ def backdoor(
     classes: int = 10,
     seed: int = 0,
 ) -> tuple[Images, NDArray[np.int64]]:
-    """`count` images of the class `target`, chosen by `seed`, with the trigger.
+    """Add the trigger to `count` images of the class `target`, chosen by `seed`.
 
     Args:
         images: uint8 (N, H, W, 3).
@@ -108,6 +117,11 @@ def backdoor(
 
     Raises:
         InputError: the class has fewer images than `count`, or what `add_trigger` refuses.
+
+    >>> images, labels = np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2, 0, 1, 2]
+    >>> poisoned, indices = backdoor(images, labels, torch.full((8, 8, 3), 16 / 255), target=1, count=2)
+    >>> indices
+    array([1, 4])
     """
     labels_N = as_labels(labels, classes)
     if len(labels_N) != len(images):
@@ -132,7 +146,7 @@ def attack(
     share_of: Literal["set", "class"] = "set",
     count: int | None = None,
 ) -> Poisoned:
-    """A published trigger on some images of the class that it is to stand for.
+    """Add a published trigger to some images of the class that it is to stand for.
 
     Args:
         dataset: see `as_arrays`; in colour.

@@ -1,4 +1,4 @@
-"""What a victim sees of an image after its defence, as a function that a gradient goes through: for adaptive attacks.
+"""See an image as a victim does after its defence, by a function that a gradient goes through: for adaptive attacks.
 
 A view draws what the defence draws at random; another turn has other draws, so that a descent over many turns is one on
 their expectation (expectation over transformation; Athalye et al. 2018, arXiv:1707.07397).

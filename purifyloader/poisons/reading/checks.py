@@ -1,4 +1,4 @@
-"""Whether a poison was read as it was meant: against its bound, and against what reading it wrongly looks like."""
+"""Check that a poison was read as it was meant: against its bound, and against what misreadings look like."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MEANT = "or say checked=False if it is meant so"
 
 
 def levels(bound: Bound) -> str:
-    """A bound in words, in levels of 0 to 255."""
+    """Describe a bound in levels of 0 to 255."""
     if bound.norm == "l0":
         return f"{bound.epsilon:g} pixels"
     return f"{255 * bound.epsilon:g} levels of 255 ({bound.norm})"
@@ -121,6 +121,11 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
             Without one: images that are all black; images of which most values moved, and to black or white; images
             that one of these misreadings brings several times nearer to the clean ones; numbers that plainly wrapped
             around; and images that are no more like the clean ones of their places than like others.
+
+    >>> from purifyloader.poisons import make
+    >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), np.array([0, 1, 0, 1])
+    >>> check(make("urp", clean), clean).images
+    4
     """
     images, labels = as_arrays(clean)
     moved = poisoned.moved(images)
@@ -152,7 +157,7 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
 
 
 def unmoved(bound: Bound | None) -> InputError:
-    """The refusal of a poison that leaves the clean images as they are."""
+    """Make the error for a poison that leaves the clean images as they are."""
     far = "" if bound is None else f", by up to {levels(bound)}"
     return InputError(
         f"A poison must move images{far}. Got the clean images: this is the clean set, or the perturbation was rounded "
@@ -175,7 +180,7 @@ Levels = NDArray[np.int16]
 
 
 class _Sample(NamedTuple):
-    """Some of the images that moved, in levels.
+    """A sample of the images that moved, in levels.
 
     Attributes:
         got: (S, H, W, C).
@@ -307,7 +312,7 @@ def _to_black_or_white(sample: _Sample) -> bool:
 
 
 def _is_wrapped(sample: _Sample) -> bool:
-    """Whether what moved far moved by nearly 256, and nothing by less: a patch that looks so is black and white."""
+    """Tell whether what moved far moved by nearly 256, and nothing by less: such a patch is black and white."""
     far = np.abs(sample.got - sample.clean)
     jumped = sample.got[far > 192]
     between = ((far > 64) & (far <= 192)).any()
@@ -315,7 +320,7 @@ def _is_wrapped(sample: _Sample) -> bool:
 
 
 def _is_elsewhere(sample: _Sample) -> bool:
-    """Whether images are about as far from the clean ones of their places as from others, and no more like them.
+    """Tell whether images are as far from the clean ones of their places as from others, and no more like them.
 
     No measure of how far tells alone. By l2 an attack such as CUDA moves dark images as far, as it makes them
     brighter, and so does a bright patch. But a patch leaves most values as they are; and CUDA leaves images as much

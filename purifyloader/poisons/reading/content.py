@@ -1,4 +1,4 @@
-"""What a path holds, whatever attack it is of: which container it is shows in its first bytes, never in its name."""
+"""Open what a path holds, whatever attack it is of: its first bytes tell the container, and never its name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Folder:
 
 
 def open_content(path: Path) -> Any:
-    """A `Folder`, an array, a dict of arrays, or what a pickle or a file of torch.save holds.
+    """Read a path as a `Folder`, an array, a dict of arrays, or what a pickle or a file of torch.save holds.
 
     Raises:
         InputError: there is nothing, it is damaged or cut short, or it holds what might run code.
@@ -58,7 +58,7 @@ def open_content(path: Path) -> Any:
 
 
 def read_array(path: Path) -> NDArray[Any]:
-    """The array of an .npy file, of numbers.
+    """Read the array of an .npy file, of numbers; its rows are read from the disk when they are looked at.
 
     Raises:
         InputError: no such file, or none of numbers.
@@ -93,14 +93,14 @@ def _read_archive(path: Path) -> Any:
 
 
 def as_number_array(value: Any) -> NDArray[Any] | None:
-    """A tensor or an array as an array, anything else as None."""
+    """Return a tensor or an array as an array, anything else as None."""
     if isinstance(value, Tensor):
         return value.detach().cpu().float().numpy() if value.is_floating_point() else value.cpu().numpy()
     return np.asarray(value) if isinstance(value, np.ndarray) else None
 
 
 def integers(value: Any, what: str) -> NDArray[np.int64]:
-    """A list, array or tensor of integers as int64 (N,).
+    """Return a list, array or tensor of integers as int64 (N,).
 
     Raises:
         InputError: it is none; `what` names it.
@@ -123,7 +123,7 @@ def _stacked(parts: list[Any]) -> NDArray[Any] | None:
 
 
 def describe(value: Any, depth: int = 2) -> str:
-    """What a value is, in a few words for a message."""
+    """Describe a value in a few words for a message."""
     if isinstance(value, Folder):
         return f"a folder with {', '.join(value.names[:5]) or 'nothing'}{' ...' if len(value.names) > 5 else ''}"
     if isinstance(value, Tensor | np.ndarray):

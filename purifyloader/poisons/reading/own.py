@@ -1,4 +1,4 @@
-"""What `purifyloader.poisons.write` says of a poison beside its images, taken back."""
+"""Read back what `purifyloader.poisons.write` says of a poison beside its images."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def is_folder(names: tuple[str, ...]) -> bool:
 
 
 def from_arrays(request: Request, arrays: dict[str, Any], images: NDArray[np.uint8], labels: NDArray[Any]) -> Poisoned:
-    """Of an .npz file, whose image and label arrays are checked."""
-    said = arrays["poison"]
-    if not isinstance(said, np.ndarray) or said.dtype.kind != "U" or said.ndim != 0:
-        raise InputError(f"poison in {request.path} must be a text. Got {describe(said)}.")
+    """Read the rest of an .npz file, whose image and label arrays are checked."""
+    record = arrays["poison"]
+    if not isinstance(record, np.ndarray) or record.dtype.kind != "U" or record.ndim != 0:
+        raise InputError(f"poison in {request.path} must be a text. Got {describe(record)}.")
     where = integers(arrays.get("poisoned"), f"poisoned in {request.path}")
     return _restored(
-        request, (images, labels), where, str(said), trigger=arrays.get("trigger"), target=arrays.get("target")
+        request, (images, labels), where, str(record), trigger=arrays.get("trigger"), target=arrays.get("target")
     )
 
 
 def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """The label of each file of a written folder, and the files that are poisoned.
+    """Read the label of each file of a written folder, and which files are poisoned.
 
     Raises:
         InputError: labels.csv is not as it was written.
@@ -62,21 +62,21 @@ def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
 def from_folder(
     request: Request, folder: Path, images: NDArray[np.uint8], labels: list[int], poisoned: NDArray[np.int64]
 ) -> Poisoned:
-    """Of a folder, whose images are decoded in the order of their numbers."""
+    """Read the rest of a folder, whose images are decoded in the order of their numbers."""
     extra = {name: read_array(folder / f"{name}.npy") for name in ("trigger", "target") if _is(folder, name)}
     if "trigger" in extra:  # in the published form: (1, 3, H, W) in units of [-1, 1] images
         if extra["trigger"].ndim != 4:
             raise InputError(f"{folder / 'trigger.npy'} must be (1, C, H, W). Got {describe(extra['trigger'])}.")
         extra["trigger"] = np.moveaxis(extra["trigger"][0], 0, 2) / 2
     try:
-        said = (folder / "poison.json").read_text(encoding="utf-8")
+        record = (folder / "poison.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
     return _restored(
         request,
         (images, np.asarray(labels, np.int64)),
         poisoned,
-        said,
+        record,
         trigger=extra.get("trigger"),
         target=extra.get("target"),
     )
@@ -89,33 +89,33 @@ def _is(folder: Path, name: str) -> bool:
 def _restored(
     request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, *, trigger: Any, target: Any
 ) -> Poisoned:
-    """The set with what its JSON says.
+    """Return the set with what its JSON says.
 
     Raises:
         InputError: the JSON is not what `write` makes, or of a later version.
     """
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
     try:
-        said = json.loads(text)
-        version = int(said["format"])
+        record = json.loads(text)
+        version = int(record["format"])
         if version > FORMAT:
             raise InputError(
                 f"{expected}, up to version {FORMAT}. Got version {version}: install a later purifyloader."
             )
-        bound = None if said["bound"] is None else Bound(said["bound"]["norm"], float(said["bound"]["epsilon"]))
+        bound = None if record["bound"] is None else Bound(record["bound"]["norm"], float(record["bound"]["epsilon"]))
         aimed = None
-        if said["target"] is not None:
-            aimed = Target(np.asarray(target, np.uint8), **{key: said["target"][key] for key in _TARGET})
+        if record["target"] is not None:
+            aimed = Target(np.asarray(target, np.uint8), **{key: record["target"][key] for key in _TARGET})
         return Poisoned.of(
             arrays[0],
             arrays[1],
-            str(said["attack"]),
+            str(record["attack"]),
             poisoned,
             bound=request.bound_or(bound),
             target=aimed,
             trigger=None if trigger is None else np.asarray(trigger, np.float32),
-            target_class=said["target_class"],
-            settings={**said["settings"], WRITTEN_BY: f"purifyloader {said['purifyloader']}"},
+            target_class=record["target_class"],
+            settings={**record["settings"], WRITTEN_BY: f"purifyloader {record['purifyloader']}"},
         )
     except InputError:
         raise

@@ -17,8 +17,8 @@ from purifyloader.poisons.reading.checks import check
 from purifyloader.poisons.reading.content import describe, open_content
 from purifyloader.poisons.reading.formats import FORMATS
 from purifyloader.poisons.reading.own import WRITTEN_BY
-from purifyloader.poisons.reading.request import Request, asked
-from purifyloader.poisons.reading.targeted import aimed
+from purifyloader.poisons.reading.request import Request, checked_request
+from purifyloader.poisons.reading.targeted import with_target
 
 __all__ = ["read"]
 
@@ -75,10 +75,19 @@ def read(
         InputError: an option of another type or range, or one that the format does not have; nothing there, damaged,
             of no known format or of several, or what it wants is not plain data; a clean set that is missing or does
             not fit; or what `check` refuses.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from purifyloader import poisons
+    >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), np.array([0, 1, 0, 1])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     poisons.write(poisons.make("urp", clean), f"{folder}/urp.npz")
+    ...     read(f"{folder}/urp.npz", clean=clean).settings["moved"]["linf"]
+    8
     """
     if format is not None and not (isinstance(format, str) and format in FORMATS):
         raise InputError(f"format must be one of {', '.join(FORMATS)}. Got {format!r}.")
-    request = asked(
+    request = checked_request(
         path,
         bound=bound,
         checked=checked,
@@ -97,7 +106,7 @@ def read(
     content = open_content(request.path)
     name = _detected(content, request) if format is None else format
     _check_fits(name, request)
-    poisoned = aimed(FORMATS[name].read(content, request), request)
+    poisoned = with_target(FORMATS[name].read(content, request), request)
     # of a file that `write` made of what was read before, the first reading's
     settings = {"format": name, "file": request.path.name, **poisoned.settings}
     checked = settings.setdefault("checked", checked) and checked
@@ -111,19 +120,19 @@ def read(
 
 def _check_fits(name: str, request: Request) -> None:
     """Refuse an option that says what the format cannot hold."""
-    its = f"{request.path}, which is {name!r}"
+    where = f"{request.path}, which is {name!r}"
     if request.drop_negative and not name.startswith("em-"):
-        raise InputError(f"drop_negative is a cast of EM's own loader. Got it for {its}: leave it.")
+        raise InputError(f"drop_negative is a cast of EM's own loader. Got it for {where}: leave it.")
     if request.target is not None and not FORMATS[name].may_aim:
-        raise InputError(f"target is for a poison that is aimed at one test image. Got it for {its}: leave it away.")
+        raise InputError(f"target is for a poison that is aimed at one test image. Got it for {where}: leave it away.")
     if request.units is not None and not FORMATS[name].by_row:
-        raise InputError(f"units is for perturbations in an .npy array. Got it for {its}: leave it.")
+        raise InputError(f"units is for perturbations in an .npy array. Got it for {where}: leave it.")
     if request.places is not None and not FORMATS[name].by_row:
-        raise InputError(f"clean must be the whole clean set. Got a part of it for {its}.")
+        raise InputError(f"clean must be the whole clean set. Got a part of it for {where}.")
     if request.target_class is not None and request.target is None and name != "narcissus":
         raise InputError(
             "target_class says what a target= is to be called, or what the trigger of Narcissus stands for. Got it "
-            f"without target= for {its}: give target=, or leave it away."
+            f"without target= for {where}: give target=, or leave it away."
         )
 
 

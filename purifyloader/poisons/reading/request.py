@@ -21,7 +21,18 @@ from purifyloader.poisons.attacks.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import unmoved
 
-__all__ = ["UNITS", "Arrays", "Request", "add", "as_bound", "as_levels", "asked", "full", "indexed", "label_of"]
+__all__ = [
+    "UNITS",
+    "Arrays",
+    "Request",
+    "add",
+    "as_bound",
+    "as_levels",
+    "checked_request",
+    "full",
+    "indexed",
+    "label_of",
+]
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -33,7 +44,7 @@ _CHUNK = 1024  # images made 8-bit together, which bounds memory
 
 @dataclass(frozen=True)
 class Request:
-    """A path, and what the caller of `read` says of it; see there. `asked` checks it.
+    """A `Request` is a path and the options of `read` for it, checked by `checked_request`.
 
     Attributes:
         target: a file of one is read.
@@ -67,7 +78,7 @@ class Request:
         return known if self.bound is None else self.bound
 
 
-def asked(
+def checked_request(
     path: Any,
     *,
     bound: Any,
@@ -81,7 +92,7 @@ def asked(
     std: Any,
     units: Any = None,
 ) -> Request:
-    """The options of `read`, checked before anything of the poison is read. The clean set is still to be given.
+    """Check the options of `read` before anything of the poison is read. The clean set is added later.
 
     Raises:
         InputError: one of another type or range; a target without what it is to be called.
@@ -117,7 +128,7 @@ def asked(
 
 
 def as_bound(value: Any) -> Bound | None:
-    """A bound in any of the forms in which `read` takes one.
+    """Parse a bound in any of the forms in which `read` takes one.
 
     Args:
         value: a `Bound`; a number, the l-infinity bound in units of [0, 1] images; a text NORM:EPSILON, in which a
@@ -152,7 +163,7 @@ def _bound(norm: str, epsilon: float, value: Any) -> Bound:
 
 
 def _fraction(text: str) -> float:
-    """What "8/255" or "1.5" stands for; NaN if it is no number."""
+    """Parse a number such as "8/255" or "1.5"; NaN if it is none."""
     above, line, below = text.partition("/")
     try:
         return float(above) / float(below) if line else float(text)
@@ -203,7 +214,7 @@ def _channels(name: str, value: Any, low: float = -math.inf) -> tuple[float, ...
 
 
 def as_levels(images: NDArray[Any], what: str, tolerance: float = 0.01) -> NDArray[np.uint8]:
-    """Floating-point images (N, H, W, C) in [0, 1] as uint8, rounded.
+    """Round floating-point images (N, H, W, C) in [0, 1] to uint8.
 
     Args:
         tolerance: how far outside of [0, 1] a number may lie, to be clamped.
@@ -235,7 +246,7 @@ def as_levels(images: NDArray[Any], what: str, tolerance: float = 0.01) -> NDArr
 
 
 def add(images: NDArray[np.uint8], delta: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """A copy of the images, each moved by its row of `delta` (R, H, W, C) in units of [0, 1] images, rounded."""
+    """Return a copy of the images, each moved by its row of `delta` (R, H, W, C) in [0, 1] units and rounded."""
     out = images.copy()
     for start in range(0, len(images), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -245,7 +256,7 @@ def add(images: NDArray[np.uint8], delta: NDArray[Any], rows: NDArray[np.int64])
 
 
 def label_of(value: Any, what: str) -> int:
-    """An integer of any kind, such as a tensor of one.
+    """Return a label, an integer of any kind such as a tensor of one, as an int.
 
     Raises:
         InputError: it is none, or below 0.
@@ -259,7 +270,7 @@ def label_of(value: Any, what: str) -> int:
 def full(
     request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64], attack: str, bound: Bound | None = None
 ) -> Poisoned:
-    """A whole training set: poisoned is what differs from the clean one, all if that is not given.
+    """Return a whole training set; poisoned is what differs from the clean one, all where there is none.
 
     Raises:
         InputError: a clean set of another size; or this is the clean set, where that is checked.
@@ -288,7 +299,7 @@ def indexed(
     attack: str,
     **known: Any,
 ) -> Poisoned:
-    """The clean set with some of its images, at `indices`, replaced."""
+    """Return the clean set with some of its images, at `indices`, replaced."""
     clean, clean_labels = request.need_clean("holds some images only, and where they belong")
     if not len(images) == len(labels) == len(indices):
         raise InputError(

@@ -20,7 +20,7 @@ from purifyloader.poisons.reading.request import Request, as_levels, indexed, la
 from purifyloader.poisons.reading.unpickling import Picture, read_pickle
 
 __all__ = [
-    "aimed",
+    "with_target",
     "is_benchmark",
     "is_bullseye",
     "is_puregen",
@@ -87,7 +87,7 @@ def _target(value: Any, label: int, what: str) -> dict[str, Any]:
 def _patched(
     image: NDArray[np.uint8], patch: Any, corner: Any, what: str
 ) -> tuple[NDArray[np.uint8], dict[str, list[int]]]:
-    """The target as the victim meets it, with the patch in its place: float (3, h, w) in [0, 1]."""
+    """Put a patch, float (3, h, w) in [0, 1], in its place on the target, as the victim meets it."""
     values = as_number_array(patch)
     x, y = integers(corner, f"The (x, y) of the patch in {what}").tolist()[:2] if len(corner) == 2 else (-1, -1)
     if values is None or values.ndim != 3 or values.shape[0] != image.shape[2] or values.dtype.kind not in "fu":
@@ -132,7 +132,7 @@ def read_puregen(content: Any, request: Request) -> Poisoned:
 
 
 def _packed_target(value: Any, label: int) -> dict[str, Any]:
-    """A test image as the benchmark has it, or a plain value, such as a class, for the settings.
+    """Read a test image as the benchmark has it, or a plain value, such as a class, for the settings.
 
     What is neither is left out: the poison is of use without it.
     """
@@ -153,8 +153,8 @@ def _packed_target(value: Any, label: int) -> dict[str, Any]:
 # what the caller says that they are aimed at
 
 
-def aimed(poisoned: Poisoned, request: Request) -> Poisoned:
-    """The poison with the target that `read` was given, if it was.
+def with_target(poisoned: Poisoned, request: Request) -> Poisoned:
+    """Return the poison with the target that `read` was given, if it was.
 
     Raises:
         InputError: the file has a target or a trigger of its own; an image of another size, or a class that is none.

@@ -29,7 +29,7 @@ _CHANNELS = {"L": 1, "RGB": 3}
 
 
 class Picture:
-    """What a pickled PIL image becomes: its pixels, without a line of Pillow's own code.
+    """A `Picture` is what a pickled PIL image becomes: its pixels, without a line of Pillow's own code.
 
     Attributes:
         image: uint8 (H, W, C), C 1 or 3.
@@ -179,7 +179,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """What a plain pickle holds: images as `Picture`, arrays, tensors, numbers, text, bytes and containers.
+    """Read a plain pickle: images as `Picture`, arrays, tensors, numbers, text, bytes and containers.
 
     Raises:
         InputError: it is damaged or cut short, or it wants a class or function that is not in the list: then that is
@@ -193,7 +193,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """What a file of torch.save, new or old, holds: tensors on the CPU, and what `read_pickle` gives.
+    """Read a file of torch.save, new or old: tensors on the CPU, and what `read_pickle` gives.
 
     Raises:
         InputError: as `read_pickle`.
