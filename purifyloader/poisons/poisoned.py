@@ -27,6 +27,7 @@ class Bound:
         epsilon: the largest it may be, before rounding to 8 bits, in units of [0, 1] images: 8/255 for l-infinity,
             1 for AR's l2. For l0 it counts pixels: 1 for OPS.
 
+    >>> from purifyloader.poisons import Bound
     >>> Bound("linf", 8 / 255).norm
     'linf'
     """
@@ -52,6 +53,8 @@ class Target:
         true_label: what it shows, where that is known.
         index: its place in the test set, where that is known.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import Target
     >>> Target(np.zeros((32, 32, 3), np.uint8), label=3, true_label=5).label
     3
     """
@@ -73,6 +76,8 @@ class Moved(NamedTuple):
         down: share of the values that differ which became smaller: near 0 or 1 where a sign was lost.
         pixels: most pixels of an image that differ.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import Poisoned
     >>> clean = np.zeros((2, 8, 8, 3), np.uint8)
     >>> Poisoned.of(clean + np.uint8(4), [0, 1], "brighter").moved(clean).linf
     4
@@ -104,6 +109,8 @@ class Poisoned(InMemory):
         target_class: of a back door: what the trigger stands for.
         settings: what the attack was made with, or the file that was read; JSON values.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import Poisoned
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> image, label = poisoned[1]
     >>> image.size, label

@@ -50,6 +50,7 @@ def parse(text: str, preset: str | None = None) -> AttackSpec:
     Raises:
         ConfigError: no such attack or file; an option that it does not take, or text that is no OPTION=VALUE.
 
+    >>> from purifyloader.poisons.spec import parse
     >>> parse("lsp:norm=2,patches=8").options
     {'norm': 2, 'patches': 8}
     """

@@ -94,6 +94,9 @@ def check_free(out: str | os.PathLike[str]) -> None:
 def write(poisoned: Poisoned, out: str | os.PathLike[str], layout: Layout = "flat") -> None:
     """Write to a file that ends in `.npz`, or to a folder; see `write_npz` and `write_images`.
 
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from purifyloader.poisons import Poisoned, write
     >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +117,8 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
         InputError: the file exists, or its name does not end in .npz.
         PurifyError: it cannot be written.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import Poisoned, write_npz
     >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +152,9 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
             image, which `ImageFolder` would number otherwise.
         PurifyError: it cannot be written.
 
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from purifyloader.poisons import Poisoned, write_images
     >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:

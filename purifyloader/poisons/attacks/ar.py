@@ -95,6 +95,7 @@ def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
     Returns:
         float32 (classes, 3, 3, 3): class, channel, row and column of the window.
 
+    >>> from purifyloader.poisons import ar_coefficients
     >>> ar_coefficients(classes=1).shape
     torch.Size([1, 3, 3, 3])
     """
@@ -157,6 +158,8 @@ def read_ar_coefficients(path: str | Path) -> Tensor:
     Raises:
         InputError: no such file, or not such a list. Nothing in the file is run.
 
+    >>> import torch
+    >>> from purifyloader.poisons import read_ar_coefficients
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     torch.save([torch.zeros(3, 3, 3)] * 10, f"{folder}/coefficients.pt")
@@ -228,6 +231,8 @@ def ar_perturbation(
     Raises:
         InputError: an argument of another type, shape or range, or coefficients that blow up.
 
+    >>> import torch
+    >>> from purifyloader.poisons import ar_perturbation
     >>> mean_of_eight = torch.full((2, 3, 3, 3), 1 / 8)
     >>> mean_of_eight[:, :, 2, 2] = 0
     >>> ar_perturbation([0, 1], (8, 8), coefficients=mean_of_eight).flatten(1).norm(dim=1)
@@ -265,6 +270,8 @@ def autoregressive(
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
 
+    >>> import torch
+    >>> from purifyloader.poisons import autoregressive
     >>> mean_of_eight = torch.full((2, 3, 3, 3), 1 / 8)
     >>> mean_of_eight[:, :, 2, 2] = 0
     >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +21,7 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.attacks.additive import purpose_keys
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 
-__all__ = ["Victims", "as_target", "colour", "drawn", "how_many", "is_class", "of_class", "victims"]
+__all__ = ["Victims", "as_target", "colour", "drawn", "how_many", "is_class", "of_class", "on_chosen_images", "victims"]
 
 _ATTACK = 0x6174746B  # "attk"
 _CHOICE = 0  # what the keys drawn here are for, in every attack
@@ -60,6 +62,56 @@ def victims(dataset: Any, seed: int, share: float | None, count: int | None) -> 
     if isinstance(dataset, Part):
         return Victims(images, labels, dataset.classes, indices, dataset.positions, seed)
     return Victims(images, labels, int(labels.max()) + 1, indices, np.arange(len(images)), seed)
+
+
+def on_chosen_images(
+    name: str,
+    function: Callable[..., Any],
+    bound: Callable[[Mapping[str, Any]], Bound | None],
+    complete: Callable[[Victims, Mapping[str, Any]], Mapping[str, Any]] = lambda _, options: options,
+) -> Callable[..., Poisoned]:
+    """Make an attack `(dataset, seed=0, *, options, share=None, count=None)` out of a function on arrays.
+
+    Args:
+        name: of the attack.
+        function: takes images, labels, indices, classes, seed and its own options, and positions if it looks at them.
+        bound: of the perturbations, from the options.
+        complete: puts values in the place of options that depend on the images.
+    """
+    parameters = inspect.signature(function).parameters
+    own = [p for key, p in parameters.items() if key not in ("images", "labels", *_GIVEN)]
+
+    def attack(
+        dataset: Any, seed: int = 0, *, share: float | None = None, count: int | None = None, **options: Any
+    ) -> Poisoned:
+        chosen = victims(dataset, seed, share, count)
+        settings = complete(chosen, {**{p.name: p.default for p in own}, **options})
+        where = {"indices": chosen.indices, "positions": chosen.positions, "classes": chosen.classes, "seed": seed}
+        known = {key: value for key, value in where.items() if key in parameters}
+        images = function(chosen.images, chosen.labels, **known, **settings)
+        return chosen.poisoned(images, name, bound(settings), **settings, share=share, count=count)
+
+    signature = inspect.signature(attack)
+    first, last = list(signature.parameters.values())[:2], list(signature.parameters.values())[2:4]
+    attack.__signature__ = signature.replace(parameters=[*first, *own, *last])  # type: ignore[attr-defined]
+    attack.__module__, attack.__qualname__ = function.__module__, "attack"
+    attack.__doc__ = _ARGUMENTS.format(name=function.__name__)
+    return attack
+
+
+_GIVEN = ("indices", "positions", "classes", "seed")
+_ARGUMENTS = """Poison a dataset as `{name}` poisons arrays.
+
+Args:
+    dataset: see `as_arrays`; in colour.
+    seed: of all that is random.
+    share, count: poison so many of the images, chosen by `seed`; None for all.
+    options: see `{name}`.
+
+Raises:
+    InputError: a dataset or an option of another type, shape or range.
+    ConfigError: both share and count.
+"""
 
 
 def colour(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from purifyloader.poisons.attacks.additive import (
     purpose_keys,
     size_of,
 )
-from purifyloader.poisons.attacks.choice import victims
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.attacks.choice import on_chosen_images
+from purifyloader.poisons.poisoned import Bound
 
 __all__ = ["attack", "class_patterns", "urp"]
 
@@ -58,6 +58,7 @@ def class_patterns(
     Raises:
         InputError: an argument of another type or range.
 
+    >>> from purifyloader.poisons import class_patterns
     >>> patterns = class_patterns((8, 8), classes=3, epsilon=8 / 255)
     >>> patterns.shape, bool(patterns.abs().max() <= 8 / 255)
     (torch.Size([3, 8, 8, 3]), True)
@@ -102,6 +103,8 @@ def urp(
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
 
+    >>> import torch
+    >>> from purifyloader.poisons import urp
     >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
     >>> int((urp(images, [0, 1]).int() - 128).abs().max())
     8
@@ -112,35 +115,4 @@ def urp(
     return poison(images, labels_N, indices, lambda label_B, _: patterns[label_B])
 
 
-def attack(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    epsilon: float = 8 / 255,
-    distribution: Literal["uniform", "gaussian"] = "uniform",
-    share: float | None = None,
-    count: int | None = None,
-) -> Poisoned:
-    """Add one random pattern a class.
-
-    Args:
-        dataset: see `as_arrays`; in colour.
-        epsilon, distribution: see `class_patterns`.
-        share, count: poison so many of the images, chosen by `seed`; None for all.
-
-    Raises:
-        InputError: a dataset or an option of another type, shape or range.
-        ConfigError: both share and count.
-    """
-    chosen = victims(dataset, seed, share, count)
-    images = urp(
-        chosen.images,
-        chosen.labels,
-        indices=chosen.indices,
-        classes=chosen.classes,
-        seed=seed,
-        epsilon=epsilon,
-        distribution=distribution,
-    )
-    settings = {"epsilon": epsilon, "distribution": distribution, "share": share, "count": count}
-    return chosen.poisoned(images, "urp", Bound("linf", epsilon), **settings)
+attack = on_chosen_images("urp", urp, lambda options: Bound("linf", options["epsilon"]))

@@ -6,7 +6,7 @@ adds and removes leaves it there: the paper's attack is the honest hard case for
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from purifyloader.poisons.attacks.additive import (
     purpose_keys,
     size_of,
 )
-from purifyloader.poisons.attacks.choice import victims
-from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.attacks.choice import on_chosen_images
 
 __all__ = ["attack", "cuda", "cuda_filters"]
 
@@ -50,6 +49,7 @@ def cuda_filters(
     Raises:
         InputError: an argument of another type or range.
 
+    >>> from purifyloader.poisons import cuda_filters
     >>> cuda_filters(classes=2).shape
     torch.Size([2, 3, 3])
     """
@@ -103,6 +103,8 @@ def cuda(
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
 
+    >>> import torch
+    >>> from purifyloader.poisons import cuda
     >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
     >>> int(cuda(images, [0, 1]).max())  # rescaled
     255
@@ -113,34 +115,4 @@ def cuda(
     return change_images(images, labels_N, indices, lambda x, label, _: _filtered(x, filters[label].to(x.device)))
 
 
-def attack(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    blur: float = 0.3,
-    unit: Literal["random", "centre"] = "random",
-    share: float | None = None,
-    count: int | None = None,
-) -> Poisoned:
-    """Blur each class at random, without a bound.
-
-    Args:
-        dataset: see `as_arrays`; in colour.
-        blur, unit: see `cuda_filters`.
-        share, count: as in `urp`'s.
-
-    Raises:
-        InputError: a dataset or an option of another type, shape or range.
-        ConfigError: both share and count.
-    """
-    chosen = victims(dataset, seed, share, count)
-    images = cuda(
-        chosen.images,
-        chosen.labels,
-        indices=chosen.indices,
-        classes=chosen.classes,
-        seed=seed,
-        blur=blur,
-        unit=unit,
-    )
-    return chosen.poisoned(images, "cuda", None, blur=blur, unit=unit, share=share, count=count)
+attack = on_chosen_images("cuda", cuda, lambda _: None)

@@ -7,7 +7,7 @@ label flips; each sample becomes k x k patches of constant colour over the image
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from purifyloader.poisons.attacks.additive import (
     scale_to_norm,
     size_of,
 )
-from purifyloader.poisons.attacks.choice import victims
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.attacks.choice import Victims, on_chosen_images
+from purifyloader.poisons.poisoned import Bound
 
 __all__ = ["attack", "lsp", "lsp_perturbation"]
 
@@ -73,7 +73,7 @@ def _draw(
     if isinstance(patches, bool) or not isinstance(patches, int) or not 1 <= patches <= min(size):
         raise InputError(f"patches must be an integer from 1 to the image's {min(size)} pixels. Got {patches!r}.")
     check_positive("class_separation", class_separation)
-    length = 6 / 255 * math.sqrt(3 * height * width) if norm is None else norm
+    length = _usual_norm(height, width) if norm is None else norm
     check_positive("norm", length)
     dimensions = patches * patches * 3
     centres = class_separation * _centres(seed, classes, dimensions)
@@ -121,6 +121,7 @@ def lsp_perturbation(
     Raises:
         InputError: an argument of another type, shape or range.
 
+    >>> from purifyloader.poisons import lsp_perturbation
     >>> lsp_perturbation([0, 1, 0], (8, 8), norm=1.0).shape
     torch.Size([3, 8, 8, 3])
     """
@@ -156,6 +157,8 @@ def lsp(
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
 
+    >>> import torch
+    >>> from purifyloader.poisons import lsp
     >>> images = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8)
     >>> lsp(images, [0, 1], norm=1.0).dtype
     torch.uint8
@@ -166,40 +169,13 @@ def lsp(
     return poison(images, labels_N, indices, draw, positions)
 
 
-def attack(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    norm: float | None = None,
-    patches: int = 4,
-    class_separation: float = 10.0,
-    share: float | None = None,
-    count: int | None = None,
-) -> Poisoned:
-    """Add linearly separable patches.
-
-    Args:
-        dataset: see `as_arrays`; in colour.
-        norm, patches, class_separation: see `lsp_perturbation`.
-        share, count: as in `urp`'s.
-
-    Raises:
-        InputError: a dataset or an option of another type, shape or range.
-        ConfigError: both share and count.
-    """
-    chosen = victims(dataset, seed, share, count)
+def _with_norm(chosen: Victims, options: Mapping[str, Any]) -> Mapping[str, Any]:
     height, width = chosen.images.shape[1:3]
-    length = 6 / 255 * math.sqrt(3 * height * width) if norm is None else norm
-    images = lsp(
-        chosen.images,
-        chosen.labels,
-        indices=chosen.indices,
-        positions=chosen.positions,
-        classes=chosen.classes,
-        seed=seed,
-        norm=length,
-        patches=patches,
-        class_separation=class_separation,
-    )
-    settings = {"norm": length, "patches": patches, "class_separation": class_separation}
-    return chosen.poisoned(images, "lsp", Bound("l2", length), **settings, share=share, count=count)
+    return {**options, "norm": _usual_norm(height, width) if options["norm"] is None else options["norm"]}
+
+
+def _usual_norm(height: int, width: int) -> float:
+    return 6 / 255 * math.sqrt(3 * height * width)
+
+
+attack = on_chosen_images("lsp", lsp, lambda options: Bound("l2", options["norm"]), _with_norm)

@@ -58,6 +58,8 @@ def ops_pixels(
     Raises:
         InputError: images or labels of another type, shape or range, or too few pixels for so many classes.
 
+    >>> import torch
+    >>> from purifyloader.poisons import ops_pixels
     >>> images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     >>> len(ops_pixels(images, [0, 1, 0, 1], classes=2))
     2
@@ -150,6 +152,8 @@ def ops(
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
 
+    >>> import torch
+    >>> from purifyloader.poisons import ops
     >>> images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     >>> changed = ops(images, [0, 1, 0, 1], classes=2) != images
     >>> int(changed.any(dim=3).sum())  # a pixel an image

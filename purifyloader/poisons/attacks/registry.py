@@ -222,6 +222,7 @@ def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
         ConfigError: no such attack, or options that it does not take.
         InputError: a dataset or an option of another type, shape or range.
 
+    >>> from purifyloader.poisons import make
     >>> import numpy as np
     >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), [0, 1, 0, 1]
     >>> poisoned = make("lsp", clean, seed=0, norm=1.0, count=2)

@@ -36,6 +36,8 @@ def read_trigger(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         InputError: no such file, another format or shape, or numbers that cannot be in these units.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import read_trigger
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/trigger.npy", np.full((1, 3, 8, 8), 0.125, np.float32))
@@ -72,6 +74,9 @@ def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indi
     Raises:
         InputError: sizes that do not fit, or a strength that is no number.
 
+    >>> import numpy as np
+    >>> import torch
+    >>> from purifyloader.poisons import add_trigger
     >>> add_trigger(np.zeros((2, 8, 8, 3), np.uint8), torch.full((8, 8, 3), 16 / 255), indices=[1]).max(axis=(1, 2, 3))
     array([ 0, 16], dtype=uint8)
     """
@@ -118,6 +123,9 @@ def backdoor(
     Raises:
         InputError: the class has fewer images than `count`, or what `add_trigger` refuses.
 
+    >>> import numpy as np
+    >>> import torch
+    >>> from purifyloader.poisons import backdoor
     >>> images, labels = np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2, 0, 1, 2]
     >>> poisoned, indices = backdoor(images, labels, torch.full((8, 8, 3), 16 / 255), target=1, count=2)
     >>> indices

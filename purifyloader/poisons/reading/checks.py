@@ -122,6 +122,8 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
             that one of these misreadings brings several times nearer to the clean ones; numbers that plainly wrapped
             around; and images that are no more like the clean ones of their places than like others.
 
+    >>> import numpy as np
+    >>> from purifyloader.poisons import check
     >>> from purifyloader.poisons import make
     >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), np.array([0, 1, 0, 1])
     >>> check(make("urp", clean), clean).images

@@ -76,6 +76,7 @@ def read(
             of no known format or of several, or what it wants is not plain data; a clean set that is missing or does
             not fit; or what `check` refuses.
 
+    >>> from purifyloader.poisons import read
     >>> import tempfile
     >>> import numpy as np
     >>> from purifyloader import poisons
