@@ -251,6 +251,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_levels_rise_and_one_level_is_no_curve(tmp_path):
     levels = pictures.noise_levels(ROWS)
     assert levels == {"eclipse": {"lsp": [(2.0, [40]), (12.75, [66, 68]), (50.0, [60])]}}
@@ -298,6 +299,7 @@ def drawn_by(draw, found, tmp_path, monkeypatch):
 LONG = "narcissus target_class=2 share=0.75 share_of=class"
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     "more", [[], [row(LONG, "a-chain-of-my-own-with-a-long-name+B+C", 50, None), row(LONG, "none", 20, None)]]
 )
@@ -316,6 +318,7 @@ def test_the_grid_has_each_mean_in_its_cell(more, tmp_path, monkeypatch):
     assert shown["lsp", "eclipse"] == "67"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_costs_are_of_defences_that_can_be_compared(tmp_path, monkeypatch):
     figure, axis = drawn_by(pictures.costs, ROWS, tmp_path, monkeypatch)
     (legend,) = figure.legends
@@ -324,6 +327,7 @@ def test_the_costs_are_of_defences_that_can_be_compared(tmp_path, monkeypatch):
     assert [line.get_ydata()[0] for line in axis.get_lines()] == [67, 60, 40, 30]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_curves_of_many_attacks_are_told_apart(tmp_path, monkeypatch):
     attacks = ["none", LONG, *(f"attack-{i}" for i in range(11))]
     found = [row(a, f"eclipse@{px:g}", 60 - i, px) for i, a in enumerate(attacks) for px in (2.0, 12.75, 50.0)]
@@ -338,6 +342,7 @@ def test_the_curves_of_many_attacks_are_told_apart(tmp_path, monkeypatch):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["2", "12.75", "50"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_legend_of_the_curves_has_the_attacks_of_all_panels(tmp_path, monkeypatch):
     measured = {"A": ("lsp",), "eclipse": ("lsp", "ar")}
     found = [row(a, f"{d}@{px:g}", 60, px) for d, attacks in measured.items() for a in attacks for px in (2.0, 25.0)]

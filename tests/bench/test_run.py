@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from purifyloader.results import rows
 from purifyloader.victims.networks import VICTIMS, victim
 from purifyloader.victims.presets import TRAININGS
 from purifyloader.victims.training import accuracy, train_victim
+from tests import processes
 from tests.conftest import tiny_denoiser
 
 CLASSES, TRAIN, TEST = 3, 36, 15
@@ -139,9 +136,9 @@ def test_the_same_command_does_nothing_more(whole, folder, monkeypatch):
 
 def test_two_processes_make_the_same_rows(whole, folder, tmp_path):
     _, found = whole
-    command = [sys.executable, "-m", "purifyloader", "bench", "--data", "imagefolder", "--root", folder]
-    command += ["--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1, "--processes", 2]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1]
+    done = processes.run("purifyloader", "bench", *words, "--processes", 2)
+    assert done.returncode == 0, done.stderr
     assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(found)
 
 
@@ -164,16 +161,10 @@ def test_a_process_does_not_wait_for_a_poison_while_there_is_other_work(folder, 
 
 def test_a_killed_bench_goes_on(whole, folder, tmp_path):
     _, found = whole
-    command = [sys.executable, "-m", "purifyloader", "bench", "--data", "imagefolder", "--root", folder]
-    command += ["--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-    path = tmp_path / "rows.jsonl"
-    while process.poll() is None and len(rows.read(path)) < 3:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = rows.read(path)
-    assert len(before) >= 3
+    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1]
+    processes.start("purifyloader", "bench", *words, kill_at="purifyloader.results.rows:add", kill_call=4).wait()
+    before = rows.read(tmp_path / "rows.jsonl")
+    assert len(before) == 3
     after = run(folder, tmp_path, *QUICK, "--seeds", 0, 1)
     assert without_times(after) == without_times(found)
     assert [row for row in after if row["fingerprint"] in {its["fingerprint"] for its in before}] == before
