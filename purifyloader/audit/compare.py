@@ -18,6 +18,7 @@ from purifyloader.core import noise
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
+from purifyloader.results.values import six_digits
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "audit_energy", "halves", "percentiles", "ranking", "threshold"]
 
@@ -90,11 +91,7 @@ def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | Non
 
 def _mean_and_range(values: Sequence[float]) -> dict[str, float]:
     low, high = np.quantile(values, _RANGE)
-    return {"mean": _figures(float(np.mean(values))), "low": _figures(float(low)), "high": _figures(float(high))}
-
-
-def _figures(value: float) -> float:
-    return float(f"{value:.6g}")
+    return {"mean": six_digits(float(np.mean(values))), "low": six_digits(float(low)), "high": six_digits(float(high))}
 
 
 def _as_floats(energies: DatasetEnergies, temperature: float, what: str) -> Floats:
@@ -109,9 +106,9 @@ def _as_floats(energies: DatasetEnergies, temperature: float, what: str) -> Floa
 
 def _spread(values: Floats) -> dict[str, Any]:
     return {
-        "mean": _figures(float(values.mean())),
-        "standard_deviation": _figures(float(values.std(ddof=1))) if len(values) > 1 else None,
-        "quantiles": {f"{q:g}": _figures(float(np.quantile(values, q))) for q in QUANTILES},
+        "mean": six_digits(float(values.mean())),
+        "standard_deviation": six_digits(float(values.std(ddof=1))) if len(values) > 1 else None,
+        "quantiles": {f"{q:g}": six_digits(float(np.quantile(values, q))) for q in QUANTILES},
     }
 
 
@@ -125,7 +122,7 @@ def _histogram(sets: Mapping[str, Floats]) -> dict[str, Any]:
         edges = edges[0] + np.linspace(-0.5, 0.5, _BINS + 1)
     clipped = {name: np.clip(values, edges[0], edges[-1]) for name, values in sets.items()}
     return {
-        "edges": [_figures(float(edge)) for edge in edges],
+        "edges": [six_digits(float(edge)) for edge in edges],
         **{name: np.histogram(values, edges)[0].tolist() for name, values in clipped.items()},
         "beyond": {
             name: [int((values < edges[0]).sum()), int((values > edges[-1]).sum())] for name, values in sets.items()
@@ -145,14 +142,14 @@ def _truth(values: Floats, poisoned: NDArray[np.bool_], top: Sequence[float]) ->
                 "percent": percent,
                 "flagged": len(first),
                 "poisoned": hits,
-                "of_flagged": _figures(hits / len(first)),
-                "of_poisoned": _figures(hits / count),
+                "of_flagged": six_digits(hits / len(first)),
+                "of_poisoned": six_digits(hits / count),
             }
         )
     known = count < len(values)
     return {
         "poisoned": count,
-        "auc": _figures(auc(values[~poisoned].tolist(), values[poisoned].tolist())) if known else None,
+        "auc": six_digits(auc(values[~poisoned].tolist(), values[poisoned].tolist())) if known else None,
         "top": flagged,
         "energy": _spread(values[poisoned]),
     }
@@ -248,17 +245,17 @@ def _comparison(values: Floats, clean: Floats, temperature: float, seed: int) ->
     high, low = threshold(clean), -threshold(-clean)
     beyond = {"above": values > high, "below": values < low}
     return {
-        "threshold": _figures(high),
+        "threshold": six_digits(high),
         "threshold_energy": float(f"{high * temperature:.9g}"),  # of float32, all its digits
-        "threshold_below": _figures(low),
+        "threshold_below": six_digits(low),
         **{
             name: {
                 "count": int(found.sum()),
-                "share": _figures(float(found.mean())),
-                "expected": _figures(expected_share(len(clean))),
+                "share": six_digits(float(found.mean())),
+                "expected": six_digits(expected_share(len(clean))),
             }
             for name, found in beyond.items()
         },
-        "auc": _figures(auc(clean.tolist(), values.tolist())),
+        "auc": six_digits(auc(clean.tolist(), values.tolist())),
         "halves": halves(clean, len(values), seed),
     }

@@ -11,8 +11,8 @@ import numpy as np
 
 from purifyloader.audit.compare import FORMAT, VERSION
 from purifyloader.audit.report import MEANING, in_words
-from purifyloader.errors import InputError
 from purifyloader.results.figures import new_figure, save_figure
+from purifyloader.results.values import check_format
 
 __all__ = ["picture"]
 
@@ -42,9 +42,7 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
         >>> picture(audit_energy(data), "audit.png").name
         'audit.png'
     """
-    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
-        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
-        raise InputError(f"Expected results of audit_energy, {FORMAT!r} of version {VERSION}. Got {got}.")
+    check_format(results, [(FORMAT, VERSION)], "audit_energy")
     figure = new_figure((11, 6.8))
     axis = figure.add_axes((0.065, 0.36, 0.905, 0.57))
     _histogram(axis, results)

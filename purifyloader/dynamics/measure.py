@@ -6,7 +6,6 @@ in levels of 255: px = 255 l2 / sqrt(values of an image). Images are those that 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from purifyloader.dynamics.paths import Path, model_facts
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
-from purifyloader.files.atomic import canonical_json
+from purifyloader.results.values import images_sha256, six_digits
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "in_numbers", "measure"]
 
@@ -204,19 +203,15 @@ def crossing(levels: Sequence[float], to_clean: Sequence[float], to_poisoned: Se
     return None
 
 
-def _figures(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
 def _distance(l2: Floats, values: int) -> dict[str, float | None]:
     """Mean over images and its standard error, as l2 norm in [0, 1] and as root mean square in px."""
     mean = float(l2.mean())
     error = float(l2.std(ddof=1)) / math.sqrt(len(l2)) if len(l2) > 1 else None
     scale = 255 / math.sqrt(values)
     return {
-        "l2": _figures(mean),
-        "rms_px": _figures(scale * mean),
-        "standard_error_l2": None if error is None else _figures(error),
+        "l2": six_digits(mean),
+        "rms_px": six_digits(scale * mean),
+        "standard_error_l2": None if error is None else six_digits(error),
     }
 
 
@@ -225,8 +220,8 @@ def _spread(energy: Floats | None, temperature: float) -> dict[str, Any] | None:
         return None
     u = energy / temperature
     return {
-        "mean": _figures(float(u.mean())),
-        "quantiles": {f"{q:g}": _figures(float(np.quantile(u, q))) for q in QUANTILES},
+        "mean": six_digits(float(u.mean())),
+        "quantiles": {f"{q:g}": six_digits(float(np.quantile(u, q))) for q in QUANTILES},
     }
 
 
@@ -239,14 +234,14 @@ def _summary(measured: Measured, path: Path, temperature: float) -> dict[str, An
         levels.append(
             {
                 **level,
-                "seconds_per_image": _figures(measured.seconds[i]),
+                "seconds_per_image": six_digits(measured.seconds[i]),
                 "clean_to_purified_clean": _distance(measured.moved[i], measured.values),
                 "energy": None if measured.energy is None else _spread(measured.energy[i], temperature),
                 "poisoned": {
                     name: {
                         "clean_to_purified_poisoned": _distance(found.to_clean[i], measured.values),
                         "poisoned_to_purified_poisoned": _distance(found.to_poisoned[i], measured.values),
-                        "closer_to_clean": _figures(float((found.to_clean[i] < found.to_poisoned[i]).mean())),
+                        "closer_to_clean": six_digits(float((found.to_clean[i] < found.to_poisoned[i]).mean())),
                         "energy": None if found.energy is None else _spread(found.energy[i], temperature),
                     }
                     for name, found in measured.poisoned.items()
@@ -257,7 +252,7 @@ def _summary(measured: Measured, path: Path, temperature: float) -> dict[str, An
         name: {
             "images": len(found.size),
             "size": _distance(found.size, measured.values),
-            "largest_px": _figures(255 * found.largest),
+            "largest_px": six_digits(255 * found.largest),
             "crossing": _maybe(
                 crossing(measured.levels, found.to_clean.mean(axis=1).tolist(), found.to_poisoned.mean(axis=1).tolist())
             ),
@@ -268,7 +263,7 @@ def _summary(measured: Measured, path: Path, temperature: float) -> dict[str, An
 
 
 def _maybe(value: float | None) -> float | None:
-    return None if value is None else _figures(value)
+    return None if value is None else six_digits(value)
 
 
 def temperature_of(energy: EnergyNetwork | None) -> float:
@@ -339,16 +334,9 @@ def in_numbers(
         "images": {
             "count": len(clean_NCHW),
             "shape": list(clean_NCHW.shape[1:]),
-            "sha256": _sha256(clean_NCHW),
-            "poisoned_sha256": {name: _sha256(images) for name, images in poisoned.items()},
+            "sha256": images_sha256(clean_NCHW),
+            "poisoned_sha256": {name: images_sha256(images) for name, images in poisoned.items()},
         },
         "settings": {"seed": seed},
         **_summary(measured, path, temperature),
     }
-
-
-def _sha256(images_NCHW: Tensor) -> str:
-    """Of the shape and the bytes, as in an evaluation."""
-    sha = hashlib.sha256(canonical_json(list(images_NCHW.shape)).encode() + b"\n")
-    sha.update(images_NCHW.cpu().contiguous().numpy().data)
-    return sha.hexdigest()

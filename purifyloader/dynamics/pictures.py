@@ -14,8 +14,8 @@ from typing import Any
 from purifyloader.dynamics.measure import FORMAT, VERSION
 from purifyloader.dynamics.tune import FORMAT as TUNE_FORMAT
 from purifyloader.dynamics.tune import VERSION as TUNE_VERSION
-from purifyloader.errors import InputError
 from purifyloader.results.figures import new_figure, save_figure
+from purifyloader.results.values import attack_label, check_format
 
 __all__ = ["picture"]
 
@@ -48,13 +48,8 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
         >>> picture(dynamics(path, clean), "dynamics.png").name
         'dynamics.png'
     """
-    got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
-    tuned = results if got == {"format": TUNE_FORMAT, "version": TUNE_VERSION} else None
-    if tuned is None and got != {"format": FORMAT, "version": VERSION}:
-        raise InputError(
-            f"Expected results of dynamics or tune, {FORMAT!r} of version {VERSION} or {TUNE_FORMAT!r} of version "
-            f"{TUNE_VERSION}. Got {got}."
-        )
+    kind = check_format(results, [(FORMAT, VERSION), (TUNE_FORMAT, TUNE_VERSION)], "dynamics or tune")
+    tuned = results if kind == TUNE_FORMAT else None
     results = results if tuned is None else tuned["curves"]
     names: list[str | None] = sorted(results["poisons"]) or [None]
     columns = 1 if results["energy"] is None else 2
@@ -110,7 +105,7 @@ def _shares(axis: Any, tuned: Mapping[str, Any]) -> None:
     at = _over_levels(axis, results)
     for name, colour in zip(sorted(results["poisons"]), cycle(_CURVES), strict=False):
         closer = [100 * level["poisoned"][name]["closer_to_clean"] for level in results["levels"]]
-        axis.plot(at, closer, color=colour, lw=2, marker="o", ms=3, label=_label(name))
+        axis.plot(at, closer, color=colour, lw=2, marker="o", ms=3, label=attack_label(name))
     axis.axhline(100 * tuned["share"], color=_GREY, ls=":", lw=1.5, label=f"asked for: {100 * tuned['share']:g} %")
     for what, (where, style) in _proposals(tuned).items():
         axis.plot([], [], color=_PROPOSED, ls=style, lw=1.5, label=f"{what}: {where:.4g}")
@@ -195,7 +190,7 @@ def _distances(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
         curve([f["clean_to_purified_poisoned"] for f in found], "clean to purified poisoned", _WASHED)
         curve([f["poisoned_to_purified_poisoned"] for f in found], "poisoned to purified poisoned", _AWAY)
         poison = results["poisons"][name]
-        title += f", {_label(name)}: {poison['size']['rms_px']:.3g} px RMS, at most {poison['largest_px']:.3g} px"
+        title += f", {attack_label(name)}: {poison['size']['rms_px']:.3g} px RMS, at most {poison['largest_px']:.3g} px"
         cross = poison["crossing"]
         if cross is not None:
             where = _interpolated(cross, [level["level"] for level in levels], at)
@@ -227,10 +222,6 @@ def _interpolated(value: float, known: Sequence[float], at: Sequence[float]) -> 
         if value <= known[i]:
             return at[i - 1] + (at[i] - at[i - 1]) * (value - known[i - 1]) / (known[i] - known[i - 1])
     return at[-1]
-
-
-def _label(name: str) -> str:
-    return name.upper() if name in ("lsp", "ar") else name[:32]
 
 
 def _energies(axis: Any, results: Mapping[str, Any], name: str | None) -> None:

@@ -23,6 +23,7 @@ from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
+from purifyloader.results.values import six_digits
 
 __all__ = ["COMPENSATED", "FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
 
@@ -246,15 +247,11 @@ def _before_and_after(values: Mapping[str, Sequence[Floats]], seed: int) -> dict
         clean, data = values["clean"][i], values["data"][i]
         among = halves(clean, len(data), seed)
         found[when] = {
-            "clean_median": _figures(float(np.median(clean))),
-            "data_median": _figures(float(np.median(data))),
-            "auc": _figures(auc(clean.tolist(), data.tolist())),
+            "clean_median": six_digits(float(np.median(clean))),
+            "data_median": six_digits(float(np.median(data))),
+            "auc": six_digits(auc(clean.tolist(), data.tolist())),
             "clean_auc": None if among is None else [among["auc"]["low"], among["auc"]["high"]],
-            "share_above": _figures(float((data > threshold(clean)).mean())),
+            "share_above": six_digits(float((data > threshold(clean)).mean())),
             "clean_share_above": None if among is None else [among["share_above"]["low"], among["share_above"]["high"]],
         }
     return found
-
-
-def _figures(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +20,9 @@ from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
-from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 from purifyloader.results.ranks import auc
+from purifyloader.results.values import images_sha256, six_digits
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 
@@ -63,8 +62,7 @@ def default_sigmas(denoiser: Denoiser) -> list[float]:
 
 
 def _figures(value: float) -> float | None:
-    """Six digits: what lies below is rounding of the device."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return six_digits(value) if math.isfinite(value) else None
 
 
 def _mean(values_N: Tensor, scale: float = 1.0) -> dict[str, float | None]:
@@ -369,8 +367,8 @@ def evaluate(
         "images": {
             "count": len(images_NCHW),
             "shape": list(images_NCHW.shape[1:]),
-            "sha256": _sha256(images_NCHW),
-            "poisoned_sha256": {name: _sha256(x) for name, x in poisoned.items()},
+            "sha256": images_sha256(images_NCHW),
+            "poisoned_sha256": {name: images_sha256(x) for name, x in poisoned.items()},
         },
         "settings": {
             "sigma_px": [_figures(255 * sigma) for sigma in chosen],
@@ -382,10 +380,3 @@ def evaluate(
         },
         "levels": [level.results() for level in levels],
     }
-
-
-def _sha256(images_NCHW: Tensor) -> str:
-    """Of the shape and the bytes, as (N, C, H, W)."""
-    sha = hashlib.sha256(canonical_json(list(images_NCHW.shape)).encode() + b"\n")
-    sha.update(images_NCHW.cpu().contiguous().numpy().data)
-    return sha.hexdigest()

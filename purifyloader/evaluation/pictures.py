@@ -17,6 +17,7 @@ from purifyloader.diffusion.psnr import check_images, estimate
 from purifyloader.errors import InputError
 from purifyloader.evaluation.evaluate import FORMAT, VERSION
 from purifyloader.results.figures import new_figure, save_figure
+from purifyloader.results.values import attack_label, check_format
 
 __all__ = ["Examples", "examples", "picture"]
 
@@ -123,9 +124,7 @@ def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None
         >>> picture(evaluate(denoiser, images, [25 / 255], calibrate=False), "evaluation.png").name
         'evaluation.png'
     """
-    if not isinstance(results, Mapping) or results.get("format") != FORMAT or results.get("version") != VERSION:
-        got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
-        raise InputError(f"Expected results of evaluate, {FORMAT!r} of version {VERSION}. Got {got}.")
+    check_format(results, [(FORMAT, VERSION)], "evaluate")
     figure = new_figure((17, 4.9 if shown is None else 10.2), dpi=_DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     figure.suptitle(_title(results), fontsize=13, x=0.01, ha="left")
@@ -231,16 +230,12 @@ def _poisons(levels: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return list(zip(levels[0]["poisoned"], _POISONS * 9, strict=False))
 
 
-def _label(name: str) -> str:
-    return name.upper() if name in ("lsp", "ar") else name[:24]
-
-
 def _removed(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     px = _over_sigma(axis, levels)
     _curve(axis, px, [level["removed_px"] for level in levels], "from clean images", _LINES[0], lw=2)
     for name, colour in _poisons(levels):
         found = [level["poisoned"][name] for level in levels]
-        _curve(axis, px, [f["removed_px"] for f in found], f"from {_label(name)} images", colour, lw=1)
+        _curve(axis, px, [f["removed_px"] for f in found], f"from {attack_label(name, 24)} images", colour, lw=1)
         if found[0]["perturbation_px"]["mean"] is not None:
             axis.axhline(found[0]["perturbation_px"]["mean"], color=colour, ls=":", lw=1)
     axis.set_yscale("log")
@@ -263,8 +258,10 @@ def _remaining(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     px = _over_sigma(axis, levels)
     for name, colour in _poisons(levels):
         found = [level["poisoned"][name] for level in levels]
-        _curve(axis, px, [f["remaining"] for f in found], f"{_label(name)}: of the pattern", colour, lw=1.8)
-        _curve(axis, px, [f["distance"] for f in found], f"{_label(name)}: of any change", colour, lw=1, ls="--")
+        _curve(axis, px, [f["remaining"] for f in found], f"{attack_label(name, 24)}: of the pattern", colour, lw=1.8)
+        _curve(
+            axis, px, [f["distance"] for f in found], f"{attack_label(name, 24)}: of any change", colour, lw=1, ls="--"
+        )
     axis.set(title=title, ylabel="share of its size", ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
     axis.legend(frameon=False, fontsize=9, loc="lower left")
 

@@ -1,0 +1,52 @@
+"""Values as results hold them: rounded numbers, hashes of images, and the format of a whole result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from purifyloader.errors import InputError
+from purifyloader.files.atomic import canonical_json
+
+__all__ = ["attack_label", "check_format", "images_sha256", "six_digits"]
+
+
+def six_digits(value: float) -> float:
+    """Round to six significant digits: what lies below is rounding of the device."""
+    return float(f"{value:.6g}")
+
+
+def images_sha256(images_NCHW: Tensor) -> str:
+    """Hash the shape and the bytes of images, as (N, C, H, W)."""
+    sha = hashlib.sha256(canonical_json(list(images_NCHW.shape)).encode() + b"\n")
+    sha.update(images_NCHW.cpu().contiguous().numpy().data)
+    return sha.hexdigest()
+
+
+def attack_label(name: str, longest: int = 32) -> str:
+    """Name an attack in a picture: abbreviations in capitals, and at most so many letters."""
+    return name.upper() if name in ("lsp", "ar") else name[:longest]
+
+
+def check_format(results: Any, formats: Sequence[tuple[str, int]], what: str) -> str:
+    """Refuse results that are not of one of these formats.
+
+    Args:
+        formats: (format, version) of each that is taken.
+        what: makes such results, such as "evaluate".
+
+    Returns:
+        The format.
+
+    Raises:
+        InputError: results of something else, or of another version.
+    """
+    got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
+    for name, version in formats:
+        if got == {"format": name, "version": version}:
+            return name
+    wanted = " or ".join(f"{name!r} of version {version}" for name, version in formats)
+    raise InputError(f"Expected results of {what}, {wanted}. Got {got}.")
