@@ -62,7 +62,7 @@ class Bench:
         attack_seed: of what an attack draws. The poison, the purification and the test images are the same for all
             seeds of a row; the seed is the victim's, and that of compensation. But for a targeted attack: each seed
             has a target and a poison of its own, and so has what is made for the extractor of a seed.
-        fast: bfloat16 in purifiers and victims.
+        fast: bfloat16 in purifiers and victims, in place of float32.
 
     Attributes:
         data: what is poisoned, trained on and tested on.
@@ -83,7 +83,7 @@ class Bench:
         *,
         attack_seed: int = 0,
         device: str = "cpu",
-        fast: bool = True,
+        fast: bool = False,
         progress: bool = False,
     ) -> None:
         if training not in TRAININGS:

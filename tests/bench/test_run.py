@@ -217,6 +217,7 @@ def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path)
     assert fresh["settings"]["purifier"] is None
     assert "afresh" not in fixed["settings"]
     data, how = load("imagefolder", folder), {**asdict(TRAININGS["short"]), "network": "resnet9", "classes": CLASSES}
+    how["bfloat16"] = fresh["settings"]["fast"]
     model = train_victim(data.train, data.train_labels, batch_transform=per_epoch_transform(Coin()), **how).model
     assert fresh["accuracy"] == pytest.approx(100 * accuracy(model, data.test, data.test_labels), abs=0.01)
 
@@ -239,8 +240,9 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
     assert all({*row["clean_success"]} == {label} for row in clean())
     # by hand, of the victim without a defence
     data = load("imagefolder", folder)
-    its = bench(folder, tmp_path / "hand", attack_seed=1000)
-    how: Json = {**asdict(TRAININGS["short"]), "network": "resnet9", "bfloat16": True}
+    fast = clean()[0]["settings"]["fast"]
+    its = bench(folder, tmp_path / "hand", attack_seed=1000, fast=fast)
+    how: Json = {**asdict(TRAININGS["short"]), "network": "resnet9", "bfloat16": fast}
     model = train_victim(data.train, data.train_labels, classes=CLASSES, seed=0, **how).model
     others = data.test[data.test_labels != 1]
     others[:, :5, :5] = 255
@@ -481,7 +483,7 @@ def test_a_row_is_known_by_all_that_decides_it(folder, tmp_path, model):
         name(bench(folder, tmp_path, victim="resnet18")),
         name(bench(folder, tmp_path, training="paper")),
         name(bench(folder, tmp_path, attack_seed=1)),
-        name(bench(folder, tmp_path, fast=False)),
+        name(bench(folder, tmp_path, fast=True)),
         name(base, defence="A"),
         name(base, defence="A@20"),
         name(bench(folder, tmp_path, models=Models(denoiser=str(model))), defence="A"),

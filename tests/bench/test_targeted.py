@@ -194,7 +194,7 @@ def test_a_poison_that_is_the_target_byte_for_byte_is_refused(tmp_path):
 
 
 def test_rows_and_poisons_that_are_there_keep_their_names(tmp_path):
-    its = Bench(load("sample", ROOT / "examples" / "data"), Models(), "resnet9", "short", tmp_path)
+    its = Bench(load("sample", ROOT / "examples" / "data"), Models(), "resnet9", "short", tmp_path, fast=True)
     lsp = AttackSpec("lsp", {}, None, "lsp")
     assert rows.fingerprint(its.settings(lsp, "none", 0)) == "22e8046da783aa3f"
     assert rows.fingerprint(its.settings(lsp, "jpeg-10", 1)) == "5dc545db62fbe317"
@@ -383,9 +383,9 @@ def test_an_attack_that_takes_networks_is_given_the_victims_extractor(tmp_path, 
     (network,) = given
     assert differing(*states(network.network, its.extractor(1))) == set()
     assert differing(*states(network.network, its.extractor(0)))
-    # float32 trains another extractor, and so makes another poison; the attack that takes none has the same
-    precise = bench(tmp_path, "transfer-linear", fast=False)
-    assert its._poison_path(AttackSpec("spy"), 1) != precise._poison_path(AttackSpec("spy"), 1)
+    # bfloat16 trains another extractor, and so makes another poison; the attack that takes none has the same
+    fast = bench(tmp_path, "transfer-linear", fast=True)
+    assert its._poison_path(AttackSpec("spy"), 1) != fast._poison_path(AttackSpec("spy"), 1)
     monkeypatch.undo()
 
 
