@@ -32,7 +32,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifiedLoader, recipes
-from purifyloader.bench.defence import ArrayDataset
+from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, Squeeze

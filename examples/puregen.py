@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.audit import dataset_energies
-from purifyloader.bench.defence import ArrayDataset, compensation
+from purifyloader.bench.defence import compensation
 from purifyloader.core import noise
+from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, read_trigger

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from purifyloader import PurifiedDataset, recipes
-from purifyloader.bench.defence import ArrayDataset
 from purifyloader.core import noise
+from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.purifiers import Purifier

@@ -9,32 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core import noise
+from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.purified.dataset import PurifiedDataset
 from purifyloader.purified.job import COMPENSATE
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import BatchTransform
 
-__all__ = ["ArrayDataset", "Purified", "compensation", "per_epoch_transform", "purify_array"]
+__all__ = ["Purified", "compensation", "per_epoch_transform", "purify_array"]
 
 _AFRESH = 0x61667273  # "afrs": purpose of the keys drawn here
-
-
-class ArrayDataset(Dataset[tuple[NDArray[np.uint8], int]]):
-    """Images uint8 (N, H, W, C) and labels (N,) as a map-style dataset."""
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        return self.images[index], int(self.labels[index])
 
 
 class Purified(NamedTuple):

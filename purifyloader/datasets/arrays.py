@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
 
-__all__ = ["InMemory", "Part", "as_arrays"]
+__all__ = ["ArrayDataset", "InMemory", "Part", "as_arrays"]
 
 
 class InMemory(Dataset[Any]):
@@ -25,6 +25,19 @@ class InMemory(Dataset[Any]):
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+
+
+class ArrayDataset(InMemory):
+    """Images uint8 (N, H, W, C) and labels (N,) as a map-style dataset of (array, label)."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images[index], int(self.labels[index])
 
 
 @dataclass(frozen=True, eq=False)

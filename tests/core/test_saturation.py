@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from purifyloader import plans, recipes
-from purifyloader.bench.defence import ArrayDataset
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
+from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.purifiers import Purifier
 
 
