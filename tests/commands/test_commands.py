@@ -1,0 +1,146 @@
+"""Every command: what a stranger may type before he has read anything, and how each of them begins and ends."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from purifyloader.commands import main as cli
+from purifyloader.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+NAMES = [command.name for command in cli.COMMANDS]
+
+# in a process of its own: what blocks torch must not be imported already
+HELP_WITHOUT_TORCH = """
+import contextlib, io, sys
+for heavy in ("torch", "torchvision", "kornia", "matplotlib", "scipy"):
+    sys.modules[heavy] = None  # an import of it fails
+from purifyloader.commands import main as cli
+for words in [[], *(command.name.split() for command in cli.COMMANDS), ["train"], ["cache", "compare"]]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            cli.main([*words, "--help"])
+        except SystemExit as stopped:
+            assert stopped.code == 0, words
+    assert out.getvalue().startswith("usage: purifyloader"), words
+    print(" ".join(words), len(out.getvalue()), sep=",")
+"""
+
+
+def options_of(name: str) -> dict[str, argparse.Action]:
+    """The options of a command by the flags that they are typed as."""
+    parser = argparse.ArgumentParser()
+    next(command for command in cli.COMMANDS if command.name == name).load().add_options(parser)
+    found: dict[str, argparse.Action] = {}
+    parsers = [parser]
+    for one in parsers:
+        for action in one._actions:
+            found |= dict.fromkeys(action.option_strings, action)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return found
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=NAMES)
+def test_a_row_of_the_table_has_a_module_behind_it(command):
+    module = command.load()
+    assert module.DESCRIPTION.endswith(".")
+    assert callable(module.run)
+    for flag, action in options_of(command.name).items():
+        assert action.help, f"{flag} has no help"
+
+
+def test_every_help_text_is_written_without_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_WITHOUT_TORCH], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    lengths = dict(line.rsplit(",", 1) for line in done.stdout.splitlines())
+    assert set(NAMES) < lengths.keys()
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["nonsense"], ["train", "nonsense"], ["--nonsense"]], ids=" ".join)
+def test_what_is_no_command_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("purifyloader: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_option_is_one_line(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*name.split(), "--no-such-option"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("purifyloader: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_how_a_command_ends(name, monkeypatch, capsys):
+    """Three ways, and one place that knows the exit status of each."""
+    module = next(command for command in cli.COMMANDS if command.name == name).load()
+    monkeypatch.setattr(module, "add_options", lambda parser: parser.add_argument("--some-count"))
+    for error, status, text in (
+        (InputError("It is wrong. Do this."), 2, "purifyloader: error: It is wrong. Do this.\n"),
+        (
+            InputError("must be 1. Got 0.", argument="some_count"),
+            2,
+            "purifyloader: error: --some-count must be 1. Got 0.\n",
+        ),
+        (InputError("must be 1. Got 0.", argument="other"), 2, "purifyloader: error: other must be 1. Got 0.\n"),
+        (KeyboardInterrupt(), 130, "purifyloader: interrupted\n"),
+    ):
+
+        def fail(options, error=error):
+            raise error
+
+        monkeypatch.setattr(module, "run", fail)
+        assert cli.main(name.split()) == status
+        assert capsys.readouterr() == ("", text)
+    monkeypatch.setattr(module, "run", lambda options: 1)
+    assert cli.main(name.split()) == 1
+
+
+# options that mean another thing in some command, and why
+_OTHER = {
+    "--out": "a file, or a folder of another kind",
+}
+
+
+def test_an_option_has_one_default_and_one_type_everywhere():
+    seen: dict[str, tuple[str, argparse.Action]] = {}
+    for name in NAMES:
+        for flag, action in options_of(name).items():
+            if flag in ("--device", "--seed", "--root", "--quiet", "--json", "--overwrite", "--choose-seed", "--size"):
+                first, other = seen.setdefault(flag, (name, action))
+                assert (action.default, action.type) == (other.default, other.type), f"{flag} of {name} and {first}"
+
+
+DOORS = {
+    "precompute": ["purifyloader.precompute"],
+    "train denoiser": ["purifyloader", "train", "denoiser"],
+    "train energy": ["purifyloader", "train", "energy"],
+    "certify": ["purifyloader", "certify"],
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_the_doors_of_launchers(name):
+    """`accelerate launch -m ...` starts each process so; a wrong option shows that it is this command."""
+    done = subprocess.run(
+        [sys.executable, "-m", *DOORS[name], "--no-such-option"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("purifyloader: error: ")
+    assert f"`purifyloader {name} --help`" in done.stderr
+    module = next(command for command in cli.COMMANDS if command.name == name).load()
+    assert f"accelerate launch -m {' '.join(DOORS[name])}" in module.DESCRIPTION
