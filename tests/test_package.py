@@ -88,7 +88,7 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "denoiser", "--help"])
     assert caught.value.code == 0
-    assert "--recipe" in capsys.readouterr().out
+    assert "--preset" in capsys.readouterr().out
 
 
 def test_models_are_listed_beside_a_broken_one(tmp_path, monkeypatch, capsys):

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from purifyloader.commands.exit_status import USER_ERROR, exit_status
+from purifyloader.commands.exit_status import exit_status
 from purifyloader.core.version import __version__
-from purifyloader.errors import PurifyError
+from purifyloader.errors import InputError, PurifyError
 
 __all__ = ["COMMANDS", "Command", "execute", "main", "parse"]
 
@@ -57,13 +57,13 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are, and which takes no shortened options."""
+    """A parser that raises its errors, as all other code does, and takes no shortened options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"purifyloader: error: {message} (`{self.prog} --help` lists the options)\n")
+        raise InputError(f"{message}. `{self.prog} --help` lists the options.")
 
 
 def _overview(arguments: Sequence[str]) -> NoReturn:
@@ -82,14 +82,15 @@ def _overview(arguments: Sequence[str]) -> NoReturn:
     parser.parse_args(arguments[1:] if group else arguments[:1] if arguments[0:1] and arguments[0][0] == "-" else [])
     names = ", ".join(row.name for row in rows)
     got = f"Got {' '.join(arguments[:2])!r}." if arguments else "Got none."
-    parser.error(f"A command is one of {names}. {got}")
+    raise InputError(f"A command is one of {names}. {got}")
 
 
 def parse(arguments: Sequence[str]) -> tuple[Any, argparse.ArgumentParser, argparse.Namespace]:
     """Find the command's module and parse its options: (module, parser, options).
 
     Raises:
-        SystemExit: 0 after a help text or the version, 2 after options that are none.
+        SystemExit: 0, after a help text or the version.
+        InputError: no such command, or options that it does not take.
     """
     for command in COMMANDS:
         words = command.name.split()

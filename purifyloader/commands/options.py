@@ -11,6 +11,7 @@ Only light modules are imported here: a help text must not wait for torch.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = [
     "add_seed",
     "add_size",
     "add_split",
+    "add_threads",
+    "given",
     "is_fast",
     "positive",
 ]
@@ -152,6 +155,6 @@ def add_results(group: Group, *files: str) -> None:
     add_quiet(group)
 
 
-def given(options: argparse.Namespace, names: Any) -> dict[str, Any]:
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Collect the options of these names that were given, by name."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}

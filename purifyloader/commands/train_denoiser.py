@@ -1,90 +1,77 @@
-"""`purifyloader train denoiser`, or on several GPUs `accelerate launch -m purifyloader train denoiser`.
-
-From a folder of clean images to a checkpoint with its card.
-"""
+"""Train a denoiser from a folder of clean images to a checkpoint with its card: `purifyloader train denoiser`."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from purifyloader import pretrained
-from purifyloader.commands.train_options import configuration
+from purifyloader.commands.options import given
 from purifyloader.commands.training import (
+    CleanSet,
+    Place,
     add_card,
-    add_data,
+    add_how,
+    add_images,
     add_run,
-    alone,
-    clean_set,
     details,
+    fields_of,
     held_out_images,
     machine,
-    prepare,
-    processes,
+    print_estimate,
+    run_training,
+    start_name,
 )
-from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
-from purifyloader.train import plan
-from purifyloader.train.denoiser.augment import AUGMENTATIONS
-from purifyloader.train.denoiser.card import card
-from purifyloader.train.denoiser.config import RECIPES
-from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
-from purifyloader.train.denoiser.task import train_denoiser
-from purifyloader.train.state import STATE_FILE, writing
+from purifyloader.errors import ConfigError
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
-_CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
-_ON_THE_WAY = 200  # of the held-out images, for the measurements during training
+    from purifyloader.diffusion.denoiser import NetworkDenoiser
+    from purifyloader.train.denoiser.config import TrainConfig
 
+__all__ = ["DESCRIPTION", "add_options", "configuration", "run"]
 
 DESCRIPTION = (
     "Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader train denoiser, with the same options."
 )
 
+_FIELDS = (
+    "steps",
+    "decay_steps",
+    "batch_size",
+    "learning_rate",
+    "replicate",
+    "patch_size",
+    "augment",
+    "seed",
+    "dtype",
+    "compile",
+)
+_COMPILE_STEPS = 2_000  # on a GPU compilation has paid for itself by then
+# Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
+_CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
+_ON_THE_WAY = 200  # of the held-out images, for the measurements during training
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_data(parser, "measure PSNR on")
-
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--recipe",
-        choices=sorted(RECIPES),
-        default="light",
-        help="light: a small network for the noise that purification uses, an hour of two CPU cores (default); "
-        "eclipse: the paper's; puregen: PureGen-DDPM's, t <= 250",
+    add_images(parser, "measure PSNR on")
+    how = add_how(
+        parser,
+        "light: a small network for the noise that purification uses, an hour of two CPU cores (default); eclipse: the "
+        "paper's; puregen: PureGen-DDPM's, t <= 250",
+        "optimiser steps",
+        "images a step, over all processes",
     )
-    how.add_argument(
-        "--config",
-        type=Path,
-        help="JSON of fields that replace the recipe's, or a checkpoint's config.json: all of them",
-    )
-    how.add_argument("--start-from", metavar="MODEL", help="a denoiser whose weights to start from, with its network")
-    how.add_argument("--steps", type=int, help="optimiser steps")
     how.add_argument("--decay-steps", type=int, help="last steps, over which the learning rate falls to zero")
-    how.add_argument("--batch-size", type=int, help="images a step, over all processes")
-    how.add_argument("--learning-rate", type=float)
     how.add_argument("--replicate", type=int, metavar="M", help="further copies of each image in an epoch")
-    how.add_argument("--augment", nargs="*", choices=AUGMENTATIONS, metavar="HOW", help=", ".join(AUGMENTATIONS))
+    how.add_argument("--augment", nargs="*", metavar="HOW", help="flip, crop, rotate, mixup; nothing for none")
     how.add_argument("--patch-size", type=int, metavar="PX", help="train on random squares of this side")
-    how.add_argument("--seed", type=int, help="of the weights and of all noise")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"))
-    how.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile the network (default: on a GPU, from 2,000 steps on)",
-    )
-
     run = add_run(parser)
     run.add_argument("--micro-batch", type=int, help="images in memory at a time, if a batch does not fit")
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the run)")
@@ -92,22 +79,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; errors of the user's are raised as `PurifyError`."""
-    with processes(options.device) as (rank, device):
-        quiet = prepare(options, rank)
-        with alone(options, rank, (CURVES_PNG, SAMPLES_PNG)):
-            return _train(options, rank, device, quiet)
+    """Train, or estimate what it would cost."""
+    from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG
+
+    run_training(options, (CURVES_PNG, SAMPLES_PNG), lambda clean, place: _train(options, clean, place))
+    return 0
 
 
-def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: bool) -> int:
-    clean = clean_set(options, quiet)
-    config, start = configuration(options, clean.images.shape[1:], device)
-    if options.plan:
-        measured = plan.measure(clean.images, config, start=start, micro_batch=options.micro_batch, device=device)
-        if rank == 0:
-            print(plan.report(measured, config, machine(device), datetime.datetime.now()))
-        return 0
-    validation, held_out_name = held_out_images(options, clean, quiet)
+def _train(options: argparse.Namespace, clean: CleanSet, place: Place) -> None:
+    from purifyloader.train import plan
+    from purifyloader.train.denoiser.task import train_denoiser
+    from purifyloader.train.state import STATE_FILE, writing
+
+    config, start = configuration(options, clean.images.shape[1:], place.device)
+    if options.estimate:
+        more: dict[str, Any] = {"start": start, "micro_batch": options.micro_batch, "device": place.device}
+        print_estimate(plan.measure(clean.images, config, **more), config, place)
+        return
+    validation, held_out_name = held_out_images(options, clean, place.quiet)
     denoiser, record = train_denoiser(
         clean.images,
         options.out,
@@ -116,16 +105,16 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
         validation=validation[:: -(-len(validation) // _ON_THE_WAY)] if validation is not None else None,
         validate_every=options.validate_every,
         micro_batch=options.micro_batch,
-        device=device,
+        device=place.device,
         save_every=options.save_every,
-        progress=not quiet,
+        progress=not place.quiet,
     )
-    if rank > 0:
-        return 0
-    results = measure(denoiser, validation) if validation is not None else []
-    about = details(options, clean, held_out_name, config, record, machine(device)) | {"psnr": results}
+    if place.rank > 0:
+        return
+    results = _measure(denoiser, validation) if validation is not None else []
+    about = details(options, clean, held_out_name, config, record, machine(place.device)) | {"psnr": results}
     with writing(options.out):
-        save(denoiser, options.out, options.name or options.out.resolve().name, about)
+        _save(denoiser, options.out, options.name or options.out.resolve().name, about)
     (options.out / STATE_FILE).unlink(missing_ok=True)
     print(f"{options.out}: {record['steps']:,} steps, {record['seconds']:.0f} s")
     for row in results:
@@ -133,11 +122,13 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
             f"  {row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
             f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"
         )
-    return 0
 
 
-def measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]:
-    """PSNR of the denoiser, of JPEG-10 and of doing nothing, at the levels of the card that it was trained for."""
+def _measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]:
+    """Measure PSNR of the denoiser, of JPEG-10 and of doing nothing, at the levels of the card that it knows."""
+    from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
+    from purifyloader.train.denoiser.curves import validation_levels
+
     low, high = denoiser.sigma_range
     levels = [px for px in _CARD_PX if low <= px / 255 <= high]
     return [
@@ -152,8 +143,12 @@ def measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]
     ]
 
 
-def save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, Any]) -> None:
-    """The checkpoint with its card, over whatever a killed save left there."""
+def _save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, Any]) -> None:
+    """Write the checkpoint with its card, over whatever a killed save left there."""
+    from purifyloader import pretrained
+    from purifyloader.train.denoiser.card import card
+    from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
+
     levels = ", ".join(f"{px:g}" for px in validation_levels(denoiser.sigma_range))
     captions = {
         CURVES_PNG: "Loss and PSNR over the run.",
@@ -161,3 +156,104 @@ def save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, An
     }
     text = card(name, denoiser, about, {p: c for p, c in captions.items() if (out / p).exists()})
     pretrained.save(denoiser, out, name=name, card=text, details=about, overwrite=True)
+
+
+# -- the configuration ---------------------------------------------------------------------------------
+
+
+def configuration(
+    options: argparse.Namespace, image_shape: Sequence[int], device: torch.device
+) -> tuple[TrainConfig, NetworkDenoiser | None]:
+    """Build what to train from a preset, fields of a file over it, and options over both.
+
+    Args:
+        options: of `purifyloader train denoiser`.
+        image_shape: (C, H, W) of the images.
+        device: where the training will be.
+
+    Returns:
+        The configuration, and the denoiser to start from or None.
+
+    Raises:
+        InputError: --config is no such file.
+        ConfigError: fields that are unknown or contradict each other, or a start that is not here.
+    """
+    from purifyloader import pretrained
+    from purifyloader.train.denoiser.config import TrainConfig, check_start_from, recipe
+    from purifyloader.train.denoiser.task import started_from
+
+    side = min(image_shape[-2:])
+    base = recipe(options.preset, side, image_shape[0])
+    if base.patch_size is not None and base.patch_size > side:
+        base = dataclasses.replace(base, patch_size=None)
+    fields = fields_of(options.config, _fields_of_card) if options.config is not None else {}
+    named = fields.pop("start_from", None)
+    check_start_from(named)
+    name = start_name(options, named)
+    start = None if name is None else pretrained.load(name)
+    if start is not None:
+        _follow(start, base, fields)
+    if type(fields.get("steps")) is int:
+        fields |= _lengths(base, fields["steps"], fields)
+    config = TrainConfig.from_dict(fields, base)
+    changes = given(options, _FIELDS)
+    if "steps" in changes:
+        changes |= _lengths(config, options.steps, changes)
+    if "augment" in changes:
+        changes["augment"] = tuple(options.augment)
+    if not {"compile"} & {*changes, *fields}:
+        changes["compile"] = device.type == "cuda" and changes.get("steps", config.steps) >= _COMPILE_STEPS
+    config = dataclasses.replace(config, **changes)
+    if start is None:
+        return config, None
+    config = started_from(config, start)
+    if named is not None and options.start_from is None and config.start_from != named:
+        raise ConfigError(
+            f"{options.config} starts from weights {named['weights_sha256'][:16]} of {named['name']!r}. Got others "
+            "by that name: give the right folder as --start-from."
+        )
+    return config, start
+
+
+def _fields_of_card(config: Mapping[str, Any]) -> Any:
+    from purifyloader.diffusion.unet import UNetConfig
+
+    values = config["details"].get("train")
+    if not isinstance(values, dict):
+        return values
+    if isinstance(network := values.get("network"), dict):
+        # whole: what it leaves out is at its default there, whatever the preset has
+        values["network"] = {**dataclasses.asdict(UNetConfig()), **network}
+    denoiser = config.get("denoiser")  # an energy model's flip is its own
+    if "flip" in values and isinstance(denoiser, dict) and {"parameterization", "schedule"} <= denoiser.keys():
+        # a card from before the presets
+        flip = values.pop("flip")
+        values["augment"] = ["flip"] if flip else []
+        values["parameterization"] = denoiser["parameterization"]
+        values["time"] = "log-sigma" if denoiser["schedule"] is None else "timestep"
+    return values
+
+
+def _follow(start: NetworkDenoiser, base: TrainConfig, fields: dict[str, Any]) -> None:
+    """Take over from the denoiser to start from what its weights mean, where `fields` do not say otherwise."""
+    from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
+
+    fields.setdefault("parameterization", start.parameterization)
+    hybrid = fields.get("objective", base.objective) == "hybrid"
+    if hybrid:
+        fields.setdefault("time", "log-sigma" if start.schedule is None else "timestep")
+        if isinstance(start.schedule, CosineSchedule | LinearSchedule):
+            fields.setdefault("schedule", start.schedule.kind)
+            fields.setdefault("timesteps", start.schedule.timesteps)
+    network = fields.get("network", {})
+    if not isinstance(network, Mapping):
+        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
+    learned = start.learned_variance or (hybrid and base.network.learned_variance)
+    fields["network"] = {**dataclasses.asdict(start.network.config), "learned_variance": learned, **network}
+
+
+def _lengths(base: TrainConfig, steps: int, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Scale how `base` warms up and lets down to another number of steps, where `known` says nothing else."""
+    share = max(0.0, steps / base.steps)
+    lengths = {"decay_steps": round(base.decay_steps * share), "warmup": min(base.warmup, max(0, steps // 10))}
+    return {name: value for name, value in lengths.items() if name not in known}

@@ -1,95 +1,75 @@
-"""`purifyloader train energy`, or on several GPUs `accelerate launch -m purifyloader train energy`.
-
-From a folder of clean images to an energy model with its card.
-"""
+"""Train an energy model from a folder of clean images to a checkpoint with its card: `purifyloader train energy`."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from purifyloader import pretrained
+from purifyloader.commands.options import given
 from purifyloader.commands.training import (
+    CleanSet,
+    Place,
     add_card,
-    add_data,
+    add_how,
+    add_images,
     add_run,
-    alone,
-    clean_set,
     details,
+    fields_of,
     held_out_images,
     machine,
-    prepare,
-    processes,
+    print_estimate,
+    run_training,
     start_name,
 )
-from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.train import plan
-from purifyloader.train.denoiser.config import check_start_from
-from purifyloader.train.denoiser.curves import CURVES_PNG
-from purifyloader.train.energy.card import energy_card
-from purifyloader.train.energy.config import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe
-from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG, long_chains
-from purifyloader.train.energy.plan import measure_energy
-from purifyloader.train.energy.task import energy_started_from, train_energy
-from purifyloader.train.state import STATE_FILE, writing
 
-__all__ = ["DESCRIPTION", "add_options", "run", "save"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-_OPTIONS = ("steps", "batch_size", "langevin_steps", "learning_rate", "rejuvenation", "bank_size", "seed", "dtype")
-_CHAIN_STEPS = (10, 50, 150, 500, 1500)
+    from purifyloader.energy.network import EnergyNetwork
+    from purifyloader.train.energy.config import EnergyTrainConfig
 
+__all__ = ["DESCRIPTION", "add_options", "configuration", "run", "save"]
 
 DESCRIPTION = (
     "Train an energy model from clean images (PureGen-EBM). Run the same command again after a stop: "
     "it goes on. On several GPUs: accelerate launch -m purifyloader train energy, with the same options."
 )
 
+_FIELDS = (
+    "steps",
+    "batch_size",
+    "langevin_steps",
+    "learning_rate",
+    "rejuvenation",
+    "bank_size",
+    "seed",
+    "dtype",
+    "compile",
+)
+_CHAIN_STEPS = (10, 50, 150, 500, 1500)
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_data(parser, "follow the energies of")
-
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--recipe",
-        choices=sorted(ENERGY_RECIPES),
-        default="light",
-        help="light: a narrow network and short chains, an hour or two of a CPU core (default); paper: PureGen's "
+    add_images(parser, "follow the energies of")
+    how = add_how(
+        parser,
+        "light: a narrow network and short chains, an hour or two of a CPU core (default); paper: PureGen's "
         "Algorithm 2; published: PureGen's code",
+        "updates of the weights; the steps at which the rate falls move along",
+        "images an update, and as many samples, over all processes",
     )
-    how.add_argument(
-        "--config",
-        type=Path,
-        help="JSON of fields that replace the recipe's, or a checkpoint's config.json: all of them",
-    )
-    how.add_argument("--start-from", metavar="MODEL", help="an energy model whose weights to start from")
-    how.add_argument("--steps", type=int, help="updates of the weights; the steps at which the rate falls move along")
-    how.add_argument("--batch-size", type=int, help="images an update, and as many samples, over all processes")
     how.add_argument("--langevin-steps", type=int, metavar="K", help="of each sample in each update")
-    how.add_argument("--learning-rate", type=float)
     how.add_argument("--channels", type=int, help="width of the network (published: 128)")
     how.add_argument("--bank-size", type=int, help="persistent samples (default: one an image)")
     how.add_argument("--rejuvenation", type=float, metavar="P", help="probability that a sample begins anew")
-    how.add_argument("--seed", type=int, help="of the weights and of all noise")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"))
-    how.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile the network that the samples walk with (default: on a GPU)",
-    )
     how.add_argument(
         "--chain-steps",
         type=int,
-        default=None,
         metavar="N",
         help="length of the long chains at the end (default: 1500; 500 on the CPU; 0 for none)",
     )
@@ -98,39 +78,43 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; errors of the user's are raised as `PurifyError`."""
+    """Train, or estimate what it would cost."""
+    from purifyloader.train.denoiser.curves import CURVES_PNG
+    from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG
+
     if options.chain_steps is not None and options.chain_steps < 0:
-        raise InputError(f"--chain-steps must be 0 or more. Got {options.chain_steps}.")
-    with processes(options.device) as (rank, device):
-        quiet = prepare(options, rank)
-        with alone(options, rank, (CURVES_PNG, BANK_PNG, CHAINS_PNG)):
-            return _train(options, rank, device, quiet)
+        raise InputError(f"must be 0 or more. Got {options.chain_steps}.", argument="chain_steps")
+    pictures = (CURVES_PNG, BANK_PNG, CHAINS_PNG)
+    run_training(options, pictures, lambda clean, place: _train(options, clean, place))
+    return 0
 
 
-def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: bool) -> int:
-    clean = clean_set(options, quiet)
-    config, start = _configuration(options, clean.images.shape[1], device)
-    if options.plan:
-        measured = measure_energy(clean.images, config, start=start, device=device)
-        if rank == 0:
-            print(plan.report(measured, config, machine(device), datetime.datetime.now()))
-        return 0
-    held_out, held_out_name = held_out_images(options, clean, quiet)
+def _train(options: argparse.Namespace, clean: CleanSet, place: Place) -> None:
+    from purifyloader.train.energy.plan import measure_energy
+    from purifyloader.train.energy.task import train_energy
+    from purifyloader.train.state import STATE_FILE, writing
+
+    config, start = configuration(options, clean.images.shape[1], place.device)
+    if options.estimate:
+        print_estimate(measure_energy(clean.images, config, start=start, device=place.device), config, place)
+        return
+    held_out, held_out_name = held_out_images(options, clean, place.quiet)
     energy, record = train_energy(
         clean.images,
         options.out,
         config,
         start=start,
         held_out=held_out,
-        device=device,
+        device=place.device,
         save_every=options.save_every,
-        progress=not quiet,
+        progress=not place.quiet,
     )
-    if rank > 0:
-        return 0
-    about = details(options, clean, held_out_name or "images trained on", config, record, machine(device))
+    if place.rank > 0:
+        return
+    about = details(options, clean, held_out_name or "images trained on", config, record, machine(place.device))
     with writing(options.out):
-        rows, count, failure = _chains(options, energy, clean.images if held_out is None else held_out, config, device)
+        images = clean.images if held_out is None else held_out
+        rows, count, failure = _chains(options, energy, images, config, place.device)
         about |= {"chains": rows, "chain_images": count, "margin_px": round(255 * config.margin, 2)}
         if failure is not None:  # of the chains, and no reason to lose what was trained
             record["warnings"].append(failure)
@@ -142,27 +126,12 @@ def _train(options: argparse.Namespace, rank: int, device: torch.device, quiet: 
             f"  {row['steps']:,} steps on: moved {row['moved_px']:.1f} px, energy {row['energy']:+.2f}, "
             f"contrast {row['contrast']:.2f}, {row['outside']:.1%} outside by more than {about['margin_px']:.3g} px"
         )
-    return 0
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """Fields of an `EnergyTrainConfig` from a JSON file: the fields themselves, or a checkpoint's config.json."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config must be a JSON file of training fields. Got {path}: {error}.") from None
-    if isinstance(values, dict) and isinstance(values.get("details"), dict):
-        values = values["details"].get("train")
-    if not isinstance(values, dict):
-        raise InputError(
-            "--config must be a JSON object of training fields, or the config.json of a trained energy model. "
-            f"Got {path}, which is neither."
-        )
-    return values
 
 
 def _decay_at(base: EnergyTrainConfig, fields: Mapping[str, Any], steps: int | None) -> tuple[int, ...]:
-    """Where the rate falls: as the file says it, else as the recipe does; moved along with another number of steps."""
+    """Return where the rate falls: as the file says, else as the preset does, moved with the number of steps."""
+    from purifyloader.train.energy.config import EnergyTrainConfig
+
     length = {name: fields[name] for name in ("steps", "decay_at") if name in fields}
     config = EnergyTrainConfig.from_dict(length, base)
     known = config if "decay_at" in fields else base
@@ -170,12 +139,17 @@ def _decay_at(base: EnergyTrainConfig, fields: Mapping[str, Any], steps: int | N
     return tuple(max(1, step * steps // known.steps) for step in known.decay_at)
 
 
-def _configuration(
+def configuration(
     options: argparse.Namespace, image_channels: int, device: torch.device
 ) -> tuple[EnergyTrainConfig, EnergyNetwork | None]:
-    """What to train, and the energy model to start from."""
-    base = energy_recipe(options.recipe, image_channels)
-    fields = _fields(options.config) if options.config is not None else {}
+    """Build what to train from a preset, fields of a file over it, and options over both; see `train_denoiser`."""
+    from purifyloader import pretrained
+    from purifyloader.train.denoiser.config import check_start_from
+    from purifyloader.train.energy.config import EnergyTrainConfig, energy_recipe
+    from purifyloader.train.energy.task import energy_started_from
+
+    base = energy_recipe(options.preset, image_channels)
+    fields = fields_of(options.config) if options.config is not None else {}
     named = fields.pop("start_from", None)
     check_start_from(named)
     name = start_name(options, named)
@@ -185,13 +159,11 @@ def _configuration(
         raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
     shape = {} if start is None else start.config.to_dict()
     channels = {} if options.channels is None else {"channels": options.channels}
-    changes: dict[str, Any] = {n: getattr(options, n) for n in _OPTIONS if getattr(options, n) is not None}
+    changes = given(options, _FIELDS)
     changes |= {"network": {**shape, **network, **channels}, "decay_at": _decay_at(base, fields, options.steps)}
-    if options.compile is not None:
-        changes["compile"] = options.compile
-    elif "compile" not in fields:
+    if not {"compile"} & {*changes, *fields}:
         changes["compile"] = device.type == "cuda"
-    # once all of it is known: a bank that is too small for the recipe's batch may fit the one that is asked for
+    # once all of it is known: a bank that is too small for the preset's batch may fit the one that is asked for
     config = EnergyTrainConfig.from_dict({**fields, **changes}, base)
     return (config, None) if start is None else (energy_started_from(config, start), start)
 
@@ -199,6 +171,8 @@ def _configuration(
 def _chains(
     options: argparse.Namespace, energy: EnergyNetwork, images: Tensor, config: EnergyTrainConfig, device: torch.device
 ) -> tuple[list[dict[str, float]], int, str | None]:
+    from purifyloader.train.energy.curves import CHAINS_PNG, long_chains
+
     longest = options.chain_steps
     if longest is None:
         longest = 1500 if device.type == "cuda" else 500
@@ -211,7 +185,12 @@ def _chains(
 
 
 def save(energy: EnergyNetwork, out: Path, name: str, about: Mapping[str, Any]) -> None:
-    """The checkpoint with its card, over whatever a killed save left there."""
+    """Write the checkpoint with its card, over whatever a killed save left there."""
+    from purifyloader import pretrained
+    from purifyloader.train.denoiser.curves import CURVES_PNG
+    from purifyloader.train.energy.card import energy_card
+    from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG
+
     at = ", ".join(f"{row['steps']:,}" for row in about["chains"])
     captions = {
         CURVES_PNG: "Energies of images and samples, their difference, and the slope, over the run.",

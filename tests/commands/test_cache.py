@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -437,10 +438,8 @@ def test_other_versions_and_other_files_are_refused(
     "arguments", [[], ["info"], ["export", "a"], ["burn", "a"], ["export", "a", "b", "--draw", "x"]]
 )
 def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["cache", *arguments])
-    assert exit_.value.code == 2
-    assert "usage: purifyloader cache" in capsys.readouterr().err
+    assert cli.main(["cache", *arguments]) == 2
+    assert re.search("`purifyloader cache.* --help` lists the options", capsys.readouterr().err)
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -466,7 +466,7 @@ def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
             "--format",
             "eclipse",
         ]
-        command += ["--heads", "2", "--norm-groups", "4", "--images", data]
+        command += ["--heads", "2", "--norm-groups", "4", "--data", data]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

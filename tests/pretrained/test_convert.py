@@ -188,7 +188,7 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tenso
     command = [sys.executable, "-m", "purifyloader", "convert", str(tmp_path / "ema.pt"), str(out)]
     command += ["--format", "improved-diffusion", "--schedule", "cosine", "--timesteps", "4000", "--rescale-timesteps"]
     command += ["--qkv-order", "heads-first", "--heads", "2", "--norm-groups", "4"]
-    command += ["--licence", "CC0", "--name", "tiny", "--images", "pictures"]
+    command += ["--licence", "CC0", "--name", "tiny", "--data", "pictures"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "converted from improved-diffusion" in done.stdout
@@ -452,13 +452,13 @@ def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:
 
 
 def test_list_presets(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list-presets"]) == 0
+    assert main(["--list"]) == 0
     text = capsys.readouterr().out
     for name, its in FORMATS.items():
         assert f"{name}:" in text
         for preset in its.presets:
             assert f"  {preset}\n" in text
-    assert main(["--list-presets", "--format", "eclipse"]) == 0
+    assert main(["--list", "--format", "eclipse"]) == 0
     assert "guided" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="OUT, --format must be given"):
         main(["x.pt"])
@@ -488,7 +488,7 @@ def test_what_does_not_denoise_is_said(
     torch.save(openai_names(network), tmp_path / "untrained.pt")
     arguments = [str(tmp_path / "untrained.pt"), str(tmp_path / "out"), "--format", "eclipse", "--heads", "2"]
     put_images(images, tmp_path / "pictures")
-    assert main([*arguments, "--norm-groups", "4", "--images", str(tmp_path / "pictures")]) == 0
+    assert main([*arguments, "--norm-groups", "4", "--data", str(tmp_path / "pictures")]) == 0
     assert "tried on 4 images of an image folder" in capsys.readouterr().out
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert "The converted model does not denoise" in text
@@ -499,11 +499,11 @@ def test_images_of_ones_own(tmp_path: Path, images: torch.Tensor, capsys: pytest
     folder = tmp_path / "pictures"
     put_images(images, folder)
     arguments = [str(TRAINED), str(tmp_path / "out"), "--format", "eclipse", "--heads", "2", "--norm-groups", "4"]
-    assert main([*arguments, "--images", str(folder)]) == 0
+    assert main([*arguments, "--data", str(folder)]) == 0
     assert "4 images of an image folder" in capsys.readouterr().out
     assert str(folder) not in (tmp_path / "out/README.md").read_text()
     with pytest.raises(InputError, match="nowhere"):
-        main([*arguments, "--images", str(tmp_path / "nowhere"), "--overwrite"])
+        main([*arguments, "--data", str(tmp_path / "nowhere"), "--overwrite"])
 
 
 def test_synthetic_images_are_as_hard_as_natural_ones() -> None:

@@ -812,9 +812,7 @@ def test_options_that_argparse_refuses(tmp_path: Path, folder: Path, capsys: Any
         [*whole, *o] for o in (["--encoding", "jpeg"], ["--seed", "a"], ["--sampler", "x"], ["--dtype", "x"], ["--x"])
     ]
     for options in (*wrong, whole[2:], whole[:2] + whole[4:], whole[:4]):
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["precompute", *options])
-        assert caught.value.code == 2
+        assert cli.main(["precompute", *options]) == 2
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as caught:
         cli.main(["precompute", "--help"])

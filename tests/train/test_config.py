@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from purifyloader.commands import train_options as options
 from purifyloader.commands.main import parse
+from purifyloader.commands.train_denoiser import _fields_of_card, configuration
+from purifyloader.commands.training import fields_of
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
@@ -184,10 +185,10 @@ def configured(tmp_path: Path, fields: Any, *arguments: str) -> TrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
     given = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *arguments]
-    return options.configuration(parse(["train", "denoiser", *given])[2], (3, 32, 32), torch.device("cpu"))[0]
+    return configuration(parse(["train", "denoiser", *given])[2], (3, 32, 32), torch.device("cpu"))[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--steps", "5"], ["--recipe", "eclipse"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["--steps", "5"], ["--preset", "eclipse"]], ids=str)
 @pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(TrainConfig)), "flip", "nonsense"])
 def test_any_file_is_taken_or_refused(name, arguments, tmp_path):
     for value in STRANGE:
@@ -465,6 +466,6 @@ def test_tars_are_a_source(tmp_path):
 def test_a_card_from_before_the_recipes_says_a_configuration_too():
     path = Path(__file__).parents[2] / "pretrained" / "cifar10-sparse" / "config.json"
     for name in RECIPES:  # whatever it stands over
-        config = TrainConfig.from_dict(options._fields(path), recipe(name))
+        config = TrainConfig.from_dict(fields_of(path, _fields_of_card), recipe(name))
         assert (config.objective, config.parameterization, config.time) == ("sigma", "edm", "log-sigma")
         assert (config.augment, config.network, config.steps) == (("flip",), UNetConfig.small(), 10_000)

@@ -760,7 +760,7 @@ def test_chains_that_run_away_do_not_cost_the_checkpoint(folder, small, tmp_path
         energy.readout.weight.data.mul_(1e6)
         return energy, record
 
-    monkeypatch.setattr("purifyloader.commands.train_energy.train_energy", steep)
+    monkeypatch.setattr("purifyloader.train.energy.task.train_energy", steep)
     out = tmp_path / "energy"
     assert run("--data", folder, "--config", small, "--out", out) == 0
     assert details_of(out)["chains"] == []
@@ -794,7 +794,7 @@ def configured(tmp_path: Path, fields: Any, *options: str) -> EnergyTrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
     arguments = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *options]
-    return command._configuration(cli.parse(["train", "energy", *arguments])[2], 3, torch.device("cpu"))[0]
+    return command.configuration(cli.parse(["train", "energy", *arguments])[2], 3, torch.device("cpu"))[0]
 
 
 def test_fields_and_options_are_judged_together(tmp_path):
@@ -803,7 +803,7 @@ def test_fields_and_options_are_judged_together(tmp_path):
     assert got == dataclasses.replace(light, bank_size=16, batch_size=4)
     with pytest.raises(ConfigError, match=r"bank_size .* 32, .*Got 16"):
         configured(tmp_path, {"bank_size": 16})
-    assert configured(tmp_path, {"paired": True}, "--recipe", "published").paired
+    assert configured(tmp_path, {"paired": True}, "--preset", "published").paired
 
 
 @pytest.mark.parametrize(
@@ -836,7 +836,7 @@ def test_any_file_is_taken_or_refused(name, options, tmp_path):
 
 
 def test_the_plan(folder, small, capsys):
-    assert run("--data", folder, "--config", small, "--plan") == 0
+    assert run("--data", folder, "--config", small, "--estimate") == 0
     printed = capsys.readouterr().out
     assert "parameters" in printed
     assert "6 of 4 images" in printed
