@@ -88,16 +88,19 @@ def add_size(group: Group) -> None:
     )
 
 
-def add_models(group: Group, *, energy: str | None = None, model: str | None = None, **defaults: str) -> None:
-    """Add --energy and --model; `energy` and `model` say what each is used for.
-
-    Args:
-        defaults: names of the models that are taken where none is given.
-    """
-    for flag, kind, use in (("model", "denoiser", model), ("energy", "energy model", energy)):
+def add_models(
+    group: Group,
+    *,
+    model: str | None = None,
+    energy: str | None = None,
+    default_model: str | None = None,
+    default_energy: str | None = None,
+) -> None:
+    """Add --model and --energy; `model` and `energy` say what each is used for, None that it is not."""
+    denoiser = ("model", "the name or folder of a denoiser", model, default_model)
+    network = ("energy", "the name or folder of an energy model", energy, default_energy)
+    for flag, text, use, default in (denoiser, network):
         if use is not None:
-            text = f"a {kind}: its name or folder" if kind == "denoiser" else f"an {kind}: its name or folder"
-            default = defaults.get(flag)
             more = f" (default: {default})" if default else ""
             group.add_argument(f"--{flag}", default=default, metavar="MODEL", help=f"{text}; {use}{more}")
 

@@ -119,7 +119,7 @@ SECRET = 0x2468ACE13579BDF
 SELECTION, MODELS, ALPHA = 3, 9, 0.05
 NUMBERS = ("--alpha", ALPHA, "--models", MODELS, "--selection", SELECTION, "--quiet")
 DATA = ("--data", "certified_module:data")
-OWN = ("--training", "certified_module:nearest")
+OWN = ("--train-function", "certified_module:nearest")
 BUILT_IN = ("--epochs", 1, "--width", 2, "--batch-size", 12)
 
 
@@ -354,7 +354,7 @@ def test_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_built_in_training(tmp_path: Path) -> None:
     out = with_secrets(tmp_path / "out", "recipe-noise")
-    options = (*DATA, *BUILT_IN, "--model", "tiny", "--recipe", "noise.json", "--precise", *NUMBERS)
+    options = (*DATA, *BUILT_IN, "--model", "tiny", "--recipe", "noise.json", "--dtype", "float32", *NUMBERS)
     assert run(*options, "--out", out) == 0
     found = results(out)
     built_in = found["settings"]["training"]["built_in"]
@@ -549,7 +549,7 @@ def test_a_reason_against_a_certificate(guard: str, tmp_path: Path, capsys: pyte
     assert said.out == ""
     assert said.err.startswith("purifyloader: error: Expected a run that may end in certificates. Got reasons against")
     assert reason in said.err
-    assert "--empirical" in said.err
+    assert "an empirical run" in said.err
     assert not out.exists()
     assert trainings(tmp_path) == []
 
@@ -651,7 +651,7 @@ def test_what_the_users_word_overrides(case: str, tmp_path: Path, capsys: pytest
     options, message = REFUSED[case]
     out = tmp_path / "out"
     given = (*DATA, *OWN, *options, *NUMBERS, "--out", out)
-    for more in ((), ("--empirical",), ("--plan",)):
+    for more in ((), ("--empirical",), ("--estimate",)):
         assert run(*given, *more) == 2
         assert message in capsys.readouterr().err
     assert not out.exists()
@@ -666,7 +666,7 @@ def test_what_the_users_word_overrides(case: str, tmp_path: Path, capsys: pytest
 def test_what_nothing_overrides(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, message = KNOWN[case]
     out = tmp_path / "out"
-    for more in ((), ("--empirical",), ("--plan",), ("--learned-elsewhere",)):
+    for more in ((), ("--empirical",), ("--estimate",), ("--learned-elsewhere",)):
         assert run(*DATA, *OWN, *options, *NUMBERS, "--out", out, *more) == 2
         assert message in capsys.readouterr().err
     assert not out.exists()
@@ -699,7 +699,7 @@ def test_models_of_two_kinds_are_each_asked(tmp_path: Path) -> None:
 
 def test_a_test_image_that_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--data", "certified_module:shared", *NOISE[2:], "--out", tmp_path / "out")
-    for more in ((), ("--empirical",), ("--learned-elsewhere",), ("--plan",)):
+    for more in ((), ("--empirical",), ("--learned-elsewhere",), ("--estimate",)):
         assert run(*options, *more) == 2
         error = capsys.readouterr().err
         assert "Expected test images that are not trained on. Got 1 of 15 that are" in error
@@ -714,14 +714,14 @@ def test_a_plan(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     here = sorted(p.name for p in place.iterdir() if p.name != "__pycache__")
     out = tmp_path / "out"
     options = (*DATA, *OWN, *TINY, "--recipe", "noise.json", "--recipe", "jpeg-first.json", "--triggered")
-    given = (*options, "--alpha", 0.01, "--models", 40, "--plan")
+    given = (*options, "--alpha", 0.01, "--models", 40, "--estimate")
     assert run(*given, "--out", out) == 0
     first = capsys.readouterr().out
     assert "no certificate: A certificate needs Gaussian noise on every value" in first
     assert first.count("no certificate: A trigger changes the test inputs") == 2
     assert "radius" not in first.replace("the radius", "")
 
-    bare = (*DATA, *OWN, *TINY, "--recipe", "noise.json", "--alpha", 0.01, "--models", 40, "--plan")
+    bare = (*DATA, *OWN, *TINY, "--recipe", "noise.json", "--alpha", 0.01, "--models", 40, "--estimate")
     assert run(*bare, "--radius", 0.5, "--draws", 4, "--selection", 7) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
@@ -746,7 +746,17 @@ def test_a_plan(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_plan_of_a_warm_start_trains_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = (*DATA, *BUILT_IN, *TINY, "--recipe", "noise.json", "--plan", "--out", tmp_path / "out", "--warm-start")
+    options = (
+        *DATA,
+        *BUILT_IN,
+        *TINY,
+        "--recipe",
+        "noise.json",
+        "--estimate",
+        "--out",
+        tmp_path / "out",
+        "--warm-start",
+    )
     assert run(*options, "train") == 0
     assert "no certificate: Training began on the same images" in capsys.readouterr().out
     assert run(*options, "certified_module:others") == 0
@@ -797,15 +807,15 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "no models": (("--models", 0), "--models must be at least 1. Got 0"),
     "no selection": (("--selection", 0), "--selection must be at least 1"),
     "no draws": (("--draws", 0), "--draws must be at least 1"),
-    "no processes": (("--processes", 0), "--processes must be at least 1"),
+    "no processes": (("--processes", 0), "--processes: must be an integer of 1 or more"),
     "no threads": (("--threads", -1), "--threads must be at least 1. Got -1"),
     "no epochs of a warm start": (("--warm-start-epochs", 0), "--warm-start-epochs must be at least 1"),
     "alpha 0": (("--alpha", 0), "--alpha must be above 0 and below 1"),
     "alpha 1": (("--alpha", 1), "--alpha must be above 0 and below 1"),
     "alpha NaN": (("--alpha", "nan"), "--alpha must be above 0 and below 1"),
-    "a negative radius": (("--radius", -1, "--plan"), "--radius must be from 0"),
-    "a radius NaN": (("--radius", "nan", "--plan"), "--radius must be from 0"),
-    "a radius out of reach": (("--radius", 1000, "--plan"), "Expected a radius within reach"),
+    "a negative radius": (("--radius", -1, "--estimate"), "--radius must be from 0"),
+    "a radius NaN": (("--radius", "nan", "--estimate"), "--radius must be from 0"),
+    "a radius out of reach": (("--radius", 1000, "--estimate"), "Expected a radius within reach"),
     "sigma 0": (("--sigma", 0), "--sigma must be above 0"),
     "sigma negative": (("--sigma", 0.1, -0.1), "--sigma must be above 0"),
     "sigma NaN": (("--sigma", "nan"), "--sigma must be above 0"),
@@ -827,24 +837,25 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "two sizes": (("--data", "certified_module:two_sizes"), "Expected images of one size in both sets"),
     "no training images": (("--train", 0), "has 36 train images. Got 0"),
     "too many test images": (("--test", 16), "has 15 test images. Got 16"),
-    "no function": (("--training", "nearest"), "package.module:function. Got 'nearest'"),
-    "no such function": (("--training", "certified_module:furthest"), "'furthest' of a module"),
-    "a function and epochs": (("--epochs", 3), "Got --epochs too"),
-    "a function and a batch size": (("--batch-size", 3), "Got --batch-size too"),
-    "a function and a warm start": (("--warm-start", "train"), "Got --warm-start too"),
+    "no function": (("--train-function", "nearest"), "package.module:function. Got 'nearest'"),
+    "no such function": (("--train-function", "certified_module:furthest"), "'furthest' of a module"),
+    "a function and epochs": (("--epochs", 3), "--epochs is of the built-in training"),
+    "a function and a batch size": (("--batch-size", 3), "--batch-size is of the built-in training"),
+    "a function and a warm start": (("--warm-start", "train"), "--warm-start is of the built-in training"),
     "no device": (("--device", "tpu9"), "Expected a device of this machine"),
     "a file for a folder": (("--out", "file"), "Expected to write"),
 }
 
 BAD_BUILT_IN: dict[str, tuple[tuple[object, ...], str]] = {
-    "no learning rate": (("--lr", 0), "lr must be above 0"),
-    "a learning rate NaN": (("--lr", "nan"), "lr must be above 0"),
+    "no learning rate": (("--learning-rate", 0), "lr must be above 0"),
+    "a learning rate NaN": (("--learning-rate", "nan"), "lr must be above 0"),
     "no epochs": (("--epochs", 0), "epochs must be a whole number, at least 1"),
     "no width": (("--width", 0), "width must be"),
     "no pool": (("--pool", 0), "pool must be"),
     "negative pad": (("--pad", -1), "pad must be"),
     "no batch": (("--batch-size", 0), "batch_size must be"),
-    "a network and a width": (("--network", "resnet9", "--width", 3), "--width is of the ResNet-9"),
+    "no such network": (("--victim", "resnet10"), "one of resnet9.*Got 'resnet10'"),
+    "a network and a width": (("--victim", "resnet9", "--width", 3), "--width is of the ResNet-9"),
     "a warm start that is not there": (("--warm-start", "certified_module:no"), "'no' of a module"),
     "no warm start": (("--warm-start", "nowhere"), "Got 'nowhere'"),
 }
@@ -871,7 +882,7 @@ def test_an_option_that_is_refused(
     assert re.search(message, said.err)
     assert said.out == ""
     assert not out.exists()
-    assert len(trainings(tmp_path)) == ("--plan" in more and "1000" in map(str, more))
+    assert len(trainings(tmp_path)) == ("--estimate" in more and "1000" in map(str, more))
 
 
 @pytest.mark.parametrize(
@@ -879,7 +890,7 @@ def test_an_option_that_is_refused(
     [
         (("--out", "x", "--sigma"), "--sigma: expected at least one argument"),
         (("--out", "x", "--models", "many"), "--models: invalid int value"),
-        (("--out", "x", "--network", "resnet10"), "--network: invalid choice"),
+        (("--out", "x", "--victim", "resnet10"), "--network: invalid choice"),
         (("--out", "x", "--seed", "3"), "unrecognized arguments: --seed 3"),
     ],
     ids=str,
@@ -894,7 +905,7 @@ def test_an_option_that_is_not_understood(
 
 def test_it_needs_a_folder_or_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
-    assert capsys.readouterr().err == "purifyloader: error: --out is required, or --plan.\n"
+    assert capsys.readouterr().err == "purifyloader: error: --out is required, or --estimate.\n"
 
 
 def test_the_command_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

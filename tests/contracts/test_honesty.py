@@ -115,7 +115,7 @@ def test_bench_and_certify_refuse_images_trained_on(images, models, tmp_path, ca
     out = ["--out", str(tmp_path / "out")]
     assert cli.main(["bench", *words, *out, "--defence", "A", "--denoiser", str(models / "denoiser")]) == 2
     assert "must have no image in common" in capsys.readouterr().err
-    more = ["--model", str(models / "denoiser"), "--sigma", "0.1", "--plan"]
+    more = ["--model", str(models / "denoiser"), "--sigma", "0.1", "--estimate"]
     assert cli.main(["certify", *words, *out, *more]) == 2
     assert "test images that no model has learned from" in capsys.readouterr().err
 

@@ -1,0 +1,476 @@
+"""Run a certification: train models on noised copies of the data, keep their votes, and report certified radii.
+
+How many models are asked, how many of them select, and alpha are settings of a run, fixed before its first vote:
+whoever looks at a certificate and then adds models until it is better has none at that alpha.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from purifyloader.certify import output, report
+from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
+from purifyloader.certify.functions import named_training, training_settings
+from purifyloader.certify.models import Voting, fill, voting_settings
+from purifyloader.certify.protocols import Train
+from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
+from purifyloader.certify.training import Training, with_classes
+from purifyloader.certify.votes import VoteFolder, new_seed
+from purifyloader.core.devices import device_of_process
+from purifyloader.datasets.arrays import as_arrays
+from purifyloader.datasets.named import describe, open_dataset
+from purifyloader.datasets.samples import fields
+from purifyloader.datasets.select import label_of, load_images
+from purifyloader.datasets.splits import DATA, Data, load
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.atomic import replacing, writing
+from purifyloader.files.hashes import image_hashes
+from purifyloader.files.locks import Lock, lock_path
+from purifyloader.results.rows import fingerprint
+
+__all__ = ["BUILT_IN", "Run", "Settings", "estimate", "move_to", "prepare", "vote", "vote_folders", "write"]
+
+VOTES, START_FILE = "votes", "start.safetensors"
+BUILT_IN = ("victim", "width", "pool", "pad", "epochs", "batch_size", "learning_rate")
+_TRAIN = "train"  # warm_start: the training set itself
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run certifies, and how.
+
+    Attributes:
+        data, root: what is certified: a name of `DATA`, or package.module:function; and where it is.
+        train, test: so many images of each set; None for all.
+        sigma: levels of noise, in units of [0, 1] images.
+        model: the denoiser.
+        plain: each level without denoising, too.
+        recipe: files with the JSON of a purifier.
+        draws: fixed draws of each image a model.
+        fast: bfloat16 in the denoiser and the built-in training.
+        models, selection: how many votes are counted for the radius, and how many others choose the class.
+        alpha: how often a certificate may be false.
+        radius: that an estimate says the least number of models of.
+        triggered, learned_elsewhere: what the user states of the test images and of the models.
+        empirical: also where there is no certificate to be had.
+        train_function: package.module:function that trains; None for the built-in training.
+        built_in: settings of the built-in training that are not at their defaults.
+        warm_start, warm_start_root, warm_start_epochs: what the models begin from.
+        threads: of the CPU, a process.
+        device: where it runs.
+        out: folder of the results; None only of an estimate.
+    """
+
+    data: str
+    root: Path | None
+    train: int | None
+    test: int | None
+    sigma: Sequence[float]
+    model: str
+    plain: bool
+    recipe: Sequence[Path]
+    draws: int
+    fast: bool
+    models: int
+    selection: int
+    alpha: float
+    radius: float | None
+    triggered: bool
+    learned_elsewhere: bool
+    empirical: bool
+    train_function: str | None
+    warm_start: str | None
+    warm_start_root: Path
+    warm_start_epochs: int
+    threads: int
+    device: str
+    out: Path | None
+    built_in: Mapping[str, Any] = field(default_factory=dict)
+    only_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("models", "selection", "draws", "threads", "warm_start_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1. Got {getattr(self, name)}.", argument=name)
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"must be above 0 and below 1, such as 0.001. Got {self.alpha}.", argument="alpha")
+        if self.radius is not None and not 0 <= self.radius < math.inf:
+            raise ConfigError(f"must be from 0, in units of [0, 1] images. Got {self.radius}.", argument="radius")
+        extra = [*self.built_in, *(["warm_start"] if self.warm_start is not None else [])]
+        if self.train_function is not None and extra:
+            raise ConfigError(
+                f"is of the built-in training. Got train_function={self.train_function!r} too, which trains by itself: "
+                "leave one out.",
+                argument=extra[0],
+            )
+        if {"victim", "width"} <= self.built_in.keys():
+            raise ConfigError(
+                "is of the ResNet-9 that is trained by default. Got a victim too: leave one out.", argument="width"
+            )
+
+    @property
+    def folder(self) -> Path:
+        assert self.out is not None
+        return self.out
+
+
+def move_to(name: str | None, rank: int) -> torch.device:
+    """Return the device of a process, as `device_of_process` does, and make it the current one."""
+    device = device_of_process(name, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a training function of the user's finds the right one as "cuda"
+    return device
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run made ready.
+
+    Attributes:
+        settings: what is certified, and how.
+        data: its images.
+        conditions: what the training images go through, one after another.
+        train: trains one model.
+        reasons: condition's folder → why it has no certificate.
+    """
+
+    settings: Settings
+    data: Data
+    conditions: list[Condition]
+    train: Train
+    reasons: Mapping[str, tuple[str, ...]]
+
+    @property
+    def models(self) -> int:
+        """Of one condition, all that are trained."""
+        return self.settings.models + self.settings.selection
+
+    def voting(self, condition: Condition) -> Voting:
+        data = self.data
+        return Voting(
+            data.train,
+            data.train_labels,
+            data.test,
+            condition.purifier,
+            self.train,
+            max(2, data.classes),
+            self.settings.draws,
+        )
+
+    def in_common(self) -> dict[str, Any]:
+        """Collect what all conditions have in common, for people: no path in it."""
+        settings, data = self.settings, self.data
+        return {
+            "data": {
+                "name": data.name,
+                "train": len(data.train),
+                "test": len(data.test),
+                "values": math.prod(data.train.shape[1:]),
+            },
+            "training": training_settings(self.train),
+            "draws": settings.draws,
+            "threads": settings.threads,
+            "warm_start": _describe_start(settings),
+            "stated": {"triggered": settings.triggered, "learned_elsewhere": settings.learned_elsewhere},
+        }
+
+    def folder(self, condition: Condition, voting: Voting) -> VoteFolder:
+        settings = self.settings
+        kept = {
+            **voting_settings(voting),
+            "selection": settings.selection,
+            "alpha": settings.alpha,
+            "threads": settings.threads,
+        }
+        return VoteFolder(
+            settings.folder / VOTES / condition.folder,
+            kept,
+            models=self.models,
+            inputs=len(self.data.test),
+            classes=voting.classes,
+        )
+
+
+def prepare(settings: Settings) -> Run:
+    """Read the data, load the models, and refuse what could not end in certificates."""
+    data = _data(settings).some(settings.train, settings.test)
+    found = conditions(settings.sigma, settings.model, plain=settings.plain, files=settings.recipe, fast=settings.fast)
+    hashes = image_hashes(data.train), image_hashes(data.test)
+    if both := int(np.isin(hashes[1], hashes[0]).sum()):
+        raise InputError(
+            f"Expected test images that are not trained on. Got {both} of {len(data.test)} that are: leave them out of "
+            "one of the two."
+        )
+    train, begins = _training(settings), _beginning(settings, data)
+    known = Knowledge(
+        settings.draws,
+        begins is not None and begins.own,
+        settings.triggered,
+        settings.learned_elsewhere,
+        settings.model,
+        (data.train.shape[1], data.train.shape[2]),
+    )
+    why = {c.folder: reasons(c, known, *hashes, settings.models, settings.alpha) for c in found}
+    if any(why.values()) and not (settings.empirical or settings.only_estimate):
+        against = [f"{c.name}: {reason}" for c in found for reason in why[c.folder]]
+        raise ConfigError(
+            "Expected a run that may end in certificates. Got reasons against it:\n  "
+            + "\n  ".join(against)
+            + "\nMend them, or ask for an empirical run: it trains and votes all the same, without a certificate."
+        )
+    if begins is not None and not settings.only_estimate:  # a plan's models take as long without a start
+        assert isinstance(train, Training)
+        train = replace(train, start=_start(settings, train, begins, data.classes), keep_head=begins.own_set)
+    moved = [replace(c, purifier=c.purifier.to(settings.device)) for c in found]
+    return Run(settings, data, moved, train, why)
+
+
+def _data(settings: Settings) -> Data:
+    if settings.data in DATA:
+        return load(settings.data, settings.root or Path("examples/data" if settings.data == "sample" else "data"))
+    if ":" not in settings.data or settings.data.startswith("."):  # a path, or relative to nothing
+        raise InputError(f"Expected {', '.join(DATA)}, or package.module:function. Got {settings.data!r}.")
+    pair: Any = open_dataset(settings.data)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InputError(f"{settings.data!r} must return a training set and a test set. Got {type(pair).__name__}.")
+    (train, train_labels), (test, test_labels) = as_arrays(pair[0]), as_arrays(pair[1])
+    if train.shape[1:] != test.shape[1:]:
+        raise InputError(f"Expected images of one size in both sets. Got {train.shape[1:]} and {test.shape[1:]}.")
+    classes = 1 + max(int(train_labels.max()), int(test_labels.max()))
+    return Data(settings.data, train, train_labels, test, test_labels, classes)
+
+
+def _training(settings: Settings) -> Train:
+    if settings.train_function is not None:
+        return named_training(settings.train_function)
+    names = {"victim": "network", "learning_rate": "lr"}
+    given = {names.get(name, name): value for name, value in settings.built_in.items()}
+    return Training(**given, bfloat16=settings.fast, device=settings.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """What a warm start has learned from.
+
+    Attributes:
+        own: some of it is what is to be certified.
+        own_set: it is the training set itself.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    own: bool
+    own_set: bool = False
+
+
+def _beginning(settings: Settings, data: Data) -> _Beginning | None:
+    if settings.warm_start is None:
+        return None
+    if settings.warm_start == _TRAIN:
+        return _Beginning(data.train, data.train_labels, own=True, own_set=True)
+    images, labels = _others(settings, data)
+    hashes = image_hashes(images)
+    if both := int(np.isin(hashes, image_hashes(data.test)).sum()):
+        raise InputError(
+            f"Expected a warm start from images that are not tested on. Got {both} of {len(images)} that are: "
+            "leave them out."
+        )
+    return _Beginning(images, labels, own=bool(np.isin(hashes, image_hashes(data.train)).any()))
+
+
+def _others(settings: Settings, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels for a warm start, brought to the size of the training images."""
+    assert settings.warm_start is not None
+    dataset = open_dataset(settings.warm_start, settings.warm_start_root)
+    height, width = data.train.shape[1:3]
+    every = range(len(dataset))  # type: ignore[arg-type]
+    images = load_images(dataset, every, size=height if height == width else None, channels=3)
+    if images.shape[2:] != (height, width):
+        raise InputError(
+            f"Expected images for a warm start of {height} x {width}, as the training images. Got "
+            f"{images.shape[2]} x {images.shape[3]}: bring them to that size first."
+        )
+    labels = [label_of(fields(dataset[index], None)) for index in every]
+    if bad := [index for index, label in enumerate(labels) if label is None]:
+        raise InputError(f"Expected (image, class) of the images for a warm start. Got no class in item {bad[0]}.")
+    return images.permute(0, 2, 3, 1).contiguous().numpy(), np.asarray(labels, np.int64)
+
+
+def _start(settings: Settings, training: Training, begins: _Beginning, classes: int) -> torch.nn.Module:
+    """The network that all models go on from: made once, and kept beside the votes."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = settings.folder / START_FILE
+    with writing(path):
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    its, classes = replace(training, epochs=settings.warm_start_epochs), max(2, classes)
+    # in the file itself: one from other images must not be taken for this one, which a certificate may rest on
+    made_from = fingerprint(
+        {
+            "hashes": image_hashes(begins.images).tolist(),
+            "labels": begins.labels.tolist(),
+            "training": its.settings(),
+            "classes": classes,
+        }
+    )
+    with Lock(settings.folder, START_FILE):
+        if not path.exists():
+            own_classes = max(2, int(begins.labels.max()) + 1)
+            network = with_classes(its.warm_start(begins.images, begins.labels, own_classes, seed=0), classes, seed=0)
+            weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+            with writing(path), replacing(path) as temporary:
+                save_file(weights, temporary, {"made_from": made_from})
+    start = its.empty(classes)
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("made_from")
+        if found != made_from:
+            raise InputError("one that was made from other images, or otherwise.")
+        start.load_state_dict(load_file(path))
+    except (InputError, RuntimeError, SafetensorError, OSError) as error:
+        raise InputError(
+            f"Expected in {path} the network that this run begins with. Got: {str(error).splitlines()[0]} Give the "
+            "settings of before, or another --out."
+        ) from None
+    return start
+
+
+def _tidy_start(out: Path) -> None:
+    """Remove what the lock of `_start` and kills have left, but not what another process has in work."""
+    if not (path := lock_path(out, START_FILE)).exists():
+        return
+    lock = Lock(out, START_FILE)
+    if lock.acquire(wait=False) and lock.real:
+        for left in (*out.glob(f".{START_FILE}.*.tmp"), path):
+            left.unlink(missing_ok=True)
+    lock.release()
+
+
+def _describe_start(settings: Settings) -> list[Any] | None:
+    """Say where a warm start comes from, without a path, and how long it was trained."""
+    if settings.warm_start is None:
+        return None
+    name = "the training set" if settings.warm_start == _TRAIN else describe(settings.warm_start)
+    return [name, settings.warm_start_epochs]
+
+
+def estimate(run: Run, processes: int) -> str:
+    """Measure one model of each condition, and say what all will take and could give."""
+    settings = run.settings
+    lines = [
+        f"{len(run.data.train):,} training images of {run.data.name}, {len(run.data.test):,} test images; "
+        f"{settings.selection} + {settings.models} models for each condition, alpha {settings.alpha:g}"
+    ]
+    total = 0.0
+    for condition in run.conditions:
+        voting, seed = run.voting(condition), new_seed()
+        begun = time.perf_counter()
+        dataset = voting.noised(0, seed)
+        made = time.perf_counter()
+        voting.asked(dataset, 0, seed)
+        seconds = time.perf_counter() - begun
+        total += seconds * run.models
+        lines.append(
+            f"{condition.name}: a model takes {seconds:.1f} s, {made - begun:.1f} of them to make its training set; "
+            f"all {run.models} take {_time(seconds * run.models / processes)}"
+        )
+        lines += [f"  no certificate: {reason}" for reason in run.reasons[condition.folder]]
+        if not run.reasons[condition.folder]:
+            lines += _reach(run, condition)
+    share = f" in {processes} processes" if processes > 1 else ""
+    lines.append(f"all together: {_time(total / processes)}{share}")
+    return "\n".join(lines)
+
+
+def _reach(run: Run, condition: Condition) -> list[str]:
+    settings, values = run.settings, math.prod(run.data.train.shape[1:])
+    assert condition.noised.sigma is not None
+    sigma = fixed_draws(condition.noised.sigma, settings.draws)
+    radius = best_radius(sigma, settings.models, settings.alpha)
+    bound = best_lower_bound(settings.models, settings.alpha)
+    lines = [
+        f"  at most, if all agree: p_A {bound:.4f}, radius {radius:.3g} over "
+        f"the whole training set; one image by {255 * radius / math.sqrt(values):.2f} levels of 255 in every value, 10 "
+        f"images by {255 * float(radius_per_image(radius, 10)) / math.sqrt(values):.2f}"
+    ]
+    if settings.radius is not None:
+        needed = models_needed(sigma, settings.radius, settings.alpha)
+        lines.append(f"  a radius of {settings.radius:g} takes at least {needed:,} models")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# -- votes -----------------------------------------------------------------------------------------------
+
+
+def vote_folders(run: Run) -> list[tuple[Condition, VoteFolder, Voting]]:
+    votings = [run.voting(condition) for condition in run.conditions]
+    return [(c, run.folder(c, voting), voting) for c, voting in zip(run.conditions, votings, strict=True)]
+
+
+def vote(run: Run, shown: bool) -> None:
+    """Train what models are missing, and keep their votes; `shown` prints progress."""
+    folders = vote_folders(run)
+    cells = [(folder, voting, model) for model in range(run.models) for _, folder, voting in folders]
+    fill(cells, _progress([folder for _, folder, _ in folders], run.models) if shown else _nothing)
+
+
+def _nothing(folder: VoteFolder, model: int) -> None:
+    pass
+
+
+def _progress(folders: Sequence[VoteFolder], models: int) -> Callable[[VoteFolder, int], None]:
+    """Says after each model made here how many are there, made by whom ever, and how long the rest will take."""
+    before, begun = sum(folder.done() for folder in folders), time.monotonic()
+
+    def seen(folder: VoteFolder, model: int) -> None:
+        done, total = sum(its.done() for its in folders), models * len(folders)
+        left = (time.monotonic() - begun) / max(1, done - before) * (total - done)
+        print(f"{done} of {total} models, {_time(left)} left", file=sys.stderr, flush=True)
+
+    return seen
+
+
+# -- what comes of them --------------------------------------------------------------------------------
+
+
+def write(run: Run) -> list[str]:
+    """Write the results, and return the paths and what should be noted."""
+    outcomes = []
+    for condition, folder, _ in vote_folders(run):
+        votes = folder.all()
+        outcomes.append(
+            report.Outcome(
+                condition.name,
+                condition.noised.sigma,
+                run.settings.draws,
+                condition.plain,
+                condition.purifier.config(),
+                tuple(run.reasons[condition.folder]),
+                votes[: run.settings.selection],
+                votes[run.settings.selection :],
+            )
+        )
+        folder.tidy()
+    _tidy_start(run.settings.folder)
+    found = report.results(
+        outcomes, run.data.test_labels, max(2, run.data.classes), run.settings.alpha, settings=run.in_common()
+    )
+    written = output.write(found, run.settings.folder)
+    return [*map(str, written.paths), *([written.note] if written.note else [])]
