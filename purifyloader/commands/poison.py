@@ -65,9 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
     attack = find(options.attack.partition(":")[0])
     given = dict(parse(options.attack).options)
-    if "seed" in given:
-        raise ConfigError("The seed is given as --seed. Got it in --attack too: leave it out there.")
-    if "device" in attack.options:
+    if options.device is not None or "device" in attack.options:
         given.setdefault("device", str(device_of_process(options.device, 0)))
     if "progress" in attack.options:
         given.setdefault("progress", _progress(options))

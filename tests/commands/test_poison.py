@@ -101,7 +101,7 @@ def test_the_line_says_how_far_images_moved_against_the_bound(poison, tmp_path):
 
 def test_the_same_command_gives_the_same_bytes(poison, tmp_path):
     for out in ("a.npz", "b.npz"):
-        poison("--attack", "lsp", "--out", tmp_path / out, "--share", 0.5)
+        poison("--attack", "lsp:share=0.5", "--out", tmp_path / out)
     digests = {hashlib.sha256((tmp_path / out).read_bytes()).hexdigest() for out in ("a.npz", "b.npz")}
     assert len(digests) == 1
 
@@ -109,7 +109,7 @@ def test_the_same_command_gives_the_same_bytes(poison, tmp_path):
 def test_a_flat_folder_is_read_back_in_order(poison, tmp_path):
     out = tmp_path / "folder"
     out.mkdir()  # an empty one is taken
-    status, _, _ = poison("--attack", "lsp", "--out", out, "--count", 7)
+    status, _, _ = poison("--attack", "lsp:count=7", "--out", out)
     assert status == 0
     want = make("lsp", (IMAGES, LABELS), count=7)
     assert everything(out) == sorted(
@@ -158,7 +158,7 @@ def test_ten_classes_and_more_keep_their_numbers(tmp_path):
 def test_a_trigger_is_kept(poison, tmp_path):
     trigger = (RNG.choice([-1, 1], (1, 3, 9, 8)) * 32 / 255).astype(np.float32)
     np.save(tmp_path / "trigger.npy", trigger)
-    words = ("--attack", f"narcissus:trigger={tmp_path / 'trigger.npy'},target_class=1", "--share", 0.1)
+    words = ("--attack", f"narcissus:trigger={tmp_path / 'trigger.npy'},target_class=1,share=0.1")
     assert poison(*words, "--out", tmp_path / "out.npz")[0] == 0
     assert poison(*words, "--out", tmp_path / "out")[0] == 0
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
@@ -226,13 +226,12 @@ def test_the_list_and_the_help(poison, capsys):
         (["--attack", "lsp:patch=3"], "did you mean patches"),
         (["--attack", "lsp:patches"], "Options are OPTION=VALUE, with commas between them. Got 'patches'"),
         (["--attack", "lsp:patches=3,patches=4"], "Each option must be given once"),
-        (["--attack", "lsp:share=0.5", "--share", "0.5"], "Each option must be given once"),
         (["--attack", "lsp:seed=4"], "Got 'seed'"),
         (["--attack", "lsp:patches=three"], "patches must be an integer from 1 to the image's 8 pixels"),
-        (["--attack", "lsp", "--preset", "cpu"], "Got 'preset': leave it out"),
+        (["--attack", "lsp:preset=cpu"], "Got 'preset'"),
         (["--attack", "lsp", "--device", "cpu"], "Got 'device': leave it out"),
-        (["--attack", "lsp", "--share", "2"], "share must be above 0"),
-        (["--attack", "lsp", "--count", "34"], "count must be from 1 to the 33 images"),
+        (["--attack", "lsp:share=2"], "share must be above 0"),
+        (["--attack", "lsp:count=34"], "count must be from 1 to the 33 images"),
         (["--attack", "narcissus"], "needs trigger and target_class"),
         (["--attack", "lsp", "--layout", "class"], "--layout is of a folder of images"),
         (["--attack", "lsp", "--seed", str(2**64)], "seed must fit in 64 bits"),
