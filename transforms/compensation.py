@@ -55,7 +55,11 @@ class Compensate(ImageTransform):
             image: as above; numpy (H, W[, C]) too.
             keys_B: int64, one an image.
         """
-        return self._corrupted(image, lambda x: corruptions.compensate(x, keys_B.to(x.device), self.p, self.sigma))
+        return self._corrupted(image, lambda x: self.run(x, keys_B.to(x.device)))
+
+    def run(self, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
+        """Corrupt float32 images (B, C, H, W) known to be in [0, 1], without a look at their values."""
+        return corruptions.compensate(x_BCHW, keys_B, self.p, self.sigma)
 
     def _corrupted(self, image: Any, corrupt: Callable[[Tensor], Tensor]) -> Any:
         def in_own_type(x_BCHW: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from purifyloader.core import corruptions
 from purifyloader.errors import InputError
+from purifyloader.purified.held import HoldsPurifier
 from purifyloader.purified.tensors import purify_tensor
 from purifyloader.purifiers import Purifier
-from purifyloader.transforms.held import HoldsPurifier
 from purifyloader.transforms.purification import squeezing
 
 __all__ = ["RandomCompensate", "RandomPurify", "RandomSqueeze"]

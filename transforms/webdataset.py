@@ -21,8 +21,8 @@ from purifyloader.core.devices import check_worker, device_of
 from purifyloader.core.images import ImageKind, from_engine, to_engine
 from purifyloader.datasets.samples import get_image, with_image
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.purified.dataset import KeyedCorruption
 from purifyloader.purified.job import COMPENSATE, PURIFY
+from purifyloader.purified.keyed import KeyedCorruption
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.base import by_shape
 from purifyloader.transforms.compensation import Compensate

@@ -1,4 +1,4 @@
-"""What stands in the files of a cache (README.md says it in words); shared by writer and reader."""
+"""Read and write the files of a cache but for the images; README.md describes the format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ __all__ = [
     "Shard",
     "ShardEntry",
     "ShardHeader",
+    "ShardValues",
+    "check_guard",
     "differences",
     "fingerprint",
     "index_values",
@@ -45,6 +48,7 @@ __all__ = [
     "read_index",
     "read_plan",
     "read_shard_header",
+    "reading",
     "shard_hashes",
     "shard_metadata",
     "shards_of",
@@ -120,14 +124,10 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class ShardHeader:
-    """What a shard's file says about itself.
+class ShardValues:
+    """What a shard holds beside its images.
 
     Attributes:
-        shard, layout, config: what it is part of.
-        image_shape: (H, W, C) of all images, None where they are encoded.
-        sizes: bytes of each encoded row.
-        crc32: of each row, as stored.
         image_types: how each image was held: "pil/uint8/3" is container, dtype and dimensions; one an
             image, or one string for all.
         sample: how a sample is put together, see `purifyloader.datasets.samples.structure_of`; None with `targets`.
@@ -135,6 +135,24 @@ class ShardHeader:
             they are not stored.
         source: 64-bit hashes of each source image and of its targets, (count, 2); None if not taken.
         made: device kind and versions.
+    """
+
+    image_types: str | tuple[str, ...]
+    sample: dict[str, Any] | None
+    targets: list[Any] | None
+    source: NDArray[np.uint64] | None
+    made: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardHeader(ShardValues):
+    """What a shard's file says about itself: the values beside its images, and
+
+    Attributes:
+        shard, layout, config: what it is part of.
+        image_shape: (H, W, C) of all images, None where they are encoded.
+        sizes: bytes of each encoded row.
+        crc32: of each row, as stored.
         tensor_sha256: of the tensor's bytes.
         sha256: by which the header guards itself.
         offset: of the tensor's first byte in the file.
@@ -146,11 +164,6 @@ class ShardHeader:
     image_shape: tuple[int, int, int] | None
     sizes: NDArray[np.int64] | None
     crc32: NDArray[np.uint32]
-    image_types: str | tuple[str, ...]
-    sample: dict[str, Any] | None
-    targets: list[Any] | None
-    source: NDArray[np.uint64] | None
-    made: dict[str, Any]
     tensor_sha256: str
     sha256: str
     offset: int
@@ -212,7 +225,7 @@ class Plan:
     Attributes:
         config, length: of the cache that it is part of.
         device: the kind that it was made on.
-        found: what `purifyloader.purified.plans.make` found.
+        found: what `purifyloader.purified.plans` found, with conditions and a sanitation.
     """
 
     config: dict[str, Any]
@@ -284,18 +297,15 @@ def shard_metadata(
     shard: Shard,
     layout: Layout,
     config: Mapping[str, Any],
+    values: ShardValues,
     *,
     crc32: Sequence[int],
     sizes: Sequence[int] | None,
-    image_types: str | Sequence[str],
-    sample: Mapping[str, Any] | None,
-    targets: Sequence[Any] | None,
-    source: NDArray[np.uint64] | None,
-    made: Mapping[str, Any],
     tensor_sha256: str,
 ) -> str:
     """The canonical JSON that stands in a shard's header."""
-    values = {
+    types, source = values.image_types, values.source
+    metadata = {
         "format": FORMAT,
         "version": VERSION,
         "shard": shard.number,
@@ -306,14 +316,14 @@ def shard_metadata(
         "fingerprint": fingerprint(config),
         "crc32": list(crc32),
         "sizes": None if sizes is None else list(sizes),
-        "image_types": image_types if isinstance(image_types, str) else list(image_types),
-        "sample": sample,
-        "targets": targets,
+        "image_types": types if isinstance(types, str) else list(types),
+        "sample": values.sample,
+        "targets": values.targets,
         "source": None if source is None else [_hex_words(source[:, 0]), _hex_words(source[:, 1])],
-        "made": made,
+        "made": values.made,
         "tensor_sha256": tensor_sha256,
     }
-    return canonical_json({**values, "sha256": own_sha256(values)})
+    return _guarded(metadata)
 
 
 def _hex_words(words: NDArray[np.uint64]) -> str:
@@ -328,6 +338,41 @@ def _words(text: str, count: int) -> NDArray[np.uint64]:
     return data
 
 
+@contextmanager
+def reading(path: Path, what: str, again: str) -> Iterator[None]:
+    """Turn what goes wrong when a file is read into a `CacheError`; that there is none is the caller's to explain."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error}. Check the disk and its permissions.") from None
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise CacheError(f"{path} is damaged or edited, and not a whole {what} ({error!r}). {again}.") from None
+
+
+def check_guard(values: Any, path: Path, kind: str = FORMAT, version: int = VERSION) -> None:
+    """Check the format, version and hash that a header, an index, a plan or a manifest says of itself.
+
+    Raises:
+        ValueError: it is of another format, or edited.
+        OtherVersionError: it is of another version.
+    """
+    if values["format"] != kind:
+        raise ValueError(f"its format is {values['format']!r}, not {kind!r}")
+    if values["version"] != version:
+        raise OtherVersionError(
+            f"{path} must be of version {version}. Got version {values['version']!r}. "
+            "Use the purifyloader that wrote it, or delete the folder and precompute again."
+        )
+    if values["sha256"] != own_sha256(values):
+        raise ValueError("its content does not have its sha256")
+
+
+def _guarded(values: Mapping[str, Any]) -> str:
+    return canonical_json({**values, "sha256": own_sha256(values)})
+
+
 def read_shard_header(path: Path) -> ShardHeader:
     """A shard's header, checked against itself and against the size of the file. Reads no images.
 
@@ -335,30 +380,19 @@ def read_shard_header(path: Path) -> ShardHeader:
         CacheError: the file is missing, truncated, not a shard, or of another version.
     """
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            text = file.read(size) if size <= _MAX_HEADER else b""
-        outer = json.loads(text)
-        values = json.loads(outer["__metadata__"][METADATA])
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}")
-        if values["version"] != VERSION:
-            raise OtherVersionError(
-                f"{path} must be a shard of version {VERSION}. Got version {values['version']!r}. "
-                "Use the purifyloader that wrote it, or delete the folder and precompute again."
-            )
-        if values["sha256"] != own_sha256(values):
-            raise ValueError("its header does not have its sha256")
-        found = _shard_header(values, outer, 8 + size)
-    except FileNotFoundError:
+        with reading(path, "shard", _AGAIN):
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                text = file.read(size) if size <= _MAX_HEADER else b""
+            outer = json.loads(text)
+            metadata = json.loads(outer["__metadata__"][METADATA])
+            check_guard(metadata, path)
+            header = _shard_header(metadata, outer, 8 + size)
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheError(f"A cache holds every shard that its index names. {path} is missing. {_AGAIN}.") from None
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, InputError, RecursionError) as error:
-        raise CacheError(f"{path} must be a whole shard. Got a damaged file ({error!r}). {_AGAIN}.") from None
-    except OSError as error:
-        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
-    if (got := path.stat().st_size) != found.file_size:
-        raise CacheError(f"{path} must have {found.file_size} bytes. Got {got}: it is damaged. {_AGAIN}.")
-    return found
+    if (size := path.stat().st_size) != header.file_size:
+        raise CacheError(f"{path} must have {header.file_size} bytes. Got {size}: it is damaged. {_AGAIN}.")
+    return header
 
 
 def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) -> ShardHeader:
@@ -416,8 +450,15 @@ def source_sha256(hashes: NDArray[np.uint64] | None) -> dict[str, str] | None:
     return {"images": images, "targets": targets}
 
 
-def _to_json(index: Index) -> dict[str, Any]:
-    return {
+def own_sha256(values: Mapping[str, Any]) -> str:
+    """The hash by which an index, a header or a manifest guards itself: of all but the hash."""
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+
+
+def index_values(index: Index) -> dict[str, Any]:
+    """index.json as JSON: the inverse of `parse_index`."""
+    values = {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": index.fingerprint,
@@ -429,17 +470,6 @@ def _to_json(index: Index) -> dict[str, Any]:
         "notes": index.notes,
         "plan": index.plan,
     }
-
-
-def own_sha256(values: Mapping[str, Any]) -> str:
-    """The hash by which an index, a header or a manifest guards itself: of all but the hash."""
-    rest = {key: value for key, value in values.items() if key != "sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
-
-
-def index_values(index: Index) -> dict[str, Any]:
-    """What index.json says, as JSON: the inverse of `parse_index`."""
-    values = _to_json(index)
     return {**values, "sha256": own_sha256(values)}
 
 
@@ -452,23 +482,15 @@ def read_index(folder: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is none; what that means is the caller's to say.
-        CacheError: it is damaged, not the index of a cache, or of a newer version.
+        CacheError: it is damaged, not the index of a cache, or of another version.
     """
     path = folder / INDEX_FILE
-    try:
+    with reading(path, "index", _REINDEX):
         data = path.read_bytes()
         values = json.loads(data)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{path} must be JSON. Got {error}. {_REINDEX}.") from None
-    index = parse_index(values, path)
-    if data != (canonical_json(values) + "\n").encode():
-        raise CacheError(
-            f"{path} must be one line of canonical JSON. Got other white space: it is damaged. {_REINDEX}."
-        )
+        index = parse_index(values, path)
+        if data != (canonical_json(values) + "\n").encode():
+            raise ValueError("its white space is not that of canonical JSON")
     return index
 
 
@@ -478,19 +500,8 @@ def parse_index(values: Any, path: Path) -> Index:
     Raises:
         CacheError: as `read_index`.
     """
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        got = repr(values.get("format")) if isinstance(values, dict) else type(values).__name__
-        raise CacheError(
-            f"{path} must be the index of a cache, of format {FORMAT!r}. Got {got}. Give the folder of a cache."
-        )
-    if values.get("version") != VERSION:
-        raise OtherVersionError(
-            f"{path} must be of version {VERSION}. Got version {values.get('version')!r}. "
-            "Use the purifyloader that wrote it, or delete the folder and precompute again."
-        )
-    try:
-        if values["sha256"] != own_sha256(values):
-            raise ValueError("its content does not have its sha256")
+    with reading(path, "index", _REINDEX):
+        check_guard(values, path)
         shape = values["image_shape"]
         index = Index(
             identity=values["identity"],
@@ -512,10 +523,6 @@ def parse_index(values: Any, path: Path) -> Index:
         # names are compared with those that the layout gives, so that none can point outside the folder
         if [(s.file, s.count) for s in index.layout.shards] != [(s.file, s.count) for s in index.shards]:
             raise ValueError(f"its shards are not those of {index.layout}")
-    except (KeyError, IndexError, TypeError, ValueError, InputError) as error:
-        raise CacheError(
-            f"{path} must be a whole index. Got a damaged or edited one ({error!r}). {_REINDEX}."
-        ) from None
     return index
 
 
@@ -530,8 +537,7 @@ def plan_in_words(condition: Mapping[str, Any]) -> str:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    values = {"format": FORMAT, "version": VERSION, **asdict(plan)}
-    write_text(folder / PLAN_FILE, canonical_json({**values, "sha256": own_sha256(values)}) + "\n")
+    write_text(folder / PLAN_FILE, _guarded({"format": FORMAT, "version": VERSION, **asdict(plan)}) + "\n")
 
 
 def read_plan(folder: Path) -> Plan:
@@ -542,24 +548,10 @@ def read_plan(folder: Path) -> Plan:
         CacheError: it is damaged, no plan of a cache, or of another version.
     """
     path = folder / PLAN_FILE
-    try:
+    with reading(path, "plan", _AGAIN):
         values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise ValueError(f"its format is {values['format']!r}")
-        if values["version"] != VERSION:
-            raise OtherVersionError(
-                f"{path} must be of version {VERSION}. Got version {values['version']!r}. "
-                "Use the purifyloader that wrote it, or delete the folder and precompute again."
-            )
-        if values["sha256"] != own_sha256(values):
-            raise ValueError("its content does not have its sha256")
+        check_guard(values, path)
         plan = Plan(values["config"], values["length"], values["device"], values["found"])
         if not isinstance(plan.config, dict) or not isinstance(plan.found["conditions"], list):
             raise ValueError("it has no conditions")
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path} must be a whole plan. Got a damaged or edited one ({error!r}). {_AGAIN}.") from None
-    except OSError as error:
-        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
     return plan

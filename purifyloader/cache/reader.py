@@ -129,6 +129,10 @@ class Targets(Sequence[Any]):
             return self._integers[list(positions)].tolist()
         return [self[i] for i in positions]
 
+    def replaced(self, changed: Mapping[int, Any]) -> Targets:
+        """A copy with other fields at some positions."""
+        return Targets([values.encode(changed.get(i, field)) for i, field in enumerate(self)])
+
     @property
     def integers(self) -> NDArray[np.int64] | None:
         """All of them as an array, where all are integers."""

@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from webdataset import TarWriter
 
 from purifyloader.cache import format as fmt
-from purifyloader.cache.format import Shard, ShardEntry, ShardHeader
+from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValues
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter, encode_image, save_shard
 from purifyloader.errors import CacheError, InputError
@@ -63,38 +63,26 @@ _OWNER: dict[str, Any] = {"user": "purifyloader", "group": "purifyloader", "mode
 Seen = Callable[[int], object]
 
 
-@dataclass(frozen=True)
-class _Part:
+def _beside_to_json(beside: ShardValues) -> dict[str, Any]:
     """What cache.json says about a shard: all that the tars do not hold, and that its bytes do not follow from."""
+    types, source = beside.image_types, beside.source
+    return {
+        "image_types": types if isinstance(types, str) else list(types),
+        "sample": beside.sample,
+        "source": None if source is None else np.ascontiguousarray(source.T, ">u8").tobytes().hex(),
+        "made": beside.made,
+        "targets": beside.targets is not None,
+    }
 
-    image_types: str | tuple[str, ...]
-    sample: dict[str, Any] | None
-    source: NDArray[np.uint64] | None
-    made: dict[str, Any]
-    targets: bool
 
-    @classmethod
-    def of(cls, header: ShardHeader) -> _Part:
-        return cls(header.image_types, header.sample, header.source, header.made, header.targets is not None)
-
-    def to_json(self) -> dict[str, Any]:
-        types, source = self.image_types, self.source
-        return {
-            "image_types": types if isinstance(types, str) else list(types),
-            "sample": self.sample,
-            "source": None if source is None else np.ascontiguousarray(source.T, ">u8").tobytes().hex(),
-            "made": self.made,
-            "targets": self.targets,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> _Part:
-        types, text = value["image_types"], value["source"]
-        source = None
-        if text is not None:
-            source = np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(2, -1).T
-        types = types if isinstance(types, str) else tuple(types)
-        return cls(types, value["sample"], source, value["made"], bool(value["targets"]))
+def _beside_from_json(value: Mapping[str, Any]) -> ShardValues:
+    """The inverse; the targets, of which it says only whether there are any, are an empty list then."""
+    types, text = value["image_types"], value["source"]
+    source = None
+    if text is not None:
+        source = np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(2, -1).T
+    types = types if isinstance(types, str) else tuple(types)
+    return ShardValues(types, value["sample"], [] if value["targets"] else None, source, value["made"])
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ class _Manifest:
     index: fmt.Index
     draw: int
     tars: tuple[_Tar, ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[ShardValues, ...]
 
 
 # -- there -------------------------------------------------------------------------------------------
@@ -151,7 +139,7 @@ def export_tars(
         raise InputError(f"draw must be from 0 to {reader.draws - 1}, one of the cache's draws. Got {draw!r}.")
     owner = {"format": FORMAT, "version": VERSION, "fingerprint": reader.fingerprint, "draw": draw}
     _check_free(out, owner, reader.folder)
-    parts: list[_Part] = []
+    parts: list[dict[str, Any]] = []
     tars: list[_Tar] = []
     with _writing(out):
         _clear(out, owner)
@@ -170,7 +158,7 @@ def export_tars(
             **owner,
             "index": fmt.index_values(reader.index),
             "tars": [vars(tar) for tar in tars],
-            "shards": [part.to_json() for part in parts],
+            "shards": parts,
         }
         write_text(out / MANIFEST, canonical_json({**content, "sha256": fmt.own_sha256(content)}) + "\n")
         (out / _BEGUN).unlink()
@@ -230,7 +218,7 @@ def _key(index: int, length: int) -> str:
     return f"{index:0{max(_KEY_DIGITS, len(str(length - 1)))}d}"
 
 
-def _samples(reader: CacheReader, draw: int, parts: list[_Part]) -> Iterator[dict[str, Any]]:
+def _samples(reader: CacheReader, draw: int, parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """All samples as `TarWriter` takes them; notes in `parts` what they do not hold."""
     with ThreadPoolExecutor(_THREADS) as pool:
         for shard, entry in zip(reader.layout.shards, reader.index.shards, strict=True):
@@ -238,7 +226,7 @@ def _samples(reader: CacheReader, draw: int, parts: list[_Part]) -> Iterator[dic
             header = fmt.read_shard_header(path)
             if header.sha256 != entry.header:
                 raise CacheError(f"{path} must stay as it was when the cache was opened. Got another: open it anew.")
-            parts.append(_Part.of(header))
+            parts.append(_beside_to_json(header))
             rows = _rows(path, header, draw)
             index = shard.start
             while batch := list(itertools.islice(rows, _AHEAD)):
@@ -323,32 +311,23 @@ def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda coun
 
 def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
-    again = "Export again, or fetch the folder again"
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
-        if content["version"] != VERSION:
-            raise CacheError(
-                f"{path} must be of version {VERSION}. Got version {content['version']!r}. "
-                "Use the purifyloader that wrote it."
+        with fmt.reading(path, "manifest", "Export again, or fetch the folder again"):
+            content = json.loads(path.read_bytes())
+            fmt.check_guard(content, path, FORMAT, VERSION)
+            manifest = _Manifest(
+                fmt.parse_index(content["index"], path),
+                content["draw"],
+                tuple(_Tar(**tar) for tar in content["tars"]),
+                tuple(_beside_from_json(part) for part in content["shards"]),
             )
-        if content["sha256"] != fmt.own_sha256(content):
-            raise ValueError("its content does not have its sha256")
-        index = fmt.parse_index(content["index"], path)
-        manifest = _Manifest(
-            index,
-            content["draw"],
-            tuple(_Tar(**tar) for tar in content["tars"]),
-            tuple(_Part.from_json(part) for part in content["shards"]),
-        )
-        if sum(tar.count for tar in manifest.tars) != index.layout.length:
-            raise ValueError("its tars have not as many images as the cache")
-        if len(manifest.parts) != len(index.shards):
-            raise ValueError("it does not say of every shard what stood in it")
-        for tar in manifest.tars:
-            if not _TAR.fullmatch(tar.file):  # no name may point outside the folder
-                raise ValueError(f"it names the tar {tar.file!r}")
+            if sum(tar.count for tar in manifest.tars) != manifest.index.layout.length:
+                raise ValueError("its tars have not as many images as the cache")
+            if len(manifest.parts) != len(manifest.index.shards):
+                raise ValueError("it does not say of every shard what stood in it")
+            for tar in manifest.tars:
+                if not _TAR.fullmatch(tar.file):  # no name may point outside the folder
+                    raise ValueError(f"it names the tar {tar.file!r}")
     except (FileNotFoundError, NotADirectoryError):
         expected = f"An export of a cache is a folder with {MANIFEST}, written when all its tars are there. "
         if (folder / _BEGUN).is_file():
@@ -356,10 +335,6 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise CacheError(
             f"{expected}Got {folder}, which has none. Check the path, or export a cache into it."
         ) from None
-    except OSError as error:
-        raise CacheError(f"{path} must be a readable file. Got: {error}. Check the disk and its permissions.") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{path} must be what an export wrote. Got a damaged file ({error!r}). {again}.") from None
     return manifest
 
 
@@ -434,28 +409,22 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _restore(
-    path: Path, shard: Shard, entry: ShardEntry, index: fmt.Index, part: _Part, samples: Sequence[Mapping[str, bytes]]
+    path: Path,
+    shard: Shard,
+    entry: ShardEntry,
+    index: fmt.Index,
+    part: ShardValues,
+    samples: Sequence[Mapping[str, bytes]],
 ) -> None:
     content: NDArray[np.uint8] | list[bytes] = [fields["png"] for fields in samples]
     try:
         if index.image_shape is not None:
             content = np.stack([_pixels(fields["png"], index.image_shape) for fields in samples])
-        targets = [_target_of(fields) for fields in samples] if part.targets else None
+        targets = None if part.targets is None else [_target_of(fields) for fields in samples]
     except (ValueError, OSError) as error:
         raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
     with replacing(path) as temporary:
-        save_shard(
-            temporary,
-            shard,
-            index.layout,
-            index.config,
-            content,
-            image_types=part.image_types,
-            sample=part.sample,
-            targets=targets,
-            source=part.source,
-            made=part.made,
-        )
+        save_shard(temporary, shard, index.layout, index.config, content, replace(part, targets=targets))
         if (got := file_sha256(temporary)) != entry.sha256:
             raise CacheError(
                 f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
-from purifyloader.cache.format import Layout, Shard, ShardHeader
+from purifyloader.cache.format import Layout, Shard, ShardHeader, ShardValues
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, replacing
 from purifyloader.files.locks import Lock, lock_path
@@ -153,7 +153,7 @@ class CacheWriter:
                 raise CacheError(
                     f"A cache is made on one kind of device, because another rounds differently. Got {here!r} for "
                     f"{self.folder}, whose {name} was made on {there!r}. Go on with device={there!r}, give "
-                    "another folder, or allow it with allow_mixed_devices=True (--allow-mixed-devices)."
+                    "another folder, or allow it with allow_mixed_devices=True."
                 )
             if header.made != self.made:
                 changed = fmt.differences(header.made, self.made)
@@ -247,21 +247,18 @@ class CacheWriter:
                     f"All images of a cache with raw encoding have one size, here {known}. Got {content.shape[1:]} in "
                     f'{shard.file}. Resize them in the recipe, or use encoding="png".'
                 )
+        types = image_types if isinstance(image_types, str) or len(set(image_types)) > 1 else image_types[0]
+        beside = ShardValues(
+            image_types=types if isinstance(types, str) else tuple(types),
+            sample=None if sample is None else dict(sample),
+            targets=self._stored(targets),
+            source=source,
+            made=self.made,
+        )
         path = self.folder / shard.file
         with _writing(path):
             with replacing(path) as temporary:
-                save_shard(
-                    temporary,
-                    shard,
-                    self.layout,
-                    self.config,
-                    content,
-                    image_types=_shortest(image_types),
-                    sample=sample,
-                    targets=self._stored(targets),
-                    source=source,
-                    made=self.made,
-                )
+                save_shard(temporary, shard, self.layout, self.config, content, beside)
                 good = _read_good(temporary)
                 self._unfinish(shard, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
@@ -299,7 +296,7 @@ class CacheWriter:
             raise CacheError(
                 f"A cache is made on one kind of device, for another rounds differently. Got {' and '.join(devices)} "
                 f"in {self.folder}. Delete the shards of one of them and go on, or allow it with "
-                "allow_mixed_devices=True (--allow-mixed-devices)."
+                "allow_mixed_devices=True."
             )
         shapes = {good.header.image_shape for good in whole}
         if len(shapes) > 1:
@@ -509,19 +506,12 @@ def save_shard(
     layout: Layout,
     config: Mapping[str, Any],
     content: NDArray[np.uint8] | Sequence[bytes],
-    *,
-    image_types: str | Sequence[str],
-    sample: Mapping[str, Any] | None,
-    targets: Sequence[Any] | None,
-    source: NDArray[np.uint64] | None,
-    made: Mapping[str, Any],
+    beside: ShardValues,
 ) -> None:
     """Write a shard's file, straight to `path`: for a temporary one beside its place.
 
     Args:
         content: raw images, uint8 (rows, H, W, C), or a PNG file each.
-        targets: as `purifyloader.cache.values` encodes them.
-        image_types, sample, source, made: see `ShardHeader`.
     """
     if isinstance(content, np.ndarray):
         name, sizes = fmt.TENSOR, None
@@ -535,13 +525,9 @@ def save_shard(
         shard,
         layout,
         config,
+        beside,
         crc32=[zlib.crc32(row) for row in rows],
         sizes=sizes,
-        image_types=image_types,
-        sample=sample,
-        targets=targets,
-        source=source,
-        made=made,
         tensor_sha256=hashlib.sha256(data.data).hexdigest(),
     )
     # not save_file, whose own temporary file a killed process leaves under a name that is not ours
@@ -567,13 +553,6 @@ def _check_images(shard: Shard, images: Any, rows: int) -> None:
                 f"A cache takes uint8 arrays (H, W, C) of 1 to 4 channels. Got {got} for {shard.file}. "
                 "Quantise floats with purifyloader.core.images before writing them."
             )
-
-
-def _shortest(types: str | Sequence[str]) -> str | list[str]:
-    """One string for all where all are alike."""
-    if isinstance(types, str):
-        return types
-    return types[0] if len(set(types)) == 1 else list(types)
 
 
 def _counted(made: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:

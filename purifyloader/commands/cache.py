@@ -22,6 +22,7 @@ from purifyloader.cache.reader import CacheReader
 from purifyloader.errors import CacheError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import is_held, lock_path
+from purifyloader.purified.sanitation import Sanitation
 
 __all__ = ["DESCRIPTION", "add_options", "describe", "run"]
 
@@ -60,7 +61,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     compare = commands.add_parser("compare", help="say how two finished caches differ")
     compare.add_argument("a", type=Path, metavar="A")
     compare.add_argument("b", type=Path, metavar="B")
-    compare.add_argument("--picture", type=Path, metavar="FILE", help="also write example images as a PNG")
     compare.add_argument("--draw", type=int, default=0, metavar="K", help="which draw of both (default: 0)")
     compare.add_argument("--json", action="store_true", help="as JSON")
 
@@ -190,6 +190,7 @@ def describe(folder: Path) -> dict[str, Any]:
     source = index.identity.get("source") if index is not None else None
     made = list(index.made) if index is not None else _counted(headers)
     samples = [header.sample for header in headers]
+    where = _where(found)
     return {
         "folder": str(found.path),
         "state": found.state,
@@ -214,15 +215,16 @@ def describe(folder: Path) -> dict[str, Any]:
         "classes": None if notes.get("classes") is None else len(notes["classes"]),
         "made": made,
         "plan": index is not None and index.plan is not None,
-        "where": _conditions(found),
+        "where": where["conditions"],
+        "sanitation": where.get("sanitation"),
         "wrong": found.wrong,
         "missing": found.missing if index is not None else [],
         "strangers": found.strangers,
     }
 
 
-def _conditions(found: _Folder) -> list[dict[str, Any]]:
-    """The planned conditions: by the index or, of an unfinished cache, by the plan that it has so far."""
+def _where(found: _Folder) -> dict[str, Any]:
+    """What was planned: by the index or, of an unfinished cache, by the plan that it has so far."""
     if found.index is not None:
         where = (found.index.plan or {}).get(fmt.WHERE)
     else:
@@ -230,7 +232,7 @@ def _conditions(found: _Folder) -> list[dict[str, Any]]:
             where = fmt.read_plan(found.path).found
         except (OSError, CacheError):
             where = None
-    return list(where["conditions"]) if isinstance(where, dict) and isinstance(where.get("conditions"), list) else []
+    return where if isinstance(where, dict) and isinstance(where.get("conditions"), list) else {"conditions": []}
 
 
 def _size(found: _Folder) -> int:
@@ -299,6 +301,8 @@ def _info_lines(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "classes", [f"{values['classes']:,}"]
     yield "made with", [_made(made, len(values["made"]) > 1) for made in values["made"]]
     yield "plan", ["yes" if values["plan"] else "no", *(fmt.plan_in_words(where) for where in values["where"])]
+    if values["sanitation"] is not None:
+        yield "sanitation", [Sanitation.from_dict(values["sanitation"]).in_words()]
     yield "fingerprint", [values["fingerprint"] or "none before it is finished"]
     if values["wrong"] or values["missing"]:
         bad = [*(f"{name} (damaged)" for name in values["wrong"]), *(f"{name} (missing)" for name in values["missing"])]
@@ -451,11 +455,17 @@ def _export(options: argparse.Namespace) -> int:
         f", draw {options.draw} of {reader.draws} (no import can make the cache of them)" if reader.draws > 1 else ""
     )
     targets = "" if reader.targets is not None else "; the cache stores no targets, nor do the tars"
+    if _sanitation(reader) is not None:
+        targets += "; they hold every image and the labels of the source, whatever the cache's sanitation says"
     print(
         f"{options.out}: {len(reader):,} images{draws} in {_count(len(tars), 'tar')} and {MANIFEST}, {_bytes(size)}, "
         f"{time.monotonic() - begun:.0f} s{targets}"
     )
     return 0
+
+
+def _sanitation(reader: CacheReader) -> Any:
+    return ((reader.plan or {}).get(fmt.WHERE) or {}).get("sanitation")
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -472,21 +482,16 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from purifyloader.cache.compare import Comparison, compare, picture
+    from purifyloader.cache.compare import Comparison, compare
 
     a, b = CacheReader(options.a), CacheReader(options.b)
     with _bar(min(len(a), len(b)), "img") as seen:
         found: Comparison = compare(a, b, draw=options.draw, seen=seen)
-    if options.picture is not None:
-        names = (f"A: {a.folder.name}", f"B: {b.folder.name}")
-        picture(a, b, options.picture, most_different=found.most_different, draw=options.draw, names=names)
     if options.json:
         print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
         return 0
     text = [f"{name}  {cache.folder}  {cache.fingerprint[:12]}" for name, cache in (("A", a), ("B", b))]
     text += _comparison_lines(found.to_dict())
-    if options.picture is not None:
-        text.append(f"picture: {options.picture}")
     print("\n".join(text))
     return 0
 
@@ -505,6 +510,8 @@ def _comparison_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "sources: not known to both caches"
     else:
         yield f"made from other images: {found['sources_differ']:,}; with other targets: {found['targets_differ']:,}"
+    if found["plans_differ"]:
+        yield "planned or sanitized differently: see purifyloader cache info of each"
     if found["sizes_differ"]:
         yield f"of different sizes, and not compared: {found['sizes_differ']:,}"
     if found["identical"] is None:

@@ -9,7 +9,17 @@ from typing import Any
 from purifyloader.core.images import is_image
 from purifyloader.errors import InputError
 
-__all__ = ["ImageKey", "assemble", "fields", "get_image", "is_plain", "place", "structure_of", "with_image"]
+__all__ = [
+    "ImageKey",
+    "assemble",
+    "fields",
+    "get_image",
+    "is_plain",
+    "label_place",
+    "place",
+    "structure_of",
+    "with_image",
+]
 
 ImageKey = str | int | None
 
@@ -36,6 +46,21 @@ def place(sample: Any, image_key: ImageKey = None) -> Any:
     if image_key is not None:
         raise InputError(f"image_key={image_key!r} needs dict or tuple samples. Got {type(sample).__name__}.")
     return None
+
+
+def label_place(sample: Any, image_key: ImageKey = None, label_key: ImageKey = None) -> Any:
+    """The position or key of the label in a sample: `label_key`, else the first field beside the image, or "label".
+
+    Raises:
+        InputError: there is no such field.
+    """
+    if place(sample, image_key) is None or (not isinstance(sample, Mapping) and len(sample) < 2):
+        raise InputError("The sample is an image alone, and has no label. Give a dataset of (image, label).")
+    if label_key is None:
+        label_key = "label" if isinstance(sample, Mapping) else int(place(sample, image_key) == 0)
+    if isinstance(sample, Mapping) and label_key not in sample:
+        raise InputError(f"The sample has no label under {label_key!r}, but {list(sample)}. Name it as label_key=.")
+    return place(sample, label_key)
 
 
 def get_image(sample: Any, image_key: ImageKey = None) -> Any:

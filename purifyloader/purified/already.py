@@ -1,45 +1,47 @@
-"""Whether images are purified already: washing twice costs twice, and takes detail that training needs."""
+"""Find out whether images are purified already: washing twice costs twice, and takes detail that training needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from purifyloader.purified.held import HoldsPurifier
 from purifyloader.purifiers import Purifier
-from purifyloader.transforms.held import HoldsPurifier
 
-__all__ = ["purified_by", "transform_that_purifies"]
+__all__ = ["GivesPurified", "purified_by", "transform_that_purifies"]
 
 # Where loaders, datasets and transforms keep what they are made of.
 _INSIDE = ("loader", "dataset", "datasets", "pipeline", "source", "base_dataloader", "transform", "transforms")
 _DEPTH = 8
 
 
+class GivesPurified:
+    """Marks a dataset whose images are purified, also where it holds no purifier."""
+
+
 def purified_by(thing: Any) -> str | None:
-    """The type's name of what purifies inside a loader or dataset: a dataset, stage, loader or transform of ours.
+    """Name the type of what purifies inside a loader or dataset: a dataset, stage, loader or transform of ours.
 
     Looks where torch, torchvision, webdataset, accelerate and timm keep their parts; what a function of the user's
-    does it cannot see.
+    does it cannot see. None where nothing purifies.
     """
     return next((type(part).__name__ for part in _parts(thing, _DEPTH) if _purifies(part)), None)
 
 
 def transform_that_purifies(dataset: Any, transform: Any = None) -> str | None:
-    """The same of the transforms alone, of a dataset and beside it: a dataset may well be one of ours."""
+    """Name the transform of ours in a dataset, or beside it; the dataset itself may well be one of ours."""
     parts = (*_parts(transform, _DEPTH), *_parts(dataset, _DEPTH))
     return next((type(part).__name__ for part in parts if isinstance(part, HoldsPurifier)), None)
 
 
 def _purifies(part: Any) -> bool:
-    from purifyloader.purified.dataset import PurifiedDataset  # not above: the dataset asks this of its transform
-
-    return isinstance(part, PurifiedDataset) or isinstance(_own(part, "purifier"), Purifier)
+    return isinstance(part, GivesPurified) or isinstance(_own(part, "purifier"), Purifier)
 
 
 def _own(part: Any, name: str) -> Any:
     # not what a wrapper reads through to something else
-    found = getattr(part, "__dict__", {}).get(name)
-    return getattr(part, name) if found is None and isinstance(getattr(type(part), name, None), property) else found
+    value = getattr(part, "__dict__", {}).get(name)
+    return getattr(part, name) if value is None and isinstance(getattr(type(part), name, None), property) else value
 
 
 def _parts(thing: Any, depth: int) -> Iterator[Any]:

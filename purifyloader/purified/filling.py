@@ -12,52 +12,41 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from purifyloader import plans
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard
-from purifyloader.cache.reader import CacheReader, OpenShard
+from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.checks import as_integer
 from purifyloader.core.images import ImageKind
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, InputError, PurifyError
-from purifyloader.files.locks import Lock, is_held, lock_path, read_note
-from purifyloader.purified.job import (
-    Job,
-    Read,
-    check_arguments,
-    check_source,
-    class_of,
-    placed,
-    read_batches,
-    shard_values,
-)
+from purifyloader.files.locks import Lock
+from purifyloader.purified import plans
+from purifyloader.purified.job import Job, check_arguments, placed
+from purifyloader.purified.ondemand import GrowingShard, compare_shard
+from purifyloader.purified.progress import Progress
+from purifyloader.purified.reading import class_of, read_batches
+from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["ShardsOnDemand", "choose_layout", "fill", "make_shard", "notes_of", "place", "precompute"]
+__all__ = ["CHECKED", "choose_layout", "fill", "notes_of", "place", "precompute"]
 
 log = logging.getLogger(__name__)
 
 CHECKED = 16  # images of each shard found done that are compared with the source
 _AHEAD = 2  # batches read before they are needed
-_LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
 def precompute(
@@ -78,6 +67,7 @@ def precompute(
     world_size: int | None = None,
     allow_mixed_devices: bool = False,
     plan: Mapping[str, Any] | None = None,
+    sanitation: Sanitation | None = None,
     progress: bool = True,
 ) -> CacheReader:
     """Purify a dataset into a cache. Call it again after a stop, and it goes on.
@@ -106,12 +96,21 @@ def precompute(
         allow_mixed_devices: go on with shards that another kind of device made.
         plan: a JSON object kept with the cache. A purifier with a condition over the dataset adds its own, which
             is made first, in one pass over the dataset: see `purifyloader.purified.plans`.
+        sanitation: suspects and corrected labels, kept with the cache for all who read it. The cache holds every
+            image and the labels of the source all the same, and may be finished already.
         progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
 
     Raises:
         InputError: a dataset that cannot be purified honestly, or images that the purifier does not take.
         CacheError: the folder holds something else, or a part made from another source, or cannot be
             written to.
+
+    >>> import tempfile, torch
+    >>> from purifyloader import precompute, recipes
+    >>> dataset = [(torch.zeros(3, 8, 8, dtype=torch.uint8), label) for label in range(3)]
+    >>> reader = precompute(dataset, recipes.jpeg(10), tempfile.mkdtemp(), progress=False)
+    >>> len(reader), reader[0].shape
+    (3, (8, 8, 3))
     """
     check_arguments(dataset, purifier)
     if getattr(dataset, "compensate", None) is not None:
@@ -124,14 +123,15 @@ def precompute(
         fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
     source = take_over(dataset)
+    if sanitation is not None:
+        sanitation.check_length(len(source))
     moved = placed(purifier, device)
     probed = check_honest(source, moved.image_channels, image_key)
     job = Job(source, moved, seed, draws, image_key)
     layout = choose_layout(out, len(source), draws, moved, probed, shard_size, encoding)
     writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
-    found = plans.agreed(job, writer, batch_size, workers=workers, progress=progress)
-    if found is not None:
-        job = job.with_purifier(plans.applied(job.purifier, found))
+    findings = plans.agreed(job, writer, batch_size, sanitation=sanitation, workers=workers, progress=progress)
+    job = plans.planned(job, findings)
     fill(
         job,
         writer,
@@ -140,7 +140,7 @@ def precompute(
         batch_size=batch_size,
         workers=workers,
         check_source=check_source,
-        plan=plans.with_plan(writer.folder, plan, found),
+        plan=plans.with_plan(writer.folder, plan, findings),
         notes=notes_of(dataset, job.purifier),
         progress=progress,
     )
@@ -238,7 +238,7 @@ def fill(
     mine = writer.shards[rank::world_size]
     others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
     crew = _Crew(job, writer, batch_size, workers, check_source)
-    with random_state_kept(), _Progress(writer, shown=progress and rank == 0):
+    with random_state_kept(), Progress(writer, shown=progress and rank == 0):
         crew.work(mine)
         # what another process has not begun, or what it has left when it died; the rest is its to verify
         crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])
@@ -268,107 +268,6 @@ def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, no
                 writer.tidy()
                 return
         crew.work(lacking)
-
-
-class ShardsOnDemand:
-    """An unfinished cache as `CacheReader` gives a finished one: a shard is made when it is first read.
-
-    Any number of workers may read at once: a lock keeps two from making the same shard. Whoever makes the last
-    one writes the index.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        writer: CacheWriter,
-        batch_size: int,
-        check_source: bool | int,
-        notes: Mapping[str, Any],
-        plan: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._job, self._writer, self._batch_size, self._notes = job, writer, batch_size, notes
-        self._check_source, self._plan = check_source, plan
-        self._open: dict[int, OpenShard] = {}
-
-    def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
-        """As `CacheReader.row`."""
-        number, local = divmod(position, self._writer.layout.shard_size)
-        shard = self._open.get(number)
-        if shard is None:
-            shard = self._open[number] = self._made(self._writer.shards[number])
-        return shard.row(local, draw)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
-
-    def _made(self, shard: Shard) -> OpenShard:
-        writer = self._writer
-        if writer.is_done(shard):
-            compare_shard(self._job, writer, shard, self._check_source, self._batch_size)
-        else:
-            writer.check_same_device()
-            make_shard(self._job, writer, shard, self._batch_size)
-            if writer.present() == writer.layout.length:
-                with Lock(writer.folder, fmt.INDEX_FILE):
-                    if not writer.pending():
-                        writer.finish(self._plan, self._notes)  # which leaves an index alone that says the same
-                        writer.tidy()
-        path = writer.folder / shard.file
-        return OpenShard(path, fmt.read_shard_header(path), np.zeros(writer.layout.draws * shard.count, np.uint8))
-
-
-def compare_shard(job: Job, writer: CacheWriter, shard: Shard, amount: bool | int, batch_size: int) -> None:
-    """A source now with what a shard that is there was made from: all of it, or `amount` of its samples.
-
-    Raises:
-        CacheError: they differ.
-    """
-    if amount is False:
-        return
-    known = fmt.read_shard_header(writer.folder / shard.file).source
-    if known is not None:
-        check_source(job.reader, known, amount, writer.folder, start=shard.start, batch_size=batch_size)
-
-
-def make_shard(job: Job, writer: CacheWriter, shard: Shard, batch_size: int) -> None:
-    """One shard, now, in this thread; waits where another process is making it."""
-    with writer.lock(shard) as lock:
-        if writer.is_done(shard):
-            return
-        writer.tidy_shard(shard, lock)
-        making = _Making(job, shard)
-        for start in range(0, shard.count, batch_size):
-            positions = list(range(shard.start, shard.start + shard.count))[start : start + batch_size]
-            making.add(positions, job.reader.read(positions))
-        making.write(writer)
-
-
-class _Making:
-    """A shard as it grows."""
-
-    def __init__(self, job: Job, shard: Shard) -> None:
-        self.job, self.shard = job, shard
-        self.rows: list[list[NDArray[np.uint8]]] = [[] for _ in range(job.draws)]
-        self.reads: list[Read] = []
-
-    def add(self, positions: Sequence[int], reads: Sequence[Read]) -> None:
-        for draw in range(self.job.draws):
-            self.rows[draw] += self.job.rows(positions, reads, draw)
-        # the pixels have done their duty, and a shard of large images would hold them twice
-        empty = np.empty(0, np.uint8)
-        self.reads += [Read(empty, r.kind, r.fields, r.structure, r.hashes) for r in reads]
-
-    def write(self, writer: CacheWriter) -> None:
-        rows = [row for draw in self.rows for row in draw]
-        if writer.layout.encoding == "raw":
-            for at, row in enumerate(rows):
-                if row.shape != rows[0].shape:
-                    raise InputError(
-                        f"Images of one size are stored raw. Got {row.shape} for item "
-                        f"{self.shard.start + at % self.shard.count} after {rows[0].shape}: give the recipe a size "
-                        '(resize=, crop=), or precompute with encoding="png" (--encoding png).'
-                    )
-        writer.write(self.shard, rows, **shard_values(self.reads))
 
 
 class _Crew:
@@ -466,7 +365,7 @@ class _Crew:
             put(error.with_traceback(None) if self.workers else error)
 
     def _purify(self, ready: queue.Queue[Any], writing: ThreadPoolExecutor, locks: dict[int, Lock]) -> None:
-        making: _Making | None = None
+        making: GrowingShard | None = None
         written: Future[None] | None = None
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
@@ -476,7 +375,7 @@ class _Crew:
                     del item  # its traceback leads back here, and would keep the loader's processes alive
             shard, positions, reads = item
             if making is None:
-                making = _Making(self.job, shard)
+                making = GrowingShard(self.job, shard)
             making.add(positions, reads)
             locks[shard.number].note(len(making.reads))
             if len(making.reads) == shard.count:
@@ -488,7 +387,7 @@ class _Crew:
             written.result()
 
 
-def _written(making: _Making, writer: CacheWriter, lock: Lock) -> None:
+def _written(making: GrowingShard, writer: CacheWriter, lock: Lock) -> None:
     try:
         making.write(writer)
     finally:
@@ -501,69 +400,3 @@ def _drain(ready: queue.Queue[Any]) -> None:
             ready.get_nowait()
     except queue.Empty:
         pass
-
-
-# -- what is seen of it ------------------------------------------------------------------------------
-
-
-class _Progress:
-    """One bar over all processes, from what they leave in the folder: finished shards, and notes in locks."""
-
-    def __init__(self, writer: CacheWriter, shown: bool) -> None:
-        self._writer, self._shown = writer, shown
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        if self._shown:
-            self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._shown:
-            self._thread.join()
-
-    def _done(self) -> int:
-        writer = self._writer
-        names = set(os.listdir(writer.folder))
-        done = writer.present(list(names))
-        for shard in writer.shards:
-            path = lock_path(writer.folder, shard.file)
-            if path.name in names and shard.file not in names and is_held(path):
-                done += min(read_note(path), shard.count)
-        return done
-
-    def _watch(self) -> None:
-        length = self._writer.layout.length
-        start, begun = self._done(), time.monotonic()
-        done = start
-        notebook = "ipykernel" in sys.modules
-        report = self._log(start, begun, length)
-        with tqdm(
-            total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
-        ) as bar:
-            while True:
-                stopping = self._stop.wait(0.5)
-                with suppress(OSError):  # the bar is not what a run should fail of
-                    done = self._done()
-                bar.n = max(start, done)
-                bar.refresh()
-                if bar.disable:
-                    report(done, stopping)
-                if stopping:
-                    return
-
-    def _log(self, start: int, begun: float, length: int) -> Callable[[int, bool], None]:
-        last = begun
-
-        def report(done: int, final: bool) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done <= start or (now - last < _LOG_SECONDS and not final):
-                return
-            last = now
-            rate = (done - start) / (now - begun)
-            left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
-            log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
-
-        return report

@@ -1,12 +1,9 @@
-"""What the pixels of a purified dataset are: a source, a purifier, a seed and a number of draws."""
+"""Compute purified pixels. A `Job` is (source, purifier, seed, draws)."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,130 +11,23 @@ import PIL
 import torch
 import torchvision
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from purifyloader.core import noise
-from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
-from purifyloader.core.images import ImageKind, as_stored, quantize, to_bytes, type_of
+from purifyloader.core.images import quantize, to_bytes
 from purifyloader.core.version import __version__
-from purifyloader.datasets.samples import ImageKey, fields, get_image, structure_of
-from purifyloader.datasets.sources import REMEDY, Source, fetch, random_state_kept
-from purifyloader.errors import CacheError, InputError, PurifyError
-from purifyloader.files.hashes import is_hashable, source_hashes
+from purifyloader.datasets.samples import ImageKey
+from purifyloader.datasets.sources import Source
+from purifyloader.errors import InputError
+from purifyloader.purified.reading import Read, SampleReader
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
 
-__all__ = [
-    "COMPENSATE",
-    "PURIFY",
-    "Job",
-    "Read",
-    "SampleReader",
-    "check_arguments",
-    "check_source",
-    "class_of",
-    "converted",
-    "placed",
-    "read_batches",
-    "shard_values",
-]
+__all__ = ["COMPENSATE", "PURIFY", "Job", "check_arguments", "placed"]
 
 # Children of an image's key: its purification and its compensation share no noise.
 PURIFY, COMPENSATE = 0, 1
-
-
-@dataclass(frozen=True)
-class Read:
-    """A sample as it was read from its source.
-
-    Attributes:
-        pixels: uint8, or float32 in [0, 1], (C, H, W), in the channels of the purifier.
-        kind: how the image was held.
-        fields: the rest of the sample.
-        structure: how the sample is put together.
-        hashes: of the source image and of its fields, uint64 (2,).
-    """
-
-    pixels: NDArray[Any]
-    kind: ImageKind
-    fields: Any
-    structure: dict[str, Any]
-    hashes: NDArray[np.uint64]
-
-
-class SampleReader:
-    """Reads and checks samples. Worker processes get it, and so it holds no purifier and none of the user's
-    transforms, which may not pickle.
-
-    Args:
-        raw: the dataset in front of its transforms.
-        channels: what the purifier takes.
-        image_key: where the image is in a sample.
-    """
-
-    def __init__(self, raw: Dataset[Any], channels: int | None, image_key: ImageKey) -> None:
-        self.raw, self.channels, self.image_key = raw, channels, image_key
-
-    def __len__(self) -> int:
-        return len(self.raw)  # type: ignore[arg-type]
-
-    def read(self, positions: Sequence[int]) -> list[Read]:
-        """
-        Raises:
-            InputError: an image is none that the purifier takes; names its position.
-        """
-        samples = fetch(self.raw, positions)
-        images = [get_image(sample, self.image_key) for sample in samples]
-        stored = converted(positions, images, self.channels, REMEDY)
-        others = [fields(sample, self.image_key) for sample in samples]
-        hashes = source_hashes(
-            [np.asarray(i) if isinstance(i, Image.Image) else i for i in images], [_hashable(o) for o in others]
-        )
-        return [
-            Read(x.detach().cpu().numpy(), kind, other, structure_of(sample, self.image_key), row)
-            for (x, kind), other, sample, row in zip(stored, others, samples, hashes, strict=True)
-        ]
-
-
-class _Batches(Dataset[Any]):
-    """Batches of samples by their positions, for a loader's workers."""
-
-    def __init__(self, reader: SampleReader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, positions: list[int]) -> bytes:
-        # Pickled here by value: torch would hand each small array over as a shared file of its own. An error
-        # is handed over as it is, because the loader would wrap it in a traceback.
-        try:
-            return pickle.dumps(self.reader.read(positions))
-        except PurifyError as error:
-            return pickle.dumps(error)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def read_batches(
-    reader: SampleReader, batches: Iterable[list[int]], workers: int
-) -> Iterator[list[Read] | PurifyError]:
-    """The samples of each batch of positions, read by so many processes (0: in this one), in order.
-
-    An error of the user's is given, not raised, in place of its batch.
-    """
-    loader = DataLoader(
-        _Batches(reader),
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers,
-        prefetch_factor=1 if workers else None,  # each batch ahead is a part of a shard locked ahead
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or it would draw from the user's
-    )
-    for data in loader:
-        yield pickle.loads(data)
 
 
 class Job:
@@ -219,19 +109,6 @@ def _floats(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def shard_values(reads: Sequence[Read]) -> dict[str, Any]:
-    """What a shard holds beside its images, as `CacheWriter.write` takes it."""
-    structures = [read.structure for read in reads]
-    alike = all(structure == structures[0] for structure in structures)
-    alike = alike and isinstance(structures[0].get("image", 0), str | int)  # any other key is no JSON
-    return {
-        "image_types": [type_of(read.kind) for read in reads],
-        "sample": structures[0] if alike else None,
-        "targets": [read.fields for read in reads] if alike else None,
-        "source": np.stack([read.hashes for read in reads]),
-    }
-
-
 def check_arguments(dataset: Any, purifier: Any) -> None:
     """Refuse what is no purifier, or no map-style dataset with images.
 
@@ -257,84 +134,3 @@ def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
     if device_of(purifier) in (None, device):
         return purifier
     return copy.deepcopy(purifier).to(device)
-
-
-def class_of(dataset: Any) -> str:
-    """Its name with its module, but for a script's, which is named after how it was started."""
-    module = type(dataset).__module__
-    prefix = "" if module in ("__main__", "__mp_main__") else f"{module}."
-    return f"{prefix}{type(dataset).__qualname__}"
-
-
-def converted(
-    positions: Sequence[int],
-    images: Sequence[Any],
-    channels: int | None,
-    remedy: str,
-    convert: Callable[[Any, int | None], tuple[Tensor, ImageKind]] = as_stored,
-) -> list[tuple[Tensor, ImageKind]]:
-    """All images as `as_stored` (or `to_engine`) gives them; one that cannot be is named."""
-    out = []
-    for position, image in zip(positions, images, strict=True):
-        try:
-            out.append(convert(image, channels))
-        except InputError as error:
-            raise InputError(f"Item {position} of the dataset: {error} {remedy}") from None
-    return out
-
-
-def check_source(
-    reader: SampleReader,
-    known: NDArray[np.uint64],
-    amount: bool | int,
-    folder: Path,
-    *,
-    start: int = 0,
-    batch_size: int = 256,
-    seen: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Compare a source with the hashes that were taken of it when a cache was made.
-
-    Args:
-        known: hashes of the samples from `start` on, (N, 2).
-        amount: True for all of them, else how many, drawn at random.
-        folder: of the cache, for the message.
-        seen: told after each batch how many were compared.
-
-    Raises:
-        CacheError: names the first sample that differs.
-    """
-    length = len(known)
-    count = length if amount is True else min(as_integer("check_source", amount, 0), length)
-    # from the system's entropy: who tampers with a source must not know where one looks
-    drawn = range(length) if count == length else sorted(np.random.default_rng().choice(length, count, False).tolist())
-    differing: dict[int, NDArray[np.bool_]] = {}
-    with random_state_kept():
-        for at in range(0, count, batch_size):
-            part = list(drawn[at : at + batch_size])
-            hashes = np.stack([read.hashes for read in reader.read([start + i for i in part])])
-            differing.update({i: w for i, w in zip(part, hashes != known[part], strict=True) if w.any()})
-            seen(len(part))
-    if differing:
-        first, wrong = next(iter(differing.items()))
-        where = " and ".join(name for name, w in zip(("image", "targets"), wrong, strict=True) if w)
-        raise CacheError(
-            f"The cache {folder} must have been made from the source that it is used with. Got one that differs in "
-            f"{len(differing)} of {count} samples compared, first in the {where} of sample {start + first}. Give the "
-            "dataset that the cache was made from, or precompute into another folder."
-        )
-
-
-def _hashable(field: Any) -> Any:
-    """A field as the source hash takes it; of objects that have no value of their own, the type."""
-    if isinstance(field, Mapping):
-        return {str(k): _hashable(v) for k, v in field.items()}
-    if isinstance(field, list | tuple):
-        return [_hashable(v) for v in field]
-    if isinstance(field, Image.Image):
-        return np.asarray(field)
-    if isinstance(field, Tensor | np.ndarray | np.generic):
-        return field if is_hashable(field) else class_of(field)
-    if field is None or isinstance(field, bool | int | float | complex | str | bytes):
-        return field
-    return class_of(field)

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from purifyloader.core import corruptions, noise
+from purifyloader.core import noise
 from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import luma
 from purifyloader.datasets.samples import ImageKey, place, with_image
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.already import purified_by
-from purifyloader.purified.dataset import KeyedCorruption
 from purifyloader.purified.job import COMPENSATE, PURIFY, placed
+from purifyloader.purified.keyed import KeyedCorruption, check_compensate
 from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
-from purifyloader.transforms.compensation import Compensate
 
 __all__ = ["PurifiedLoader"]
 
@@ -76,7 +75,7 @@ class PurifiedLoader:
         compensate: ECLIPSE's other half, `Compensate()`, right after purification.
         normalize: (mean, std), a number a channel each, of batches that are normalised: undone before, redone after.
         keep_outside: pixels outside [0, 1] come back as they are. Random erasing behind the normalisation fills its
-            rectangles with such (timm's `--remode pixel`); without this they are an error.
+            rectangles with such (timm's does, in its pixel mode); without this they are an error.
         seed: of all noise.
         image_key: where the image is in a batch; position 0 of a tuple, "image" of a dict by default.
         index_key: where the indices of the images are in a batch, integers (B,), if they are.
@@ -122,10 +121,7 @@ class PurifiedLoader:
                 )
         elif compensate is None:
             raise InputError("Expected a purifier, or compensate=, or both. Got neither: use the loader as it is.")
-        if compensate is not None and not callable(getattr(compensate, "apply", None)):
-            raise InputError(
-                f"Expected compensate=Compensate() or an object with apply(image, keys). Got {compensate!r}."
-            )
+        check_compensate(compensate)
         own = self.__dict__
         own["loader"] = loader
         own["purifier"] = purifier if purifier is None else placed(purifier, device)
@@ -324,9 +320,10 @@ class PurifiedLoader:
         return [self._closed(x, was, like) for x, was, like in zip(opened, values, images, strict=True)]
 
     def _compensated(self, x: Tensor, keys_B: Tensor) -> Tensor:
-        if type(self.compensate) is Compensate:  # its `apply` looks at the values, and would wait for a GPU
+        # A class of its own only: a subclass may have changed `apply`, which looks at the values and waits for a GPU.
+        if (run := vars(type(self.compensate)).get("run")) is not None:
             batch = x if x.ndim == 4 else x[None]
-            return corruptions.compensate(batch, keys_B, self.compensate.p, self.compensate.sigma).reshape(x.shape)
+            return run(self.compensate, batch, keys_B).reshape(x.shape)
         assert self.compensate is not None
         out = self.compensate.apply(x, keys_B)
         if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -387,7 +384,7 @@ class PurifiedLoader:
             )
         return inside, (
             "normalize= must be the mean and std that the loader normalises with. Got images that it does not bring "
-            "back into [0, 1]. If random erasing comes behind the normalisation (timm's --remode pixel), say "
+            "back into [0, 1]. If random erasing comes behind the normalisation (timm's pixel mode), say "
             "keep_outside=True, or purify what the loader reads: a PurifiedDataset in place of its dataset."
         )
 

@@ -1,8 +1,9 @@
-"""Plans: what a purifier must know of the whole dataset before it can decide about one image.
+"""Plan: find out over a whole dataset what decides about each of its images.
 
-A plan is one pass over the dataset that yields numbers, such as the energy above which an image is purified. With
-them the purifier is again a function of one image. The numbers are a function of the rest of the configuration, the
-source and the seed, and so they are no part of a purifier's identity, and a cache is opened without them.
+A plan is one pass over the dataset that yields numbers, such as the energy above which an image is purified, the
+images under suspicion, or their corrected labels. With a threshold the purifier is again a function of one image. It is
+a function of the rest of the configuration, the source and the seed, and so it is no part of a purifier's identity, and
+a cache is opened without it. Suspects and labels (`Sanitation`) change no pixel.
 
 `PurifiedDataset` and `precompute` plan by themselves. In a cache the plan stands in `plan.json` until the index
 takes it over (cache/README.md), so that all processes, and a run that goes on after a stop, purify the same images.
@@ -13,8 +14,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,19 +26,70 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.cache import format as fmt
+from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.checks import as_integer
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, ConfigError, PurifyError
 from purifyloader.files.locks import Lock
-from purifyloader.purified.job import Job, check_arguments, placed, read_batches
+from purifyloader.purified.job import Job, check_arguments, placed
+from purifyloader.purified.reading import read_batches
+from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.base import conditions_of
 
-__all__ = ["plan"]  # the rest is for PurifiedDataset and precompute
+__all__ = ["Sanitation", "plan"]  # the rest is for PurifiedDataset and precompute
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the passes over a dataset found.
+
+    Attributes:
+        conditions: configuration of each condition of the purifier, with what was `planned`.
+        source: identity of the images and targets that were read; None if not taken.
+        sanitation: suspects and corrected labels, if anybody looked for them.
+    """
+
+    conditions: tuple[dict[str, Any], ...] = ()
+    source: Mapping[str, Any] | None = None
+    sanitation: Sanitation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as JSON, as a cache keeps them (cache/README.md)."""
+        values = {"conditions": list(self.conditions), "source": self.source}
+        if self.sanitation is not None:
+            values["sanitation"] = self.sanitation.to_dict()
+        return fmt.plain("A plan", values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: the sanitation is damaged, or of a newer schema.
+        """
+        sanitation = values.get("sanitation")
+        return cls(
+            tuple(values["conditions"]),
+            values.get("source"),
+            None if sanitation is None else Sanitation.from_dict(sanitation),
+        )
+
+    def with_sanitation(self, sanitation: Sanitation | None) -> Self:
+        """The findings with a sanitation beside them.
+
+        Raises:
+            ConfigError: it is of another dataset.
+        """
+        if sanitation is None:
+            return self
+        if None not in (sanitation.source, self.source) and sanitation.source != self.source:
+            raise ConfigError("The sanitation was found in another dataset than this one. Sanitize this one.")
+        return replace(self, source=self.source or sanitation.source, sanitation=sanitation)
 
 
 def plan(
@@ -49,7 +102,7 @@ def plan(
     image_key: ImageKey = None,
     progress: bool = True,
 ) -> Purifier:
-    """A copy of the purifier with a plan for this dataset, in place of the one it may have.
+    """Plan a purifier for a dataset: a copy with a plan in place of the one it may have.
 
     One pass over the dataset for each condition that needs one (`EnergyAbove(energy, k=0.5)`), through whatever
     stands in front of it in a chain. The same numbers for any `batch_size`.
@@ -70,6 +123,12 @@ def plan(
         InputError: a dataset that cannot be purified honestly, or images that the purifier does not take.
         ConfigError: a condition stands where it cannot be planned.
         PurifyError: the energy of an image is not finite.
+
+    >>> import torch
+    >>> from purifyloader import plans, recipes
+    >>> dataset = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)]
+    >>> plans.plan(recipes.jpeg(10), dataset, progress=False)  # nothing to plan
+    Jpeg(quality=10)
     """
     check_arguments(dataset, purifier)
     seed, batch_size = as_integer("seed", seed, -(2**63)), as_integer("batch_size", batch_size, 1)
@@ -78,22 +137,17 @@ def plan(
     source = take_over(dataset)
     moved = placed(purifier, device)
     check_honest(source, moved.image_channels, image_key)
-    found = make(Job(source, moved, seed, 1, image_key), batch_size, progress=progress)
-    return applied(_copied(purifier), found)
+    findings = make(Job(source, moved, seed, 1, image_key), batch_size, progress=progress)
+    return applied(_copied(purifier), findings)
 
 
 def is_open(purifier: Purifier) -> bool:
-    """Whether it cannot run before a plan is made."""
+    """Say whether a purifier cannot run before a plan is made."""
     return any(condition.planned is None for condition in _conditions(purifier))
 
 
-def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) -> dict[str, Any]:
-    """The plan of a job's purifier for its source, whatever plan the purifier has.
-
-    Returns:
-        `conditions`, the configuration of each with what was `planned`, and `source`, the identity of all images
-        and targets that were read.
-    """
+def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) -> Findings:
+    """Plan a job's purifier for its source, whatever plan the purifier has."""
     job = job.with_purifier(_copied(job.purifier))
     conditions = _conditions(job.purifier)
     source = None
@@ -102,17 +156,17 @@ def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) 
         condition.planned = condition.make_plan(measures_N)
         source = fmt.source_sha256(hashes)
         log.info("Planned: %s", fmt.plan_in_words(condition.config()))
-    return fmt.plain("A plan", {"conditions": [condition.config() for condition in conditions], "source": source})
+    return Findings(tuple(fmt.plain("A plan", condition.config()) for condition in conditions), source)
 
 
-def applied(purifier: Purifier, found: Mapping[str, Any]) -> Purifier:
+def applied(purifier: Purifier, findings: Findings) -> Purifier:
     """The purifier with the numbers that `make` found: a copy that shares its weights.
 
     Raises:
         ConfigError: it has a plan with other numbers, or needs another plan.
     """
     out = _copied(purifier)
-    conditions, plans = _conditions(out), [entry.get("planned") for entry in found["conditions"]]
+    conditions, plans = _conditions(out), [entry.get("planned") for entry in findings.conditions]
     if len(conditions) != len(plans):
         raise ConfigError(
             f"A plan has one entry for each of {len(conditions)} conditions. Got {len(plans)}: plan again."
@@ -124,51 +178,109 @@ def applied(purifier: Purifier, found: Mapping[str, Any]) -> Purifier:
                 f"A purifier that has a plan must have the one of this dataset, {planned}. Got {old.planned}, of "
                 "another dataset, seed or version: give it without a plan, or give its condition that threshold."
             )
+        assert isinstance(planned, dict)  # which check_plan has seen to
         condition.planned = dict(planned)
     return out
+
+
+def planned(job: Job, findings: Findings | None) -> Job:
+    """The job with its purifier's plan, where it has conditions that need one."""
+    if findings is None or not (findings.conditions or _conditions(job.purifier)):
+        return job
+    return job.with_purifier(applied(job.purifier, findings))
 
 
 # -- with a cache ------------------------------------------------------------------------------------
 
 
 def agreed(
-    job: Job, writer: CacheWriter, batch_size: int, *, workers: int = 0, progress: bool = True
-) -> dict[str, Any] | None:
-    """The plan of a cache that is being filled, the same in every process; None where nothing needs one.
+    job: Job,
+    writer: CacheWriter,
+    batch_size: int,
+    *,
+    sanitation: Sanitation | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Findings | None:
+    """The findings of a cache that is being filled, the same in every process; None where there are none.
 
-    Whoever comes first makes it and writes it down; the others wait, and read it. A file that is damaged is made
-    again, to the same numbers.
+    Whoever comes first makes the plan and writes it down; the others wait, and read it. A file that is damaged is made
+    again, to the same numbers. A sanitation is written down beside it, and stays when a stopped run goes on without.
 
     Raises:
-        CacheError: it cannot be written.
+        CacheError: it cannot be written, or the cache has another sanitation.
     """
-    if not _conditions(job.purifier):
+    needed = bool(_conditions(job.purifier))
+
+    def is_complete(findings: Findings | None) -> bool:
+        if findings is None:
+            return not needed and sanitation is None
+        return sanitation is None or findings.sanitation is not None
+
+    findings = _stored(job, writer)
+    if not is_complete(findings):
+        with Lock(writer.folder, fmt.PLAN_FILE):
+            findings = _stored(job, writer)
+            if not is_complete(findings):
+                if findings is None:
+                    writer.check_same_device()  # before a pass that would be in vain
+                    findings = make(job, batch_size, workers=workers, progress=progress) if needed else Findings()
+                findings = findings.with_sanitation(sanitation)
+                writer.write_plan(findings.to_dict())
+    if findings is not None:
+        check_sanitation(writer.folder, findings.sanitation, sanitation)
+    return findings
+
+
+def check_sanitation(folder: Path, there: Sanitation | None, given: Sanitation | None) -> None:
+    """
+    Raises:
+        CacheError: a cache has a sanitation, and it is not the one given.
+    """
+    if there is not None and given is not None and there != given:
+        raise CacheError(
+            f"The cache {folder} has another sanitation (there → given):\n"
+            f"{fmt.differences(there.to_dict(), given.to_dict())}\nGive none to use the one that is there, or "
+            "precompute into another folder."
+        )
+
+
+def sanitation_of(reader: CacheReader, given: Sanitation | None) -> Sanitation | None:
+    """The sanitation by which a finished cache is read: its own, or the one given.
+
+    Raises:
+        CacheError: it has another, or was made from another dataset than the one that was sanitized.
+    """
+    findings = of_index(reader.plan)
+    there = None if findings is None else findings.sanitation
+    check_sanitation(reader.folder, there, given)
+    if there is None and given is not None:
+        given.check_length(len(reader))
+        source = reader.identity["source"]
+        if given.source is not None and source is not None and given.source != source:
+            raise CacheError(
+                f"The sanitation was found in another dataset than the one that the cache {reader.folder} was made "
+                "from. Sanitize this one."
+            )
+    return given if there is None else there
+
+
+def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
+    """The findings in the plan that the index of a cache keeps."""
+    values = (index_plan or {}).get(fmt.WHERE)
+    if not isinstance(values, dict) or not isinstance(values.get("conditions"), list):
         return None
-    if (found := _stored(job, writer)) is not None:
-        return found
-    with Lock(writer.folder, fmt.PLAN_FILE):
-        found = _stored(job, writer)
-        if found is None:
-            writer.check_same_device()  # before a pass that would be in vain
-            found = make(job, batch_size, workers=workers, progress=progress)
-            writer.write_plan(found)
-        return found
+    return Findings.from_dict(values)
 
 
-def of_index(index_plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `make` found, in the plan that the index of a cache keeps."""
-    found = (index_plan or {}).get(fmt.WHERE)
-    return found if isinstance(found, dict) and isinstance(found.get("conditions"), list) else None
-
-
-def with_plan(folder: Path, given: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The plan to keep in the index: the user's, and what `make` found. None keeps the one that is there.
+def with_plan(folder: Path, given: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
+    """The plan to keep in the index: the user's, and the findings. None keeps the one that is there.
 
     Raises:
         ConfigError: the user's has something in the place of the other.
     """
     whole = None if given is None else fmt.plain("A plan", given)
-    if found is None:
+    if findings is None:
         return whole
     if whole is not None and fmt.WHERE in whole:
         raise ConfigError(
@@ -176,21 +288,20 @@ def with_plan(folder: Path, given: Mapping[str, Any] | None, found: Mapping[str,
             "rename it."
         )
     there = _index_plan(folder)
-    return {**((there or {}) if whole is None else whole), fmt.WHERE: dict(found)}
+    return {**((there or {}) if whole is None else whole), fmt.WHERE: findings.to_dict()}
 
 
-def _stored(job: Job, writer: CacheWriter) -> dict[str, Any] | None:
-    """The plan in the folder; None where there is none that fits."""
+def _stored(job: Job, writer: CacheWriter) -> Findings | None:
+    """The findings in the folder; None where there are none that fit."""
     # first the file, for it goes when the index is there
-    found = writer.read_plan()
-    if found is None:
-        found = of_index(_index_plan(writer.folder))
+    values = writer.read_plan()
+    findings = of_index(_index_plan(writer.folder)) if values is None else Findings.from_dict(values)
     try:
-        if found is not None:
-            applied(_copied(job.purifier), found)
+        if findings is not None and (findings.conditions or _conditions(job.purifier)):
+            applied(_copied(job.purifier), findings)
     except (ConfigError, AttributeError, TypeError):
         return None
-    return found
+    return findings
 
 
 def _index_plan(folder: Path) -> dict[str, Any] | None:
@@ -205,10 +316,10 @@ def _index_plan(folder: Path) -> dict[str, Any] | None:
 
 def _conditions(purifier: Purifier) -> list[Condition]:
     """Those that need a plan, each in one place only, for another place sees other images."""
-    found = list(conditions_of(purifier))
-    if len({id(condition) for condition in found}) < len(found):
+    conditions = list(conditions_of(purifier))
+    if len({id(condition) for condition in conditions}) < len(conditions):
         raise ConfigError("Each Where needs a condition of its own to plan. Got the same one twice: make two of it.")
-    return found
+    return conditions
 
 
 def _copied(purifier: Purifier) -> Purifier:
@@ -233,13 +344,13 @@ def _measured(
             if isinstance(reads, PurifyError):
                 raise reads
             try:
-                found = job.to_plan(positions, [torch.from_numpy(read.pixels) for read in reads])
-                if found is None or found[0] is not condition:
+                reached = job.to_plan(positions, [torch.from_numpy(read.pixels) for read in reads])
+                if reached is None or reached[0] is not condition:
                     raise ConfigError(
                         "A condition with a share k is that of a Where, alone or in a Chain. Got one inside a "
                         f"{type(job.purifier).__name__} that brings no images to it: give it a threshold."
                     )
-                measures.append(condition.measure_images(found[1]))
+                measures.append(condition.measure_images(reached[1]))
             except PurifyError as error:
                 raise type(error)(f"Items {positions[0]} to {positions[-1]} of the dataset: {error}") from None
             hashes += [read.hashes for read in reads]

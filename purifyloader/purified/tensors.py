@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from purifyloader import plans
 from purifyloader.core.devices import check_worker, device_of
 from purifyloader.core.images import luma, quantize, to_unit
 from purifyloader.errors import InputError
+from purifyloader.purified import plans
 from purifyloader.purifiers import Purifier
 
 __all__ = ["check_applicable", "purify_tensor"]

@@ -902,8 +902,8 @@ def test_remaking_a_shard_unfinishes_the_cache_unless_it_is_the_same(cache: Path
         ('"plan":null', '"plan":{"labels":{"0":1}}', "whole index"),
         ('"shards":[{', '"shards":[{"a":1},{', "whole index"),
         ("shard-00000", "../hard-000", "whole index"),
-        ('"format":"purifyloader-cache","identity', '"format":"other","identity', "Got 'other'"),
-        ("{", "", "must be JSON"),
+        ('"format":"purifyloader-cache","identity', '"format":"other","identity', "its format is 'other'"),
+        ("{", "", "whole index"),
         ('"fingerprint"', '"fingerprinT"', "whole index"),
     ],
 )

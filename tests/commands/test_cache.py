@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import save_file
 
 from purifyloader import precompute, recipes
-from purifyloader.cache.compare import compare, picture
+from purifyloader.cache.compare import compare
 from purifyloader.cache.format import Layout
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.commands import main as cli
 from purifyloader.commands.cache import describe
-from purifyloader.errors import CacheError, InputError
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
 
@@ -319,7 +317,7 @@ def test_compare_sizes_lengths_and_channels(tmp_path: Path, capsys: pytest.Captu
     assert (found.samples, found.compared, found.sizes_differ) == ((4, 3), 3, 1)
     assert found.sources_differ is None
     assert found.mean_difference == {"L": [1], "RGB": [0, 0, 0]}
-    text = run(capsys, "compare", tmp_path / "a", tmp_path / "b", "--picture", tmp_path / "p.png")[1]
+    text = run(capsys, "compare", tmp_path / "a", tmp_path / "b")[1]
     assert "samples: 4 and 3, of which the first 3 compared" in text
     assert "of different sizes, and not compared: 1" in text
     c = by_hand(tmp_path / "c", levels(1, size=9))
@@ -328,54 +326,13 @@ def test_compare_sizes_lengths_and_channels(tmp_path: Path, capsys: pytest.Captu
     assert run(capsys, "compare", tmp_path / "a", tmp_path / "c")[0] == 0
 
 
-def test_compare_json_and_picture(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_json(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precompute(PictureDataset(random_images(10)), recipes.jpeg(50), tmp_path / "b", progress=False)
-    out = run(capsys, "compare", made, tmp_path / "b", "--json", "--picture", tmp_path / "p.png")[1]
+    out = run(capsys, "compare", made, tmp_path / "b", "--json")[1]
     values = json.loads(out)
     assert values["differences"] == ["config.purifier.quality: 10 → 50"]
     assert values["sources_differ"] == 0
     assert values["psnr"] > 0
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.mode == "RGB"
-        assert image.width > 3 * 96
-        assert image.height > 8 * 96
-
-
-def test_a_picture_holds_the_images_and_their_residual(tmp_path: Path) -> None:
-    ours, theirs = levels(100, 50, size=2), levels(110, 50, size=2)
-    a, b = by_hand(tmp_path / "a", ours), by_hand(tmp_path / "b", theirs)
-    with Image.open(picture(a, b, tmp_path / "p.png", images=1, gain=4)) as image:
-        sheet = np.asarray(image).reshape(-1, 3)
-    colours, counts = np.unique(sheet, axis=0, return_counts=True)
-    area = {tuple(colour): count for colour, count in zip(colours.tolist(), counts.tolist(), strict=True)}
-    for level in (100, 110, 128 + 4 * 10):  # text may have a few pixels of the same grey
-        assert 96 * 96 <= area[(level,) * 3] < 96 * 96 + 200
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"images": 0}, "images must be"),
-        ({"gain": 0}, "gain must be"),
-        ({"gain": math.nan}, "gain must be"),
-        ({"most_different": 10}, "most_different must be"),
-        ({"draw": 1}, "draw must be"),
-    ],
-)
-def test_a_picture_of_nothing(made: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    reader = CacheReader(made)
-    with pytest.raises(InputError, match=f"{message}.*Got"):
-        picture(reader, reader, tmp_path / "p.png", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_picture_goes_where_it_can(made: Path, tmp_path: Path) -> None:
-    reader = CacheReader(made)
-    with pytest.raises(InputError, match="outside the caches"):
-        picture(reader, reader, made / "index.json")
-    (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match="Could not write"):
-        picture(reader, reader, tmp_path / "file" / "p.png")
 
 
 # -- what users get wrong ----------------------------------------------------------------------------

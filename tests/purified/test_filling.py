@@ -31,9 +31,10 @@ from purifyloader.core.images import quantize
 from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.files.locks import is_held
-from purifyloader.purified import filling
-from purifyloader.purified.filling import make_shard, place, precompute
+from purifyloader.purified import progress
+from purifyloader.purified.filling import place, precompute
 from purifyloader.purified.job import Job
+from purifyloader.purified.ondemand import make_shard
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
@@ -570,7 +571,7 @@ def test_progress_in_a_long_run(
 ) -> None:
     """A line every so often, of all processes' images, with what is left."""
 
-    monkeypatch.setattr(filling, "_LOG_SECONDS", 0.3)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.3)
     with caplog.at_level(logging.INFO, "purifyloader"):
         filled(tmp_path, purifier=Slow(30), batch_size=2, progress=True)
     lines = [record.getMessage() for record in caplog.records]

@@ -1,4 +1,4 @@
-"""A purifier inside a transform: moved with it, and otherwise none of the training script's business."""
+"""Hold a purifier inside a transform, where the training script does not see it as a module."""
 
 from __future__ import annotations
 

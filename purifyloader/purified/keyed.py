@@ -1,0 +1,83 @@
+"""Compensate images by keys of (seed, epoch, index), so that the draws depend on neither batch nor worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from purifyloader.core import noise
+from purifyloader.core.images import ImageKind, from_engine, to_engine
+from purifyloader.errors import InputError
+from purifyloader.purified.job import COMPENSATE
+from purifyloader.purified.reading import converted
+
+__all__ = ["KeyedCorruption", "check_compensate", "check_compensated", "compensate_batch", "compensate_images"]
+
+_REMEDY = (
+    "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
+    "compensate= out and put Compensate() into your transform where the image is still in [0, 1]."
+)
+
+
+class KeyedCorruption(Protocol):
+    """A random corruption as a function of images and keys: `purifyloader.transforms.Compensate`, or the like.
+
+    `apply` takes float32 images (B, C, H, W) in [0, 1] and one int64 key an image, and gives such images. A class may
+    define `run(x_BCHW, keys_B)` too: the same without a look at the values, for which a GPU would have to be waited.
+    """
+
+    def apply(self, image: Any, keys_B: Tensor) -> Any: ...
+
+
+def check_compensate(compensate: Any) -> None:
+    """
+    Raises:
+        InputError: it is neither None nor a keyed corruption.
+    """
+    if compensate is not None and not callable(getattr(compensate, "apply", None)):
+        raise InputError(
+            "compensate must be None, `purifyloader.transforms.Compensate(...)`, or an object with apply(image, keys). "
+            f"Got {type(compensate).__name__}."
+        )
+
+
+def check_compensated(image: Any) -> None:
+    """
+    Raises:
+        InputError: compensation does not take the image that the user's transform gives it.
+    """
+    converted([0], [image], None, _REMEDY)
+
+
+def _keys(seed: int, epoch: int, positions: Sequence[int]) -> Tensor:
+    return noise.fold_in(noise.image_keys(seed, epoch, list(positions)), COMPENSATE)
+
+
+def compensate_batch(
+    compensate: KeyedCorruption, x_BCHW: Tensor, seed: int, epoch: int, positions: Sequence[int]
+) -> Tensor:
+    """Compensate one batch of float32 images (B, C, H, W) in [0, 1]."""
+    return compensate.apply(x_BCHW, _keys(seed, epoch, positions)).clamp(0, 1)
+
+
+def compensate_images(
+    compensate: KeyedCorruption, images: Sequence[Any], seed: int, epoch: int, positions: Sequence[int]
+) -> list[Any]:
+    """Compensate images of any type and size; each comes back as it came.
+
+    Those of one shape go together, because drawing noise for one image at a time costs ten times as much.
+    """
+    keys_B = _keys(seed, epoch, positions)
+    engine = converted(positions, images, None, _REMEDY, to_engine)
+    by_shape: dict[torch.Size, list[int]] = {}
+    for row, (x, _) in enumerate(engine):
+        by_shape.setdefault(x.shape, []).append(row)
+    out: list[tuple[Tensor, ImageKind]] = list(engine)
+    for rows in by_shape.values():
+        results = compensate.apply(torch.stack([engine[row][0] for row in rows]), keys_B[rows])
+        for row, x in zip(rows, results, strict=True):
+            out[row] = (x, engine[row][1])
+    return [from_engine(x, kind) for x, kind in out]

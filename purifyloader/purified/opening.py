@@ -1,0 +1,152 @@
+"""Open the cache of a `PurifiedDataset`: read it, fill it now, or fill it on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
+from purifyloader.cache.reader import CacheReader
+from purifyloader.cache.writer import CacheWriter
+from purifyloader.core.images import ImageKind
+from purifyloader.datasets.samples import is_plain
+from purifyloader.datasets.sources import fetch, random_state_kept
+from purifyloader.errors import CacheError
+from purifyloader.files.locks import is_held
+from purifyloader.purified import plans
+from purifyloader.purified.filling import choose_layout, fill, notes_of
+from purifyloader.purified.job import Job
+from purifyloader.purified.modes import Mode, PixelsFromCache, SamplesFromCache
+from purifyloader.purified.ondemand import ShardsOnDemand
+from purifyloader.purified.reading import check_source
+from purifyloader.purified.sanitation import Sanitation
+from purifyloader.purifiers import Purifier
+
+__all__ = ["Opened", "Opening"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A cache that is open: how it is read, its purifier with its plan, and its sanitation."""
+
+    mode: Mode
+    purifier: Purifier
+    sanitation: Sanitation | None
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the user asked of a cache; see `PurifiedDataset`."""
+
+    folder: Path
+    missing: str | None
+    check_source: bool | int
+    in_memory: bool
+    batch_size: int
+    progress: bool
+
+    def open(
+        self,
+        job: Job,
+        dataset: Dataset[Any],
+        probed: Sequence[tuple[tuple[int, int, int], ImageKind]],
+        sanitation: Sanitation | None,
+    ) -> Opened:
+        """Open the cache of a job, after filling it if it is not finished.
+
+        Args:
+            dataset: the user's, for notes.
+            probed: shape and kind of some of its images.
+            sanitation: to use or, where the cache is filled, to keep with it. None takes that of the cache.
+
+        Raises:
+            CacheError: the folder holds something else, is unfinished, or damaged.
+        """
+        finished = self._is_finished()
+        if not finished:
+            layout = choose_layout(self.folder, len(job.reader), job.draws, job.purifier, probed)
+            writer = CacheWriter(self.folder, job.config(), layout, job.made())
+            findings = plans.agreed(job, writer, self.batch_size, sanitation=sanitation, progress=self.progress)
+            job = plans.planned(job, findings)
+            plan = plans.with_plan(writer.folder, None, findings)
+            notes = notes_of(dataset, job.purifier)
+            each = self._checked_of_each(len(layout.shards))
+            if self.missing == "purify":
+                sanitation = None if findings is None else findings.sanitation
+                rows = ShardsOnDemand(job, writer, self.batch_size, each, notes, plan)
+                mode = PixelsFromCache(rows, job.reader.raw, job.reader.image_key, sanitation)
+                return Opened(mode, job.purifier, sanitation)
+            fill(
+                job,
+                writer,
+                batch_size=self.batch_size,
+                check_source=each,
+                plan=plan,
+                notes=notes,
+                progress=self.progress,
+            )
+        reader = CacheReader(self.folder, job.config(), self.in_memory)
+        self._check_length(reader, len(job.reader))
+        if finished:
+            job = plans.planned(job, plans.of_index(reader.plan))
+            self._compare(job, reader)
+        sanitation = plans.sanitation_of(reader, sanitation)
+        return Opened(_finished_mode(job, reader, sanitation), job.purifier, sanitation)
+
+    def _is_finished(self) -> bool:
+        """
+        Raises:
+            CacheError: it is partly filled, and nobody said what to do about that.
+        """
+        if (self.folder / INDEX_FILE).exists():
+            return True
+        if self.missing is not None or not self.folder.is_dir():
+            return False
+        if not any(SHARD_FILE.fullmatch(path.name) for path in self.folder.iterdir()):
+            return False
+        try:
+            CacheReader(self.folder)
+            return True  # by another process, since the look above
+        except CacheError as error:
+            busy = any(is_held(path) for path in self.folder.glob(".*.lock"))
+            raise CacheError(
+                f"{error} {'Another process is filling it now: wait for it. ' if busy else ''}"
+                'Or give missing="precompute" to fill it now, which any number of processes may do together, or '
+                'missing="purify" to fill each shard when it is first read.'
+            ) from None
+
+    def _checked_of_each(self, shards: int) -> bool | int:
+        if isinstance(self.check_source, bool):
+            return self.check_source
+        return -(-self.check_source // shards) or False
+
+    def _check_length(self, reader: CacheReader, length: int) -> None:
+        if len(reader) != length:
+            raise CacheError(
+                f"The cache {self.folder} must hold one image for each of the source's {length}. Got {len(reader)}: "
+                "it was made from another dataset. Give that one, or precompute into another folder."
+            )
+
+    def _compare(self, job: Job, reader: CacheReader) -> None:
+        hashes = reader.source_hashes()
+        if hashes is None or self.check_source is False:
+            return
+        total = len(reader) if self.check_source is True else min(self.check_source, len(reader))
+        with tqdm(total=total, unit="img", desc="checking the source", disable=not self.progress, leave=False) as bar:
+            check_source(
+                job.reader, hashes, self.check_source, reader.folder, batch_size=self.batch_size, seen=bar.update
+            )
+
+
+def _finished_mode(job: Job, reader: CacheReader, sanitation: Sanitation | None) -> Mode:
+    """Everything out of the cache, where it has the targets and samples are of plain types."""
+    with random_state_kept():
+        plain = is_plain(fetch(job.reader.raw, [0])[0])
+    if plain and reader.sample is not None and reader.targets is not None:
+        return SamplesFromCache(reader, sanitation)
+    return PixelsFromCache(reader, job.reader.raw, job.reader.image_key, sanitation)

@@ -1,0 +1,85 @@
+"""Show how far a cache is filled: one bar for all processes, or lines in the log where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from tqdm.auto import tqdm
+
+from purifyloader.cache.writer import CacheWriter
+from purifyloader.files.locks import is_held, lock_path, read_note
+
+__all__ = ["Progress"]
+
+log = logging.getLogger(__name__)
+
+_LOG_SECONDS = 30.0  # between lines of the log
+
+
+class Progress:
+    """One bar over all processes, from what they leave in the folder: finished shards, and notes in locks."""
+
+    def __init__(self, writer: CacheWriter, shown: bool) -> None:
+        self._writer, self._shown = writer, shown
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._shown:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._shown:
+            self._thread.join()
+
+    def _done(self) -> int:
+        writer = self._writer
+        names = set(os.listdir(writer.folder))
+        done = writer.present(list(names))
+        for shard in writer.shards:
+            path = lock_path(writer.folder, shard.file)
+            if path.name in names and shard.file not in names and is_held(path):
+                done += min(read_note(path), shard.count)
+        return done
+
+    def _watch(self) -> None:
+        length = self._writer.layout.length
+        start, begun = self._done(), time.monotonic()
+        done = start
+        notebook = "ipykernel" in sys.modules
+        report = self._log(start, begun, length)
+        with tqdm(
+            total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
+        ) as bar:
+            while True:
+                stopping = self._stop.wait(0.5)
+                with suppress(OSError):  # the bar is not what a run should fail of
+                    done = self._done()
+                bar.n = max(start, done)
+                bar.refresh()
+                if bar.disable:
+                    report(done, stopping)
+                if stopping:
+                    return
+
+    def _log(self, start: int, begun: float, length: int) -> Callable[[int, bool], None]:
+        last = begun
+
+        def report(done: int, final: bool) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done <= start or (now - last < _LOG_SECONDS and not final):
+                return
+            last = now
+            rate = (done - start) / (now - begun)
+            left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
+            log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
+
+        return report
