@@ -59,7 +59,7 @@ PUBLIC = {
     ],
     "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
     "purifyloader.datasets.named": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
-    "purifyloader.purified.plans": ["plan"],
+    "purifyloader.purified.plans": ["Sanitation", "plan"],
     "purifyloader.recipes": [
         "RECIPES",
         "bit_depth",

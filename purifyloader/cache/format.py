@@ -500,6 +500,9 @@ def parse_index(values: Any, path: Path) -> Index:
     Raises:
         CacheError: as `read_index`.
     """
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        kind = repr(values.get("format")) if isinstance(values, dict) else type(values).__name__
+        raise CacheError(f"{path} is not the index of a cache: its format is {kind}. Give the folder of a cache.")
     with reading(path, "index", _REINDEX):
         check_guard(values, path)
         shape = values["image_shape"]

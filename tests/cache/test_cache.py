@@ -699,7 +699,7 @@ def test_devices_that_meet_in_an_empty_folder(tmp_path: Path) -> None:
         writer = writers[shard.number % 2]
         writer.check_same_device() if shard.number < 1 else None
         write(writer, shard)
-    with pytest.raises(CacheError, match=r"one kind of device.*Got cpu and cuda.*--allow-mixed-devices"):
+    with pytest.raises(CacheError, match=r"one kind of device.*Got cpu and cuda.*allow_mixed_devices=True"):
         writers[0].finish()
     assert not (tmp_path / "index.json").exists()
     CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": "cpu"}, allow_mixed_devices=True).finish()
@@ -739,7 +739,7 @@ def test_one_kind_of_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     write(first, first.shards[1])
     with pytest.raises(CacheError) as caught:
         CacheWriter(tmp_path, CONFIG, LAYOUT, MADE).check_same_device()
-    for part in ("'cpu'", "shard-00001.safetensors was made on 'cuda'", "device='cuda'", "--allow-mixed-devices"):
+    for part in ("'cpu'", "shard-00001.safetensors was made on 'cuda'", "device='cuda'", "allow_mixed_devices=True"):
         assert part in str(caught.value)
     with caplog.at_level(logging.WARNING, "purifyloader"):
         first.check_same_device()
@@ -839,7 +839,7 @@ def test_flipped_header(cache: Path) -> None:
 def test_truncated_shard(cache: Path, keep: int) -> None:
     path = cache / "shard-00004.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CacheError, match=r"shard-00004\.safetensors.*Got"):
+    with pytest.raises(CacheError, match=r"shard-00004\.safetensors.*damaged"):
         CacheReader(cache)
     before = CacheWriter(cache, CONFIG, LAYOUT).pending()
     assert [s.number for s in before] == [4]
@@ -977,7 +977,7 @@ def test_an_index_of_something_else_is_not_ours(tmp_path: Path) -> None:
     for text in ('{"format":"other"}', "[]", "{", "null"):
         (tmp_path / "index.json").write_text(text)
         for opening in (lambda: CacheReader(tmp_path), lambda: CacheWriter(tmp_path, CONFIG, LAYOUT)):
-            with pytest.raises(CacheError, match=r"index\.json.*Got"):
+            with pytest.raises(CacheError, match=r"index\.json is (not the index of a cache|damaged)"):
                 opening()
         assert contents(tmp_path) == {"index.json": text.encode()}
 

@@ -721,7 +721,7 @@ def test_the_command_on_mixed_devices(tmp_path: Path, monkeypatch: pytest.Monkey
         tmp_path / "out",
     ]
     assert command(*options, "--quiet") == 2
-    assert "--allow-mixed-devices" in capsys.readouterr().err
+    assert "allow_mixed_devices=True" in capsys.readouterr().err
     assert command(*options, "--quiet", "--allow-mixed-devices") == 0
     assert CacheReader(tmp_path / "out").identity["devices"] == ["cpu", "cuda"]
 
