@@ -14,9 +14,7 @@ from tests.public import PUBLIC
 
 # Names that have no example yet.
 WITHOUT: set[str] = {
-    "purifyloader:PurifiedDataset",
     "purifyloader:PurifiedLoader",
-    "purifyloader:precompute",
     "purifyloader.cache:CacheReader",
     "purifyloader.cache:CacheWriter",
     "purifyloader.cache:Layout",
@@ -31,7 +29,6 @@ WITHOUT: set[str] = {
     "purifyloader.datasets.named:TarDataset",
     "purifyloader.datasets.named:open_dataset",
     "purifyloader.datasets.named:read_image",
-    "purifyloader.purified.plans:plan",
     "purifyloader.transforms:Compensate",
     "purifyloader.transforms:Purify",
     "purifyloader.transforms:RandomCompensate",

@@ -127,8 +127,8 @@ def plan(
     >>> import torch
     >>> from purifyloader import plans, recipes
     >>> dataset = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)]
-    >>> plans.plan(recipes.jpeg(10), dataset, progress=False)  # nothing to plan
-    Jpeg(quality=10)
+    >>> plans.plan(recipes.jpeg(10), dataset, progress=False).config()  # which has nothing to plan
+    {'kind': 'jpeg', 'quality': 10}
     """
     check_arguments(dataset, purifier)
     seed, batch_size = as_integer("seed", seed, -(2**63)), as_integer("batch_size", batch_size, 1)

@@ -44,8 +44,9 @@ class Sanitation:
         InputError: an index outside the dataset, a label that is no integer, or nothing left.
         ConfigError: `found_by` or `source` is no JSON object.
 
-    >>> finding = Sanitation(4, suspects=[2], labels={0: 7}, found_by={"method": "votes"})
-    >>> finding.kept.tolist(), finding == Sanitation.from_dict(finding.to_dict())
+    >>> from purifyloader import plans
+    >>> finding = plans.Sanitation(4, suspects=[2], labels={0: 7}, found_by={"method": "votes"})
+    >>> finding.kept.tolist(), finding == plans.Sanitation.from_dict(finding.to_dict())
     ([0, 1, 3], True)
     """
 

@@ -267,12 +267,12 @@ def test_bad_tars_are_named(plain: CacheReader, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda text: text[:-20], "damaged file"),
-        (lambda text: "[]", "damaged file"),
-        (lambda text: "{}", "damaged file"),
+        (lambda text: text[:-20], "damaged"),
+        (lambda text: "[]", "damaged"),
+        (lambda text: "{}", "damaged"),
         (lambda text: text.replace('"draw":0', '"draw":1'), "does not have its sha256"),
         (lambda text: text.replace('"format":"purifyloader-tars"', '"format":"other"'), "its format is 'other'"),
-        (lambda text: text.replace('"tars":[', '"tars":[1,'), "damaged file"),
+        (lambda text: text.replace('"tars":[', '"tars":[1,'), "damaged"),
         (lambda text: json.dumps({**json.loads(text), "version": 2}), "must be of version 1. Got version 2"),
     ],
 )
