@@ -49,11 +49,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.train.energy.task",
     },  # modules that name an option of the command line
     "coin": {
-        "purifyloader.core.corruptions",
-        "purifyloader.poisons.reading.pictures",
-        "purifyloader.commands.precompute",
-        "purifyloader.purifiers.squeezing",
-        "purifyloader.recipes.squeezing",
     },  # modules that name COIN beyond the four
 }
 

@@ -97,7 +97,6 @@ class Recipe:
         summary: the first line of its docstring.
         options: by the name of the keyword argument, in the order of the signature.
         models: the kind of model ("denoiser", "energy") by the name of the keyword argument.
-        model_help: the help of each of these.
         model_defaults: the name of the model that is taken where none is given; no entry where one must be.
         rows: in the bench.
     """
@@ -107,7 +106,6 @@ class Recipe:
     summary: str
     options: Mapping[str, Option]
     models: Mapping[str, str]
-    model_help: Mapping[str, str]
     model_defaults: Mapping[str, str]
     rows: tuple[Row, ...]
 
@@ -176,9 +174,8 @@ def describe(name: str, make: Callable[..., Purifier]) -> Recipe:
         elif kind is not None:
             text = texts.get(parameter.name, "")
             options[parameter.name] = Option(parameter.name, kind, parameter.default, text)
-    model_help = {name: texts.get(name, "") for name in models}
     rows = getattr(make, "rows", ())
-    return Recipe(name, make, doc.partition("\n")[0], options, models, model_help, defaults, rows)
+    return Recipe(name, make, doc.partition("\n")[0], options, models, defaults, rows)
 
 
 def _kind(make: Callable[..., Purifier], annotation: Any) -> tuple[type | None, str | None]:

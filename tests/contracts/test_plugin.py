@@ -7,10 +7,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from purifyloader import recipes
 from purifyloader.bench.defences import DEFENCES, Models, find, table
+from purifyloader.cache.reader import CacheReader
+from purifyloader.commands.main import main
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.recipes.registry import describe
 from tests.contracts import test_purifiers as contract
@@ -74,6 +78,31 @@ def test_it_is_unknown_where_it_is_not_installed():
         find("fade")
     with pytest.raises(ConfigError, match="kind must be one of"):
         recipes.from_json('{"schema": 1, "purifier": {"kind": "fade", "amount": 0.5}}')
+
+
+def test_the_command_line_fills_a_cache_with_it(installed, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        folder = tmp_path / "data" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    words = [
+        "precompute",
+        "--dataset",
+        "imagefolder",
+        "--root",
+        tmp_path / "data",
+        "--recipe",
+        "fade",
+        "--amount",
+        0.25,
+    ]
+    assert main([*map(str, words), "--out", str(tmp_path / "cache"), "--quiet"]) == 0
+    reader = CacheReader(tmp_path / "cache")
+    assert reader.config["purifier"] == {"kind": "fade", "amount": 0.25}
+    order = [0, 2, 4, 1, 3, 5]
+    want = np.round(255 * (0.75 * pixels[order] / 255 + 0.125))
+    assert np.abs(np.stack([reader[i] for i in range(6)]).astype(float) - want).max() <= 1
 
 
 def test_the_bench_has_its_row_and_its_options(installed):

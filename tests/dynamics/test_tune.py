@@ -12,7 +12,7 @@ import torch
 
 from purifyloader import pretrained, recipes
 from purifyloader.commands.main import execute, parse
-from purifyloader.commands.precompute import purifier_of
+from purifyloader.commands.recipe_options import purifier_of
 from purifyloader.commands.tune import reasons
 from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune
 from purifyloader.dynamics.tune import compare_unpaired

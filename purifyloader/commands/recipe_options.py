@@ -1,0 +1,137 @@
+"""Options of the recipes: read from the signatures of `purifyloader.recipes.RECIPES`, those of plugins too."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from purifyloader import recipes
+from purifyloader.errors import ConfigError
+from purifyloader.pretrained.kinds import KINDS
+from purifyloader.recipes.registry import Option, Recipe, describe
+
+if TYPE_CHECKING:
+    from purifyloader.purifiers import Purifier
+
+__all__ = ["add_recipe_options", "purifier_of"]
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+def _described() -> dict[str, Recipe]:
+    return {name: describe(name, make) for name, make in recipes.RECIPES.items()}
+
+
+def add_recipe_options(group: Any) -> None:
+    """Add --recipe, the options and models of all recipes, and --dtype to a parser or a group of one."""
+    described = _described()
+    names = ", ".join(described)
+    group.add_argument("--recipe", required=True, metavar="NAME", help=f"{names}, or a file with a purifier's JSON")
+    for argument in dict.fromkeys(argument for recipe in described.values() for argument in recipe.models):
+        texts = [
+            (name, f"name or folder of {KINDS[each.models[argument]].words}")
+            for name, each in described.items()
+            if argument in each.models
+        ]
+        _add(group, argument, _help(texts, len(described)), metavar="MODEL")
+    for option, takers in _options(described):
+        texts = [(name, each.options[option.name].help) for name, each in takers]
+        flag: dict[str, Any] = {"action": "store_true"} if option.type is bool else {"type": option.type}
+        if option.type is not bool:
+            flag["metavar"] = _METAVARS[option.type]
+        _add(group, option.name, _help(texts, len(described)), **flag)
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic of networks (default: float32)")
+
+
+def _add(group: Any, name: str, text: str, **options: Any) -> None:
+    try:
+        group.add_argument(_flag(name), default=None, help=text.replace("%", "%%"), **options)
+    except argparse.ArgumentError:
+        raise ConfigError(
+            f"A recipe that is installed has the option {_flag(name)}, which the command has already. Rename it there."
+        ) from None
+
+
+def _options(described: dict[str, Recipe]) -> list[tuple[Option, list[tuple[str, Recipe]]]]:
+    """Each option once, with the recipes that take it; `fast` is --dtype."""
+    found: dict[str, Option] = {}
+    for recipe in described.values():
+        found = {**recipe.options, **found}
+    ordered = dict.fromkeys(name for recipe in described.values() for name in recipe.options if name != "fast")
+    return [(found[name], [(key, each) for key, each in described.items() if name in each.options]) for name in ordered]
+
+
+def _help(texts: Sequence[tuple[str, str]], recipes_there: int) -> str:
+    """The texts of an option, each once, with the recipes that it is of unless all have it."""
+    by_text: dict[str, list[str]] = {}
+    for name, text in texts:
+        by_text.setdefault(text.rstrip("."), []).append(name)
+    if len(by_text) == 1 and len(texts) == recipes_there:
+        return next(iter(by_text))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in by_text.items())
+
+
+def purifier_of(options: argparse.Namespace) -> Purifier:
+    """Make the purifier that --recipe and the options of `add_recipe_options` ask for.
+
+    Raises:
+        ConfigError: an option that the recipe does not take, one that it needs, or no such recipe or file.
+    """
+    described = _described()
+    given = {option.name: getattr(options, option.name) for option, _ in _options(described)}
+    given = {name: value for name, value in given.items() if value is not None}
+    models = {name: getattr(options, name) for recipe in described.values() for name in recipe.models}
+    models = {name: value for name, value in models.items() if value is not None}
+    recipe = described.get(options.recipe)
+    if recipe is None:
+        return _from_file(options, given, models, described)
+    takes = [name for name in (*recipe.models, *recipe.options) if name != "fast"]
+    if not recipe.models and (models or options.dtype is not None):
+        raise ConfigError(
+            f"The recipe {recipe.name} has no network. Got {_flags([*models, *_dtype(options)])}: the options "
+            "--energy, --model or --dtype are of those that have one. Leave it out."
+        )
+    if foreign := sorted({*given, *models} - set(takes)):
+        known = _flags([*takes, *(["dtype"] if recipe.takes_fast else [])])
+        raise ConfigError(f"The recipe {recipe.name} takes {known}. Got {_flags(foreign)}: leave it out.")
+    for name in recipe.models:
+        if name not in recipe.model_defaults and name not in models:
+            raise ConfigError(
+                f"The recipe {recipe.name} needs {_flag(name)}, a name of `purifyloader models` or a folder."
+            )
+    for option in recipe.options.values():
+        if option.required and option.name not in given:
+            raise ConfigError(f"The recipe {recipe.name} needs {_flag(option.name)}: {option.help} Got none.")
+    if "t" in given and float(given["t"]).is_integer():
+        given["t"] = int(given["t"])
+    if recipe.takes_fast:
+        given["fast"] = options.dtype == "bfloat16"
+    return recipe.make(**models, **given)
+
+
+def _dtype(options: argparse.Namespace) -> list[str]:
+    return [] if options.dtype is None else ["dtype"]
+
+
+def _from_file(
+    options: argparse.Namespace, given: dict[str, Any], models: dict[str, str], known: Iterable[str]
+) -> Purifier:
+    path = Path(options.recipe)
+    if not path.is_file():
+        raise ConfigError(
+            f"--recipe must be one of {', '.join(known)}, or a file with what Purifier.to_json gives. "
+            f"Got {options.recipe!r}, which is neither."
+        )
+    if extra := [*given, *_dtype(options)]:
+        raise ConfigError(f"A recipe from a file says all of itself. Got {_flags(extra)}: edit the file.")
+    return recipes.from_json(path.read_text(encoding="utf-8"), list(models.values()))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(_flag(name) for name in names)
