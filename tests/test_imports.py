@@ -48,8 +48,7 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.train.denoiser.task",
         "purifyloader.train.energy.task",
     },  # modules that name an option of the command line
-    "coin": {
-    },  # modules that name COIN beyond the four
+    "coin": set(),  # modules that name COIN beyond the four
 }
 
 
