@@ -39,7 +39,9 @@ def add_recipe_options(group: Any) -> None:
     for option, takers in _options(described):
         texts = [(name, each.options[option.name].help) for name, each in takers]
         flag: dict[str, Any] = {"action": "store_true"} if option.type is bool else {"type": option.type}
-        if option.type is not bool:
+        if option.choices:
+            flag["choices"] = option.choices
+        elif option.type is not bool:
             flag["metavar"] = _METAVARS[option.type]
         _add(group, option.name, _help(texts, len(described)), **flag)
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic of networks (default: float32)")

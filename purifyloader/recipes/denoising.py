@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from purifyloader.recipes.models import Model, as_denoiser, dtype_of
 from purifyloader.recipes.registry import recipe
@@ -23,7 +23,7 @@ def eclipse(
     sigma: float | None = None,
     steps: int | None = None,
     schedule: Schedule | None = None,
-    sampler: str = "ancestral",
+    sampler: Literal["ancestral", "ddim"] = "ancestral",
     compensate_once: bool = False,
     fast: bool = False,
     compute_batch: int = 32,

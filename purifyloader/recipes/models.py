@@ -23,9 +23,9 @@ EnergyModel: TypeAlias = Annotated["str | Path | EnergyNetwork", "energy"]
 
 def as_model(model: Any, kind: str) -> Any:
     """The model itself, loaded where it is a name or a folder; the purifier refuses what is none at all."""
-    from purifyloader.pretrained.checkpoint import load
+    from purifyloader import pretrained
 
-    return load(model, kind) if isinstance(model, str | os.PathLike) else model
+    return pretrained.load(model, kind) if isinstance(model, str | os.PathLike) else model
 
 
 def as_denoiser(model: Model) -> Denoiser:

@@ -58,12 +58,14 @@ class Option:
         type: int, float, bool or str.
         default: the recipe's own; `inspect.Parameter.empty` where it must be given.
         help: the text of the docstring.
+        choices: the values that are allowed, of a `Literal`; empty for any.
     """
 
     name: str
     type: type
     default: Any
     help: str
+    choices: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -75,6 +77,8 @@ class Option:
         Raises:
             ConfigError: the text is no value of its type.
         """
+        if self.choices and text not in self.choices:
+            raise ConfigError(f"must be one of {', '.join(self.choices)}. Got {text!r}.", argument=self.name)
         if self.type is bool:
             if text not in ("true", "false"):
                 raise ConfigError(f"must be true or false. Got {text!r}.", argument=self.name)
@@ -166,25 +170,32 @@ def describe(name: str, make: Callable[..., Purifier]) -> Recipe:
     texts = _arguments(doc)
     options, models, defaults = {}, {}, {}
     for parameter in inspect.signature(make).parameters.values():
-        kind, of_model = _kind(make, parameter.annotation)
+        annotation = _evaluated(make, parameter.annotation)
+        kind, of_model = _kind(annotation)
         if of_model is not None:
             models[parameter.name] = of_model
             if parameter.default is not parameter.empty:
                 defaults[parameter.name] = parameter.default
         elif kind is not None:
             text = texts.get(parameter.name, "")
-            options[parameter.name] = Option(parameter.name, kind, parameter.default, text)
+            values = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+            options[parameter.name] = Option(parameter.name, kind, parameter.default, text, values)
     rows = getattr(make, "rows", ())
     return Recipe(name, make, doc.partition("\n")[0], options, models, defaults, rows)
 
 
-def _kind(make: Callable[..., Purifier], annotation: Any) -> tuple[type | None, str | None]:
+def _evaluated(make: Callable[..., Purifier], annotation: Any) -> Any:
+    """The object that an annotation means; None for one that only a type checker knows."""
+    try:
+        return eval(annotation, make.__globals__) if isinstance(annotation, str) else annotation
+    except (NameError, TypeError):
+        return None
+
+
+def _kind(annotation: Any) -> tuple[type | None, str | None]:
     """The type of an option, or the kind of a model, that an annotation means; None for neither."""
-    if isinstance(annotation, str):
-        try:
-            annotation = eval(annotation, make.__globals__)
-        except (NameError, TypeError):
-            return None, None
+    if typing.get_origin(annotation) is typing.Literal:
+        return str, None
     if isinstance(kind := next(iter(getattr(annotation, "__metadata__", ())), None), str):
         return None, kind
     several = [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]

@@ -783,7 +783,7 @@ def test_wrong_options_are_one_error(
     from purifyloader import pretrained
 
     load, denoiser = pretrained.load, tiny_denoiser()
-    monkeypatch.setattr(pretrained, "load", lambda model: denoiser if model == "tiny" else load(model))
+    monkeypatch.setattr(pretrained, "load", lambda model, *_: denoiser if model == "tiny" else load(model))
     (tmp_path / "recipe.json").write_text(Jpeg(30).to_json())
     given = [str(tmp_path / "recipe.json") if o == "FILE" else str(o) for o in options]
     arguments = [
