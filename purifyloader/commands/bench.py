@@ -117,7 +117,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
     add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
     add("--device", default="cpu", help="(default: cpu)")
-    add("--precise", action="store_true", help="float32 in purifiers and victims; default is bfloat16")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="arithmetic of purifiers and victims (default: float32; bfloat16 is faster and gives other pixels)",
+    )
     add("--processes", type=int, default=1, metavar="N", help="so many on this machine (default: 1)")
     add("--report", action="store_true", help="write the table and pictures of the rows there are, and stop")
     add("--list", action="store_true", help="list attacks and defences, and stop")
@@ -182,7 +187,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         options.work,
         attack_seed=options.attack_seed,
         device=options.device,
-        fast=not options.precise,
+        fast=options.dtype == "bfloat16",
         progress=options.processes == 1 and sys.stderr.isatty(),
     )
     names = [bench.label(defence) for defence in defences]

@@ -171,7 +171,7 @@ def test_a_killed_bench_goes_on(whole, folder, tmp_path):
 
 
 def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
-    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model, "--precise")
+    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model)
     by = {(row["attack"], row["defence"]): row for row in found}
     assert by["lsp", "A@20 [tiny]"]["sigma_px"] == 20
     assert by["lsp", "eclipse [tiny]"]["sigma_px"] == 12.75

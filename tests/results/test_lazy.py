@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
 MODULES = (
     *("purifyloader.evaluation", "purifyloader.audit", "purifyloader.dynamics"),
     *("purifyloader.certify.report", "purifyloader.certify.output", "purifyloader.certify.pictures"),
@@ -17,5 +14,5 @@ MODULES = (
 
 def test_what_measures_imports_neither_matplotlib_nor_scipy():
     code = f"import sys, {', '.join(MODULES)}; print([m for m in ('matplotlib', 'scipy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = processes.run(processes.Code(code))
     assert done.stdout.split() == ["[]"], done.stderr
