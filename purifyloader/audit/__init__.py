@@ -1,4 +1,4 @@
-"""What an energy model says of a dataset, for people who want to look at their data before they trust it.
+"""Look at a dataset through an energy model, for people who want to look at their data before they trust it.
 
 `dataset_energies` reads the energies, `audit_energy` compares them with those of clean images as JSON, `picture`
 draws that, and `purifyloader audit energy` is all of it from the command line.

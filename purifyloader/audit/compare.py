@@ -1,4 +1,4 @@
-"""Energies against those of clean images, as one JSON value. Everything here works on numbers alone.
+"""Compare energies with those of clean images; the result is one JSON value. Everything here works on numbers alone.
 
 Energies are given as U = E / T, T the temperature that PureGen's Langevin steps divide by. exp(-U) is then the
 model's density up to a constant, so that a difference of U means something, and U itself does not.
@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 
 
 def threshold(reference: Floats, share: float = _TAIL) -> float:
-    """What a new draw like the reference's exceeds with probability `share`, whatever their distribution.
+    """Compute what a new draw like the reference's exceeds with probability `share`, whatever their distribution.
 
     That is the quantile at p = k / (n + 1) (Weibull's plotting position); where the reference has too few for it,
     its largest.
@@ -45,24 +45,24 @@ def threshold(reference: Floats, share: float = _TAIL) -> float:
 
 
 def expected_share(count: int, share: float = _TAIL) -> float:
-    """The probability that a new draw exceeds `threshold` of `count`: `share`, or 1 / (n + 1) where there are few."""
+    """Compute the probability that a new draw exceeds `threshold` of `count`: `share`, or 1 / (n + 1) for few."""
     return max(share, 1 / (count + 1))
 
 
 def percentiles(values: Floats, reference: Floats) -> Floats:
-    """Percent of the reference below each value, half of those equal to it counted."""
+    """Compute the percent of the reference below each value, half of those equal to it counted."""
     ordered = np.sort(reference)
     both = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
     return 50.0 * both / len(ordered)
 
 
 def ranking(energies: Floats) -> NDArray[np.int64]:
-    """Rows from the highest energy to the lowest; equal ones in the order they come."""
+    """Order rows from the highest energy to the lowest; equal ones in the order they come."""
     return np.argsort(-energies, kind="stable")
 
 
 def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | None:
-    """How much clean images vary among themselves: half of the reference audited against the other half.
+    """Measure how much clean images vary among themselves: half of the reference audited against the other half.
 
     Args:
         count: images of the audited half, as many as the data has; fewer where half the reference has fewer.

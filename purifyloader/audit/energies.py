@@ -1,4 +1,4 @@
-"""The energy of every image of a dataset, with what people know the image by: file name and class."""
+"""Compute the energy of every image of a dataset, with its file name and class."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class DatasetEnergies:
 
 
 def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
-    """What a user finds an image by: its path below the dataset's folder, or its key in a tar. Never a whole path.
+    """Name an image as a user finds it: its path below the dataset's folder, or its key in a tar. Never a whole path.
 
     Args:
         sample: at `index`, for the key of a WebDataset sample; it is not read for this.

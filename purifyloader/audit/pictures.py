@@ -1,4 +1,4 @@
-"""The energies as a histogram. matplotlib is an extra, imported when a picture is drawn."""
+"""Draw energies as a histogram. matplotlib is an extra, imported when a picture is drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found, in words and as a table: for people who know nothing of energy models."""
+"""Report an audit in words and as a table, for people who know nothing of energy models."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def ranked_csv(
 
 
 def in_words(results: Mapping[str, Any]) -> Iterator[str]:
-    """The comparison with the reference, in sentences."""
+    """Write the comparison with the reference in sentences."""
     found = results["comparison"]
     if found is None:
         yield "No reference was given: the list is ranked, but nothing says what is usual among clean images."
@@ -108,7 +108,7 @@ def in_words(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _against_halves(share: float, data_auc: float, halves: Mapping[str, Any]) -> Iterator[str]:
-    """What is found, beside what clean images do among themselves."""
+    """Compare the data with what clean images do among themselves."""
     tail, whole = halves["share_above"], halves["auc"]
     judged = "more" if share > tail["high"] else "less" if share < tail["low"] else "no more"
     yield (
@@ -146,13 +146,13 @@ def _shapes(described: Mapping[str, Any]) -> set[tuple[int, ...]]:
 
 
 def sizes_in_words(shapes: Iterable[tuple[int, ...]]) -> str:
-    """Of the images of these shapes (C, H, W)."""
+    """Name the sizes of images of these shapes (C, H, W)."""
     sizes = sorted({(width, height) for _, height, width in shapes})
     return f"{sizes[0][0]} × {sizes[0][1]} px" if len(sizes) == 1 else f"{len(sizes)} sizes"
 
 
 def number(value: float, spread: float | None) -> str:
-    """An energy, to a thousandth of how much energies spread."""
+    """Format an energy, to a thousandth of how much energies spread."""
     digits = 2 - math.floor(math.log10(spread)) if spread else 4
     return f"{value:,.{min(max(0, digits), 9)}f}"
 
@@ -162,7 +162,7 @@ def _percent(share: float) -> str:
 
 
 def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetEnergies | None) -> Iterator[str]:
-    """What the command prints."""
+    """List the lines that the command prints."""
     temperature = results["energy"]["temperature"]
     yield (
         f"{results['model']['name'] or 'An energy model'}, weights {results['model']['weights_sha256'][:12]}: "

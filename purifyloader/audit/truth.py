@@ -1,4 +1,4 @@
-"""The images known to be poisoned: indices, or the files that the ranked list names."""
+"""Read which images are known to be poisoned: indices, or the files that the ranked list names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["read_poisoned"]
 
 
 def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "the data") -> list[int]:
-    """Rising indices of `dataset`, from a JSON list of indices or of file names, or from a file name a line.
+    """Read rising indices of `dataset`, from a JSON list of indices or of file names, or from a file name a line.
 
     Args:
         what: name of the dataset in errors, such as "the data".

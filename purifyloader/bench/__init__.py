@@ -1,1 +1,1 @@
-"""What a defence is measured with: a real sample, victim networks and their training."""
+"""Measure defences: poison a training set, purify it, train a victim, and report its accuracy."""

@@ -1,4 +1,4 @@
-"""Pictures of a bench. matplotlib is an extra, imported when one is drawn."""
+"""Draw pictures of a bench. matplotlib is an extra, imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GAIN = 8  # residuals are drawn that much stronger
 
 
 def accuracies(rows: Sequence[Row], path: str | Path) -> None:
-    """A grid: a line a defence, a column an attack, and in each cell the mean accuracy over the seeds.
+    """Draw a grid: a line a defence, a column an attack, and in each cell the mean accuracy over the seeds.
 
     The colour is the accuracy: the darker, the nearer to that of clean data without a defence.
     """
@@ -73,7 +73,7 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def costs(rows: Sequence[Row], path: str | Path) -> None:
-    """Accuracy, a mean over poisons, against the seconds that an image takes.
+    """Draw accuracy, a mean over poisons, against the seconds that an image takes.
 
     Of the poisons that bite, where some do, those that most defences were measured with, and the defences that were
     measured with all of these: a mean over others would not compare.
@@ -124,7 +124,7 @@ def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, l
 
 
 def noise(rows: Sequence[Row], path: str | Path) -> bool:
-    """Accuracy against the level of the noise: a panel a defence, a line an attack. Says whether there was one."""
+    """Draw accuracy against the level of the noise: a panel a defence, a line an attack. False where there is none."""
     curves = noise_levels(rows)
     if not curves:
         return False
@@ -169,7 +169,7 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
 def images(
     shown: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]], defence: str, path: str | Path
 ) -> None:
-    """Some images before and after, with what the poison added and what is left.
+    """Draw some images before and after, with what the poison added and what is left.
 
     Args:
         shown: attack → the same few images (clean, poisoned, purified), uint8 (N, H, W, 3).
@@ -208,7 +208,7 @@ def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _setting(rows: Sequence[Row]) -> str:
-    """What a picture is of: the rows of other settings have none."""
+    """Name the setting that a picture shows."""
     at = settings_of(rows[0])
     return f"{at.data}, {at.images:,} images, {at.victim}, training {at.training}"
 

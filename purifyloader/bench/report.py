@@ -1,4 +1,4 @@
-"""What rows say together: means over seeds, what a defence recovers of what a poison took, and what it costs."""
+"""Summarise rows: means over seeds, what a defence recovers of what a poison took, and what it costs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from purifyloader.results.rows import Row
 __all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
 
 BITES = 15.0
-"""Points of accuracy that a poison must take from an undefended victim before it is said what a defence gives back."""
+"""Points of accuracy that a poison must take from an undefended victim to be in the table of what is given back."""
 
 CLEAN = "none"
 
 
 class Cell(NamedTuple):
-    """An attack and a defence over all seeds.
+    """Results of an attack and a defence over all seeds.
 
     Attributes:
         seeds: of the victims.
@@ -94,7 +94,7 @@ def _purifier(row: Row) -> str:
 
 
 class Setting(NamedTuple):
-    """What two rows must have in common to stand in one table."""
+    """Settings that two rows must have in common to stand in one table."""
 
     data: str
     images: int
@@ -114,7 +114,7 @@ def settings_of(row: Row) -> Setting:
 
 
 def bites(found: Mapping[tuple[str, str], Cell], attack: str) -> bool:
-    """Whether an attack takes `BITES` points from undefended victims, by all seeds that either was measured with."""
+    """Tell whether an attack takes `BITES` points from undefended victims, by all seeds of either."""
     clean, bare = found.get((CLEAN, CLEAN)), found.get((attack, CLEAN))
     if clean is None or bare is None:
         return False
@@ -122,7 +122,7 @@ def bites(found: Mapping[tuple[str, str], Cell], attack: str) -> bool:
 
 
 def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
-    """Share of the lost accuracy that a defence gives back, in percent, over the seeds that all three cells have.
+    """Compute the share of the lost accuracy that a defence gives back, in percent, over the seeds of all three cells.
 
     100 is the undefended victim's accuracy on clean data, 0 its accuracy on the poisoned. None for a poison that does
     not bite, and where there is no seed to compare.
@@ -148,7 +148,7 @@ def _compared(*compared: Cell) -> list[float] | None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables, one set for each setting that the rows have."""
+    """Write the tables as Markdown, one set for each setting that the rows have."""
     groups: dict[Setting, list[Row]] = {}
     for row in rows:
         groups.setdefault(settings_of(row), []).append(row)
@@ -195,7 +195,7 @@ def _most(found: Mapping[tuple[str, str], Cell]) -> int:
 
 
 def _unlike(what: str, values: Sequence[str]) -> list[str]:
-    """A sentence on what the rows of a table ought to have in common, where they do not; the commonest first."""
+    """Say what the rows of a table ought to have in common, where they do not; the commonest first."""
     counts = Counter(values).most_common()
     if len(counts) < 2:
         return []
@@ -255,7 +255,7 @@ def _given_back(found: Mapping[tuple[str, str], Cell]) -> list[str]:
 
 
 def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Callable[[str, str], str]) -> list[str]:
-    """The table of a field of `Cell` that some attacks have, with clean data where these have it too."""
+    """Write the table of a field of `Cell` that some attacks have, with clean data where these have it too."""
     attacks, defences = in_order(found)
     having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
     if not set(having) - {CLEAN}:
@@ -269,7 +269,7 @@ def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Ca
 
 
 def _published(source: published.Published, attacks: Sequence[str], defences: Sequence[str]) -> list[str]:
-    """The published figures of the attacks and defences that were measured, in a table of their own."""
+    """Write the published figures of the attacks and defences that were measured, in a table of their own."""
     known = dict.fromkeys(column for values in source.figures.values() for column in values)
     # without the options of an attack, the level of the noise and the models
     bases = dict.fromkeys(attack.partition(" ")[0] for attack in attacks)
@@ -293,7 +293,7 @@ def _published(source: published.Published, attacks: Sequence[str], defences: Se
 
 
 def in_order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """The attacks and the defences of some cells: clean data first, defences as `DEFENCES` has them."""
+    """Order the attacks and the defences of some cells: clean data first, defences as `DEFENCES` has them."""
     keys = list(found)
     return _order({attack for attack, _ in keys}, [CLEAN]), _order({defence for _, defence in keys}, list(DEFENCES))
 
@@ -329,7 +329,7 @@ def _success(found: Mapping[tuple[str, str], Cell], attack: str, defence: str, m
 
 
 def _share(flipped: Sequence[float]) -> str:
-    """Of targets, each of which is 0 or 100: their spread says nothing that their number does not say better."""
+    """Format a share of targets with their number: each is 0 or 100, so that a spread would say nothing more."""
     won = sum(value > 0 for value in flipped)
     return f"{statistics.fmean(flipped):.1f} ({won} of {len(flipped)})" if flipped else "–"
 

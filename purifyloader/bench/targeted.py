@@ -1,4 +1,4 @@
-"""What a bench gives a targeted attack: a test image that the victim is to be wrong on, another for each seed."""
+"""Choose targets for targeted attacks: a test image that the victim is to be wrong on, another for each seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from purifyloader.poisons.attacks.additive import purpose_keys
 __all__ = ["check_options", "seed_of", "target_of"]
 
 _TARGETED = 0x74617267  # "targ"
-_IMAGE, _CLASS, _SEED = range(3)  # what the keys drawn here are for
+_IMAGE, _CLASS, _SEED = range(3)  # purposes of the keys drawn here
 
 
 def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
@@ -28,17 +28,17 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
         ConfigError: one that the attack does not take, or that the bench itself gives; none where it needs one.
     """
     is_targeted = attack.kind == "targeted"
-    its_own = ("target", "target_class", "networks") if is_targeted else ("networks",)
-    if mine := [name for name in given if name in its_own and name in attack.options]:
+    given_by_bench = ("target", "target_class", "networks") if is_targeted else ("networks",)
+    if refused := [name for name in given if name in given_by_bench and name in attack.options]:
         raise ConfigError(
-            f"A bench draws the target of {attack.name} for each seed, and knows the networks. Got {mine[0]!r}: leave "
-            "it out."
+            f"A bench draws the target of {attack.name} for each seed, and knows the networks. Got {refused[0]!r}: "
+            "leave it out."
         )
     attacks.check_options(attack, {**({"target": None} if is_targeted else {}), **given})
 
 
 def target_of(data: Data, attack_seed: int, seed: int) -> Target:
-    """The target of a seed: one test image for each seed, until all have been one, and a class that it is not of.
+    """Choose the target of a seed: a test image, another for each seed until all have been one, and a wrong class.
 
     Args:
         attack_seed: of which image belongs to which seed.
@@ -62,7 +62,7 @@ def target_of(data: Data, attack_seed: int, seed: int) -> Target:
 
 
 def seed_of(attack_seed: int, seed: int) -> int:
-    """The seed of all else that the attack draws for a row's seed: of each trial its own, and never the victim's.
+    """Derive the seed of all else that the attack draws for a row's seed: one for each trial, never the victim's.
 
     With a seed in common, the attacker's network would start as the victim does and see the same crops.
     """

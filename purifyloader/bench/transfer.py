@@ -1,4 +1,4 @@
-"""Transfer learning: a split of the training images, and the extractor that learns from the larger part."""
+"""Transfer learning: split the training images, and train the extractor on the larger part."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from purifyloader.victims.training import train_victim
 
 __all__ = ["extractor", "split"]
 
-_SPLIT = 0x73706C74  # "splt": what the keys drawn here are for
+_SPLIT = 0x73706C74  # "splt": purpose of the keys drawn here
 _MOST, _PART = 50, 10  # images of a class to fine-tune on: so many, or a tenth where that is fewer
 
 
 def split(data: Data) -> tuple[Data, Data]:
-    """The data with the training images to fine-tune on, which are poisoned, and with the rest, which stay clean.
+    """Split the training images into some to fine-tune on, which are poisoned, and the rest, which stay clean.
 
     50 images of each class are to fine-tune on, or a tenth where that is fewer, at least one; always the same of the
     same data.
@@ -50,7 +50,7 @@ def split(data: Data) -> tuple[Data, Data]:
 
 
 def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, bfloat16: bool) -> nn.Module:
-    """A network that has learned from clean images, in evaluation mode: trained once, and read by all who come later.
+    """Return a network that has learned from clean images, in evaluation mode: trained once and kept in a file.
 
     Args:
         path: of its weights, a .safetensors file, named after all that decides them.

@@ -1,4 +1,4 @@
-"""What can be promised of models trained on images that somebody may have changed (Hong, Carlini & Kurakin).
+"""Certify models trained on images that somebody may have changed (Hong, Carlini & Kurakin).
 
 Noise and denoise the training set once for each model, train many models and let them vote on each test input:
 no change of the training images that is smaller than the certified radius changes what the vote of all such models

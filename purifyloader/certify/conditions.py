@@ -1,4 +1,4 @@
-"""The conditions of a run, and whether each may have a certificate: decided before anything is trained."""
+"""Decide which conditions a run has, and whether each may have a certificate, before anything is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A level and a kind of noise, with models and votes of its own.
+    """A level and a kind of noise, with its own models and votes.
 
     Attributes:
         name: for tables, "sigma 0.25".
@@ -44,7 +44,7 @@ class Condition:
 def conditions(
     sigmas: Sequence[float], model: str, *, plain: bool = False, files: Sequence[Path] = (), fast: bool = True
 ) -> list[Condition]:
-    """What is asked for on a command line.
+    """Make the conditions that a user asks for.
 
     Args:
         sigmas: of `recipes.denoise_once`, in units of [0, 1] images.
@@ -99,7 +99,7 @@ def conditions(
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is known about a run beside its purifiers; see `purifyloader.certify.guards.Paths`.
+    """Facts about a run beside its purifiers; see `purifyloader.certify.guards.Paths`.
 
     Attributes:
         draws: fixed draws of each image that a model sees.
@@ -127,7 +127,7 @@ def reasons(
     models: int,
     alpha: float,
 ) -> tuple[str, ...]:
-    """Why a condition has no certificate; empty where it may have one.
+    """List why a condition has no certificate; empty where it may have one.
 
     Args:
         train, test: `image_hashes` of the images that models are trained and tested on.
@@ -183,7 +183,7 @@ def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
 
 
 def _source(kind: str, name: str | None, weights: str, given: str | None) -> str | None:
-    """Where a model with these weights is: what was given, or what is found by its name; None where neither is it."""
+    """Find a model with these weights: the one given, or one by its name; None where neither is it."""
     for candidate in (given, name):
         try:
             if candidate is not None and weights_of(candidate, kind) == weights:

@@ -1,4 +1,4 @@
-"""From what each model says of each test input to how many say what."""
+"""Count the votes of models on each test input."""
 
 from __future__ import annotations
 

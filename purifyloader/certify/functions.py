@@ -1,4 +1,4 @@
-"""Training functions of the user's: found by name, and known again by what is in their file."""
+"""Find training functions of the user's by name, and identify them by the content of their file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["named_training", "training_settings"]
 
 
 def named_training(spec: str) -> Train:
-    """The user's training function by its name, "package.module:function".
+    """Find the user's training function by its name, "package.module:function".
 
     The working directory is put at the end of `sys.path`: a module of the user's own is found there, and hides none
     that is installed.
@@ -42,7 +42,7 @@ def named_training(spec: str) -> Train:
 
 
 def training_settings(train: Train) -> dict[str, Any]:
-    """What a training is known by, as JSON: its own `settings()`, or its name and the hash of the file that it is in.
+    """Identify a training as JSON: by its own `settings()`, or by its name and the hash of the file that it is in.
 
     Only that file is looked at: what it imports, or reads, may change unnoticed. A `functools.partial` is its function
     and what it gives it; of an object that can be called, the file is that of its class, and its attributes count. So
@@ -52,7 +52,10 @@ def training_settings(train: Train) -> dict[str, Any]:
     if callable(settings := getattr(given, "settings", None)):
         return dict(settings())
     if isinstance(given, functools.partial):
-        arguments = [_told(value) for value in given.args], {key: _told(value) for key, value in given.keywords.items()}
+        arguments = (
+            [_as_json(value) for value in given.args],
+            {key: _as_json(value) for key, value in given.keywords.items()},
+        )
         return {**training_settings(given.func), "arguments": list(arguments)}
     name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
     found = {
@@ -61,7 +64,7 @@ def training_settings(train: Train) -> dict[str, Any]:
         "enclosed": [cell.cell_contents for cell in getattr(given, "__closure__", None) or () if _is_filled(cell)],
         "attributes": {} if hasattr(given, "__qualname__") else getattr(given, "__dict__", {}),
     }
-    state = {key: _told(value) for key, value in found.items() if value}
+    state = {key: _as_json(value) for key, value in found.items() if value}
     source: bytes | None
     try:
         source = Path(inspect.getfile(given if hasattr(given, "__qualname__") else type(given))).read_bytes()
@@ -84,12 +87,12 @@ def _code(code: types.CodeType) -> str:
     return repr((code.co_code, code.co_names, constants))
 
 
-def _told(value: Any) -> Any:
-    """A value as JSON, or what type it has; of lists, dicts and functions, that of their parts."""
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON, or its type; of lists, dicts and functions, that of their parts."""
     if isinstance(value, list | tuple):
-        return [_told(part) for part in value]
+        return [_as_json(part) for part in value]
     if isinstance(value, dict):
-        return {str(key): _told(part) for key, part in value.items()}
+        return {str(key): _as_json(part) for key, part in value.items()}
     if inspect.isfunction(value):
         return {
             "function": value.__qualname__,

@@ -1,4 +1,4 @@
-"""What leaves no certificate, however the votes fall: reasons, not numbers.
+"""List the reasons against a certificate, however the votes fall.
 
 The guarantee is about models that depend on the training images through D + N(0, sigma^2 I) alone, with noise that
 whoever changes the images cannot foresee. What is done afterwards to the noised images, with randomness of its own,

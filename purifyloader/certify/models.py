@@ -1,4 +1,4 @@
-"""NDTClassify: models that are trained on noised and denoised training sets, and what each says of the test inputs.
+"""NDTClassify: train models on noised and denoised training sets, and ask each about the test inputs.
 
 Certified Robustness to Clean-Label Poisoning Using Diffusion Denoising (Hong, Carlini & Kurakin), Algorithm 1. Model k
 sees the training set D once: with one draw of N(0, sigma^2 I), denoised, rounded to the 8 bits in which images are
@@ -42,14 +42,14 @@ from purifyloader.results.rows import fingerprint
 
 __all__ = ["Voting", "fill", "ndt_classify", "voting_settings"]
 
-_NOISE, _TRAINING = 0x6E6F6973, 0x74726E67  # "nois", "trng": what the keys drawn here are for
+_NOISE, _TRAINING = 0x6E6F6973, 0x74726E67  # "nois", "trng": purposes of the keys drawn here
 _AT_ONCE = 256  # images that are purified or asked about together; decides no pixel
 _SEED_MASK = 2**31 - 1  # what every library takes for a seed
 
 
 @dataclass(frozen=True, eq=False)
 class Voting:
-    """What all models of one condition have in common.
+    """Data, purifier and training that all models of one condition have in common.
 
     Attributes:
         images: the training set, uint8 (N, H, W, C), un-noised; labels: int64 (N,).
@@ -77,7 +77,7 @@ class Voting:
             )
 
     def noised(self, model: int, seed: int) -> DenoisedSet:
-        """The training set of a model."""
+        """Noise and purify the training set of a model."""
         key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _NOISE), model)
         parts = [self._purified(noise.fold_in(key, draw)) for draw in range(self.draws)]
         return DenoisedSet(np.concatenate(parts), self.labels.tolist() * self.draws, self.classes)
@@ -93,12 +93,12 @@ class Voting:
         return np.concatenate(out)
 
     def training_seed(self, model: int, seed: int) -> int:
-        """From 0 to 2^31 - 1."""
+        """Derive the seed of a model's training, from 0 to 2^31 - 1."""
         key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _TRAINING), model)
         return int(key) & _SEED_MASK
 
     def vote(self, model: int, seed: int) -> NDArray[np.int64]:
-        """What a model says of each test input, (T,).
+        """Train a model and ask it about each test input; returns classes (T,).
 
         Args:
             model: its number, from 0.
@@ -110,14 +110,14 @@ class Voting:
         return self.asked(self.noised(model, seed), model, seed)
 
     def asked(self, dataset: DenoisedSet, model: int, seed: int) -> NDArray[np.int64]:
-        """The rest of `vote`, for the training set that `noised` has made."""
-        its_seed = self.training_seed(model, seed)
+        """Do the rest of `vote`, for the training set that `noised` has made."""
+        training_seed = self.training_seed(model, seed)
         with random_state_kept():  # a training function seeds what it likes
             # what one that seeds nothing draws, such as a loader's order, follows from the secret, too
-            random.seed(its_seed)
-            np.random.seed(its_seed)
-            torch.manual_seed(its_seed)
-            predictor = self.train(dataset, its_seed)
+            random.seed(training_seed)
+            np.random.seed(training_seed)
+            torch.manual_seed(training_seed)
+            predictor = self.train(dataset, training_seed)
             if not callable(predictor):
                 raise InputError(
                     "Expected a predictor of the training function, which gives class numbers or logits for images. "
@@ -271,7 +271,7 @@ def ndt_classify(
 
 
 def voting_settings(voting: Voting) -> dict[str, Any]:
-    """What decides the votes beside the secret, as JSON."""
+    """Collect what decides the votes beside the secret, as JSON."""
     data = {
         "hashes": image_hashes(voting.images).tolist(),
         "labels": voting.labels.tolist(),

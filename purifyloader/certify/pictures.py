@@ -1,4 +1,4 @@
-"""Certificates as one picture. matplotlib is an extra, imported when it is drawn."""
+"""Draw certificates as one picture. matplotlib is an extra, imported when it is drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of the votes: plain data with every figure, a page and a picture.
+"""Turn votes into results: plain data with every figure, and a page.
 
 Where there is a reason against a certificate, the condition has none, and no figure that could be taken for one.
 Everything is in units of [0, 1] images, and every radius is an l2 norm over the stacked training set.
@@ -46,7 +46,7 @@ _NOTHING_ELSE = Paths(1, secret_noise=True, selected=False, warm_start=False, ow
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The votes of one condition, which is a level and a kind of noise.
+    """Votes of one condition, which is a level and a kind of noise.
 
     Attributes:
         name: such as "sigma 0.25", "sigma 0.25, plain noise", or a recipe file's name.
@@ -76,7 +76,7 @@ class Outcome:
 def results(
     outcomes: Sequence[Outcome], labels: ArrayLike, classes: int, alpha: float, *, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that is known of the votes, as plain JSON data: the same votes give the same.
+    """Compute all figures of the votes as plain JSON data: the same votes give the same.
 
     Args:
         outcomes: one or more, of different names and on the same test inputs.
@@ -207,7 +207,7 @@ def _reasons(outcome: Outcome, selecting: int, estimating: int, alpha: float) ->
 def _certified(
     selection: NDArray[np.int64], estimation: NDArray[np.int64], labels: NDArray[np.int64], sigma: float, alpha: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The certificate and its curve."""
+    """Compute the certificate and its curve."""
     found = certify(selection, estimation, sigma, alpha)
     best = best_radius(sigma, found.models, alpha)
     # The bound where all agree is computed in two ways, which every SciPy need not round alike. A smaller radius is
@@ -236,7 +236,7 @@ def _percent(count: Any, of: int) -> float:
 
 
 def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
-    """The results as a page for somebody who knows nothing of them.
+    """Write the results as a page for somebody who knows nothing of them.
 
     Args:
         results: of `results`, or read from its JSON.
@@ -353,7 +353,7 @@ def _what_columns_are(conditions: Sequence[Mapping[str, Any]], columns: Sequence
 def _in_other_words(
     results: Mapping[str, Any], certified: Sequence[Mapping[str, Any]], columns: Sequence[float]
 ) -> list[str]:
-    """What radii allow: to one image, to some, to one in a hundred."""
+    """Write what radii allow: to one image, to some, to one in a hundred."""
     best = max(certified, key=lambda condition: condition["certificate"]["best_radius"])
     radii = [*columns, best["certificate"]["best_radius"]]
     train, values = _of_data(results, "train"), _of_data(results, "values")
@@ -380,7 +380,7 @@ def _in_other_words(
 
 
 def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A few round numbers, from a quarter of the smallest best radius to below the largest."""
+    """Choose a few round numbers, from a quarter of the smallest best radius to below the largest."""
     best = [condition["certificate"]["best_radius"] for condition in certified]
     if not best:
         return []
@@ -394,7 +394,7 @@ def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _at(curve: Mapping[str, Any], radius: float) -> float:
-    """The curve at any radius: what it is at the next one below, for it only steps."""
+    """Read the curve at any radius: it is a step function."""
     return float(curve["accuracy"][int(np.searchsorted(curve["radii"], radius, "right")) - 1])
 
 
@@ -404,7 +404,7 @@ def _described(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_data(results: Mapping[str, Any], name: str) -> int | None:
-    """A number that the settings have of the data, where they do."""
+    """Return a number that the settings have of the data, where they do."""
     data = results["settings"].get("data")
     value = data.get(name) if isinstance(data, Mapping) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
@@ -436,7 +436,7 @@ def _labels(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
 
 
 def _checked_sigma(outcome: Outcome) -> float | None:
-    """The sigma of an outcome whose other fields are as they should be."""
+    """Check the fields of an outcome; returns its sigma."""
     plain: object = outcome.plain
     if not isinstance(plain, bool):
         raise InputError(f"plain must be True or False: whether nothing was denoised. Got {plain!r}.")
@@ -464,7 +464,7 @@ def _checked_votes(votes: ArrayLike, what: str, inputs: int, classes: int) -> ND
 
 
 def _plain_data(value: object, what: str) -> Any:
-    """A copy as JSON gives it back, so that results do not change when they are read."""
+    """Return a copy as JSON gives it back, so that results do not change when they are read."""
     if not isinstance(value, Mapping):
         raise InputError(f"{what} must be a dictionary. Got {type(value).__name__}.")
     try:

@@ -1,4 +1,4 @@
-"""From votes to certificates: the statistics of certified denoising, as functions of counts.
+"""Turn votes into certificates: the statistics of certified denoising, as functions of counts.
 
 Certified Robustness to Clean-Label Poisoning Using Diffusion Denoising (Hong, Carlini & Kurakin), Algorithm 2 and
 Corollary 3.4, after Cohen, Rosenfeld & Kolter 2019 and Weber et al. 2023. D is the training set, all its images
@@ -441,7 +441,7 @@ def _special() -> Any:
 
 
 def _votes(votes: ArrayLike, what: str) -> tuple[NDArray[np.int64], int]:
-    """The counts as int64 (T, K), and of how many models they are."""
+    """Check counts; returns them as int64 (T, K), and the number of models."""
     counts = np.asarray(votes)
     if counts.dtype.kind not in "iu" or counts.ndim != 2 or counts.shape[0] < 1 or counts.shape[1] < 2:
         raise InputError(

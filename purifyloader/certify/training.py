@@ -1,4 +1,4 @@
-"""How a certificate's models are trained where the user gives no function: a small network, fast.
+"""Train a certificate's models where the user gives no function: a small network, fast.
 
 A certificate takes hundreds of models, so one must cost seconds. Ours is a ResNet-9 on images that were averaged over
 squares of 2 x 2 pixels: on the sample of CIFAR-10, 4,000 images denoised at sigma 0.25, it has 60 % of the test images
@@ -26,7 +26,7 @@ __all__ = ["SmallNetwork", "Training", "with_classes"]
 
 
 class SmallNetwork(nn.Module):
-    """A network behind the averaging of its training: images (B, 3, H, W) in [0, 1] to logits (B, K)."""
+    """Network behind the averaging of its training: images (B, 3, H, W) in [0, 1] to logits (B, K)."""
 
     def __init__(self, network: nn.Module, pool: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class SmallNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """The built-in training: SGD with momentum, one cycle of the learning rate, crops and flips.
+    """Built-in training: SGD with momentum, one cycle of the learning rate, crops and flips.
 
     Calling it with a training set and a seed gives a network that takes images (B, 3, H, W) in [0, 1]. With one number
     of threads, on the CPU, the same set and seed give the same network.
@@ -121,7 +121,7 @@ class Training:
         return SmallNetwork(trained.model, self.pool).eval()
 
     def warm_start(self, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int, seed: int) -> nn.Module:
-        """A network for `start`, trained on these images as they are.
+        """Train a network for `start` on these images as they are.
 
         Args:
             images: uint8 (N, H, W, 3); labels: (N,), from 0 to `classes` - 1.
@@ -132,11 +132,11 @@ class Training:
         return trained.network.network
 
     def empty(self, classes: int) -> nn.Module:
-        """A network of this kind for weights to be loaded into."""
+        """Make a network of this kind for weights to be loaded into."""
         return resnet9(classes, self.width) if self.network is None else victim(self.network, classes)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides a network beside the training set and the seed, as JSON."""
+        """Collect all that decides a network beside the training set and the seed, as JSON."""
         values = {name: value for name, value in asdict(self).items() if name not in ("start", "device")}
         start = None if self.start is None else weights_sha256(self.start)
         return {"built_in": values, "start_sha256": start, "device": torch.device(self.device).type}

@@ -1,4 +1,4 @@
-"""Votes on disk: one small file a model, so that none is lost and none is counted twice.
+"""Keep votes on disk: one small file a model, so that none is lost and none is counted twice.
 
 A folder holds the votes of one condition:
 
@@ -41,12 +41,12 @@ _HIDDEN = re.compile(r"\.(\d{5,}|settings|secret)(\.json)?\.(?:.*\.tmp|lock)")
 
 
 def new_seed() -> int:
-    """A seed that nobody can foresee, from the operating system's entropy."""
+    """Draw a seed that nobody can foresee, from the operating system's entropy."""
     return secrets.randbits(_SEED_BITS)
 
 
 class VoteFolder:
-    """The votes of `models` models on `inputs` test inputs.
+    """Votes of `models` models on `inputs` test inputs, in a folder.
 
     Args:
         folder: made if it is not there.
@@ -141,11 +141,11 @@ class VoteFolder:
         return Lock(self.folder, f"{model:05d}")
 
     def has(self, model: int) -> bool:
-        """Whether the votes of a model are there, whole."""
+        """Tell whether the votes of a model are there, whole."""
         return self.read(model) is not None
 
     def read(self, model: int) -> NDArray[np.int64] | None:
-        """The votes of a model, (T,); None where there is no file, or one that is not whole: it is to be made again."""
+        """Read the votes of a model, (T,); None where there is no whole file, and it is to be made again."""
         try:
             text = self._path(model).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -189,12 +189,12 @@ class VoteFolder:
     # -- all of them -----------------------------------------------------------------------------------
 
     def done(self) -> int:
-        """How many models' files are there, by their names alone."""
+        """Count the models whose files are there, by their names alone."""
         names = {path.name for path in self.folder.glob("[0-9]*.json")}
         return sum(self._path(model).name in names for model in range(self.models))
 
     def all(self) -> NDArray[np.int64]:
-        """The votes of all models, (models, T).
+        """Read the votes of all models, (models, T).
 
         Raises:
             InputError: some are missing; says how many.
@@ -226,7 +226,7 @@ def _difference(there: Any, own: Mapping[str, Any]) -> str:
 
 
 def _differing(there: Mapping[str, Any], own: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The innermost values that are not the same, by their names: those of a whole training would be too long."""
+    """List the innermost values that differ, by name: those of a whole training would be too long."""
     for key in sorted({*there, *own}):
         old, new = there.get(key), own.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

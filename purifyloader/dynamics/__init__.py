@@ -1,4 +1,4 @@
-"""How purification moves clean and poisoned images, level by level (PureGen's Figure 2), and which level to take.
+"""Measure how purification moves clean and poisoned images, level by level (PureGen's Figure 2), and choose a level.
 
 `dynamics` measures it as JSON and `picture` draws that; `tune` proposes a level from such curves. From the command
 line they are `purifyloader dynamics` and `purifyloader tune`.

@@ -1,4 +1,4 @@
-"""The measurement behind PureGen's Figure 2 (Bhat et al. 2024, section 3.4): three distances and energies, by level.
+"""Measure PureGen's Figure 2 (Bhat et al. 2024, section 3.4): three distances and energies, by level.
 
 Distances are the l2 norm of the difference of two images in [0, 1], as in the paper, and the same as root mean square
 in levels of 255: px = 255 l2 / sqrt(values of an image). Images are those that would be stored, in 8 bits.
@@ -86,7 +86,7 @@ class Measured:
 
 @dataclass
 class _Kept:
-    """What is gathered of one set of images."""
+    """Values gathered of one set of images."""
 
     own: Floats  # to themselves as they came
     other: Floats  # to the clean ones
@@ -192,7 +192,7 @@ def _energies(energy: EnergyNetwork, images: Tensor) -> Floats:
 
 
 def crossing(levels: Sequence[float], to_clean: Sequence[float], to_poisoned: Sequence[float]) -> float | None:
-    """Where the mean poisoned image has come as close to the clean one as it is to where it started.
+    """Find where the mean poisoned image has come as close to the clean one as it is to where it started.
 
     The paper's dotted line: the first level at which two curves meet, linear between levels; None where they do not.
     """
@@ -321,7 +321,7 @@ def in_numbers(
     temperature: float | None,
     seed: int,
 ) -> dict[str, Any]:
-    """What `dynamics` gives, of what `measure` found for the same arguments."""
+    """Summarise what `measure` found, as `dynamics` returns it."""
     temperature = temperature_of(energy) if temperature is None else temperature
     return {
         "format": FORMAT,

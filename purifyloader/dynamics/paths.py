@@ -1,4 +1,4 @@
-"""Purification to one level after another: along one Langevin walk, or by one diffusion for each level.
+"""Purify to one level after another: along one Langevin walk, or by one diffusion for each level.
 
 What comes out is the image as it would be stored, in 8 bits. As everywhere, an image's is a function of (weights,
 configuration, key, image), whatever images come with it.
@@ -67,13 +67,13 @@ class Path(Protocol):
     def image_channels(self) -> int: ...
 
     def config(self) -> dict[str, Any]:
-        """What it is as plain data: `unit` says what a level is, `levels` has what is known of each."""
+        """Describe the path as plain data: `unit` says what a level is, `levels` has what is known of each."""
 
     def only(self, level: int) -> Path:
-        """The same with one of the levels alone, by its position; an image comes out of it the same."""
+        """Return the same path with one of the levels alone, by its position; images come out of it the same."""
 
     def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
-        """Every image at every level, in any order. uint8, and an int64 key for each."""
+        """Purify every image, uint8, to every level, in any order, with an int64 key for each."""
 
 
 def _check_levels(levels: Sequence[float], what: str) -> None:
@@ -90,7 +90,7 @@ def model_facts(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
 
 
 def _finish(device: torch.device) -> float:
-    """The time, when all that was asked of the device is done."""
+    """Wait for the device, and return the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

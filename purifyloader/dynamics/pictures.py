@@ -1,4 +1,4 @@
-"""The dynamics as one picture: distances on the left, energies on the right, a row for each attack.
+"""Draw dynamics as one picture: distances on the left, energies on the right, a row for each attack.
 
 Of a proposal, the levels proposed are marked, and a row on top has what they were chosen by.
 """
@@ -82,7 +82,7 @@ def _title(results: Mapping[str, Any], columns: int) -> str:
 
 
 def _proposals(tuned: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-    """Where on the axis each level lies that is proposed, and its line."""
+    """Find where on the axis each proposed level lies, and its line."""
     at, _ = _positions(tuned["curves"])
     levels = [level["level"] for level in tuned["curves"]["levels"]]
     styles = {"proposal": ("the proposal", "-"), "with_compensation": ("with compensation", "--")}
@@ -100,7 +100,7 @@ def _mark(axis: Any, tuned: Mapping[str, Any]) -> None:
 
 
 def _shares(axis: Any, tuned: Mapping[str, Any]) -> None:
-    """What a level is chosen by: the share of the images of each attack that have come closer to clean."""
+    """Draw what a level is chosen by: the share of the images of each attack that have come closer to clean."""
     results = tuned["curves"]
     at = _over_levels(axis, results)
     for name, colour in zip(sorted(results["poisons"]), cycle(_CURVES), strict=False):
@@ -118,7 +118,7 @@ def _shares(axis: Any, tuned: Mapping[str, Any]) -> None:
 
 
 def _positions(results: Mapping[str, Any]) -> tuple[list[float], str]:
-    """Where the levels lie on the axis, and what it is."""
+    """Find where the levels lie on the axis, and its label."""
     purification, levels = results["purification"], results["levels"]
     if purification["unit"] == "noise sigma":
         return [level.get("sigma_px", 0.0) for level in levels], "noise (px of 255)"
@@ -131,7 +131,7 @@ def _positions(results: Mapping[str, Any]) -> tuple[list[float], str]:
 
 
 def _over_levels(axis: Any, results: Mapping[str, Any]) -> list[float]:
-    """An axis of levels; below each tick the noise of a timestep, and the seconds that an image takes."""
+    """Draw an axis of levels; below each tick the noise of a timestep, and the seconds that an image takes."""
     at, what = _positions(results)
     levels = results["levels"]
     if results["purification"]["unit"] == "timestep t":  # where the noise is known: levels, unless they would touch

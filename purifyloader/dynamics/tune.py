@@ -1,4 +1,4 @@
-"""How strongly to purify, from curves measured on clean images and attacks on them.
+"""Choose how strongly to purify, from curves measured on clean images and attacks on them.
 
 The criterion is PureGen's (Bhat et al. 2024, section 3.4): the smallest level at which a poisoned image, purified, has
 come closer to the clean image than to the poisoned one; here for a share of the images, and for every attack tried.
@@ -195,7 +195,7 @@ def compare_unpaired(
     temperature: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How images of a dataset compare with clean ones that are not their twins, before and after purification.
+    """Compare images of a dataset with clean ones that are not their twins, before and after purification.
 
     Measured is what a light purification removes from an image (RMS, px): a poison is often what goes first. With an
     energy model, the energy U = E / T too.

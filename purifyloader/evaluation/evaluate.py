@@ -249,7 +249,7 @@ def _check_sigmas(denoiser: Denoiser, sigmas: Sequence[float]) -> list[float]:
 
 
 def _visited(denoiser: Denoiser, sigma: float, steps: int) -> list[float]:
-    """As `purifyloader.purifiers.Diffuse` visits them."""
+    """List the noise levels that `purifyloader.purifiers.Diffuse` visits."""
     if steps == 1:
         return [sigma, 0.0]
     schedule = CosineSchedule(4000)

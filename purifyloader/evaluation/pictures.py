@@ -1,4 +1,4 @@
-"""The results of an evaluation as one picture. matplotlib is an extra, imported when a picture is drawn."""
+"""Draw an evaluation as one picture. matplotlib is an extra, imported when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Examples(NamedTuple):
 
 
 def _some(levels_px: Sequence[float], count: int = 3) -> list[int]:
-    """Which levels are shown where there is no room for all: 10, 25 and 50 px, or evenly spread ones."""
+    """Choose which levels are shown where there is no room for all: 10, 25 and 50 px, or evenly spread ones."""
     found = [i for px in _SHOWN_PX for i, level in enumerate(levels_px) if abs(level / px - 1) < 1e-3]
     if len(found) == count:
         return found
@@ -163,7 +163,7 @@ def _nothing(axis: Any, title: str, text: str) -> None:
 
 
 def _over_sigma(axis: Any, levels: Sequence[Mapping[str, Any]]) -> list[float]:
-    """A logarithmic axis of noise, labelled at what was measured unless labels would touch."""
+    """Draw a logarithmic axis of noise, labelled at what was measured unless labels would touch."""
     px = [level["sigma_px"] for level in levels]
     axis.set_xscale("log")
     ticks: list[float] = []

@@ -1,4 +1,4 @@
-"""A figure and its PNG. matplotlib is an extra, imported when one is drawn."""
+"""Make a figure and write it as a PNG. matplotlib is an extra, imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_matplotlib() -> bool:
 
 
 def new_figure(size: tuple[float, float], *, dpi: int = 110, **more: Any) -> Any:
-    """A matplotlib `Figure`, which needs no display and no global state.
+    """Make a matplotlib `Figure`, which needs no display and no global state.
 
     Args:
         size: width and height in inches.

@@ -1,4 +1,4 @@
-"""The folder that a command writes its results to: refused early, and no old file stays beside a newer one."""
+"""Write the results of a command to a folder: refused early, and no old file stays beside a newer one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a bench: a line of JSON a row, kept by fingerprint, from any number of processes."""
+"""Append results to a JSONL file, one row per (attack, defence, seed); safe with concurrent writers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """What a row is known by: SHA-256, cut to 16 hex digits, of all that decides its figures."""
+    """Hash all that decides the figures of a row: SHA-256, cut to 16 hex digits."""
     return hashlib.sha256(canonical_json({"schema": SCHEMA, **settings}).encode()).hexdigest()[:16]
 
 
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, in their order; none if there is no such file.
+    """Read the rows of a file, in their order; none if there is no such file.
 
     Raises:
         InputError: it holds something else.
@@ -73,5 +73,5 @@ def add(path: Path, row: Row) -> None:
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """By what was measured, and not by which process was done first."""
+    """Sort rows by what was measured, and not by which process was done first."""
     return sorted(rows, key=lambda row: (row["data"], row["attack"], row["defence"], row["seed"], row["fingerprint"]))

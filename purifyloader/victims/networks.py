@@ -47,7 +47,7 @@ class _Residual(nn.Module):
 
 
 class ResNet9(nn.Module):
-    """The ResNet-9 of the DAWNBench CIFAR-10 entries (Page 2018): `resnet9` makes one.
+    """ResNet-9 of the DAWNBench CIFAR-10 entries (Page 2018): `resnet9` makes one.
 
     Args of `forward`: normalised images (B, C, H, W), H and W at least 8. Returns logits (B, classes).
     """
@@ -124,7 +124,7 @@ def mobilenet_v2(classes: int = 10) -> nn.Module:
 
 
 class UNetClassifier(nn.Module):
-    """A diffusion model's U-Net turned into a classifier (ECLIPSE, sec. 4.4): `unet` makes one.
+    """U-Net of a diffusion model turned into a classifier (ECLIPSE, sec. 4.4): `unet` makes one.
 
     In the place of its last layer are global average pooling and a linear layer, which are a 1 x 1 convolution and
     the pooling in the other order. Its time is 0.

@@ -1,4 +1,4 @@
-"""How victims are trained, by name: from nothing, or from an extractor that has learned from clean images."""
+"""Settings of victims' training, by name: from nothing, or from an extractor that has learned from clean images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["EXTRACTOR", "TRAININGS", "Training", "Transfer"]
 
 @dataclass(frozen=True)
 class Training:
-    """How a victim is trained, by SGD with momentum 0.9, crops and flips.
+    """Training of a victim by SGD with momentum 0.9, crops and flips.
 
     Attributes:
         warmup: share of a one-cycle schedule in which the learning rate rises; None is a constant learning rate.
@@ -25,7 +25,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Transfer(Training):
-    """How a victim is trained on a few images, from an extractor whose last linear layer is made anew.
+    """Training of a victim on a few images, from an extractor whose last linear layer is made anew.
 
     Attributes:
         head_only: train that layer alone, with the features frozen.
@@ -46,4 +46,4 @@ TRAININGS: dict[str, Training] = {
 }
 
 EXTRACTOR = TRAININGS["short"]
-"""How an extractor is trained."""
+"""Training of an extractor."""

@@ -86,7 +86,7 @@ def _normalise(x_BCHW: Tensor) -> Tensor:
 
 
 class Normalised(nn.Module):
-    """A network that takes what victims are shown, images (B, 3, H, W) in [0, 1], and normalises them itself."""
+    """Network that takes images (B, 3, H, W) in [0, 1], and normalises them itself."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
 
 
 def _going_on(start: nn.Module, classes: int, head_only: bool, keep_head: bool) -> nn.Module:
-    """A copy of a network whose last linear layer is initialised again, or kept; `head_only` freezes all else."""
+    """Copy a network whose last linear layer is initialised again, or kept; `head_only` freezes all else."""
     model = copy.deepcopy(start).cpu()  # so that every device starts from the same layer
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].out_features != classes:
