@@ -218,13 +218,13 @@ def test_bad_training_input():
         (lambda: train_victim(x[0], y), "Images must be uint8"),
         (lambda: train_victim(x.astype(np.int64), y), "Images must be uint8"),
         (lambda: train_victim(x.transpose(0, 3, 1, 2), y), "3 channels"),
-        (lambda: train_victim(x, y[:3]), "one label an image"),
+        (lambda: train_victim(x, y[:3]), "one label per image"),
         (lambda: train_victim(x, [0, 1, 2, 10]), r"Labels must lie in \[0, 10\)"),
         (lambda: train_victim(x, [0.5, 1, 2, 3]), "Labels must be integers"),
         (lambda: train_victim(x, []), "Labels must be integers"),
         (lambda: train_victim(x, y, epochs=0), "epochs and batch_size"),
-        (lambda: train_victim(lambda epoch: x[:2], y), "one label an image"),
-        (lambda: accuracy(resnet9(), x, [0]), "one label an image"),
+        (lambda: train_victim(lambda epoch: x[:2], y), "one label per image"),
+        (lambda: accuracy(resnet9(), x, [0]), "one label per image"),
     ]
     for call, message in bad:
         with pytest.raises(InputError, match=message):
