@@ -39,6 +39,7 @@ KNOWN: dict[str, set[str]] = {
     "rooms": set(),  # rooms in a circle
     "files": set(),  # modules in a circle
     "options": {
+        "purifyloader.certify.session",
         "purifyloader.datasets.select",
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",

@@ -33,6 +33,13 @@ class Compensate(ImageTransform):
     Raises:
         InputError: normalised or 0-255 floats, integers other than uint8, fewer than 3 dimensions, or a sample
             in which the image may be any of several plain tensors.
+
+    >>> import torch
+    >>> from torchvision.transforms import v2
+    >>> from purifyloader.transforms import Compensate
+    >>> transform = v2.Compose([v2.RandomHorizontalFlip(), Compensate(p=0.4, sigma=0.05)])
+    >>> transform(torch.rand(3, 32, 32)).shape
+    torch.Size([3, 32, 32])
     """
 
     def __init__(self, p: float = 0.4, sigma: float = 0.05) -> None:

@@ -38,6 +38,12 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
 
     Raises:
         InputError: no purifier, one without its plan, or, as it runs, images that it does not take.
+
+    >>> import torch
+    >>> from purifyloader import recipes
+    >>> from purifyloader.transforms import RandomPurify
+    >>> RandomPurify(recipes.jpeg(quality=10), p=0.5)(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, purifier: Purifier, p: float = 1.0, same_on_batch: bool = False, keepdim: bool = False) -> None:
@@ -89,6 +95,11 @@ class RandomCompensate(IntensityAugmentationBase2D):
 
     Raises:
         InputError: p or sigma outside [0, 1].
+
+    >>> import torch
+    >>> from purifyloader.transforms import RandomCompensate
+    >>> RandomCompensate(p=0.4, sigma=0.05)(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, p: float = 0.4, sigma: float = 0.05, same_on_batch: bool = False, keepdim: bool = False) -> None:
@@ -117,6 +128,11 @@ class RandomSqueeze(RandomPurify):
         method: a recipe of `purifyloader.recipes` that has no model, such as "jpeg".
         p: probability that an image is squeezed.
         options: of the method.
+
+    >>> import torch
+    >>> from purifyloader.transforms import RandomSqueeze
+    >>> RandomSqueeze("jpeg", quality=10)(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
     """
 
     def __init__(

@@ -47,6 +47,12 @@ class Purify(HoldsPurifier, ImageTransform):
         InputError: no purifier, one without its plan, images that it does not take, a sample in which the image may
             be any of several plain tensors, or masks and boxes with a purifier that changes the size of images.
         PurifyError: weights on a GPU in a forked worker.
+
+    >>> import torch
+    >>> from purifyloader import recipes
+    >>> from purifyloader.transforms import Purify
+    >>> Purify(recipes.jpeg(quality=10))(torch.rand(3, 32, 32)).shape
+    torch.Size([3, 32, 32])
     """
 
     def __init__(self, purifier: Purifier) -> None:
@@ -93,6 +99,11 @@ class Squeeze(Purify):
 
     Raises:
         InputError: no such method, or options that it does not have or take.
+
+    >>> import torch
+    >>> from purifyloader.transforms import Squeeze
+    >>> Squeeze("jpeg", quality=10)(torch.rand(3, 32, 32)).shape
+    torch.Size([3, 32, 32])
     """
 
     def __init__(self, method: str = "jpeg", **options: Any) -> None:

@@ -61,6 +61,13 @@ def purified(
         InputError: an argument of another type or range; and, as it runs, samples without `__key__` or
             without an image that the purifier takes. The key of the sample is named.
         PurifyError: as it runs, a purifier on a GPU in a forked worker.
+
+    >>> import torch
+    >>> from purifyloader import recipes
+    >>> from purifyloader.transforms.webdataset import purified
+    >>> samples = [{"__key__": str(i), "__url__": "a.tar", "png": torch.rand(3, 32, 32)} for i in range(2)]
+    >>> len([*purified(recipes.jpeg(quality=10))(samples)])
+    2
     """
     return _Purified(purifier, seed, batch_size, image_key, epoch)
 
@@ -90,6 +97,12 @@ def compensated(
 
     Raises:
         InputError: as `purified`.
+
+    >>> import torch
+    >>> from purifyloader.transforms.webdataset import compensated
+    >>> samples = [{"__key__": str(i), "__url__": "a.tar", "png": torch.rand(3, 32, 32)} for i in range(2)]
+    >>> len([*compensated(seed=0)(samples)])
+    2
     """
     return _Compensated(Compensate() if compensate is None else compensate, seed, batch_size, image_key)
 

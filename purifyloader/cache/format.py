@@ -80,7 +80,12 @@ class OtherVersionError(CacheError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of images in one file: `count` of them from index `start` of the dataset."""
+    """A run of images in one file: `count` of them from index `start` of the dataset.
+
+    >>> from purifyloader.cache import Layout
+    >>> Layout(length=2500).shards[2]
+    Shard(number=2, start=2048, count=452)
+    """
 
     number: int
     start: int
@@ -100,6 +105,10 @@ class Layout:
         shard_size: images of a full shard.
         draws: independent purifications of each image.
         encoding: "raw", images of one size as they are, or "png", images of any sizes.
+
+    >>> from purifyloader.cache import Layout
+    >>> [shard.count for shard in Layout(length=2500, shard_size=1024).shards]
+    [1024, 1024, 452]
     """
 
     length: int
@@ -252,7 +261,12 @@ def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of the canonical JSON of a configuration. 1 and 1.0 are different values."""
+    """SHA-256, in hex, of the canonical JSON of a configuration. 1 and 1.0 are different values.
+
+    >>> from purifyloader.cache import fingerprint
+    >>> fingerprint({"seed": 0})[:12]
+    'bd0488843468'
+    """
     return hashlib.sha256(canonical_json(plain("A configuration", config)).encode()).hexdigest()
 
 

@@ -154,6 +154,15 @@ class CacheReader:
 
     Raises:
         CacheError: the cache is missing, unfinished, damaged, of another version or configuration.
+
+    >>> import torch
+    >>> from purifyloader import precompute, recipes
+    >>> from purifyloader.cache import CacheReader
+    >>> dataset = [(torch.full((3, 32, 32), 0.5), label) for label in range(4)]
+    >>> _ = precompute(dataset, recipes.jpeg(quality=10), "cache", progress=False)
+    >>> reader = CacheReader("cache")
+    >>> len(reader), reader[3].shape
+    (4, (32, 32, 3))
     """
 
     def __init__(

@@ -70,6 +70,17 @@ class CacheWriter:
         ConfigError: config is no JSON object.
         CacheError: the folder cannot be written to, or holds other files, or a cache of another
             configuration or layout.
+
+    >>> import numpy as np
+    >>> from purifyloader import recipes
+    >>> from purifyloader.cache import CacheWriter, Layout
+    >>> writer = CacheWriter("cache", {"purifier": "mine"}, Layout(length=2))
+    >>> for shard in writer.pending():
+    ...     writer.write(shard, np.zeros((shard.count, 32, 32, 3), np.uint8))
+    ...
+    >>> writer.finish()
+    >>> len(writer.pending())
+    0
     """
 
     def __init__(

@@ -68,6 +68,12 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 
     Returns:
         Images of the same shape and type in [0, 1].
+
+    >>> import torch
+    >>> from purifyloader.core.noise import image_keys
+    >>> from purifyloader.transforms.functional import compensate
+    >>> compensate(torch.rand(2, 3, 32, 32), image_keys(0, 0, [0, 1]), p=0.4, sigma=0.05).shape
+    torch.Size([2, 3, 32, 32])
     """
     check_compensation(p, sigma)
     if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3) or not x_BCHW.is_floating_point():
@@ -90,7 +96,13 @@ def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: fl
 
 
 def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
-    """Compress and decompress each image as JPEG (ISS-J of Liu et al. 2023 at quality 10)."""
+    """Compress and decompress each image as JPEG (ISS-J of Liu et al. 2023 at quality 10).
+
+    >>> import torch
+    >>> from purifyloader.transforms.functional import jpeg
+    >>> jpeg(torch.rand(2, 3, 32, 32), quality=10).shape
+    torch.Size([2, 3, 32, 32])
+    """
     check_quality(quality)
     if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
         raise InputError(f"JPEG takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
@@ -107,6 +119,12 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
     """The brightness of each pixel in all three channels (ISS-G of Liu et al. 2023).
 
     ITU-R 601-2 luma, as PIL's `convert("L")`, whose weights sum to 1: white stays white. Grey images pass unchanged.
+
+    >>> import torch
+    >>> from purifyloader.transforms.functional import grayscale
+    >>> grey = grayscale(torch.rand(1, 3, 4, 4))
+    >>> torch.equal(grey[:, 0], grey[:, 1])
+    True
     """
     if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
         raise InputError(f"grayscale takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
@@ -120,6 +138,11 @@ def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
 
     As their code does it, with PIL's posterize: levels are rounded down, not to the nearest of an even spacing as in
     feature squeezing (Xu et al. 2018). Black stays black; white becomes 192 of 255 at 2 bits.
+
+    >>> import torch
+    >>> from purifyloader.transforms.functional import bit_depth
+    >>> bit_depth(torch.linspace(0, 1, 256).reshape(1, 1, 16, 16), bits=2).unique().numel()
+    4
     """
     check_bits(bits)
     levels = quantize(x_BCHW) & (0xFF00 >> bits & 0xFF)
@@ -139,6 +162,12 @@ def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
 
     Returns:
         Images of the same shape and type, within the range of each.
+
+    >>> import torch
+    >>> from purifyloader.core.noise import image_keys
+    >>> from purifyloader.transforms.functional import coin
+    >>> coin(torch.rand(2, 3, 32, 32), image_keys(0, 0, [0, 1]), alpha=2.0).shape
+    torch.Size([2, 3, 32, 32])
     """
     check_alpha(alpha)
     if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():

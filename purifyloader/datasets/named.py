@@ -63,7 +63,16 @@ def _as_bytes(image: Image.Image) -> Image.Image:
 
 
 class ImageFiles(Dataset[Image.Image]):
-    """Every image file below a folder, in the order of their paths, as RGB."""
+    """Every image file below a folder, in the order of their paths, as RGB.
+
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from purifyloader.datasets.named import ImageFiles
+    >>> Path("photos").mkdir()
+    >>> Image.new("RGB", (32, 32)).save("photos/a.png")
+    >>> len(ImageFiles(Path("photos")))
+    1
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,6 +106,21 @@ class TarDataset(Dataset[dict[str, Any]]):
         InputError: a tar that is missing, compressed, cut short, damaged or without a sample; one key
             twice in a tar; not exactly one image (png, jpg, jpeg, webp, bmp, ppm, tif, tiff) in a
             sample; and, when an item is read, an image or field that cannot be decoded.
+
+    >>> import io, tarfile
+    >>> from PIL import Image
+    >>> from purifyloader.datasets.named import TarDataset
+    >>> picture = io.BytesIO()
+    >>> Image.new("RGB", (32, 32)).save(picture, "PNG")
+    >>> with tarfile.open("a.tar", "w") as tar:
+    ...     for name, content in (("0.png", picture.getvalue()), ("0.cls", b"7")):
+    ...         member = tarfile.TarInfo(name)
+    ...         member.size = len(content)
+    ...         tar.addfile(member, io.BytesIO(content))
+    ...
+    >>> sample = TarDataset(["a.tar"])[0]
+    >>> sample["image"].size, sample["cls"]
+    ((32, 32), 7)
     """
 
     def __init__(self, tars: Sequence[str | Path]) -> None:
@@ -318,6 +342,14 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
 
     Raises:
         InputError: nothing by that name, or what it names is no map-style dataset.
+
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from purifyloader.datasets.named import open_dataset
+    >>> Path("photos").mkdir()
+    >>> Image.new("RGB", (32, 32)).save("photos/a.png")
+    >>> len(open_dataset("photos"))
+    1
     """
     if spec in TORCHVISION:
         try:
@@ -375,6 +407,12 @@ def read_image(path: str | Path) -> Image.Image:
 
     Raises:
         InputError: it is missing, damaged, or no image.
+
+    >>> from PIL import Image
+    >>> from purifyloader.datasets.named import read_image
+    >>> Image.new("L", (32, 32)).save("a.png")
+    >>> read_image("a.png").size
+    (32, 32)
     """
     return _read_image(Path(path), str(path))
 

@@ -40,6 +40,14 @@ def source_hashes(
 
     Raises:
         InputError: images or targets of another kind, or not as many of each.
+
+    >>> import numpy as np
+    >>> from purifyloader.cache import source_hashes
+    >>> images = np.zeros((2, 32, 32, 3), np.uint8)
+    >>> images[1, 0, 0, 0] = 1  # one value of one pixel
+    >>> first, second = source_hashes(images, targets=[7, 7])
+    >>> (first == second).tolist()  # the image, the target
+    [False, True]
     """
     if targets is None:
         targets = [None] * len(images)

@@ -85,6 +85,16 @@ class PurifiedLoader:
         InputError: a loader that is none or purifies already, a purifier that needs a plan, or, while iterating,
             images in another form or range; the batch is named.
         PurifyError: while iterating, a purifier that gives NaN.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader
+    >>> from purifyloader import PurifiedLoader, recipes
+    >>> loader = DataLoader([(torch.rand(3, 32, 32), label) for label in range(6)], batch_size=4)
+    >>> for images, labels in PurifiedLoader(loader, recipes.jpeg(quality=10)):
+    ...     print(tuple(images.shape), labels.tolist())
+    ...
+    (4, 3, 32, 32) [0, 1, 2, 3]
+    (2, 3, 32, 32) [4, 5]
     """
 
     def __init__(

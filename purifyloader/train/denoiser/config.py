@@ -66,6 +66,10 @@ class TrainConfig:
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
         compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
         seed: of the initial weights and of all that is drawn.
+
+    >>> from purifyloader.train import TrainConfig
+    >>> TrainConfig(steps=100, batch_size=8).steps
+    100
     """
 
     objective: str = "hybrid"
@@ -282,6 +286,10 @@ def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainCon
 
     Raises:
         ConfigError: no such recipe.
+
+    >>> from purifyloader.train import recipe
+    >>> recipe("light").parameterization
+    'edm'
     """
     if name not in RECIPES:
         raise ConfigError(f"A recipe must be one of {', '.join(sorted(RECIPES))}. Got {name!r}.")

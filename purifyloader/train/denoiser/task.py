@@ -66,7 +66,14 @@ _SAVING_SHARE = 0.05  # of the time, at most, goes into writing states
 
 
 def started_from(config: TrainConfig, start: NetworkDenoiser) -> TrainConfig:
-    """The configuration that says it starts from the weights of `start`."""
+    """The configuration that says it starts from the weights of `start`.
+
+    >>> from purifyloader.pretrained import load
+    >>> from purifyloader.train import recipe, started_from
+    >>> config = started_from(recipe("light"), load("cifar10-sparse"))
+    >>> config.network == load("cifar10-sparse").network.config
+    True
+    """
     return dataclasses.replace(config, start_from={"name": start.name, "weights_sha256": weights_sha256(start)})
 
 
@@ -402,6 +409,16 @@ def train_denoiser(
         TrainingError: the loss or its gradient is not finite, or the loss has run away; or `out` holds the
             state of another run.
         CheckpointError: the state in `out` is damaged.
+
+    >>> import torch
+    >>> from dataclasses import replace
+    >>> from purifyloader.diffusion.unet import UNetConfig
+    >>> from purifyloader.train import recipe, train_denoiser
+    >>> config = replace(recipe("light"), steps=1, batch_size=2, network=UNetConfig.small(channels=8, multipliers=(1,)))
+    >>> images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    >>> denoiser, record = train_denoiser(images, "mine", config, progress=False)
+    >>> record["steps"]
+    1
     """
     spread = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)

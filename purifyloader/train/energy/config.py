@@ -44,6 +44,10 @@ class EnergyTrainConfig:
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights and samples stay float32.
         compile: compile the network that the samples walk with.
         seed: of the initial weights and of all that is drawn.
+
+    >>> from purifyloader.train.energy import EnergyTrainConfig
+    >>> EnergyTrainConfig(steps=100).langevin_steps
+    100
     """
 
     network: EnergyConfig = field(default_factory=EnergyConfig)
@@ -204,6 +208,10 @@ def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
 
     Raises:
         ConfigError: no such recipe.
+
+    >>> from purifyloader.train.energy import energy_recipe
+    >>> energy_recipe("light").bank
+    'data'
     """
     if name not in ENERGY_RECIPES:
         raise ConfigError(f"A recipe must be one of {', '.join(sorted(ENERGY_RECIPES))}. Got {name!r}.")

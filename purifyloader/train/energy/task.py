@@ -258,6 +258,17 @@ def train_energy(
         TrainingError: the energies ran apart, exploded or became NaN, or the samples left the images; or `out` holds
             the state of another run.
         CheckpointError: the state in `out` is damaged.
+
+    >>> import torch
+    >>> from dataclasses import replace
+    >>> from purifyloader.energy import EnergyConfig
+    >>> from purifyloader.train.energy import energy_recipe, train_energy
+    >>> config = replace(energy_recipe("light"), steps=1, batch_size=2, langevin_steps=1)
+    >>> config = replace(config, network=EnergyConfig(channels=4))
+    >>> images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    >>> energy, record = train_energy(images, "mine", config, progress=False)
+    >>> record["steps"]
+    1
     """
     spread = distributed.is_available() and distributed.is_initialized()
     rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
