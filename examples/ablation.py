@@ -60,7 +60,7 @@ def main() -> None:
     }
     results = read(options.out)
     for poison, defences in wanted(options.cells).items():
-        poisoned = poisons[poison]()
+        poisoned: Images | None = None
         done: dict[str, Images] = {}
         for defence in defences:
             level, compensated = defence.removesuffix("+"), defence.endswith("+") or defence == "compensation"
@@ -68,6 +68,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 if str(seed) in entry["accuracy"]:
                     continue
+                if poisoned is None:
+                    poisoned = poisons[poison]()
                 if level not in done:
                     done[level] = prepare(level, poisoned, labels, options.model)
                 victim, seconds = train_victim(

@@ -69,7 +69,7 @@ def test_the_augmentations_against_cuda_are_drawn_anew(way):
 
 def test_cache_speed_compares_what_the_readme_shows(tmp_path):
     out = tmp_path / "speed.json"
-    run("cache_speed.py", "--images", 300, "--turns", 1, "--out", out)
+    run("cache_speed.py", "--images", 100, "--turns", 1, "--out", out)
     results = json.loads(out.read_text())
     shown = json.loads((ROOT / "examples" / "results" / "cache_speed.json").read_text())
     for part in ("images_per_second", "ratios"):
@@ -93,7 +93,7 @@ INTEGRATIONS = [
 @pytest.mark.parametrize("words", INTEGRATIONS, ids=lambda words: " ".join(map(str, words)))
 def test_integrations(words):
     """Other people's containers, each in a script of its own. What other libraries warn of fails nothing."""
-    out = run(f"integrations/{words[0]}_training.py", "--images", 128, "--epochs", 2, *words[1:], warnings=None)
+    out = run(f"integrations/{words[0]}_training.py", "--images", 16, "--epochs", 2, *words[1:], warnings=None)
     assert re.findall(r"epoch (\d): loss \d+\.\d+ -> \d+\.\d+ over 1 steps", out) == ["0", "1"]
 
 
