@@ -341,7 +341,7 @@ def _start(settings: Settings, training: Training, begins: _Beginning, classes: 
     except (InputError, RuntimeError, SafetensorError, OSError) as error:
         raise InputError(
             f"Expected in {path} the network that this run begins with. Got: {str(error).splitlines()[0]} Give the "
-            "settings of before, or another --out."
+            "settings of before, or another folder."
         ) from None
     return start
 

@@ -135,12 +135,8 @@ def test_what_compensation_removes_need_not_be_washed_off():
 
 def test_what_is_said_of_compensation_is_what_was_measured():
     """LSP by noise level, purified and with compensation, in the README's table."""
-    text = (
-        (ROOT / "purifyloader" / "recipes" / "README.md")
-        .read_text(encoding="utf-8")
-        .split("<!-- noise -->")[1]
-        .split("<!-- end -->")[0]
-    )
+    page = (ROOT / "purifyloader" / "recipes" / "README.md").read_text(encoding="utf-8")
+    text = page.split("<!-- noise -->")[1].split("<!-- end -->")[0]
     rows = [[cell.strip().split(" ±")[0] for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
     assert rows[0][5:] == ["LSP, purified", "LSP, ECLIPSE"]
     of_lsp = [(float(row[5]), float(row[6])) for row in rows[2:] if float(row[0].removesuffix(" px")) <= 25]
