@@ -6,16 +6,19 @@ import hashlib
 import inspect
 import json
 import pickle
+import random
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.poisons import ATTACKS, Poisoned, check, make, read, write
+from purifyloader.poisons import ATTACKS, Bound, Poisoned, check, make, read, write
 from purifyloader.poisons.attacks import registry
+from purifyloader.poisons.attacks.presets import choose, field_names
 from tests.conftest import tiny_denoiser
 
 RNG = np.random.default_rng(0)
@@ -79,12 +82,25 @@ def test_every_attack_has_a_row():
 
 
 @each
-def test_the_same_seed_gives_the_same_images(name, made):
+def test_the_same_seed_gives_the_same_images_and_nobody_elses_generators_move(name, made):
+    want = made(name)
+    torch.manual_seed(6)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()
     again = make(name, (IMAGES.copy(), LABELS.tolist()), 3, **TINY[name])
-    np.testing.assert_array_equal(again.images, made(name).images)
-    assert dict(again.settings) == dict(made(name).settings)
+    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate(), torch.get_num_threads()
+    assert torch.equal(before[0], after[0])
+    assert np.array_equal(before[1], after[1])
+    assert before[2:] == after[2:]
+    np.testing.assert_array_equal(again.images, want.images)
+    assert dict(again.settings) == dict(want.settings)
     if name in GOLDEN:
         assert hashlib.sha256(again.images.tobytes()).hexdigest()[:16] == GOLDEN[name]
+
+
+@each
+def test_another_seed_gives_other_images(name, made):
+    other = make(name, (IMAGES, LABELS), 4, **TINY[name])
+    assert np.array_equal(other.images, made(name).images) == (name == "ops")  # whose search draws nothing
 
 
 @each
@@ -138,9 +154,11 @@ def test_options_are_told_and_checked(name):
     assert (inspect.getdoc(attack.function) or "").count("Args:") == 1
 
 
-@pytest.mark.parametrize("name", [name for name, options in TINY.items() if "width" in options])
+with_network = pytest.mark.parametrize("name", [name for name, options in TINY.items() if "width" in options])
+
+
+@with_network
 def test_attacks_with_networks_check_their_settings_before_any_work(name):
-    assert set(ATTACKS[name].presets or {}) == {"cpu", "full"}
     for bad, message in (
         ({"preset": "fast"}, "preset must be one of cpu, full"),
         ({"steps": 0}, "steps must be an integer of 1 or more"),
@@ -150,6 +168,45 @@ def test_attacks_with_networks_check_their_settings_before_any_work(name):
     ):
         with pytest.raises(InputError, match=message):
             registry.check_options(ATTACKS[name], {**TINY[name], **bad})
+
+
+@with_network
+def test_settings_tell_every_option(name, made):
+    attack, settings = ATTACKS[name], made(name).settings
+    assert attack.options.keys() - {"device", "progress"} <= settings.keys()
+    told = {option: settings[option] for option in TINY[name] if option not in ("target", "model")}
+    assert told == {option: TINY[name][option] for option in told}
+    assert settings["preset"] == "cpu"
+    presets = attack.presets
+    assert presets is not None
+    assert set(presets) == {"cpu", "full"}
+    defaults = {name: attack.options[name] for name in field_names(presets)}
+    assert choose(presets, "cpu", defaults) == presets["cpu"]
+
+
+@with_network
+def test_a_bound_that_is_not_given_is_the_papers(name):
+    presets = ATTACKS[name].presets
+    assert presets is not None
+    linf = {"bullseye": 0.1, "gradient-matching": 16 / 255, "label-consistent": 16 / 255}
+    l2 = {"label-consistent": 600 / 255}
+    for norm, epsilon in (("linf", linf.get(name, 8 / 255)), ("l2", l2.get(name, 1.0))):
+        assert choose(presets, "cpu", {"norm": norm}).bound == Bound(norm, epsilon)
+        assert choose(presets, "cpu", {"norm": norm, "epsilon": 0.5}).bound == Bound(norm, 0.5)
+
+
+@with_network
+def test_an_l2_bound_is_kept_and_black_and_white_saturate(name):
+    images = IMAGES.copy()
+    images[:, :4], images[:, 4:] = 0, 255
+    options = {**TINY[name], **({"amplitude": 1 / 255} if name == "label-consistent" else {})}
+    poisoned = make(name, (images, LABELS), 3, norm="l2", epsilon=0.5, **options)
+    assert poisoned.settings["epsilon"] == 0.5
+    delta = (poisoned.images.astype(int) - images)[poisoned.poisoned]
+    trigger = 1.1 * len(delta[0].ravel()) ** 0.5 if name == "label-consistent" else 0
+    assert 0 < poisoned.moved(images).l2_max <= 0.5 * 255 * (1 + 1e-6) + trigger
+    assert delta[:, :4].min() == 0
+    assert delta[:, 4:].max() == 0
 
 
 def test_the_table_needs_no_torch():

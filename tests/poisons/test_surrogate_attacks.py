@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import random
 
 import numpy as np
 import pytest
@@ -296,70 +294,6 @@ def test_images_of_8_bits_are_within_the_bound(made, name):
     assert 0.3 < moved.down < 0.7  # no sign is lost
     assert np.array_equal(poisoned.labels, DATA[1])
     assert np.array_equal(poisoned.poisoned, np.arange(len(DATA[0])))
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_an_l2_bound(name):
-    images, labels = patterns(32)
-    poisoned = quick(name, (images, labels), norm="l2")
-    assert poisoned.bound == Bound("l2", 1.0)
-    assert 0.2 * 255 < poisoned.moved(images).l2_max <= 255 * (1 + 1e-6)
-    assert quick(name, (images, labels), norm="l2", epsilon=0.5).moved(images).l2_max <= 0.5 * 255 * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_black_and_white_saturate(name):
-    images, labels = patterns(32)
-    images[:, :8], images[:, 8:] = 0, 255
-    delta = quick(name, (images, labels)).images.astype(int) - images
-    assert delta[:, :8].min() == 0
-    assert 0 < delta[:, :8].max() <= 8
-    assert delta[:, 8:].max() == 0
-    assert -8 <= delta[:, 8:].min() < 0
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_the_same_again_for_the_same_seed_and_nobody_elses_generators_move(name):
-    torch.manual_seed(5)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()
-    first = quick(name)
-    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate(), torch.get_num_threads()
-    assert torch.equal(before[0], after[0])
-    assert np.array_equal(before[1], after[1])
-    assert before[2:] == after[2:]
-    torch.manual_seed(6)
-    again, other = quick(name), quick(name, seed=1)
-    assert np.array_equal(first.images, again.images)
-    assert first.settings == again.settings
-    assert not np.array_equal(first.images, other.images)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_settings_are_json_and_tell_everything(name):
-    poisoned = quick(name, epsilon=4 / 255, preset="cpu")
-    settings = json.loads(json.dumps(poisoned.settings))
-    assert settings == poisoned.settings
-    assert settings["seed"] == 0
-    assert settings["preset"] == "cpu"
-    assert settings["epsilon"] == poisoned.bound.epsilon == 4 / 255
-    attack, options = QUICK[name]
-    assert {option: settings[option] for option in options} == options
-    told = list(inspect.signature(attack).parameters)
-    assert told[:5] == ["dataset", "seed", "preset", "device", "progress"]
-    assert set(told[5:]) <= set(settings)
-    assert "attack_epsilon" not in settings or settings["attack_epsilon"] == 2 / 255
-    assert poisoned.attack == name.partition(",")[0]
-
-
-def test_every_option_of_a_signature_is_taken():
-    for attack in (em, tap, sep, rem, efp):
-        parameters = inspect.signature(attack).parameters
-        assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        options = {name: p.default for name, p in list(parameters.items())[3:] if name != "device"}
-        presets = inspect.getmodule(attack).PRESETS
-        assert set(presets) == {"cpu", "full"}
-        options.pop("progress", None)
-        assert choose(presets, "cpu", options) == presets["cpu"]
 
 
 def test_grey_images_and_images_of_other_sides():
