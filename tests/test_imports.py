@@ -40,7 +40,6 @@ KNOWN: dict[str, set[str]] = {
     "files": set(),  # modules in a circle
     "options": {
         "purifyloader.certify.session",
-        "purifyloader.datasets.select",
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",

@@ -98,7 +98,7 @@ def _clean(options: argparse.Namespace) -> tuple[Any, Any]:
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
         raise InputError("Expected images in --data. Got an empty dataset.")
-    images, labels = load(dataset, range(count), 3, options.size, _progress(options))
+    images, labels = load(dataset, range(count), 3, options.size, _progress(options), "--data")
     if labels is None:
         raise InputError(
             "An attack needs a class, from 0, for each image in --data. Got images without one: give an imagefolder, "

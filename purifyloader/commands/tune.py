@@ -168,7 +168,7 @@ def _data(
     if not length:
         raise InputError("Expected images in --data. Got an empty dataset.")
     indices = choose(length, min(count, length), options.choose_seed)
-    images = load(dataset, indices, models.channels, options.size, progress).images
+    images = load(dataset, indices, models.channels, options.size, progress, "--data").images
     learned = learned_images(models.specs, dataset, options.data, models.channels, progress)
     if trained_on := sum(learned.has(dataset[index], options.size) for index in indices):
         print(

@@ -205,8 +205,9 @@ def load_images(
             row = row.expand(3, -1, -1)
         if rows and row.shape[1:] != rows[0].shape[1:]:
             raise InputError(
-                f"Expected images of one size. Got {tuple(row.shape)} at index {index} after "
-                f"{tuple(rows[0].shape)}: give --size, to which they are resized and cropped, or sort them out first."
+                f"must be given for images of several sizes, to which they are resized and cropped. Got "
+                f"{tuple(row.shape)} at index {index} after {tuple(rows[0].shape)}.",
+                argument="size",
             )
         rows.append(row)
     if {len(row) for row in rows} == {1, 3}:
@@ -254,7 +255,7 @@ def load(
     channels: int,
     size: int | None = None,
     progress: bool = False,
-    what: str = "--data",
+    what: str = "the dataset",
 ) -> Loaded:
     """Load the samples at `indices`; grey images are repeated for a model of colour.
 
@@ -272,6 +273,8 @@ def load(
     try:
         images = load_images(source, indices, size=size, channels=channels, progress=progress)
     except InputError as error:
+        if error.argument is not None:
+            raise
         raise InputError(f"{what}: {error}") from None
     labels = [label for label in source.labels if label is not None]
     return Loaded(images, torch.tensor(labels) if len(labels) == len(images) else None)

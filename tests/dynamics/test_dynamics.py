@@ -432,7 +432,7 @@ def test_images_of_many_sizes_need_one(models, tmp_path):
     images, _ = sample(4)
     data = folder_of(tmp_path / "d", [images[0], images[1][:, :20], images[2]])
     options = ["--data", data, "--energy", str(models / "energy"), "--steps", "1", "--device", "cpu"]
-    with pytest.raises(InputError, match="give --size"):
+    with pytest.raises(InputError, match="size must be given"):
         main(options)
     assert main([*options, "--size", "16", "--poisoned", "ar"]) == 0
 

@@ -688,7 +688,7 @@ def test_images_of_many_sizes_need_one(size, model, tmp_path):
     for i, image in enumerate(sample(4)[0]):
         Image.fromarray(image[: 32 - i]).save(many / f"{i}.png")
     if size is None:
-        with pytest.raises(InputError, match="give --size"):
+        with pytest.raises(InputError, match="size must be given"):
             run(model, data=str(many))
         return
     assert run(model, "--size", "24", "--out", str(tmp_path / "out"), data=str(many)) == 0
