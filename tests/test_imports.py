@@ -43,10 +43,6 @@ KNOWN: dict[str, set[str]] = {
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",
-        "purifyloader.train.denoiser.card",
-        "purifyloader.train.denoiser.config",
-        "purifyloader.train.denoiser.task",
-        "purifyloader.train.energy.task",
     },  # modules that name an option of the command line
     "coin": set(),  # modules that name COIN beyond the four
 }

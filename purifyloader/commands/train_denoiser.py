@@ -80,7 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, or estimate what it would cost."""
-    from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG
+    from purifyloader.train.curves import CURVES_PNG
+    from purifyloader.train.denoiser.curves import SAMPLES_PNG
 
     run_training(options, (CURVES_PNG, SAMPLES_PNG), lambda clean, place: _train(options, clean, place))
     return 0
@@ -88,13 +89,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace, clean: CleanSet, place: Place) -> None:
     from purifyloader.train import plan
-    from purifyloader.train.denoiser.task import train_denoiser
+    from purifyloader.train.denoiser.task import build_denoiser, train_denoiser
     from purifyloader.train.state import STATE_FILE, writing
 
     config, start = configuration(options, clean.images.shape[1:], place.device)
     if options.estimate:
         more: dict[str, Any] = {"start": start, "micro_batch": options.micro_batch, "device": place.device}
-        print_estimate(plan.measure(clean.images, config, **more), config, place)
+        print_estimate(plan.measure(build_denoiser, train_denoiser, clean.images, config, **more), config, place)
         return
     validation, held_out_name = held_out_images(options, clean, place.quiet)
     denoiser, record = train_denoiser(
@@ -146,8 +147,9 @@ def _measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]
 def _save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, Any]) -> None:
     """Write the checkpoint with its card, over whatever a killed save left there."""
     from purifyloader import pretrained
+    from purifyloader.train.curves import CURVES_PNG
     from purifyloader.train.denoiser.card import card
-    from purifyloader.train.denoiser.curves import CURVES_PNG, SAMPLES_PNG, validation_levels
+    from purifyloader.train.denoiser.curves import SAMPLES_PNG, validation_levels
 
     levels = ", ".join(f"{px:g}" for px in validation_levels(denoiser.sigma_range))
     captions = {
@@ -179,8 +181,8 @@ def configuration(
         ConfigError: fields that are unknown or contradict each other, or a start that is not here.
     """
     from purifyloader import pretrained
-    from purifyloader.train.denoiser.config import TrainConfig, check_start_from, recipe
-    from purifyloader.train.denoiser.task import started_from
+    from purifyloader.train.denoiser.config import TrainConfig, recipe
+    from purifyloader.train.fields import check_start_from, started_from
 
     side = min(image_shape[-2:])
     base = recipe(options.preset, side, image_shape[0])

@@ -79,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, or estimate what it would cost."""
-    from purifyloader.train.denoiser.curves import CURVES_PNG
+    from purifyloader.train.curves import CURVES_PNG
     from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG
 
     if options.chain_steps is not None and options.chain_steps < 0:
@@ -90,13 +90,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, clean: CleanSet, place: Place) -> None:
-    from purifyloader.train.energy.plan import measure_energy
-    from purifyloader.train.energy.task import train_energy
+    from purifyloader.train import plan
+    from purifyloader.train.energy.task import build_energy, train_energy
     from purifyloader.train.state import STATE_FILE, writing
 
     config, start = configuration(options, clean.images.shape[1], place.device)
     if options.estimate:
-        print_estimate(measure_energy(clean.images, config, start=start, device=place.device), config, place)
+        measured = plan.measure(build_energy, train_energy, clean.images, config, start=start, device=place.device)
+        print_estimate(measured, config, place)
         return
     held_out, held_out_name = held_out_images(options, clean, place.quiet)
     energy, record = train_energy(
@@ -144,9 +145,8 @@ def configuration(
 ) -> tuple[EnergyTrainConfig, EnergyNetwork | None]:
     """Build what to train from a preset, fields of a file over it, and options over both; see `train_denoiser`."""
     from purifyloader import pretrained
-    from purifyloader.train.denoiser.config import check_start_from
     from purifyloader.train.energy.config import EnergyTrainConfig, energy_recipe
-    from purifyloader.train.energy.task import energy_started_from
+    from purifyloader.train.fields import check_start_from, started_from
 
     base = energy_recipe(options.preset, image_channels)
     fields = fields_of(options.config) if options.config is not None else {}
@@ -165,7 +165,7 @@ def configuration(
         changes["compile"] = device.type == "cuda"
     # once all of it is known: a bank that is too small for the preset's batch may fit the one that is asked for
     config = EnergyTrainConfig.from_dict({**fields, **changes}, base)
-    return (config, None) if start is None else (energy_started_from(config, start), start)
+    return (config, None) if start is None else (started_from(config, start), start)
 
 
 def _chains(
@@ -187,7 +187,7 @@ def _chains(
 def save(energy: EnergyNetwork, out: Path, name: str, about: Mapping[str, Any]) -> None:
     """Write the checkpoint with its card, over whatever a killed save left there."""
     from purifyloader import pretrained
-    from purifyloader.train.denoiser.curves import CURVES_PNG
+    from purifyloader.train.curves import CURVES_PNG
     from purifyloader.train.energy.card import energy_card
     from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG
 

@@ -213,7 +213,7 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
     """
     from purifyloader.files.locks import Lock, lock_path
     from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
-    from purifyloader.train.denoiser.curves import CURVES_CSV
+    from purifyloader.train.curves import CURVES_CSV
     from purifyloader.train.state import STATE_FILE, tidy, writing
 
     if options.estimate or rank > 0:

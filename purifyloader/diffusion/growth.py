@@ -1,4 +1,4 @@
-"""A larger U-Net that begins as the function of a smaller one (Net2Net; Chen et al. 2016, arXiv:1511.05641).
+"""Let a larger U-Net begin as the function of a smaller one (Net2Net; Chen et al. 2016, arXiv:1511.05641).
 
 Residual blocks and attention end in a convolution of zeros, so that one which is added changes nothing:
 
@@ -114,5 +114,5 @@ def take_over(new: UNet, old: UNet) -> None:
                 _copy(block, blocks.pop(0))
     for name in ("time_embed", "stem", "norm_out"):
         _copy(getattr(new, name), getattr(old, name))
-    for mine, theirs in zip(new.conv_out.parameters(), old.conv_out.parameters(), strict=True):
-        mine[: len(theirs)].copy_(theirs)  # rows of a learned variance stay zeros
+    for grown, small in zip(new.conv_out.parameters(), old.conv_out.parameters(), strict=True):
+        grown[: len(small)].copy_(small)  # rows of a learned variance stay zeros

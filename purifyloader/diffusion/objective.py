@@ -1,4 +1,4 @@
-"""What a denoiser is trained to minimise.
+"""Compute the losses that a denoiser is trained to minimise.
 
 `hybrid_loss` is ECLIPSE's Eq. 8 (improved-diffusion, Sec. 3.1): discrete timesteps, predicted noise,
 learned variance. `sigma_loss` is the same regression over continuous sigma, for a network without

@@ -1,4 +1,4 @@
-"""What a training will cost, measured on this machine before it starts."""
+"""Estimate what a training will cost, measured on this machine before it starts."""
 
 from __future__ import annotations
 
@@ -9,82 +9,74 @@ import itertools
 import statistics
 import tempfile
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from purifyloader.core.devices import as_device
-from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.train.denoiser.config import TrainConfig
-from purifyloader.train.denoiser.task import build_denoiser, peak_memory, train_denoiser
+from purifyloader.train.fields import TrainingFields
+from purifyloader.train.run import peak_memory
 
-__all__ = ["PATIENCE", "Enough", "Length", "measure", "report"]
+__all__ = ["measure", "report"]
 
 _WARM, _TIMED = 2, 5
-PATIENCE = 60.0  # seconds; then the steps there are must do
+_PATIENCE = 60.0  # seconds; then the steps there are must do
+_LONG = 1000 * (_WARM + _TIMED)  # steps: none of the first ones is one of those that are written down
 
 
-class Length(Protocol):
-    """What a report needs of a configuration."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-
-
-class Enough(Exception):
+class _Enough(Exception):
     """Raised by a step: what was to be measured is."""
 
 
 def measure(
+    build: Callable[..., nn.Module],
+    train: Callable[..., Any],
     images: Tensor,
-    config: TrainConfig,
+    config: TrainingFields,
     *,
-    start: NetworkDenoiser | None = None,
-    micro_batch: int | None = None,
     device: str | torch.device = "cpu",
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train for a few steps of the very configuration, and say what all of it would take.
+    """Train for a few steps of the very configuration, and estimate the cost of all of it.
+
+    Args:
+        build: builds the model from a configuration and the images' channels, such as `build_denoiser`.
+        train: trains it, such as `train_denoiser`.
+        images: uint8 (N, C, H, W).
+        config: the whole training.
+        device: where to train.
+        options: of `train`.
 
     Returns:
-        parameters; model_bytes and state_bytes, of the files; images; epochs; first_step_seconds (with
-        compilation); seconds_per_step (median of `timed_steps`); seconds, of all steps; peak_memory in bytes, of
-        the GPU or of this process.
+        parameters; model_bytes and state_bytes, of the files; images; epochs; first_step_seconds (with compilation);
+        seconds_per_step (median of `timed_steps`); seconds, of all steps; peak_memory in bytes, of the GPU or of this
+        process.
     """
     with torch.device("meta"):
-        denoiser = build_denoiser(dataclasses.replace(config, start_from=None), images.shape[1])
-    parameters = sum(p.numel() for p in denoiser.parameters())
+        model = build(_replace(config, start_from=None), images.shape[1])
+    parameters = sum(p.numel() for p in model.parameters())
     moments = [time.monotonic()]
 
-    def on_step(step: int, loss: float) -> None:
+    def on_step(step: int, value: float) -> None:
         moments.append(time.monotonic())
         # the first step may compile for minutes; and processes that wait for one another must agree on when to stop
         counted = moments[1:] if config.compile else moments
-        tired = not distributed.is_initialized() and len(counted) > 1 and counted[-1] - counted[0] > PATIENCE
+        tired = not distributed.is_initialized() and len(counted) > 1 and counted[-1] - counted[0] > _PATIENCE
         if step == _WARM + _TIMED or tired:
-            raise Enough
+            raise _Enough
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
-        few = dataclasses.replace(config, steps=max(config.steps, _WARM + _TIMED + 1))
-        train_denoiser(
-            images,
-            folder,
-            few,
-            start=start,
-            micro_batch=micro_batch,
-            device=device,
-            save_every=float("inf"),
-            on_step=on_step,
-            progress=False,
-        )
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        few = _replace(config, steps=max(config.steps, _LONG))
+        never = float("inf")
+        train(images, folder, few, device=device, save_every=never, on_step=on_step, progress=False, **options)
     taken = [b - a for a, b in itertools.pairwise(moments)]
     timed = taken[_WARM:] or taken[-1:]
     return {
         "parameters": parameters,
         "model_bytes": 4 * parameters,
-        "state_bytes": 16 * parameters,
+        "state_bytes": 16 * parameters + config.more_state_bytes(images),
         "images": len(images),
         "epochs": round(config.steps * config.batch_size / len(images), 1),
         "first_step_seconds": round(taken[0], 3),
@@ -93,6 +85,10 @@ def measure(
         "seconds": round(statistics.median(timed) * config.steps, 1),
         "peak_memory": peak_memory(as_device(device)),
     }
+
+
+def _replace(config: TrainingFields, **changes: Any) -> TrainingFields:
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def _duration(seconds: float) -> str:
@@ -105,8 +101,8 @@ def _duration(seconds: float) -> str:
     return " ".join(parts)
 
 
-def report(plan: dict[str, Any], config: Length, machine: str, now: datetime.datetime) -> str:
-    """The plan as lines for people."""
+def report(plan: dict[str, Any], config: TrainingFields, machine: str, now: datetime.datetime) -> str:
+    """Return the result of `measure` as lines for people."""
     end = now + datetime.timedelta(seconds=plan["seconds"])
     rows = [
         ("parameters", f"{plan['parameters']:,}"),

@@ -1,4 +1,4 @@
-"""The state of a training run on disk: one safetensors file, replaced as a whole, that any stop leaves readable."""
+"""Keep the state of a training run on disk: one safetensors file, replaced as a whole, readable after any stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files.atomic import canonical_json, replacing
-from purifyloader.train.denoiser.config import TrainConfig
+from purifyloader.train.fields import TrainingFields
 
 __all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "tidy", "writing"]
 
@@ -32,17 +32,14 @@ def images_sha256(images_NCHW: Tensor) -> str:
     return hashlib.sha256(images_NCHW.contiguous().numpy().tobytes()).hexdigest()
 
 
-def identity(config: TrainConfig, images_NCHW: Tensor) -> dict[str, Any]:
-    """What must be the same for a stopped run to go on. The length may change until the rate is let down."""
-    values = config.to_dict()
-    for name in ("steps", "warmup", "decay_steps", "compile"):
-        values.pop(name)
-    return {"config": values, "images_sha256": images_sha256(images_NCHW), "count": len(images_NCHW)}
+def identity(config: TrainingFields, images_NCHW: Tensor) -> dict[str, Any]:
+    """Return what must be the same for a stopped run to go on: configuration and images."""
+    return {"config": config.identity(), "images_sha256": images_sha256(images_NCHW), "count": len(images_NCHW)}
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong in writing the file or folder, most often no room, as a `TrainingError`."""
+    """Raise a `TrainingError` for an error of the disk, most often no room, in writing the file or folder."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -83,7 +80,11 @@ def tidy(folder: Path, files: Iterable[str]) -> None:
 
 
 def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Groups]:
-    """The header and the tensors of each group.
+    """Read the header and the tensors of each group.
+
+    Args:
+        path: of the file.
+        expected: the `identity` of the run that wants to go on.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -104,7 +105,7 @@ def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Gr
     if differing:
         raise TrainingError(
             f"{path} belongs to a run with another {', '.join(differing)}. Got a configuration that cannot "
-            "go on from it: give the same one, or another output folder."
+            "go on from it. Give the same one, or another output folder."
         )
     groups: Groups = {}
     for name, tensor in flat.items():

@@ -28,12 +28,13 @@ from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images
 from purifyloader.diffusion.psnr import jpeg_psnr, psnr
 from purifyloader.train import TrainConfig, recipe, train_denoiser
+from purifyloader.train import run as training
 from purifyloader.train.denoiser import task as loop
 from purifyloader.train.denoiser.card import card as card_of
 from purifyloader.train.state import STATE_FILE
 from tests.conftest import random_images, tiny_denoiser
 from tests.purified.faults import REPOSITORY, Run
-from tests.train.test_train import blowing_up_after, distance, free_port, header_of, rows, same, weights
+from tests.train.tiny import blowing_up_after, distance, free_port, rows, same, state_of, weights
 
 # What makes a recipe a matter of seconds; all else stays the recipe's.
 SMALL = {
@@ -582,7 +583,7 @@ def stuck_in_writing(name: str, out: str, *arguments: str) -> None:
         replace(source, target)
 
     os.replace = never
-    loop._SAVING_SHARE = float("inf")
+    training._SAVING_SHARE = float("inf")
     command("--out", out, *arguments)
 
 
@@ -624,7 +625,7 @@ def test_a_save_that_was_killed_is_finished_and_a_strangers_folder_refused_at_on
 @pytest.mark.parametrize("how", ["recipe", "config"])
 def test_what_a_broken_run_has_kept_becomes_a_checkpoint(how, folder, tmp_path, monkeypatch, capsys):
     """As its message says: by the same command, with --steps."""
-    monkeypatch.setattr(loop, "_SAVING_SHARE", float("inf"))
+    monkeypatch.setattr(training, "_SAVING_SHARE", float("inf"))
     monkeypatch.setattr(loop, "learning_rate", blowing_up_after(7, 1e12))
     out = tmp_path / "model"
     arguments = ["--data", folder, "--out", out, "--save-every", 0, "--batch-size", 2, "--validation", "none"]
@@ -653,7 +654,6 @@ def test_a_run_can_be_made_longer(folder, tmp_path):
     """The length may change until the rate is let down, says the state of a run: for a recipe's too."""
     arguments = ["--data", folder, "--batch-size", 2, "--count", 4, "--validation", "none", "--decay-steps", 0]
     out = tmp_path / "model"
-    images = load_images(open_dataset(str(folder)), choose(30, 4, 0))
     seen: list[TrainConfig] = []
     # the state as a kill leaves it, by the configuration that the command makes
     original = loop.train_denoiser
@@ -669,7 +669,7 @@ def test_a_run_can_be_made_longer(folder, tmp_path):
         patch.setattr("purifyloader.train.denoiser.task.train_denoiser", instead)
         with pytest.raises(_Stop):
             run(*arguments, "--out", out, "--steps", 40)
-        assert header_of(out, seen[0], images)["step"] == 3
+        assert state_of(out)[0]["step"] == 3
         assert run(*arguments, "--out", out, "--steps", 80) == 0
 
 

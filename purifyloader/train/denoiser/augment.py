@@ -1,4 +1,4 @@
-"""Augmentations of the sparse set as pure functions of each image's key: the same images after a resume.
+"""Augment the sparse set by pure functions of each image's key, which give the same images after a resume.
 
     flip    mirrored left to right with probability 1/2
     crop    moved by up to an eighth of its side each way, the border reflected

@@ -1,39 +1,28 @@
-"""One configuration that decides the weights of a denoiser, and the recipes: presets over it."""
+"""Configure the training of a denoiser: one configuration decides the weights, and recipes are presets over it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError
 from purifyloader.train.denoiser.augment import AUGMENTATIONS
+from purifyloader.train.fields import TrainingFields
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
 
 _SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
 
 
-def check_start_from(value: Any) -> None:
-    if value is not None and (
-        not isinstance(value, Mapping)
-        or set(value) != {"name", "weights_sha256"}
-        or not isinstance(value["name"], str | None)
-        or not isinstance(value["weights_sha256"], str)
-    ):
-        raise ConfigError(
-            'start_from must be None or {"name": ..., "weights_sha256": ...}; a name alone is given as --start-from. '
-            f"Got {value!r}."
-        )
-
-
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the weights, beside the images.
+class TrainConfig(TrainingFields):
+    """A `TrainConfig` holds everything that decides the weights of a denoiser, beside the images.
 
     Args:
         objective: "hybrid" (ECLIPSE, Eq. 8: timesteps of a schedule, the noise's error, and the
@@ -67,10 +56,12 @@ class TrainConfig:
         compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
         seed: of the initial weights and of all that is drawn.
 
-    >>> from purifyloader.train import TrainConfig
-    >>> TrainConfig(steps=100, batch_size=8).steps
-    100
+    >>> TrainConfig(steps=1000, decay_steps=250).top_timestep
+    4000
     """
+
+    network_type: ClassVar[type[UNetConfig]] = UNetConfig
+    length_fields: ClassVar[tuple[str, ...]] = ("steps", "warmup", "decay_steps")
 
     objective: str = "hybrid"
     parameterization: str = "epsilon"
@@ -101,12 +92,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.network, UNetConfig):
-            raise ConfigError(f"network must be a UNetConfig, or its fields. Got {self.network!r}.")
+        self.check_shared_fields()
         if not isinstance(self.augment, tuple) or not all(isinstance(name, str) for name in self.augment):
             raise ConfigError(f"augment must be a tuple of names. Got {self.augment!r}.")
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed must be an integer of 64 bits. Got {self.seed!r}.")
+        if unknown := sorted(set(self.augment) - set(AUGMENTATIONS)):
+            raise ConfigError(f"augment takes any of {', '.join(AUGMENTATIONS)}. Got {', '.join(unknown)}.")
         if (
             not isinstance(self.sigma_range, tuple)
             or len(self.sigma_range) != 2
@@ -114,37 +104,22 @@ class TrainConfig:
             or not 0 < self.sigma_range[0] < self.sigma_range[1] < math.inf
         ):
             raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {self.sigma_range!r}.")
-        check_start_from(self.start_from)
-        choices = {
+        for name, allowed in {
             "objective": ("hybrid", "sigma"),
             "parameterization": tuple(PARAMETERIZATIONS),
             "time": ("timestep", "log-sigma"),
             "schedule": tuple(_SCHEDULES),
             "decay": ("linear", "cosine"),
-            "dtype": ("float32", "bfloat16"),
-            "compile": (False, True),
-        }
-        for name, allowed in choices.items():
-            # 1 is equal to True, and would be written down as a number
-            if not isinstance(getattr(self, name), type(allowed[0])) or getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}. Got {getattr(self, name)!r}."
-                )
-        for name, low in {
-            "steps": 1,
-            "batch_size": 1,
-            "timesteps": 2,
-            "replicate": 0,
-            "warmup": 0,
-            "decay_steps": 0,
         }.items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < low:
-                raise ConfigError(f"{name} must be an integer of at least {low}. Got {getattr(self, name)!r}.")
-        for name in ("learning_rate", "clip_norm", "sigma_center", "sigma_spread"):
-            self._check_number(name, lambda value: 0 < value < math.inf, "a number above 0")
+            check_choice(name, getattr(self, name), allowed)
+        for name, low in {"timesteps": 2, "replicate": 0, "decay_steps": 0}.items():
+            check_integer(name, getattr(self, name), low)
+        check_integer("max_timestep", self.max_timestep, 2, self.timesteps, none=True, unit="a timestep")
+        check_integer("patch_size", self.patch_size, 8, none=True, unit="in pixels")
+        for name in ("clip_norm", "sigma_center", "sigma_spread"):
+            check_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "gamma"):
-            self._check_number(name, lambda value: 0 <= value < math.inf, "a number of at least 0")
-        self._check_number("ema_decay", lambda value: 0 <= value < 1, "a number in [0, 1)")
+            check_number(name, getattr(self, name), low=0)
         if self.objective == "sigma" and self.time != "log-sigma":
             raise ConfigError(
                 f"The objective 'sigma' has no timesteps: time must be 'log-sigma'. Got {self.time!r}: set it too."
@@ -154,19 +129,6 @@ class TrainConfig:
                 "The objective 'sigma' does not train a variance. Got a network with learned_variance: "
                 "use the objective 'hybrid', or a network without."
             )
-        if self.max_timestep is not None and (
-            type(self.max_timestep) is not int or not 2 <= self.max_timestep <= self.timesteps
-        ):
-            raise ConfigError(f"max_timestep must lie in 2..{self.timesteps} (timesteps). Got {self.max_timestep!r}.")
-        if self.patch_size is not None and (type(self.patch_size) is not int or self.patch_size < 8):
-            raise ConfigError(f"patch_size must be an integer of at least 8, in pixels. Got {self.patch_size!r}.")
-        if unknown := sorted(set(self.augment) - set(AUGMENTATIONS)):
-            raise ConfigError(f"augment takes any of {', '.join(AUGMENTATIONS)}. Got {', '.join(unknown)}.")
-
-    def _check_number(self, name: str, good: Callable[[float], bool], range_: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
-            raise ConfigError(f"{name} must be {range_}. Got {value!r}.")
 
     @property
     def top_timestep(self) -> int:
@@ -175,36 +137,6 @@ class TrainConfig:
 
     def noise_schedule(self) -> Schedule:
         return _SCHEDULES[self.schedule](self.timesteps)
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {**asdict(self), "network": self.network.to_dict()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], base: TrainConfig | None = None) -> TrainConfig:
-        """A configuration from what `to_dict` gave, or from some of it over `base`.
-
-        Raises:
-            ConfigError: an unknown field, or a value that its field does not take.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"Known fields of a TrainConfig: {', '.join(sorted(known))}. Got {', '.join(unknown)}.")
-        start = (base or cls()).to_dict()
-        merged = {**start, **values}
-        network = merged["network"]
-        if isinstance(network, Mapping):
-            try:
-                network = UNetConfig.from_dict({**start["network"], **network})
-            except TypeError as error:
-                raise ConfigError(
-                    f"A field of the network has a value of another kind. Got {network} ({error})."
-                ) from None
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-        try:
-            return cls(**{**arguments, "network": network})
-        except TypeError as error:
-            raise ConfigError(f"A field of the training configuration has a value of another kind ({error}).") from None
 
 
 def _eclipse(size: int) -> TrainConfig:
@@ -277,7 +209,7 @@ RECIPES: dict[str, Callable[[int], TrainConfig]] = {"eclipse": _eclipse, "light"
 
 
 def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainConfig:
-    """The configuration of a recipe for images of this size.
+    """Return the configuration of a recipe for images of this size.
 
     Args:
         name: a key of `RECIPES`.
@@ -287,9 +219,8 @@ def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainCon
     Raises:
         ConfigError: no such recipe.
 
-    >>> from purifyloader.train import recipe
-    >>> recipe("light").parameterization
-    'edm'
+    >>> recipe("light", image_size=64).patch_size
+    48
     """
     if name not in RECIPES:
         raise ConfigError(f"A recipe must be one of {', '.join(sorted(RECIPES))}. Got {name!r}.")

@@ -1,9 +1,7 @@
-"""What a run writes down while it goes: curves.csv, curves.png and samples.png, and its warnings."""
+"""Measure a denoiser on the way of its training: PSNR on held-out images, warnings of memorising, and pictures."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,46 +9,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import NetworkDenoiser
-from purifyloader.diffusion.psnr import jpeg_psnr, noised, noised_psnr, psnr
-from purifyloader.files.atomic import replacing, write_text
+from purifyloader.diffusion.psnr import jpeg_psnr, noised, psnr
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
+from purifyloader.train.curves import CURVES_CSV, CURVES_PNG, Curves, write_grid
 
 __all__ = [
-    "CURVES_CSV",
-    "CURVES_PNG",
+    "COLUMNS",
     "SAMPLES_PNG",
-    "Curves",
     "Validation",
     "overfitting",
+    "validated",
     "validation_levels",
+    "write_picture",
+    "write_samples",
 ]
 
 log = logging.getLogger(__name__)
 
-CURVES_CSV, CURVES_PNG, SAMPLES_PNG = "curves.csv", "curves.png", "samples.png"
+SAMPLES_PNG = "samples.png"
 
 CLASSIC_PX = (10.0, 25.0, 50.0)
 """The noise levels at which the denoising literature reports PSNR."""
 
-_COLUMNS = (
-    "step",
-    "epoch",
-    "seconds",
-    "learning_rate",
-    "loss",
-    "gradient_norm",
-)  # then held_out_10px, trained_10px, ...
+# then held_out_10px, trained_10px, ...
+COLUMNS = ("step", "epoch", "seconds", "learning_rate", "loss", "gradient_norm")
 
 # dB. The mean of 200 images moves by less between two checks of a run that learns.
 _FALLEN, _APART = 0.1, 0.5
 
 
 def validation_levels(sigma_range: tuple[float, float]) -> tuple[float, ...]:
-    """10, 25 and 50 px where the range holds two of them, else three levels spread over it; in px."""
+    """Return 10, 25 and 50 px where the range (image units) holds two of them, else three levels spread over it."""
     low, high = (255 * s for s in sigma_range)
     classic = tuple(px for px in CLASSIC_PX if low <= px <= high)
     if len(classic) >= 2:
@@ -58,9 +49,9 @@ def validation_levels(sigma_range: tuple[float, float]) -> tuple[float, ...]:
     return tuple(round(low * (high / low) ** share, 2) for share in (0.25, 0.5, 0.75))
 
 
-def _by_level(column: str) -> tuple[float, str]:
-    which, _, level = column.rpartition("_")
-    return float(level.removesuffix("px")), which
+def validated(curves: Curves) -> list[dict[str, Any]]:
+    """The rows with a PSNR on held-out images."""
+    return curves.with_prefix("held_out_")
 
 
 class Validation:
@@ -69,14 +60,17 @@ class Validation:
     Args:
         held_out: uint8 (N, C, H, W), not trained on.
         trained: uint8 (M, C, H, W).
-        levels: noise, in px.
+        sigma_range: of the denoiser, in image units.
+
+    Attributes:
+        levels: of noise, in px.
+        jpeg: PSNR of JPEG-10 at each level, to compare with.
     """
 
-    def __init__(self, held_out: Tensor, trained: Tensor, levels: Sequence[float]) -> None:
+    def __init__(self, held_out: Tensor, trained: Tensor, sigma_range: tuple[float, float]) -> None:
         # evenly over the whole set, which may be sorted by class
         self.trained = trained[:: max(1, len(trained) // len(held_out))][: len(held_out)]
-        self.held_out, self.levels = held_out, tuple(levels)
-        self.doing_nothing = {px: noised_psnr(held_out, px / 255) for px in self.levels}
+        self.held_out, self.levels = held_out, validation_levels(sigma_range)
         self.jpeg = {px: jpeg_psnr(held_out, px / 255) for px in self.levels}
 
     def measure(self, denoiser: NetworkDenoiser) -> dict[str, float]:
@@ -88,7 +82,7 @@ class Validation:
         return row
 
     def means(self, row: dict[str, Any]) -> tuple[float, float]:
-        """Held out and trained, the mean over the levels."""
+        """The mean over the levels: on held-out images, and on those trained on."""
         held_out, trained = (
             sum(row[f"{which}_{px:g}px"] for px in self.levels) / len(self.levels) for which in ("held_out", "trained")
         )
@@ -96,7 +90,7 @@ class Validation:
 
 
 def overfitting(means: Sequence[tuple[float, float]]) -> str | None:
-    """A sentence if training and held-out images part, from (held out, trained) PSNR over the run so far.
+    """Return a sentence if training and held-out images part, from (held out, trained) PSNR over the run so far.
 
     The two sets hold different images, so their difference at the first check is the one to compare with.
     """
@@ -112,76 +106,39 @@ def overfitting(means: Sequence[tuple[float, float]]) -> str | None:
     return None
 
 
-class Curves:
-    """The rows of a run: kept in its state, so that the files never hold more than a resumed run has done."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]] = ()) -> None:
-        self.rows: list[dict[str, Any]] = list(rows)
-
-    def add(self, **row: Any) -> None:
-        """A row of its step; a second one for the same step is merged into it."""
-        if self.rows and self.rows[-1]["step"] == row["step"]:
-            self.rows[-1].update(row)
-        else:
-            self.rows.append(row)
-
-    def validated(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if any(key.startswith("held_out_") for key in row)]
-
-    def write_csv(self, folder: Path) -> None:
-        found = {name for row in self.rows for name in row}
-        # a resumed run has its rows from JSON, where names are sorted
-        names = [name for name in _COLUMNS if name in found] + sorted(found.difference(_COLUMNS), key=_by_level)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(folder / CURVES_CSV, text.getvalue())
-
-    def write_picture(self, folder: Path, validation: Validation | None) -> None:
-        """curves.png; without matplotlib (an extra) a line in the log instead."""
-        if not has_matplotlib():
-            if len(self.validated()) <= 1:  # once
-                log.info(
-                    "no %s: pip install 'purifyloader[plots]' draws it; %s has the numbers", CURVES_PNG, CURVES_CSV
-                )
-            return
-        figure = new_figure((11, 4), dpi=100, layout="constrained")
-        losses, quality = figure.subplots(1, 2)
-        logged = [row for row in self.rows if row.get("loss") is not None]
-        losses.plot([r["step"] for r in logged], [r["loss"] for r in logged])
-        losses.set(xlabel="step", ylabel="loss (running mean)", yscale="log")
-        rows = self.validated()
-        if validation is not None and rows:
-            steps = [row["step"] for row in rows]
-            for i, px in enumerate(validation.levels):
-                held_out = [row[f"held_out_{px:g}px"] for row in rows]
-                trained = [row[f"trained_{px:g}px"] for row in rows]
-                quality.plot(steps, held_out, f"C{i}.-", label=f"{px:g} px, held out")
-                quality.plot(steps, trained, f"C{i}:", label=f"{px:g} px, trained on")
-                quality.axhline(validation.jpeg[px], color=f"C{i}", linewidth=0.8, dashes=(1, 4))
-            quality.plot([], [], "k", linewidth=0.8, dashes=(1, 4), label="JPEG-10")
-            quality.set(xlabel="step", ylabel="PSNR (dB)")
-            figure.legend(*quality.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        save_figure(figure, folder / CURVES_PNG)
+def write_picture(curves: Curves, validation: Validation, folder: Path) -> None:
+    """Write curves.png: the loss, and PSNR over the steps. Without matplotlib (an extra) log a line instead."""
+    rows = validated(curves)
+    if not has_matplotlib():
+        if len(rows) <= 1:  # once
+            log.info("no %s: pip install 'purifyloader[plots]' draws it; %s has the numbers", CURVES_PNG, CURVES_CSV)
+        return
+    figure = new_figure((11, 4), dpi=100, layout="constrained")
+    losses, quality = figure.subplots(1, 2)
+    logged = [row for row in curves.rows if row.get("loss") is not None]
+    losses.plot([r["step"] for r in logged], [r["loss"] for r in logged])
+    losses.set(xlabel="step", ylabel="loss (running mean)", yscale="log")
+    steps = [row["step"] for row in rows]
+    for i, px in enumerate(validation.levels):
+        quality.plot(steps, [r[f"held_out_{px:g}px"] for r in rows], f"C{i}.-", label=f"{px:g} px, held out")
+        quality.plot(steps, [r[f"trained_{px:g}px"] for r in rows], f"C{i}:", label=f"{px:g} px, trained on")
+        quality.axhline(validation.jpeg[px], color=f"C{i}", linewidth=0.8, dashes=(1, 4))
+    quality.plot([], [], "k", linewidth=0.8, dashes=(1, 4), label="JPEG-10")
+    quality.set(xlabel="step", ylabel="PSNR (dB)")
+    figure.legend(*quality.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    save_figure(figure, folder / CURVES_PNG)
 
 
 @torch.no_grad()
-def write_samples(denoiser: NetworkDenoiser, images_NCHW: Tensor, levels: Sequence[float], path: Path) -> None:
-    """A picture of eight images: clean, then noised and denoised at each level (px), one row each."""
-    from PIL import Image
-
+def write_samples(denoiser: NetworkDenoiser, validation: Validation, folder: Path) -> None:
+    """Write samples.png: eight held-out images clean, then noised and denoised at each level, one row each."""
     device = next(denoiser.parameters()).device
+    images = validation.held_out[:8]
     rows: list[Tensor] = []
-    for px in levels:
-        clean, x = noised(images_NCHW[:8], px / 255)
+    for px in validation.levels:
+        clean, x = noised(images, px / 255)
         level = torch.full((len(clean),), px / 255, dtype=torch.float64)
         if not rows:
             rows.append(clean)
-        rows += [x.clamp(0, 1), denoiser(x.to(device), level).clamp(0, 1).cpu()]
-    shown = torch.cat(rows)
-    scale = max(1, 64 // shown.shape[-1])
-    shown = shown.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    grid = make_grid(shown, nrow=len(images_NCHW[:8]), padding=2, pad_value=1.0)
-    with replacing(path) as temporary:
-        Image.fromarray(quantize(grid).permute(1, 2, 0).numpy()).save(temporary, format="png")
+        rows += [x, denoiser(x.to(device), level).cpu()]
+    write_grid(torch.cat(rows), len(images), folder / SAMPLES_PNG)

@@ -1,4 +1,4 @@
-"""Training of energy models: `purifyloader train energy`."""
+"""Train energy models by maximum likelihood."""
 
 from purifyloader.train.energy.config import ENERGY_RECIPES, EnergyTrainConfig, energy_recipe
 from purifyloader.train.energy.task import train_energy

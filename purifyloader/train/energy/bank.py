@@ -1,4 +1,4 @@
-"""The persistent bank: samples that walk on from step to step (persistent contrastive divergence).
+"""Keep a bank of samples that walk on from step to step (persistent contrastive divergence).
 
 What is drawn is a function of (seed, step, position in the batch), so that a stopped run goes on with the very same
 samples, and several processes walk the very ones that one would.
@@ -26,7 +26,7 @@ _BEGIN, _SLOTS, _IMAGES = -1, -2, -3
 
 
 def step_keys(config: EnergyTrainConfig, step: int, first: int, last: int) -> Tensor:
-    """int64 keys of the positions first..last of a step's batch."""
+    """Return int64 keys of the positions first..last of a step's batch."""
     return noise.image_keys(config.seed, step, torch.arange(first, last))
 
 
@@ -43,7 +43,7 @@ def _drawn(seed: int, purpose: int, step: int, batch_size: int, length: int) -> 
 
 
 def image_positions(config: EnergyTrainConfig, count: int, step: int) -> Tensor:
-    """Which of `count` images a step compares its samples with, where they are not paired; (batch_size,)."""
+    """Return which of `count` images a step compares its samples with, where they are not paired; (batch_size,)."""
     if count < config.batch_size:  # then with repetition
         keys_B = noise.fold_in(step_keys(config, step, 0, config.batch_size), _IMAGES)
         return (noise.uniform(keys_B, (1,))[:, 0] * count).floor().to(torch.int64)
@@ -51,12 +51,12 @@ def image_positions(config: EnergyTrainConfig, count: int, step: int) -> Tensor:
 
 
 def outside(x_BCHW: Tensor, config: EnergyTrainConfig) -> float:
-    """Share of the pixels that are further outside of [0, 1] than noise alone takes them."""
+    """Return the share of the pixels that are further outside of [0, 1] than noise alone takes them."""
     return float(((x_BCHW < -config.margin) | (x_BCHW > 1 + config.margin)).float().mean())
 
 
 class Bank:
-    """The samples, float32 (M, C, H, W), on the device of the images.
+    """A `Bank` holds the samples, float32 (M, C, H, W), on the device of the images.
 
     Args:
         config: of the training.

@@ -1,4 +1,4 @@
-"""The card of a trained energy model: README.md, generated from what its config.json says."""
+"""The card of a trained energy model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.train.denoiser.card import again, start_words
+from purifyloader.train import card as common
 
 __all__ = ["energy_card"]
+
+
+def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """Return the text of README.md: see `purifyloader.train.card.card`."""
+    results = []
+    if details["chains"]:
+        results = _chains(details["chains"], details["chain_images"], details["held_out"], details["margin_px"])
+    return common.card(name, ("An energy model", "energy"), _facts(energy, details), results, details, pictures)
 
 
 def _rate(train: Mapping[str, Any]) -> str:
@@ -30,8 +38,7 @@ def _bank(train: Mapping[str, Any]) -> str:
 
 
 def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[tuple[str, str]]:
-    train, record = details["train"], details["record"]
-    processes = f" in {record['processes']} processes" if record["processes"] > 1 else ""
+    train = details["train"]
     return [
         ("Parameters", f"{sum(p.numel() for p in energy.parameters()):,} (width {energy.config.channels})"),
         (
@@ -39,23 +46,17 @@ def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[tuple[str,
             f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}"
             f"{' and their mirror images' if train['flip'] else ''}, with {255 * train['data_noise']:.3g} px of noise",
         ),
-        ("Started from", start_words(train)),
+        ("Started from", common.start_words(train)),
         (
             "Langevin steps",
             f"{train['langevin_steps']} an update, of {255 * train['step_size']:.3g} px of noise, "
             f"at temperature {train['temperature']:g}",
         ),
         ("Bank", _bank(train)),
-        (
-            "Length",
-            f"{record['steps']:,} updates of {train['batch_size']} images and samples, {record['epochs']:,g} epochs, "
-            f"{record['seconds'] / 60:,.0f} minutes on {details['machine']}{processes}"
-            + (f", {record['peak_memory'] / 1e9:.1f} GB of memory at most" if record["peak_memory"] else ""),
-        ),
+        ("Length", common.length(details, "updates", "images and samples")),
         ("Optimiser", _rate(train)),
-        ("Average", f"EMA {train['ema_decay']}" if train["ema_decay"] else "none"),
+        ("Average", common.average(train)),
         ("Arithmetic", f"{train['dtype']}{', compiled' if train['compile'] else ''}, seed {train['seed']}"),
-        ("Licence", details["licence"] or "not stated"),
     ]
 
 
@@ -73,25 +74,3 @@ def _chains(rows: Sequence[Mapping[str, Any]], images: int, held_out: str, margi
         for r in rows
     ]
     return [*text, ""]
-
-
-def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    """The text of README.md.
-
-    Args:
-        name: of the model.
-        energy: the trained one.
-        details: what is saved with it; see `purifyloader.commands.train_energy`.
-        pictures: names of files beside the card, with what they show.
-    """
-    text = [f"# {name}", "", "An energy model for `purifyloader`, trained by `purifyloader train energy`.", ""]
-    if details["note"]:
-        text += [details["note"], ""]
-    text += ["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in _facts(energy, details)), ""]
-    if details["chains"]:
-        text += _chains(details["chains"], details["chain_images"], details["held_out"], details["margin_px"])
-    if details["record"]["warnings"]:
-        text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
-    for picture, caption in pictures.items():
-        text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    return "\n".join([*text, *again("energy", details)])

@@ -1,23 +1,26 @@
-"""One configuration that decides the weights of an energy model, and the recipes: presets over it."""
+"""Configure the training of an energy model: one configuration decides the weights, and recipes are presets over it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+from torch import Tensor
+
+from purifyloader.core.checks import check_choice, check_flag, check_number
 from purifyloader.energy.network import EnergyConfig
 from purifyloader.energy.walking import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError
-from purifyloader.train.denoiser.config import check_start_from
+from purifyloader.train.fields import TrainingFields
 
 __all__ = ["ENERGY_RECIPES", "EnergyTrainConfig", "energy_recipe"]
 
 
 @dataclass(frozen=True)
-class EnergyTrainConfig:
-    """Everything that decides the weights, beside the images (PureGen, Algorithm 2).
+class EnergyTrainConfig(TrainingFields):
+    """An `EnergyTrainConfig` holds everything that decides the weights, beside the images (PureGen, Algorithm 2).
 
     Args:
         network: shape of the energy network.
@@ -45,10 +48,12 @@ class EnergyTrainConfig:
         compile: compile the network that the samples walk with.
         seed: of the initial weights and of all that is drawn.
 
-    >>> from purifyloader.train.energy import EnergyTrainConfig
-    >>> EnergyTrainConfig(steps=100).langevin_steps
-    100
+    >>> EnergyTrainConfig(network=EnergyConfig(channels=48), langevin_steps=20).bank
+    'data'
     """
+
+    network_type: ClassVar[type[EnergyConfig]] = EnergyConfig
+    length_fields: ClassVar[tuple[str, ...]] = ("steps", "decay_at")
 
     network: EnergyConfig = field(default_factory=EnergyConfig)
     start_from: Mapping[str, str | None] | None = None
@@ -74,29 +79,12 @@ class EnergyTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.network, EnergyConfig):
-            raise ConfigError(f"network must be an EnergyConfig, or its fields. Got {self.network!r}.")
-        check_start_from(self.start_from)
+        self.check_shared_fields()
         check_dynamics(self.langevin_steps, self.step_size, self.temperature)
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed must be an integer of 64 bits. Got {self.seed!r}.")
-        choices: dict[str, tuple[Any, ...]] = {
-            "bank": ("noise", "data"),
-            "optimizer": ("adam", "sgd"),
-            "dtype": ("float32", "bfloat16"),
-            "paired": (False, True),
-            "flip": (False, True),
-            "compile": (False, True),
-        }
-        for name, allowed in choices.items():
-            # 1 is equal to True, and would be written down as a number
-            if not isinstance(getattr(self, name), type(allowed[0])) or getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}. Got {getattr(self, name)!r}."
-                )
-        for name, low in {"steps": 1, "batch_size": 1, "warmup": 0}.items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < low:
-                raise ConfigError(f"{name} must be an integer of at least {low}. Got {getattr(self, name)!r}.")
+        check_choice("bank", self.bank, ("noise", "data"))
+        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
+        check_flag("paired", self.paired)
+        check_flag("flip", self.flip)
         if self.bank_size is not None and (type(self.bank_size) is not int or self.bank_size < self.batch_size):
             raise ConfigError(
                 f"bank_size must be an integer of at least batch_size, {self.batch_size}, or None for one an image. "
@@ -104,19 +92,16 @@ class EnergyTrainConfig:
             )
         if not isinstance(self.decay_at, tuple) or any(type(step) is not int or step < 1 for step in self.decay_at):
             raise ConfigError(f"decay_at must be a tuple of steps from 1. Got {self.decay_at!r}.")
-        self._check("learning_rate", lambda value: 0 < value < math.inf, "a number above 0")
         if self.clip_norm is not None:
-            self._check("clip_norm", lambda value: 0 < value < math.inf, "a number above 0, or None")
-        self._check("data_noise", lambda value: 0 <= value <= 1, "a standard deviation in [0, 1], in image units")
-        self._check("rejuvenation", lambda value: 0 <= value <= 1, "a probability in [0, 1]")
-        self._check("ema_decay", lambda value: 0 <= value < 1, "a number in [0, 1)")
+            check_number("clip_norm", self.clip_norm, above=0)
+        check_number("data_noise", self.data_noise, low=0, high=1, unit="a standard deviation in image units")
+        check_number("rejuvenation", self.rejuvenation, low=0, high=1)
         if self.paired and self.bank != "data":
             raise ConfigError("paired compares samples with the images they began at. Got bank='noise': use 'data'.")
 
-    def _check(self, name: str, good: Callable[[float], bool], range_: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
-            raise ConfigError(f"{name} must be {range_}. Got {value!r}.")
+    def more_state_bytes(self, images: Tensor) -> int:
+        samples = self.bank_size or len(images) * (1 + self.flip)
+        return 4 * samples * images[0].numel()
 
     @property
     def margin(self) -> float:
@@ -126,33 +111,6 @@ class EnergyTrainConfig:
         of all draws. The noise of earlier updates is the energy's to hold back, and four leave it the time to learn to.
         """
         return 4 * math.sqrt(self.data_noise**2 + self.langevin_steps * self.step_size**2)
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {**asdict(self), "network": self.network.to_dict()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], base: EnergyTrainConfig | None = None) -> EnergyTrainConfig:
-        """A configuration from what `to_dict` gave, or from some of it over `base`.
-
-        Raises:
-            ConfigError: an unknown field, or a value that its field does not take.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(
-                f"Known fields of an EnergyTrainConfig: {', '.join(sorted(known))}. Got {', '.join(unknown)}."
-            )
-        start = (base or cls()).to_dict()
-        merged = {**start, **values}
-        network = merged.pop("network")
-        if isinstance(network, Mapping):
-            network = EnergyConfig.from_dict({**start["network"], **network})
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
-        try:
-            return cls(network=network, **arguments)
-        except TypeError as error:
-            raise ConfigError(f"A field of the training configuration has a value of another kind ({error}).") from None
 
 
 def _paper() -> EnergyTrainConfig:
@@ -200,7 +158,7 @@ ENERGY_RECIPES: dict[str, Callable[[], EnergyTrainConfig]] = {
 
 
 def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
-    """The configuration of a recipe.
+    """Return the configuration of a recipe.
 
     Args:
         name: a key of `ENERGY_RECIPES`.
@@ -209,9 +167,8 @@ def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
     Raises:
         ConfigError: no such recipe.
 
-    >>> from purifyloader.train.energy import energy_recipe
-    >>> energy_recipe("light").bank
-    'data'
+    >>> energy_recipe("published").langevin_steps
+    100
     """
     if name not in ENERGY_RECIPES:
         raise ConfigError(f"A recipe must be one of {', '.join(sorted(ENERGY_RECIPES))}. Got {name!r}.")

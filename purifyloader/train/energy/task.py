@@ -1,83 +1,59 @@
-"""Maximum likelihood training of an energy model by samples from it (PureGen, Algorithm 2), on any number of processes.
+"""Train an energy model by maximum likelihood with samples from it (PureGen, Algorithm 2).
 
 A step walks a batch of the bank's samples K Langevin steps on, then lowers the energy of images and raises that of
-the samples. Everything random is a function of (seed, step, position in the batch): a stopped run goes on, with its
-bank, to the same weights (bit for bit with the same number of threads), and several processes share the very batches
-that one would take (the same weights up to the order of a sum).
+the samples.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.energy.walking import walk
-from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
-from purifyloader.files.weights import weights_sha256
-from purifyloader.train.denoiser.task import check_images, peak_memory, seeded
+from purifyloader.errors import ConfigError, PurifyError
+from purifyloader.train.curves import Curves
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
-from purifyloader.train.energy.curves import EnergyCurves, float32_arithmetic
-from purifyloader.train.state import STATE_FILE, Groups, images_sha256, load_state, save_state, writing
+from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, float32_arithmetic, mean_energy, write_pictures
+from purifyloader.train.fields import check_channels, check_start
+from purifyloader.train.run import Task, check_images, seeded, train
+from purifyloader.train.state import Groups
+from purifyloader.train.watch import SETTLED, Watch
+from purifyloader.train.weights import Weights
 
-__all__ = ["build_energy", "energy_learning_rate", "energy_started_from", "train_energy"]
-
-log = logging.getLogger(__name__)
+__all__ = ["build_energy", "energy_learning_rate", "train_energy"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_SMOOTH = 0.02  # of a new value in its running mean
-_SETTLED = 100  # steps before a running mean is worth stopping for
 _APART = 10.0  # times the spread of the images' own energies (or the smallest difference so far): no way back
 _STEEP = 5.0  # times the noise of a Langevin step: its slope overshoots
 _OUTSIDE = 0.5  # of the samples' pixels have left [0, 1]: no images any more
 _SUSPECT = 0.3  # of any of these: not a state worth keeping
-_SAVING_SHARE = 0.05  # of the time, at most, goes into writing states
-
-
-def energy_started_from(config: EnergyTrainConfig, start: EnergyNetwork) -> EnergyTrainConfig:
-    """The configuration that says it starts from the weights of `start`."""
-    return dataclasses.replace(config, start_from={"name": start.name, "weights_sha256": weights_sha256(start)})
 
 
 def build_energy(
     config: EnergyTrainConfig, image_channels: int = 3, start: EnergyNetwork | None = None
 ) -> EnergyNetwork:
-    """The energy model before training. Random weights are a function of `config.seed`, torch's generator left alone.
+    """Build the energy model before training. Random weights are a function of `config.seed`.
 
     Raises:
         ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
     """
-    if config.network.image_channels != image_channels:
-        raise ConfigError(
-            f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
-            "Set image_channels in its configuration."
-        )
+    check_channels(config, image_channels)
     with seeded(config.seed, torch.device("cpu")):
         energy = EnergyNetwork(config.network, config.temperature)
-    wanted = config.start_from
-    got = None if start is None else weights_sha256(start)
-    if (None if wanted is None else wanted["weights_sha256"]) != got:
-        raise ConfigError(
-            f"The configuration starts from {dict(wanted) if wanted else 'random weights'}. Got "
-            f"{'no energy model' if got is None else got}: give start= the model that it names "
-            "(energy_started_from says it)."
-        )
+    check_start(config, start)
     if start is not None:
         if start.config != config.network:
             raise ConfigError(
@@ -89,344 +65,145 @@ def build_energy(
 
 
 def energy_learning_rate(config: EnergyTrainConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
     up = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     return config.learning_rate * up * 0.1 ** sum(step >= at for at in config.decay_at)
 
 
-def _identity(config: EnergyTrainConfig, images: Tensor) -> dict[str, Any]:
-    """What must be the same for a stopped run to go on."""
-    values = config.to_dict()
-    for name in ("steps", "decay_at", "compile"):
-        values.pop(name)
-    return {"config": values, "images_sha256": images_sha256(images), "count": len(images)}
+class _EnergyWatch(Watch):
+    """Running means of four values.
 
+    `difference` (mean energy of images less that of samples) and `spread` (standard deviation over the images), in
+    units of the temperature; `drift` of a Langevin step without its noise, root mean square in image units; `outside`,
+    share of the samples' pixels outside [0, 1] by more than `config.margin`.
+    """
 
-def _check(images: Tensor, config: EnergyTrainConfig, world_size: int) -> None:
-    check_images(images, "Training")
-    if config.batch_size % world_size:
-        raise ConfigError(
-            f"batch_size must be a multiple of the number of processes, {world_size}, which share each batch. "
-            f"Got {config.batch_size}."
-        )
+    names = ("difference", "spread", "drift", "outside")
 
-
-class _Model:
-    """The energy that is trained, its average, its optimiser, and a frozen copy for the samples to walk with."""
-
-    def __init__(self, energy: EnergyNetwork, config: EnergyTrainConfig, device: torch.device) -> None:
-        self.step, self._config = 0, config
-        self.energy = energy.to(device).to(memory_format=torch.channels_last)
-        self.average = copy.deepcopy(self.energy).eval().requires_grad_(False)
-        # one network without gradients of the weights, in the arithmetic of the walk, refreshed after each update
-        self.walker = copy.deepcopy(self.average).to(_DTYPES[config.dtype])
-        self.parameters = dict(self.energy.named_parameters())
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(self.parameters.values(), config.learning_rate)
-            if config.optimizer == "adam"
-            else torch.optim.SGD(self.parameters.values(), config.learning_rate)
-        )
-        if config.compile:
-            self.walker.compile()
-
-    def refresh(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.walker.parameters()), list(self.parameters.values()))
-
-    def update(self, rate: float) -> None:
-        """One step with the gradients there are."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        decay = min(self._config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.parameters.values()), 1 - decay)
-        self.step += 1
-        self.refresh()
-
-    def groups(self) -> Groups:
-        moments = {
-            m: {n: self.optimizer.state[p][m] for n, p in self.parameters.items() if self.optimizer.state.get(p)}
-            for m in ("exp_avg", "exp_avg_sq")
-            if self._config.optimizer == "adam"
-        }
-        return {"model": self.energy.state_dict(), "average": self.average.state_dict(), **moments}
-
-    def restore(self, step: int, groups: Groups) -> None:
-        self.step = step
-        self.energy.load_state_dict(groups["model"])
-        self.average.load_state_dict(groups["average"])
-        for name, parameter in self.parameters.items():
-            if name in groups.get("exp_avg", {}):
-                moments = {m: torch.empty_like(parameter).copy_(groups[m][name]) for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-        self.refresh()
-
-
-class _Watch:
-    """Running means of what tells a sound run from a broken one."""
-
-    NAMES = ("difference", "spread", "drift", "outside")
-
-    def __init__(self, config: EnergyTrainConfig, values: dict[str, float] | None = None) -> None:
+    def __init__(self, config: EnergyTrainConfig) -> None:
+        super().__init__()
         self._noise, self._margin_px = config.step_size, 255 * config.margin
-        self.values = dict(values or {})
 
-    def see(self, step: int, new: dict[str, float]) -> str | None:
-        """Take in what a step has measured; a reason to stop, or None.
-
-        Args:
-            new: in units of the temperature, `difference` (mean energy of images less that of samples) and `spread`
-                (standard deviation over the images); `drift` of a Langevin step without its noise, root mean square
-                in image units; `outside`, share of the samples' pixels outside [0, 1] by more than `config.margin`.
-        """
-        for name in self.NAMES:
-            before = self.values.get(name, new[name])
-            self.values[name] = before + _SMOOTH * (new[name] - before)
-            if not math.isfinite(self.values[name]):
-                return f"The {name} of the energies became {new[name]}"
-        if step < _SETTLED:
+    def broken(self, step: int) -> str | None:
+        if step < SETTLED:
             return None
         self.values["least"] = min(abs(self.values["difference"]), self.values.get("least", math.inf))
-        for share, what in self._measures():
+        for share, reason in self._dangers():
             if share > 1:
-                return f"{what} (running means),"
+                return f"{reason} (running means),"
         return None
 
-    def _measures(self) -> list[tuple[float, str]]:
-        """How near each of the ways to go wrong is, 1 being too near."""
-        its = self.values
-        scale = max(its["spread"], its.get("least", math.inf))
+    def suspicion(self) -> str | None:
+        share, reason = max(self._dangers()) if self.values else (0.0, "")
+        return reason if share > _SUSPECT else None
+
+    def _dangers(self) -> list[tuple[float, str]]:
+        """How near each of the ways to go wrong is, 1 being too near, and its description."""
+        means = self.values
+        scale = max(means["spread"], means.get("least", math.inf))
         return [
             (
-                abs(its["difference"]) / (_APART * scale),
-                f"The energies of images and samples have run apart, by {its['difference']:.3g} temperatures where the "
-                f"images' own spread by {its['spread']:.3g}",
+                abs(means["difference"]) / (_APART * scale),
+                f"The energies of images and samples have run apart, by {means['difference']:.3g} temperatures where "
+                f"the images' own spread by {means['spread']:.3g}",
             ),
             (
-                its["drift"] / (_STEEP * self._noise),
-                f"The energy has become so steep that a Langevin step moves {255 * its['drift']:.3g} px downhill "
+                means["drift"] / (_STEEP * self._noise),
+                f"The energy has become so steep that a Langevin step moves {255 * means['drift']:.3g} px downhill "
                 f"beside {255 * self._noise:.3g} px of noise",
             ),
             (
-                its["outside"] / _OUTSIDE,
-                f"{its['outside']:.0%} of the samples' pixels have left [0, 1] by more than {self._margin_px:.3g} px",
+                means["outside"] / _OUTSIDE,
+                f"{means['outside']:.0%} of the samples' pixels have left [0, 1] by more than {self._margin_px:.3g} px",
             ),
         ]
 
-    @property
-    def suspicion(self) -> str | None:
-        """Why the state is not worth keeping; None where it is."""
-        share, what = max(self._measures()) if self.values else (0.0, "")
-        return what if share > _SUSPECT else None
 
+class _EnergyTask(Task[EnergyNetwork]):
+    config: EnergyTrainConfig
+    shown = "difference"
+    advice = "Lower the learning rate, take more Langevin steps, or use float32"
 
-def train_energy(
-    images: Tensor,
-    out: str | os.PathLike[str],
-    config: EnergyTrainConfig,
-    *,
-    start: EnergyNetwork | None = None,
-    held_out: Tensor | None = None,
-    device: str | torch.device = "cpu",
-    save_every: float = 60.0,
-    on_step: Callable[[int, float], None] | None = None,
-    progress: bool = True,
-) -> tuple[EnergyNetwork, dict[str, Any]]:
-    """Train an energy model on clean images; call again with the same arguments to go on after a stop.
+    def __init__(
+        self,
+        config: EnergyTrainConfig,
+        images: Tensor,
+        device: torch.device,
+        start: EnergyNetwork | None,
+        held_out: Tensor | None,
+    ) -> None:
+        super().__init__(images, device)
+        self.config = config
+        self.clip_norm = math.inf if config.clip_norm is None else config.clip_norm
+        energy = build_energy(config, images.shape[1], start).to(device).to(memory_format=torch.channels_last)
+        optimizer: Any = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
+        self.weights = Weights(energy, lambda ps: optimizer(ps, config.learning_rate), config.ema_decay)
+        # one network without gradients of the weights, in the arithmetic of the walk, refreshed after each update
+        self.walker = copy.deepcopy(self.weights.average).to(_DTYPES[config.dtype])
+        if config.compile:
+            self.walker.compile()
+        self.shown_images = torch.cat([self.images, self.images.flip(-1)]) if config.flip else self.images
+        self.bank = Bank(config, self.shown_images)
+        self.walked = self.bank.samples[:0]  # of this process, between `gradients` and `update`
+        self.watch, self.curves = _EnergyWatch(config), Curves(COLUMNS)
+        self.held_out = None if held_out is None else held_out[:FOLLOWED].to(device)
 
-    Where torch.distributed is initialised, its processes share each batch; the first one writes.
+    def learning_rate(self, step: int) -> float:
+        return energy_learning_rate(self.config, step)
 
-    Args:
-        images: uint8, (N, C, H, W).
-        out: folder for the state of the run, with its bank, its curves and pictures.
-        config: what to train and how.
-        start: the energy model that `config.start_from` names.
-        held_out: uint8, (V, C, H, W), clean and not among `images`: their energies are followed too.
-        device: where.
-        save_every: seconds between two states; a killed run loses at most these.
-        on_step: called after each step, in each process, with the number of steps done and the difference of the
-            energies of images and samples, in units of the temperature.
-        progress: show a bar.
+    def gradients(self, step: int, own: slice) -> dict[str, float]:
+        config, shown = self.config, self.shown_images
+        # drawn for the whole batch, of which this process takes its positions
+        keys_B = step_keys(config, step, 0, config.batch_size)[own]
+        slots_B = self.bank.slots(step)
+        origin_B = self.bank.origin[slots_B] if config.paired else image_positions(config, len(shown), step)
+        samples = self.bank.take(slots_B[own], keys_B).contiguous(memory_format=torch.channels_last)
+        keys_B = keys_B.to(self.device)
+        try:
+            with _arithmetic(config, self.device):
+                self.walked, drift = _walked(self.walker, samples, keys_B, config)
+        except PurifyError as error:
+            raise PurifyError(f"The samples ran away ({error})") from None
+        x = shown[origin_B[own].to(self.device)].to(torch.float32) / 255
+        x = x + config.data_noise * noise.normal(keys_B, x.shape[1:], DATA_NOISE)
+        with _arithmetic(config, self.device):
+            measured = _gradients(self.weights.network, x, self.walked, config)
+        return measured | {"drift": drift, "outside": outside(self.walked, config)}
 
-    Returns:
-        The energy model with averaged weights, and a record: steps, seconds, epochs, the running means of what was
-        watched, processes, peak memory, and `warnings`.
+    def update(self, rate: float) -> None:
+        self.bank.put(self.bank.slots(self.weights.step), self.ranks.gather(self.walked))
+        super().update(rate)
+        self._refresh()
 
-    Raises:
-        InputError: images, or held-out ones, of another type or shape.
-        ConfigError: images or processes that the configuration does not fit.
-        TrainingError: the energies ran apart, exploded or became NaN, or the samples left the images; or `out` holds
-            the state of another run.
-        CheckpointError: the state in `out` is damaged.
-
-    >>> import torch
-    >>> from dataclasses import replace
-    >>> from purifyloader.energy import EnergyConfig
-    >>> from purifyloader.train.energy import energy_recipe, train_energy
-    >>> config = replace(energy_recipe("light"), steps=1, batch_size=2, langevin_steps=1)
-    >>> config = replace(config, network=EnergyConfig(channels=4))
-    >>> images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    >>> energy, record = train_energy(images, "mine", config, progress=False)
-    >>> record["steps"]
-    1
-    """
-    spread = distributed.is_available() and distributed.is_initialized()
-    rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if spread else (0, 1)
-    _check(images, config, world_size)
-    if held_out is not None:
-        check_images(held_out, "held_out", images.shape[1])
-    if not save_every >= 0:
-        raise InputError(f"save_every must be at least 0 seconds. Got {save_every}.")
-    device = as_device(device)
-    folder = Path(out)
-    path = folder / STATE_FILE
-    own = _identity(config, images.cpu())
-    model = _Model(build_energy(config, images.shape[1], start), config, device)
-    shown = images.to(device)
-    if config.flip:
-        shown = torch.cat([shown, shown.flip(-1)])
-    bank = Bank(config, shown)
-    watch, seconds, warnings = _Watch(config), 0.0, list[str]()
-    curves = EnergyCurves(folder, config, held_out)
-    plan = {"steps": config.steps, "decay_at": list(config.decay_at)}
-    if path.exists():
-        header, groups = load_state(path, own)
-        if header["step"] > config.steps:
-            raise TrainingError(
-                f"{path} is of a run that has done {header['step']} steps already. Got {config.steps} as steps: "
-                "give at least these, or another output folder."
-            )
-        watch, seconds, warnings = _Watch(config, header["watch"]), header["seconds"], header["warnings"]
-        curves.rows = header["curves"]
-        if (planned := header["plan"]) != plan:
-            warnings.append(
-                f"the length was changed at step {header['step']:,}: planned were {planned['steps']:,} steps with the "
-                f"rate let down at {planned['decay_at']}, now {config.steps:,} and {list(config.decay_at)}"
-            )
-        model.restore(header["step"], groups)
-        bank.samples.copy_(groups["bank"]["samples"])
-        log.info("going on from step %d of %d in %s", model.step, config.steps, path)
-
-    share = config.batch_size // world_size
-    mine = slice(rank * share, (rank + 1) * share)
-    between = True  # weights and bank are those of whole steps
-    told = False  # that states are not saved
-    settled = dict(watch.values)  # of the steps that are done, while one is being taken: a resumed run takes it again
-    log_every = max(1, config.steps // 500)
-
-    def save() -> None:
-        header = {"identity": own, "plan": plan, "step": model.step, "seconds": seconds, "watch": settled}
-        groups = {**model.groups(), "bank": {"samples": bank.samples}}
-        save_state(path, {**header, "curves": curves.rows, "warnings": warnings}, groups)
-        with writing(folder):
-            curves.write(model.average, bank.samples)
-
-    def save_if_sound() -> bool:
-        """Whether it was: else the state that stands there is worth more."""
-        nonlocal told
-        reason = watch.suspicion
-        if reason is None:
-            save()
-            return True
-        if not told:
-            told = True
-            log.warning(
-                "step %d is not saved, nor any later one while this looks like a run that breaks: %s (running means). "
-                "A state from before, if there is one, is kept.",
-                model.step,
-                reason,
-            )
-        return False
-
-    def stop(reason: str, step: int) -> TrainingError:
-        bar.close()
-        kept = ""
-        if path.exists():
-            done = load_state(path, own)[0]["step"]
-            kept = f" The last good state is kept in {path}: the same command with --steps {done} makes a checkpoint."
-        return TrainingError(
-            f"{reason} at step {step}.{kept} Lower the learning rate, take more Langevin steps, or use "
-            "float32, and start again with another output folder."
-        )
-
-    begun = last = saved = time.monotonic()
-    saving = 0.0
-    bar = tqdm(total=config.steps, initial=model.step, disable=not progress or rank > 0, unit="step", desc="training")
-    try:
-        while (step := model.step) < config.steps:
-            keys_B = step_keys(config, step, 0, config.batch_size)
-            slots_B = bank.slots(step)
-            origin_B = bank.origin[slots_B] if config.paired else image_positions(config, len(shown), step)
-            # positions of this process; the draws are those of the whole batch
-            keys, slots = keys_B[mine], slots_B[mine]
-            samples = bank.take(slots, keys).contiguous(memory_format=torch.channels_last)
-            drawn = keys.to(device)
-            failure = None
+    def row(self, measured: dict[str, float], norm: float) -> dict[str, float]:
+        row = {name: float(f"{measured[name]:.6g}") for name in ("data", "samples", *self.watch.names)}
+        row["gradient_norm"] = float(f"{norm:.5g}")
+        if self.held_out is not None:
+            trained = self.shown_images[:: max(1, len(self.shown_images) // FOLLOWED)][:FOLLOWED]
             try:
-                with _arithmetic(config, device):
-                    samples, drift = _walked(model.walker, samples, drawn, config)
-            except PurifyError as error:  # said below, by all processes at the same place
-                failure, drift = f"The samples ran away ({error})", math.nan
-            x = shown[origin_B[mine].to(device)].to(torch.float32) / 255
-            x = x + config.data_noise * noise.normal(drawn, x.shape[1:], DATA_NOISE)
-            with _arithmetic(config, device):
-                measured, norm = _gradients(model, x, samples, config, world_size)
-            measured |= {"drift": drift, "outside": outside(samples, config), "away": float(failure is not None)}
-            if spread:
-                measured = _shared(measured, device)
-            if measured["away"]:
-                raise stop(failure or "The samples of another process ran away", step + 1)
-            if not math.isfinite(norm):
-                raise stop(f"The gradient has the norm {norm}", step + 1)
-            if (reason := watch.see(step, measured)) is not None:
-                raise stop(reason, step + 1)
-            now = time.monotonic()
-            seconds, last = seconds + now - last, now
-            if spread:
-                parts = [torch.empty_like(samples, memory_format=torch.contiguous_format) for _ in range(world_size)]
-                distributed.all_gather(parts, samples.contiguous())
-                samples = torch.cat(parts)
-            # state and weights that gave these finite energies are what is saved, so that a state is never broken
-            due = now - saved >= max(save_every, saving / _SAVING_SHARE) and step > 0
-            if rank == 0 and due and save_if_sound():
-                saved = time.monotonic()
-                saving = saved - now
-            rate = energy_learning_rate(config, step)
-            between = False
-            bank.put(slots_B, samples)
-            model.update(rate)
-            between, settled = True, dict(watch.values)
-            if model.step % log_every == 0 or model.step == config.steps:
-                row = {name: float(f"{measured[name]:.6g}") for name in ("data", "samples", *_Watch.NAMES)}
-                row |= {"learning_rate": rate, "gradient_norm": float(f"{norm:.5g}")}
-                try:
-                    curves.add(model.average, shown, step=model.step, seconds=round(seconds, 2), **row)
-                except PurifyError as error:  # in all processes alike: they have the same weights
-                    raise stop(f"The energies broke ({error})", model.step) from None
-            if on_step is not None:
-                on_step(model.step, measured["difference"])
-            bar.update()
-            bar.set_postfix(difference=f"{watch.values['difference']:.1f}", refresh=False)
-    except KeyboardInterrupt:
-        bar.close()
-        if rank == 0 and between and last > begun:
-            save_if_sound()
-        raise
-    bar.close()
-    if not all(bool(p.isfinite().all()) for p in model.average.parameters()):
-        raise stop("The weights became infinite or NaN", model.step)
-    if rank == 0 and (last > begun or not path.exists()):
-        save()
-    record = {
-        "steps": model.step,
-        "seconds": round(seconds, 1),
-        "epochs": round(model.step * config.batch_size / len(images), 1),
-        "watch": {name: float(f"{value:.5g}") for name, value in watch.values.items()},
-        "processes": world_size,
-        "peak_memory": peak_memory(device),
-        "warnings": warnings,
-    }
-    return model.average.to(memory_format=torch.contiguous_format), record
+                for name, images in (("trained", trained), ("held_out", self.held_out)):
+                    row[name] = mean_energy(self.weights.average, images, self.config.temperature)
+            except PurifyError as error:
+                raise PurifyError(f"The energies broke ({error})") from None
+        return row
+
+    def groups(self) -> Groups:
+        return {**super().groups(), "bank": {"samples": self.bank.samples}}
+
+    def restore(self, step: int, groups: Groups) -> None:
+        super().restore(step, groups)
+        self.bank.samples.copy_(groups["bank"]["samples"])
+        self._refresh()
+
+    def _refresh(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.walker.parameters()), list(self.weights.parameters.values()))
+
+    def draw(self, folder: Path) -> None:
+        write_pictures(self.curves, self.bank.samples, self.config.step_size, folder)
+
+    def record(self) -> dict[str, Any]:
+        return {"watch": {name: float(f"{value:.5g}") for name, value in self.watch.values.items()}}
 
 
 def _arithmetic(config: EnergyTrainConfig, device: torch.device) -> AbstractContextManager[None]:
@@ -451,35 +228,69 @@ def _walked(walker: EnergyNetwork, samples: Tensor, keys_B: Tensor, config: Ener
     return samples, float(moved.square().mean().sqrt())
 
 
-def _gradients(
-    model: _Model, x: Tensor, samples: Tensor, config: EnergyTrainConfig, world_size: int
-) -> tuple[dict[str, float], float]:
-    """Leave the gradient of Algorithm 2's step 3 in the weights; the energies it came from, and its norm."""
-    model.optimizer.zero_grad(set_to_none=True)
+def _gradients(energy: EnergyNetwork, x: Tensor, samples: Tensor, config: EnergyTrainConfig) -> dict[str, float]:
+    """Leave the gradient of Algorithm 2's step 3 in the weights; return the energies that it came from."""
     both = torch.cat([x, samples]).contiguous(memory_format=torch.channels_last)
     with torch.autocast(both.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        energies = model.energy(both).float() / config.temperature
+        energies = energy(both).float() / config.temperature
     data_B, samples_B = energies.chunk(2)
     (data_B.mean() - samples_B.mean()).backward()
-    gradients = [p.grad for p in model.parameters.values() if p.grad is not None]
-    if world_size > 1:
-        flat = torch.cat([g.flatten() for g in gradients])
-        distributed.all_reduce(flat)
-        flat /= world_size
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(part.view_as(g))
-    limit = math.inf if config.clip_norm is None else config.clip_norm
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters.values(), limit))
     data, negative = float(data_B.detach().mean()), float(samples_B.detach().mean())
-    return {"data": data, "samples": negative, "difference": data - negative, "spread": _spread(data_B)}, norm
+    spread = float(data_B.detach().std(correction=0)) if len(data_B) > 1 else 0.0
+    return {"data": data, "samples": negative, "difference": data - negative, "spread": spread}
 
 
-def _spread(energies_B: Tensor) -> float:
-    return float(energies_B.detach().std(correction=0)) if len(energies_B) > 1 else 0.0
+def train_energy(
+    images: Tensor,
+    out: str | os.PathLike[str],
+    config: EnergyTrainConfig,
+    *,
+    start: EnergyNetwork | None = None,
+    held_out: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    save_every: float = 60.0,
+    on_step: Callable[[int, float], None] | None = None,
+    progress: bool = True,
+) -> tuple[EnergyNetwork, dict[str, Any]]:
+    """Train an energy model on clean images; call again with the same arguments to go on after a stop.
 
+    Where torch.distributed is initialised, its processes share each batch; the first one writes.
 
-def _shared(measured: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean over all processes, so that all judge, and stop, alike."""
-    values = torch.tensor(list(measured.values()), dtype=torch.float64, device=device)
-    distributed.all_reduce(values)
-    return dict(zip(measured, (values / distributed.get_world_size()).tolist(), strict=True))
+    Args:
+        images: uint8, (N, C, H, W).
+        out: folder for the state of the run, with its bank, its curves and pictures.
+        config: what to train and how.
+        start: the energy model that `config.start_from` names.
+        held_out: uint8, (V, C, H, W), clean and not among `images`: their energies are followed too.
+        device: where to train.
+        save_every: seconds between two states; a killed run loses at most these.
+        on_step: called after each step, in each process, with the number of steps done and the difference of the
+            energies of images and samples, in units of the temperature.
+        progress: show a bar.
+
+    Returns:
+        The energy model with averaged weights, and a record: steps, seconds, epochs, `watch` (the running means that
+        were watched), processes, peak memory in bytes, and `warnings`.
+
+    Raises:
+        InputError: images, or held-out ones, of another type or shape.
+        ConfigError: images or processes that the configuration does not fit.
+        TrainingError: the energies ran apart, exploded or became NaN, or the samples left the images; or `out` holds
+            the state of another run.
+        CheckpointError: the state in `out` is damaged.
+
+    >>> import tempfile, torch
+    >>> from purifyloader.train.energy import EnergyTrainConfig, train_energy
+    >>> images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    >>> fields = {"network": {"channels": 4}, "steps": 2, "batch_size": 2, "langevin_steps": 2}
+    >>> config = EnergyTrainConfig.from_dict(fields)
+    >>> energy, record = train_energy(images, tempfile.mkdtemp(), config, progress=False)
+    >>> record["steps"], energy(images / 255).shape
+    (2, torch.Size([4]))
+    """
+    check_images(images, "Training")
+    if held_out is not None:
+        check_images(held_out, "held_out", images.shape[1])
+    task = _EnergyTask(config, images, as_device(device), start, held_out)
+    energy, record = train(task, out, save_every=save_every, on_step=on_step, progress=progress)
+    return energy.to(memory_format=torch.contiguous_format), record

@@ -1,0 +1,148 @@
+"""Fields that the configuration of every training has: their checks, and their form as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor, nn
+
+from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number, check_seed
+from purifyloader.errors import ConfigError
+from purifyloader.files.weights import weights_sha256
+
+__all__ = ["TrainingFields", "check_channels", "check_start", "check_start_from", "started_from"]
+
+
+class TrainingFields:
+    """Base of the frozen dataclasses that decide, with the images, the weights of a training.
+
+    A subclass has at least the fields annotated here, and names in `length_fields` those of its fields that a run which
+    was stopped may go on with other values of.
+    """
+
+    network_type: ClassVar[type[Any]]
+    length_fields: ClassVar[tuple[str, ...]] = ("steps",)
+
+    network: Any
+    start_from: Mapping[str, str | None] | None
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    ema_decay: float
+    dtype: str
+    compile: bool
+    seed: int
+
+    def check_shared_fields(self) -> None:
+        """Raise `ConfigError` for a bad value in one of the fields that every training has."""
+        if not isinstance(self.network, self.network_type):
+            wanted = self.network_type.__name__
+            raise ConfigError(f"network must be of type {wanted}, or an object of its fields. Got {self.network!r}.")
+        check_start_from(self.start_from)
+        check_seed(self.seed)
+        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
+            check_integer(name, getattr(self, name), low)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("ema_decay", self.ema_decay, low=0, below=1)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_flag("compile", self.compile)
+
+    def length(self) -> dict[str, Any]:
+        """The values that say how long the training is, as JSON has them."""
+        values = self.to_dict()
+        return {name: values[name] for name in self.length_fields}
+
+    def identity(self) -> dict[str, Any]:
+        """The values that must be the same for a stopped run to go on, as JSON has them."""
+        return {k: v for k, v in self.to_dict().items() if k not in (*self.length_fields, "compile")}
+
+    def more_state_bytes(self, images: Tensor) -> int:
+        """The size of what a state file holds beside the weights."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values["network"] = self.network.to_dict()
+        if self.start_from is not None:
+            values["start_from"] = dict(self.start_from)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
+        """Build a configuration from the result of `to_dict`, or from some of its fields over `base`.
+
+        Raises:
+            ConfigError: an unknown field, or a value that its field does not take.
+        """
+        known = sorted(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"Known fields of {cls.__name__}: {', '.join(known)}. Got {', '.join(unknown)}.")
+        start = (base or cls()).to_dict()
+        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in {**start, **values}.items()}
+        network = arguments["network"]
+        if isinstance(network, Mapping):
+            try:
+                arguments["network"] = cls.network_type.from_dict({**start["network"], **network})
+            except TypeError as error:
+                raise ConfigError(
+                    f"A field of the network has a value of another kind. Got {network} ({error})."
+                ) from None
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"A field of the training configuration has a value of another kind ({error}).") from None
+
+
+Config = TypeVar("Config", bound=TrainingFields)
+
+
+def check_start_from(value: Any) -> None:
+    """Raise `ConfigError` unless `value` is None or names a model and the hash of its weights."""
+    if value is not None and (
+        not isinstance(value, Mapping)
+        or set(value) != {"name", "weights_sha256"}
+        or not isinstance(value["name"], str | None)
+        or not isinstance(value["weights_sha256"], str)
+    ):
+        raise ConfigError(
+            f'start_from must be None or {{"name": ..., "weights_sha256": ...}}. Got {value!r}. '
+            "started_from(config, model) fills it in."
+        )
+
+
+def started_from(config: Config, start: nn.Module) -> Config:
+    """Return `config` with `start_from` set to the name of the model `start` and the hash of its weights.
+
+    >>> import torch
+    >>> from purifyloader.train import recipe, started_from
+    >>> started_from(recipe("light"), torch.nn.Linear(2, 1)).start_from["name"] is None
+    True
+    """
+    return dataclasses.replace(config, start_from=_entry(start))  # type: ignore[type-var]
+
+
+def check_start(config: TrainingFields, start: nn.Module | None) -> None:
+    """Raise `ConfigError` unless `start` is the model that `config.start_from` names (None for random weights)."""
+    wanted, got = config.start_from, None if start is None else _entry(start)
+    if (wanted and wanted["weights_sha256"]) != (got and got["weights_sha256"]):
+        raise ConfigError(
+            f"The configuration starts from {dict(wanted) if wanted else 'random weights'}. Got {got or 'no model'} as "
+            "start: give the model that the configuration names, or set it by started_from(config, start)."
+        )
+
+
+def check_channels(config: TrainingFields, image_channels: int) -> None:
+    """Raise `ConfigError` unless the network takes images with this number of channels."""
+    if config.network.image_channels != image_channels:
+        raise ConfigError(
+            f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
+            "Set image_channels in its configuration."
+        )
+
+
+def _entry(model: nn.Module) -> dict[str, Any]:
+    return {"name": getattr(model, "name", None), "weights_sha256": weights_sha256(model)}

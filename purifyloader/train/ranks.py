@@ -1,0 +1,72 @@
+"""Share each step of a training among the processes that torch.distributed has joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from purifyloader.errors import ConfigError
+
+__all__ = ["Ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The number of this process and of all that train together; alone, nothing below communicates."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def here(cls) -> Ranks:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def own(self, batch_size: int) -> slice:
+        """The positions of a batch that this process takes.
+
+        Raises:
+            ConfigError: the batch cannot be divided evenly.
+        """
+        if batch_size % self.world_size:
+            raise ConfigError(
+                f"batch_size must be a multiple of the number of processes, {self.world_size}, which share each batch. "
+                f"Got {batch_size}."
+            )
+        share = batch_size // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """True where `flag` is in at least one process."""
+        return flag if self.world_size == 1 else self.mean({"flag": float(flag)}, device)["flag"] > 0
+
+    def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """The mean of each value over all processes, so that all of them judge, and stop, alike."""
+        if self.world_size == 1:
+            return values
+        sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        return dict(zip(values, (sums / self.world_size).tolist(), strict=True))
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Put the mean over all processes into the gradients."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks."""
+        if self.world_size == 1:
+            return rows
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
