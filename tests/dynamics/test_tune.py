@@ -291,7 +291,7 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
     assert (purifier.sigma, purifier.steps) == (proposal["level"], 1)
     parsed = parse(command[1:])[2]
     assert purifier_of(parsed).to_json() == purifier.to_json()
-    assert (parsed.dataset, str(parsed.out)) == (POISONED, "cache/purified")
+    assert (parsed.data, str(parsed.out)) == (POISONED, "cache/purified")
     assert "Your data and the clean images" in done.stdout
     assert results["pasted_with_compensation"] is None
     assert str(tmp_path) not in (out / "tune.json").read_text()

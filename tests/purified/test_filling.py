@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import purifyloader
-from purifyloader import PurifiedDataset, recipes
+from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.commands import main as cli
 from purifyloader.core import noise
@@ -660,15 +660,13 @@ MODELS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_option_of_a_network(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_option_of_a_network(tmp_path: Path, name: str) -> None:
     """By a recipe's own words; the model is a folder."""
-    from purifyloader import pretrained
-
     options, values = MODELS[name]
     denoiser = tiny_denoiser()
-    monkeypatch.setattr(pretrained, "load", lambda model, *_: denoiser if model == "tiny" else None)
+    pretrained.save(denoiser, tmp_path / "tiny", name=denoiser.name)
     Image.new("RGB", (8, 8), (9, 99, 199)).save(tmp_path / "one.png")
-    arguments = ["--dataset", tmp_path, "--model", "tiny", "--out", tmp_path / "out", "--quiet"]
+    arguments = ["--dataset", tmp_path, "--model", tmp_path / "tiny", "--out", tmp_path / "out", "--quiet"]
     assert command(*arguments, *options) == 0
     recipe = recipes.eclipse if "eclipse" in options else recipes.denoise_once
     assert CacheReader(tmp_path / "out").config["purifier"] == recipe(denoiser, **values).identity()
@@ -738,8 +736,8 @@ def test_quiet(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "jpeg", "--model", "x"], "--model or --dtype"),
-        (["--recipe", "jpeg", "--dtype", "float32"], "--model or --dtype"),
+        (["--recipe", "jpeg", "--model", "x"], "has no network. Got --model"),
+        (["--recipe", "jpeg", "--dtype", "float32"], "has no network. Got --dtype"),
         (["--recipe", "jpeg", "--sigma", 0.1], "Got --sigma"),
         (["--recipe", "jpeg", "--t", 3, "--steps", 2], "Got --steps, --t"),
         (["--recipe", "jpeg", "--compensate-once"], "Got --compensate-once"),
@@ -778,14 +776,12 @@ def test_quiet(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, c
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "",
 )
 def test_wrong_options_are_one_error(
-    tmp_path: Path, folder: Path, options: list[Any], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, options: list[Any], message: str, capsys: Any
 ) -> None:
-    from purifyloader import pretrained
-
-    load, denoiser = pretrained.load, tiny_denoiser()
-    monkeypatch.setattr(pretrained, "load", lambda model, *_: denoiser if model == "tiny" else load(model))
+    pretrained.save(tiny_denoiser(), tmp_path / "tiny")
     (tmp_path / "recipe.json").write_text(Jpeg(30).to_json())
-    given = [str(tmp_path / "recipe.json") if o == "FILE" else str(o) for o in options]
+    stands_for = {"FILE": str(tmp_path / "recipe.json"), "tiny": str(tmp_path / "tiny")}
+    given = [stands_for.get(str(option), str(option)) for option in options]
     arguments = [
         "--dataset",
         str(folder),
