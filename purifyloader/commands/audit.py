@@ -19,7 +19,8 @@ from purifyloader.audit.report import ranked_csv, sizes_in_words, table
 from purifyloader.audit.truth import read_poisoned
 from purifyloader.commands.evaluate import to_json
 from purifyloader.commands.inputs import tell_learned
-from purifyloader.core.devices import as_device
+from purifyloader.commands.options import add_device
+from purifyloader.core.devices import device_of_process
 from purifyloader.core.version import __version__
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import choose, choose_images, read_indices
@@ -87,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PERCENT",
         help="among which highest energies the poisoned are counted (default: 1 5 10 50)",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE}, {CSV_FILE} and {PICTURE_FILE} there")
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
@@ -96,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    device = as_device(options.device)
+    device = device_of_process(options.device, 0)
     check_out(options.out, (JSON_FILE, CSV_FILE, PICTURE_FILE), options.overwrite, "an audit")
     if bad := [percent for percent in options.top if not 0 < percent <= 100]:
         raise InputError(f"--top must be percentages above 0, at most 100. Got {bad[0]:g}.")

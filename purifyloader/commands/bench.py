@@ -17,8 +17,9 @@ import torch
 from purifyloader.bench import report, targeted
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import Bench
+from purifyloader.commands.options import add_device
 from purifyloader.commands.processes import run_many
-from purifyloader.core.devices import as_device, device_of_process
+from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.splits import DATA, Data, load
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import write_text, writing
@@ -116,7 +117,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
     add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
-    add("--device", default="cpu", help="(default: cpu)")
+    add_device(parser)
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -137,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--out is required, or --list.")
     if options.processes < 1:
         raise ConfigError(f"--processes must be at least 1. Got {options.processes}.")
-    as_device(options.device)
+    device_of_process(options.device, 0)
     options.work = options.work or options.out / "work"
     path = options.out / ROWS_FILE
     if options.report:
@@ -186,7 +187,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Bench, _Wanted]:
         options.training or scale.training,
         options.work,
         attack_seed=options.attack_seed,
-        device=options.device,
+        device=str(device_of_process(options.device, 0)),
         fast=options.dtype == "bfloat16",
         progress=options.processes == 1 and sys.stderr.isatty(),
     )

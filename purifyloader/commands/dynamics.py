@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from purifyloader.commands.evaluate import to_json
 from purifyloader.commands.inputs import Models, add_poisons, load_models, read_images
-from purifyloader.core.devices import as_device
+from purifyloader.commands.options import add_device
+from purifyloader.core.devices import device_of_process
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=sorted(SAMPLERS), help="of diffusion (default: ancestral)")
     add("--seed", type=int, default=0, help="of the noise and the attacks (default: 0)")
     add("--batch-size", type=int, default=32, metavar="N", help="images of a network call; decides the last bit")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE} and {PICTURE_FILE} there")
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
@@ -119,7 +119,7 @@ def add_images(parser: argparse.ArgumentParser, of: str, default: int) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    device = as_device(options.device)
+    device = device_of_process(options.device, 0)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "dynamics")
     models = load_models(options.energy, options.model, device)
     path = make_path(models, options)  # before images are read

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from purifyloader import pretrained
 from purifyloader.commands.inputs import Models, add_poisons, read_images
-from purifyloader.core.devices import as_device
+from purifyloader.commands.options import add_device
+from purifyloader.core.devices import device_of_process
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.evaluation.evaluate import default_sigmas, evaluate
@@ -69,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--no-calibration", action="store_true", help="leave out the calibration, half of the network calls")
     add("--seed", type=int, default=0, help="of the noise and the attacks (default: 0)")
     add("--batch-size", type=int, help="images of a network call (default: by their size, at most 100)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE} and {PICTURE_FILE} there")
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the table")
@@ -78,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0."""
-    device = as_device(options.device)
+    device = device_of_process(options.device, 0)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "an evaluation")
     denoiser: Denoiser = pretrained.load(options.model).to(device)
     sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]

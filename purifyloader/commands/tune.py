@@ -10,13 +10,13 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from purifyloader.commands.dynamics import SCHEDULES, add_images, progress_bar
 from purifyloader.commands.evaluate import to_json
 from purifyloader.commands.inputs import Models, load_models, read_images
-from purifyloader.core.devices import as_device
+from purifyloader.commands.options import add_device
+from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
 from purifyloader.datasets.select import choose, load
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath
@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="of the noise and the attacks (default: 0)")
     add("--batch-size", type=int, default=32, metavar="N", help="images of a network call; decides the last bit")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add("--out", type=Path, metavar="FOLDER", help=f"write {JSON_FILE} and {PICTURE_FILE}, the curves, there")
     add("--overwrite", action="store_true", help="replace these files")
     add("--json", action="store_true", help="print JSON instead of the proposal")
@@ -87,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; errors of the user's are raised as `PurifyError`. Returns 0, also without a proposal."""
-    device = as_device(options.device)
+    device = device_of_process(options.device, 0)
     check_out(options.out, (JSON_FILE, PICTURE_FILE), options.overwrite, "a proposal")
     choose_level({"": [0.0]}, options.share)
     models = load_models(options.energy, options.model, device)
