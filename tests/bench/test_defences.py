@@ -211,8 +211,8 @@ def test_values_are_checked_before_any_work_and_wherever_one_is(tmp_path, monkey
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     spec = AttackSpec("gradient-matching", {"bases": "random", "preset": "cpu", "norm": "linf"})
-    told = spec.settings()["options"]
-    assert {name: told[name] for name in spec.options} == spec.options
+    options = make_bench(tmp_path, Models()).settings(spec, "none", 0)["attack"]["options"]
+    assert {name: options[name] for name in spec.options} == spec.options
 
 
 def test_no_attacker_starts_as_a_victim_does():
