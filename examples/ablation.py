@@ -27,8 +27,7 @@ from purifyloader import recipes
 from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
-from purifyloader.poisons import autoregressive
-from purifyloader.poisons.attacks import lsp
+from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim
 

@@ -41,8 +41,7 @@ from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Sche
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.evaluation.measures import removed_energy
 from purifyloader.files.atomic import replacing, write_text
-from purifyloader.poisons import autoregressive
-from purifyloader.poisons.attacks import lsp
+from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim

@@ -40,8 +40,7 @@ from purifyloader.core import noise
 from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.shards import load_sample
 from purifyloader.files.atomic import write_text
-from purifyloader.poisons import add_trigger, autoregressive, backdoor, read_trigger
-from purifyloader.poisons.attacks import lsp
+from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier
 from purifyloader.results.ranks import auc
 from purifyloader.transforms import Compensate

@@ -24,8 +24,7 @@ from purifyloader import pretrained, recipes
 from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.core import noise
 from purifyloader.datasets.shards import load_sample
-from purifyloader.poisons import autoregressive
-from purifyloader.poisons.attacks import lsp
+from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim
 
