@@ -39,7 +39,6 @@ KNOWN: dict[str, set[str]] = {
     "rooms": set(),  # rooms in a circle
     "files": set(),  # modules in a circle
     "options": {
-        "purifyloader.certify.session",
         "purifyloader.pretrained.convert",
         "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",
