@@ -56,6 +56,7 @@ class TrainConfig(TrainingFields):
         compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
         seed: of the initial weights and of all that is drawn.
 
+    >>> from purifyloader.train import TrainConfig
     >>> TrainConfig(steps=1000, decay_steps=250).top_timestep
     4000
     """
@@ -219,6 +220,7 @@ def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainCon
     Raises:
         ConfigError: no such recipe.
 
+    >>> from purifyloader.train import recipe
     >>> recipe("light", image_size=64).patch_size
     48
     """

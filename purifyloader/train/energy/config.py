@@ -48,6 +48,8 @@ class EnergyTrainConfig(TrainingFields):
         compile: compile the network that the samples walk with.
         seed: of the initial weights and of all that is drawn.
 
+    >>> from purifyloader.energy import EnergyConfig
+    >>> from purifyloader.train.energy import EnergyTrainConfig
     >>> EnergyTrainConfig(network=EnergyConfig(channels=48), langevin_steps=20).bank
     'data'
     """
@@ -167,6 +169,7 @@ def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
     Raises:
         ConfigError: no such recipe.
 
+    >>> from purifyloader.train.energy import energy_recipe
     >>> energy_recipe("published").langevin_steps
     100
     """
