@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -226,7 +227,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> Any:
         """Sample `index`, or, of a list of indices, their samples as one collated batch."""
-        if self._pairs is not None and type(index) is int and 0 <= index < self._length:
+        pairs = self._pairs
+        if pairs is not None and type(index) is int and 0 <= index < self._length:
             # The way most images go, and one by one: nothing here that could be done once.
             draw = 0
             if self.draws > 1:
@@ -234,7 +236,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 draw = self._draw()
             if self._kept is not None:
                 index = int(self._kept[index])
-            return self._source.pair(index, *self._pairs.pair(index, draw))
+            image = Image.frombytes(*pairs.pil, pairs.reader.row(index, draw).tobytes())  # type: ignore[misc]
+            return self._source.pair(index, image, pairs.fields[index])
         if isinstance(index, list | tuple) or (isinstance(index, Tensor | np.ndarray) and index.ndim == 1):
             return self._batch([self._position(i) for i in index])
         return self.__getitems__([index])[0]  # type: ignore[list-item]

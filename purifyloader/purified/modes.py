@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -122,11 +121,6 @@ class SamplesFromCache:
     def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
         samples = [self.sample(position, draw) for position in positions]
         return samples, [get_image(sample, self._structure.get("image")) for sample in samples]
-
-    def pair(self, position: int, draw: int) -> tuple[Image.Image, Any]:
-        """`sample` where `pil` is set: the way most images go, one by one."""
-        image = Image.frombytes(*self.pil, self.reader.row(position, draw).tobytes())  # type: ignore[misc]
-        return image, self.fields[position]
 
     def batch(self, positions: Sequence[int], draw: int) -> Tensor:
         """Images of one shape as they are stored, uint8 (B, C, H, W), channels last."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from purifyloader.cache.tars import export_tars, import_tars
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.datasets.named import TarDataset
 from purifyloader.errors import CacheError, InputError
+from tests import processes
 from tests.conftest import PictureDataset, random_images
 
 
@@ -82,7 +81,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def run(code: str, *arguments: object) -> int:
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=False, timeout=120).returncode
+    return processes.run(processes.Code(code), *arguments).returncode
 
 
 @pytest.mark.parametrize(

@@ -289,13 +289,9 @@ CLI = ("purifyloader", "precompute")
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "3", "-m", "purifyloader.precompute")
 
 
-def test_the_command_is_killed_and_run_again(bench: Bench) -> None:
-    command_killed(bench, bench.fresh(), CLI, CLI)
-
-
 @slow
-@pytest.mark.parametrize(("first", "then"), [(TORCHRUN, CLI), (CLI, TORCHRUN), (TORCHRUN, TORCHRUN)])
-def test_a_launcher_is_killed(bench: Bench, first: tuple[str, ...], then: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("first", "then"), [(CLI, CLI), (TORCHRUN, CLI), (CLI, TORCHRUN), (TORCHRUN, TORCHRUN)])
+def test_the_command_or_its_launcher_is_killed(bench: Bench, first: tuple[str, ...], then: tuple[str, ...]) -> None:
     command_killed(bench, bench.fresh(), first, then)
 
 

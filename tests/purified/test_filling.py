@@ -37,6 +37,7 @@ from purifyloader.purified.job import Job
 from purifyloader.purified.ondemand import make_shard
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate
+from tests import processes
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
 COUNT = 23
@@ -192,18 +193,13 @@ filled(Path(sys.argv[1]))
 
 def test_processes_that_a_launcher_starts(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """Three of them, which learn from their environment who they are."""
-    base = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "cache")],
-            env={**base, "RANK": str(rank), "WORLD_SIZE": "3"},
-            stderr=subprocess.PIPE,
-        )
+    running = [
+        processes.start(processes.Code(RANK), tmp_path / "cache", env={"RANK": str(rank), "WORLD_SIZE": "3"})
         for rank in (2, 0, 1)
     ]
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error.decode()
+    for process in running:
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "cache") == whole
 
 
@@ -851,20 +847,13 @@ def test_the_function_is_callable_under_its_name(tmp_path: Path) -> None:
 
 def test_as_a_module(tmp_path: Path, folder: Path) -> None:
     """As launchers start it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "-m", "purifyloader.precompute", "--dataset", str(folder), "--device", "cpu", "--quiet"]
-    done = subprocess.run(
-        [*base, "--recipe", "jpeg", "--out", str(tmp_path / "out")],
-        env={**environment, "RANK": "0", "WORLD_SIZE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    base = ["--dataset", folder, "--device", "cpu", "--quiet"]
+    rank = {"RANK": "0", "WORLD_SIZE": "1"}
+    out = tmp_path / "out"
+    done = processes.run("purifyloader.precompute", *base, "--recipe", "jpeg", "--out", out, env=rank)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'out'}: 10 images")
-    done = subprocess.run(
-        [*base, "--recipe", "x", "--out", "y"], env=environment, capture_output=True, text=True, timeout=120
-    )
+    assert done.stdout.startswith(f"{out}: 10 images")
+    done = processes.run("purifyloader.precompute", *base, "--recipe", "x", "--out", "y")
     assert done.returncode == 2
     assert done.stderr.startswith("purifyloader: error: --recipe must be one of")
     assert done.stderr.count("\n") == 1

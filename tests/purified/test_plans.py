@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from purifyloader.errors import CacheError, ConfigError
 from purifyloader.purified.filling import precompute
 from purifyloader.purified.job import Job
 from purifyloader.purifiers import Chain, Coin, EnergyAbove, Jpeg, Purifier, Resize, Where
+from tests import processes
 from tests.conftest import PictureDataset, random_images, tiny_energy
 
 COUNT = 23
@@ -266,21 +264,11 @@ filled(folder, rank=rank, world_size=world_size)
 def test_processes_agree_without_a_group(
     tmp_path: Path, whole: dict[str, bytes], order: list[int], has_locks: bool
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), "2", str(tmp_path / "out"), str(has_locks)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in order
-    ]
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    running = [processes.start(processes.Code(SCRIPT), rank, 2, tmp_path / "out", has_locks) for rank in order]
+    done = [process.wait() for process in running]
+    assert [process.returncode for process in done] == [0, 0], done
     found = contents(tmp_path / "out")
-    planned = sum(text.count("Planned: k 0.5: 12 of 23 images purified") for text in said)
+    planned = sum(d.stdout.count("Planned: k 0.5: 12 of 23 images purified") for d in done)
     assert planned == 1 if has_locks else planned in (1, 2)
     assert {name: data for name, data in found.items() if not name.startswith(".")} == whole
 
