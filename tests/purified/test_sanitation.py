@@ -17,7 +17,8 @@ from purifyloader import PurifiedDataset, plans, precompute, recipes
 from purifyloader.cache import CacheReader
 from purifyloader.cache.compare import compare
 from purifyloader.cache.tars import export_tars, import_tars
-from purifyloader.commands.cache import describe, main
+from purifyloader.commands.cache import describe
+from purifyloader.commands.main import main
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.purified.plans import Sanitation
 from purifyloader.transforms import Compensate
@@ -262,13 +263,13 @@ def test_the_tools_of_a_cache_know_it(tmp_path: Path, capsys: pytest.CaptureFixt
     precompute(dataset(), recipes.jpeg(50), a, progress=False)
     precompute(dataset(), recipes.jpeg(50), b, sanitation=finding(), progress=False)
     assert describe(a)["sanitation"] is None
-    assert main(["info", str(b)]) == 0
+    assert main(["cache", "info", str(b)]) == 0
     assert "3 of 10 images dropped, 3 labels corrected, found by votes" in capsys.readouterr().out
     assert compare(CacheReader(a), CacheReader(b)).plans_differ
     assert not compare(CacheReader(b), CacheReader(b)).plans_differ
-    assert main(["compare", str(a), str(b)]) == 0
+    assert main(["cache", "compare", str(a), str(b)]) == 0
     assert "planned or sanitized differently" in capsys.readouterr().out
-    assert main(["export", str(b), str(tmp_path / "shown")]) == 0
+    assert main(["cache", "export", str(b), str(tmp_path / "shown")]) == 0
     assert "every image and the labels of the source" in capsys.readouterr().out
     export_tars(CacheReader(b), tars)
     assert PurifiedDataset.from_cache(import_tars(tars, tmp_path / "again").folder).sanitation == finding()
