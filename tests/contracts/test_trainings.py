@@ -120,7 +120,10 @@ KINDS = {
         "validation",
         ("augment", ("flip",)),
         ((denoiser_task, "write_picture"), (denoiser_task, "write_samples")),
-        (ALL, {"micro_batch": 1, "validation": WIDE[:3], "validate_every": 8}),
+        (
+            dataclasses.replace(ALL, steps=4, decay_steps=2),
+            {"micro_batch": 1, "validation": WIDE[:1], "validate_every": 4},
+        ),
         {"learning_rate": 1e30, "clip_norm": 1e30},
         higher_loss,
     ),
@@ -294,7 +297,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-KILLED = {"validation": random_images(2, 12, seed=1), "validate_every": 4, "micro_batch": 3}
+KILLED = {"validation": random_images(1, 12, seed=1), "validate_every": 8, "micro_batch": 3}
 
 
 def test_a_run_killed_while_it_saves_goes_on(tmp_path):

@@ -341,7 +341,7 @@ def test_the_noise_is_normal_and_new_at_each_step_and_position(tmp_path, monkeyp
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
     """A run that learns."""
     folder = tmp_path_factory.mktemp("healthy")
-    config = dataclasses.replace(SIGMA, steps=120, batch_size=16, learning_rate=3e-3, ema_decay=0.9)
+    config = dataclasses.replace(SIGMA, steps=120, batch_size=8, learning_rate=3e-3, ema_decay=0.9)
     held_out = smooth_images(24, seed=1)
     denoiser, record = train_denoiser(
         smooth_images(64), folder, config, validation=held_out, validate_every=40, progress=False
@@ -356,7 +356,7 @@ def test_training_lowers_the_error_of_unseen_images_without_a_warning(healthy):
     assert psnr(denoiser, unseen, 0.1) > psnr(untrained, unseen, 0.1) + 1.5
     assert record["warnings"] == []
     assert record["steps"] == 120
-    assert record["epochs"] == 30.0
+    assert record["epochs"] == 15.0
 
 
 def test_the_curves_hold_what_was_measured(healthy):
@@ -371,7 +371,7 @@ def test_the_curves_hold_what_was_measured(healthy):
         assert float(checks[-1][f"trained_{px}px"]) == pytest.approx(psnr(denoiser, trained, px / 255), abs=1e-3)
     assert float(checks[-1]["held_out_50px"]) > float(checks[0]["held_out_50px"]) + 1
     assert float(found[-1]["loss"]) == pytest.approx(record["loss"], abs=1e-6)
-    assert float(found[-1]["epoch"]) == 30
+    assert float(found[-1]["epoch"]) == 15
     with Image.open(folder / CURVES_PNG) as image:
         assert min(image.size) > 300
     with Image.open(folder / SAMPLES_PNG) as image:
@@ -390,6 +390,16 @@ def test_the_running_mean_of_the_loss(tmp_path):
         assert float(row["loss"]) == pytest.approx(mean, abs=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_warning_of_memorising_is_logged_once_and_goes_into_the_record(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(task, "overfitting", lambda means: f"{len(means)} checks" if len(means) > 1 else None)
+    with caplog.at_level("WARNING"):
+        _, record = train(tmp_path, validation=IMAGES[:2], validate_every=2)
+    assert record["warnings"] == ["step 4: 2 checks", "step 8: 4 checks"]  # once, and how it ended
+    assert caplog.text.count("the best so far was at step") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_memorising_a_few_images_is_warned_of(tmp_path, caplog):
     """Four images, a network that can learn them by heart."""
