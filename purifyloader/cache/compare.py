@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,38 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
         return asdict(self)
+
+    def in_words(self) -> Iterator[str]:
+        """Yield the lines of `purifyloader cache compare`."""
+        if self.same_fingerprint:
+            yield "made alike: the fingerprints are the same"
+        else:
+            yield "made differently (A → B):"
+            yield from (f"  {line}" for line in self.differences)
+        a, b = self.samples
+        rest = "" if a == b else f" and {b:,}, of which the first {self.compared:,} compared"
+        yield f"samples: {a:,}{rest}"
+        if self.sources_differ is None:
+            yield "sources: not known to both caches"
+        else:
+            yield f"made from other images: {self.sources_differ:,}; with other targets: {self.targets_differ:,}"
+        if self.plans_differ:
+            yield "planned or sanitized differently: see purifyloader cache info of each"
+        if self.sizes_differ:
+            yield f"of different sizes, and not compared: {self.sizes_differ:,}"
+        if self.identical is None:
+            return
+        # counted, because 99.999 % would read as all
+        alike = self.compared - self.sizes_differ
+        yield f"identical images: {round(self.identical * alike):,} of {alike:,}"
+        assert self.pixels_changed is not None
+        yield f"pixels changed: {100 * self.pixels_changed:.4g} %"
+        yield f"difference (levels of 255): mean {self.mean_abs:.3f}, largest {self.max_abs}"
+        yield "PSNR: " + ("infinite" if self.psnr is None else f"{self.psnr:.2f} dB")
+        for mode, means in self.mean_difference.items():
+            yield f"mean of B - A, {mode}: " + ", ".join(f"{mean:+.3f}" for mean in means)
+        if self.most_different is not None:
+            yield f"most different: image {self.most_different}"
 
 
 class _Sums:

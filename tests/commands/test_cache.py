@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 from purifyloader import precompute, recipes
 from purifyloader.cache.compare import compare
 from purifyloader.cache.format import Layout
+from purifyloader.cache.inspect import describe
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.commands import main as cli
-from purifyloader.commands.cache import describe
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
 

@@ -15,7 +15,7 @@ from purifyloader.errors import InputError
 ROOT = Path(__file__).parents[2]
 NAMES = [command.name for command in cli.COMMANDS]
 # whose modules still import torch before they run: the set must shrink to none
-WITH_TORCH = {"audit energy", "bench", "cache", "denoiser evaluate", "dynamics", "tune"}
+WITH_TORCH = {"audit energy", "bench", "denoiser evaluate", "dynamics", "tune"}
 
 # in a process of its own: what blocks torch must not be imported already
 HELP_WITHOUT_TORCH = """

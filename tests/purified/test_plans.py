@@ -14,7 +14,7 @@ import torch
 from purifyloader import PurifiedDataset, plans
 from purifyloader.cache import CacheReader
 from purifyloader.cache import format as fmt
-from purifyloader.commands.cache import describe
+from purifyloader.cache.inspect import describe
 from purifyloader.commands.main import execute
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError

@@ -16,8 +16,8 @@ from torchvision import transforms as v1
 from purifyloader import PurifiedDataset, plans, precompute, recipes
 from purifyloader.cache import CacheReader
 from purifyloader.cache.compare import compare
+from purifyloader.cache.inspect import describe
 from purifyloader.cache.tars import export_tars, import_tars
-from purifyloader.commands.cache import describe
 from purifyloader.commands.main import main
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.purified.plans import Sanitation

@@ -1,0 +1,285 @@
+"""Look at the folder of a cache in any state: describe it, and check every byte of it.
+
+Describing reads headers, and no images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from purifyloader.cache import format as fmt
+from purifyloader.cache.format import Index, Layout, ShardHeader
+from purifyloader.cache.reader import CacheReader
+from purifyloader.cache.words import count_in_words, size_in_words
+from purifyloader.errors import CacheError
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.locks import is_held, lock_path
+
+__all__ = ["Folder", "Verified", "describe", "read_folder", "verify"]
+
+_THREADS = 4  # hashing lets go of the interpreter
+
+
+@dataclass
+class Folder:
+    """What stands in the folder of a cache, whole or not.
+
+    Attributes:
+        index: None where there is none, or a damaged one.
+        layout: by the index or, without one, by the first shard that reads; None where none does.
+        headers: of the shards that read and belong to this cache, without their targets, by number.
+        wrong: of each shard or index that is there and not right, what is wrong.
+        targets: of each shard that reads, True where it stores its targets.
+        strangers: files that are no part of a cache.
+    """
+
+    path: Path
+    index: Index | None = None
+    layout: Layout | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    headers: dict[int, ShardHeader] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    targets: list[bool] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        shards = () if self.layout is None else self.layout.shards
+        return [s.file for s in shards if s.number not in self.headers and s.file not in self.wrong]
+
+    @property
+    def state(self) -> str:
+        if self.wrong or (self.index is not None and self.missing):
+            return "damaged"
+        return "unfinished" if self.index is None else "finished"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are part of the cache."""
+        return sum((self.path / name).stat().st_size for name in self.names() if name not in self.strangers)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of the shards that `verify` hashes."""
+        return sum(header.file_size for header in self.headers.values())
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The plan: of the index or, of an unfinished cache, the one that it has so far."""
+        if self.index is not None:
+            where = (self.index.plan or {}).get(fmt.WHERE)
+        else:
+            try:
+                where = fmt.read_plan(self.path).found
+            except (OSError, CacheError):
+                where = None
+        return where if isinstance(where, dict) and isinstance(where.get("conditions"), list) else {"conditions": []}
+
+    def names(self) -> list[str]:
+        return sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
+
+
+def read_folder(path: Path) -> Folder:
+    """Read the headers of the folder of a cache, finished or not.
+
+    Raises:
+        CacheError: no folder, no cache in it, or one of another version.
+    """
+    path = path.absolute()
+    if not path.is_dir():
+        raise CacheError(f"Expected the folder of a cache. Got {path}, which is no folder. Check the path.")
+    folder = Folder(path)
+    other: CacheError | None = None
+    names = folder.names()
+    shards = [name for name in names if fmt.SHARD_FILE.fullmatch(name)]
+    try:
+        folder.index = fmt.read_index(path)
+        folder.layout, folder.config = folder.index.layout, folder.index.config
+    except FileNotFoundError:
+        if not shards:
+            raise CacheError(
+                f"The folder of a cache holds {fmt.INDEX_FILE} and shards. Got {path}, which has neither. "
+                "Check the path, or precompute into it."
+            ) from None
+    except CacheError as error:
+        if not shards:
+            raise
+        folder.wrong[fmt.INDEX_FILE] = str(error)
+        other = error if isinstance(error, fmt.OtherVersionError) else other
+    for name in shards:
+        try:
+            _read_shard(folder, name)
+        except CacheError as error:
+            folder.wrong[name] = str(error)
+            other = error if isinstance(error, fmt.OtherVersionError) else other
+    if other is not None and folder.layout is None:
+        raise other  # a cache of that version; among files of ours it is one that is damaged
+    expected = shards if folder.layout is None else [shard.file for shard in folder.layout.shards]
+    folder.strangers = sorted({*names} - {*expected, fmt.INDEX_FILE, fmt.PLAN_FILE})
+    for name in folder.strangers:
+        folder.wrong.pop(name, None)
+    return folder
+
+
+def _read_shard(folder: Folder, name: str) -> None:
+    path = folder.path / name
+    header = fmt.read_shard_header(path)
+    if folder.layout is None:
+        folder.layout, folder.config = header.layout, header.config
+    shard = next((shard for shard in folder.layout.shards if shard.file == name), None)
+    if shard is None:
+        return
+    named = header.sha256 if folder.index is None else folder.index.shards[shard.number].header
+    if (header.shard, header.layout, header.config) != (shard, folder.layout, folder.config):
+        folder.wrong[name] = f"{path} must be a shard of this cache. Got one of another."
+    elif header.sha256 != named:
+        folder.wrong[name] = (
+            f"{path} must have the header that the index names, {named[:12]}. Got {header.sha256[:12]}."
+        )
+    else:
+        folder.targets.append(header.targets is not None)
+        folder.headers[shard.number] = replace(header, targets=None)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Describe what stands in the folder of a cache, finished or not, as JSON; see `purifyloader cache info`.
+
+    Raises:
+        CacheError: there is no cache, or one of another version.
+    """
+    folder = read_folder(path)
+    layout, index, headers, where = folder.layout, folder.index, list(folder.headers.values()), folder.where
+    notes = (index.notes if index is not None else None) or {}
+    shapes = {header.image_shape for header in headers}
+    shape = index.image_shape if index is not None else shapes.pop() if len(shapes) == 1 else None
+    samples = [header.sample for header in headers]
+    made = Counter(canonical_json(header.made) for header in headers)
+    return {
+        "folder": str(folder.path),
+        "state": folder.state,
+        "fingerprint": None if index is None else index.fingerprint,
+        "images": None if layout is None else layout.length,
+        "images_done": sum(header.shard.count for header in headers),
+        "shards": None if layout is None else len(layout.shards),
+        "shards_done": len(headers),
+        "shards_in_work": sum(is_held(lock_path(folder.path, name)) for name in (*folder.missing, *folder.wrong)),
+        "shard_size": None if layout is None else layout.shard_size,
+        "bytes": folder.size,
+        "encoding": None if layout is None else layout.encoding,
+        "image_shape": None if shape is None else list(shape),
+        "draws": None if layout is None else layout.draws,
+        "seed": folder.config.get("seed"),
+        # by the notes it has the names that are only for people
+        "recipe": notes.get("purifier") or folder.config.get("purifier"),
+        "config": folder.config,
+        "source": {
+            "class": notes.get("source_class"),
+            "sha256": None if index is None else index.identity.get("source"),
+        },
+        "sample": samples[0] if samples and all(sample == samples[0] for sample in samples) else None,
+        "targets": bool(folder.targets) and all(folder.targets),
+        "classes": None if notes.get("classes") is None else len(notes["classes"]),
+        "made": [{**json.loads(text), "shards": count} for text, count in sorted(made.items())]
+        if index is None
+        else list(index.made),
+        "plan": index is not None and index.plan is not None,
+        "where": where["conditions"],
+        "sanitation": where.get("sanitation"),
+        "wrong": folder.wrong,
+        "missing": folder.missing if index is not None else [],
+        "strangers": folder.strangers,
+    }
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The result of a check of every byte.
+
+    Attributes:
+        damaged: what is wrong with each file that is there and not right.
+    """
+
+    folder: Folder
+    damaged: Mapping[str, str]
+
+    @property
+    def is_whole(self) -> bool:
+        """True for a finished cache without a fault."""
+        return self.folder.index is not None and not self.damaged and not self.folder.missing
+
+    def in_words(self, seconds: float) -> list[str]:
+        """Write the lines of `purifyloader cache verify`, which took so many seconds."""
+        folder, layout, missing = self.folder, self.folder.layout, self.folder.missing
+        lines = [f"{name}: no part of the cache" for name in folder.strangers]
+        for name in sorted([*self.damaged, *missing]):
+            fault = "missing" if name in missing else f"damaged. {_plainly(folder.path / name, self.damaged[name])}"
+            lines.append(f"{name}: {fault}")
+        if self.is_whole:
+            assert layout is not None
+            checked = f"{count_in_words(len(layout.shards), 'shard')}, {size_in_words(folder.size)}"
+            return [
+                *lines,
+                f"{folder.path}: whole. Checked {checked}, every byte of {layout.length * layout.draws:,} images, and "
+                f"the index, in {seconds:.1f} s.",
+            ]
+        total = "an unknown number of" if layout is None else f"{len(layout.shards):,}"
+        good = sum(header.shard.file not in self.damaged for header in folder.headers.values())
+        index = ", and its index is damaged" if fmt.INDEX_FILE in self.damaged else ""
+        index = index or (", and it has no index" if folder.index is None else "")
+        state = "damaged" if self.damaged else folder.state
+        return [
+            *lines,
+            f"{folder.path}: {state}: {good:,} of {total} shards are whole{index} ({seconds:.1f} s). "
+            "Precompute into this folder again: only what is wrong or missing is made anew.",
+        ]
+
+
+def _plainly(path: Path, error: str) -> str:
+    """An error without the path, which stands before it, and the advice, which stands below it."""
+    return error.replace(f"{path} ", "It ").split(" Precompute into")[0].split(" Delete index.json")[0]
+
+
+def verify(folder: Folder, seen: Callable[[int], object] = lambda size: None) -> Verified:
+    """Check every byte of a cache.
+
+    Args:
+        folder: as `read_folder` has read it.
+        seen: told how many bytes more of its `shard_bytes` are checked.
+    """
+    damaged = dict(folder.wrong)
+
+    def check(header: ShardHeader) -> str | None:
+        text = _damage(folder, header)
+        seen(header.file_size)
+        return text
+
+    headers = list(folder.headers.values())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for header, text in zip(headers, pool.map(check, headers), strict=True):
+            if text is not None:
+                damaged[header.shard.file] = text
+    if not damaged and not folder.missing and folder.index is not None:
+        try:
+            CacheReader(folder.path)
+        except CacheError as error:
+            damaged[fmt.INDEX_FILE] = str(error)
+    return Verified(folder, damaged)
+
+
+def _damage(folder: Folder, header: ShardHeader) -> str | None:
+    path = folder.path / header.shard.file
+    try:
+        tensor, whole = fmt.shard_hashes(path, header.offset)
+    except OSError as error:
+        return f"It must be a readable file. Got: {error}."
+    if tensor != header.tensor_sha256:
+        return f"Its images must have the SHA-256 in its header, {header.tensor_sha256[:12]}. Got {tensor[:12]}."
+    if folder.index is not None and whole != (named := folder.index.shards[header.shard.number].sha256):
+        return f"It must have the SHA-256 that the index names, {named[:12]}. Got {whole[:12]}."
+    return None
