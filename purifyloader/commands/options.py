@@ -1,6 +1,6 @@
 """Add options that several commands have: each says its name, meaning and default once.
 
-    data        --data, --root, --split, --count, --indices, --choose-seed, --size
+    data        --data, --root, --split, --count, --indices, --choose-seed, --size, --poisoned
     models      --model is always a denoiser, --energy an energy model
     running     --device, --dtype, --seed, --batch-size, --processes, --threads, --quiet
     results     --out, --overwrite, --json
@@ -11,18 +11,22 @@ Only light modules are imported here: a help text must not wait for torch.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "DTYPES",
+    "SAMPLERS",
     "add_choice",
     "add_clean",
     "add_data",
     "add_device",
     "add_dtype",
     "add_models",
+    "add_poisons",
     "add_processes",
     "add_quiet",
     "add_results",
@@ -33,11 +37,15 @@ __all__ = [
     "given",
     "is_fast",
     "positive",
+    "settings_of",
+    "shows_progress",
 ]
 
+T = TypeVar("T")
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 DTYPES = ("float32", "bfloat16")
+SAMPLERS = ("ancestral", "ddim")  # of `purifyloader.diffusion.samplers`, which needs torch
 _DATASETS = "cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function"
 
 
@@ -85,6 +93,17 @@ def add_size(group: Group) -> None:
     """Add --size."""
     group.add_argument(
         "--size", type=positive, metavar="PX", help="resize the shorter side of each image to this, and crop the centre"
+    )
+
+
+def add_poisons(group: Group, of: str) -> None:
+    """Add --poisoned, which says what attacks are tried on the images of the option `of`."""
+    group.add_argument(
+        "--poisoned",
+        nargs="+",
+        metavar="WHAT",
+        help=f"attacks, poison files, or the images of {of} poisoned, given like it; none for none. Options of an "
+        "attack or a file follow a colon: lsp:norm=2, or FILE.npy:units=bytes (default: lsp ar, for colour images)",
     )
 
 
@@ -161,3 +180,13 @@ def add_results(group: Group, *files: str) -> None:
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Collect the options of these names that were given, by name."""
     return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def settings_of(options: argparse.Namespace, kind: Callable[..., T]) -> T:
+    """Make a dataclass from the options that have the names of its fields."""
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def shows_progress(options: argparse.Namespace) -> bool:
+    """Decide by --quiet, and by whether a person sees standard error, if there will be bars."""
+    return not options.quiet and sys.stderr.isatty()

@@ -395,10 +395,12 @@ def find_named(module: str, name: str) -> Any:
         ) from None
 
 
-def describe(spec: str) -> str:
-    """`spec` as it may be told to others: without a path."""
+def describe(spec: str, split: str | None = None) -> str:
+    """Name a dataset without a path, for results travel; with its split where that was chosen by `split`."""
     if Path(spec).is_dir():
         return "an image folder"
+    if split is not None and spec in TORCHVISION:
+        return f"{spec} ({split} split)"
     return "WebDataset tars" if _TAR.search(spec) else spec
 
 

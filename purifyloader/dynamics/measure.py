@@ -19,11 +19,11 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.version import __version__
 from purifyloader.diffusion.psnr import check_images
-from purifyloader.dynamics.paths import Path, model_facts
+from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
-from purifyloader.results.values import images_sha256, six_digits
+from purifyloader.results.values import images_sha256, model_facts, six_digits
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "in_numbers", "measure"]
 

@@ -19,14 +19,17 @@ from purifyloader.core.batches import in_batches
 from purifyloader.core.devices import device_of, exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.diffusion.schedule import Schedule
+from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.walking import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, InputError, PurifyError
-from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Diffuse, Langevin
+from purifyloader.results.values import model_facts
 
-__all__ = ["DiffusionPath", "LangevinPath", "Path", "Piece", "model_facts"]
+__all__ = ["SCHEDULES", "DiffusionPath", "LangevinPath", "Path", "Piece"]
+
+SCHEDULES: dict[str, Schedule] = {"cosine": CosineSchedule(4000), "linear": LinearSchedule(1000)}
+"""ECLIPSE's and PureGen's."""
 
 
 class Piece(NamedTuple):
@@ -79,14 +82,6 @@ class Path(Protocol):
 def _check_levels(levels: Sequence[float], what: str) -> None:
     if not levels or not all(b > a for a, b in zip((0, *levels), levels, strict=False)):
         raise ConfigError(f"Expected {what}, rising, above 0 and at least one. Got {list(levels)}.")
-
-
-def model_facts(model: Denoiser | EnergyNetwork) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "weights_sha256": weights_sha256(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
 
 
 def _finish(device: torch.device) -> float:

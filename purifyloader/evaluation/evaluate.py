@@ -20,9 +20,8 @@ from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
-from purifyloader.files.weights import weights_sha256
 from purifyloader.results.ranks import auc
-from purifyloader.results.values import images_sha256, six_digits
+from purifyloader.results.values import images_sha256, model_facts, six_digits
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 
@@ -358,9 +357,7 @@ def evaluate(
         "torch": torch.__version__,
         "device": device.type,
         "model": {
-            "name": denoiser.name,
-            "weights_sha256": weights_sha256(denoiser),
-            "parameters": sum(p.numel() for p in denoiser.parameters()),
+            **model_facts(denoiser),
             "sigma_range_px": [_figures(255 * sigma) for sigma in denoiser.sigma_range],
             "learned_variance": bool(getattr(denoiser, "learned_variance", False)),
         },

@@ -12,7 +12,7 @@ from purifyloader.errors import InputError
 from purifyloader.files.atomic import write_text, writing
 from purifyloader.results.figures import has_matplotlib
 
-__all__ = ["Written", "check_out", "write_files", "write_results", "writing"]
+__all__ = ["Written", "check_out", "write_files", "writing"]
 
 
 def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: str) -> None:
@@ -96,25 +96,3 @@ def write_files(
         return Written(paths, "no picture without matplotlib: pip install 'purifyloader[plots]'")
     draw(folder / picture_file)
     return Written([*paths, folder / picture_file], "")
-
-
-def write_results(
-    folder: Path,
-    texts: Mapping[str, str],
-    picture_file: str,
-    draw: Callable[[Path], object],
-    say: Callable[[str], None],
-) -> None:
-    """Write files as `write_files` does, and say where they are.
-
-    Args:
-        say: takes a line for people.
-
-    Raises:
-        PurifyError: a file cannot be written.
-    """
-    written = write_files(folder, texts, picture_file, draw)
-    for path in written.paths:
-        say(f"{'picture' if path.name == picture_file else 'results'}: {path}")
-    if written.note:
-        say(written.note)

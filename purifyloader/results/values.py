@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.files.weights import weights_sha256
 
-__all__ = ["attack_label", "check_format", "images_sha256", "six_digits"]
+__all__ = ["attack_label", "check_format", "images_sha256", "model_facts", "six_digits", "to_json"]
 
 
 def six_digits(value: float) -> float:
@@ -24,6 +27,12 @@ def images_sha256(images_NCHW: Tensor) -> str:
     sha = hashlib.sha256(canonical_json(list(images_NCHW.shape)).encode() + b"\n")
     sha.update(images_NCHW.cpu().contiguous().numpy().data)
     return sha.hexdigest()
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Describe a denoiser or an energy model: its name, the hash of its weights, and how many these are."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"name": model.name, "weights_sha256": weights_sha256(model), "parameters": parameters}
 
 
 def attack_label(name: str, longest: int = 32) -> str:
@@ -50,3 +59,9 @@ def check_format(results: Any, formats: Sequence[tuple[str, int]], what: str) ->
             return name
     wanted = " or ".join(f"{name!r} of version {version}" for name, version in formats)
     raise InputError(f"Expected results of {what}, {wanted}. Got {got}.")
+
+
+def to_json(results: Mapping[str, Any]) -> str:
+    """Write results as JSON, the same text for the same results: sorted keys, and a list of numbers in one line."""
+    text = json.dumps(results, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=True)
+    return re.sub(r"\[[^][{}]*\]", lambda numbers: re.sub(r"\s*\n\s*", " ", numbers[0]), text) + "\n"

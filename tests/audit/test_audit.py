@@ -331,7 +331,7 @@ def model(tmp_path) -> Path:
 
 
 def run(model: Path, *more: str, data: str = CLEAN) -> int:
-    return main(["--data", data, "--model", str(model), "--device", "cpu", *more])
+    return main(["--data", data, "--energy", str(model), "--device", "cpu", *more])
 
 
 def read(folder: Path) -> dict:
@@ -344,7 +344,7 @@ def test_the_command_as_a_process_on_real_images(model, tmp_path):
     reference = folder_of(tmp_path / "clean", images[20:])
     (tmp_path / "poisoned.json").write_text("[20, 3]")
     out = tmp_path / "out"
-    options = ["--data", data, "--reference", reference, "--model", str(model), "--device", "cpu", "--out", str(out)]
+    options = ["--data", data, "--clean", reference, "--energy", str(model), "--device", "cpu", "--out", str(out)]
     done = processes.run("purifyloader", "audit", "energy", *options, "--poisoned", str(tmp_path / "poisoned.json"))
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["audit.csv", "audit.json", "audit.png"]
@@ -376,7 +376,7 @@ def test_the_command_as_a_process_on_real_images(model, tmp_path):
 
 def test_files_are_the_same_again_and_not_overwritten_unasked(model, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    more = ("--reference", POISONED, "--reference-count", "12", "--count", "9", "--out", str(out))
+    more = ("--clean", POISONED, "--clean-count", "12", "--count", "9", "--out", str(out))
     assert run(model, *more) == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(InputError, match=r"Got .* with audit.json, audit.csv, audit.png: give another one"):
@@ -418,14 +418,14 @@ def empty():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "tests.audit.test_audit:empty"], "Expected images in --data. Got an empty dataset"),
-        (["--reference", "tests.audit.test_audit:empty"], "Expected images in --reference. Got an empty dataset"),
-        (["--count", "41"], "--count must be from 1 to 40"),
-        (["--reference", POISONED, "--reference-count", "41"], "^reference_count must be from 1 to 40"),
-        (["--poisoned", "{tmp}/far.json"], "^poisoned must be indices of the 40 images in --data. Got 40"),
+        (["--data", "tests.audit.test_audit:empty"], "^data must have images. Got an empty dataset"),
+        (["--clean", "tests.audit.test_audit:empty"], "^clean must have images. Got an empty dataset"),
+        (["--count", "41"], "^count must be from 1 to 40"),
+        (["--clean", POISONED, "--clean-count", "41"], "^clean_count must be from 1 to 40"),
+        (["--poisoned", "{tmp}/far.json"], "^poisoned must be indices of the 40 images in the data. Got 40"),
         (["--poisoned", "{tmp}/none.json"], "must be a JSON list of one or more indices"),
         (["--poisoned", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
-        (["--top", "0"], "--top must be percentages above 0"),
+        (["--top", "0"], "^top must be percentages above 0"),
         (["--size", "0"], "size"),
         (["--size", "99999"], "at most 4096 pixels. Got 99999"),
         (["--overwrite"], "^overwrite is about files in the output folder"),
@@ -447,7 +447,7 @@ def test_a_model_that_is_none_is_named(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="must be a shipped name"):
         run(tmp_path / "nothing")
     pretrained.save(tiny_denoiser(), tmp_path / "denoiser")
-    assert cli.main(["audit", "energy", "--data", CLEAN, "--model", str(tmp_path / "denoiser")]) == 2
+    assert cli.main(["audit", "energy", "--data", CLEAN, "--energy", str(tmp_path / "denoiser")]) == 2
     assert "must hold an energy model. Got a denoiser" in capsys.readouterr().err
 
 
@@ -460,26 +460,26 @@ def trained_on(folder: Path, indices: list[int], dataset) -> Path:
 
 def test_images_trained_on_stay_in_the_list_and_out_of_the_reference(tmp_path, capsys):
     model = trained_on(tmp_path / "m", list(range(10, 40)), clean_sample())
-    assert run(model, "--reference", CLEAN, "--json") == 0
+    assert run(model, "--clean", CLEAN, "--json") == 0
     said = capsys.readouterr()
     results = json.loads(said.out)
     assert (results["data"]["count"], results["data"]["trained_on"]) == (40, 30)
     assert (results["reference"]["count"], results["reference"]["trained_on_left_out"]) == (10, 30)
     assert results["comparison"]["same_images"] == 10
-    assert "left out 30 of the 40 images in --reference" in said.err
-    assert "was trained on 30 of the 40 images in --data" in said.err
-    assert run(model, "--reference", CLEAN) == 0
+    assert "left out 30 of the 40 images in the reference" in said.err
+    assert "was trained on 30 of the 40 images in the data" in said.err
+    assert run(model, "--clean", CLEAN) == 0
     assert "10 images of the data are in the reference too" in capsys.readouterr().out
     # copies under another index are left out by content
     images, _ = sample(8)
     data = folder_of(tmp_path / "a", [*images, images[1], images[7]])
     copies = trained_on(tmp_path / "n", [0, 1, 2], ImageFiles(Path(data)))
-    assert run(copies, "--reference", data, "--json") == 0
+    assert run(copies, "--clean", data, "--json") == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["reference"]["count"] == 6
     assert "left out 4 of the 10" in said.err
-    with pytest.raises(InputError, match=r"reference: .* it was trained on all"):
-        run(trained_on(tmp_path / "all", list(range(40)), clean_sample()), "--reference", CLEAN)
+    with pytest.raises(InputError, match=r"The reference: .* it was trained on all"):
+        run(trained_on(tmp_path / "all", list(range(40)), clean_sample()), "--clean", CLEAN)
 
 
 def test_many_sizes_are_warned_of(model, tmp_path, capsys):
@@ -496,12 +496,12 @@ def test_other_sizes_than_the_reference_has_are_warned_of(model, tmp_path, capsy
     images, _ = sample(12)
     data = folder_of(tmp_path / "d", images[:6].repeat(2, 1).repeat(2, 2))
     reference = folder_of(tmp_path / "r", images[6:])
-    assert run(model, "--reference", reference, data=data) == 0
+    assert run(model, "--clean", reference, data=data) == 0
     said = capsys.readouterr()
-    assert "in --data have 64 × 64 px, those in --reference 32 × 32 px. Energies of different sizes do not" in said.err
-    assert "give --size" in said.err
+    assert "in the data have 64 × 64 px, the clean ones 32 × 32 px. Energies of different sizes do not" in said.err
+    assert "give a size" in said.err
     assert "Caution: the data has 64 × 64 px" in " ".join(said.out.split())
-    assert run(model, "--reference", reference, "--size", "32", data=data) == 0
+    assert run(model, "--clean", reference, "--size", "32", data=data) == 0
     said = capsys.readouterr()
     assert "sizes" not in said.err + said.out
 

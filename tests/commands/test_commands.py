@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from purifyloader.commands import dynamics, options
 from purifyloader.commands import main as cli
+from purifyloader.diffusion.samplers import SAMPLERS
+from purifyloader.dynamics.paths import SCHEDULES
 from purifyloader.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 NAMES = [command.name for command in cli.COMMANDS]
 # whose modules still import torch before they run: the set must shrink to none
-WITH_TORCH = {"audit energy", "bench", "denoiser evaluate", "dynamics", "tune"}
+WITH_TORCH = {"bench"}
 
 # in a process of its own: what blocks torch must not be imported already
 HELP_WITHOUT_TORCH = """
@@ -116,6 +119,11 @@ def test_an_option_has_one_default_and_one_type_everywhere():
             if flag in ("--device", "--quiet", "--json", "--overwrite", "--choose-seed"):
                 first, other = seen.setdefault(flag, (name, action))
                 assert (action.default, action.type) == (other.default, other.type), f"{flag} of {name} and {first}"
+
+
+def test_names_that_a_help_text_lists_are_those_of_the_library():
+    assert set(options.SAMPLERS) == SAMPLERS.keys()
+    assert set(dynamics.SCHEDULES) == SCHEDULES.keys()
 
 
 DOORS = {

@@ -58,7 +58,7 @@ MEASURING = {
     "dynamics": ["dynamics", "--model", "{0}/denoiser", "--sigma-px", "25", "--poisoned", "none", "--data"],
     "dynamics-energy": ["dynamics", "--energy", "{0}/energy", "--steps", "1", "--poisoned", "none", "--data"],
     "tune": ["tune", "--model", "{0}/denoiser", "--sigma-px", "25", "--poisoned", "ar", "--clean"],
-    "audit": ["audit", "energy", "--model", "{0}/energy", "--data", "{0}/pictures", "--reference"],
+    "audit": ["audit", "energy", "--energy", "{0}/energy", "--data", "{0}/pictures", "--clean"],
 }
 
 

@@ -368,7 +368,7 @@ def other_order():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "Expected what purifies: --energy .* Got neither"),
+        ([], "energy must name an energy model, .* Got neither"),
         (["--energy", "nothing"], "must be a shipped name"),
         (["--energy", "{tmp}/denoiser"], "must hold an energy model. Got a denoiser"),
         (["--model", "{tmp}/energy"], "must hold a denoiser. Got an energy model"),

@@ -16,7 +16,6 @@ from PIL import Image
 from scipy import stats
 
 from purifyloader import pretrained
-from purifyloader.commands.evaluate import to_json
 from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.datasets.select import load_images
@@ -39,6 +38,7 @@ from purifyloader.evaluation import (
 from purifyloader.poisons import autoregressive
 from purifyloader.pretrained.learned import learned_images
 from purifyloader.results.folder import check_out
+from purifyloader.results.values import to_json
 from tests import processes
 from tests.conftest import random_images, tiny_denoiser
 
@@ -631,7 +631,7 @@ def test_poisoned_sets_are_aligned_with_the_data(model, tmp_path):
         (["--poisoned", "bad/ints.npy"], "Got int64: give units="),
         (["--poisoned", "bad/text.npy"], "must be a whole .npy file"),
         (["--count", "41"], "from 1 to 40"),
-        (["--count", "0"], "from 1 to 40"),
+        (["--count", "0"], "integer of 1 or more"),
         (["--indices", "bad/twice.json"], r"each index once. Got 1 more than once \(2 entries"),
         (["--indices", "bad/none.json"], "Got an empty list"),
         (["--indices", "bad/names.json"], "Got 'a.png' in it"),

@@ -1,10 +1,10 @@
-"""Read the clean images that a command line names, none that a model was trained on, and poison them."""
+"""Read clean images, none that a model was trained on, and poison them; load the models that will purify them."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from purifyloader import pretrained
 from purifyloader.datasets.arrays import Part
-from purifyloader.datasets.named import TORCHVISION, describe, open_dataset
+from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import Loaded, choose_images, load, read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
@@ -27,13 +27,13 @@ from purifyloader.poisons.reading import check
 from purifyloader.poisons.spec import CLEAN, is_spec, parse
 from purifyloader.pretrained.learned import Learned, learned_images
 
-__all__ = ["Images", "Models", "add_poisons", "load_models", "read_images", "tell_learned"]
+__all__ = ["Choice", "Images", "Models", "load_models", "read_images", "tell_learned"]
 
-_USUAL = ("lsp", "ar")  # attacks where the command line names none
+_USUAL = ("lsp", "ar")  # attacks where none are named
 
 
 class Models(NamedTuple):
-    """What --energy and --model name; the images are those that neither was trained on."""
+    """An energy model, a denoiser or both, and the names that they were loaded by."""
 
     energy: EnergyNetwork | None
     denoiser: Denoiser | None
@@ -48,35 +48,49 @@ class Models(NamedTuple):
 
 
 def load_models(energy: str | None, model: str | None, device: torch.device) -> Models:
-    """
+    """Load an energy model and a denoiser by their names, each None for none.
+
     Raises:
         ConfigError: neither is given, or they take images of other channels.
         CheckpointError: no such model, or one of another kind.
     """
     if energy is None and model is None:
         raise ConfigError(
-            "Expected what purifies: --energy with an energy model, for Langevin steps, or --model with a denoiser, "
-            "for diffusion. Got neither."
+            "must name an energy model, for Langevin steps, or model a denoiser, for diffusion. Got neither.",
+            argument="energy",
         )
     network = None if energy is None else pretrained.load(energy, kind="energy").to(device)
     denoiser = None if model is None else pretrained.load(model).to(device)
     if network is not None and denoiser is not None and network.config.image_channels != denoiser.image_channels:
         raise ConfigError(
-            f"--energy and --model must take the same images. Got {network.config.image_channels} and "
-            f"{denoiser.image_channels} channels."
+            f"must take the same images as the denoiser. Got {network.config.image_channels} and "
+            f"{denoiser.image_channels} channels.",
+            argument="energy",
         )
     return Models(network, denoiser, tuple(spec for spec in (energy, model) if spec is not None))
 
 
-def add_poisons(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add the option that says which attacks are tried on the images of the option `of`."""
-    parser.add_argument(
-        "--poisoned",
-        nargs="+",
-        metavar="WHAT",
-        help=f"attacks, poison files, or the images of {of} poisoned, given like it; none for none. Options of an "
-        "attack or a file follow a colon: lsp:norm=2, or FILE.npy:units=bytes (default: lsp ar, for colour images)",
-    )
+@dataclass(frozen=True)
+class Choice:
+    """Which images of a dataset are taken, and how they are poisoned.
+
+    Attributes:
+        count: so many, drawn at random; None for a default of the caller's.
+        indices: a JSON file of indices instead; None for none.
+        choose_seed: of the draw.
+        size: bring the shorter side to this, and crop the centre; None to leave images as they are.
+        poisoned: attacks, poison files or datasets; ["none"] for none, None for the usual attacks on colour images.
+        seed: of the attacks.
+        device: that attacks run on.
+    """
+
+    count: int | None
+    indices: Path | None
+    choose_seed: int
+    size: int | None
+    poisoned: Sequence[str] | None
+    seed: int
+    device: str | None
 
 
 class Images(NamedTuple):
@@ -88,7 +102,7 @@ class Images(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """A dataset by its name on the command line, and how its images are read."""
+    """A dataset, and how its images are read."""
 
     dataset: Dataset[Any]
     spec: str
@@ -110,45 +124,43 @@ class _Source(NamedTuple):
 def read_images(
     models: Models,
     spec: str,
-    options: argparse.Namespace,
+    choice: Choice,
     *,
     root: str,
     default: int,
-    what: str = "--data",
+    what: str = "the data",
     progress: bool = False,
 ) -> Images:
-    """Read the clean images that `options` choose, none that a model was trained on, and poison them.
+    """Read the images of a dataset that `choice` names, none that a model was trained on, and poison them.
 
     Args:
-        spec: of the dataset, as `open_dataset` takes it.
-        options: count, indices, choose_seed, size, poisoned, seed.
-        default: images where --count does not say how many.
-        what: the option that names the images.
+        spec: the dataset, as `open_dataset` takes it.
+        default: number of images where neither a count nor indices are given.
+        what: name of the images in errors.
 
     Raises:
-        InputError: nothing of the kind, images trained on and no others, or an attack that does not fit them.
+        InputError: no such dataset, only images that were trained on, or an attack that does not fit them.
     """
-    source = _Source(open_dataset(spec, root, train=False), spec, what, models.channels, options.size, progress)
+    source = _Source(open_dataset(spec, root, train=False), spec, what, models.channels, choice.size, progress)
     if not len(source):
         raise InputError(f"Expected images in {what}. Got an empty dataset.")
     learned = learned_images(models.specs, source.dataset, spec, models.channels, progress)
     kept, left_out = choose_images(
         source.dataset,
-        options.count,
-        options.choose_seed,
+        choice.count,
+        choice.choose_seed,
         default,
-        indices=None if options.indices is None else read_indices(options.indices),
-        learned=learned.finder(options.size),
+        indices=None if choice.indices is None else read_indices(choice.indices),
+        learned=learned.finder(choice.size),
     )
     clean = source.load(kept)
     tell_learned(learned, kept, left_out, len(source), what)
-    poisoned = _poisoned(options, source, clean, kept, root)
+    poisoned = _poisoned(choice, source, clean, kept, root)
     data = {
-        # never a path: results travel
-        "description": describe(spec) + (" (test split)" if spec in TORCHVISION else ""),
+        "description": describe(spec, "test"),
         "length": len(source),
         "indices": kept,
-        "size": options.size,
+        "size": choice.size,
         "trained_on_left_out": left_out,
     }
     return Images(clean.images, poisoned, data)
@@ -182,49 +194,47 @@ def _arrays(loaded: Loaded, indices: Sequence[int]) -> tuple[NDArray[np.uint8], 
     return loaded.images.permute(0, 2, 3, 1).contiguous().numpy(), labels.astype(np.int64)
 
 
-def _poisoned(
-    options: argparse.Namespace, source: _Source, clean: Loaded, indices: Sequence[int], root: str
-) -> dict[str, Tensor]:
-    specs = options.poisoned
+def _poisoned(choice: Choice, source: _Source, clean: Loaded, indices: Sequence[int], root: str) -> dict[str, Tensor]:
+    specs = choice.poisoned
     if specs is None:
         specs = list(_USUAL) if clean.images.shape[1] == 3 and min(clean.images.shape[-2:]) >= 4 else []
     elif CLEAN in specs:
         if len(specs) > 1:
-            raise InputError(f"--poisoned none stands alone. Got {' '.join(specs)}.")
+            raise InputError(f"none stands alone. Got {' '.join(specs)}.", argument="poisoned")
         specs = []
     images, labels = _arrays(clean, indices)
     part = Part(images, labels, np.asarray(indices, np.int64), max(int(labels.max()) + 1, 10), len(source))
     poisoned: dict[str, Tensor] = {}
     for spec in specs:
-        name, found = _poison(spec, options, source, part, root)
+        name, found = _poison(spec, choice, source, part, root)
         if name in poisoned:
-            raise InputError(f"--poisoned must name each set once. Got {name} twice.")
+            raise InputError(f"must name each set once. Got {name} twice.", argument="poisoned")
         poisoned[name] = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
     return poisoned
 
 
-def _poison(
-    spec: str, options: argparse.Namespace, source: _Source, part: Part, root: str
-) -> tuple[str, NDArray[np.uint8]]:
+def _poison(spec: str, choice: Choice, source: _Source, part: Part, root: str) -> tuple[str, NDArray[np.uint8]]:
     """A name for people, and the images of a part as an attack, a file or a dataset has them."""
     if is_spec(spec):
         attack = parse(spec)
         if attack.file is None and part.images.shape[3] != 3:
-            raise InputError(f"{spec} poisons colour images. Got 1 channel: give --poisoned none.")
-        run = {"device": getattr(options, "device", "cpu"), "progress": source.progress}
-        found = poison_part(attack, part, source.arrays, options.seed, **run)
+            raise InputError(f"must be none for images of 1 channel. Got {spec}.", argument="poisoned")
+        run = {"device": choice.device, "progress": source.progress}
+        found = poison_part(attack, part, source.arrays, choice.seed, **run)
         return (attack.label if attack.file is None else attack.file.name), found.images
     dataset = open_dataset(spec, root, train=False)
     if (got := len(dataset)) != part.length:  # type: ignore[arg-type]
         raise InputError(
-            f"--poisoned must have the {part.length} images of {source.what} in the same order. Got {got} in {spec}."
+            f"must have the {part.length} images of {source.what} in the same order. Got {got} in {spec}.",
+            argument="poisoned",
         )
     chosen = part.positions.tolist()
-    images, _ = _arrays(load(dataset, chosen, source.channels, source.size, what="--poisoned"), chosen)
+    images, _ = _arrays(load(dataset, chosen, source.channels, source.size, what="the poisoned images"), chosen)
     if images.shape != part.images.shape:
         raise InputError(
-            f"--poisoned must have the images of {source.what}, {part.images.shape[1:]} (H, W, C). Got "
-            f"{images.shape[1:]} in {spec}."
+            f"must have the images of {source.what}, {part.images.shape[1:]} (H, W, C). Got {images.shape[1:]} in "
+            f"{spec}.",
+            argument="poisoned",
         )
     check(Poisoned.of(images, part.labels, spec), part)  # other images, or another order
     return (Path(spec).name if Path(spec).exists() else spec), images

@@ -1,0 +1,57 @@
+"""Show how far a measurement is, write its results to --out, and print them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from purifyloader.results.folder import write_files
+from purifyloader.results.values import to_json
+
+__all__ = ["calls_bar", "report"]
+
+
+@contextmanager
+def calls_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of network calls; the function that it yields takes the calls just made, and those of all work."""
+    with tqdm(unit="calls", disable=not shown, leave=False) as bar:
+
+        def progress(calls: int, total: int) -> None:
+            bar.total = total
+            bar.update(calls)
+
+        yield progress
+
+
+def report(
+    options: argparse.Namespace,
+    results: Mapping[str, Any],
+    table: Iterable[str],
+    files: tuple[str, str],
+    draw: Callable[[Path], object],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write results to --out, and print them: as JSON with --json, else as the lines of a table.
+
+    The files come first, for results may be printed to a pipe that was closed.
+
+    Args:
+        files: names of the JSON file and of the picture.
+        draw: writes the picture to a path.
+        texts: name and content of other files.
+    """
+    text, (json_file, picture_file) = to_json(results), files
+    lines = []
+    if options.out is not None:
+        written = write_files(options.out, {**(texts or {}), json_file: text}, picture_file, draw)
+        lines = [f"{'picture' if path.name == picture_file else 'results'}: {path}" for path in written.paths]
+        lines += [written.note] if written.note else []
+    print(text if options.json else "\n".join([*table, ""]), end="")
+    if lines:
+        print("\n".join(lines), file=sys.stderr if options.json else sys.stdout)

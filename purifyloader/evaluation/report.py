@@ -1,0 +1,68 @@
+"""Report an evaluation as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from purifyloader.results.table import plain
+
+__all__ = ["table"]
+
+
+def table(results: Mapping[str, Any]) -> Iterator[str]:
+    """List the lines that the command prints."""
+    model, images, settings, levels = (results[key] for key in ("model", "images", "settings", "levels"))
+    calls = "one network call" if settings["steps"] == 1 else f"{settings['steps']} network calls"
+    size = " × ".join(str(side) for side in reversed(images["shape"][1:]))
+    yield (
+        f"{model['name'] or 'A denoiser'}, weights {model['weights_sha256'][:12]}: {images['count']:,} images of "
+        f"{results['data']['description']}, {size} px, {calls} an image"
+    )
+    yield ""
+    yield "PSNR in dB (± standard error)"
+    heads = [("denoiser", "denoiser"), ("one_call", "one call"), ("noised", "as it is"), ("jpeg10", "JPEG-10")]
+    heads = [(key, head) for key, head in heads if key in levels[0]["psnr_db"]]
+    rows = []
+    for level in levels:
+        cells = []
+        for key, _ in heads:
+            value = level["psnr_db"][key]
+            spread = f" ± {value['standard_error']:.2f}" if key == "denoiser" and value["standard_error"] else ""
+            cells.append(f"{value['mean']:.2f}{spread}")
+        rows.append([f"{level['sigma_px']:.3g} px", *cells])
+    yield from plain(["noise", *(head for _, head in heads)], rows)
+    if settings["calibrate"]:
+        yield ""
+        yield from _calibration(levels)
+    if levels[0]["poisoned"]:
+        yield ""
+        yield "Poisoned: RMS removed (px), share of the pattern left, and whether the removed energy tells poison (AUC)"
+        names = list(levels[0]["poisoned"])
+        heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
+        rows = []
+        for level in levels:
+            cells = [f"{level['removed_px']['mean']:.2f}"]
+            for name in names:
+                found = level["poisoned"][name]
+                cells.append(f"{found['removed_px']['mean']:.2f}")
+                cells += [f"{found['remaining']['mean']:.3f}", f"{found['auc']:.3f}"]
+            rows.append([f"{level['sigma_px']:.3g} px", *cells])
+        yield from plain(["noise", "from clean", *heads_], rows)
+
+
+def _calibration(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield "Calibration: RMS error of one call and the one it claims (px); a ratio above 1 is too sure of itself"
+    rows = []
+    for level in levels:
+        measured = level["calibration"]
+        ratio = measured["error_over_claimed"]["mean"]
+        rows.append(
+            [
+                f"{level['sigma_px']:.3g} px",
+                f"{measured['error_px']:.2f}",
+                "-" if measured["claimed_px"] is None else f"{measured['claimed_px']:.2f}",
+                "-" if ratio is None else f"{ratio:.3f}",
+            ]
+        )
+    yield from plain(["noise", "error", "claimed", "ratio"], rows)
