@@ -93,7 +93,8 @@ INTEGRATIONS = [
 @pytest.mark.parametrize("words", INTEGRATIONS, ids=lambda words: " ".join(map(str, words)))
 def test_integrations(words):
     """Other people's containers, each in a script of its own. What other libraries warn of fails nothing."""
-    out = run(f"integrations/{words[0]}_training.py", "--images", 16, "--epochs", 2, *words[1:], warnings=None)
+    images = 128 if words[0] == "timm" else 16  # timm's loader drops a batch that is not full
+    out = run(f"integrations/{words[0]}_training.py", "--images", images, "--epochs", 2, *words[1:], warnings=None)
     assert re.findall(r"epoch (\d): loss \d+\.\d+ -> \d+\.\d+ over 1 steps", out) == ["0", "1"]
 
 

@@ -339,11 +339,13 @@ class CacheWriter:
         with _writing(self.folder / fmt.INDEX_FILE):
             fmt.write_index(self.folder, index)
 
-    def tidy(self) -> None:
+    def tidy(self, index_lock: Lock) -> None:
         """Remove the hidden files of runs that were killed, but not what another process has in work; and the plan,
         which the index has by now.
 
-        Only while holding the lock of the index.
+        Args:
+            index_lock: of the index, held. Where the file system has no locks, an index that is being written may be
+                another process's, and stays.
         """
         if self._plan_path.exists() and self._index() is not None:
             self._plan_path.unlink(missing_ok=True)
@@ -352,7 +354,8 @@ class CacheWriter:
             if match := _HIDDEN.fullmatch(path.name):
                 left.setdefault(match[1], []).append(path)
         for path in left.pop(fmt.INDEX_FILE, []):
-            path.unlink(missing_ok=True)
+            if index_lock.real:
+                path.unlink(missing_ok=True)
         for name, paths in left.items():
             lock = Lock(self.folder, name)
             if lock.acquire(wait=False) and lock.real:

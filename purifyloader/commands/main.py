@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. `{self.prog} --help` lists the options.")
+        raise InputError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
 
 
 def _overview(arguments: Sequence[str]) -> NoReturn:

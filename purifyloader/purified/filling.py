@@ -256,16 +256,16 @@ def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, no
                 crew.work([shard])
         if writer.is_finished(plan):
             if writer.has_litter():  # of this run, or of one that was killed before it could tidy up
-                with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE):  # it may be read-only by now
-                    writer.tidy()
+                with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE) as lock:  # it may be read-only by now
+                    writer.tidy(lock)
             return
-        with Lock(writer.folder, fmt.INDEX_FILE):
+        with Lock(writer.folder, fmt.INDEX_FILE) as lock:
             # asked again, for the others have waited here while the first one verified
             lacking = [] if writer.is_finished(plan) else writer.pending()
             if not lacking:
                 if not writer.is_finished(plan):
                     writer.finish(plan, notes)
-                writer.tidy()
+                writer.tidy(lock)
                 return
         crew.work(lacking)
 

@@ -59,10 +59,10 @@ class ShardsOnDemand:
             writer.check_same_device()
             make_shard(self._job, writer, shard, self._batch_size)
             if writer.present() == writer.layout.length:
-                with Lock(writer.folder, fmt.INDEX_FILE):
+                with Lock(writer.folder, fmt.INDEX_FILE) as lock:
                     if not writer.pending():
                         writer.finish(self._plan, self._notes)  # which leaves an index alone that says the same
-                        writer.tidy()
+                        writer.tidy(lock)
         path = writer.folder / shard.file
         return OpenShard(path, fmt.read_shard_header(path), np.zeros(writer.layout.draws * shard.count, np.uint8))
 

@@ -47,6 +47,7 @@ class EnergyAbove(Condition):
         ConfigError: not one of threshold and k, or no such threshold, share or batch.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> from purifyloader.purifiers import EnergyAbove
     >>> EnergyAbove(EnergyNetwork(EnergyConfig(channels=4)), k=0.5).needs_plan
     True
     """

@@ -44,6 +44,7 @@ class Langevin(NetworkPurifier):
         ConfigError: no such steps, step size, temperature, dtype or batch.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> from purifyloader.purifiers import Langevin
     >>> Langevin(EnergyNetwork(EnergyConfig(channels=4)), steps=3).calls
     3
     """

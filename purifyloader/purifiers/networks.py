@@ -103,6 +103,7 @@ class DenoiseOnce(NetworkPurifier):
         ConfigError: no such sigma, dtype or batch.
 
     >>> from purifyloader import pretrained
+    >>> from purifyloader.purifiers import DenoiseOnce
     >>> DenoiseOnce(pretrained.load("cifar10-sparse"), sigma=0.1).calls
     1
     """
@@ -160,6 +161,7 @@ class Diffuse(NetworkPurifier):
         ConfigError: not one of t and sigma, or no such level, sampler, dtype or batch.
 
     >>> from purifyloader import pretrained
+    >>> from purifyloader.purifiers import Diffuse
     >>> Diffuse(pretrained.load("cifar10-sparse"), sigma=0.1, steps=4).calls
     4
     """

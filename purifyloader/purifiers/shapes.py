@@ -30,6 +30,7 @@ class Resize(Purifier):
     Raises:
         ConfigError: no such size or crop.
 
+    >>> from purifyloader.purifiers import Resize
     >>> Resize(32, crop=32).output_shape((3, 100, 80))
     (3, 32, 32)
     """

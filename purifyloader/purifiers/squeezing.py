@@ -17,6 +17,7 @@ class Squeeze(Purifier):
 
     Each is a pure function of `purifyloader.core.corruptions`; `options` names its parameters, which are attributes.
 
+    >>> from purifyloader.purifiers import Jpeg
     >>> Jpeg(10).options
     ('quality',)
     """
@@ -34,6 +35,7 @@ class Jpeg(Squeeze):
         quality: 1 to 100.
 
     >>> import torch
+    >>> from purifyloader.purifiers import Jpeg
     >>> Jpeg(10)(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape
     torch.Size([2, 3, 8, 8])
     """
@@ -57,6 +59,7 @@ class Grayscale(Squeeze):
     """Put the brightness into all channels (image shortcut squeezing, ISS-G; Liu et al. 2023).
 
     >>> import torch
+    >>> from purifyloader.purifiers import Grayscale
     >>> x = Grayscale()(torch.rand(1, 3, 8, 8), torch.tensor([1]))
     >>> bool((x[:, 0] == x[:, 2]).all())
     True
@@ -80,6 +83,7 @@ class BitDepth(Squeeze):
         bits: of the 8 of a channel, 1 to 8.
 
     >>> import torch
+    >>> from purifyloader.purifiers import BitDepth
     >>> round(255 * float(BitDepth(2)(torch.ones(1, 3, 8, 8), torch.tensor([1])).max()))
     192
     """
@@ -108,6 +112,7 @@ class Coin(Squeeze):
         alpha: the furthest that a pixel moves along each side, in pixels.
 
     >>> import torch
+    >>> from purifyloader.purifiers import Coin
     >>> Coin(2)(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape
     torch.Size([2, 3, 8, 8])
     """
@@ -137,6 +142,7 @@ class Compensation(Purifier):
         p: probability that an image becomes grey.
         sigma: standard deviation of the noise that every image gets, in image units.
 
+    >>> from purifyloader.purifiers import Compensation
     >>> Compensation().config()
     {'kind': 'compensation', 'p': 0.4, 'sigma': 0.05, 'sigma_px': 12.75}
     """

@@ -670,7 +670,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--attack", "narcissus:trigger=/nowhere.npy,target_class=1"), "/nowhere.npy"),
         (("--attack", f"{__file__}:std=[0.2,0.2,0.2]"), "must be a whole pickle"),
         (("--defence", "prayer"), "A defence is one of none, jpeg-10"),
-        (("--defence", "jpeg-10@5"), "Only A, A\\+B, A\\+C, eclipse take a noise level"),
+        (("--defence", "jpeg-10@5"), "Only A, A\\+B, A\\+C, eclipse and the like take a noise level"),
         (("--defence", "A@0"), "a noise level above 0"),
         (("--seeds", "1", "1"), "different numbers from 0"),
         (("--train", "1000"), "36 train images. Got 1000"),

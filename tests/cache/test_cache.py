@@ -667,13 +667,14 @@ def test_tidy_removes_what_killed_runs_left_and_nothing_else(cache: Path) -> Non
         assert holder.stdout is not None
         holder.stdout.readline()
         writer = CacheWriter(cache, CONFIG, LAYOUT)
-        with Lock(cache, "index.json"):
-            writer.tidy()
+        with Lock(cache, "index.json") as lock:
+            writer.tidy(lock)
         assert set(contents(cache)) == {*before, *mine, *in_work}
     finally:
         holder.kill()
         holder.communicate()
-    writer.tidy()
+    with Lock(cache, "index.json") as lock:
+        writer.tidy(lock)
     assert set(contents(cache)) == {*before, *mine}
     assert {k: v for k, v in contents(cache).items() if k not in mine} == before
 

@@ -308,7 +308,7 @@ def test_a_settings_word(whole: Path) -> None:
     assert settings["stated"] == {"triggered": False, "learned_elsewhere": False}
     its = condition(whole, "sigma 0.25")["purifier"]
     assert its["denoiser"] == {"name": "tiny", "weights_sha256": weights_sha256(tiny_denoiser())}
-    assert its["dtype"] == "bfloat16"
+    assert its["dtype"] == "float32"
 
 
 def test_no_secret_and_no_path_is_published(whole: Path, place: Path) -> None:

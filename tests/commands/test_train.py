@@ -770,7 +770,7 @@ def test_launched_processes_that_cannot_share_a_batch_say_so(folder, small, tmp_
         (["--learning-rate", "-1"], "learning_rate must be"),
         (["--learning-rate", "inf"], "learning_rate must be"),
         (["--patch-size", "13"], "patch_size must be at most"),
-        (["--count", "0"], "choose from 1 to 30"),
+        (["--count", "0"], "an integer of 1 or more"),
         (["--count", "31"], "choose from 1 to 30"),
         (["--indices", "missing.json"], "missing.json must be a JSON list"),
         (["--config", "missing.json"], "must be a JSON file"),

@@ -323,9 +323,9 @@ def test_never_twice_in_a_dataset():
         PictureDataset(numbered(4), transform),
         torch.utils.data.Subset(PictureDataset(numbered(4), transform), [1]),
     ):
-        with pytest.raises(InputError, match="purified already, by its Purify"):
+        with pytest.raises(InputError, match="purified already, by the Purify"):
             PurifiedDataset(dataset, Counting())
-    with pytest.raises(InputError, match="purified already, by its Purify"):
+    with pytest.raises(InputError, match="purified already, by the Purify"):
         PurifiedDataset(PictureDataset(numbered(4)), Counting(), transform=Purify(Counting()))
 
 
