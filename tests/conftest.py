@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 import pytest
@@ -20,9 +20,17 @@ pytest_plugins = ["tests.cpu"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_thread_from_the_start() -> None:
     """Tests share two cores with their own worker processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> Generator[None]:
+    """A command that a test runs in this process sets its threads, which change the last bits of what comes after."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 def tiny_network(channels: int = 3, learned_variance: bool = False, seed: int = 0) -> UNet:
