@@ -56,7 +56,7 @@ class Bench:
         data: clean; what the defences' models learned from must not be in it. A poison file is of all the images that
             there were before some were chosen, and the same are chosen of it.
         models: that the defences use.
-        victim: of `victims.VICTIMS`.
+        victim: of `victims.presets.VICTIMS`.
         training: of `TRAININGS`.
         work: folder of poisoned sets, purified caches and extractors, which rows share and a stopped run goes on in.
         attack_seed: of what an attack draws. The poison, the purification and the test images are the same for all

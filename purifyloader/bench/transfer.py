@@ -55,7 +55,7 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
     Args:
         path: of its weights, a .safetensors file, named after all that decides them.
         data: whose training images it learns from.
-        network: one of `victims.VICTIMS`.
+        network: one of `victims.presets.VICTIMS`.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

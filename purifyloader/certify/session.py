@@ -29,9 +29,10 @@ from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core.devices import device_of_process
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import describe, open_dataset
+from purifyloader.datasets.names import DATA
 from purifyloader.datasets.samples import fields
 from purifyloader.datasets.select import label_of, load_images
-from purifyloader.datasets.splits import DATA, Data, load
+from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes

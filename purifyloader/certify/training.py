@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from purifyloader.certify.protocols import DenoisedSet
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.weights import weights_sha256
-from purifyloader.victims.networks import VICTIMS, resnet9, victim
+from purifyloader.victims.networks import resnet9, victim
+from purifyloader.victims.presets import VICTIMS
 from purifyloader.victims.training import Normalised, train_victim
 
 __all__ = ["SmallNetwork", "Training", "with_classes"]
@@ -45,7 +46,7 @@ class Training:
     of threads, on the CPU, the same set and seed give the same network.
 
     Attributes:
-        network: of `purifyloader.victims.networks.VICTIMS`; None for a ResNet-9 of `width`.
+        network: of `purifyloader.victims.presets.VICTIMS`; None for a ResNet-9 of `width`.
         width: of that.
         pool: images are averaged over squares of so many pixels, after the crop; 1 leaves them.
         pad: furthest that a crop moves, in pixels of the images as they are. So short a training wants little: 4 in

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.commands.options import add_device, add_dtype, add_models, add_processes, add_quiet, given, is_fast
+from purifyloader.datasets.names import DATA
 from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="sample",
         metavar="NAME",
-        help="sample, cifar10, cifar100, tiny-imagenet, imagefolder, or package.module:function that returns a "
-        "training and a test set (default: sample)",
+        help=f"{', '.join(DATA)}, or package.module:function that returns a training and a test set (default: sample)",
     )
     data("--root", type=Path, help="where the data are (default: examples/data for the sample, else data)")
     data("--train", type=int, metavar="N", help="so many training images, drawn at random (default: all)")

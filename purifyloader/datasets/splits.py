@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from purifyloader.core import noise
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
+from purifyloader.datasets.names import DATA
 from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import InputError
 
-__all__ = ["DATA", "Data", "load"]
+__all__ = ["Data", "load"]
 
-DATA = ("sample", "cifar10", "cifar100", "tiny-imagenet", "imagefolder")
 _VALIDATION = ("test", "val", "valid", "validation")
 _DRAW = {"train": 0, "test": 1}
 

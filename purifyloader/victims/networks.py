@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,9 +9,9 @@ from torchvision import models
 
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError
+from purifyloader.victims.presets import VICTIMS
 
 __all__ = [
-    "VICTIMS",
     "ResNet9",
     "UNetClassifier",
     "densenet121",
@@ -155,19 +153,6 @@ def unet(classes: int = 10, channels: int = 16) -> UNetClassifier:
     return UNetClassifier(classes, config).to(memory_format=torch.channels_last)
 
 
-VICTIMS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet9": lambda classes: resnet9(classes),
-    "resnet9-64": lambda classes: resnet9(classes, 64),
-    "resnet18": resnet18,
-    "vgg19": vgg19,
-    "densenet121": densenet121,
-    "mobilenet-v2": mobilenet_v2,
-    "unet": lambda classes: unet(classes),
-    "unet-128": lambda classes: unet(classes, 128),
-}
-"""Networks for colour images of 32 x 32 and about, by name."""
-
-
 def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
     """Return the input of a network's last linear layer, (B, F); a gradient goes through."""
     head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
@@ -188,7 +173,9 @@ def victim(name: str, classes: int = 10) -> nn.Module:
     """
     if name not in VICTIMS:
         raise ConfigError(f"A victim is one of {', '.join(VICTIMS)}. Got {name!r}.")
-    return VICTIMS[name](classes)
+    function, arguments = VICTIMS[name]
+    network: nn.Module = globals()[function](classes, *arguments)
+    return network
 
 
 def _check_classes(classes: int) -> None:

@@ -1,10 +1,24 @@
-"""Settings of victims' training, by name: from nothing, or from an extractor that has learned from clean images."""
+"""Name the victims, and the settings of their training: from nothing, or from an extractor that has learned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EXTRACTOR", "TRAININGS", "Training", "Transfer"]
+__all__ = ["EXTRACTOR", "TRAININGS", "VICTIMS", "Training", "Transfer"]
+
+VICTIMS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "resnet9": ("resnet9", ()),
+    "resnet9-64": ("resnet9", (64,)),
+    "resnet18": ("resnet18", ()),
+    "vgg19": ("vgg19", ()),
+    "densenet121": ("densenet121", ()),
+    "mobilenet-v2": ("mobilenet_v2", ()),
+    "unet": ("unet", ()),
+    "unet-128": ("unet", (128,)),
+}
+"""Networks for colour images of about 32 x 32, by name: a function of `victims.networks`, its arguments after classes.
+
+They are named here, and not imported, so that a help text needs no torch."""
 
 
 @dataclass(frozen=True)

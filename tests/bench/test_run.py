@@ -29,8 +29,8 @@ from purifyloader.poisons.spec import AttackSpec
 from purifyloader.pretrained.learned import check_disjoint, learned_from, training_details
 from purifyloader.purifiers import Coin
 from purifyloader.results import rows
-from purifyloader.victims.networks import VICTIMS, victim
-from purifyloader.victims.presets import TRAININGS
+from purifyloader.victims.networks import victim
+from purifyloader.victims.presets import TRAININGS, VICTIMS
 from purifyloader.victims.training import accuracy, train_victim
 from tests import processes
 from tests.conftest import tiny_denoiser
@@ -716,12 +716,13 @@ def test_a_poison_is_not_called_as_clean_data_are(folder, tmp_path, capsys):
 
 
 def test_tiny_imagenet_has_a_denoiser_of_its_kind():
-    from purifyloader.commands.bench import SCALES, _models
+    from purifyloader.bench.scales import SCALES
+    from purifyloader.commands.bench import _settings
 
     for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):
-        assert _models(parse(["bench", "--out", "o", "--data", data])[2]).denoiser == name
+        assert _settings(parse(["bench", "--out", "o", "--data", data])[2], 0).models.denoiser == name
     given = parse(["bench", "--out", "o", "--data", "tiny-imagenet", "--denoiser", "cifar10-sparse"])[2]
-    assert _models(given).denoiser == "cifar10-sparse"
+    assert _settings(given, 0).models.denoiser == "cifar10-sparse"
     assert all("eclipse@25" in scale.defences for scale in SCALES.values())
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned
-from purifyloader.victims.networks import VICTIMS
+from purifyloader.victims.presets import VICTIMS
 
 __all__ = [
     "AdversarialSettings",
@@ -36,7 +36,7 @@ class AttackSettings:
         epsilon: largest perturbation in that norm, in units of [0, 1] images; None is 8/255, and 1 for l2.
         steps: of projected gradient descent.
         step: length of each, as a share of epsilon.
-        network: the surrogate, one of `bench.victims.VICTIMS`.
+        network: the surrogate, one of `victims.presets.VICTIMS`.
         width: of a resnet9.
         batch_size: images a step of training, and of descent.
         lr: learning rate of the surrogate; momentum, weight_decay: of its SGD.
