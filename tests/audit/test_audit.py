@@ -532,7 +532,7 @@ def test_files_known_to_be_poisoned_may_be_named(model, tmp_path, capsys):
         ("0.png\nb.png\nc.png", None, r"such as '000.png'. Got '0.png', which is none of them, and 2 more\."),
         ('["000.png", "x"]', None, r"Got 'x', which is none of them\."),
         ("000.png\n000.png", None, "each image once. Got '000.png' more than once"),
-        ('["000.png"]', CLEAN, "where --data is a folder of images. Got '000.png', .* list of indices"),
+        ('["000.png"]', CLEAN, "where the data is a folder of images. Got '000.png', .* list of indices"),
         ("[1, 1, 2]", None, "each index once. Got 1 more than once \\(3 entries for 2 indices\\): leave the copies"),
         ("[]", None, "Got an empty list"),
         ('[1, "000.png"]', None, "Got '000.png' in it"),

@@ -94,7 +94,7 @@ def test_a_model_that_does_not_say_is_warned_of(command, folder, models, capsys)
 
 def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models, capsys):
     """What a user wants to know about, `audit --data` and `tune --data`, stays whole."""
-    assert cli.main(["audit", "energy", "--model", str(models / "energy"), "--data", str(folder), *QUICK]) == 0
+    assert cli.main(["audit", "energy", "--energy", str(models / "energy"), "--data", str(folder), *QUICK]) == 0
     said = capsys.readouterr()
     assert (json.loads(said.out)["data"]["count"], json.loads(said.out)["data"]["trained_on"]) == (12, 7)
     assert "was trained on 7 of the 12 images in --data" in said.err
