@@ -97,7 +97,7 @@ def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models
     assert cli.main(["audit", "energy", "--energy", str(models / "energy"), "--data", str(folder), *QUICK]) == 0
     said = capsys.readouterr()
     assert (json.loads(said.out)["data"]["count"], json.loads(said.out)["data"]["trained_on"]) == (12, 7)
-    assert "was trained on 7 of the 12 images in --data" in said.err
+    assert "was trained on 7 of the 12 images in the data" in said.err
     clean = pngs(models / "clean", load_sample(SAMPLE, "test")[0][20:32])
     words = ["tune", "--model", str(models / "denoiser"), "--sigma-px", "25", "--poisoned", "ar", "--clean", str(clean)]
     assert cli.main([*words, "--data", str(folder), *QUICK]) == 0
