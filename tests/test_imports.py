@@ -253,9 +253,10 @@ def test_library_code_knows_no_option_of_the_command_line():
     """An error of the library names its argument; `commands` makes an option of it. Whole command lines may stand."""
     violations: dict[str, str] = defaultdict(str)
     for name, path in modules().items():
-        if LEVEL[room(name)] >= LEVEL["commands"]:
+        source = path.read_text("utf-8")
+        if LEVEL[room(name)] >= LEVEL["commands"] or "--" not in source:
             continue
-        for line, text in strings(ast.parse(path.read_text("utf-8"))):
+        for line, text in strings(ast.parse(source)):
             options = re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
             if options and not re.search(r"purifyloader [a-z]", text):
                 violations[name] += f"{name}, line {line}: {', '.join(options)}\n"
@@ -267,6 +268,8 @@ def test_one_purifier_is_named_in_four_files():
     named = {}
     for name, path in modules().items():
         source = path.read_text("utf-8")
+        if "coin" not in source.lower():
+            continue
         tree = ast.parse(source)
         passed_on = {
             line
