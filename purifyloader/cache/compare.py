@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.reader import CacheReader
+from purifyloader.core.checks import check_integer
 from purifyloader.errors import InputError
 
 __all__ = ["Comparison", "compare"]
@@ -22,45 +23,28 @@ _ALL = 1_000_000  # lines: more than any configuration has
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two caches differ. Levels are of 0 to 255; the second cache minus the first.
+    """The differences of two caches. Levels are of 0 to 255, the second cache minus the first.
 
-    Attributes:
-        same_fingerprint: made by the same configuration from the same source on the same kind of device.
-        differences: of what the fingerprints are taken of, a line each: "config.seed: 0 → 1".
-        samples: of each cache.
-        compared: samples that both have: the first ones, index by index.
-        sources_differ: of these, how many were made from different images; None where a cache does not say.
-        targets_differ: and how many from different targets.
-        plans_differ: one was planned otherwise than the other, or has other suspects or corrected labels.
-        sizes_differ: of these, how many have different shapes in the two; all below is of the others.
-        identical: share of images that are the same in every pixel; None where no image could be compared,
-            here and below.
-        pixels_changed: share of pixels that differ in at least one channel.
-        mean_abs: mean absolute difference, in levels, over all channels.
-        max_abs: largest difference, in levels.
-        psnr: over all pixels together, in dB; None also where all are the same.
-        mean_difference: mean signed difference of each channel, in levels, by the mode of the images.
-        most_different: the index with the largest mean squared difference; None where all are the same.
+    Figures of pixels are over samples of equal size, and None where there are none of these.
     """
 
-    same_fingerprint: bool
-    differences: tuple[str, ...]
-    samples: tuple[int, int]
-    compared: int
-    sources_differ: int | None
-    targets_differ: int | None
-    plans_differ: bool
-    sizes_differ: int
-    identical: float | None
-    pixels_changed: float | None
-    mean_abs: float | None
-    max_abs: int | None
-    psnr: float | None
-    mean_difference: dict[str, list[float]]
-    most_different: int | None
+    same_fingerprint: bool  # made by one configuration from one source on one kind of device
+    differences: tuple[str, ...]  # of what the fingerprints are taken of, a line each: "config.seed: 0 → 1"
+    samples: tuple[int, int]  # of each cache
+    compared: int  # samples that both have: the first ones, index by index
+    sources_differ: int | None  # of these, made from different images; None where a cache does not say
+    targets_differ: int | None  # and from different targets
+    plans_differ: bool  # planned otherwise, or with other suspects or corrected labels
+    sizes_differ: int  # of those compared, how many have different shapes in the two
+    identical: float | None  # share of images that are the same in every pixel
+    pixels_changed: float | None  # share of pixels that differ in at least one channel
+    mean_abs: float | None  # mean absolute difference, in levels, over all channels
+    max_abs: int | None  # largest difference, in levels
+    psnr: float | None  # over all pixels together, in dB; None also where all are the same
+    mean_difference: dict[str, list[float]]  # signed, of each channel, in levels, by the mode of the images
+    most_different: int | None  # index with the largest mean squared difference; None where all are the same
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
         return asdict(self)
 
     def in_words(self) -> Iterator[str]:
@@ -97,8 +81,6 @@ class Comparison:
 
 
 class _Sums:
-    """Exact integers, over images of equal size."""
-
     def __init__(self) -> None:
         self.images = self.identical = self.pixels = self.changed = 0
         self.values = self.absolute = self.squared = self.largest = 0
@@ -129,19 +111,13 @@ class _Sums:
 def compare(
     a: CacheReader, b: CacheReader, *, draw: int = 0, seen: Callable[[int], object] = lambda count: None
 ) -> Comparison:
-    """Compare two caches, sample by sample; holds one image of each.
+    """Compare a draw of two caches, sample by sample; holds one image of each.
 
-    Args:
-        draw: which draw, of both.
-        seen: told how many samples more are compared.
-
-    Raises:
-        InputError: a cache has no such draw.
-        CacheError: an image is damaged.
+    `seen` is called with how many samples more are compared. Raises `InputError` where a cache has no such draw,
+    `CacheError` where an image is damaged.
     """
     draws = min(a.draws, b.draws)
-    if not isinstance(draw, int) or isinstance(draw, bool) or not 0 <= draw < draws:
-        raise InputError(f"draw must be from 0 to {draws - 1}, which both caches have. Got {draw!r}.")
+    check_integer("draw", draw, 0, draws - 1, unit="which both caches have", error=InputError)
     compared = min(len(a), len(b))
     sources = targets = None
     hashes = a.source_hashes(), b.source_hashes()

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,47 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.core.checks import check_choice, check_integer
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_text
 
-__all__ = [
-    "ENCODED",
-    "FORMAT",
-    "INDEX_FILE",
-    "METADATA",
-    "PLAN_FILE",
-    "SHARD_FILE",
-    "SHARD_SIZE",
-    "TENSOR",
-    "VERSION",
-    "WHERE",
-    "Index",
-    "Layout",
-    "OtherVersionError",
-    "Plan",
-    "Shard",
-    "ShardEntry",
-    "ShardHeader",
-    "ShardValues",
-    "check_guard",
-    "differences",
-    "fingerprint",
-    "index_values",
-    "own_sha256",
-    "parse_index",
-    "plain",
-    "plan_in_words",
-    "read_index",
-    "read_plan",
-    "read_shard_header",
-    "reading",
-    "shard_hashes",
-    "shard_metadata",
-    "shards_of",
-    "source_sha256",
-    "write_index",
-    "write_plan",
-]
+# There is no __all__: users take the module as a namespace, `fmt`, and names for this file begin with an underscore.
 
 FORMAT = "purifyloader-cache"
 VERSION = 2
@@ -69,6 +34,7 @@ ENCODED = "encoded"
 METADATA = "purifyloader"  # one key only: safetensors writes two in random order
 ENCODINGS = ("raw", "png")
 
+_ABSENT = object()
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 _REINDEX = f"Delete {INDEX_FILE} and precompute into this folder again: shards that verify are kept"
 _AGAIN = "Precompute into this folder again: it will be made anew, and the shards that verify are kept"
@@ -98,13 +64,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset is cut into files; it decides no pixel.
+    """A dataset cut into files; it decides no pixel.
 
     Attributes:
         length: images of the dataset.
         shard_size: images of a full shard.
         draws: independent purifications of each image.
-        encoding: "raw", images of one size as they are, or "png", images of any sizes.
+        encoding: "raw" for images of one size, or "png" for any.
 
     >>> from purifyloader.cache import Layout
     >>> [shard.count for shard in Layout(length=2500, shard_size=1024).shards]
@@ -118,15 +84,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("length", "shard_size", "draws"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a positive integer. Got {value!r}.")
-        if self.encoding not in ENCODINGS:
-            raise InputError(f"encoding must be one of {', '.join(ENCODINGS)}. Got {self.encoding!r}.")
+            check_integer(name, getattr(self, name), 1, error=InputError)
+        check_choice("encoding", self.encoding, ENCODINGS, error=InputError)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        return shards_of(self.length, self.shard_size)
+        starts = range(0, self.length, self.shard_size)
+        return tuple(Shard(n, at, min(self.shard_size, self.length - at)) for n, at in enumerate(starts))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,48 +98,28 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class ShardValues:
-    """What a shard holds beside its images.
+    """A shard holds these beside its images."""
 
-    Attributes:
-        image_types: how each image was held: "pil/uint8/3" is container, dtype and dimensions; one an
-            image, or one string for all.
-        sample: how a sample is put together, see `purifyloader.datasets.samples.structure_of`; None with `targets`.
-        targets: the other fields of each sample, as `purifyloader.cache.values` writes them; None where
-            they are not stored.
-        source: 64-bit hashes of each source image and of its targets, (count, 2); None if not taken.
-        made: device kind and versions.
-    """
-
-    image_types: str | tuple[str, ...]
-    sample: dict[str, Any] | None
-    targets: list[Any] | None
-    source: NDArray[np.uint64] | None
-    made: dict[str, Any]
+    image_types: str | tuple[str, ...]  # "pil/uint8/3" is container, dtype, dimensions: one an image, or one for all
+    sample: dict[str, Any] | None  # how a sample is put together, as `samples.structure_of` says; None with `targets`
+    targets: list[Any] | None  # its other fields, as `purifyloader.cache.values` writes them; None if not stored
+    source: NDArray[np.uint64] | None  # hashes of each source image and of its targets, (count, 2); None if not taken
+    made: dict[str, Any]  # kind of device and versions
 
 
 @dataclass(frozen=True, eq=False)
 class ShardHeader(ShardValues):
-    """What a shard's file says about itself: the values beside its images, and
-
-    Attributes:
-        shard, layout, config: what it is part of.
-        image_shape: (H, W, C) of all images, None where they are encoded.
-        sizes: bytes of each encoded row.
-        crc32: of each row, as stored.
-        tensor_sha256: of the tensor's bytes.
-        sha256: by which the header guards itself.
-        offset: of the tensor's first byte in the file.
-    """
+    """A shard's file says this about itself."""
 
     shard: Shard
     layout: Layout
     config: dict[str, Any]
-    image_shape: tuple[int, int, int] | None
-    sizes: NDArray[np.int64] | None
-    crc32: NDArray[np.uint32]
+    image_shape: tuple[int, int, int] | None  # (H, W, C) of all images; None where they are encoded
+    sizes: NDArray[np.int64] | None  # bytes of each encoded row
+    crc32: NDArray[np.uint32]  # of each row, as stored
     tensor_sha256: str
-    sha256: str
-    offset: int
+    sha256: str  # by which the header guards itself
+    offset: int  # of the tensor's first byte in the file
 
     @property
     def file_size(self) -> int:
@@ -187,35 +131,24 @@ class ShardHeader(ShardValues):
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says about a shard.
-
-    Attributes:
-        sha256: of the whole file.
-        header: by which its metadata guards itself, so that opening a cache need not hash the images.
-    """
+    """The index says this about a shard."""
 
     file: str
     count: int
-    sha256: str
-    header: str
+    sha256: str  # of the whole file
+    header: str  # the header's own sha256, so that opening a cache need not hash the images
 
 
 @dataclass(frozen=True)
 class Index:
-    """index.json.
+    """The content of index.json."""
 
-    Attributes:
-        identity: what the cache is, and what the fingerprint is the SHA-256 of.
-        made: how many shards were made with which device kind and versions.
-        notes: for people, and decides nothing.
-    """
-
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # the fingerprint is its SHA-256
     layout: Layout
     image_shape: tuple[int, int, int] | None
     shards: tuple[ShardEntry, ...]
-    made: tuple[dict[str, Any], ...] = ()
-    notes: dict[str, Any] | None = None
+    made: tuple[dict[str, Any], ...] = ()  # how many shards were made with which kind of device and versions
+    notes: dict[str, Any] | None = None  # for people; they decide nothing
     plan: dict[str, Any] | None = None
 
     @property
@@ -229,26 +162,16 @@ class Index:
 
 @dataclass(frozen=True)
 class Plan:
-    """plan.json: which images an unfinished cache purifies, until its index says so.
-
-    Attributes:
-        config, length: of the cache that it is part of.
-        device: the kind that it was made on.
-        found: what `purifyloader.purified.plans` found, with conditions and a sanitation.
-    """
+    """The content of plan.json: which images an unfinished cache purifies, until its index says so."""
 
     config: dict[str, Any]
     length: int
-    device: str
-    found: dict[str, Any]
+    device: str  # the kind that it was made on
+    found: dict[str, Any]  # as `purifyloader.purified.plans` writes it: conditions, and a sanitation
 
 
 def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` as JSON gives it back: tuples are lists, keys are strings.
-
-    Raises:
-        ConfigError: it is no JSON object; NaN is not JSON.
-    """
+    """Return `value` as JSON gives it back: tuples are lists, keys are strings. `ConfigError` for no JSON object."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a JSON object (a dict). Got {type(value).__name__}.")
     try:
@@ -271,7 +194,7 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20) -> str:
-    """The keys in which two configurations differ, a line each: `recipe.steps: 4 → 8`."""
+    """List the keys in which two configurations differ, a line each: `recipe.steps: 4 → 8`."""
     lines: list[str] = []
 
     def visit(a: Any, b: Any, path: str) -> None:
@@ -279,7 +202,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20)
             for key in sorted({*a, *b}):
                 visit(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{path}.{key}" if path else key)
             return
-        was, is_now = (str(v) if v is _ABSENT else canonical_json(v) for v in (a, b))
+        was, is_now = ("absent" if v is _ABSENT else canonical_json(v) for v in (a, b))
         if was != is_now:
             lines.append(f"  {path}: {_short(was)} → {_short(is_now)}")
 
@@ -289,22 +212,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 20)
     return "\n".join(lines)
 
 
-class _Absent:
-    def __str__(self) -> str:
-        return "absent"
-
-
-_ABSENT = _Absent()
-
-
 def _short(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def shards_of(length: int, shard_size: int) -> tuple[Shard, ...]:
-    """How `length` images are cut up: full shards, the last one shorter."""
-    starts = range(0, length, shard_size)
-    return tuple(Shard(n, start, min(shard_size, length - start)) for n, start in enumerate(starts))
 
 
 def shard_metadata(
@@ -317,7 +226,7 @@ def shard_metadata(
     sizes: Sequence[int] | None,
     tensor_sha256: str,
 ) -> str:
-    """The canonical JSON that stands in a shard's header."""
+    """Write the canonical JSON that stands in a shard's header."""
     types, source = values.image_types, values.source
     metadata = {
         "format": FORMAT,
@@ -337,11 +246,11 @@ def shard_metadata(
         "made": values.made,
         "tensor_sha256": tensor_sha256,
     }
-    return _guarded(metadata)
+    return canonical_json(guarded(metadata))
 
 
 def _hex_words(words: NDArray[np.uint64]) -> str:
-    """64-bit words, big endian, 16 hex digits each."""
+    """Write 64-bit words, big endian, 16 hex digits each."""
     return words.astype(">u8").tobytes().hex()
 
 
@@ -354,7 +263,7 @@ def _words(text: str, count: int) -> NDArray[np.uint64]:
 
 @contextmanager
 def reading(path: Path, what: str, again: str) -> Iterator[None]:
-    """Turn what goes wrong when a file is read into a `CacheError`; that there is none is the caller's to explain."""
+    """Raise `CacheError` for what goes wrong as a file is read; that there is none is the caller's to explain."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -368,9 +277,7 @@ def reading(path: Path, what: str, again: str) -> Iterator[None]:
 def check_guard(values: Any, path: Path, kind: str = FORMAT, version: int = VERSION) -> None:
     """Check the format, version and hash that a header, an index, a plan or a manifest says of itself.
 
-    Raises:
-        ValueError: it is of another format, or edited.
-        OtherVersionError: it is of another version.
+    Raises `ValueError` for another format or an edit, `OtherVersionError` for another version.
     """
     if values["format"] != kind:
         raise ValueError(f"its format is {values['format']!r}, not {kind!r}")
@@ -379,19 +286,26 @@ def check_guard(values: Any, path: Path, kind: str = FORMAT, version: int = VERS
             f"{path} must be of version {version}. Got version {values['version']!r}. "
             "Use the purifyloader that wrote it, or delete the folder and precompute again."
         )
-    if values["sha256"] != own_sha256(values):
+    if values["sha256"] != guarded(values)["sha256"]:
         raise ValueError("its content does not have its sha256")
 
 
-def _guarded(values: Mapping[str, Any]) -> str:
-    return canonical_json({**values, "sha256": own_sha256(values)})
+def counted_makings(headers: Iterable[ShardHeader]) -> tuple[dict[str, Any], ...]:
+    """List each different `made`, and how many shards were made so."""
+    counts = Counter(canonical_json(header.made) for header in headers)
+    return tuple({**json.loads(text), "shards": count} for text, count in sorted(counts.items()))
+
+
+def guarded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the hash of all the rest, which `check_guard` checks."""
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}
 
 
 def read_shard_header(path: Path) -> ShardHeader:
-    """A shard's header, checked against itself and against the size of the file. Reads no images.
+    """Read a shard's header, checked against itself and the size of the file; reads no images.
 
-    Raises:
-        CacheError: the file is missing, truncated, not a shard, or of another version.
+    Raises `CacheError` for a file that is missing, truncated, no shard, or of another version.
     """
     try:
         with reading(path, "shard", _AGAIN):
@@ -446,7 +360,7 @@ def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) ->
 
 
 def shard_hashes(path: Path, offset: int) -> tuple[str, str]:
-    """SHA-256 of a shard's tensor, which starts at byte `offset`, and of its whole file."""
+    """Return the SHA-256 of a shard's tensor, which starts at byte `offset`, and of its whole file."""
     with open(path, "rb") as file:
         head = file.read(offset)
         tensor, whole = hashlib.sha256(), hashlib.sha256(head)
@@ -457,34 +371,29 @@ def shard_hashes(path: Path, offset: int) -> tuple[str, str]:
 
 
 def source_sha256(hashes: NDArray[np.uint64] | None) -> dict[str, str] | None:
-    """The identity of a source: SHA-256 over the 64-bit hashes of all its images, and of all their targets."""
+    """Identify a source: SHA-256 over the 64-bit hashes of all its images, and of all their targets."""
     if hashes is None:
         return None
     images, targets = (hashlib.sha256(hashes[:, i].astype(">u8").tobytes()).hexdigest() for i in (0, 1))
     return {"images": images, "targets": targets}
 
 
-def own_sha256(values: Mapping[str, Any]) -> str:
-    """The hash by which an index, a header or a manifest guards itself: of all but the hash."""
-    rest = {key: value for key, value in values.items() if key != "sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
-
-
 def index_values(index: Index) -> dict[str, Any]:
-    """index.json as JSON: the inverse of `parse_index`."""
-    values = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": index.fingerprint,
-        "identity": index.identity,
-        "layout": index.layout.to_dict(),
-        "image_shape": None if index.image_shape is None else list(index.image_shape),
-        "shards": [asdict(entry) for entry in index.shards],
-        "made": list(index.made),
-        "notes": index.notes,
-        "plan": index.plan,
-    }
-    return {**values, "sha256": own_sha256(values)}
+    """Write index.json as JSON: the inverse of `parse_index`."""
+    return guarded(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": index.fingerprint,
+            "identity": index.identity,
+            "layout": index.layout.to_dict(),
+            "image_shape": None if index.image_shape is None else list(index.image_shape),
+            "shards": [asdict(entry) for entry in index.shards],
+            "made": list(index.made),
+            "notes": index.notes,
+            "plan": index.plan,
+        }
+    )
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -492,11 +401,9 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """index.json of a cache, checked against itself.
+    """Read index.json of a cache, checked against itself.
 
-    Raises:
-        FileNotFoundError: there is none; what that means is the caller's to say.
-        CacheError: it is damaged, not the index of a cache, or of another version.
+    Raises `FileNotFoundError` where there is none, `CacheError` where it is damaged, foreign or of another version.
     """
     path = folder / INDEX_FILE
     with reading(path, "index", _REINDEX):
@@ -509,11 +416,7 @@ def read_index(folder: Path) -> Index:
 
 
 def parse_index(values: Any, path: Path) -> Index:
-    """The index that the JSON of an index.json says, checked against itself; `path` names it in errors.
-
-    Raises:
-        CacheError: as `read_index`.
-    """
+    """Make the index that the JSON of an index.json says, checked as in `read_index`; `path` names it in errors."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         kind = repr(values.get("format")) if isinstance(values, dict) else type(values).__name__
         raise CacheError(f"{path} is not the index of a cache: its format is {kind}. Give the folder of a cache.")
@@ -544,7 +447,7 @@ def parse_index(values: Any, path: Path) -> Index:
 
 
 def plan_in_words(condition: Mapping[str, Any]) -> str:
-    """A line about the configuration of a condition with its plan: for people."""
+    """Describe the configuration of a condition with its plan, in a line for people."""
     planned = condition["planned"]
     share = f"k {condition['k']:g}: " if "k" in condition else ""
     return (
@@ -554,16 +457,12 @@ def plan_in_words(condition: Mapping[str, Any]) -> str:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    write_text(folder / PLAN_FILE, _guarded({"format": FORMAT, "version": VERSION, **asdict(plan)}) + "\n")
+    values = guarded({"format": FORMAT, "version": VERSION, **asdict(plan)})
+    write_text(folder / PLAN_FILE, canonical_json(values) + "\n")
 
 
 def read_plan(folder: Path) -> Plan:
-    """plan.json of an unfinished cache, checked against itself.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CacheError: it is damaged, no plan of a cache, or of another version.
-    """
+    """Read plan.json of an unfinished cache; raises as `read_index` does."""
     path = folder / PLAN_FILE
     with reading(path, "plan", _AGAIN):
         values = json.loads(path.read_bytes())

@@ -1,12 +1,7 @@
-"""Look at the folder of a cache in any state: describe it, and check every byte of it.
-
-Describing reads headers, and no images.
-"""
+"""Describe the folder of a cache in any state, from its headers alone, and check every byte of it."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,7 +13,6 @@ from purifyloader.cache.format import Index, Layout, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.words import count_in_words, size_in_words
 from purifyloader.errors import CacheError
-from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import is_held, lock_path
 
 __all__ = ["Folder", "Verified", "describe", "read_folder", "verify"]
@@ -28,25 +22,16 @@ _THREADS = 4  # hashing lets go of the interpreter
 
 @dataclass
 class Folder:
-    """What stands in the folder of a cache, whole or not.
-
-    Attributes:
-        index: None where there is none, or a damaged one.
-        layout: by the index or, without one, by the first shard that reads; None where none does.
-        headers: of the shards that read and belong to this cache, without their targets, by number.
-        wrong: of each shard or index that is there and not right, what is wrong.
-        targets: of each shard that reads, True where it stores its targets.
-        strangers: files that are no part of a cache.
-    """
+    """The content of the folder of a cache, whole or not."""
 
     path: Path
-    index: Index | None = None
-    layout: Layout | None = None
+    index: Index | None = None  # None where there is none, or a damaged one
+    layout: Layout | None = None  # by the index or else by the first shard that reads; None where none does
     config: dict[str, Any] = field(default_factory=dict)
-    headers: dict[int, ShardHeader] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    targets: list[bool] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
+    headers: dict[int, ShardHeader] = field(default_factory=dict)  # by number, of this cache's shards, without targets
+    wrong: dict[str, str] = field(default_factory=dict)  # what is wrong with a shard or index that is there
+    targets: list[bool] = field(default_factory=list)  # True for each shard that reads and stores its targets
+    strangers: list[str] = field(default_factory=list)  # files that are no part of a cache
 
     @property
     def missing(self) -> list[str]:
@@ -61,12 +46,10 @@ class Folder:
 
     @property
     def size(self) -> int:
-        """Bytes of the files that are part of the cache."""
         return sum((self.path / name).stat().st_size for name in self.names() if name not in self.strangers)
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of the shards that `verify` hashes."""
         return sum(header.file_size for header in self.headers.values())
 
     @property
@@ -88,8 +71,7 @@ class Folder:
 def read_folder(path: Path) -> Folder:
     """Read the headers of the folder of a cache, finished or not.
 
-    Raises:
-        CacheError: no folder, no cache in it, or one of another version.
+    Raises `CacheError` where there is no cache, or one of another version.
     """
     path = path.absolute()
     if not path.is_dir():
@@ -148,18 +130,13 @@ def _read_shard(folder: Folder, name: str) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Describe what stands in the folder of a cache, finished or not, as JSON; see `purifyloader cache info`.
-
-    Raises:
-        CacheError: there is no cache, or one of another version.
-    """
+    """Describe the folder of a cache, finished or not, as JSON (`purifyloader cache info`); raises as `read_folder`."""
     folder = read_folder(path)
     layout, index, headers, where = folder.layout, folder.index, list(folder.headers.values()), folder.where
     notes = (index.notes if index is not None else None) or {}
     shapes = {header.image_shape for header in headers}
     shape = index.image_shape if index is not None else shapes.pop() if len(shapes) == 1 else None
     samples = [header.sample for header in headers]
-    made = Counter(canonical_json(header.made) for header in headers)
     return {
         "folder": str(folder.path),
         "state": folder.state,
@@ -185,9 +162,7 @@ def describe(path: Path) -> dict[str, Any]:
         "sample": samples[0] if samples and all(sample == samples[0] for sample in samples) else None,
         "targets": bool(folder.targets) and all(folder.targets),
         "classes": None if notes.get("classes") is None else len(notes["classes"]),
-        "made": [{**json.loads(text), "shards": count} for text, count in sorted(made.items())]
-        if index is None
-        else list(index.made),
+        "made": list(fmt.counted_makings(headers) if index is None else index.made),
         "plan": index is not None and index.plan is not None,
         "where": where["conditions"],
         "sanitation": where.get("sanitation"),
@@ -199,18 +174,13 @@ def describe(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a check of every byte.
-
-    Attributes:
-        damaged: what is wrong with each file that is there and not right.
-    """
+    """The result of a check of every byte; `damaged` says what is wrong with each file that is there and not right."""
 
     folder: Folder
     damaged: Mapping[str, str]
 
     @property
     def is_whole(self) -> bool:
-        """True for a finished cache without a fault."""
         return self.folder.index is not None and not self.damaged and not self.folder.missing
 
     def in_words(self, seconds: float) -> list[str]:
@@ -241,17 +211,12 @@ class Verified:
 
 
 def _plainly(path: Path, error: str) -> str:
-    """An error without the path, which stands before it, and the advice, which stands below it."""
+    """Shorten an error by the path, which stands before it, and the advice, which stands below it."""
     return error.replace(f"{path} ", "It ").split(" Precompute into")[0].split(" Delete index.json")[0]
 
 
 def verify(folder: Folder, seen: Callable[[int], object] = lambda size: None) -> Verified:
-    """Check every byte of a cache.
-
-    Args:
-        folder: as `read_folder` has read it.
-        seen: told how many bytes more of its `shard_bytes` are checked.
-    """
+    """Check every byte of a cache; `seen` is called with how many more of its `shard_bytes` are checked."""
     damaged = dict(folder.wrong)
 
     def check(header: ShardHeader) -> str | None:

@@ -1,4 +1,4 @@
-"""Reading a finished cache, index for index the source dataset."""
+"""Read a finished cache, index for index the source dataset."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -38,11 +39,8 @@ _HASHING_THREADS = 4
 class OpenShard:
     """The images of one shard, each checked when it is first read.
 
-    Args:
-        path: its file.
-        header: what was read of it.
-        checked: one byte a row, 1 where the row's CRC-32 was found right; shared between processes.
-        in_memory: read the whole file now, and check its SHA-256, instead of mapping it.
+    `checked` has a byte a row, shared between processes: 1 where the row's CRC-32 was right. `in_memory` reads the
+    whole file now and checks its SHA-256, instead of mapping it.
     """
 
     def __init__(self, path: Path, header: ShardHeader, checked: NDArray[np.uint8], in_memory: bool = False) -> None:
@@ -59,7 +57,11 @@ class OpenShard:
                 "Precompute into this folder again and open the cache anew."
             ) from None
         if in_memory:
-            _check_tensor(path, header, data)
+            if hashlib.sha256(data[header.offset :].data).hexdigest() != header.tensor_sha256:
+                raise CacheError(
+                    f"The images of {path} must have the SHA-256 in its header. Got another: the file is damaged. "
+                    "Precompute into this folder again: only this shard is made anew."
+                )
             checked[:] = 1
         stored = data[header.offset :]
         self._ends = None if header.sizes is None else np.cumsum(header.sizes).tolist()
@@ -91,7 +93,7 @@ class OpenShard:
 
 
 def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
-    """A private mapping of a file opened for reading."""
+    """Map a file privately, opened for reading."""
     try:
         str(path).encode()
     except UnicodeEncodeError:  # a name that is no UTF-8, which torch does not take
@@ -124,13 +126,13 @@ class Targets(Sequence[Any]):
         return values.decode(json.loads(self._text[self._ends[at - 1] if at else 0 : self._ends[at]]))
 
     def get(self, positions: Sequence[int]) -> list[Any]:
-        """Those of several samples, in their order."""
+        """Read those of several samples, in their order."""
         if self._integers is not None:
             return self._integers[list(positions)].tolist()
         return [self[i] for i in positions]
 
     def replaced(self, changed: Mapping[int, Any]) -> Targets:
-        """A copy with other fields at some positions."""
+        """Copy them with other fields at some positions."""
         return Targets([values.encode(changed.get(i, field)) for i, field in enumerate(self)])
 
     @property
@@ -157,10 +159,8 @@ class CacheReader:
 
     >>> import torch
     >>> from purifyloader import precompute, recipes
-    >>> from purifyloader.cache import CacheReader
     >>> dataset = [(torch.full((3, 32, 32), 0.5), label) for label in range(4)]
-    >>> _ = precompute(dataset, recipes.jpeg(quality=10), "cache", progress=False)
-    >>> reader = CacheReader("cache")
+    >>> reader = precompute(dataset, recipes.jpeg(quality=10), "cache", progress=False)
     >>> len(reader), reader[3].shape
     (4, (32, 32, 3))
     """
@@ -173,19 +173,20 @@ class CacheReader:
     ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change before the first read
         try:
-            self._index = fmt.read_index(self.folder)
+            self.index = fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(_why_no_index(self.folder)) from None
         if config is not None:
-            _check_config(self.folder, self._index.config, config)
-        self.layout: Layout = self._index.layout
-        self.image_shape = self._index.image_shape
+            _check_config(self.folder, self.index.config, config)
+        self.layout: Layout = self.index.layout
+        self.image_shape, self.draws = self.index.image_shape, self.layout.draws
         self._in_memory = in_memory
         self._length, self._size = self.layout.length, self.layout.shard_size
         shards = self.layout.shards
-        headers = [self._checked_header(s, e) for s, e in zip(shards, self._index.shards, strict=True)]
+        headers = [self._checked_header(s, e) for s, e in zip(shards, self.index.shards, strict=True)]
         targets = [header.targets for header in headers]
-        self._targets = None if None in targets else Targets([v for part in targets for v in part or ()])
+        # the other fields of each sample; None if they are not stored
+        self.targets = None if None in targets else Targets([v for part in targets for v in part or ()])
         self._headers = [replace(header, targets=None) for header in headers]
         self._stats = [_stat(self.folder / shard.file) for shard in shards]
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
@@ -196,17 +197,17 @@ class CacheReader:
 
     @property
     def fingerprint(self) -> str:
-        return self._index.fingerprint
+        return self.index.fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the fingerprint is the SHA-256 of: configuration, source, kind of device."""
-        return self._index.identity
+        return self.index.identity
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration that the images were made with."""
-        return self._index.config
+        return self.index.config
 
     @property
     def index(self) -> fmt.Index:
@@ -215,7 +216,7 @@ class CacheReader:
     @property
     def plan(self) -> dict[str, Any] | None:
         """What was decided over the whole dataset, as it was given to `CacheWriter.finish`."""
-        return self._index.plan
+        return self.index.plan
 
     @property
     def draws(self) -> int:
@@ -228,13 +229,8 @@ class CacheReader:
         first = self._headers[0].sample
         return first if all(header.sample == first for header in self._headers) else None
 
-    @property
-    def targets(self) -> Targets | None:
-        """The other fields of each sample; None if they are not stored."""
-        return self._targets
-
     def image_types(self) -> list[str]:
-        """How each image was held in the source: "pil/uint8/3" is container, dtype, dimensions."""
+        """Say how each image was held in the source: "pil/uint8/3" is container, dtype, dimensions."""
         out: list[str] = []
         for header in self._headers:
             types = header.image_types
@@ -242,7 +238,7 @@ class CacheReader:
         return out
 
     def source_hashes(self) -> NDArray[np.uint64] | None:
-        """64-bit hashes of each source image and of its targets, (N, 2); None if they were not taken."""
+        """Return 64-bit hashes of each source image and of its targets, (N, 2); None if they were not taken."""
         parts = [header.source for header in self._headers if header.source is not None]
         return np.concatenate(parts) if len(parts) == len(self._headers) else None
 
@@ -262,16 +258,12 @@ class CacheReader:
         return self.row(self._position(index)).copy()
 
     def get(self, indices: Iterable[SupportsIndex], draw: int = 0) -> list[NDArray[np.uint8]]:
-        """The images of several indices, in their order, each (H, W, C)."""
+        """Return the images of several indices, in their order, each (H, W, C)."""
         self._check_draw(draw)
         return [self.row(self._position(i), draw).copy() for i in indices]
 
     def batch(self, indices: Iterable[SupportsIndex], draw: int = 0) -> NDArray[np.uint8]:
-        """The same as one array (B, H, W, C).
-
-        Raises:
-            InputError: the images are of different sizes.
-        """
+        """Return the same as one array (B, H, W, C); `InputError` for images of different sizes."""
         self._check_draw(draw)
         positions = self._positions(list(indices))
         if self._whole is not None:
@@ -295,7 +287,7 @@ class CacheReader:
         return shard.row(local, draw)
 
     def _checked_rows(self, positions: NDArray[np.int64], draw: int) -> list[NDArray[np.uint8]]:
-        """`row` of each, without asking for each what can be asked for all at once."""
+        """Read `row` of each, without asking for each what can be asked for all at once."""
         numbers, locals_ = np.divmod(positions, self._size)
         starts = numbers * self._size
         rows = draw * np.minimum(self._size, self._length - starts) + locals_
@@ -307,19 +299,15 @@ class CacheReader:
             return [self.row(position, draw) for position in positions.tolist()]
 
     def verify(self) -> None:
-        """Read every file and check its hash.
-
-        Raises:
-            CacheError: names the files that are damaged.
-        """
+        """Read every file and check its hash; `CacheError` names the files that are damaged."""
 
         def good(entry: fmt.ShardEntry) -> bool:
             path = self.folder / entry.file
             return path.is_file() and file_sha256(path) == entry.sha256
 
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            right = list(pool.map(good, self._index.shards))
-        bad = [entry.file for entry, fine in zip(self._index.shards, right, strict=True) if not fine]
+            right = list(pool.map(good, self.index.shards))
+        bad = [entry.file for entry, fine in zip(self.index.shards, right, strict=True) if not fine]
         if bad:
             raise CacheError(
                 f"Every file of {self.folder} must have the SHA-256 that its index names. Got others in "
@@ -342,13 +330,11 @@ class CacheReader:
         return i % self._length
 
     def _positions(self, indices: Sequence[SupportsIndex]) -> NDArray[np.int64]:
-        try:
+        with suppress(TypeError, OverflowError):
             at = np.array([operator.index(i) for i in indices], np.int64)
-        except (TypeError, OverflowError):
-            return np.array([self._position(i) for i in indices], np.int64)  # which says what is wrong
-        if len(at) and (at.min() < 0 or at.max() >= self._length):
-            return np.array([self._position(i) for i in indices], np.int64)
-        return at
+            if not len(at) or (at.min() >= 0 and at.max() < self._length):
+                return at
+        return np.array([self._position(i) for i in indices], np.int64)  # of negative ones, or says what is wrong
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}, "_arrays": {}, "_whole": None, "_flags_array": None}
@@ -358,7 +344,7 @@ class CacheReader:
         self._start()
 
     def _start(self) -> None:
-        """What each process has of its own."""
+        """Make what each process has of its own."""
         self._flags_array = self._flags.numpy()
         self._open: dict[int, OpenShard] = {}
         self._arrays: dict[int, NDArray[np.uint8]] = {}  # of the shards that are open and raw
@@ -422,16 +408,7 @@ def _check_config(folder: Path, there: Mapping[str, Any], asked: Mapping[str, An
         )
 
 
-def _check_tensor(path: Path, header: ShardHeader, data: NDArray[np.uint8]) -> None:
-    if hashlib.sha256(data[header.offset :].data).hexdigest() != header.tensor_sha256:
-        raise CacheError(
-            f"The images of {path} must have the SHA-256 in its header. Got another: the file is damaged. "
-            "Precompute into this folder again: only this shard is made anew."
-        )
-
-
 def _why_no_index(folder: Path) -> str:
-    """What to say of a folder that has no index."""
     expected = f"A cache is a folder with {fmt.INDEX_FILE}, written when all shards are there. "
     if not folder.is_dir():
         return f"{expected}Got {folder}, which is no folder. Check the path, or precompute into it."

@@ -1,4 +1,4 @@
-"""A finished cache as WebDataset tars, for pipelines that only stream, and the same cache back from them.
+"""Write a finished cache as WebDataset tars, for pipelines that only stream, and read the same cache back.
 
     000000.tar, 000001.tar, ...   one draw of the images, in the order of the dataset
     cache.json                    written last: where it stands, the tars are whole
@@ -11,8 +11,7 @@ cache.json is canonical JSON that guards itself by its `sha256`: the cache's ind
 count and SHA-256, and what the headers of the shards say beside pixels and targets.
 
 Tars of one cache are the same bytes whoever writes them, by the same version of Pillow where the images are
-stored raw; the PNGs of a cache that has them are taken over as they are. So what `import_tars` gives back never
-depends on Pillow.
+stored raw; PNGs are taken over as they are. So what `import_tars` gives back never depends on Pillow.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +32,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from webdataset import TarWriter
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValues
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter, encode_image, save_shard
+from purifyloader.core.checks import check_integer
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
+from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
+from purifyloader.files.locks import KEPT
 
 __all__ = ["FORMAT", "MANIFEST", "VERSION", "export_tars", "import_tars"]
 
@@ -64,7 +63,7 @@ Seen = Callable[[int], object]
 
 
 def _beside_to_json(beside: ShardValues) -> dict[str, Any]:
-    """What cache.json says about a shard: all that the tars do not hold, and that its bytes do not follow from."""
+    """Write what a shard's bytes need beside what the tars hold."""
     types, source = beside.image_types, beside.source
     return {
         "image_types": types if isinstance(types, str) else list(types),
@@ -76,7 +75,7 @@ def _beside_to_json(beside: ShardValues) -> dict[str, Any]:
 
 
 def _beside_from_json(value: Mapping[str, Any]) -> ShardValues:
-    """The inverse; the targets, of which it says only whether there are any, are an empty list then."""
+    """Read the inverse; targets, of which it only says whether there are any, are an empty list then."""
     types, text = value["image_types"], value["source"]
     source = None
     if text is not None:
@@ -94,7 +93,7 @@ class _Tar:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """cache.json."""
+    """The content of cache.json."""
 
     index: fmt.Index
     draw: int
@@ -113,35 +112,29 @@ def export_tars(
     draw: int = 0,
     seen: Seen = lambda count: None,
 ) -> list[Path]:
-    """Write one draw of a cache as WebDataset tars; see the module for what stands in them.
+    """Write one draw of a cache as WebDataset tars, and return them; the module says what stands in them.
 
-    Every image is checked against its CRC-32 as it is read. An export that was stopped is made anew by
-    calling this again, and so is a finished one. One process at a time.
+    Every image is checked against its CRC-32. An export that was stopped, or is finished, is made anew by calling
+    this again. One process at a time.
 
     Args:
         out: new, empty, or an earlier export of the same draw of the same cache, which is replaced.
         images_per_tar: of all tars but the last.
-        draw: which of the cache's draws. Of a cache of several no export holds all, and none can be
-            imported.
-        seen: told how many images more are done.
-
-    Returns:
-        The tars, in order.
+        draw: which of the cache's; only a cache of one draw can be imported again.
+        seen: called with how many images more are done.
 
     Raises:
         InputError: no such draw or number of images.
         CacheError: `out` holds something else, or cannot be written to; or the cache is damaged.
     """
     out = Path(out).absolute()
-    if not isinstance(images_per_tar, int) or isinstance(images_per_tar, bool) or images_per_tar < 1:
-        raise InputError(f"images_per_tar must be a positive integer. Got {images_per_tar!r}.")
-    if not isinstance(draw, int) or isinstance(draw, bool) or not 0 <= draw < reader.draws:
-        raise InputError(f"draw must be from 0 to {reader.draws - 1}, one of the cache's draws. Got {draw!r}.")
+    check_integer("images_per_tar", images_per_tar, 1, error=InputError)
+    check_integer("draw", draw, 0, reader.draws - 1, unit="one of the cache's draws", error=InputError)
     owner = {"format": FORMAT, "version": VERSION, "fingerprint": reader.fingerprint, "draw": draw}
     _check_free(out, owner, reader.folder)
     parts: list[dict[str, Any]] = []
     tars: list[_Tar] = []
-    with _writing(out):
+    with writing(out, CacheError, KEPT):
         _clear(out, owner)
         samples = _samples(reader, draw, parts)
         for number, start in enumerate(range(0, len(reader), images_per_tar)):
@@ -160,7 +153,7 @@ def export_tars(
             "tars": [vars(tar) for tar in tars],
             "shards": parts,
         }
-        write_text(out / MANIFEST, canonical_json({**content, "sha256": fmt.own_sha256(content)}) + "\n")
+        write_text(out / MANIFEST, canonical_json(fmt.guarded(content)) + "\n")
         (out / _BEGUN).unlink()
     return [out / tar.file for tar in tars]
 
@@ -193,19 +186,19 @@ def _check_free(out: Path, owner: Mapping[str, Any], cache: Path) -> None:
 
 
 def _owner(out: Path) -> dict[str, Any] | None:
-    """Of what a folder is an export, finished or not; None where it does not say."""
+    """Read which cache and draw a folder is an export of, finished or not; None where it does not say."""
     for name in (_BEGUN, MANIFEST):
         try:
-            found = json.loads((out / name).read_bytes())
-            if found["format"] == FORMAT:
-                return {key: found[key] for key in ("format", "version", "fingerprint", "draw")}
+            values = json.loads((out / name).read_bytes())
+            if values["format"] == FORMAT:
+                return {key: values[key] for key in ("format", "version", "fingerprint", "draw")}
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue
     return None
 
 
 def _clear(out: Path, owner: Mapping[str, Any]) -> None:
-    """Take away an earlier export, in an order in which no moment leaves one that seems whole, or nobody's."""
+    """Remove an earlier export, in an order in which no moment leaves one that seems whole, or nobody's."""
     write_text(out / _BEGUN, canonical_json(owner) + "\n")
     (out / MANIFEST).unlink(missing_ok=True)
     for path in list(out.iterdir()):
@@ -214,12 +207,12 @@ def _clear(out: Path, owner: Mapping[str, Any]) -> None:
 
 
 def _key(index: int, length: int) -> str:
-    """As wide for all samples, so that their order is also that of their names. A dot would split it."""
+    """Make keys of one width, whose order is that of the samples. A dot would split them."""
     return f"{index:0{max(_KEY_DIGITS, len(str(length - 1)))}d}"
 
 
 def _samples(reader: CacheReader, draw: int, parts: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """All samples as `TarWriter` takes them; notes in `parts` what they do not hold."""
+    """Yield all samples as `TarWriter` takes them; note in `parts` what they do not hold."""
     with ThreadPoolExecutor(_THREADS) as pool:
         for shard, entry in zip(reader.layout.shards, reader.index.shards, strict=True):
             path = reader.folder / shard.file
@@ -236,7 +229,7 @@ def _samples(reader: CacheReader, draw: int, parts: list[dict[str, Any]]) -> Ite
 
 
 def _rows(path: Path, header: ShardHeader, draw: int) -> Iterator[bytes]:
-    """The images of a draw as they stand in the shard, each checked."""
+    """Yield the images of a draw as they stand in the shard, each checked."""
     count = header.shard.count
     first = draw * count
     alike = math.prod(header.image_shape or ())
@@ -258,7 +251,7 @@ def _as_png(row: bytes, shape: tuple[int, int, int] | None) -> bytes:
 
 
 def _target(header: ShardHeader, local: int) -> dict[str, bytes]:
-    """The member that holds a sample's target, if there is one."""
+    """Return the member that holds a sample's target, if there is one."""
     if header.targets is None:
         return {}
     target = header.targets[local]
@@ -273,17 +266,17 @@ def _target(header: ShardHeader, local: int) -> dict[str, bytes]:
 
 
 def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda count: None) -> CacheReader:
-    """The cache that `export_tars` made these tars from, byte for byte. Call it again after a stop, and it goes on.
+    """Make the cache that these tars were exported from, byte for byte. After a stop, call it again to go on.
 
     Args:
         folder: an export, of a cache of one draw.
         out: new, empty, or an earlier import of the same.
-        seen: told how many images more are done.
+        seen: called with how many images more are done.
 
     Raises:
         CacheError: the export is unfinished, damaged, of another version, or of a cache of several draws;
-            `out` holds something else, or cannot be written to; or the files come out otherwise than they
-            were, because another version of safetensors writes them otherwise.
+            `out` holds something else, or cannot be written to; or another version of safetensors makes
+            other files of the same content.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
     manifest = _read_manifest(folder)
@@ -295,7 +288,7 @@ def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda coun
         )
     _check_tars(folder, manifest)
     _check_same(out, index)
-    with _writing(out):
+    with writing(out, CacheError, KEPT):
         CacheWriter(out, index.config, layout)  # makes the folder, and refuses one that holds something else
         samples = _imported(folder, manifest)
         for shard, entry, part in zip(layout.shards, index.shards, manifest.parts, strict=True):
@@ -378,34 +371,29 @@ def _check_same(out: Path, index: fmt.Index) -> None:
 
 
 def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
-    """The fields of each sample, in the order of the dataset."""
+    """Yield the fields of each sample, in the order of the dataset."""
     length = manifest.index.layout.length
     index = 0
     for tar in manifest.tars:
         path = folder / tar.file
         first = index
-        with _reading(path), tarfile.open(path, "r:") as file:
-            for key, members in itertools.groupby(file, lambda member: member.name.partition(".")[0]):
-                fields: dict[str, bytes] = {}
-                for member in members:
-                    content = file.extractfile(member)
-                    fields[member.name.partition(".")[2]] = b"" if content is None else content.read()
-                if key != _key(index, length) or "png" not in fields or not fields.keys() <= set(_FIELDS):
-                    raise ValueError(f"its sample {key} with {', '.join(fields)}, not sample {_key(index, length)}")
-                yield fields
-                index += 1
-            if index - first != tar.count:
-                raise ValueError(f"{index - first} samples, not {tar.count}")
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise CacheError(
-            f"{path} must be a tar that an export wrote. Got: {error}. Fetch or export it again."
-        ) from None
+        try:
+            with tarfile.open(path, "r:") as file:
+                for key, members in itertools.groupby(file, lambda member: member.name.partition(".")[0]):
+                    fields: dict[str, bytes] = {}
+                    for member in members:
+                        content = file.extractfile(member)
+                        fields[member.name.partition(".")[2]] = b"" if content is None else content.read()
+                    if key != _key(index, length) or "png" not in fields or not fields.keys() <= set(_FIELDS):
+                        raise ValueError(f"its sample {key} with {', '.join(fields)}, not sample {_key(index, length)}")
+                    yield fields
+                    index += 1
+                if index - first != tar.count:
+                    raise ValueError(f"{index - first} samples, not {tar.count}")
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise CacheError(
+                f"{path} must be a tar that an export wrote. Got: {error}. Fetch or export it again."
+            ) from None
 
 
 def _restore(
@@ -443,18 +431,7 @@ def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def _target_of(fields: Mapping[str, bytes]) -> Any:
-    """As it stood in the shard's header."""
+    """Return a target as it stood in the shard's header."""
     if "cls" in fields:
         return int(fields["cls"])
     return json.loads(fields["json"]) if "json" in fields else None
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise CacheError(
-            f"Could not write into {path}. Got: {error}. Make room on the disk or make the folder writable, and run "
-            "the same again."
-        ) from error

@@ -1,4 +1,4 @@
-"""Targets as JSON: what a sample holds beside its image, stored with its type and read back the same.
+"""Write targets as JSON: what a sample holds beside its image, stored with its type and read back the same.
 
 What JSON has is written as it is. Everything else is an object with one key that starts with "$":
 
@@ -27,8 +27,6 @@ __all__ = ["Unstorable", "decode", "encode"]
 
 _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes without long double, whose bytes depend on the machine
 _MODES = ("1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16")
-
-
 _INTEGER_BITS = 4096  # Python refuses to write integers of more than 4300 digits
 
 
@@ -37,12 +35,10 @@ class Unstorable(TypeError):
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON.
+    """Write `value` as JSON.
 
-    Raises:
-        Unstorable: it is, or holds, something else than None, booleans, numbers, strings, bytes, lists,
-            tuples, dicts, dense tensors, numpy arrays and PIL images; also an instance of a subclass of
-            these, such as a named tuple, which would not come back as one.
+    Raises `Unstorable` for anything but None, booleans, numbers, strings, bytes, lists, tuples, dicts, dense
+    tensors, numpy arrays and PIL images; also for a subclass, such as a named tuple, which would not come back as one.
     """
     kind = type(value)
     if value is None or kind in (bool, str) or (kind is int and value.bit_length() <= _INTEGER_BITS):
@@ -75,7 +71,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`. Arrays and tensors are new and may be written to."""
+    """Read what `encode` wrote. Arrays and tensors are new and may be written to."""
     if isinstance(value, list):
         return [decode(v) for v in value]
     if not isinstance(value, dict):

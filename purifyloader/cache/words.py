@@ -99,7 +99,7 @@ def _made(made: Mapping[str, Any], several: bool) -> str:
 
 
 def _recipe(config: Mapping[str, Any]) -> list[str]:
-    """A purifier in words, a line a stage; what a stage repeats or cuts up is indented below it."""
+    """Describe a purifier, a line a stage; what a stage repeats or cuts up is indented below it."""
     values = {key: value for key, value in config.items() if value is not None}
     kind = str(values.pop("kind", "unknown"))
     stages = values.pop("stages", None)

@@ -1,4 +1,4 @@
-"""Writing a cache shard by shard. The shards that verify are the state of an interrupted run."""
+"""Write a cache shard by shard. The shards that verify are the state of an interrupted run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import logging
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader, ShardValues
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, replacing
-from purifyloader.files.locks import Lock, lock_path
+from purifyloader.files.atomic import canonical_json, replacing, writing
+from purifyloader.files.locks import KEPT, Lock, lock_path
 
 __all__ = ["CacheWriter", "encode_image", "save_shard"]
 
@@ -49,12 +46,7 @@ class _Good:
 
 
 class CacheWriter:
-    """Fills a folder with the purified images of a dataset.
-
-        writer = CacheWriter(folder, config, Layout(len(dataset)))
-        for shard in writer.pending():
-            writer.write(shard, purified(range(shard.start, shard.start + shard.count)))
-        writer.finish()
+    """Fill a folder with the purified images of a dataset.
 
     Holds one shard at a time. Processes may share the folder, whichever shards each of them writes; whoever
     finds all of them there finishes.
@@ -64,7 +56,7 @@ class CacheWriter:
         config: all that decides the pixels, as JSON.
         layout: how the dataset is cut up.
         made: kind of device and versions, noted in the shards that this writer writes.
-        allow_mixed_devices: whether other shards may have been made on another kind of device.
+        allow_mixed_devices: go on with shards of another kind of device.
 
     Raises:
         ConfigError: config is no JSON object.
@@ -72,7 +64,6 @@ class CacheWriter:
             configuration or layout.
 
     >>> import numpy as np
-    >>> from purifyloader import recipes
     >>> from purifyloader.cache import CacheWriter, Layout
     >>> writer = CacheWriter("cache", {"purifier": "mine"}, Layout(length=2))
     >>> for shard in writer.pending():
@@ -100,28 +91,28 @@ class CacheWriter:
         self._mixed = self._device_checked = allow_mixed_devices
         self._warned = False
         self._check_folder()
-        with _writing(self.folder):
+        with writing(self.folder, CacheError, KEPT):
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first shard was computed
 
     # -- what there is ---------------------------------------------------------------------------------
 
     def pending(self) -> list[Shard]:
-        """The shards still to be written: missing ones, and those that do not verify. Reads every file."""
+        """List the shards still to be written: missing ones, and those that do not verify. Reads every file."""
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
             found = list(pool.map(self._verify, self.shards))
         return [shard for shard, good in zip(self.shards, found, strict=True) if good is None]
 
     def is_done(self, shard: Shard) -> bool:
-        """Whether the shard's file is there and right in every byte. Reads it, once as long as it does not change."""
+        """Say whether the shard's file is right in every byte. Reads it, once as long as it does not change."""
         return self._verify(shard) is not None
 
     def present(self, names: Sequence[str] | None = None) -> int:
-        """Images in the shards whose files are there, verified or not: for progress."""
+        """Count the images in the shards whose files are there, verified or not: for progress."""
         there = set(os.listdir(self.folder) if names is None else names)
         return sum(shard.count for shard in self.shards if shard.file in there)
 
     def is_finished(self, plan: Mapping[str, Any] | None = None) -> bool:
-        """Whether an index of this cache is there, with this plan if one is given (as JSON gives it back).
+        """Say whether an index of this cache is there, with this plan if one is given (as JSON gives it back).
 
         It is written when all shards were verified.
         """
@@ -141,15 +132,11 @@ class CacheWriter:
         return index.identity == self._identity(headers) and index.image_shape == headers[0].image_shape
 
     def has_litter(self) -> bool:
-        """Whether there are files of runs that were killed or have met, which a finished cache does not need."""
+        """Say whether there are files of killed runs, which a finished cache does not need."""
         return self._plan_path.exists() or any(_HIDDEN.fullmatch(path.name) for path in self.folder.glob(".*"))
 
     def check_same_device(self) -> None:
-        """Refuse to go on with another kind of device than the shards that are there.
-
-        Raises:
-            CacheError: some were made on another one, which rounds differently.
-        """
+        """Raise `CacheError` where another kind of device, which rounds differently, made the shards that are there."""
         if self._device_checked:
             return
         for name in sorted(os.listdir(self.folder)):
@@ -179,7 +166,7 @@ class CacheWriter:
         return self.folder / fmt.PLAN_FILE
 
     def read_plan(self) -> dict[str, Any] | None:
-        """What `write_plan` wrote for this cache; None where it is missing, damaged, or of another kind of device."""
+        """Read what `write_plan` wrote for this cache; None where it is missing, damaged, or of another device."""
         try:
             plan = fmt.read_plan(self.folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -191,22 +178,15 @@ class CacheWriter:
         return plan.found if same and (self._mixed or plan.device == self.made.get("device")) else None
 
     def write_plan(self, found: Mapping[str, Any]) -> None:
-        """Keep a plan for the other processes, and for a run that goes on after a stop, until the index has it.
-
-        Args:
-            found: as `purifyloader.purified.plans.make` gives it.
-
-        Raises:
-            CacheError: writing failed.
-        """
+        """Keep findings (`Findings.to_dict`) for other processes and later runs, until the index has them."""
         device = str(self.made.get("device"))
-        with _writing(self._plan_path):
+        with writing(self._plan_path, CacheError, KEPT):
             fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, fmt.plain("A plan", found)))
 
     # -- writing ---------------------------------------------------------------------------------------
 
     def lock(self, shard: Shard) -> Lock:
-        """Held by whoever makes this shard, so that processes that share a folder share the work."""
+        """Lock a shard while making it, so that processes that share a folder share the work."""
         return Lock(self.folder, shard.file)
 
     def write(
@@ -225,11 +205,9 @@ class CacheWriter:
             shard: one of `shards`.
             images: uint8 (H, W, C) each: all of draw 0, then all of draw 1, ...; draws x count of them.
                 Of one size unless the layout's encoding is "png".
-            image_types: how each image was held, see `ShardHeader`.
-            sample: what `purifyloader.datasets.samples.structure_of` says of every sample.
+            image_types, sample, source: see `ShardValues`.
             targets: the other fields of each sample. Where one of them cannot be written as JSON none is
                 stored, and the cache is read together with its source.
-            source: hashes, (count, 2), as `source_hashes` gives them.
 
         Raises:
             InputError: the shard is not of this cache, or the images are of another type, number or shape.
@@ -267,7 +245,7 @@ class CacheWriter:
             made=self.made,
         )
         path = self.folder / shard.file
-        with _writing(path):
+        with writing(path, CacheError, KEPT):
             with replacing(path) as temporary:
                 save_shard(temporary, shard, self.layout, self.config, content, beside)
                 good = _read_good(temporary)
@@ -281,13 +259,13 @@ class CacheWriter:
     ) -> None:
         """Verify every shard and write the index, after which the cache can be read.
 
-        Shards that this writer wrote or has verified, and whose files have not changed since, are not
-        read again. Any number of processes may do this at once.
+        Shards that this writer wrote or verified are not read again unless their files changed. Any number of
+        processes may do this at once.
 
         Args:
             plan: a JSON object kept in the index, for what was decided over the whole dataset
                 (selected indices, corrected labels). None keeps the plan of a cache already finished.
-            notes: what else to tell people, as a JSON object; decides nothing.
+            notes: a JSON object for people; decides nothing.
 
         Raises:
             CacheError: shards are missing or damaged, or made from another source than the plan.
@@ -325,7 +303,7 @@ class CacheWriter:
                 fmt.ShardEntry(shard.file, shard.count, good.sha256, good.header.sha256)
                 for shard, good in zip(self.shards, whole, strict=True)
             ),
-            made=_counted([good.header.made for good in whole]),
+            made=fmt.counted_makings(good.header for good in whole),
             notes=None if notes is None else fmt.plain("Notes", notes),
             plan=kept,
         )
@@ -336,16 +314,13 @@ class CacheWriter:
             )
             if index == old:  # nothing to say anew, and the folder may be read-only by now
                 return
-        with _writing(self.folder / fmt.INDEX_FILE):
+        with writing(self.folder / fmt.INDEX_FILE, CacheError, KEPT):
             fmt.write_index(self.folder, index)
 
     def tidy(self, index_lock: Lock) -> None:
-        """Remove the hidden files of runs that were killed, but not what another process has in work; and the plan,
-        which the index has by now.
+        """Remove the plan, which the index has by now, and hidden files of killed runs, but not another process's work.
 
-        Args:
-            index_lock: of the index, held. Where the file system has no locks, an index that is being written may be
-                another process's, and stays.
+        `index_lock` is held by the caller. Without real locks an index being written may be another's, and stays.
         """
         if self._plan_path.exists() and self._index() is not None:
             self._plan_path.unlink(missing_ok=True)
@@ -373,7 +348,7 @@ class CacheWriter:
     # -- inside ----------------------------------------------------------------------------------------
 
     def _stored(self, targets: Sequence[Any] | None) -> list[Any] | None:
-        """Targets as they are written; None where they cannot be, or would not fit into a header."""
+        """Encode targets; None where they cannot be, or would not fit into a header."""
         try:
             encoded = None if targets is None else [values.encode(target) for target in targets]
             if (size := len(canonical_json(encoded))) <= _TARGET_BYTES:
@@ -387,7 +362,7 @@ class CacheWriter:
         return None
 
     def _check_planned(self, plan: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> None:
-        """A plan that says which source it was made from must have been made from this one."""
+        """Refuse a plan that says that it was made from another source."""
         where = (plan or {}).get(fmt.WHERE)
         planned = where.get("source") if isinstance(where, Mapping) else None
         if planned is not None and identity["source"] is not None and planned != identity["source"]:
@@ -413,13 +388,12 @@ class CacheWriter:
         return next((good.header.image_shape for good in self._good.values()), None)
 
     def _unfinish(self, shard: Shard, sha256: str) -> None:
-        """A finished cache of which a shard is made otherwise is not finished: no reader may take it for whole."""
+        """Remove the index when a shard is made otherwise: no reader may take the cache for whole."""
         index = self._index()
         if index is None or [e.sha256 for e in index.shards[shard.number : shard.number + 1]] != [sha256]:
             (self.folder / fmt.INDEX_FILE).unlink(missing_ok=True)
 
     def _index(self) -> fmt.Index | None:
-        """The index that stands there, if it is whole."""
         try:
             return fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError, CacheError):
@@ -431,49 +405,34 @@ class CacheWriter:
             return
         if not self.folder.is_dir():
             raise CacheError(f"A cache is a folder. Got the file {self.folder}. Give another path.")
-        expected = {shard.file for shard in self.shards}
-        strangers = []
+        expected = {fmt.INDEX_FILE, fmt.PLAN_FILE, *(shard.file for shard in self.shards)}
         # Hidden files are left alone: temporary files of a killed run, and what file systems put there.
-        for name in sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".")):
-            if name == fmt.INDEX_FILE:
-                try:
+        names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        for name in names:
+            try:
+                if name == fmt.INDEX_FILE:
                     index = fmt.read_index(self.folder)
-                except FileNotFoundError:  # another process has just taken it away
+                    config, layout = index.config, index.layout
+                elif name == fmt.PLAN_FILE:
+                    plan = fmt.read_plan(self.folder)
+                    config, layout = plan.config, replace(self.layout, length=plan.length)
+                elif fmt.SHARD_FILE.fullmatch(name):
+                    header = fmt.read_shard_header(self.folder / name)
+                    config, layout = header.config, header.layout
+                else:
                     continue
-                except fmt.OtherVersionError:
-                    raise
-                except CacheError as error:
-                    # a damaged index is made again from the shards; the index of something else is not ours
-                    if not _has_shards(self.folder):
+            except FileNotFoundError:  # another process has just taken it away
+                continue
+            except fmt.OtherVersionError:
+                raise
+            except CacheError as error:  # damaged, and made again
+                if name == fmt.INDEX_FILE:
+                    if not any(map(fmt.SHARD_FILE.fullmatch, names)):  # the index of something else is not ours
                         raise
                     log.warning("%s will be made again: %s", name, error)
-                    continue
-                self._check_same(name, index.config, index.layout)
-            elif name == fmt.PLAN_FILE:
-                try:
-                    plan = fmt.read_plan(self.folder)
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
-                except fmt.OtherVersionError:
-                    raise
-                except CacheError:
-                    continue  # a damaged plan is made again
-                self._check_same(name, plan.config, replace(self.layout, length=plan.length))
-            elif fmt.SHARD_FILE.fullmatch(name):
-                try:
-                    header = fmt.read_shard_header(self.folder / name)
-                except fmt.OtherVersionError:
-                    raise
-                except CacheError:
-                    if name not in expected:
-                        strangers.append(name)
-                    continue  # a damaged shard is made again
-                self._check_same(name, header.config, header.layout)
-                if name not in expected:
-                    strangers.append(name)
-            else:
-                strangers.append(name)
-        if strangers:
+                continue
+            self._check_same(name, config, layout)
+        if strangers := [name for name in names if name not in expected]:
             raise CacheError(
                 f"The folder of a cache holds nothing else. Got {self.folder} with {_some(strangers)}. "
                 "Give an empty folder, or remove these files."
@@ -490,7 +449,7 @@ class CacheWriter:
             )
 
     def _verify(self, shard: Shard) -> _Good | None:
-        """The shard's file if it is there and right in every byte, else None."""
+        """Read the shard's file; None unless it is there and right in every byte."""
         path = self.folder / shard.file
         known = self._good.get(shard.number)
         try:
@@ -522,11 +481,7 @@ def save_shard(
     content: NDArray[np.uint8] | Sequence[bytes],
     beside: ShardValues,
 ) -> None:
-    """Write a shard's file, straight to `path`: for a temporary one beside its place.
-
-    Args:
-        content: raw images, uint8 (rows, H, W, C), or a PNG file each.
-    """
+    """Write a shard's file straight to `path`: raw images, uint8 (rows, H, W, C), or a PNG file each."""
     if isinstance(content, np.ndarray):
         name, sizes = fmt.TENSOR, None
         data = np.ascontiguousarray(content)
@@ -549,7 +504,7 @@ def save_shard(
 
 
 def encode_image(image_HWC: NDArray[np.uint8]) -> bytes:
-    """PNG, with one filter and level for all: the same bytes for the same pixels and version of Pillow."""
+    """Write PNG with one filter and level: the same bytes for the same pixels and version of Pillow."""
     file = io.BytesIO()
     plane = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
     Image.fromarray(np.ascontiguousarray(plane)).save(file, "PNG", compress_level=_PNG_LEVEL)
@@ -569,19 +524,8 @@ def _check_images(shard: Shard, images: Any, rows: int) -> None:
             )
 
 
-def _counted(made: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """Each different making, and how many shards were made so."""
-    counts = Counter(canonical_json(m) for m in made)
-    by_text = {canonical_json(m): m for m in made}
-    return tuple({**by_text[text], "shards": count} for text, count in sorted(counts.items()))
-
-
 def _read_good(path: Path) -> _Good:
-    """A shard's file, read as a whole and checked.
-
-    Raises:
-        CacheError: it is damaged.
-    """
+    """Read a shard's file as a whole and check it; `CacheError` where it is damaged."""
     before = _stat(path)
     header = fmt.read_shard_header(path)
     tensor, whole = fmt.shard_hashes(path, header.offset)
@@ -594,23 +538,6 @@ def _read_good(path: Path) -> _Good:
 def _stat(path: Path) -> tuple[int, int, int]:
     stat = os.stat(path)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _has_shards(folder: Path) -> bool:
-    """Whether an index that does not read is likely a damaged one of ours, rather than somebody's file."""
-    return any(fmt.SHARD_FILE.fullmatch(name) for name in os.listdir(folder))
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong when writing, as one error that names the file and the likely reason."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise CacheError(
-            f"Could not write {path}. Got: {error}. Make room on the disk or make the folder writable, "
-            "and run the same again: what is finished is kept."
-        ) from error
 
 
 def _some(files: Sequence[str], limit: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Write files so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from purifyloader.errors import PurifyError
 
 __all__ = ["canonical_json", "file_sha256", "replacing", "replacing_folder", "write_text", "writing"]
@@ -19,7 +21,7 @@ __all__ = ["canonical_json", "file_sha256", "replacing", "replacing_folder", "wr
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed onto it when the block ends and removed when it fails."""
+    """Yield a temporary path beside `path`, renamed onto it when the block ends and removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -42,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON that is the same text for the same value: sorted keys, no spaces, no NaN."""
+    """Write the same text for the same value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
@@ -53,11 +55,7 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it when the block ends and removed when it fails.
-
-    Raises:
-        OSError: `folder` holds something by then.
-    """
+    """Do the same with a folder; `OSError` where `folder` holds something by the end."""
     folder = folder.resolve()  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -74,11 +72,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses, as an error of the user's."""
+def writing(
+    path: Path,
+    error: type[PurifyError] = PurifyError,
+    advice: str = "Give a folder that can be written to, with room.",
+) -> Iterator[None]:
+    """Raise an `error` of the library's for what the disk refuses; `advice` says what to do."""
     try:
         yield
-    except OSError as error:
-        raise PurifyError(
-            f"Expected to write {path}. Got: {error}. Give a folder that can be written to, with room."
-        ) from error
+    except (SafetensorError, OSError) as caught:
+        raise error(f"Could not write {path}. Got: {caught}. {advice}") from caught

@@ -1,4 +1,4 @@
-"""What a cache knows its source by: a 64-bit hash of every image and of every image's targets."""
+"""Hash images and targets, 64 bits each: a cache knows its source by them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,16 @@ def source_hashes(
     images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor],
     targets: Any = None,
 ) -> NDArray[np.uint64]:
-    """64-bit hashes (BLAKE2b) of source images and of their targets, uint64 (N, 2).
+    """Return 64-bit hashes (BLAKE2b) of source images and of their targets, uint64 (N, 2).
 
-    Every image has its own, so that a change of one is found and named. (A sample of the images would
-    miss a poison of 1 %.)
+    Each image has its own, so that a change of one is found and named: a sample would miss a poison of 1 %.
 
     Args:
-        images: an array or tensor (N, ...), best uint8 (N, H, W, C), or N images of any sizes, each
-            an array or tensor. The same pixels in another dtype or layout are other images.
-        targets: N of them, each None, a boolean, a number, a string, bytes, an array or a tensor,
-            or lists, tuples and dicts of these; None for a dataset without targets. A number in a
-            0-dimensional tensor or array is that number, and a list is a tuple, so that it does
-            not matter how targets were collated.
+        images: an array or tensor (N, ...), or N of them of any sizes. The same pixels in another dtype or layout
+            are other images.
+        targets: N of them, each None, a boolean, a number, a string, bytes, an array, a tensor, or lists, tuples
+            and dicts of these; None for none at all. A 0-dimensional array is its number, a list is a tuple:
+            how targets were collated does not matter.
 
     Raises:
         InputError: images or targets of another kind, or not as many of each.
@@ -64,21 +62,17 @@ def source_hashes(
 
 
 def image_hashes(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """uint64 (N,): the hash of each image alone, as `source_hashes` has it for uint8 (H, W, C)."""
+    """Hash each image alone, as `source_hashes` does: uint64 (N,)."""
     return np.array([_short_hash(_image_bytes(image)) for image in images_NHWC], np.uint64)
 
 
 def hashes_as_text(hashes: NDArray[np.uint64]) -> str:
-    """Hashes for a JSON file: base64 of their little-endian bytes."""
+    """Write hashes for a JSON file: base64 of their little-endian bytes."""
     return base64.b64encode(hashes.astype("<u8").tobytes()).decode("ascii")
 
 
 def hashes_of_text(text: str) -> NDArray[np.uint64]:
-    """The inverse of `hashes_as_text`.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Read what `hashes_as_text` wrote, or raise `InputError`."""
     try:
         data = base64.b64decode(text, validate=True)
         return np.frombuffer(data, "<u8").astype(np.uint64)
@@ -87,7 +81,7 @@ def hashes_of_text(text: str) -> NDArray[np.uint64]:
 
 
 def is_hashable(value: Tensor | NDArray[Any] | np.generic) -> bool:
-    """Whether a tensor, an array or a numpy scalar has values of its own that `source_hashes` takes."""
+    """Say whether `source_hashes` takes the values of a tensor, an array or a numpy scalar."""
     if isinstance(value, Tensor):
         return value.layout == torch.strided and not value.is_quantized
     return value.dtype.char in (_NUMERIC if isinstance(value, np.ndarray) else _NUMERIC + "US")
@@ -109,12 +103,12 @@ def _image_bytes(image: Any) -> bytes:
 
 
 def _tagged(tag: bytes, *parts: bytes) -> bytes:
-    """A tag, and every part with its length before it: no two values give the same bytes."""
+    """Join parts with their lengths before them, so that no two values give the same bytes."""
     return tag + struct.pack("<Q", len(parts)) + b"".join(struct.pack("<Q", len(p)) + p for p in parts)
 
 
 def _dense_bytes(array: Any) -> bytes | None:
-    """dtype, shape and values of a tensor or numpy array, the same for both; None for anything else."""
+    """Return dtype, shape and values of a tensor or numpy array, the same for both; None for anything else."""
     if isinstance(array, Tensor) and array.layout == torch.strided:
         tensor = array.detach().cpu().resolve_conj().resolve_neg().contiguous()
         # viewed as bytes, because numpy has no bfloat16

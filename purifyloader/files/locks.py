@@ -1,4 +1,4 @@
-"""Who works on which shard: advisory locks on hidden files in the cache's folder.
+"""Say who works on which file: advisory locks on hidden files beside it.
 
 A lock only saves work. Shards are the same bytes whoever makes them and are renamed into place, so two
 processes that both make one, on a file system without locks, do no harm. The system takes a lock away
@@ -10,17 +10,20 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from purifyloader.errors import CacheError
+from purifyloader.files.atomic import writing
 
 try:
     import fcntl
 except ImportError:  # Windows: no locks, and so work done twice where processes meet
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Lock", "is_held", "lock_path", "read_note"]
+__all__ = ["KEPT", "Lock", "is_held", "lock_path", "read_note"]
+
+KEPT = "Make room on the disk or make the folder writable, and run the same again: what is finished is kept."
+"""Advice to those who share a folder, for `files.atomic.writing`."""
 
 
 def lock_path(folder: Path, name: str) -> Path:
@@ -30,22 +33,16 @@ def lock_path(folder: Path, name: str) -> Path:
 class Lock:
     """An exclusive lock by the name of what is worked on; a context manager when it waits.
 
-    Between `acquire` and `release` its file holds a number that other processes may read: how many
-    images of the shard are done.
+    Between `acquire` and `release` its file holds a number that others may read: how many images are done.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = lock_path(folder, name)
         self._file: int | None = None
-        self.real = fcntl is not None
-        """Whether the file system knows locks, so that holding this one means something."""
+        self.real = fcntl is not None  # False on a file system without locks, where holding one means nothing
 
     def acquire(self, wait: bool) -> bool:
-        """Whether the lock is ours now; `wait` until another process has released it or died.
-
-        Raises:
-            CacheError: its file cannot be made.
-        """
+        """Take the lock, and say whether it is ours; `wait` until another process has released it or died."""
         while True:
             handle = self._opened()
             try:
@@ -70,16 +67,11 @@ class Lock:
     def _opened(self) -> int:
         # a link in a folder of somebody else's must not make us empty a file outside of it
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-        try:
+        with writing(self._path, CacheError, KEPT):
             return os.open(self._path, flags, 0o666)
-        except OSError as error:
-            raise CacheError(
-                f"Could not write {self._path}. Got: {error}. Make room on the disk or make the folder writable, "
-                "and run the same again: what is finished is kept."
-            ) from None
 
     def _is_there(self, handle: int) -> bool:
-        """Whether the file that is locked is still the one by that name."""
+        """Say whether the locked file is still the one by that name."""
         try:
             return os.path.samestat(os.fstat(handle), os.stat(self._path))
         except FileNotFoundError:
@@ -108,14 +100,12 @@ class Lock:
         self.acquire(wait=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds this lock; False on a file system without locks."""
+    """Say whether a living process holds this lock; False on a file system without locks."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -134,7 +124,7 @@ def is_held(path: Path) -> bool:
 
 
 def read_note(path: Path) -> int:
-    """The number a lock's holder has written last; 0 if there is none."""
+    """Return the number that a lock's holder has written last; 0 if there is none."""
     try:
         return int(path.read_bytes() or b"0")
     except (OSError, ValueError):

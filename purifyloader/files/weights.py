@@ -1,4 +1,4 @@
-"""The identity of a network's weights, whatever file they came from or never went to."""
+"""Identify a network's weights, whatever file they came from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ __all__ = ["named_weights", "weights_sha256"]
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous and sorted by name.
-
-    `torch.compile` puts `_orig_mod.` into the names of what it wraps; it is taken out again.
-
-    Raises:
-        InputError: the state holds something that is not a tensor.
-    """
+    """Return the state dict on the CPU, contiguous, sorted by name, without the `_orig_mod.` of `torch.compile`."""
     named = {}
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
@@ -33,11 +27,10 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256, in hex, of each weight's name, dtype, shape and values, in order of the names.
+    """SHA-256, in hex, of each weight's name, dtype, shape and values: what fingerprints call the weights.
 
-    It is what fingerprints call the weights. It depends on no file, device, memory format or
-    compilation; a cast to another dtype changes it. (The hash of a checkpoint's file, which guards
-    against damage, is another number.)
+    It depends on no file, device, memory format or compilation; a cast changes it. (The hash of a checkpoint's
+    file, which guards against damage, is another number.)
     """
     sha = hashlib.sha256()
     for name, tensor in named_weights(module).items():

@@ -547,9 +547,9 @@ def test_without_matplotlib_all_else_is_written(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "a").write_text("")
-    with pytest.raises(PurifyError, match="Expected to write"):
+    with pytest.raises(PurifyError, match="Could not write"):
         write(of(outcome()), tmp_path / "a")
-    with pytest.raises(PurifyError, match="Expected to write"):
+    with pytest.raises(PurifyError, match="Could not write"):
         curves(of(outcome()), tmp_path / "a" / "b.png")
 
 

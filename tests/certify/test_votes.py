@@ -658,7 +658,7 @@ def test_an_error_of_a_training_leaves_its_lock_free(tmp_path: Path) -> None:
 
 def test_a_folder_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PurifyError, match="Expected to write"):
+    with pytest.raises(PurifyError, match="Could not write"):
         vote_folder(tmp_path / "file")
 
 

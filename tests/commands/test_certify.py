@@ -843,7 +843,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "a function and a batch size": (("--batch-size", 3), "--batch-size is of the built-in training"),
     "a function and a warm start": (("--warm-start", "train"), "--warm-start is of the built-in training"),
     "no device": (("--device", "tpu9"), "Expected a device of this machine"),
-    "a file for a folder": (("--out", "file"), "Expected to write"),
+    "a file for a folder": (("--out", "file"), "Could not write"),
 }
 
 BAD_BUILT_IN: dict[str, tuple[tuple[object, ...], str]] = {

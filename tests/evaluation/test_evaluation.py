@@ -543,20 +543,20 @@ def test_without_matplotlib_the_numbers_are_written_all_the_same(model, tmp_path
 
 def test_what_cannot_be_written_is_one_clear_error(model, tmp_path, monkeypatch):
     (tmp_path / "a" / "evaluation.png" / "x").mkdir(parents=True)
-    with pytest.raises(PurifyError, match=r"Expected to write .*evaluation.png. Got: .*Give a folder"):
+    with pytest.raises(PurifyError, match=r"Could not write .*evaluation.png. Got: .*Give a folder"):
         run(model, "--count", "3", "--out", str(tmp_path / "a"), "--overwrite")
     (tmp_path / "b" / "evaluation.json" / "x").mkdir(parents=True)
-    with pytest.raises(PurifyError, match=r"Expected to write .*evaluation.json. Got: .*Give a folder"):
+    with pytest.raises(PurifyError, match=r"Could not write .*evaluation.json. Got: .*Give a folder"):
         run(model, "--count", "3", "--out", str(tmp_path / "b"), "--overwrite")
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["evaluation.json"]
     monkeypatch.setattr(Path, "exists", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(PurifyError, match=r"Expected to write .*c. Got: .*Permission denied"):
+    with pytest.raises(PurifyError, match=r"Could not write .*c. Got: .*Permission denied"):
         run(model, "--count", "3", "--out", str(tmp_path / "c"))
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PurifyError, match=r"Expected to write .*file/out. Got: .*Give a folder"):
+    with pytest.raises(PurifyError, match=r"Could not write .*file/out. Got: .*Give a folder"):
         run(model, "--out", str(tmp_path / "file" / "out"), data="tests.evaluation.test_evaluation:Nothing")
 
     def check(folder: Path) -> None:
@@ -574,7 +574,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(model, tmp_
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for folder in (tmp_path, tmp_path / "a" / "b"):
-        with pytest.raises(PurifyError, match=r"Expected to write .*Permission denied"):
+        with pytest.raises(PurifyError, match=r"Could not write .*Permission denied"):
             check(folder)
     assert sorted(tmp_path.rglob("*")) == before
 
