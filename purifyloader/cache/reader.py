@@ -108,7 +108,7 @@ class Targets(Sequence[Any]):
         # Integers, which class labels are, as an array, and others as text: a list of objects would cost a forked
         # worker a copy of each.
         simple = all(type(value) is int and -(2**63) <= value < 2**63 for value in encoded)
-        self._integers = np.array(encoded, np.int64) if simple else None
+        self.integers = np.array(encoded, np.int64) if simple else None
         texts = [] if simple else [json.dumps(value).encode() for value in encoded]
         self._text = b"".join(texts)
         self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
@@ -120,25 +120,20 @@ class Targets(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if self._integers is not None:
-            return int(self._integers[index])
+        if self.integers is not None:
+            return int(self.integers[index])
         at = range(self._length)[index]  # as a list has it: negative, or an IndexError
         return values.decode(json.loads(self._text[self._ends[at - 1] if at else 0 : self._ends[at]]))
 
     def get(self, positions: Sequence[int]) -> list[Any]:
         """Read those of several samples, in their order."""
-        if self._integers is not None:
-            return self._integers[list(positions)].tolist()
+        if self.integers is not None:
+            return self.integers[list(positions)].tolist()
         return [self[i] for i in positions]
 
     def replaced(self, changed: Mapping[int, Any]) -> Targets:
         """Copy them with other fields at some positions."""
         return Targets([values.encode(changed.get(i, field)) for i, field in enumerate(self)])
-
-    @property
-    def integers(self) -> NDArray[np.int64] | None:
-        """All of them as an array, where all are integers."""
-        return self._integers
 
 
 class CacheReader:
@@ -210,18 +205,9 @@ class CacheReader:
         return self.index.config
 
     @property
-    def index(self) -> fmt.Index:
-        return self._index
-
-    @property
     def plan(self) -> dict[str, Any] | None:
         """What was decided over the whole dataset, as it was given to `CacheWriter.finish`."""
         return self.index.plan
-
-    @property
-    def draws(self) -> int:
-        """Independent purifications of each image."""
-        return self.layout.draws
 
     @property
     def sample(self) -> dict[str, Any] | None:
