@@ -27,9 +27,9 @@ from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core.devices import device_of_process
+from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import describe, open_dataset
-from purifyloader.datasets.names import DATA
 from purifyloader.datasets.samples import fields
 from purifyloader.datasets.select import label_of, load_images
 from purifyloader.datasets.splits import Data, load

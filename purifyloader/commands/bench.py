@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from purifyloader.bench.defences import DEFENCES, Models
 from purifyloader.bench.scales import ATTACK_SEED, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE
 from purifyloader.commands.options import add_device, add_dtype, is_fast
-from purifyloader.datasets.names import DATA
+from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 from purifyloader.poisons.attacks.registry import ATTACKS
 from purifyloader.victims.presets import TRAININGS, VICTIMS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.commands.options import add_device, add_dtype, add_models, add_processes, add_quiet, given, is_fast
-from purifyloader.datasets.names import DATA
+from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -16,15 +16,10 @@ __all__ = ["ArrayDataset", "InMemory", "Part", "as_arrays"]
 
 
 class InMemory(Dataset[Any]):
-    """A dataset whose images and labels are held as arrays, which `as_arrays` takes as they are.
+    """A dataset held as arrays, which `as_arrays` takes as they are."""
 
-    Attributes:
-        images: uint8 (N, H, W, C).
-        labels: int64 (N,).
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    images: NDArray[np.uint8]  # (N, H, W, C)
+    labels: NDArray[np.int64]  # (N,)
 
 
 class ArrayDataset(InMemory):
@@ -42,32 +37,23 @@ class ArrayDataset(InMemory):
 
 @dataclass(frozen=True, eq=False)
 class Part(InMemory):
-    """Some images of a dataset, and where they belong in it: an attack poisons them as it would among all.
-
-    Attributes:
-        images: uint8 (N, H, W, C).
-        labels: int64 (N,).
-        positions: of each image in the dataset, int64 (N,).
-        classes: of the dataset, also where no image here is of the last one.
-        length: of the dataset.
-    """
+    """Some images of a dataset, and where they belong in it: an attack poisons them as it would among all."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    classes: int
-    length: int
+    positions: NDArray[np.int64]  # (N,), of each image in the dataset
+    classes: int  # of the dataset, also where no image here is of the last one
+    length: int  # of the dataset
 
 
 def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
 
     Args:
-        dataset: a pair (images uint8 (N, H, W, C), labels), an `InMemory` dataset such as a poisoned set, or a
-            map-style dataset of (image, label) without a transform: PIL, uint8 arrays or tensors, all of one size.
+        dataset: a pair of such, an `InMemory` dataset, or a map-style dataset of (image, label) without a
+            transform: PIL, uint8 arrays or tensors.
 
-    Raises:
-        InputError: anything else, images of several sizes or in floating point, or labels that are no integers.
+    Raises `InputError` for anything else: images of several sizes or in floating point, labels that are no integers.
     """
     if isinstance(dataset, InMemory):
         return dataset.images, dataset.labels

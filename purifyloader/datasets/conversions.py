@@ -1,4 +1,4 @@
-"""Transforms that only change an image's type, applied to a whole batch of bytes at once.
+"""Apply transforms that only change an image's type to a whole batch of bytes at once.
 
 A cache gives a batch of 128 images of 32 x 32 in a tenth of a millisecond; converting them one by one takes
 thirty times as long. What is recognised here does the same arithmetic to every element, so that a batch has
@@ -24,20 +24,14 @@ _Step = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Conversion:
-    """uint8 (B, C, H, W), in any memory order, to what the transform makes of each image.
+    """Convert uint8 (B, C, H, W), in any memory order, to what the transform makes of each image."""
 
-    Attributes:
-        first: up to the normalisation.
-        then: the normalisation and what follows it.
-        tv_tensor: whether each image comes out as a `tv_tensors.Image`.
-    """
-
-    first: tuple[_Step, ...]
-    then: tuple[_Step, ...]
-    tv_tensor: bool
+    first: tuple[_Step, ...]  # up to the normalisation
+    then: tuple[_Step, ...]  # the normalisation and what follows it
+    tv_tensor: bool  # each image comes out as a `tv_tensors.Image`
 
     def items(self, batch: Tensor) -> Sequence[Tensor]:
-        """The images of a converted batch, as the transform itself would have given each."""
+        """Return the images of a converted batch as the transform itself would have given each."""
         images = batch.unbind(0)
         return [tv_tensors.Image(image) for image in images] if self.tv_tensor else images
 
@@ -48,7 +42,7 @@ def _floats(x_BCHW: Tensor) -> Tensor:
 
 
 def conversion(first: Sequence[Callable[[Any], Any]], then: Sequence[Callable[[Any], Any]]) -> Conversion | None:
-    """The steps of a transform of PIL images on batches; None if one of them is anything else than a conversion.
+    """Make the steps of a transform of PIL images ones of batches; None if one of them is no mere conversion.
 
     Exact types only: what a subclass adds would be lost.
     """

@@ -1,4 +1,4 @@
-"""Where the image is in a sample, and the sample with another image in its place."""
+"""Find the image and the label of a sample, and put another in its place."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ ImageKey = str | int | None
 
 
 def place(sample: Any, image_key: ImageKey = None) -> Any:
-    """The position or key of the image in a sample; None for a sample that is the image itself.
-
-    Raises:
-        InputError: there is no such field.
-    """
+    """Return the position or key of the image in a sample, None for a bare image; `InputError` for no such field."""
     if isinstance(sample, Mapping):
         key: Any = "image" if image_key is None else image_key
         if key not in sample:
@@ -49,11 +45,7 @@ def place(sample: Any, image_key: ImageKey = None) -> Any:
 
 
 def label_place(sample: Any, image_key: ImageKey = None, label_key: ImageKey = None) -> Any:
-    """The position or key of the label in a sample: `label_key`, else the first field beside the image, or "label".
-
-    Raises:
-        InputError: there is no such field.
-    """
+    """Return the position or key of the label: `label_key`, else the first field beside the image, or "label"."""
     if place(sample, image_key) is None or (not isinstance(sample, Mapping) and len(sample) < 2):
         raise InputError("The sample is an image alone, and has no label. Give a dataset of (image, label).")
     if label_key is None:
@@ -64,11 +56,7 @@ def label_place(sample: Any, image_key: ImageKey = None, label_key: ImageKey = N
 
 
 def get_image(sample: Any, image_key: ImageKey = None) -> Any:
-    """The image of a sample: position 0 of a tuple or list, "image" of a dict, or the sample itself.
-
-    Raises:
-        InputError: there is no image there.
-    """
+    """Return the image of a sample, or raise `InputError` where there is none at its `place`."""
     key = place(sample, image_key)
     image = sample if key is None else sample[key]
     if not is_image(image):
@@ -81,7 +69,7 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
 
 
 def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
-    """The sample with `image` in the image's place; every other field is the same object."""
+    """Copy the sample with `image` in the image's place; every other field is the same object."""
     key = place(sample, image_key)
     if key is None:
         return image
@@ -98,8 +86,7 @@ def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
 
 
 def fields(sample: Any, image_key: ImageKey = None) -> Any:
-    """What a sample holds beside its image: None for a bare image, the other field of a pair, a list of
-    the others of a longer tuple or list, a dict of the others of a mapping."""
+    """Return what a sample holds beside its image: None of a bare image, one field of a pair, else a list or dict."""
     key = place(sample, image_key)
     if key is None:
         return None
@@ -110,8 +97,7 @@ def fields(sample: Any, image_key: ImageKey = None) -> Any:
 
 
 def structure_of(sample: Any, image_key: ImageKey = None) -> dict[str, Any]:
-    """How `assemble` puts a sample together again, as JSON: what it is, where its image is, how many
-    fields a tuple or list has. A named tuple is a tuple, any mapping a dict."""
+    """Describe for `assemble`, as JSON, how a sample is put together. A named tuple is a tuple, any mapping a dict."""
     key = place(sample, image_key)
     if key is None:
         return {"type": "image"}
@@ -121,12 +107,12 @@ def structure_of(sample: Any, image_key: ImageKey = None) -> dict[str, Any]:
 
 
 def is_plain(sample: Any) -> bool:
-    """Whether `assemble` gives the very type back."""
+    """Say whether `assemble` gives the very type back."""
     return type(sample) in (tuple, list, dict) or is_image(sample)
 
 
 def assemble(structure: Mapping[str, Any], others: Any, image: Any) -> Any:
-    """The inverse of `fields` and `structure_of`, with another image."""
+    """Put a sample together from its `structure_of` and `fields` and another image."""
     kind = structure["type"]
     if kind == "image":
         return image

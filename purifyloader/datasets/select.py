@@ -75,9 +75,8 @@ def choose_images(
         indices: these and no others, in this order.
         learned: tells of a sample whether a model was trained on its image. None asks nothing and reads no image.
 
-    Raises:
-        InputError: indices twice, out of range or trained on; or fewer images than asked for. Its `argument` is
-            "count" or "indices".
+    Raises `InputError` with the `argument` "count" or "indices" for indices twice, out of range or trained on, or for
+    fewer images than asked for.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if indices is not None:
@@ -125,11 +124,8 @@ def _check_indices(dataset: Dataset[Any], indices: Sequence[int], learned: Calla
 def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
     """Split `length` images into (trained on, held out), rising indices; `chosen` may be trained on.
 
-    Held out is what was not chosen, as far as there is any; where all images were chosen, a twentieth of
-    them is taken back.
-
-    Args:
-        count: how many to hold out; by default 200, or as many as there are.
+    `count` images (200 by default) are held out of what was not chosen; where all were chosen, a twentieth of them
+    is taken back.
     """
     count = _HELD_OUT if count is None else count
     if count < 0:
@@ -187,8 +183,7 @@ def load_images(
         channels: 3 makes three of a grey image's one; an image with other channels is an error.
         progress: show a bar.
 
-    Raises:
-        InputError: an index out of range, an image the engine does not take, or different sizes.
+    Raises `InputError` for an index out of range, an image the engine does not take, or different sizes.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if bad := [i for i in indices if not 0 <= i < length]:
@@ -257,18 +252,7 @@ def load(
     progress: bool = False,
     what: str = "the dataset",
 ) -> Loaded:
-    """Load the samples at `indices`; grey images are repeated for a model of colour.
-
-    Args:
-        channels: of the images that are wanted, 1 or 3.
-        size: bring the shorter side of each image to this, antialiased, and crop the centre.
-        progress: show a bar.
-        what: the images are called in errors.
-
-    Raises:
-        InputError: an image that cannot be read, of another size than the one before, or of colour for a
-            model of grey.
-    """
+    """Load images as `load_images` does, with their labels; `what` names them in errors."""
     source = _WithLabels(dataset)
     try:
         images = load_images(source, indices, size=size, channels=channels, progress=progress)

@@ -20,11 +20,7 @@ __all__ = ["load_sample", "shards"]
 
 
 def shards(folder: str | Path, split: str) -> list[Path]:
-    """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order.
-
-    Raises:
-        InputError: there is no such folder, no such file, or a number is missing.
-    """
+    """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order; `InputError` if one is missing."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"The sample must be a folder of .tar or .tar.gz shards. Got {folder}: no such folder.")
@@ -38,7 +34,7 @@ def shards(folder: str | Path, split: str) -> list[Path]:
 
 
 def _tar_bytes(path: Path) -> bytes:
-    """The whole uncompressed tar, complete or an error: a stream reader takes some cut files for whole."""
+    """Return the whole uncompressed tar, complete or an error: a stream reader takes some cut files for whole."""
     try:
         content = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -62,17 +58,10 @@ def _decode(path: Path, sample: dict[str, Any]) -> tuple[str, NDArray[np.uint8],
 
 
 def load_sample(folder: str | Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Load all images and labels of a split, sorted by key (for `examples/data`: by row of CIFAR-10).
+    """Load images uint8 (N, H, W, 3) and labels int64 (N,) of a split, "train" or "test", sorted by key.
 
-    Args:
-        folder: holds `<split>-000000.tar.gz` and on, with members `<key>.png` and `<key>.cls`.
-        split: "train" or "test".
-
-    Returns:
-        uint8 (N, H, W, 3) and int64 (N,).
-
-    Raises:
-        InputError: a folder or shard that is missing, or one cut short or damaged, which is named.
+    The folder holds `<split>-000000.tar.gz` and on, with members `<key>.png` and `<key>.cls` (in `examples/data` the
+    key is CIFAR-10's row). Raises `InputError` for a folder or shard that is missing, cut short or damaged.
     """
     rows: list[tuple[str, NDArray[np.uint8], int]] = []
     for path in shards(folder, split):

@@ -1,4 +1,4 @@
-"""Getting in front of a dataset's own transform.
+"""Get in front of a dataset's own transform.
 
 A poison sits in the stored image, so purification must come before the crop, flip and normalisation
 that the user already has. A torchvision dataset keeps these as attributes: a shallow copy without them
@@ -12,7 +12,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ _COMPOSE = (v1.Compose, v2.Compose)
 
 
 def _flat(transform: Any) -> Iterator[Callable[[Any], Any]]:
-    """The steps of a Compose, those of Composes inside it too."""
+    """Yield the steps of a Compose, those of Composes inside it too."""
     for step in transform.transforms:
         if type(step) in _COMPOSE:
             yield from _flat(step)
@@ -82,7 +82,7 @@ class _Transform:
         if self.target is not None:
             if not isinstance(sample, tuple | list):
                 raise InputError(
-                    "Expected (image, target) of a dataset with a target_transform. Got "
+                    f"The samples of a dataset with a target_transform are (image, target). Got a "
                     f"{type(sample).__name__}: transform the target in the dataset itself."
                 )
             at = 1 if image_key in (None, 0) else 0
@@ -91,7 +91,7 @@ class _Transform:
         return with_image(sample, image, image_key)
 
     def pair(self, image: Any, target: Any) -> tuple[Any, Any]:
-        """Both halves, on a sample that is (image, target): the way most images go."""
+        """Apply both halves to a sample that is (image, target): the way most images go."""
         for step in self.first:
             image = step(image)
         for step in self.then:
@@ -103,31 +103,24 @@ class _JointTransform:
     """A torchvision `transforms(image, target)`; it cannot be opened, so all of it comes after."""
 
     def __init__(self, transforms: Callable[[Any, Any], Any]) -> None:
-        self.transforms = transforms
+        self.pair = transforms
 
     def before(self, image: Any) -> Any:
         return image
 
     def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
-        return self.transforms(image, sample[1])
-
-    def pair(self, image: Any, target: Any) -> Any:
-        return self.transforms(image, target)
+        return self.pair(image, sample[1])
 
 
 def fetch(raw: Dataset[Any], indices: Sequence[int]) -> list[Any]:
-    """Samples of a dataset; through its own batched `__getitems__` where it has one."""
+    """Read samples of a dataset, through its own batched `__getitems__` where it has one."""
     if callable(batched := getattr(raw, "__getitems__", None)):
         return list(batched(list(indices)))
     return [raw[i] for i in indices]
 
 
 class Source:
-    """A dataset of raw images, and what its user wants done to each sample afterwards.
-
-    Attributes:
-        raw: map-style; its images are as they are stored.
-    """
+    """A dataset of images as they are stored (`raw`), and what its user wants done to each sample afterwards."""
 
     def __init__(self, raw: Dataset[Any], transform: _Transform | _JointTransform) -> None:
         self.raw = raw
@@ -137,47 +130,44 @@ class Source:
         return len(self.raw)  # type: ignore[arg-type]
 
     def fetch(self, indices: Sequence[int]) -> list[Any]:
-        """Raw samples."""
         return fetch(self.raw, indices)
 
+    def _transform_of(self, index: int) -> _Transform | _JointTransform:
+        return self._transform
+
     def before(self, index: int, image: Any) -> Any:
-        """The user's transform of a (purified) image up to its normalisation."""
-        return self._transform.before(image)
+        """Apply the user's transform to a (purified) image up to its normalisation."""
+        return self._transform_of(index).before(image)
 
     def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
-        """The rest of the transform, and the sample with its result in place."""
-        return self._transform.after(sample, image, image_key)
+        """Apply the rest of the transform, and put the result in its place in the sample."""
+        return self._transform_of(index).after(sample, image, image_key)
 
     def pair(self, index: int, image: Any, target: Any) -> Any:
-        """All of the transform, of a sample that is (image, target)."""
-        return self._transform.pair(image, target)
+        """Apply all of the transform to a sample that is (image, target)."""
+        return self._transform_of(index).pair(image, target)
 
     def transform(self) -> Callable[[Any], Any] | None:
-        """The user's transform of an image.
-
-        Raises:
-            AttributeError: there is not one of images alone.
-        """
+        """Return the user's transform of an image, or raise `AttributeError` where there is not one of images alone."""
         if not isinstance(self._transform, _Transform):
             raise AttributeError("The dataset's transforms take the target too.")
         return self._transform.image
 
     def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
-        """The same raw images with another transform of the image; that of the target stays.
-
-        Raises:
-            InputError: image and target are transformed together.
-        """
+        """Return the same raw images with another transform of the image; that of the target stays."""
         if not isinstance(self._transform, _Transform):
             raise InputError(
-                "Expected a transform of images alone to be replaced. Got a dataset whose transforms take the target "
-                "too: give it another one before it is wrapped."
+                "The dataset's transforms take the target too, and cannot be replaced by one of images alone: give it "
+                "another one before it is wrapped."
             )
         return Source(self.raw, _Transform(transform, self._transform.target))
 
     def conversion(self) -> Conversion | None:
-        """The transform as one on whole batches, if it does the same to every image; else None."""
-        return conversion(self._transform.first, self._transform.then) if _is_opened(self._transform) else None
+        """Return the transform as one of whole batches, if it does the same to every image; else None."""
+        transform = self._transform
+        if isinstance(transform, _JointTransform) or transform.target is not None:
+            return None
+        return conversion(transform.first, transform.then)
 
 
 class _SubsetSource(Source):
@@ -194,14 +184,8 @@ class _SubsetSource(Source):
     def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
         return _SubsetSource(self.raw, self.inner.with_transform(transform))
 
-    def before(self, index: int, image: Any) -> Any:
-        return self.inner.before(int(self.indices[index]), image)
-
-    def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
-        return self.inner.after(int(self.indices[index]), sample, image, image_key)
-
-    def pair(self, index: int, image: Any, target: Any) -> Any:
-        return self.inner.pair(int(self.indices[index]), image, target)
+    def _transform_of(self, index: int) -> _Transform | _JointTransform:
+        return self.inner._transform_of(int(self.indices[index]))
 
     def conversion(self) -> Conversion | None:
         return self.inner.conversion()
@@ -216,30 +200,18 @@ class _ConcatSource(Source):
         self.raw, self.parts, self.ends = raw, parts, list(dataset.cumulative_sizes)
 
     def transform(self) -> Callable[[Any], Any] | None:
-        found = [part.transform() for part in self.parts]
-        if any(transform is not found[0] for transform in found):
+        first, *others = (part.transform() for part in self.parts)
+        if any(transform is not first for transform in others):
             raise AttributeError("The datasets that are concatenated have transforms of their own.")
-        return found[0]
+        return first
 
     def with_transform(self, transform: Callable[[Any], Any] | None) -> Source:
         return _ConcatSource(self.raw, [part.with_transform(transform) for part in self.parts])
 
-    def _part(self, index: int) -> tuple[Source, int]:
+    def _transform_of(self, index: int) -> _Transform | _JointTransform:
         index %= self.ends[-1]  # a Subset may hold negative indices
         part = bisect.bisect_right(self.ends, index)
-        return self.parts[part], index - (self.ends[part - 1] if part else 0)
-
-    def before(self, index: int, image: Any) -> Any:
-        source, local = self._part(index)
-        return source.before(local, image)
-
-    def after(self, index: int, sample: Any, image: Any, image_key: ImageKey) -> Any:
-        source, local = self._part(index)
-        return source.after(local, sample, image, image_key)
-
-    def pair(self, index: int, image: Any, target: Any) -> Any:
-        source, local = self._part(index)
-        return source.pair(local, image, target)
+        return self.parts[part]._transform_of(index - (self.ends[part - 1] if part else 0))
 
     def conversion(self) -> Conversion | None:
         return None  # each part may have its own
@@ -248,7 +220,7 @@ class _ConcatSource(Source):
 def without_source(
     length: int, transform: Callable[[Any], Any] | None, target_transform: Callable[[Any], Any] | None
 ) -> Source:
-    """The transforms alone, for samples that come out of a cache."""
+    """Make a source of transforms alone, for samples that come out of a cache."""
     return Source(_Nothing(length), _Transform(transform, target_transform))
 
 
@@ -265,19 +237,12 @@ class _Nothing(Dataset[Any]):
         raise CacheError("This cache is read without its source, and its samples are all there is of it.")
 
 
-def _is_opened(transform: _Transform | _JointTransform) -> TypeGuard[_Transform]:
-    return isinstance(transform, _Transform) and transform.target is None
-
-
 def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = None) -> Source:
-    """The dataset in front of its transforms.
+    """Get in front of a dataset's transforms.
 
     Torchvision datasets give up their `transform`, `target_transform` or `transforms`, also inside
     `Subset`, `random_split` and `ConcatDataset`. Any other dataset is read as it is, and `transform` is
-    applied after purification.
-
-    Raises:
-        InputError: `transform` is given for a dataset that already has one.
+    applied after purification. `InputError` where it is given for a dataset that already has one.
     """
     if type(dataset) is Subset:
         return _SubsetSource(dataset, take_over(dataset.dataset, transform))
@@ -300,9 +265,7 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
     elif joint is not None:
         raw.transforms = _same_pair
     if transform is not None and (own is not None or joint is not None):
-        raise InputError(
-            f"Expected one transform. Got transform= and the {type(dataset).__name__}'s own: give one of them."
-        )
+        raise InputError(f"The {type(dataset).__name__} has a transform of its own. Give transform= or that one.")
     if joint is not None:
         return Source(raw, _JointTransform(joint))
     return Source(raw, _Transform(own if own is not None else transform, target))
@@ -310,7 +273,7 @@ def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = No
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Looking at a dataset must not change what the user draws afterwards."""
+    """Look at a dataset without a change of what the user draws afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
@@ -323,21 +286,15 @@ def random_state_kept() -> Iterator[None]:
 def check_honest(
     source: Source, channels: int | None, image_key: ImageKey, items: int = 64
 ) -> list[tuple[tuple[int, int, int], ImageKind]]:
-    """Refuse a dataset whose images are already normalised or augmented.
+    """Refuse a dataset whose images are already normalised or augmented, with the item, the reason and the remedy.
 
-    Reads `items` images spread over the dataset, twice: values must be uint8 or in [0, 1], and the same
-    both times.
-
-    Returns:
-        shape in the engine, (C, H, W), and kind of each image read.
-
-    Raises:
-        InputError: with the item, the reason and the remedy.
+    Reads `items` images spread over the dataset, twice: values must be uint8 or in [0, 1], and the same both times.
+    Returns shape in the engine, (C, H, W), and kind of each.
     """
     indices = sorted(set(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64).tolist()))
     with random_state_kept():
         first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
-    found: list[tuple[tuple[int, int, int], ImageKind]] = []
+    probed: list[tuple[tuple[int, int, int], ImageKind]] = []
     for index, a, b in zip(indices, first, second, strict=True):
         try:
             (x, kind), (y, _) = to_engine(a, channels), to_engine(b, channels)
@@ -345,8 +302,7 @@ def check_honest(
             raise InputError(f"Item {index} of the dataset: {error} {REMEDY}") from None
         if x.shape != y.shape or not torch.equal(x, y):
             raise InputError(
-                f"Expected the same image each time. Got two different ones for item {index}: the dataset "
-                f"augments its images. {REMEDY}"
+                f"Item {index} of the dataset is another image each time: the dataset augments its images. {REMEDY}"
             )
-        found.append(((x.shape[0], x.shape[1], x.shape[2]), kind))
-    return found
+        probed.append(((x.shape[0], x.shape[1], x.shape[2]), kind))
+    return probed

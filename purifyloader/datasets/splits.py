@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.core import noise
+from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
-from purifyloader.datasets.names import DATA
 from purifyloader.datasets.shards import load_sample
 from purifyloader.errors import InputError
 
@@ -20,34 +20,27 @@ __all__ = ["Data", "load"]
 
 _VALIDATION = ("test", "val", "valid", "validation")
 _DRAW = {"train": 0, "test": 1}
+_Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A `Data` is a training and a test split.
+    """A training and a test split."""
 
-    Attributes:
-        name: of `DATA`.
-        train, test: images uint8 (N, H, W, 3).
-        train_labels, test_labels: int64 (N,), in [0, classes).
-        classes: how many.
-        whole: (images, labels) of all training images that there were before some were chosen, in their order, and
-            `chosen` their places, int64 (N,): a poison file is of all of them. None where `train` is whole.
-    """
-
-    name: str
-    train: NDArray[np.uint8]
-    train_labels: NDArray[np.int64]
+    name: str  # of `DATA`
+    train: NDArray[np.uint8]  # (N, H, W, 3)
+    train_labels: NDArray[np.int64]  # (N,), in [0, classes)
     test: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
     classes: int
-    whole: tuple[NDArray[np.uint8], NDArray[np.int64]] | None = None
+    # Images and labels of all training images that there were before some were chosen, for a poison file is of all of
+    # them, and the places of the chosen, int64 (N,); None where `train` is whole.
+    whole: _Split | None = None
     chosen: NDArray[np.int64] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of every image."""
-        return self.train.shape[1], self.train.shape[2]
+        return self.train.shape[1], self.train.shape[2]  # (H, W) of every image
 
     def only(self, keep: NDArray[Any]) -> Data:
         """Keep some of the training images: bool (N,), or their places, rising."""
@@ -65,29 +58,23 @@ class Data:
                 raise InputError(f"{self.name} has {every} {split} images. Got {count}: ask for as many or fewer.")
             drawn = noise.uniform(noise.image_keys(seed, _DRAW[split], 0), (every,))[0].argsort(stable=True)
             rows[split] = drawn[:count].sort().values.numpy()
-        v = rows["test"]
-        found = self if train is None else self.only(rows["train"])
-        return replace(found, test=self.test[v], test_labels=self.test_labels[v])
+        chosen, v = self if train is None else self.only(rows["train"]), rows["test"]
+        return replace(chosen, test=self.test[v], test_labels=self.test_labels[v])
 
 
 def load(name: str, root: str | Path) -> Data:
-    """
-    Args:
-        name: "sample", the CIFAR-10 sample of this repository (`root` is its `examples/data`); "cifar10", "cifar100"
-            in `root`; "tiny-imagenet", the folder as it is distributed; "imagefolder", a folder with `train` and
-            `test` (or `val`), and in each one folder a class, all images of one size.
+    """Load the splits of one of `DATA`, or raise `InputError`.
 
-    Raises:
-        InputError: nothing of that name, or not what it should be.
+    "sample" is the CIFAR-10 sample of this repository (`root` is its `examples/data`); "tiny-imagenet" the folder as it
+    is distributed; "imagefolder" a folder with `train` and `test` (or `val`), in each one folder a class, all images of
+    one size.
     """
     root = Path(root)
     if name == "sample":
-        splits = load_sample(root, "train"), load_sample(root, "test")
-        classes = 10
+        splits, classes = (load_sample(root, "train"), load_sample(root, "test")), 10
     elif name in TORCHVISION:
-        found = [open_dataset(name, root, train) for train in (True, False)]
-        splits = as_arrays(found[0]), as_arrays(found[1])
-        classes = len(found[0].classes)  # type: ignore[attr-defined]
+        training, testing = (open_dataset(name, root, train) for train in (True, False))
+        splits, classes = (as_arrays(training), as_arrays(testing)), len(training.classes)  # type: ignore[attr-defined]
     elif name in ("tiny-imagenet", "imagefolder"):
         splits, classes = _folders(root, name == "tiny-imagenet")
     else:
@@ -99,9 +86,6 @@ def load(name: str, root: str | Path) -> Data:
             "resize them first."
         )
     return Data(name, train, train_labels, test, test_labels, classes)
-
-
-_Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
@@ -122,7 +106,7 @@ def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
 
 
 def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
-    """Tiny-ImageNet keeps all validation images in one folder, and their classes in a table."""
+    """Read all validation images from the one folder of Tiny-ImageNet, and their classes from its table."""
     table = folder / "val_annotations.txt"
     images, labels = [], []
     for line in table.read_text(encoding="utf-8").splitlines():

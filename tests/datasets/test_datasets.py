@@ -449,7 +449,7 @@ def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
     for name in ("json", "matplotlib", "torch", "numpy", "huggingface_hub"):
         (tmp_path / f"{name}.py").write_text("open('was-run', 'a').write(__name__)")
     (tmp_path / "mine.py").write_text(
-        "import json\nfrom purifyloader.datasets import open_dataset\ndef make():\n    return open_dataset('images')\n"
+        "import json\nfrom purifyloader.datasets import named\ndef make():\n    return named.open_dataset('images')\n"
     )
     trained = ROOT / "tests/golden/plausibility/trained.safetensors"
     code = "import sys; from purifyloader.commands.main import main; sys.exit(main(sys.argv[1:]))"
