@@ -61,6 +61,11 @@ class Shard:
     def file(self) -> str:
         return f"shard-{self.number:05d}.safetensors"
 
+    def batches(self, size: int) -> list[list[int]]:
+        """Cut its positions in the dataset into batches."""
+        end = self.start + self.count
+        return [list(range(at, min(at + size, end))) for at in range(self.start, end, size)]
+
 
 @dataclass(frozen=True)
 class Layout:

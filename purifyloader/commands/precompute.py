@@ -22,7 +22,7 @@ DESCRIPTION = (
     "Purify a dataset once, into a cache. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader.precompute, or torchrun, with the same options."
 )
-_CHECKED = 16  # `purifyloader.purified.filling.CHECKED`, which needs torch
+_CHECKED = 16  # `purifyloader.purified.ondemand.CHECKED`, which needs torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -20,22 +20,24 @@ class GivesPurified:
 
 
 def purified_by(thing: Any) -> str | None:
-    """Name the type of what purifies inside a loader or dataset: a dataset, stage, loader or transform of ours.
+    """Name the type of what purifies inside a loader or dataset, or None: a dataset, stage, loader or transform.
 
-    Looks where torch, torchvision, webdataset, accelerate and timm keep their parts; what a function of the user's
-    does it cannot see. None where nothing purifies.
+    Looks where torch, torchvision, webdataset, accelerate and timm keep their parts, not into the user's functions.
     """
-    return next((type(part).__name__ for part in _parts(thing, _DEPTH) if _purifies(part)), None)
+    return next(
+        (
+            type(part).__name__
+            for part in _parts(thing, _DEPTH)
+            if isinstance(part, GivesPurified) or isinstance(_own(part, "purifier"), Purifier)
+        ),
+        None,
+    )
 
 
 def transform_that_purifies(dataset: Any, transform: Any = None) -> str | None:
     """Name the transform of ours in a dataset, or beside it; the dataset itself may well be one of ours."""
     parts = (*_parts(transform, _DEPTH), *_parts(dataset, _DEPTH))
     return next((type(part).__name__ for part in parts if isinstance(part, HoldsPurifier)), None)
-
-
-def _purifies(part: Any) -> bool:
-    return isinstance(part, GivesPurified) or isinstance(_own(part, "purifier"), Purifier)
 
 
 def _own(part: Any, name: str) -> Any:

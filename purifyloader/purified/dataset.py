@@ -56,12 +56,11 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         dataset: map-style, of (image, target, ...) tuples, dicts, or bare images: PIL, numpy (H, W[, C])
             or tensors ([C,] H, W), uint8 or float in [0, 1]. A torchvision dataset's transforms are taken
             over, also inside `Subset`, `random_split` and `ConcatDataset`; the object itself is never
-            changed, and a transform that it is given later is not seen. (One that this object is given
-            later, `purified.transform = ...`, is.) Images already normalised or augmented are refused.
-        purifier: see `purifyloader.recipes`. Its draws are a function of (seed, draw, index): every epoch
-            of a draw and a cache see the same purified image. One with a condition over the dataset, such as
-            `recipes.puregen_filt`, is planned here: that is one pass over all of it, unless a cache has the plan
-            already (`purifyloader.purified.plans`).
+            changed, and sees no transform that it is given later (this one does: `purified.transform = ...`).
+            Images already normalised or augmented are refused.
+        purifier: see `purifyloader.recipes`. Draws are a function of (seed, draw, index): every epoch of a draw
+            and a cache see the same purified image. One with a condition over the dataset, such as
+            `recipes.puregen_filt`, is planned here in one pass, unless a cache has the plan already.
         compensate: ECLIPSE's other half, `Compensate()`; a new draw in every epoch, from (seed, epoch, index).
         cache: folder, read in place of purifying; see `purifyloader.precompute`. A new or empty folder is
             filled now. 8 bits a channel. Targets and further fields are read from it too, where it has them.
@@ -69,19 +68,17 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         batch_size: images read and purified at a time while a cache is filled.
         device: where to purify, by default where the purifier is.
         draws: independent purifications of each image; an epoch reads draw `epoch % draws`.
-        missing: what to do about a cache that is not finished. None refuses one that is partly filled, for
-            somebody may be filling it; "precompute" fills it now, together with other processes that do the
-            same; "purify" fills a shard when one of its images is first read, in whichever process reads it
-            (a shuffled epoch touches all shards within its first batches).
-        check_source: how much of `dataset` is compared with what the cache was made from: True all of it,
-            which reads all of it in this process (40 minutes for the JPEGs of ImageNet); a number that many
-            samples, drawn at random; False nothing.
+        missing: for a cache that is not finished. None refuses one that is partly filled, for somebody may be
+            filling it; "precompute" fills it now, together with other processes that do the same; "purify" fills
+            a shard when one of its images is first read, in whichever process reads it (a shuffled epoch
+            touches all shards within its first batches).
+        check_source: how much of `dataset` is compared with what the cache was made from: True reads all of it in
+            this process (40 minutes for the JPEGs of ImageNet); a number that many, drawn at random; False nothing.
         in_memory: read the whole cache into memory now, for slow or remote disks.
         transform: applied to the image after purification, for a dataset that has none of its own.
         image_key: where the image is in a sample; position 0 of a tuple, "image" of a dict by default.
-        sanitation: suspects and corrected labels (`plans.Sanitation`). Labels are replaced, and suspects left out
-            where it says so: the dataset is shorter then, and `indices` says which sample of the source each is. By
-            default the one that the cache was made with.
+        sanitation: suspects and corrected labels (`plans.Sanitation`); by default that of the cache. Where it drops
+            suspects, `indices` says which sample of the source each is.
         progress: show bars.
 
     Raises:
@@ -92,8 +89,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
     >>> import torch
     >>> from purifyloader import PurifiedDataset, recipes
     >>> images = [(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), label) for label in range(4)]
-    >>> dataset = PurifiedDataset(images, recipes.jpeg(quality=10))
-    >>> image, label = dataset[3]
+    >>> image, label = PurifiedDataset(images, recipes.jpeg(quality=10))[3]
     >>> image.shape, image.dtype, label
     (torch.Size([3, 8, 8]), torch.uint8, 3)
     """
@@ -174,10 +170,9 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
 
         Args:
             folder: of the cache.
-            compensate: as above.
+            compensate, in_memory, sanitation: as above.
             transform, target_transform: applied to each image and target.
             seed: of compensation; by default the one that the cache was made with.
-            in_memory, sanitation: as above.
 
         Raises:
             CacheError: the cache is missing, unfinished, damaged, or holds no targets.
@@ -198,10 +193,9 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         self.image_key = reader.sample.get("image")
         self._source = without_source(len(reader), transform, target_transform)
         sanitation = plans.sanitation_of(reader, sanitation)
-        mode = SamplesFromCache(reader, sanitation)
-        self._start(mode, sanitation)
+        self._start(SamplesFromCache(reader, sanitation), sanitation)
         if compensate is not None:
-            self._check_compensated(mode)
+            self._check_compensated()
         return self
 
     def _start(self, mode: Mode, sanitation: Sanitation | None) -> None:
@@ -243,7 +237,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         return self.__getitems__([index])[0]  # type: ignore[list-item]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """A loader's whole batch at once, purified in one go. Explicit: a delegated one would be bypassed."""
+        """Purify a loader's whole batch in one go. Explicit: a delegated one would be bypassed."""
         return self._samples([self._position(i) for i in indices])
 
     def set_epoch(self, epoch: int) -> None:
@@ -339,7 +333,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         ]
 
     def _batch(self, positions: Sequence[int]) -> Any:
-        """The samples as a loader would have collated them."""
+        """Return the samples as a loader would have collated them."""
         if self._conversion is None or not positions:
             return default_collate(self._samples(positions))
         self._notice_forgotten_epoch(len(positions))
@@ -385,14 +379,15 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         self._source = before.with_transform(transform)
         try:
             if self.compensate is not None:
-                self._check_compensated(self._mode)
+                self._check_compensated()
         except InputError:
             self._source = before
             raise
         self._find_conversion()
 
-    def _check_compensated(self, mode: Mode) -> None:
-        """One image as far as compensation, so that a transform it cannot get into fails here, not in a worker."""
+    def _check_compensated(self) -> None:
+        """Try one image as far as compensation: a transform it cannot get into fails here, not in a worker."""
+        mode = self._mode
         with random_state_kept():
             sample = mode.sample(0, 0) if isinstance(mode, SamplesFromCache) else self._source.fetch([0])[0]
             check_compensated(self._source.before(0, get_image(sample, self.image_key)))

@@ -1,4 +1,4 @@
-"""Filling a cache: read, purify, write, by any number of processes that share nothing but its folder.
+"""Fill a cache: read, purify, write, by any number of processes that share nothing but its folder.
 
 Shards are static: which images a shard holds depends on the layout alone, and its bytes on (weights,
 configuration, seed, source, kind of device). So it does not matter who makes it, in what order, or after
@@ -35,17 +35,16 @@ from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.locks import Lock
 from purifyloader.purified import plans
 from purifyloader.purified.job import Job, check_arguments, placed
-from purifyloader.purified.ondemand import GrowingShard, compare_shard
+from purifyloader.purified.ondemand import CHECKED, Filling, GrowingShard
 from purifyloader.purified.progress import Progress
 from purifyloader.purified.reading import class_of, read_batches
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["CHECKED", "choose_layout", "fill", "notes_of", "place", "precompute"]
+__all__ = ["choose_layout", "fill", "notes_of", "place", "precompute"]
 
 log = logging.getLogger(__name__)
 
-CHECKED = 16  # images of each shard found done that are compared with the source
 _AHEAD = 2  # batches read before they are needed
 
 
@@ -94,8 +93,8 @@ def precompute(
         rank, world_size: which of how many processes this is; by default from the launcher's environment
             variables RANK and WORLD_SIZE, else 0 of 1.
         allow_mixed_devices: go on with shards that another kind of device made.
-        plan: a JSON object kept with the cache. A purifier with a condition over the dataset adds its own, which
-            is made first, in one pass over the dataset: see `purifyloader.purified.plans`.
+        plan: a JSON object kept with the cache. A purifier with a condition over the dataset adds its own, made
+            first, in one pass over the dataset.
         sanitation: suspects and corrected labels, kept with the cache for all who read it. The cache holds every
             image and the labels of the source all the same, and may be finished already.
         progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
@@ -105,12 +104,11 @@ def precompute(
         CacheError: the folder holds something else, or a part made from another source, or cannot be
             written to.
 
-    >>> import tempfile, torch
+    >>> import torch
     >>> from purifyloader import precompute, recipes
     >>> dataset = [(torch.zeros(3, 8, 8, dtype=torch.uint8), label) for label in range(3)]
-    >>> reader = precompute(dataset, recipes.jpeg(10), tempfile.mkdtemp(), progress=False)
-    >>> len(reader), reader[0].shape
-    (3, (8, 8, 3))
+    >>> precompute(dataset, recipes.jpeg(10), "cache", progress=False)[0].shape
+    (8, 8, 3)
     """
     check_arguments(dataset, purifier)
     if getattr(dataset, "compensate", None) is not None:
@@ -119,6 +117,7 @@ def precompute(
             f"{type(dataset).__name__} that does: give the one inside it, and compensate= when the cache is read."
         )
     seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
+    batch_size, workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)
     if plan is not None:
         fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
@@ -132,30 +131,21 @@ def precompute(
     writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
     findings = plans.agreed(job, writer, batch_size, sanitation=sanitation, workers=workers, progress=progress)
     job = plans.planned(job, findings)
-    fill(
-        job,
-        writer,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-        workers=workers,
-        check_source=check_source,
-        plan=plans.with_plan(writer.folder, plan, findings),
-        notes=notes_of(dataset, job.purifier),
-        progress=progress,
-    )
+    plan = plans.with_plan(writer.folder, plan, findings)
+    filling = Filling(job, writer, batch_size, check_source, plan, notes_of(dataset, job.purifier))
+    fill(filling, rank=rank, world_size=world_size, workers=workers, progress=progress)
     return CacheReader(out, job.config())
 
 
 def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Which of how many processes this is. No process group: nothing is ever sent between them."""
+    """Return which of how many processes this is. No process group: nothing is ever sent between them."""
     if (rank is None) != (world_size is None):
         raise InputError(f"Give rank and world_size, or neither. Got rank={rank}, world_size={world_size}.")
     if rank is None or world_size is None:
-        said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not all(text.isdecimal() for text in said):
-            raise InputError(f"The environment variables RANK and WORLD_SIZE must be numbers. Got {said}.")
-        rank, world_size = int(said[0]), int(said[1])
+        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not all(text.isdecimal() for text in texts):
+            raise InputError(f"The environment variables RANK and WORLD_SIZE must be numbers. Got {texts}.")
+        rank, world_size = map(int, texts)
     rank, world_size = as_integer("rank", rank, 0), as_integer("world_size", world_size, 1)
     if not rank < world_size:
         raise InputError(f"rank must be from 0 to world_size - 1. Got rank={rank}, world_size={world_size}.")
@@ -171,7 +161,7 @@ def choose_layout(
     shard_size: int | None = None,
     encoding: str = "auto",
 ) -> Layout:
-    """How to cut the dataset up: what is asked for, else as the folder has it, else the default.
+    """Cut the dataset up as is asked for, else as the folder has it, else by default.
 
     Every process decides the same: `probed` are the same images in all of them.
     """
@@ -185,7 +175,7 @@ def choose_layout(
 
 
 def _layout_of(folder: Path) -> Layout | None:
-    """The layout of the cache in a folder, finished or not; None where there is none to be read."""
+    """Read the layout of the cache in a folder, finished or not; None where there is none to be read."""
     try:
         return fmt.read_index(folder).layout
     except (OSError, PurifyError):
@@ -199,7 +189,7 @@ def _layout_of(folder: Path) -> Layout | None:
 
 
 def notes_of(dataset: Any, purifier: Purifier) -> dict[str, Any]:
-    """What an index tells people beside what decides the pixels."""
+    """Collect what an index tells people beside what decides the pixels."""
     classes = getattr(dataset, "classes", None)
     named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
     return {
@@ -212,7 +202,7 @@ def notes_of(dataset: Any, purifier: Purifier) -> dict[str, Any]:
 
 
 def _all(key: str, config: Any) -> list[Any]:
-    """Every value that stands under a key of a configuration, in the order of its stages."""
+    """List every value that stands under a key of a configuration, in the order of its stages."""
     if isinstance(config, Mapping):
         return [v for k, value in config.items() for v in ([value] if k == key else _all(key, value))]
     return [v for value in config for v in _all(key, value)] if isinstance(config, list) else []
@@ -221,32 +211,20 @@ def _all(key: str, config: Any) -> list[Any]:
 # -- the work ----------------------------------------------------------------------------------------
 
 
-def fill(
-    job: Job,
-    writer: CacheWriter,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 256,
-    workers: int = 0,
-    check_source: bool | int = CHECKED,
-    plan: Mapping[str, Any] | None = None,
-    notes: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> None:
+def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int = 0, progress: bool = True) -> None:
     """Make what is missing of a cache, and write its index; returns when it is finished."""
-    mine = writer.shards[rank::world_size]
+    writer = filling.writer
     others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
-    crew = _Crew(job, writer, batch_size, workers, check_source)
+    crew = _Crew(filling, workers)
     with random_state_kept(), Progress(writer, shown=progress and rank == 0):
-        crew.work(mine)
+        crew.work(writer.shards[rank::world_size])
         # what another process has not begun, or what it has left when it died; the rest is its to verify
         crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])
-        _finish(crew, writer, plan, notes)
+        _finish(crew, filling)
 
 
-def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, notes: Mapping[str, Any] | None) -> None:
-    """Whoever comes first verifies what others have made and writes the index; the others find it written."""
+def _finish(crew: _Crew, filling: Filling) -> None:
+    writer = filling.writer
     while True:
         for shard in writer.shards:
             while not (writer.folder / shard.file).exists():
@@ -254,36 +232,22 @@ def _finish(crew: _Crew, writer: CacheWriter, plan: Mapping[str, Any] | None, no
                 with writer.lock(shard):
                     pass
                 crew.work([shard])
-        if writer.is_finished(plan):
+        if writer.is_finished(filling.plan):
             if writer.has_litter():  # of this run, or of one that was killed before it could tidy up
                 with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE) as lock:  # it may be read-only by now
                     writer.tidy(lock)
             return
-        with Lock(writer.folder, fmt.INDEX_FILE) as lock:
-            # asked again, for the others have waited here while the first one verified
-            lacking = [] if writer.is_finished(plan) else writer.pending()
-            if not lacking:
-                if not writer.is_finished(plan):
-                    writer.finish(plan, notes)
-                writer.tidy(lock)
-                return
+        if not (lacking := filling.finish()):
+            return
         crew.work(lacking)
 
 
 class _Crew:
     """Reads ahead in a thread (or in worker processes), purifies in this one, writes behind in another."""
 
-    def __init__(
-        self,
-        job: Job,
-        writer: CacheWriter,
-        batch_size: int,
-        workers: int,
-        check_source: bool | int,
-    ) -> None:
-        self.job, self.writer = job, writer
-        self.batch_size, self.workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)
-        self._check_source = check_source
+    def __init__(self, filling: Filling, workers: int) -> None:
+        self.filling, self.job, self.writer = filling, filling.job, filling.writer
+        self.workers = workers
         self._made: set[int] = set()
 
     def work(self, shards: Sequence[Shard]) -> None:
@@ -330,21 +294,19 @@ class _Crew:
             yield shard
 
     def _compare(self, shard: Shard) -> None:
-        """The source of a shard that an earlier run has made, with the source now."""
+        """Compare the source of a shard that an earlier run has made with the source now."""
         if shard.number not in self._made:
             self._made.add(shard.number)
-            compare_shard(self.job, self.writer, shard, self._check_source, self.batch_size)
+            self.filling.compare(shard)
 
     def _read(self, claims: Iterator[Shard], ready: queue.Queue[Any], stop: threading.Event) -> None:
         order: deque[tuple[Shard, list[int]]] = deque()
 
         def batches() -> Iterator[list[int]]:
             for shard in claims:
-                positions = range(shard.start, shard.start + shard.count)
-                for start in range(0, shard.count, self.batch_size):
-                    part = list(positions[start : start + self.batch_size])
-                    order.append((shard, part))
-                    yield part
+                for positions in shard.batches(self.filling.batch_size):
+                    order.append((shard, positions))
+                    yield positions
 
         def put(item: Any) -> None:
             while not stop.is_set():
@@ -355,8 +317,8 @@ class _Crew:
                     continue
 
         try:
-            for found in read_batches(self.job.reader, batches(), self.workers):
-                put(found if isinstance(found, PurifyError) else (*order.popleft(), found))
+            for reads in read_batches(self.job.reader, batches(), self.workers):
+                put(reads if isinstance(reads, PurifyError) else (*order.popleft(), reads))
                 if stop.is_set():
                     return
             put(None)
@@ -395,8 +357,6 @@ def _written(making: GrowingShard, writer: CacheWriter, lock: Lock) -> None:
 
 
 def _drain(ready: queue.Queue[Any]) -> None:
-    try:
+    with suppress(queue.Empty):
         while True:
             ready.get_nowait()
-    except queue.Empty:
-        pass

@@ -42,7 +42,7 @@ class Job:
         self.reader = SampleReader(source.raw, purifier.image_channels, image_key)
 
     def with_purifier(self, purifier: Purifier) -> Job:
-        """The same of another purifier that takes the same channels, such as one with its plan."""
+        """Copy the job with another purifier of the same channels, such as one with its plan."""
         job = copy.copy(self)
         job.purifier = purifier
         return job
@@ -52,11 +52,11 @@ class Job:
         return device_of(self.purifier) or torch.device("cpu")
 
     def config(self) -> dict[str, Any]:
-        """All that decides the pixels beside the source and the kind of device."""
+        """Return all that decides the pixels beside the source and the kind of device."""
         return {"purifier": self.purifier.identity(), "schema": SCHEMA, "seed": self.seed, "draws": self.draws}
 
     def made(self) -> dict[str, str]:
-        """Kind of device and versions, on which the last bit of a pixel may depend."""
+        """Return the kind of device and the versions, on which the last bit of a pixel may depend."""
         return {
             "device": self.device.type,
             "purifyloader": __version__,
@@ -67,7 +67,7 @@ class Job:
         }
 
     def purify(self, positions: Sequence[int], images: Sequence[Tensor], draw: int) -> list[Tensor]:
-        """Purified pixels, float32 (C, H, W), on the purifier's device, of images as `as_stored` gives them."""
+        """Purify images as `as_stored` gives them: float32 (C, H, W), on the purifier's device."""
         device = self.device
         check_worker(device)
         keys_B = self._keys(positions, draw).to(device)
@@ -76,7 +76,7 @@ class Job:
         return self.purifier.purify_images([_floats(image.to(device)) for image in images], keys_B)
 
     def to_plan(self, positions: Sequence[int], images: Sequence[Tensor]) -> tuple[Condition, list[Tensor]] | None:
-        """The first condition that has no plan, and such images as `purify` of draw 0 would bring them to it."""
+        """Return the first condition without a plan, and such images as `purify` of draw 0 would bring them to it."""
         device = self.device
         with torch.no_grad(), exact_arithmetic(device):
             floats = [_floats(image.to(device)) for image in images]
@@ -86,7 +86,7 @@ class Job:
         return noise.fold_in(noise.image_keys(self.seed, draw, list(positions)), PURIFY)
 
     def rows(self, positions: Sequence[int], reads: Sequence[Read], draw: int) -> list[NDArray[np.uint8]]:
-        """Purified images as a cache holds them, uint8 (H, W, C)."""
+        """Purify images as a cache holds them, uint8 (H, W, C)."""
         purified = self.purify(positions, [torch.from_numpy(r.pixels) for r in reads], draw)
         kinds = [read.kind for read in reads]
         if _alike(purified) and all(kind.channels == len(x) for kind, x in zip(kinds, purified, strict=True)):
@@ -110,11 +110,7 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def check_arguments(dataset: Any, purifier: Any) -> None:
-    """Refuse what is no purifier, or no map-style dataset with images.
-
-    Raises:
-        InputError: says which.
-    """
+    """Refuse what is no purifier, or no map-style dataset with images."""
     if not isinstance(purifier, Purifier):
         raise InputError("Expected a purifier, such as `recipes.eclipse(...)`. Got " + type(purifier).__name__ + ".")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -127,7 +123,7 @@ def check_arguments(dataset: Any, purifier: Any) -> None:
 
 
 def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:
-    """The purifier on `device`; a copy where it has to move, for the user's own stays where it is."""
+    """Return the purifier on `device`; a copy where it has to move, for the user's own stays where it is."""
     if device is None:
         return purifier
     device = as_device(device)

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import noise
-from purifyloader.core.images import ImageKind, from_engine, to_engine
+from purifyloader.core.images import from_engine, to_engine
 from purifyloader.errors import InputError
 from purifyloader.purified.job import COMPENSATE
 from purifyloader.purified.reading import converted
+from purifyloader.purifiers.base import by_shape
 
-__all__ = ["KeyedCorruption", "check_compensate", "check_compensated", "compensate_batch", "compensate_images"]
+__all__ = [
+    "KeyedCorruption",
+    "check_compensate",
+    "check_compensated",
+    "compensate_batch",
+    "compensate_each",
+    "compensate_images",
+]
 
 _REMEDY = (
     "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
@@ -33,10 +41,7 @@ class KeyedCorruption(Protocol):
 
 
 def check_compensate(compensate: Any) -> None:
-    """
-    Raises:
-        InputError: it is neither None nor a keyed corruption.
-    """
+    """Refuse what is neither None nor a keyed corruption."""
     if compensate is not None and not callable(getattr(compensate, "apply", None)):
         raise InputError(
             "compensate must be None, `purifyloader.transforms.Compensate(...)`, or an object with apply(image, keys). "
@@ -45,10 +50,7 @@ def check_compensate(compensate: Any) -> None:
 
 
 def check_compensated(image: Any) -> None:
-    """
-    Raises:
-        InputError: compensation does not take the image that the user's transform gives it.
-    """
+    """Refuse an image of the user's transform that compensation does not take."""
     converted([0], [image], None, _REMEDY)
 
 
@@ -66,18 +68,20 @@ def compensate_batch(
 def compensate_images(
     compensate: KeyedCorruption, images: Sequence[Any], seed: int, epoch: int, positions: Sequence[int]
 ) -> list[Any]:
-    """Compensate images of any type and size; each comes back as it came.
+    """Compensate images of any type and size; each comes back as it came."""
+    engine = converted(positions, images, None, _REMEDY, to_engine)
+    out = compensate_each(compensate, [x for x, _ in engine], _keys(seed, epoch, positions))
+    return [from_engine(x, kind) for x, (_, kind) in zip(out, engine, strict=True)]
+
+
+def compensate_each(compensate: KeyedCorruption, images: Sequence[Tensor], keys_B: Tensor) -> list[Tensor]:
+    """Compensate float32 images (C, H, W) of any sizes in [0, 1].
 
     Those of one shape go together, because drawing noise for one image at a time costs ten times as much.
     """
-    keys_B = _keys(seed, epoch, positions)
-    engine = converted(positions, images, None, _REMEDY, to_engine)
-    by_shape: dict[torch.Size, list[int]] = {}
-    for row, (x, _) in enumerate(engine):
-        by_shape.setdefault(x.shape, []).append(row)
-    out: list[tuple[Tensor, ImageKind]] = list(engine)
-    for rows in by_shape.values():
-        results = compensate.apply(torch.stack([engine[row][0] for row in rows]), keys_B[rows])
+    out = list(images)
+    for rows in by_shape(images):
+        results = compensate.apply(torch.stack([images[row] for row in rows]), keys_B[rows])
         for row, x in zip(rows, results, strict=True):
-            out[row] = (x, engine[row][1])
-    return [from_engine(x, kind) for x, kind in out]
+            out[row] = x
+    return out

@@ -1,4 +1,4 @@
-"""`PurifiedLoader`: the batches of any loader, purified on the device, ahead of the training step."""
+"""Purify the batches of any loader on the device, ahead of the training step."""
 
 from __future__ import annotations
 
@@ -47,9 +47,6 @@ class _Ready(NamedTuple):
 class PurifiedLoader:
     """A loader whose batches come purified: the last line before the training loop.
 
-        purifier = recipes.eclipse("cifar10-sparse", sigma=0.05)
-        loader = PurifiedLoader(DataLoader(dataset, batch_size=128, shuffle=True), purifier, "cuda")
-
     Whole batches are purified after collation, in this process, on `device`; on a GPU on a stream of its own, while
     the training step before runs. A batch comes out as the loader gives it: the same tuple, dict or named tuple, the
     images of the same type and memory format, and everything else untouched; only the images are on `device`.
@@ -90,11 +87,8 @@ class PurifiedLoader:
     >>> from torch.utils.data import DataLoader
     >>> from purifyloader import PurifiedLoader, recipes
     >>> loader = DataLoader([(torch.rand(3, 32, 32), label) for label in range(6)], batch_size=4)
-    >>> for images, labels in PurifiedLoader(loader, recipes.jpeg(quality=10)):
-    ...     print(tuple(images.shape), labels.tolist())
-    ...
-    (4, 3, 32, 32) [0, 1, 2, 3]
-    (2, 3, 32, 32) [4, 5]
+    >>> [(tuple(images.shape), labels.tolist()) for images, labels in PurifiedLoader(loader, recipes.jpeg(10))]
+    [((4, 3, 32, 32), [0, 1, 2, 3]), ((2, 3, 32, 32), [4, 5])]
     """
 
     def __init__(
@@ -299,7 +293,7 @@ class PurifiedLoader:
     def _processed(
         self, images: Sequence[Tensor], keys: Tensor, device: torch.device, checks: list[tuple[Tensor, str]]
     ) -> list[Tensor]:
-        """Each tensor of images purified, compensated, and of its own type again; keys in the order of the images."""
+        """Purify and compensate each tensor of images, in its own type; keys are in the order of the images."""
         values = [self._unit(x.as_subclass(Tensor).to(device, non_blocking=True), checks) for x in images]
         opened = [x.clamp(0, 1) for x in values]
         if device.type != "cuda":
@@ -350,7 +344,7 @@ class PurifiedLoader:
                 raise InputError(f"An image needs at least one pixel and one channel. Got {tuple(x.shape)}.")
 
     def _unit(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
-        """float32, in [0, 1] but for what `keep_outside` keeps and for rounding; that it is is left to `checks`."""
+        """Bring images to float32 in [0, 1], but for rounding and what `keep_outside` keeps; `checks` sees to that."""
         if x.dtype == torch.uint8:
             if self.normalize is not None:
                 raise InputError("Expected normalised images with normalize=. Got uint8: leave normalize= out.")
@@ -375,7 +369,7 @@ class PurifiedLoader:
         return values
 
     def _slack(self, x: Tensor) -> float:
-        """How far rounding to the batch's own type may have moved a normalised value out of [0, 1]."""
+        """Return how far rounding to the batch's own type may have moved a normalised value out of [0, 1]."""
         return 0.0 if self.normalize is None else 4 * torch.finfo(x.dtype).eps
 
     def _check_range(self, values: Tensor, slack: float) -> tuple[Tensor, str]:
@@ -399,7 +393,7 @@ class PurifiedLoader:
         )
 
     def _closed(self, x: Tensor, was: Tensor, like: Tensor) -> Tensor:
-        """Images in [0, 1] in the type, normalisation, tensor type and memory format of `like`."""
+        """Bring images in [0, 1] to the type, normalisation, tensor type and memory format of `like`."""
         if like.dtype == torch.uint8:
             x = (x * 255).round().to(torch.uint8)  # as `quantize`, which looks at the values first
         elif self.normalize is not None:
@@ -417,12 +411,12 @@ class PurifiedLoader:
 
 
 def _outside(values: Tensor, slack: float) -> Tensor:
-    """bool (..., 1, H, W): which pixels are outside [0, 1] in some channel."""
+    """Find the pixels that are outside [0, 1] in some channel: bool (..., 1, H, W)."""
     return ((values < -slack) | (values > 1 + slack)).any(-3, keepdim=True)
 
 
 def _is_stateful(loader: Any) -> bool:
-    """Whether it can say where it is. A loader that accelerate prepared has the methods also where it cannot."""
+    """Say whether it can save its place. A loader that accelerate prepared has the methods also where it cannot."""
     able = getattr(loader, "use_stateful_dataloader", True)
     return bool(able) and all(callable(getattr(loader, name, None)) for name in _STATE)
 
@@ -463,7 +457,7 @@ def _described(value: Any) -> str:
 
 
 def _rank() -> int:
-    """Of this process: from torch.distributed where it runs, else from the environment, as torchrun sets it."""
+    """Return this process's rank: of torch.distributed where it runs, else of the environment, as torchrun sets it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", "0"))

@@ -1,6 +1,6 @@
-"""The three ways to read a purified dataset: live, with pixels out of a cache, or wholly out of a finished cache.
+"""Read a purified dataset live, with pixels out of a cache, or wholly out of a finished cache.
 
-Each gives samples with their purified images, before the user's transform. `PurifiedDataset` is the face of all three.
+Each mode gives samples with their purified images, before the user's transform; `PurifiedDataset` is their face.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Mode(Protocol):
     def purifies(self) -> bool: ...
 
     def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
-        """Samples, labels corrected, and their purified images of the type that the source's have."""
+        """Return samples, labels corrected, and their purified images of the type that the source's have."""
         ...
 
 
@@ -89,13 +89,7 @@ class PixelsFromCache(_FromSource):
 
 
 class SamplesFromCache:
-    """Read whole samples out of a finished cache that stores its targets.
-
-    Attributes:
-        fields: of each sample beside its image, labels corrected.
-        is_pair: samples are tuples (image, field).
-        pil: mode and size (W, H) of the images, where all are PIL images, alike, in a pair; else None.
-    """
+    """Read whole samples out of a finished cache that stores its targets."""
 
     purifies = False
 
@@ -103,12 +97,13 @@ class SamplesFromCache:
         assert reader.sample is not None
         assert reader.targets is not None
         self.reader, self._structure = reader, reader.sample
-        self.fields: Targets = reader.targets
+        self.fields: Targets = reader.targets  # of each sample beside its image, labels corrected
         if sanitation is not None:
             self.fields = sanitation.corrected_fields(self.fields, self._structure)
         types = reader.image_types()
         self._types = types[0] if len(set(types)) == 1 else types
         self.is_pair = self._structure == {"type": "tuple", "image": 0, "fields": 2}
+        # mode and size (W, H) of the images, where all are PIL images, alike, in a pair
         self.pil: tuple[str, tuple[int, int]] | None = None
         if self.is_pair and reader.image_shape is not None and str(self._types).startswith("pil/"):
             height, width, channels = reader.image_shape
@@ -123,5 +118,5 @@ class SamplesFromCache:
         return samples, [get_image(sample, self._structure.get("image")) for sample in samples]
 
     def batch(self, positions: Sequence[int], draw: int) -> Tensor:
-        """Images of one shape as they are stored, uint8 (B, C, H, W), channels last."""
+        """Read images of one shape as they are stored, uint8 (B, C, H, W), channels last."""
         return torch.from_numpy(self.reader.batch(positions, draw)).permute(0, 3, 1, 2)

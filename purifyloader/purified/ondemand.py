@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,53 @@ from purifyloader.files.locks import Lock
 from purifyloader.purified.job import Job
 from purifyloader.purified.reading import Read, check_source, shard_values
 
-__all__ = ["GrowingShard", "ShardsOnDemand", "compare_shard", "make_shard"]
+__all__ = ["CHECKED", "Filling", "GrowingShard", "ShardsOnDemand"]
+
+CHECKED = 16  # images of each shard found done that are compared with the source
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A cache to fill: what computes its pixels, who writes it, and what its index says beside."""
+
+    job: Job
+    writer: CacheWriter
+    batch_size: int = 256
+    check_source: bool | int = CHECKED  # samples of each shard found done to compare with the source; True for all
+    plan: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] | None = None
+
+    def compare(self, shard: Shard) -> None:
+        """Compare the source with what a shard that is there was made from."""
+        if self.check_source is False:
+            return
+        folder = self.writer.folder
+        hashes = fmt.read_shard_header(folder / shard.file).source
+        if hashes is not None:
+            check_source(
+                self.job.reader, hashes, self.check_source, folder, start=shard.start, batch_size=self.batch_size
+            )
+
+    def make(self, shard: Shard) -> None:
+        """Make one shard now, in this thread; wait where another process is making it."""
+        with self.writer.lock(shard) as lock:
+            if self.writer.is_done(shard):
+                return
+            self.writer.tidy_shard(shard, lock)
+            making = GrowingShard(self.job, shard)
+            for positions in shard.batches(self.batch_size):
+                making.add(positions, self.job.reader.read(positions))
+            making.write(self.writer)
+
+    def finish(self) -> list[Shard]:
+        """Verify what others have made and write the index, unless another has; return the shards that are lacking."""
+        with Lock(self.writer.folder, fmt.INDEX_FILE) as lock:
+            if not self.writer.is_finished(self.plan):
+                if lacking := self.writer.pending():
+                    return lacking
+                self.writer.finish(self.plan, self.notes)
+            self.writer.tidy(lock)
+        return []
 
 
 class ShardsOnDemand:
@@ -27,75 +74,35 @@ class ShardsOnDemand:
     one writes the index.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        writer: CacheWriter,
-        batch_size: int,
-        check_source: bool | int,
-        notes: Mapping[str, Any],
-        plan: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._job, self._writer, self._batch_size, self._notes = job, writer, batch_size, notes
-        self._check_source, self._plan = check_source, plan
+    def __init__(self, filling: Filling) -> None:
+        self._filling = filling
         self._open: dict[int, OpenShard] = {}
 
     def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
-        """As `CacheReader.row`."""
-        number, local = divmod(position, self._writer.layout.shard_size)
+        writer = self._filling.writer
+        number, local = divmod(position, writer.layout.shard_size)
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = self._made(self._writer.shards[number])
+            shard = self._open[number] = self._made(writer.shards[number])
         return shard.row(local, draw)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
     def _made(self, shard: Shard) -> OpenShard:
-        writer = self._writer
+        writer = self._filling.writer
         if writer.is_done(shard):
-            compare_shard(self._job, writer, shard, self._check_source, self._batch_size)
+            self._filling.compare(shard)
         else:
             writer.check_same_device()
-            make_shard(self._job, writer, shard, self._batch_size)
+            self._filling.make(shard)
             if writer.present() == writer.layout.length:
-                with Lock(writer.folder, fmt.INDEX_FILE) as lock:
-                    if not writer.pending():
-                        writer.finish(self._plan, self._notes)  # which leaves an index alone that says the same
-                        writer.tidy(lock)
+                self._filling.finish()
         path = writer.folder / shard.file
         return OpenShard(path, fmt.read_shard_header(path), np.zeros(writer.layout.draws * shard.count, np.uint8))
 
 
-def compare_shard(job: Job, writer: CacheWriter, shard: Shard, amount: bool | int, batch_size: int) -> None:
-    """A source now with what a shard that is there was made from: all of it, or `amount` of its samples.
-
-    Raises:
-        CacheError: they differ.
-    """
-    if amount is False:
-        return
-    known = fmt.read_shard_header(writer.folder / shard.file).source
-    if known is not None:
-        check_source(job.reader, known, amount, writer.folder, start=shard.start, batch_size=batch_size)
-
-
-def make_shard(job: Job, writer: CacheWriter, shard: Shard, batch_size: int) -> None:
-    """One shard, now, in this thread; waits where another process is making it."""
-    with writer.lock(shard) as lock:
-        if writer.is_done(shard):
-            return
-        writer.tidy_shard(shard, lock)
-        making = GrowingShard(job, shard)
-        for start in range(0, shard.count, batch_size):
-            positions = list(range(shard.start, shard.start + shard.count))[start : start + batch_size]
-            making.add(positions, job.reader.read(positions))
-        making.write(writer)
-
-
 class GrowingShard:
-    """A shard as it grows."""
-
     def __init__(self, job: Job, shard: Shard) -> None:
         self.job, self.shard = job, shard
         self.rows: list[list[NDArray[np.uint8]]] = [[] for _ in range(job.draws)]

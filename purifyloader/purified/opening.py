@@ -22,7 +22,7 @@ from purifyloader.purified import plans
 from purifyloader.purified.filling import choose_layout, fill, notes_of
 from purifyloader.purified.job import Job
 from purifyloader.purified.modes import Mode, PixelsFromCache, SamplesFromCache
-from purifyloader.purified.ondemand import ShardsOnDemand
+from purifyloader.purified.ondemand import Filling, ShardsOnDemand
 from purifyloader.purified.reading import check_source
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
@@ -41,7 +41,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Opening:
-    """What the user asked of a cache; see `PurifiedDataset`."""
+    """The user's wishes about a cache; see `PurifiedDataset`."""
 
     folder: Path
     missing: str | None
@@ -64,8 +64,7 @@ class Opening:
             probed: shape and kind of some of its images.
             sanitation: to use or, where the cache is filled, to keep with it. None takes that of the cache.
 
-        Raises:
-            CacheError: the folder holds something else, is unfinished, or damaged.
+        Raises `CacheError` where the folder holds something else, is unfinished, or damaged.
         """
         finished = self._is_finished()
         if not finished:
@@ -74,24 +73,21 @@ class Opening:
             findings = plans.agreed(job, writer, self.batch_size, sanitation=sanitation, progress=self.progress)
             job = plans.planned(job, findings)
             plan = plans.with_plan(writer.folder, None, findings)
-            notes = notes_of(dataset, job.purifier)
-            each = self._checked_of_each(len(layout.shards))
+            each: bool | int = self.check_source
+            if not isinstance(each, bool):
+                each = -(-each // len(layout.shards)) or False
+            filling = Filling(job, writer, self.batch_size, each, plan, notes_of(dataset, job.purifier))
             if self.missing == "purify":
                 sanitation = None if findings is None else findings.sanitation
-                rows = ShardsOnDemand(job, writer, self.batch_size, each, notes, plan)
-                mode = PixelsFromCache(rows, job.reader.raw, job.reader.image_key, sanitation)
+                mode = PixelsFromCache(ShardsOnDemand(filling), job.reader.raw, job.reader.image_key, sanitation)
                 return Opened(mode, job.purifier, sanitation)
-            fill(
-                job,
-                writer,
-                batch_size=self.batch_size,
-                check_source=each,
-                plan=plan,
-                notes=notes,
-                progress=self.progress,
-            )
+            fill(filling, progress=self.progress)
         reader = CacheReader(self.folder, job.config(), self.in_memory)
-        self._check_length(reader, len(job.reader))
+        if len(reader) != len(job.reader):
+            raise CacheError(
+                f"The cache {self.folder} must hold one image for each of the source's {len(job.reader)}. Got "
+                f"{len(reader)}: it was made from another dataset. Give that one, or precompute into another folder."
+            )
         if finished:
             job = plans.planned(job, plans.of_index(reader.plan))
             self._compare(job, reader)
@@ -99,10 +95,7 @@ class Opening:
         return Opened(_finished_mode(job, reader, sanitation), job.purifier, sanitation)
 
     def _is_finished(self) -> bool:
-        """
-        Raises:
-            CacheError: it is partly filled, and nobody said what to do about that.
-        """
+        """Raise `CacheError` where it is partly filled, and nobody said what to do about that."""
         if (self.folder / INDEX_FILE).exists():
             return True
         if self.missing is not None or not self.folder.is_dir():
@@ -120,18 +113,6 @@ class Opening:
                 'missing="purify" to fill each shard when it is first read.'
             ) from None
 
-    def _checked_of_each(self, shards: int) -> bool | int:
-        if isinstance(self.check_source, bool):
-            return self.check_source
-        return -(-self.check_source // shards) or False
-
-    def _check_length(self, reader: CacheReader, length: int) -> None:
-        if len(reader) != length:
-            raise CacheError(
-                f"The cache {self.folder} must hold one image for each of the source's {length}. Got {len(reader)}: "
-                "it was made from another dataset. Give that one, or precompute into another folder."
-            )
-
     def _compare(self, job: Job, reader: CacheReader) -> None:
         hashes = reader.source_hashes()
         if hashes is None or self.check_source is False:
@@ -144,7 +125,7 @@ class Opening:
 
 
 def _finished_mode(job: Job, reader: CacheReader, sanitation: Sanitation | None) -> Mode:
-    """Everything out of the cache, where it has the targets and samples are of plain types."""
+    """Take everything from the cache where it has the targets and samples are of plain types."""
     with random_state_kept():
         plain = is_plain(fetch(job.reader.raw, [0])[0])
     if plain and reader.sample is not None and reader.targets is not None:

@@ -5,8 +5,8 @@ images under suspicion, or their corrected labels. With a threshold the purifier
 a function of the rest of the configuration, the source and the seed, and so it is no part of a purifier's identity, and
 a cache is opened without it. Suspects and labels (`Sanitation`) change no pixel.
 
-`PurifiedDataset` and `precompute` plan by themselves. In a cache the plan stands in `plan.json` until the index
-takes it over (cache/README.md), so that all processes, and a run that goes on after a stop, purify the same images.
+In a cache the plan stands in `plan.json` until the index takes it over (cache/README.md), so that all processes, and a
+run that goes on after a stop, purify the same images.
 """
 
 from __future__ import annotations
@@ -46,20 +46,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Findings:
-    """What the passes over a dataset found.
+    """The results of the passes over a dataset."""
 
-    Attributes:
-        conditions: configuration of each condition of the purifier, with what was `planned`.
-        source: identity of the images and targets that were read; None if not taken.
-        sanitation: suspects and corrected labels, if anybody looked for them.
-    """
-
-    conditions: tuple[dict[str, Any], ...] = ()
-    source: Mapping[str, Any] | None = None
-    sanitation: Sanitation | None = None
+    conditions: tuple[dict[str, Any], ...] = ()  # configuration of each of the purifier, with what was `planned`
+    source: Mapping[str, Any] | None = None  # identity of the images and targets that were read; None if not taken
+    sanitation: Sanitation | None = None  # suspects and corrected labels, if anybody looked for them
 
     def to_dict(self) -> dict[str, Any]:
-        """The findings as JSON, as a cache keeps them (cache/README.md)."""
+        """Return the findings as JSON, as a cache keeps them (cache/README.md)."""
         values = {"conditions": list(self.conditions), "source": self.source}
         if self.sanitation is not None:
             values["sanitation"] = self.sanitation.to_dict()
@@ -67,11 +61,7 @@ class Findings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ConfigError: the sanitation is damaged, or of a newer schema.
-        """
+        """Read what `to_dict` gives; `ConfigError` for a sanitation that is damaged, or of a newer schema."""
         sanitation = values.get("sanitation")
         return cls(
             tuple(values["conditions"]),
@@ -80,11 +70,7 @@ class Findings:
         )
 
     def with_sanitation(self, sanitation: Sanitation | None) -> Self:
-        """The findings with a sanitation beside them.
-
-        Raises:
-            ConfigError: it is of another dataset.
-        """
+        """Add a sanitation; `ConfigError` where it is of another dataset."""
         if sanitation is None:
             return self
         if None not in (sanitation.source, self.source) and sanitation.source != self.source:
@@ -160,10 +146,9 @@ def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) 
 
 
 def applied(purifier: Purifier, findings: Findings) -> Purifier:
-    """The purifier with the numbers that `make` found: a copy that shares its weights.
+    """Copy the purifier, sharing its weights, with the numbers that `make` found.
 
-    Raises:
-        ConfigError: it has a plan with other numbers, or needs another plan.
+    Raises `ConfigError` where it has a plan with other numbers, or needs another plan.
     """
     out = _copied(purifier)
     conditions, plans = _conditions(out), [entry.get("planned") for entry in findings.conditions]
@@ -184,7 +169,7 @@ def applied(purifier: Purifier, findings: Findings) -> Purifier:
 
 
 def planned(job: Job, findings: Findings | None) -> Job:
-    """The job with its purifier's plan, where it has conditions that need one."""
+    """Give the job's purifier its plan, where it has conditions that need one."""
     if findings is None or not (findings.conditions or _conditions(job.purifier)):
         return job
     return job.with_purifier(applied(job.purifier, findings))
@@ -202,13 +187,10 @@ def agreed(
     workers: int = 0,
     progress: bool = True,
 ) -> Findings | None:
-    """The findings of a cache that is being filled, the same in every process; None where there are none.
+    """Return the findings of a cache that is being filled, the same in every process; None where there are none.
 
     Whoever comes first makes the plan and writes it down; the others wait, and read it. A file that is damaged is made
     again, to the same numbers. A sanitation is written down beside it, and stays when a stopped run goes on without.
-
-    Raises:
-        CacheError: it cannot be written, or the cache has another sanitation.
     """
     needed = bool(_conditions(job.purifier))
 
@@ -233,10 +215,7 @@ def agreed(
 
 
 def check_sanitation(folder: Path, there: Sanitation | None, given: Sanitation | None) -> None:
-    """
-    Raises:
-        CacheError: a cache has a sanitation, and it is not the one given.
-    """
+    """Refuse a sanitation other than the one that the cache has."""
     if there is not None and given is not None and there != given:
         raise CacheError(
             f"The cache {folder} has another sanitation (there → given):\n"
@@ -246,10 +225,9 @@ def check_sanitation(folder: Path, there: Sanitation | None, given: Sanitation |
 
 
 def sanitation_of(reader: CacheReader, given: Sanitation | None) -> Sanitation | None:
-    """The sanitation by which a finished cache is read: its own, or the one given.
+    """Return the sanitation by which a finished cache is read: its own, or the one given.
 
-    Raises:
-        CacheError: it has another, or was made from another dataset than the one that was sanitized.
+    Raises `CacheError` where it has another, or was made from another dataset than the one that was sanitized.
     """
     findings = of_index(reader.plan)
     there = None if findings is None else findings.sanitation
@@ -266,7 +244,7 @@ def sanitation_of(reader: CacheReader, given: Sanitation | None) -> Sanitation |
 
 
 def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
-    """The findings in the plan that the index of a cache keeps."""
+    """Read the findings in the plan that the index of a cache keeps."""
     values = (index_plan or {}).get(fmt.WHERE)
     if not isinstance(values, dict) or not isinstance(values.get("conditions"), list):
         return None
@@ -274,11 +252,7 @@ def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
 
 
 def with_plan(folder: Path, given: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
-    """The plan to keep in the index: the user's, and the findings. None keeps the one that is there.
-
-    Raises:
-        ConfigError: the user's has something in the place of the other.
-    """
+    """Join the user's plan and the findings for the index. None keeps the plan that is there."""
     whole = None if given is None else fmt.plain("A plan", given)
     if findings is None:
         return whole
@@ -292,7 +266,7 @@ def with_plan(folder: Path, given: Mapping[str, Any] | None, findings: Findings 
 
 
 def _stored(job: Job, writer: CacheWriter) -> Findings | None:
-    """The findings in the folder; None where there are none that fit."""
+    """Read the findings in the folder; None where there are none that fit."""
     # first the file, for it goes when the index is there
     values = writer.read_plan()
     findings = of_index(_index_plan(writer.folder)) if values is None else Findings.from_dict(values)
@@ -315,7 +289,7 @@ def _index_plan(folder: Path) -> dict[str, Any] | None:
 
 
 def _conditions(purifier: Purifier) -> list[Condition]:
-    """Those that need a plan, each in one place only, for another place sees other images."""
+    """List those that need a plan, each in one place only, for another place sees other images."""
     conditions = list(conditions_of(purifier))
     if len({id(condition) for condition in conditions}) < len(conditions):
         raise ConfigError("Each Where needs a condition of its own to plan. Got the same one twice: make two of it.")
@@ -323,7 +297,7 @@ def _conditions(purifier: Purifier) -> list[Condition]:
 
 
 def _copied(purifier: Purifier) -> Purifier:
-    """A copy without a plan. Its weights share their memory with the original's, and can move without them."""
+    """Copy it without a plan. Its weights share their memory with the original's, and can move without them."""
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in purifier.parameters()}
     shared |= {id(b): b.detach() for b in purifier.buffers()}
     out = copy.deepcopy(purifier, shared)
@@ -335,7 +309,7 @@ def _copied(purifier: Purifier) -> Purifier:
 def _measured(
     job: Job, condition: Condition, batch_size: int, workers: int, progress: bool
 ) -> tuple[Tensor, NDArray[np.uint64]]:
-    """What decides about each image, float32 (N,), and the hashes of the images, (N, 2)."""
+    """Return what decides about each image, float32 (N,), and the hashes of the images, (N, 2)."""
     length = len(job.reader)
     batches = [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)]
     measures, hashes = [], []

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from tqdm.auto import tqdm
@@ -51,10 +50,9 @@ class Progress:
 
     def _watch(self) -> None:
         length = self._writer.layout.length
-        start, begun = self._done(), time.monotonic()
-        done = start
+        start = done = self._done()
+        begun = logged = time.monotonic()
         notebook = "ipykernel" in sys.modules
-        report = self._log(start, begun, length)
         with tqdm(
             total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
         ) as bar:
@@ -64,22 +62,11 @@ class Progress:
                     done = self._done()
                 bar.n = max(start, done)
                 bar.refresh()
-                if bar.disable:
-                    report(done, stopping)
+                now = time.monotonic()
+                if bar.disable and done > start and (stopping or now - logged >= _LOG_SECONDS):
+                    logged = now
+                    rate = (done - start) / (now - begun)
+                    left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
+                    log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
                 if stopping:
                     return
-
-    def _log(self, start: int, begun: float, length: int) -> Callable[[int, bool], None]:
-        last = begun
-
-        def report(done: int, final: bool) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done <= start or (now - last < _LOG_SECONDS and not final):
-                return
-            last = now
-            rate = (done - start) / (now - begun)
-            left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
-            log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
-
-        return report

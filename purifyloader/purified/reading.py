@@ -27,31 +27,19 @@ __all__ = ["Read", "SampleReader", "check_source", "class_of", "converted", "rea
 
 @dataclass(frozen=True)
 class Read:
-    """A sample as it was read from its source.
+    """A sample as it was read from its source."""
 
-    Attributes:
-        pixels: uint8, or float32 in [0, 1], (C, H, W), in the channels of the purifier.
-        kind: how the image was held.
-        fields: the rest of the sample.
-        structure: how the sample is put together.
-        hashes: of the source image and of its fields, uint64 (2,).
-    """
-
-    pixels: NDArray[Any]
-    kind: ImageKind
-    fields: Any
-    structure: dict[str, Any]
-    hashes: NDArray[np.uint64]
+    pixels: NDArray[Any]  # uint8, or float32 in [0, 1], (C, H, W), in the channels of the purifier
+    kind: ImageKind  # how the image was held
+    fields: Any  # the rest of the sample
+    structure: dict[str, Any]  # how the sample is put together
+    hashes: NDArray[np.uint64]  # of the source image and of its fields, (2,)
 
 
 class SampleReader:
-    """Reads and checks samples. Worker processes get it, and so it holds no purifier and none of the user's
-    transforms, which may not pickle.
+    """Reads and checks samples: `raw` is the dataset in front of its transforms, `channels` those of the purifier.
 
-    Args:
-        raw: the dataset in front of its transforms.
-        channels: what the purifier takes.
-        image_key: where the image is in a sample.
+    Worker processes get it, and so it holds no purifier and none of the user's transforms, which may not pickle.
     """
 
     def __init__(self, raw: Dataset[Any], channels: int | None, image_key: ImageKey) -> None:
@@ -61,10 +49,7 @@ class SampleReader:
         return len(self.raw)  # type: ignore[arg-type]
 
     def read(self, positions: Sequence[int]) -> list[Read]:
-        """
-        Raises:
-            InputError: an image is none that the purifier takes; names its position.
-        """
+        """Read samples; `InputError` names the position of an image that the purifier does not take."""
         samples = fetch(self.raw, positions)
         images = [get_image(sample, self.image_key) for sample in samples]
         stored = converted(positions, images, self.channels, REMEDY)
@@ -100,7 +85,7 @@ def _as_it_is(value: Any) -> Any:
 def read_batches(
     reader: SampleReader, batches: Iterable[list[int]], workers: int
 ) -> Iterator[list[Read] | PurifyError]:
-    """The samples of each batch of positions, read by so many processes (0: in this one), in order.
+    """Read the samples of each batch of positions in order, by so many processes (0: in this one).
 
     An error of the user's is given, not raised, in place of its batch.
     """
@@ -118,7 +103,7 @@ def read_batches(
 
 
 def shard_values(reads: Sequence[Read]) -> dict[str, Any]:
-    """What a shard holds beside its images, as `CacheWriter.write` takes it."""
+    """Collect what a shard holds beside its images, as `CacheWriter.write` takes it."""
     structures = [read.structure for read in reads]
     alike = all(structure == structures[0] for structure in structures)
     alike = alike and isinstance(structures[0].get("image", 0), str | int)  # any other key is no JSON
@@ -131,7 +116,7 @@ def shard_values(reads: Sequence[Read]) -> dict[str, Any]:
 
 
 def class_of(dataset: Any) -> str:
-    """Its name with its module, but for a script's, which is named after how it was started."""
+    """Name an object's class with its module, but for a script's, which is named after how it was started."""
     module = type(dataset).__module__
     prefix = "" if module in ("__main__", "__mp_main__") else f"{module}."
     return f"{prefix}{type(dataset).__qualname__}"
@@ -144,7 +129,7 @@ def converted(
     remedy: str,
     convert: Callable[[Any, int | None], tuple[Tensor, ImageKind]] = as_stored,
 ) -> list[tuple[Tensor, ImageKind]]:
-    """All images as `as_stored` (or `to_engine`) gives them; one that cannot be is named."""
+    """Convert all images by `as_stored` (or `to_engine`), and name one that cannot be."""
     out = []
     for position, image in zip(positions, images, strict=True):
         try:
@@ -164,16 +149,10 @@ def check_source(
     batch_size: int = 256,
     seen: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Compare a source with the hashes that were taken of it when a cache was made.
+    """Compare a source with the hashes that were taken of its samples from `start` on, (N, 2), when a cache was made.
 
-    Args:
-        known: hashes of the samples from `start` on, (N, 2).
-        amount: True for all of them, else how many, drawn at random.
-        folder: of the cache, for the message.
-        seen: told after each batch how many were compared.
-
-    Raises:
-        CacheError: names the first sample that differs.
+    `amount` is True for all of them, else how many, drawn at random; `seen` is called after each batch with how many
+    were compared. Raises `CacheError` of the cache in `folder`, which names the first sample that differs.
     """
     length = len(known)
     count = length if amount is True else min(as_integer("check_source", amount, 0), length)
@@ -197,7 +176,7 @@ def check_source(
 
 
 def _hashable(field: Any) -> Any:
-    """A field as the source hash takes it; of objects that have no value of their own, the type."""
+    """Return a field as the source hash takes it; of objects that have no value of their own, the type."""
     if isinstance(field, Mapping):
         return {str(k): _hashable(v) for k, v in field.items()}
     if isinstance(field, list | tuple):

@@ -1,4 +1,4 @@
-"""What a pass over a dataset found wrong with it: images under suspicion, and labels that ought to be others."""
+"""Name what a pass over a dataset found wrong with it: images under suspicion, and labels that ought to be others."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Sanitation:
         drop: leave the suspects out.
         label_key: where the label is in a sample; by default the first field of a tuple beside the image, or "label"
             of a dict.
-        source: identity of the dataset, as `cache.CacheReader.identity["source"]` has it. Where it is given, a cache of
-            another dataset refuses the sanitation.
+        source: identity of the dataset, as `CacheReader.identity["source"]` has it; a cache of another dataset then
+            refuses the sanitation.
         found_by: how it was found, such as the method and its settings, as a JSON object.
 
     Raises:
@@ -89,7 +89,7 @@ class Sanitation:
     # -- as JSON ---------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The sanitation as a JSON object, as the plan of a cache holds it (cache/README.md)."""
+        """Return the sanitation as a JSON object, as the plan of a cache holds it (cache/README.md)."""
         return {
             "schema": _SCHEMA,
             "images": self.images,
@@ -103,11 +103,7 @@ class Sanitation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ConfigError: it is of a newer schema, or not what `to_dict` gives.
-        """
+        """Read what `to_dict` gives; `ConfigError` where it is damaged, or of a newer schema."""
         if values.get("schema") != _SCHEMA:
             raise ConfigError(
                 f"The sanitation has schema {values.get('schema')!r}, and this purifyloader reads {_SCHEMA}. Use the "
@@ -120,7 +116,7 @@ class Sanitation:
             raise ConfigError(f"The sanitation is damaged: {error!r}. Make it again.") from None
 
     def in_words(self) -> str:
-        """One line for people."""
+        """Describe it in one line."""
         what = "dropped" if self.drop else "flagged"
         method = self.found_by.get("method")
         by = f", found by {method}" if isinstance(method, str) else ""
@@ -129,10 +125,7 @@ class Sanitation:
     # -- at work ---------------------------------------------------------------------------------------
 
     def check_length(self, length: int) -> None:
-        """
-        Raises:
-            InputError: the sanitation is of a dataset of another length.
-        """
+        """Refuse a dataset of another length."""
         if length != self.images:
             raise InputError(
                 f"The sanitation is of {self.images} images and the dataset has {length}. Give the dataset that it was "
@@ -140,14 +133,14 @@ class Sanitation:
             )
 
     def corrected(self, index: int, sample: Any, image_key: ImageKey) -> Any:
-        """The sample `index` of the source with its label corrected, of the type that the label had."""
+        """Correct the label of sample `index` of the source, in the type that the label had."""
         if (label := self.labels.get(index)) is None:
             return sample
         key = label_place(sample, image_key, self.label_key)
         return with_image(sample, _like(sample[key], label), key)
 
     def corrected_fields(self, stored: Targets, structure: Mapping[str, Any]) -> Targets:
-        """The fields of all samples with their labels corrected; `structure` says how a sample is put together."""
+        """Correct the labels in the fields of all samples; `structure` says how a sample is put together."""
         image_key = structure.get("image")
         changed = {
             index: fields(self.corrected(index, assemble(structure, stored[index], None), image_key), image_key)
@@ -156,7 +149,7 @@ class Sanitation:
         return stored.replaced(changed)
 
     def of_targets(self, targets: Sequence[Any]) -> list[Any]:
-        """All labels of the source as those of the dataset: corrected, and without the images that are dropped."""
+        """Make all labels of the source those of the dataset: corrected, and without the images that are dropped."""
         return [_like(targets[i], self.labels[i]) if i in self.labels else targets[i] for i in self.kept.tolist()]
 
 

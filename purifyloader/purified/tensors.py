@@ -1,4 +1,4 @@
-"""A batch of images as a training script holds it, through a purifier and back: same type, channels and device."""
+"""Purify a batch of images as a training script holds it, and give it back in the same type and on its device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ __all__ = ["check_applicable", "purify_tensor"]
 
 
 def check_applicable(purifier: Purifier) -> None:
-    """Refuse what cannot be applied to images as they come.
-
-    Raises:
-        InputError: no purifier, or one that needs a plan over the whole dataset and has none.
-    """
+    """Refuse what is no purifier, or one that needs a plan over the whole dataset and has none."""
     if not isinstance(purifier, Purifier):
         raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
     if plans.is_open(purifier):
@@ -32,20 +28,11 @@ def check_applicable(purifier: Purifier) -> None:
 # a network has graphs of its own, and looking at values breaks any
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def purify_tensor(purifier: Purifier, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
-    """Purified images of the type, channels and device that came in.
+    """Purify images uint8, or floating point in [0, 1], (B, C, H, W), and return them alike, without a gradient.
 
-    Grey images go through a purifier for colour as three equal channels, and come back as their brightness.
-
-    Args:
-        x_BCHW: uint8, or floating point in [0, 1]; also no images at all.
-        keys_B: int64, one an image.
-
-    Returns:
-        Images in the range of their type, uint8 by `quantize`; without a gradient.
-
-    Raises:
-        InputError: another type, shape or range, NaN, or images on a GPU and weights that are not.
-        PurifyError: weights on a GPU in a forked worker.
+    Grey images go through a purifier for colour as three equal channels, and come back as their brightness. `keys_B` is
+    int64, one an image; B may be 0. Raises `InputError` for another type, shape or range, NaN, or images on a GPU and
+    weights that are not; `PurifyError` for weights on a GPU in a forked worker.
     """
     if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4:
         got = tuple(x_BCHW.shape) if isinstance(x_BCHW, Tensor) else type(x_BCHW).__name__

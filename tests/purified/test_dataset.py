@@ -29,7 +29,7 @@ from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, InputError
 from purifyloader.purified.filling import precompute
 from purifyloader.purified.job import Job
-from purifyloader.purified.ondemand import make_shard
+from purifyloader.purified.ondemand import Filling
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate, Purify
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
@@ -630,7 +630,7 @@ def partly_filled(folder: Path, source, purifier: Purifier, shards=(0, 2), shard
     job = Job(take_over(source), purifier, 0, draws, None)
     writer = CacheWriter(folder, job.config(), Layout(len(source), shard_size, draws), job.made())
     for number in shards:
-        make_shard(job, writer, writer.shards[number], 3)
+        Filling(job, writer, batch_size=3).make(writer.shards[number])
 
 
 def names(folder: Path) -> list[str]:
@@ -765,7 +765,7 @@ def test_a_partly_filled_cache_of_another_device_is_refused(images, tmp_path, ki
     job = Job(take_over(PictureDataset(images)), Jpeg(), 0, 1, None)
     made = {**job.made(), "device": kind} if kind else {}
     writer = CacheWriter(tmp_path, job.config(), Layout(COUNT, 5), made)
-    make_shard(job, writer, writer.shards[0], 5)
+    Filling(job, writer, batch_size=5).make(writer.shards[0])
     with pytest.raises(CacheError, match=r"one kind of device"):
         PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, missing="precompute", progress=False)
     dataset = PurifiedDataset(PictureDataset(images), Jpeg(), cache=tmp_path, missing="purify", progress=False)

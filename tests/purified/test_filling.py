@@ -34,7 +34,7 @@ from purifyloader.files.locks import is_held
 from purifyloader.purified import progress
 from purifyloader.purified.filling import place, precompute
 from purifyloader.purified.job import Job
-from purifyloader.purified.ondemand import make_shard
+from purifyloader.purified.ondemand import Filling
 from purifyloader.purifiers import DenoiseOnce, Jpeg, Purifier
 from purifyloader.transforms import Compensate
 from tests import processes
@@ -110,7 +110,7 @@ def some_shards(folder: Path, numbers: list[int], dataset: Any = None, device: s
     job = Job(take_over(dataset), Jpeg(30), 0, 1, None)
     writer = CacheWriter(folder, job.config(), Layout(len(dataset), size), {**job.made(), "device": device})
     for number in numbers:
-        make_shard(job, writer, writer.shards[number], 3)
+        Filling(job, writer, batch_size=3).make(writer.shards[number])
 
 
 @pytest.fixture(scope="module")
