@@ -1,4 +1,4 @@
-"""What our torchvision v2 transforms have in common: which images they take, and how these come back."""
+"""Hold what our torchvision v2 transforms have in common: which images they take, and how these come back."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ImageTransform(v2.Transform):
             )
 
     def _batched(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` of all images of a tensor (..., C, H, W) as one batch, in the same shape and tensor type."""
+        """Apply `function` to all images of a tensor (..., C, H, W) as one batch, in the same shape and tensor type."""
         name = type(self).__name__
         if x.ndim < 3 or x.shape[-3] not in (1, 3):
             raise InputError(
@@ -70,12 +70,9 @@ class ImageTransform(v2.Transform):
         return tv_tensors.wrap(out, like=x) if isinstance(x, tv_tensors.TVTensor) else out
 
     def _apply_to(self, image: Any, function: Callable[[Tensor], Tensor], channels: int | None = None) -> Any:
-        """`function` of the image or images in whatever holds them, as a batch (B, C, H, W) in the type of the
-        pixels; what comes out is held in the same way.
+        """Apply `function` of a batch (B, C, H, W) to the images in whatever holds them, and hold them so again.
 
-        Args:
-            channels: what the function takes of PIL images and numpy arrays, None for any. (Tensors reach it with
-                the channels they have.)
+        `channels` is what it takes of PIL images and numpy arrays, None for any; tensors keep those they have.
         """
         if isinstance(image, Tensor):
             return self._batched(image, function)

@@ -18,9 +18,8 @@ __all__ = ["Compensate"]
 class Compensate(ImageTransform):
     """Grayscale with probability p, then Gaussian noise, then clamp (ECLIPSE, Eq. 13).
 
-    Convention: after crop and flip, before normalising. Each image of a batch has its own draw, fresh
-    at each call from torch's random generator; a `PurifiedDataset` draws from (seed, epoch, index)
-    instead. Works in `torchvision.transforms.Compose` and `v2.Compose`, and on a batch.
+    Belongs after crop and flip, before normalising. Each image of a batch has its own draw, fresh at each call from
+    torch's random generator; a `PurifiedDataset` draws from (seed, epoch, index) instead.
 
     Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
     `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass
@@ -35,10 +34,8 @@ class Compensate(ImageTransform):
             in which the image may be any of several plain tensors.
 
     >>> import torch
-    >>> from torchvision.transforms import v2
     >>> from purifyloader.transforms import Compensate
-    >>> transform = v2.Compose([v2.RandomHorizontalFlip(), Compensate(p=0.4, sigma=0.05)])
-    >>> transform(torch.rand(3, 32, 32)).shape
+    >>> Compensate(p=0.4, sigma=0.05)(torch.rand(3, 32, 32)).shape
     torch.Size([3, 32, 32])
     """
 
@@ -56,12 +53,7 @@ class Compensate(ImageTransform):
         return self._corrupted(inpt, corrupt)
 
     def apply(self, image: Any, keys_B: Tensor) -> Any:
-        """The same corruption with its draws given: a pure function of (image, key).
-
-        Args:
-            image: as above; numpy (H, W[, C]) too.
-            keys_B: int64, one an image.
-        """
+        """Corrupt an image, numpy (H, W[, C]) too, with its draws given: int64 keys, one an image."""
         return self._corrupted(image, lambda x: self.run(x, keys_B.to(x.device)))
 
     def run(self, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:

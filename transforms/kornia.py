@@ -1,9 +1,9 @@
-"""Purification and compensation as kornia augmentations.
+"""Purify and compensate as kornia augmentations.
 
 They are `IntensityAugmentationBase2D`: in `AugmentationSequential`, `ImageSequential`, `VideoSequential` and
 `PatchSequential` masks, boxes, keypoints and labels pass untouched, and `aug(x, params=aug._params)` gives the same
-output again. Convention of kornia: float images (B, C, H, W) in [0, 1], before `Normalize`; an image (C, H, W) comes
-back as a batch of one, unless `keepdim=True`; draws are torch's, on the device that the augmentation was moved to.
+output again. As everywhere in kornia images are float (B, C, H, W) in [0, 1], before `Normalize`; an image (C, H, W)
+comes back as a batch of one, unless `keepdim=True`; draws are torch's, on the augmentation's device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
         purifier: see `purifyloader.recipes`. One that changes the size of images is refused as it runs.
         p: probability that an image is purified.
         same_on_batch: the same noise for all images of a batch, and the same decision.
-        keepdim: whether an image (C, H, W) comes back as one.
+        keepdim: an image (C, H, W) comes back as one.
 
     Raises:
         InputError: no purifier, one without its plan, or, as it runs, images that it does not take.
@@ -84,17 +84,9 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
 class RandomCompensate(IntensityAugmentationBase2D):
     """ECLIPSE's compensation (Eq. 13): grayscale with probability p, then Gaussian noise, then clamp.
 
-    The noise is added to every image; `p` is the probability of grayscale, as in `Compensate`. `params` holds `grey`,
-    bool (B,), and `noise`, (B, C, H, W), standard normal.
-
-    Args:
-        p: probability of grayscale, an image.
-        sigma: standard deviation of the noise, in image units (0.05 is 12.75 px).
-        same_on_batch: one draw for all images of a batch.
-        keepdim: whether an image (C, H, W) comes back as one.
-
-    Raises:
-        InputError: p or sigma outside [0, 1].
+    The noise is added to every image; `p` is the probability of grayscale, an image, and `sigma` the noise's standard
+    deviation in image units, as in `Compensate` (`InputError` outside [0, 1]); `same_on_batch` and `keepdim` are as in
+    `RandomPurify`. `params` holds `grey`, bool (B,), and `noise`, (B, C, H, W), standard normal.
 
     >>> import torch
     >>> from purifyloader.transforms import RandomCompensate
@@ -122,12 +114,7 @@ class RandomCompensate(IntensityAugmentationBase2D):
 
 
 class RandomSqueeze(RandomPurify):
-    """A cheap baseline in one word: `RandomSqueeze("jpeg", quality=10)`; see `purifyloader.transforms.Squeeze`.
-
-    Args:
-        method: a recipe of `purifyloader.recipes` that has no model, such as "jpeg".
-        p: probability that an image is squeezed.
-        options: of the method.
+    """A cheap baseline in one word, with probability p an image; see `purifyloader.transforms.Squeeze`.
 
     >>> import torch
     >>> from purifyloader.transforms import RandomSqueeze

@@ -38,10 +38,7 @@ class Purify(HoldsPurifier, ImageTransform):
 
     Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
     `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass untouched.
-    The purifier is no submodule, and always in float32; `to(device)` moves it.
-
-    Args:
-        purifier: see `purifyloader.recipes`.
+    The purifier (see `purifyloader.recipes`) is no submodule, and always in float32; `to(device)` moves it.
 
     Raises:
         InputError: no purifier, one without its plan, images that it does not take, a sample in which the image may
@@ -93,12 +90,7 @@ class Squeeze(Purify):
     """Apply a cheap baseline in one word: `Squeeze("jpeg", quality=10)`, `Squeeze("grayscale")`, `Squeeze("bit_depth",
     bits=2)`. One that moves pixels at random draws anew at each call, as its published script does.
 
-    Args:
-        method: one of `SQUEEZES`, functions of `purifyloader.recipes`.
-        options: of that function.
-
-    Raises:
-        InputError: no such method, or options that it does not have or take.
+    `method` is one of `SQUEEZES`, functions of `purifyloader.recipes`; `InputError` for others, or options not its own.
 
     >>> import torch
     >>> from purifyloader.transforms import Squeeze
@@ -115,7 +107,7 @@ class Squeeze(Purify):
 
 
 def squeezing(method: str, options: dict[str, Any]) -> Purifier:
-    """The purifier that a baseline's name and options mean."""
+    """Make the purifier that a baseline's name and options mean."""
     if method not in SQUEEZES:
         raise InputError(f"A baseline must be one of {', '.join(SQUEEZES)}. Got {method!r}.")
     try:

@@ -1,9 +1,8 @@
-"""Purification and compensation as stages of a WebDataset pipeline, for those who never have a map-style dataset."""
+"""Purify and compensate in a WebDataset pipeline, for those who never have a map-style dataset."""
 
 from __future__ import annotations
 
 import hashlib
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -21,10 +20,9 @@ from purifyloader.core.devices import check_worker, device_of
 from purifyloader.core.images import ImageKind, from_engine, to_engine
 from purifyloader.datasets.samples import get_image, with_image
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.purified.job import COMPENSATE, PURIFY
-from purifyloader.purified.keyed import KeyedCorruption
+from purifyloader.purified.job import COMPENSATE, PURIFY, check_purifier
+from purifyloader.purified.keyed import KeyedCorruption, check_compensate, compensate_each
 from purifyloader.purifiers import Purifier
-from purifyloader.purifiers.base import by_shape
 from purifyloader.transforms.compensation import Compensate
 
 __all__ = ["compensated", "purified"]
@@ -37,9 +35,7 @@ _WORKERS = 4096  # places for the counts of passes
 def purified(
     purifier: Purifier, seed: int = 0, batch_size: int = 256, image_key: str | None = None, epoch: int = 0
 ) -> Callable[[Iterable[Sample]], Iterator[Sample]]:
-    """A stage that purifies the image of each sample, and leaves everything else as it is.
-
-        wds.WebDataset(urls, shardshuffle=False).decode("pil").compose(purified(purifier, seed=0))
+    """Make a stage that purifies the image of each sample, and leaves everything else as it is.
 
     Put it right after `decode`: before any augmentation, and before `to_tuple` and `batched`. The samples
     come out in the order they came, each image of the type it was. What an image becomes is a function of
@@ -66,7 +62,7 @@ def purified(
     >>> from purifyloader import recipes
     >>> from purifyloader.transforms.webdataset import purified
     >>> samples = [{"__key__": str(i), "__url__": "a.tar", "png": torch.rand(3, 32, 32)} for i in range(2)]
-    >>> len([*purified(recipes.jpeg(quality=10))(samples)])
+    >>> len([*purified(recipes.jpeg(quality=10))(samples)])  # WebDataset(...).decode("pil").compose(purified(...))
     2
     """
     return _Purified(purifier, seed, batch_size, image_key, epoch)
@@ -78,25 +74,14 @@ def compensated(
     batch_size: int = 64,
     image_key: str | None = None,
 ) -> _Compensated:
-    """A stage that compensates the image of each sample (ECLIPSE, Eq. 13): see `Compensate`.
+    """Make a stage that compensates the image of each sample (ECLIPSE, Eq. 13): see `Compensate`.
 
         wds.WebDataset(urls).decode("pil").compose(purified(purifier)).map_dict(png=crop_and_flip).compose(compensated())
 
     Put it after crop and flip, and before what normalises and before `to_tuple`. Every pass draws afresh, from (seed,
     epoch, base name of the shard's file, key): the epoch counts the passes of each worker by itself, also where
-    workers end with each of them, and `set_epoch` of the stage sets it.
-
-    Args:
-        compensate: `Compensate()`, or anything with its `apply`.
-        seed: of all draws.
-        batch_size: samples held and compensated at a time.
-        image_key: the image's field, as in `purified`.
-
-    Returns:
-        A picklable callable, from an iterable of sample dicts to an iterator of them.
-
-    Raises:
-        InputError: as `purified`.
+    workers end with each of them, and `set_epoch` of the stage sets it. Arguments and errors are as in `purified`;
+    `compensate` is `Compensate()`, or anything with its `apply`.
 
     >>> import torch
     >>> from purifyloader.transforms.webdataset import compensated
@@ -108,7 +93,7 @@ def compensated(
 
 
 class _Stage:
-    """Something done to the image of each sample, some samples at a time."""
+    """Changes the image of each sample, some samples at a time."""
 
     channels: int | None = None  # of the images that `_work` takes
 
@@ -117,7 +102,7 @@ class _Stage:
             raise InputError(f"image_key must be the name of a field, such as 'png', or None. Got {image_key!r}.")
         noise.image_keys(seed, 0, 0)  # refuses what is no 64-bit integer
         self.seed, self.image_key = seed, image_key
-        self.batch_size = _positive("batch_size", batch_size)
+        self.batch_size = as_integer("batch_size", batch_size, 1)
 
     def _work(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
         raise NotImplementedError
@@ -146,8 +131,7 @@ class _Stage:
 
 class _Purified(_Stage):
     def __init__(self, purifier: Purifier, seed: int, batch_size: int, image_key: str | None, epoch: int) -> None:
-        if not isinstance(purifier, Purifier):
-            raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
+        check_purifier(purifier)
         super().__init__(seed, batch_size, image_key)
         noise.image_keys(seed, epoch, 0)
         self.purifier, self.epoch = purifier, epoch
@@ -186,10 +170,7 @@ class _Purified(_Stage):
 
 class _Compensated(_Stage):
     def __init__(self, compensate: KeyedCorruption, seed: int, batch_size: int, image_key: str | None) -> None:
-        if not callable(getattr(compensate, "apply", None)):
-            raise InputError(
-                f"Expected compensate=Compensate() or an object with apply(image, keys). Got {compensate!r}."
-            )
+        check_compensate(compensate)
         super().__init__(seed, batch_size, image_key)
         self.compensate = compensate
         # Shared memory, so that workers which end with each pass know how many there were before them: the epoch, and
@@ -214,26 +195,11 @@ class _Compensated(_Stage):
         self._shared.share_memory_()
 
     def _work(self, images: list[Tensor], keys_B: Tensor, batch: Sequence[Sample]) -> list[Tensor]:
-        out = list(images)
-        for rows in by_shape(images):
-            results = self.compensate.apply(torch.stack([images[row] for row in rows]), keys_B[rows])
-            for row, x in zip(rows, results, strict=True):
-                out[row] = x
-        return out
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = 0
-    if integer < 1:
-        raise InputError(f"{name} must be a positive integer. Got {value!r}.")
-    return integer
+        return compensate_each(self.compensate, images, keys_B)
 
 
 def _shard(sample: Sample) -> str:
-    """Base name of the shard's file, without what a signed address adds to it; empty where there is none."""
+    """Return the base name of the shard's file, without what a signed address adds; empty where there is none."""
     url = sample.get("__url__") or ""
     if "://" in url:
         url = re.split(r"[?#]", url)[0]
@@ -241,7 +207,7 @@ def _shard(sample: Sample) -> str:
 
 
 def _name(sample: Any) -> str:
-    """The sample as errors name it; refuses what is no single sample of a pipeline."""
+    """Name the sample for errors; refuses what is no single sample of a pipeline."""
     if not isinstance(sample, Mapping) or not isinstance(sample.get("__key__"), str):
         got = f"a dict with the keys {list(sample)}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
         raise InputError(
@@ -252,8 +218,9 @@ def _name(sample: Any) -> str:
 
 
 def _index(sample: Sample) -> int:
-    """A 64-bit hash of what names the sample in its data set, and of no pixel: a certificate needs noise that
-    the data does not choose."""
+    """Hash what names the sample in its data set to 64 bits, and no pixel: a certificate needs noise that the data does
+    not choose.
+    """
     name = f"{_shard(sample)}\0{sample['__key__']}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
@@ -264,12 +231,12 @@ def _is_image(value: Any) -> bool:
 
 
 def _image_field(sample: Sample) -> str:
-    found = [key for key, value in sample.items() if _is_image(value)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(f"Expected one image in a sample. Got {', '.join(found)}: name the right one as image_key=.")
-    raise InputError(
-        f'Expected an image in a sample. Got none under the keys {list(sample)}: decode it first, .decode("pil"), '
-        "or name its field as image_key=."
-    )
+    names = [key for key, value in sample.items() if _is_image(value)]
+    if not names:
+        raise InputError(
+            f'Expected an image in a sample. Got none under the keys {list(sample)}: decode it first, .decode("pil"), '
+            "or name its field as image_key=."
+        )
+    if len(names) > 1:
+        raise InputError(f"Expected one image in a sample. Got {', '.join(names)}: name the right one as image_key=.")
+    return names[0]

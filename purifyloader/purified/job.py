@@ -24,7 +24,7 @@ from purifyloader.errors import InputError
 from purifyloader.purified.reading import Read, SampleReader
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
 
-__all__ = ["COMPENSATE", "PURIFY", "Job", "check_arguments", "placed"]
+__all__ = ["COMPENSATE", "PURIFY", "Job", "check_arguments", "check_purifier", "placed"]
 
 # Children of an image's key: its purification and its compensation share no noise.
 PURIFY, COMPENSATE = 0, 1
@@ -111,8 +111,7 @@ def _floats(x: Tensor) -> Tensor:
 
 def check_arguments(dataset: Any, purifier: Any) -> None:
     """Refuse what is no purifier, or no map-style dataset with images."""
-    if not isinstance(purifier, Purifier):
-        raise InputError("Expected a purifier, such as `recipes.eclipse(...)`. Got " + type(purifier).__name__ + ".")
+    check_purifier(purifier)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise InputError(
             "Expected a map-style dataset, with __getitem__ and __len__. Got "
@@ -120,6 +119,11 @@ def check_arguments(dataset: Any, purifier: Any) -> None:
         )
     if len(dataset) == 0:
         raise InputError(f"Expected a dataset with at least one image. Got an empty {type(dataset).__name__}.")
+
+
+def check_purifier(purifier: Any) -> None:
+    if not isinstance(purifier, Purifier):
+        raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
 
 
 def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:

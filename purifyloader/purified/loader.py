@@ -126,22 +126,23 @@ class PurifiedLoader:
         elif compensate is None:
             raise InputError("Expected a purifier, or compensate=, or both. Got neither: use the loader as it is.")
         check_compensate(compensate)
-        own = self.__dict__
-        own["loader"] = loader
-        own["purifier"] = purifier if purifier is None else placed(purifier, device)
-        own["device"] = None if device is None else as_device(device)
-        if device is None and purifier is not None:
-            own["device"] = device_of(purifier)
-        own["compensate"] = compensate
-        own["normalize"] = None if normalize is None else _as_normalize(normalize)
-        own["keep_outside"] = bool(keep_outside)
-        own["seed"] = as_integer("seed", seed, -(2**63))
-        own["image_key"], own["index_key"] = image_key, index_key
-        own["ahead"] = None if ahead is None else as_integer("ahead", ahead, 0)
-        own["_looked"] = False  # whether the first batch seems normalised
-        own["_next"] = 0  # epoch of the next pass
-        own["_resumed"] = 0  # images of it that a loaded state has behind it
-        own["_state"] = None  # after the batch last handed out: of the loader, epoch, position
+        where = None if purifier is None else device_of(purifier)
+        self.__dict__.update(  # for `__setattr__` sets the loader's
+            loader=loader,
+            purifier=purifier if purifier is None else placed(purifier, device),
+            device=where if device is None else as_device(device),
+            compensate=compensate,
+            normalize=None if normalize is None else _as_normalize(normalize),
+            keep_outside=bool(keep_outside),
+            seed=as_integer("seed", seed, -(2**63)),
+            image_key=image_key,
+            index_key=index_key,
+            ahead=None if ahead is None else as_integer("ahead", ahead, 0),
+            _looked=False,  # at the first batch: is it normalised?
+            _next=0,  # epoch of the next pass
+            _resumed=0,  # images of it that a loaded state has behind it
+            _state=None,  # after the batch last handed out: of the loader, epoch, position
+        )
 
     # -- what a training script sees -----------------------------------------------------------------
 
@@ -177,12 +178,6 @@ class PurifiedLoader:
             raise AttributeError(f"{name} of a PurifiedLoader is given when it is made.")
         setattr(self.loader, name, value)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def _state_dict(self) -> dict[str, Any]:
         if self._state is not None:
             return dict(self._state)
@@ -209,18 +204,14 @@ class PurifiedLoader:
             except PurifyError as error:
                 raise type(error)(f"Batch {number} of the loader: {error}") from None
             position, number = ready[-1].position, number + 1
-            if len(ready) > self._depth(ready[-1]):
+            default = 0 if ready[-1].done is None else 1
+            if len(ready) > (default if self.ahead is None else self.ahead):
                 yield self._handed_out(ready.popleft(), epoch, number - 1 - len(ready))
         while ready:
             yield self._handed_out(ready.popleft(), epoch, number - 1 - len(ready))
         if stateful:
             end = {"loader": self.loader.state_dict(), "epoch": epoch + 1, "position": 0}
             self.__dict__["_state"] = end
-
-    def _depth(self, ready: _Ready) -> int:
-        if self.ahead is not None:
-            return int(self.ahead)
-        return 0 if ready.done is None else 1
 
     def _handed_out(self, ready: _Ready, epoch: int, number: int) -> Any:
         if ready.done is not None:
@@ -303,17 +294,14 @@ class PurifiedLoader:
         if self.purifier is not None:
             self._check_shapes(opened)
             grey = [x.shape[-3] == 1 and self.purifier.image_channels == 3 for x in opened]
-            coloured = [_coloured(x) if g else x for x, g in zip(opened, grey, strict=True)]
+            out = [x.expand(*x.shape[:-3], 3, -1, -1) if g else x for x, g in zip(opened, grey, strict=True)]
             purify_keys = noise.fold_in(keys, PURIFY)
             with exact_arithmetic(device):
                 # not by calling it: that looks at the values, and would wait for a GPU
-                out = (
-                    [self.purifier.run(coloured[0], purify_keys)]
-                    if single and len(keys)
-                    else self.purifier.run_images(coloured, purify_keys)
-                    if not single
-                    else coloured
-                )
+                if not single:
+                    out = self.purifier.run_images(out, purify_keys)
+                elif len(keys):
+                    out = [self.purifier.run(out[0], purify_keys)]
             opened = [luma(x) if g else x for x, g in zip(out, grey, strict=True)]
             checks += [(x.isfinite().all(), "the purifier must give finite images. Got NaN or infinity.") for x in out]
         opened = [x.clamp(0, 1) for x in opened]
@@ -446,10 +434,6 @@ def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
     if len(numbers) not in (1, x.shape[-3]):
         raise InputError(f"normalize has {len(numbers)} channels, and the images {x.shape[-3]}. Got {tuple(x.shape)}.")
     return numbers.to(x.device, non_blocking=True)[:, None, None]
-
-
-def _coloured(x: Tensor) -> Tensor:
-    return x.expand(*x.shape[:-3], 3, -1, -1)
 
 
 def _described(value: Any) -> str:

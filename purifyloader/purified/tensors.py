@@ -9,6 +9,7 @@ from purifyloader.core.devices import check_worker, device_of
 from purifyloader.core.images import luma, quantize, to_unit
 from purifyloader.errors import InputError
 from purifyloader.purified import plans
+from purifyloader.purified.job import check_purifier
 from purifyloader.purifiers import Purifier
 
 __all__ = ["check_applicable", "purify_tensor"]
@@ -16,8 +17,7 @@ __all__ = ["check_applicable", "purify_tensor"]
 
 def check_applicable(purifier: Purifier) -> None:
     """Refuse what is no purifier, or one that needs a plan over the whole dataset and has none."""
-    if not isinstance(purifier, Purifier):
-        raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
+    check_purifier(purifier)
     if plans.is_open(purifier):
         raise InputError(
             "Expected a purifier that decides about each image by itself. Got one that needs a plan over the whole "
@@ -43,9 +43,7 @@ def purify_tensor(purifier: Purifier, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
     if x.device != device and device.type == "cpu":
         raise InputError(f"Expected the purifier where the images are, on {str(x.device)!r}. Got it on 'cpu': move it.")
     if not len(x):
-        _, *shape = x.shape
-        channels, height, width = shape
-        return x_BCHW.new_empty(0, *purifier.output_shape((channels, height, width)))
+        return x_BCHW.new_empty(0, *purifier.output_shape((x.shape[1], x.shape[2], x.shape[3])))
     grey = x.shape[1] == 1 and purifier.image_channels == 3
     out = purifier((x.expand(-1, 3, -1, -1) if grey else x).to(device), keys_B).to(x.device)
     out = luma(out) if grey else out

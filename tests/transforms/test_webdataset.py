@@ -269,8 +269,8 @@ def test_the_place_of_the_stage_is_said(folder, purifier):
         ({"purifier": "jpeg"}, "Expected a purifier"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"epoch": 2**70}, "fit in 64 bits"),
-        ({"batch_size": 0}, "batch_size must be a positive integer. Got 0"),
-        ({"batch_size": "many"}, "batch_size must be a positive integer"),
+        ({"batch_size": 0}, r"batch_size must be an integer from 1 to 2\^63 - 1. Got 0"),
+        ({"batch_size": "many"}, "batch_size must be an integer. Got 'many'"),
         ({"image_key": 0}, "image_key must be the name"),
     ],
 )
