@@ -16,8 +16,7 @@ from torch import Tensor
 
 from purifyloader.core import corruptions
 from purifyloader.errors import InputError
-from purifyloader.purified.held import HoldsPurifier
-from purifyloader.purified.tensors import purify_tensor
+from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms.purification import squeezing
 

@@ -11,8 +11,7 @@ from torchvision import tv_tensors
 
 from purifyloader import recipes
 from purifyloader.errors import InputError
-from purifyloader.purified.held import HoldsPurifier
-from purifyloader.purified.tensors import purify_tensor
+from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
 from purifyloader.recipes.registry import describe
 from purifyloader.transforms.base import ImageTransform

@@ -1,4 +1,4 @@
-"""Read and write the files of a cache but for the images; README.md describes the format."""
+"""Read and write the files of a cache; README.md describes the format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from purifyloader.core.checks import check_choice, check_integer
 from purifyloader.errors import CacheError, ConfigError, InputError
@@ -221,18 +223,24 @@ def _short(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def shard_metadata(
+def save_shard(
+    path: Path,
     shard: Shard,
     layout: Layout,
     config: Mapping[str, Any],
-    values: ShardValues,
-    *,
-    crc32: Sequence[int],
-    sizes: Sequence[int] | None,
-    tensor_sha256: str,
-) -> str:
-    """Write the canonical JSON that stands in a shard's header."""
-    types, source = values.image_types, values.source
+    content: NDArray[np.uint8] | Sequence[bytes],
+    beside: ShardValues,
+) -> None:
+    """Write a shard's file straight to `path`: raw images, uint8 (rows, H, W, C), or a PNG file each."""
+    if isinstance(content, np.ndarray):
+        name, sizes = TENSOR, None
+        data = np.ascontiguousarray(content)
+        rows: Sequence[Any] = [row.data for row in data]
+    else:
+        name, sizes = ENCODED, [len(row) for row in content]
+        data = np.frombuffer(b"".join(content), np.uint8)
+        rows = content
+    types, source = beside.image_types, beside.source
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -242,21 +250,17 @@ def shard_metadata(
         "layout": layout.to_dict(),
         "config": config,
         "fingerprint": fingerprint(config),
-        "crc32": list(crc32),
-        "sizes": None if sizes is None else list(sizes),
+        "crc32": [zlib.crc32(row) for row in rows],
+        "sizes": sizes,
         "image_types": types if isinstance(types, str) else list(types),
-        "sample": values.sample,
-        "targets": values.targets,
-        "source": None if source is None else [_hex_words(source[:, 0]), _hex_words(source[:, 1])],
-        "made": values.made,
-        "tensor_sha256": tensor_sha256,
+        "sample": beside.sample,
+        "targets": beside.targets,
+        "source": None if source is None else [words.astype(">u8").tobytes().hex() for words in source.T],
+        "made": beside.made,
+        "tensor_sha256": hashlib.sha256(data.data).hexdigest(),
     }
-    return canonical_json(guarded(metadata))
-
-
-def _hex_words(words: NDArray[np.uint64]) -> str:
-    """Write 64-bit words, big endian, 16 hex digits each."""
-    return words.astype(">u8").tobytes().hex()
+    # not save_file, whose own temporary file a killed process leaves under a name that is not ours
+    path.write_bytes(save({name: data}, {METADATA: canonical_json(guarded(metadata))}))
 
 
 def _words(text: str, count: int) -> NDArray[np.uint64]:

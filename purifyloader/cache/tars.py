@@ -37,7 +37,7 @@ from webdataset import TarWriter
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValues
 from purifyloader.cache.reader import CacheReader
-from purifyloader.cache.writer import CacheWriter, encode_image, save_shard
+from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
@@ -412,7 +412,7 @@ def _restore(
     except (ValueError, OSError) as error:
         raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
     with replacing(path) as temporary:
-        save_shard(temporary, shard, index.layout, index.config, content, replace(part, targets=targets))
+        fmt.save_shard(temporary, shard, index.layout, index.config, content, replace(part, targets=targets))
         if (got := file_sha256(temporary)) != entry.sha256:
             raise CacheError(
                 f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "

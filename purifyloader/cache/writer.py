@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
@@ -26,7 +23,7 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, replacing, writing
 from purifyloader.files.locks import KEPT, Lock, lock_path
 
-__all__ = ["CacheWriter", "encode_image", "save_shard"]
+__all__ = ["CacheWriter", "encode_image"]
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +244,7 @@ class CacheWriter:
         path = self.folder / shard.file
         with writing(path, CacheError, KEPT):
             with replacing(path) as temporary:
-                save_shard(temporary, shard, self.layout, self.config, content, beside)
+                fmt.save_shard(temporary, shard, self.layout, self.config, content, beside)
                 good = _read_good(temporary)
                 self._unfinish(shard, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
@@ -471,36 +468,6 @@ class CacheWriter:
             return None
         self._good[shard.number] = good
         return good
-
-
-def save_shard(
-    path: Path,
-    shard: Shard,
-    layout: Layout,
-    config: Mapping[str, Any],
-    content: NDArray[np.uint8] | Sequence[bytes],
-    beside: ShardValues,
-) -> None:
-    """Write a shard's file straight to `path`: raw images, uint8 (rows, H, W, C), or a PNG file each."""
-    if isinstance(content, np.ndarray):
-        name, sizes = fmt.TENSOR, None
-        data = np.ascontiguousarray(content)
-        rows: Sequence[Any] = [row.data for row in data]
-    else:
-        name, sizes = fmt.ENCODED, [len(row) for row in content]
-        data = np.frombuffer(b"".join(content), np.uint8)
-        rows = content
-    metadata = fmt.shard_metadata(
-        shard,
-        layout,
-        config,
-        beside,
-        crc32=[zlib.crc32(row) for row in rows],
-        sizes=sizes,
-        tensor_sha256=hashlib.sha256(data.data).hexdigest(),
-    )
-    # not save_file, whose own temporary file a killed process leaves under a name that is not ours
-    path.write_bytes(save({name: data}, {fmt.METADATA: metadata}))
 
 
 def encode_image(image_HWC: NDArray[np.uint8]) -> bytes:

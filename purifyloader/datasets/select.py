@@ -173,6 +173,7 @@ def load_images(
     size: int | None = None,
     channels: int | None = None,
     progress: bool = False,
+    seen: Callable[[Any], object] = lambda sample: None,
 ) -> Tensor:
     """Load the images at `indices` as one uint8 tensor (N, C, H, W).
 
@@ -182,6 +183,7 @@ def load_images(
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
         channels: 3 makes three of a grey image's one; an image with other channels is an error.
         progress: show a bar.
+        seen: called with each sample.
 
     Raises `InputError` for an index out of range, an image the engine does not take, or different sizes.
     """
@@ -192,7 +194,9 @@ def load_images(
         sizes.check_resize(size, size)
     rows: list[Tensor] = []
     for index in tqdm(indices, desc="reading", unit="img", disable=not progress, leave=False):
-        image = to_engine(get_image(dataset[index]))[0]
+        sample = dataset[index]
+        seen(sample)
+        image = to_engine(get_image(sample))[0]
         if size is not None:
             image = sizes.resize(image, size, size)
         row = quantize(image)
@@ -228,22 +232,6 @@ class Loaded(NamedTuple):
     labels: Tensor | None
 
 
-class _WithLabels(Dataset[Any]):
-    """A dataset that keeps the class labels of the samples it has given."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-        self.labels: list[int | None] = []
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.dataset[index]
-        self.labels.append(label_of(fields(sample)))
-        return sample
-
-
 def load(
     dataset: Dataset[Any],
     indices: Sequence[int],
@@ -253,15 +241,21 @@ def load(
     what: str = "the dataset",
 ) -> Loaded:
     """Load images as `load_images` does, with their labels; `what` names them in errors."""
-    source = _WithLabels(dataset)
+    labels: list[int | None] = []
     try:
-        images = load_images(source, indices, size=size, channels=channels, progress=progress)
+        images = load_images(
+            dataset,
+            indices,
+            size=size,
+            channels=channels,
+            progress=progress,
+            seen=lambda sample: labels.append(label_of(fields(sample))),
+        )
     except InputError as error:
         if error.argument is not None:
             raise
         raise InputError(f"{what}: {error}") from None
-    labels = [label for label in source.labels if label is not None]
-    return Loaded(images, torch.tensor(labels) if len(labels) == len(images) else None)
+    return Loaded(images, None if None in labels else torch.tensor(labels))
 
 
 def label_of(target: Any) -> int | None:

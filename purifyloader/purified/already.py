@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from purifyloader.purified.held import HoldsPurifier
+from purifyloader.purified.tensors import HoldsPurifier
 from purifyloader.purifiers import Purifier
 
 __all__ = ["GivesPurified", "purified_by", "transform_that_purifies"]

@@ -150,9 +150,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             self._start(Live(job, sanitation), sanitation)
             return
         opening = Opening(Path(cache), missing, check_source, in_memory, self.batch_size, progress)
-        opened = opening.open(job, dataset, probed, sanitation)
-        self.purifier = opened.purifier
-        self._start(opened.mode, opened.sanitation)
+        mode, self.purifier, sanitation = opening.open(job, dataset, probed, sanitation)
+        self._start(mode, sanitation)
 
     @classmethod
     def from_cache(

@@ -27,16 +27,7 @@ from purifyloader.purified.reading import check_source
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["Opened", "Opening"]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A cache that is open: how it is read, its purifier with its plan, and its sanitation."""
-
-    mode: Mode
-    purifier: Purifier
-    sanitation: Sanitation | None
+__all__ = ["Opening"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Opening:
         dataset: Dataset[Any],
         probed: Sequence[tuple[tuple[int, int, int], ImageKind]],
         sanitation: Sanitation | None,
-    ) -> Opened:
+    ) -> tuple[Mode, Purifier, Sanitation | None]:
         """Open the cache of a job, after filling it if it is not finished.
 
         Args:
@@ -64,7 +55,8 @@ class Opening:
             probed: shape and kind of some of its images.
             sanitation: to use or, where the cache is filled, to keep with it. None takes that of the cache.
 
-        Raises `CacheError` where the folder holds something else, is unfinished, or damaged.
+        Returns how it is read, its purifier with its plan, and its sanitation. Raises `CacheError` where the folder
+        holds something else, is unfinished, or damaged.
         """
         finished = self._is_finished()
         if not finished:
@@ -80,7 +72,7 @@ class Opening:
             if self.missing == "purify":
                 sanitation = None if findings is None else findings.sanitation
                 mode = PixelsFromCache(ShardsOnDemand(filling), job.reader.raw, job.reader.image_key, sanitation)
-                return Opened(mode, job.purifier, sanitation)
+                return mode, job.purifier, sanitation
             fill(filling, progress=self.progress)
         reader = CacheReader(self.folder, job.config(), self.in_memory)
         if len(reader) != len(job.reader):
@@ -92,7 +84,7 @@ class Opening:
             job = plans.planned(job, plans.of_index(reader.plan))
             self._compare(job, reader)
         sanitation = plans.sanitation_of(reader, sanitation)
-        return Opened(_finished_mode(job, reader, sanitation), job.purifier, sanitation)
+        return _finished_mode(job, reader, sanitation), job.purifier, sanitation
 
     def _is_finished(self) -> bool:
         """Raise `CacheError` where it is partly filled, and nobody said what to do about that."""
