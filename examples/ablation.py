@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from purifyloader import recipes
 from purifyloader.bench.defence import compensation, purify_array
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate

@@ -31,7 +31,7 @@ from torchvision.datasets import CIFAR10
 import purifyloader
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.cache import CacheReader
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 
 BATCH = 128

@@ -35,7 +35,7 @@ from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.core import noise
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import load_images
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.diffusion.psnr import estimate, psnr_of
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig

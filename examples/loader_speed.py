@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifiedLoader, recipes
 from purifyloader.datasets.arrays import ArrayDataset
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, Squeeze
 from purifyloader.victims.training import CIFAR_MEAN, CIFAR_STD

@@ -38,7 +38,7 @@ from purifyloader.audit import dataset_energies
 from purifyloader.bench.defence import compensation
 from purifyloader.core import noise
 from purifyloader.datasets.arrays import ArrayDataset
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from purifyloader import pretrained
 from purifyloader.core import noise
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.diffusion import LinearSchedule
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.energy import EnergyConfig, EnergyNetwork

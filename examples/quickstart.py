@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from purifyloader import pretrained, recipes
 from purifyloader.bench.defence import compensation, purify_array
 from purifyloader.core import noise
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim

@@ -24,7 +24,7 @@ from torchvision import transforms
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.core import noise
 from purifyloader.datasets.arrays import ArrayDataset
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import VisionDataset
 
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.victims.networks import resnet9
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -54,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from purifyloader.cache.inspect import describe
-    from purifyloader.cache.words import in_words
+    from purifyloader.cache.inspect import describe, in_words
     from purifyloader.purified.sanitation import Sanitation
 
     values = describe(options.folder)
@@ -78,9 +77,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from purifyloader.cache.format import WHERE
+    from purifyloader.cache.inspect import count_in_words, size_in_words
     from purifyloader.cache.reader import CacheReader
     from purifyloader.cache.tars import MANIFEST, export_tars
-    from purifyloader.cache.words import count_in_words, size_in_words
 
     begun = time.monotonic()
     reader = CacheReader(options.folder)
@@ -101,8 +100,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    from purifyloader.cache.inspect import count_in_words
     from purifyloader.cache.tars import import_tars
-    from purifyloader.cache.words import count_in_words
 
     begun = time.monotonic()
     with _bar(None, "img") as seen:

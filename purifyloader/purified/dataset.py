@@ -31,8 +31,7 @@ from purifyloader.purified.keyed import (
     compensate_batch,
     compensate_images,
 )
-from purifyloader.purified.modes import Live, Mode, SamplesFromCache
-from purifyloader.purified.opening import Opening
+from purifyloader.purified.modes import Live, Mode, Opening, SamplesFromCache
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 

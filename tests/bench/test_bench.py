@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from purifyloader.core import noise
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.errors import ConfigError, InputError, TrainingError
 from purifyloader.victims.networks import resnet9
 from purifyloader.victims.training import _learning_rate, accuracy, train_victim

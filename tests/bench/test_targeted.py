@@ -20,8 +20,7 @@ from purifyloader.bench import report, targeted, transfer
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main
-from purifyloader.datasets.shards import load_sample
-from purifyloader.datasets.splits import Data, load
+from purifyloader.datasets.splits import Data, load, load_sample
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock

@@ -13,7 +13,7 @@ from purifyloader import pretrained
 from purifyloader.commands import main as cli
 from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from tests.conftest import tiny_denoiser, tiny_energy

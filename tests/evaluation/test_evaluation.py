@@ -19,7 +19,7 @@ from purifyloader import pretrained
 from purifyloader.commands.main import execute
 from purifyloader.core import noise
 from purifyloader.datasets.select import load_images
-from purifyloader.datasets.shards import load_sample
+from purifyloader.datasets.splits import load_sample
 from purifyloader.diffusion import psnr as psnr_module
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
