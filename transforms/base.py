@@ -15,8 +15,6 @@ from torchvision.transforms import v2
 from purifyloader.core.images import from_engine, to_engine
 from purifyloader.errors import InputError
 
-__all__ = ["ImageTransform"]
-
 _EXPLICIT = (Image.Image, tv_tensors.Image, tv_tensors.Video)
 
 

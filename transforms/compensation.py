@@ -12,8 +12,6 @@ from purifyloader.core import corruptions
 from purifyloader.core.images import quantize, to_unit
 from purifyloader.transforms.base import ImageTransform
 
-__all__ = ["Compensate"]
-
 
 class Compensate(ImageTransform):
     """Grayscale with probability p, then Gaussian noise, then clamp (ECLIPSE, Eq. 13).

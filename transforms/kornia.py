@@ -20,8 +20,6 @@ from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
 from purifyloader.transforms.purification import squeezing
 
-__all__ = ["RandomCompensate", "RandomPurify", "RandomSqueeze"]
-
 
 class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
     """A purifier as a kornia augmentation. With p < 1 only the chosen images go through the network.

@@ -16,8 +16,6 @@ from purifyloader.purifiers import Purifier
 from purifyloader.recipes.registry import describe
 from purifyloader.transforms.base import ImageTransform
 
-__all__ = ["SQUEEZES", "Purify", "Squeeze", "squeezing"]
-
 log = logging.getLogger(__name__)
 
 SQUEEZES = {

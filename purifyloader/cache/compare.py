@@ -15,8 +15,6 @@ from purifyloader.cache.reader import CacheReader
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import InputError
 
-__all__ = ["Comparison", "compare"]
-
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ALL = 1_000_000  # lines: more than any configuration has
 

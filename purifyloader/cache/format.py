@@ -22,8 +22,6 @@ from purifyloader.core.checks import check_choice, check_integer
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_text
 
-# There is no __all__: users take the module as a namespace, `fmt`, and names for this file begin with an underscore.
-
 FORMAT = "purifyloader-cache"
 VERSION = 2
 INDEX_FILE = "index.json"

@@ -15,8 +15,6 @@ from purifyloader.errors import CacheError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import is_held, lock_path
 
-__all__ = ["Folder", "Verified", "count_in_words", "describe", "in_words", "read_folder", "size_in_words", "verify"]
-
 _THREADS = 4  # hashing lets go of the interpreter
 _InWords = Callable[[Mapping[str, Any]], str]
 _CHANNELS = {1: "grey", 2: "grey + alpha", 3: "RGB", 4: "RGBA"}

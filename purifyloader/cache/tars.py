@@ -43,8 +43,6 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
 from purifyloader.files.locks import KEPT
 
-__all__ = ["FORMAT", "MANIFEST", "VERSION", "export_tars", "import_tars"]
-
 FORMAT = "purifyloader-tars"
 VERSION = 1
 MANIFEST = "cache.json"

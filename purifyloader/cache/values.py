@@ -23,8 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Unstorable", "decode", "encode"]
-
 _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes without long double, whose bytes depend on the machine
 _MODES = ("1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16")
 _INTEGER_BITS = 4096  # Python refuses to write integers of more than 4300 digits

@@ -23,8 +23,6 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, replacing, writing
 from purifyloader.files.locks import KEPT, Lock, lock_path
 
-__all__ = ["CacheWriter", "encode_image"]
-
 log = logging.getLogger(__name__)
 
 _TARGET_BYTES = 16_000_000  # a header may have 100 MB, and a reader holds those of all shards

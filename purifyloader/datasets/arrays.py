@@ -12,8 +12,6 @@ from torch.utils.data import Dataset
 from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
 
-__all__ = ["ArrayDataset", "InMemory", "Part", "as_arrays"]
-
 
 class InMemory(Dataset[Any]):
     """A dataset held as arrays, which `as_arrays` takes as they are."""

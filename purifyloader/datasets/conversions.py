@@ -17,8 +17,6 @@ from torchvision import transforms as v1
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-__all__ = ["Conversion", "conversion"]
-
 _Step = Callable[[Tensor], Tensor]
 
 

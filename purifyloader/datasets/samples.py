@@ -9,18 +9,6 @@ from typing import Any
 from purifyloader.core.images import is_image
 from purifyloader.errors import InputError
 
-__all__ = [
-    "ImageKey",
-    "assemble",
-    "fields",
-    "get_image",
-    "is_plain",
-    "label_place",
-    "place",
-    "structure_of",
-    "with_image",
-]
-
 ImageKey = str | int | None
 
 

@@ -19,18 +19,6 @@ from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.samples import fields, get_image
 from purifyloader.errors import InputError
 
-__all__ = [
-    "Chosen",
-    "Loaded",
-    "choose",
-    "choose_images",
-    "hold_out",
-    "label_of",
-    "load",
-    "load_images",
-    "read_indices",
-]
-
 # Held-out images where nobody says how many: enough for a mean that moves by 0.1 dB, few enough to be quick.
 _HELD_OUT = 200
 

@@ -27,8 +27,6 @@ from purifyloader.datasets.conversions import Conversion, conversion
 from purifyloader.datasets.samples import ImageKey, get_image, with_image
 from purifyloader.errors import CacheError, InputError
 
-__all__ = ["REMEDY", "Source", "check_honest", "fetch", "random_state_kept", "take_over", "without_source"]
-
 REMEDY = (
     "A poison can only be removed from the images as they are stored: give the dataset without its "
     "transform, and the transform as PurifiedDataset(..., transform=...)."

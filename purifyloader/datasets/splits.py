@@ -21,8 +21,6 @@ from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
 from purifyloader.errors import InputError
 
-__all__ = ["Data", "load", "load_sample", "shards"]
-
 _VALIDATION = ("test", "val", "valid", "validation")
 _DRAW = {"train": 0, "test": 1}
 _Split = tuple[NDArray[np.uint8], NDArray[np.int64]]

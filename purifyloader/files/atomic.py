@@ -16,8 +16,6 @@ from safetensors import SafetensorError
 
 from purifyloader.errors import PurifyError
 
-__all__ = ["canonical_json", "file_sha256", "replacing", "replacing_folder", "write_text", "writing"]
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from purifyloader.errors import InputError
 
-__all__ = ["hashes_as_text", "hashes_of_text", "image_hashes", "is_hashable", "source_hashes"]
-
 _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes, without long double, whose bytes depend on the machine
 
 

@@ -20,7 +20,6 @@ try:
 except ImportError:  # Windows: no locks, and so work done twice where processes meet
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["KEPT", "Lock", "is_held", "lock_path", "read_note"]
 
 KEPT = "Make room on the disk or make the folder writable, and run the same again: what is finished is kept."
 """Advice to those who share a folder, for `files.atomic.writing`."""

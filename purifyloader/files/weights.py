@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 
-__all__ = ["named_weights", "weights_sha256"]
-
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the state dict on the CPU, contiguous, sorted by name, without the `_orig_mod.` of `torch.compile`."""

@@ -8,8 +8,6 @@ from typing import Any
 from purifyloader.purified.tensors import HoldsPurifier
 from purifyloader.purifiers import Purifier
 
-__all__ = ["GivesPurified", "purified_by", "transform_that_purifies"]
-
 # Where loaders, datasets and transforms keep what they are made of.
 _INSIDE = ("loader", "dataset", "datasets", "pipeline", "source", "base_dataloader", "transform", "transforms")
 _DEPTH = 8

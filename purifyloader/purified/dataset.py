@@ -35,8 +35,6 @@ from purifyloader.purified.modes import Live, Mode, Opening, SamplesFromCache
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["KeyedCorruption", "PurifiedDataset"]
-
 log = logging.getLogger(__name__)
 
 _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")

@@ -41,8 +41,6 @@ from purifyloader.purified.reading import class_of, read_batches
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["choose_layout", "fill", "notes_of", "place", "precompute"]
-
 log = logging.getLogger(__name__)
 
 _AHEAD = 2  # batches read before they are needed

@@ -24,8 +24,6 @@ from purifyloader.errors import InputError
 from purifyloader.purified.reading import Read, SampleReader
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
 
-__all__ = ["COMPENSATE", "PURIFY", "Job", "check_arguments", "check_purifier", "placed"]
-
 # Children of an image's key: its purification and its compensation share no noise.
 PURIFY, COMPENSATE = 0, 1
 

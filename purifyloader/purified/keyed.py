@@ -15,15 +15,6 @@ from purifyloader.purified.job import COMPENSATE
 from purifyloader.purified.reading import converted
 from purifyloader.purifiers.base import by_shape
 
-__all__ = [
-    "KeyedCorruption",
-    "check_compensate",
-    "check_compensated",
-    "compensate_batch",
-    "compensate_each",
-    "compensate_images",
-]
-
 _REMEDY = (
     "Compensation comes before the Normalize of your Compose, or at its end, and needs an image there: leave "
     "compensate= out and put Compensate() into your transform where the image is still in [0, 1]."

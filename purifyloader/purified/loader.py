@@ -24,8 +24,6 @@ from purifyloader.purified.keyed import KeyedCorruption, check_compensate
 from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
 
-__all__ = ["PurifiedLoader"]
-
 log = logging.getLogger(__name__)
 
 _RANK_BITS = 40  # of an image's number: the processes of a job count apart

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -21,7 +19,7 @@ from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.reader import CacheReader, Targets
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, type_of
-from purifyloader.datasets.samples import ImageKey, assemble, get_image, is_plain
+from purifyloader.datasets.samples import assemble, get_image, is_plain
 from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError
 from purifyloader.files.locks import is_held
@@ -29,33 +27,14 @@ from purifyloader.purified import plans
 from purifyloader.purified.filling import choose_layout, fill, notes_of
 from purifyloader.purified.job import Job
 from purifyloader.purified.ondemand import Filling, ShardsOnDemand
-from purifyloader.purified.reading import check_source, converted
+from purifyloader.purified.reading import SampleReader, check_source, converted
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
-__all__ = ["Live", "Mode", "Opening", "PixelsFromCache", "Rows", "SamplesFromCache"]
-
-
-class Rows(Protocol):
-    """The pixels of a cache: a `CacheReader`, or `ShardsOnDemand` of one that is not finished."""
-
-    def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]: ...
-
-
-class Mode(Protocol):
-    """Reads samples and their purified images; `purifies` says whether it needs the purifier for that."""
-
-    @property
-    def purifies(self) -> bool: ...
-
-    def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
-        """Return samples, labels corrected, and their purified images of the type that the source's have."""
-        ...
-
 
 class _FromSource:
-    def __init__(self, raw: Dataset[Any], image_key: ImageKey, sanitation: Sanitation | None) -> None:
-        self._raw, self._image_key, self._sanitation = raw, image_key, sanitation
+    def __init__(self, reader: SampleReader, sanitation: Sanitation | None) -> None:
+        self._raw, self._image_key, self._sanitation = reader.raw, reader.image_key, sanitation
 
     def _fetched(self, positions: Sequence[int]) -> tuple[list[Any], list[Any]]:
         samples = fetch(self._raw, positions)
@@ -72,7 +51,7 @@ class Live(_FromSource):
     purifies = True
 
     def __init__(self, job: Job, sanitation: Sanitation | None) -> None:
-        super().__init__(job.reader.raw, job.reader.image_key, sanitation)
+        super().__init__(job.reader, sanitation)
         self._job = job
 
     def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
@@ -85,8 +64,8 @@ class Live(_FromSource):
 class PixelsFromCache(_FromSource):
     """Read images out of a cache, which may be filled on demand, and everything else from the source."""
 
-    def __init__(self, rows: Rows, raw: Dataset[Any], image_key: ImageKey, sanitation: Sanitation | None) -> None:
-        super().__init__(raw, image_key, sanitation)
+    def __init__(self, rows: CacheReader | ShardsOnDemand, reader: SampleReader, sanitation: Sanitation | None) -> None:
+        super().__init__(reader, sanitation)
         self._rows = rows
 
     @property
@@ -133,6 +112,10 @@ class SamplesFromCache:
         return torch.from_numpy(self.reader.batch(positions, draw)).permute(0, 3, 1, 2)
 
 
+Mode = Live | PixelsFromCache | SamplesFromCache
+"""Gives samples with their purified images; `purifies` says whether it needs the purifier for that."""
+
+
 # -- with a cache -----------------------------------------------------------------------------------------
 
 
@@ -177,7 +160,7 @@ class Opening:
             filling = Filling(job, writer, self.batch_size, each, plan, notes_of(dataset, job.purifier))
             if self.missing == "purify":
                 sanitation = None if findings is None else findings.sanitation
-                mode = PixelsFromCache(ShardsOnDemand(filling), job.reader.raw, job.reader.image_key, sanitation)
+                mode = PixelsFromCache(ShardsOnDemand(filling), job.reader, sanitation)
                 return mode, job.purifier, sanitation
             fill(filling, progress=self.progress)
         reader = CacheReader(self.folder, job.config(), self.in_memory)
@@ -228,4 +211,4 @@ def _finished_mode(job: Job, reader: CacheReader, sanitation: Sanitation | None)
         plain = is_plain(fetch(job.reader.raw, [0])[0])
     if plain and reader.sample is not None and reader.targets is not None:
         return SamplesFromCache(reader, sanitation)
-    return PixelsFromCache(reader, job.reader.raw, job.reader.image_key, sanitation)
+    return PixelsFromCache(reader, job.reader, sanitation)

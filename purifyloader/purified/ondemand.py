@@ -18,8 +18,6 @@ from purifyloader.files.locks import Lock
 from purifyloader.purified.job import Job
 from purifyloader.purified.reading import Read, check_source, shard_values
 
-__all__ = ["CHECKED", "Filling", "GrowingShard", "ShardsOnDemand"]
-
 CHECKED = 16  # images of each shard found done that are compared with the source
 
 

@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.files.locks import is_held, lock_path, read_note
 
-__all__ = ["Progress"]
-
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 30.0  # between lines of the log

@@ -22,8 +22,6 @@ from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.hashes import is_hashable, source_hashes
 
-__all__ = ["Read", "SampleReader", "check_source", "class_of", "converted", "read_batches", "shard_values"]
-
 
 @dataclass(frozen=True)
 class Read:

@@ -16,8 +16,6 @@ from purifyloader.cache.reader import Targets
 from purifyloader.datasets.samples import ImageKey, assemble, fields, label_place, with_image
 from purifyloader.errors import ConfigError, InputError
 
-__all__ = ["Sanitation"]
-
 _SCHEMA = 1
 
 

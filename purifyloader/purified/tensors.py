@@ -15,8 +15,6 @@ from purifyloader.purified import plans
 from purifyloader.purified.job import check_purifier
 from purifyloader.purifiers import Purifier
 
-__all__ = ["HoldsPurifier", "check_applicable", "purify_tensor"]
-
 
 class HoldsPurifier(nn.Module):
     """Mixin for transforms. Its `purifier` is no submodule: neither an optimiser, nor a state_dict, nor `train()` or
