@@ -1206,7 +1206,8 @@ def test_reading_keeps_no_file_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize(("method", "in_memory"), [("fork", False), ("fork", True), ("spawn", False), ("spawn", True)])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("in_memory", [False, True])
 def test_workers(cache: Path, method: str, in_memory: bool) -> None:
     reader = CacheReader(cache, CONFIG, in_memory)
     reader[0]  # a mapping that the workers inherit, or must not

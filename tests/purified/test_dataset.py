@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import multiprocessing
 import pickle
 from collections import namedtuple
 from pathlib import Path
@@ -419,8 +418,6 @@ def collect(loader) -> Tensor:
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_give_the_same_pixels_and_see_the_epoch(context, cached, purifier, images, expected, tmp_path):
-    # so that a worker of the server is there in a tenth of a second; it unpickles the dataset as a spawned one does
-    multiprocessing.set_forkserver_preload(["tests.conftest", "purifyloader.purified.dataset"])
     compensate = Compensate(p=0, sigma=0.05)
     dataset = PurifiedDataset(
         PictureDataset(images, v1.PILToTensor()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import logging
 import multiprocessing
 import os
@@ -833,14 +834,7 @@ def test_the_function_is_callable_under_its_name(tmp_path: Path) -> None:
         "from purifyloader import precompute\n"
         "assert len(precompute(source(), Jpeg(30), sys.argv[1], progress=False)) == len(reader) == 23\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "a")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = processes.run(processes.Code(script), tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert len(purifyloader.precompute(source(), Jpeg(30), tmp_path / "a", progress=False)) == COUNT
 
@@ -925,8 +919,25 @@ def in_a_terminal(command: list[str], folder: Path) -> str:
     return out.decode()
 
 
-def test_one_bar_in_a_terminal(tmp_path: Path, folder: Path) -> None:
-    """As `accelerate launch` starts it, which is the command that people are told."""
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_one_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Of rank 0 for all, and no lines for log files."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0)
+    for rank, bars in ((1, 0), (0, 1)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        filled(tmp_path / str(rank), progress=True, rank=rank, world_size=2)
+        assert sys.stderr.getvalue().count("\rpurifying: 100%") == bars
+        assert ("img/s]" in sys.stderr.getvalue()) == bool(bars)
+    assert "images/s" not in caplog.text
+
+
+@pytest.mark.slow
+def test_one_bar_of_the_command_that_people_are_told(tmp_path: Path, folder: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "purifyloader.precompute"]
     arguments = [
         "--dataset",
