@@ -19,17 +19,11 @@ class Compensate(ImageTransform):
     Belongs after crop and flip, before normalising. Each image of a batch has its own draw, fresh at each call from
     torch's random generator; a `PurifiedDataset` draws from (seed, epoch, index) instead.
 
-    Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
-    `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass
-    untouched.
-
-    Args:
-        p: probability of grayscale, an image.
-        sigma: standard deviation of the noise, in image units (0.05 is 12.75 px).
-
-    Raises:
-        InputError: normalised or 0-255 floats, integers other than uint8, fewer than 3 dimensions, or a sample
-            in which the image may be any of several plain tensors.
+    Takes PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
+    `tv_tensors.Image`/`Video`, and gives the same type; alpha, masks, boxes and labels pass untouched. `p` is a
+    probability an image, `sigma` the standard deviation of the noise, in image units (0.05 is 12.75 px). Raises
+    `InputError` for normalised or 0-255 floats, integers other than uint8, or a sample in which the image may be any of
+    several plain tensors.
 
     >>> import torch
     >>> from purifyloader.transforms import Compensate

@@ -24,17 +24,10 @@ from purifyloader.transforms.purification import squeezing
 class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
     """A purifier as a kornia augmentation. With p < 1 only the chosen images go through the network.
 
-    What is purified has no gradient. The purifier is no submodule, and always in float32; `to(device)` moves it.
-    `params` holds `seeds`, int64, one an image.
-
-    Args:
-        purifier: see `purifyloader.recipes`. One that changes the size of images is refused as it runs.
-        p: probability that an image is purified.
-        same_on_batch: the same noise for all images of a batch, and the same decision.
-        keepdim: an image (C, H, W) comes back as one.
-
-    Raises:
-        InputError: no purifier, one without its plan, or, as it runs, images that it does not take.
+    What is purified has no gradient. The purifier (see `purifyloader.recipes`) needs its plan, keeps the size of images
+    (`InputError` else), is no submodule, and always in float32; `to(device)` moves it. `params` holds `seeds`, int64,
+    one an image. `same_on_batch` gives all images of a batch the same noise and the same decision; with `keepdim` an
+    image (C, H, W) comes back as one.
 
     >>> import torch
     >>> from purifyloader import recipes

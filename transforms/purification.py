@@ -33,14 +33,9 @@ class Purify(HoldsPurifier, ImageTransform):
     `compute_batch`, usually 32, and a warning says so: use `PurifiedLoader`, which does a whole batch at once and on a
     GPU, or a cache (`PurifiedDataset(..., cache=)`).
 
-    Input: PIL (L, LA, RGB, RGBA), or tensors (..., C, H, W), uint8 or float in [0, 1], plain or
-    `tv_tensors.Image`/`Video`. What comes out is of the same type; alpha, masks, boxes and labels pass untouched.
-    The purifier (see `purifyloader.recipes`) is no submodule, and always in float32; `to(device)` moves it.
-
-    Raises:
-        InputError: no purifier, one without its plan, images that it does not take, a sample in which the image may
-            be any of several plain tensors, or masks and boxes with a purifier that changes the size of images.
-        PurifyError: weights on a GPU in a forked worker.
+    Takes and gives what `Compensate` does, but no masks and boxes with a purifier that changes the size of images
+    (`InputError`). The purifier (see `purifyloader.recipes`) needs its plan, is no submodule, and always in float32;
+    `to(device)` moves it. Weights on a GPU in a forked worker are a `PurifyError`.
 
     >>> import torch
     >>> from purifyloader import recipes

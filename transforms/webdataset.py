@@ -40,23 +40,18 @@ def purified(
     Put it right after `decode`: before any augmentation, and before `to_tuple` and `batched`. The samples
     come out in the order they came, each image of the type it was. What an image becomes is a function of
     (seed, epoch, base name of the shard's file, key) and of the image itself: not of its position, the
-    worker, `batch_size`, or the folder that the shard lies in.
+    worker, `batch_size`, or the folder that the shard lies in. The stage pickles.
 
     Args:
-        purifier: see `purifyloader.recipes`. On a GPU only without workers, or with spawned ones.
+        purifier: see `purifyloader.recipes`. On a GPU only without workers, or with spawned ones (else `PurifyError`).
         seed, epoch: of all noise.
         batch_size: samples read, held and purified at a time. Large images want fewer: a worker holds
             them all as float32.
         image_key: the image's field. By default the one that holds a PIL image, or an array (H, W, C) or
             tensor (C, H, W).
 
-    Returns:
-        A picklable callable, from an iterable of sample dicts to an iterator of them.
-
-    Raises:
-        InputError: an argument of another type or range; and, as it runs, samples without `__key__` or
-            without an image that the purifier takes. The key of the sample is named.
-        PurifyError: as it runs, a purifier on a GPU in a forked worker.
+    As it runs it raises `InputError` for a sample without `__key__` or without an image that the purifier takes, which
+    it names.
 
     >>> import torch
     >>> from purifyloader import recipes

@@ -250,9 +250,6 @@ def _damage(folder: Folder, header: ShardHeader) -> str | None:
     return None
 
 
-# -- in words ----------------------------------------------------------------------------------------
-
-
 def size_in_words(size: int) -> str:
     unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if size >= u), (10**3, "KB"))
     return f"{size / unit:,.1f} {name}"

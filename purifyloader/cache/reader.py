@@ -142,13 +142,10 @@ class CacheReader:
     each file in each process when it is first read.
 
     Args:
-        folder: a finished cache.
+        folder: a finished cache; `CacheError` where it is missing, unfinished, damaged or of another version.
         config: the configuration that the images must have been made with; None takes any.
         in_memory: read all files into memory now, for slow or remote disks. A process started by "spawn"
             reads its own copy; a forked one shares it.
-
-    Raises:
-        CacheError: the cache is missing, unfinished, damaged, of another version or configuration.
 
     >>> import torch
     >>> from purifyloader import precompute, recipes
@@ -185,8 +182,6 @@ class CacheReader:
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
         self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8).share_memory_()
         self._start()
-
-    # -- what it is ------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
@@ -226,18 +221,13 @@ class CacheReader:
         parts = [header.source for header in self._headers if header.source is not None]
         return np.concatenate(parts) if len(parts) == len(self._headers) else None
 
-    # -- images ----------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: SupportsIndex) -> NDArray[np.uint8]:
         """Image `index` of draw 0, a copy, uint8 (H, W, C). Negative indices count from the end.
 
-        Raises:
-            IndexError: outside the dataset.
-            InputError: not an integer.
-            CacheError: the image is not the one that was written.
+        Raises `IndexError` outside the dataset, `CacheError` where the image is not the one that was written.
         """
         return self.row(self._position(index)).copy()
 

@@ -99,9 +99,6 @@ class _Manifest:
     parts: tuple[ShardValues, ...]
 
 
-# -- there -------------------------------------------------------------------------------------------
-
-
 def export_tars(
     reader: CacheReader,
     out: str | Path,
@@ -110,20 +107,12 @@ def export_tars(
     draw: int = 0,
     seen: Seen = lambda count: None,
 ) -> list[Path]:
-    """Write one draw of a cache as WebDataset tars, and return them; the module says what stands in them.
+    """Write one draw of a cache as WebDataset tars of so many images, and return them; the module says what is in them.
 
-    Every image is checked against its CRC-32. An export that was stopped, or is finished, is made anew by calling
-    this again. One process at a time.
-
-    Args:
-        out: new, empty, or an earlier export of the same draw of the same cache, which is replaced.
-        images_per_tar: of all tars but the last.
-        draw: which of the cache's; only a cache of one draw can be imported again.
-        seen: called with how many images more are done.
-
-    Raises:
-        InputError: no such draw or number of images.
-        CacheError: `out` holds something else, or cannot be written to; or the cache is damaged.
+    `out` is new, empty, or an earlier export of the same draw of the same cache, which is replaced. Every image is
+    checked against its CRC-32. An export that was stopped is made anew by calling this again. One process at a time.
+    Only a cache of one draw can be imported again. `seen` is called with how many images more are done. Raises
+    `InputError` for no such draw, `CacheError` for an `out` that holds something else, or a damaged cache.
     """
     out = Path(out).absolute()
     check_integer("images_per_tar", images_per_tar, 1, error=InputError)
@@ -260,21 +249,12 @@ def _target(header: ShardHeader, local: int) -> dict[str, bytes]:
     return {"json": canonical_json(target).encode()}
 
 
-# -- and back ----------------------------------------------------------------------------------------
-
-
 def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda count: None) -> CacheReader:
     """Make the cache that these tars were exported from, byte for byte. After a stop, call it again to go on.
 
-    Args:
-        folder: an export, of a cache of one draw.
-        out: new, empty, or an earlier import of the same.
-        seen: called with how many images more are done.
-
-    Raises:
-        CacheError: the export is unfinished, damaged, of another version, or of a cache of several draws;
-            `out` holds something else, or cannot be written to; or another version of safetensors makes
-            other files of the same content.
+    `out` is new, empty, or an earlier import of the same. Raises `CacheError` for an export that is unfinished,
+    damaged, of another version, or of a cache of several draws; for an `out` that holds something else; and where
+    another version of safetensors makes other files of the same content.
     """
     folder, out = Path(folder).absolute(), Path(out).absolute()
     manifest = _read_manifest(folder)

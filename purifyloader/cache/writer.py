@@ -48,15 +48,13 @@ class CacheWriter:
 
     Args:
         folder: made where it is missing; nothing but a cache may stand in it.
-        config: all that decides the pixels, as JSON.
+        config: all that decides the pixels, as JSON (else `ConfigError`).
         layout: how the dataset is cut up.
         made: kind of device and versions, noted in the shards that this writer writes.
         allow_mixed_devices: go on with shards of another kind of device.
 
-    Raises:
-        ConfigError: config is no JSON object.
-        CacheError: the folder cannot be written to, or holds other files, or a cache of another
-            configuration or layout.
+    Raises `CacheError` for a folder that cannot be written to, or holds other files, or a cache of another
+    configuration or layout.
 
     >>> import numpy as np
     >>> from purifyloader.cache import CacheWriter, Layout
@@ -89,8 +87,6 @@ class CacheWriter:
         with writing(self.folder, CacheError, KEPT):
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first shard was computed
 
-    # -- what there is ---------------------------------------------------------------------------------
-
     def pending(self) -> list[Shard]:
         """List the shards still to be written: missing ones, and those that do not verify. Reads every file."""
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -107,10 +103,7 @@ class CacheWriter:
         return sum(shard.count for shard in self.shards if shard.file in there)
 
     def is_finished(self, plan: Mapping[str, Any] | None = None) -> bool:
-        """Say whether an index of this cache is there, with this plan if one is given (as JSON gives it back).
-
-        It is written when all shards were verified.
-        """
+        """Say whether this cache has an index, which is written once all shards verify, with `plan` if one is given."""
         index = self._index()
         if index is None or index.layout != self.layout or plan not in (None, index.plan):
             return False
@@ -154,8 +147,6 @@ class CacheWriter:
             self._device_checked = True
             return
 
-    # -- the plan --------------------------------------------------------------------------------------
-
     @property
     def _plan_path(self) -> Path:
         return self.folder / fmt.PLAN_FILE
@@ -178,8 +169,6 @@ class CacheWriter:
         with writing(self._plan_path, CacheError, KEPT):
             fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, fmt.plain("A plan", found)))
 
-    # -- writing ---------------------------------------------------------------------------------------
-
     def lock(self, shard: Shard) -> Lock:
         """Lock a shard while making it, so that processes that share a folder share the work."""
         return Lock(self.folder, shard.file)
@@ -194,19 +183,16 @@ class CacheWriter:
         targets: Sequence[Any] | None = None,
         source: NDArray[np.uint64] | None = None,
     ) -> None:
-        """Write one shard, replacing what is there.
+        """Write one of `shards`, replacing what is there.
 
         Args:
-            shard: one of `shards`.
             images: uint8 (H, W, C) each: all of draw 0, then all of draw 1, ...; draws x count of them.
                 Of one size unless the layout's encoding is "png".
             image_types, sample, source: see `ShardValues`.
             targets: the other fields of each sample. Where one of them cannot be written as JSON none is
                 stored, and the cache is read together with its source.
 
-        Raises:
-            InputError: the shard is not of this cache, or the images are of another type, number or shape.
-            CacheError: writing failed.
+        Raises `InputError` for images of another type, number or shape.
         """
         if shard not in self.shards:
             raise InputError(f"write takes one of the shards that pending() gives. Got {shard}.")
@@ -254,17 +240,10 @@ class CacheWriter:
     ) -> None:
         """Verify every shard and write the index, after which the cache can be read.
 
-        Shards that this writer wrote or verified are not read again unless their files changed. Any number of
-        processes may do this at once.
-
-        Args:
-            plan: a JSON object kept in the index, for what was decided over the whole dataset
-                (selected indices, corrected labels). None keeps the plan of a cache already finished.
-            notes: a JSON object for people; decides nothing.
-
-        Raises:
-            CacheError: shards are missing or damaged, or made from another source than the plan.
-            ConfigError: the plan is no JSON object.
+        Shards that this writer wrote or verified are not read again unless their files changed. Any number of processes
+        may do this at once. `plan` and `notes` are JSON objects kept in the index, for what was decided over the whole
+        dataset, and for people; None keeps those of a cache already finished. Raises `CacheError` for shards that are
+        missing, damaged, or made from another source than the plan.
         """
         kept = None if plan is None else fmt.plain("A plan", plan)
         lacking = [shard.file for shard in self.pending()]
@@ -339,8 +318,6 @@ class CacheWriter:
             return
         for path in self.folder.glob(f".{shard.file}.*.tmp"):
             path.unlink(missing_ok=True)
-
-    # -- inside ----------------------------------------------------------------------------------------
 
     def _stored(self, targets: Sequence[Any] | None) -> list[Any] | None:
         """Encode targets; None where they cannot be, or would not fit into a header."""

@@ -47,11 +47,8 @@ class Part(InMemory):
 def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return images uint8 (N, H, W, C) and labels int64 (N,), the caller's to keep but not to write into.
 
-    Args:
-        dataset: a pair of such, an `InMemory` dataset, or a map-style dataset of (image, label) without a
-            transform: PIL, uint8 arrays or tensors.
-
-    Raises `InputError` for anything else: images of several sizes or in floating point, labels that are no integers.
+    They are read from a pair of such, an `InMemory` dataset, or a map-style dataset of (image, label) without a
+    transform. Raises `InputError` for images of several sizes or in floating point, or labels that are no integers.
     """
     if isinstance(dataset, InMemory):
         return dataset.images, dataset.labels

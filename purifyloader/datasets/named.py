@@ -99,15 +99,11 @@ class TarDataset(Dataset[dict[str, Any]]):
     and every other field under its name. By the last part of that name "cls" is an int, "json" what it
     says, "txt" a str; anything else is bytes.
 
-    Args:
-        tars: files, each a whole tar.
+    Raises `InputError` for a tar that is missing, compressed, cut short, damaged or without a sample; one key twice in
+    a tar; not exactly one image (png, jpg, jpeg, webp, bmp, ppm, tif, tiff) in a sample; and, when an item is read, an
+    image or field that cannot be decoded.
 
-    Raises:
-        InputError: a tar that is missing, compressed, cut short, damaged or without a sample; one key
-            twice in a tar; not exactly one image (png, jpg, jpeg, webp, bmp, ppm, tif, tiff) in a
-            sample; and, when an item is read, an image or field that cannot be decoded.
-
-    >>> import io, tarfile
+    >>> import tarfile
     >>> from PIL import Image
     >>> from purifyloader.datasets.named import TarDataset
     >>> Image.new("RGB", (32, 32)).save("0.png")
@@ -316,11 +312,8 @@ def _decode(field: str, data: bytes, what: str) -> Any:
         raise InputError(f"{what} must be {expected}. Got: {error}. Write the tar anew.") from None
 
 
-# -- names ---------------------------------------------------------------------------------------------
-
-
 def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Dataset[Any]:
-    """Open the map-style dataset that a user names on a command line.
+    """Open the map-style dataset that a user names on a command line, or raise `InputError`.
 
     Args:
         spec: one of
@@ -334,9 +327,6 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             of the user's own is found there, and hides none that is installed.
         root: where a dataset given by name is.
         train: the training or the test split of cifar10 and cifar100.
-
-    Raises:
-        InputError: nothing by that name, or what it names is no map-style dataset.
 
     >>> from pathlib import Path
     >>> from PIL import Image

@@ -52,19 +52,12 @@ def choose_images(
     indices: Sequence[int] | None = None,
     learned: Callable[[Any], bool] | None = None,
 ) -> Chosen:
-    """Choose images that no model was trained on: at random, in rising order, or the ones named.
+    """Choose images that no model was trained on: at random, in rising order, or the ones named by `indices`.
 
-    Images are drawn in the order of `choose`, so that without a model to respect these are the images of `choose`.
-
-    Args:
-        dataset: map-style.
-        count: that many; None for `default`, or all where there are fewer.
-        seed: decides the draw alone.
-        indices: these and no others, in this order.
-        learned: tells of a sample whether a model was trained on its image. None asks nothing and reads no image.
-
-    Raises `InputError` with the `argument` "count" or "indices" for indices twice, out of range or trained on, or for
-    fewer images than asked for.
+    Images are drawn in the order of `choose`, so that without a model to respect these are the images of `choose`:
+    `count` of them, or `default`, or all where there are fewer. `learned` tells of a sample whether a model was trained
+    on its image; None reads no image. Raises `InputError` with the `argument` "count" or "indices" for indices twice,
+    out of range or trained on, or for fewer images than asked for.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if indices is not None:
@@ -165,15 +158,9 @@ def load_images(
 ) -> Tensor:
     """Load the images at `indices` as one uint8 tensor (N, C, H, W).
 
-    Args:
-        dataset: map-style.
-        indices: which.
-        size: bring the shorter side of each image to this, antialiased, and crop the centre.
-        channels: 3 makes three of a grey image's one; an image with other channels is an error.
-        progress: show a bar.
-        seen: called with each sample.
-
-    Raises `InputError` for an index out of range, an image the engine does not take, or different sizes.
+    `size` brings the shorter side of each image to this, antialiased, and crops the centre. `channels=3` makes three of
+    a grey image's one; an image with other channels is an error. `seen` is called with each sample. Raises `InputError`
+    for an index out of range, an image the engine does not take, or different sizes.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if bad := [i for i in indices if not 0 <= i < length]:

@@ -123,9 +123,6 @@ def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
     return as_arrays((np.stack(images), np.asarray(labels)))
 
 
-# -- the sample of examples/data -----------------------------------------------------------------------
-
-
 def shards(folder: str | Path, split: str) -> list[Path]:
     """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order; `InputError` if one is missing."""
     folder = Path(folder)

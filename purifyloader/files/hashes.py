@@ -32,10 +32,7 @@ def source_hashes(
             are other images.
         targets: N of them, each None, a boolean, a number, a string, bytes, an array, a tensor, or lists, tuples
             and dicts of these; None for none at all. A 0-dimensional array is its number, a list is a tuple:
-            how targets were collated does not matter.
-
-    Raises:
-        InputError: images or targets of another kind, or not as many of each.
+            how targets were collated does not matter. `InputError` for others, or not as many.
 
     >>> import numpy as np
     >>> from purifyloader.cache import source_hashes

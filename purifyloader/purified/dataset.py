@@ -78,10 +78,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             suspects, `indices` says which sample of the source each is.
         progress: show bars.
 
-    Raises:
-        InputError: no map-style dataset, an empty one, one that cannot be purified honestly, or images
-            that the purifier does not take.
-        CacheError: `cache` holds something else, is unfinished, or is damaged.
+    Raises `InputError` for no map-style dataset, an empty one, one that cannot be purified honestly, or images that the
+    purifier does not take; `CacheError` for a `cache` that holds something else, is unfinished, or is damaged.
 
     >>> import torch
     >>> from purifyloader import PurifiedDataset, recipes
@@ -164,14 +162,9 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
     ) -> Self:
         """Open a finished cache alone: purified images and their targets, without source and purifier.
 
-        Args:
-            folder: of the cache.
-            compensate, in_memory, sanitation: as above.
-            transform, target_transform: applied to each image and target.
-            seed: of compensation; by default the one that the cache was made with.
-
-        Raises:
-            CacheError: the cache is missing, unfinished, damaged, or holds no targets.
+        `transform` and `target_transform` are applied to each image and target; `seed` is that of compensation, by
+        default the cache's; the rest is as above. Raises `CacheError` for a cache that is missing, unfinished, damaged,
+        or holds no targets.
         """
         check_compensate(compensate)
         self = cls.__new__(cls)
@@ -209,8 +202,6 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         self._pairs: SamplesFromCache | None = mode if has_pairs else None  # type: ignore[assignment]
         self._target_list: list[Any] | None = None
         self._find_conversion()
-
-    # -- the dataset that a loader sees --------------------------------------------------------------
 
     def __len__(self) -> int:
         return self._length
@@ -295,8 +286,6 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         self._find_conversion()
         self._shared = self._shared.clone() if not self._shared.is_shared() else self._shared
         self._shared.share_memory_()
-
-    # -- what happens to an image --------------------------------------------------------------------
 
     def _position(self, index: Any) -> int:
         """The index in the source."""

@@ -74,10 +74,8 @@ def precompute(
     is finished.
 
     Args:
-        dataset: map-style, with its own transform or without: see `PurifiedDataset`.
-        purifier: see `purifyloader.recipes`.
+        dataset, purifier, seed, image_key: as in `PurifiedDataset`.
         out: folder of the cache, new, empty, unfinished or finished.
-        seed: of all noise.
         draws: independent purifications of each image; an epoch reads draw `epoch % draws`. K draws cost
             a certificate a factor sqrt(K) of its radius.
         batch_size: images read and purified at a time; decides no pixel.
@@ -87,7 +85,6 @@ def precompute(
         workers: processes that read the dataset; 0 reads in a thread.
         check_source: of each shard that an earlier run has made, how many images, drawn at random, are compared
             with the source; True all of them, False none.
-        image_key: where the image is in a sample.
         rank, world_size: which of how many processes this is; by default from the launcher's environment
             variables RANK and WORLD_SIZE, else 0 of 1.
         allow_mixed_devices: go on with shards that another kind of device made.
@@ -97,10 +94,8 @@ def precompute(
             image and the labels of the source all the same, and may be finished already.
         progress: show a bar (rank 0, for all), or lines in the log where there is no terminal.
 
-    Raises:
-        InputError: a dataset that cannot be purified honestly, or images that the purifier does not take.
-        CacheError: the folder holds something else, or a part made from another source, or cannot be
-            written to.
+    Raises `InputError` for a dataset that cannot be purified honestly, or images that the purifier does not take;
+    `CacheError` for a folder that holds something else, or a part made from another source, or cannot be written to.
 
     >>> import torch
     >>> from purifyloader import precompute, recipes
@@ -159,10 +154,7 @@ def choose_layout(
     shard_size: int | None = None,
     encoding: str = "auto",
 ) -> Layout:
-    """Cut the dataset up as is asked for, else as the folder has it, else by default.
-
-    Every process decides the same: `probed` are the same images in all of them.
-    """
+    """Cut the dataset up as asked for, else as the folder has it, else by default; every process probes the same."""
     there = _layout_of(Path(folder))
     if shard_size is None:
         shard_size = fmt.SHARD_SIZE if there is None else there.shard_size
@@ -204,9 +196,6 @@ def _all(key: str, config: Any) -> list[Any]:
     if isinstance(config, Mapping):
         return [v for k, value in config.items() for v in ([value] if k == key else _all(key, value))]
     return [v for value in config for v in _all(key, value)] if isinstance(config, list) else []
-
-
-# -- the work ----------------------------------------------------------------------------------------
 
 
 def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int = 0, progress: bool = True) -> None:

@@ -76,10 +76,9 @@ class PurifiedLoader:
         index_key: where the indices of the images are in a batch, integers (B,), if they are.
         ahead: batches in work while one is used. By default 1 on a GPU and 0 elsewhere.
 
-    Raises:
-        InputError: a loader that is none or purifies already, a purifier that needs a plan, or, while iterating,
-            images in another form or range; the batch is named.
-        PurifyError: while iterating, a purifier that gives NaN.
+    Raises `InputError` for a loader that is none or purifies already, a purifier that needs a plan, or, while
+    iterating, images in another form or range; `PurifyError`, while iterating, for a purifier that gives NaN. The batch
+    is named.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader
@@ -142,8 +141,6 @@ class PurifiedLoader:
             _state=None,  # after the batch last handed out: of the loader, epoch, position
         )
 
-    # -- what a training script sees -----------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.loader)
 
@@ -187,8 +184,6 @@ class PurifiedLoader:
             raise InputError(f"Expected what state_dict() of a PurifiedLoader gave. Got {got}.")
         self.loader.load_state_dict(state["loader"])
         self.__dict__.update(_next=state["epoch"], _resumed=state["position"], _state=None)
-
-    # -- what happens to a batch ---------------------------------------------------------------------
 
     def _batches(self, batches: Iterator[Any], epoch: int, position: int) -> Iterator[Any]:
         stateful = _is_stateful(self.loader)

@@ -116,9 +116,6 @@ Mode = Live | PixelsFromCache | SamplesFromCache
 """Gives samples with their purified images; `purifies` says whether it needs the purifier for that."""
 
 
-# -- with a cache -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Opening:
     """The user's wishes about a cache; see `PurifiedDataset`."""
@@ -137,15 +134,11 @@ class Opening:
         probed: Sequence[tuple[tuple[int, int, int], ImageKind]],
         sanitation: Sanitation | None,
     ) -> tuple[Mode, Purifier, Sanitation | None]:
-        """Open the cache of a job, after filling it if it is not finished.
+        """Open the cache of a job on the user's `dataset`, after filling it if it is not finished.
 
-        Args:
-            dataset: the user's, for notes.
-            probed: shape and kind of some of its images.
-            sanitation: to use or, where the cache is filled, to keep with it. None takes that of the cache.
-
-        Returns how it is read, its purifier with its plan, and its sanitation. Raises `CacheError` where the folder
-        holds something else, is unfinished, or damaged.
+        `probed` are shape and kind of some images. `sanitation` is to be used or, where the cache is filled, kept with
+        it; None takes that of the cache. Returns how it is read, its purifier with its plan, and its sanitation; raises
+        `CacheError` where the folder holds something else, is unfinished, or damaged.
         """
         finished = self._is_finished()
         if not finished:

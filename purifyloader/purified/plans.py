@@ -88,27 +88,21 @@ def plan(
     image_key: ImageKey = None,
     progress: bool = True,
 ) -> Purifier:
-    """Plan a purifier for a dataset: a copy with a plan in place of the one it may have.
+    """Plan a purifier for a dataset: a copy, which shares its weights, with a plan in place of the one it may have.
 
     One pass over the dataset for each condition that needs one (`EnergyAbove(energy, k=0.5)`), through whatever
     stands in front of it in a chain. The same numbers for any `batch_size`.
 
     Args:
         purifier: see `purifyloader.recipes`. One with nothing to plan comes back as it is.
-        dataset: map-style, with its own transform or without: see `PurifiedDataset`.
+        dataset, image_key: as in `PurifiedDataset`.
         device: where to compute; by default where the purifier is.
         batch_size: images read at a time.
         seed: of all noise in front of a condition: that of the `PurifiedDataset` it is for.
-        image_key: where the image is in a sample.
         progress: show a bar.
 
-    Returns:
-        A purifier on the device of the one given, which shares its weights.
-
-    Raises:
-        InputError: a dataset that cannot be purified honestly, or images that the purifier does not take.
-        ConfigError: a condition stands where it cannot be planned.
-        PurifyError: the energy of an image is not finite.
+    Raises `InputError` for a dataset that cannot be purified honestly, or images that the purifier does not take;
+    `ConfigError` where a condition cannot be planned; `PurifyError` where an image's energy is not finite.
 
     >>> import torch
     >>> from purifyloader import plans, recipes
@@ -173,9 +167,6 @@ def planned(job: Job, findings: Findings | None) -> Job:
     if findings is None or not (findings.conditions or _conditions(job.purifier)):
         return job
     return job.with_purifier(applied(job.purifier, findings))
-
-
-# -- with a cache ------------------------------------------------------------------------------------
 
 
 def agreed(
@@ -283,9 +274,6 @@ def _index_plan(folder: Path) -> dict[str, Any] | None:
         return fmt.read_index(folder).plan
     except (OSError, CacheError):
         return None
-
-
-# -- inside ------------------------------------------------------------------------------------------
 
 
 def _conditions(purifier: Purifier) -> list[Condition]:

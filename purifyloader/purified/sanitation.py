@@ -38,9 +38,8 @@ class Sanitation:
             refuses the sanitation.
         found_by: how it was found, such as the method and its settings, as a JSON object.
 
-    Raises:
-        InputError: an index outside the dataset, a label that is no integer, or nothing left.
-        ConfigError: `found_by` or `source` is no JSON object.
+    Raises `InputError` for an index outside the dataset, a label that is no integer, or nothing left; `ConfigError`
+    where `found_by` or `source` is no JSON object.
 
     >>> from purifyloader import plans
     >>> finding = plans.Sanitation(4, suspects=[2], labels={0: 7}, found_by={"method": "votes"})
@@ -84,8 +83,6 @@ class Sanitation:
             keep[list(self.suspects)] = False
         return np.flatnonzero(keep)
 
-    # -- as JSON ---------------------------------------------------------------------------------------
-
     def to_dict(self) -> dict[str, Any]:
         """Return the sanitation as a JSON object, as the plan of a cache holds it (cache/README.md)."""
         return {
@@ -119,8 +116,6 @@ class Sanitation:
         method = self.found_by.get("method")
         by = f", found by {method}" if isinstance(method, str) else ""
         return f"{len(self.suspects):,} of {self.images:,} images {what}, {len(self.labels):,} labels corrected{by}"
-
-    # -- at work ---------------------------------------------------------------------------------------
 
     def check_length(self, length: int) -> None:
         """Refuse a dataset of another length."""
