@@ -64,10 +64,7 @@ def purified(
 
 
 def compensated(
-    compensate: KeyedCorruption | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    image_key: str | None = None,
+    compensate: KeyedCorruption | None = None, seed: int = 0, batch_size: int = 64, image_key: str | None = None
 ) -> _Compensated:
     """Make a stage that compensates the image of each sample (ECLIPSE, Eq. 13): see `Compensate`.
 

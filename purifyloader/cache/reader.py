@@ -156,10 +156,7 @@ class CacheReader:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        config: Mapping[str, Any] | None = None,
-        in_memory: bool = False,
+        self, folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None, in_memory: bool = False
     ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change before the first read
         try:

@@ -233,11 +233,7 @@ class CacheWriter:
                 self._unfinish(shard, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
 
-    def finish(
-        self,
-        plan: Mapping[str, Any] | None = None,
-        notes: Mapping[str, Any] | None = None,
-    ) -> None:
+    def finish(self, plan: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None) -> None:
         """Verify every shard and write the index, after which the cache can be read.
 
         Shards that this writer wrote or verified are not read again unless their files changed. Any number of processes

@@ -2,10 +2,4 @@
 
 from __future__ import annotations
 
-DATA = (
-    "sample",
-    "cifar10",
-    "cifar100",
-    "tiny-imagenet",
-    "imagefolder",
-)  # with two splits, for bench and certify
+DATA = ("sample", "cifar10", "cifar100", "tiny-imagenet", "imagefolder")  # with two splits, for bench and certify

@@ -81,10 +81,7 @@ def choose_images(
             "other images."
         )
     if count is not None and len(kept) < count:
-        raise InputError(
-            f"must be from 1 to {len(kept)}, the images not trained on. Got {count}.",
-            argument="count",
-        )
+        raise InputError(f"must be from 1 to {len(kept)}, the images not trained on. Got {count}.", argument="count")
     return Chosen(sorted(kept), left_out)
 
 

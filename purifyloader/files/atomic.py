@@ -71,9 +71,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(
-    path: Path,
-    error: type[PurifyError] = PurifyError,
-    advice: str = "Give a folder that can be written to, with room.",
+    path: Path, error: type[PurifyError] = PurifyError, advice: str = "Give a folder that can be written to, with room."
 ) -> Iterator[None]:
     """Raise an `error` of the library's for what the disk refuses; `advice` says what to do."""
     try:

@@ -20,8 +20,7 @@ _NUMERIC = "?bBhHiIlLqQefdFD"  # numpy's codes, without long double, whose bytes
 
 
 def source_hashes(
-    images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor],
-    targets: Any = None,
+    images: NDArray[Any] | Tensor | Sequence[NDArray[Any] | Tensor], targets: Any = None
 ) -> NDArray[np.uint64]:
     """Return 64-bit hashes (BLAKE2b) of source images and of their targets, uint64 (N, 2).
 
