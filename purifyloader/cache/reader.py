@@ -163,8 +163,14 @@ class CacheReader:
             self.index = fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(_why_no_index(self.folder)) from None
-        if config is not None:
-            _check_config(self.folder, self.index.config, config)
+        if config is not None and (
+            changed := fmt.differences(self.index.config, fmt.plain("The configuration of a cache", config))
+        ):
+            raise CacheError(
+                f"The cache {self.folder} must have been made with the configuration asked for. "
+                f"Got one that differs (there → asked for):\n{changed}\n"
+                "Ask for the configuration of the cache, or precompute into another folder."
+            )
         self.layout: Layout = self.index.layout
         self.image_shape, self.draws = self.index.image_shape, self.layout.draws
         self._in_memory = in_memory
@@ -367,16 +373,6 @@ class CacheReader:
 def _stat(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _check_config(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    changed = fmt.differences(there, fmt.plain("The configuration of a cache", asked))
-    if changed:
-        raise CacheError(
-            f"The cache {folder} must have been made with the configuration asked for. "
-            f"Got one that differs (there → asked for):\n{changed}\n"
-            "Ask for the configuration of the cache, or precompute into another folder."
-        )
 
 
 def _why_no_index(folder: Path) -> str:

@@ -90,8 +90,8 @@ class CacheWriter:
     def pending(self) -> list[Shard]:
         """List the shards still to be written: missing ones, and those that do not verify. Reads every file."""
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            found = list(pool.map(self._verify, self.shards))
-        return [shard for shard, good in zip(self.shards, found, strict=True) if good is None]
+            verified = pool.map(self._verify, self.shards)
+            return [shard for shard, good in zip(self.shards, verified, strict=True) if good is None]
 
     def is_done(self, shard: Shard) -> bool:
         """Say whether the shard's file is right in every byte. Reads it, once as long as it does not change."""
@@ -104,17 +104,17 @@ class CacheWriter:
 
     def is_finished(self, plan: Mapping[str, Any] | None = None) -> bool:
         """Say whether this cache has an index, which is written once all shards verify, with `plan` if one is given."""
-        index = self._index()
+        index = self.index()
         if index is None or index.layout != self.layout or plan not in (None, index.plan):
             return False
         headers = []
         for shard, entry in zip(self.shards, index.shards, strict=True):
-            known = self._good.get(shard.number)
+            good = self._good.get(shard.number)
             try:
-                header = known.header if known is not None else fmt.read_shard_header(self.folder / shard.file)
+                header = good.header if good is not None else fmt.read_shard_header(self.folder / shard.file)
             except CacheError:
                 return False
-            if header.sha256 != entry.header or (known is not None and known.sha256 != entry.sha256):
+            if header.sha256 != entry.header or (good is not None and good.sha256 != entry.sha256):
                 return False
             headers.append(header)
         return index.identity == self._identity(headers) and index.image_shape == headers[0].image_shape
@@ -212,10 +212,11 @@ class CacheWriter:
                     'them in the recipe, or use encoding="png".'
                 )
             content = images if isinstance(images, np.ndarray) else np.stack(images)
-            if (known := self._image_shape()) not in (None, content.shape[1:]):
+            shapes = {good.header.image_shape for good in list(self._good.values())}  # another thread may verify now
+            if shapes and content.shape[1:] not in shapes:
                 raise InputError(
-                    f"All images of a cache with raw encoding have one size, here {known}. Got {content.shape[1:]} in "
-                    f'{shard.file}. Resize them in the recipe, or use encoding="png".'
+                    f"All images of a cache with raw encoding have one size, here {shapes.pop()}. Got "
+                    f'{content.shape[1:]} in {shard.file}. Resize them in the recipe, or use encoding="png".'
                 )
         types = image_types if isinstance(image_types, str) or len(set(image_types)) > 1 else image_types[0]
         beside = ShardValues(
@@ -242,14 +243,13 @@ class CacheWriter:
         missing, damaged, or made from another source than the plan.
         """
         kept = None if plan is None else fmt.plain("A plan", plan)
-        lacking = [shard.file for shard in self.pending()]
-        found = [self._good.get(shard.number) for shard in self.shards]
-        if lacking:
+        total = len(self.shards)
+        if lacking := [shard.file for shard in self.pending()]:
             raise CacheError(
-                f"A cache is finished when all its {len(found)} shards are there. Got {len(found) - len(lacking)} in "
+                f"A cache is finished when all its {total} shards are there. Got {total - len(lacking)} in "
                 f"{self.folder}; missing or damaged: {_some(lacking)}. Write the shards that pending() gives."
             )
-        whole = [good for good in found if good is not None]
+        whole = [self._good[shard.number] for shard in self.shards]
         devices = sorted({str(good.header.made.get("device")) for good in whole})
         if len(devices) > 1 and not self._mixed:
             raise CacheError(
@@ -277,7 +277,7 @@ class CacheWriter:
             notes=None if notes is None else fmt.plain("Notes", notes),
             plan=kept,
         )
-        old = self._index()
+        old = self.index()
         if old is not None:
             index = replace(
                 index, plan=old.plan if plan is None else kept, notes=old.notes if notes is None else index.notes
@@ -292,7 +292,7 @@ class CacheWriter:
 
         `index_lock` is held by the caller. Without real locks an index being written may be another's, and stays.
         """
-        if self._plan_path.exists() and self._index() is not None:
+        if self._plan_path.exists() and self.index() is not None:
             self._plan_path.unlink(missing_ok=True)
         left: dict[str, list[Path]] = {}
         for path in self.folder.glob(".*"):
@@ -352,16 +352,13 @@ class CacheWriter:
             "devices": sorted({str(header.made.get("device")) for header in headers}),
         }
 
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        return next((good.header.image_shape for good in self._good.values()), None)
-
     def _unfinish(self, shard: Shard, sha256: str) -> None:
         """Remove the index when a shard is made otherwise: no reader may take the cache for whole."""
-        index = self._index()
+        index = self.index()
         if index is None or [e.sha256 for e in index.shards[shard.number : shard.number + 1]] != [sha256]:
             (self.folder / fmt.INDEX_FILE).unlink(missing_ok=True)
 
-    def _index(self) -> fmt.Index | None:
+    def index(self) -> fmt.Index | None:
         try:
             return fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError, CacheError):
@@ -419,17 +416,12 @@ class CacheWriter:
     def _verify(self, shard: Shard) -> _Good | None:
         """Read the shard's file; None unless it is there and right in every byte."""
         path = self.folder / shard.file
-        known = self._good.get(shard.number)
-        try:
-            if known is not None and known.stat == _stat(path):
-                return known
-        except OSError:
-            pass
-        self._good.pop(shard.number, None)
+        good = self._good.pop(shard.number, None)
         if not path.exists():
             return None
         try:
-            good = _read_good(path)
+            if good is None or good.stat != _stat(path):
+                good = _read_good(path)
         except (CacheError, OSError) as error:
             log.warning("%s will be made again: %s", shard.file, error)
             return None

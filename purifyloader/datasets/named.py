@@ -345,7 +345,10 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
                 f"torchvision.datasets.{TORCHVISION[spec].__name__}({str(root)!r}, download=True)."
             ) from None
     if spec == "imagefolder":
-        return _image_folder(Path(root))
+        try:
+            return datasets.ImageFolder(str(root), loader=read_image)
+        except OSError as error:
+            raise InputError(f"{root} must hold one folder of images for each class. Got: {error}.") from None
     if spec == "webdataset":
         return TarDataset(_find_tars(str(root)))
     if Path(spec).is_dir():
@@ -395,13 +398,6 @@ def read_image(path: str | Path) -> Image.Image:
     (32, 32)
     """
     return _read_image(Path(path), str(path))
-
-
-def _image_folder(root: Path) -> Dataset[Any]:
-    try:
-        return datasets.ImageFolder(str(root), loader=read_image)
-    except OSError as error:
-        raise InputError(f"Expected one folder of images for each class in {root}. Got: {error}") from None
 
 
 def _find_tars(spec: str) -> list[Path]:

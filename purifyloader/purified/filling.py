@@ -124,7 +124,7 @@ def precompute(
     writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
     findings = plans.agreed(job, writer, batch_size, sanitation=sanitation, workers=workers, progress=progress)
     job = plans.planned(job, findings)
-    plan = plans.with_plan(writer.folder, plan, findings)
+    plan = plans.with_plan(writer, plan, findings)
     filling = Filling(job, writer, batch_size, check_source, plan, notes_of(dataset, job.purifier))
     fill(filling, rank=rank, world_size=world_size, workers=workers, progress=progress)
     return CacheReader(out, job.config())

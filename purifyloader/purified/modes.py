@@ -146,7 +146,7 @@ class Opening:
             writer = CacheWriter(self.folder, job.config(), layout, job.made())
             findings = plans.agreed(job, writer, self.batch_size, sanitation=sanitation, progress=self.progress)
             job = plans.planned(job, findings)
-            plan = plans.with_plan(writer.folder, None, findings)
+            plan = plans.with_plan(writer, None, findings)
             each: bool | int = self.check_source
             if not isinstance(each, bool):
                 each = -(-each // len(layout.shards)) or False
@@ -166,7 +166,11 @@ class Opening:
             job = plans.planned(job, plans.of_index(reader.plan))
             self._compare(job, reader)
         sanitation = plans.sanitation_of(reader, sanitation)
-        return _finished_mode(job, reader, sanitation), job.purifier, sanitation
+        with random_state_kept():
+            plain = is_plain(fetch(job.reader.raw, [0])[0])
+        if plain and reader.sample is not None and reader.targets is not None:
+            return SamplesFromCache(reader, sanitation), job.purifier, sanitation
+        return PixelsFromCache(reader, job.reader, sanitation), job.purifier, sanitation
 
     def _is_finished(self) -> bool:
         """Raise `CacheError` where it is partly filled, and nobody said what to do about that."""
@@ -196,12 +200,3 @@ class Opening:
             check_source(
                 job.reader, hashes, self.check_source, reader.folder, batch_size=self.batch_size, seen=bar.update
             )
-
-
-def _finished_mode(job: Job, reader: CacheReader, sanitation: Sanitation | None) -> Mode:
-    """Take everything from the cache where it has the targets and samples are of plain types."""
-    with random_state_kept():
-        plain = is_plain(fetch(job.reader.raw, [0])[0])
-    if plain and reader.sample is not None and reader.targets is not None:
-        return SamplesFromCache(reader, sanitation)
-    return PixelsFromCache(reader, job.reader, sanitation)

@@ -242,7 +242,7 @@ def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
     return Findings.from_dict(values)
 
 
-def with_plan(folder: Path, given: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
+def with_plan(writer: CacheWriter, given: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
     """Join the user's plan and the findings for the index. None keeps the plan that is there."""
     whole = None if given is None else fmt.plain("A plan", given)
     if findings is None:
@@ -252,28 +252,24 @@ def with_plan(folder: Path, given: Mapping[str, Any] | None, findings: Findings 
             f"The plan of a cache says under {fmt.WHERE!r} which images are purified. Got a plan with that key: "
             "rename it."
         )
-    there = _index_plan(folder)
-    return {**((there or {}) if whole is None else whole), fmt.WHERE: findings.to_dict()}
+    index = writer.index()
+    there = {} if index is None else index.plan or {}
+    return {**(there if whole is None else whole), fmt.WHERE: findings.to_dict()}
 
 
 def _stored(job: Job, writer: CacheWriter) -> Findings | None:
     """Read the findings in the folder; None where there are none that fit."""
     # first the file, for it goes when the index is there
-    values = writer.read_plan()
-    findings = of_index(_index_plan(writer.folder)) if values is None else Findings.from_dict(values)
+    if (values := writer.read_plan()) is not None:
+        findings: Findings | None = Findings.from_dict(values)
+    else:
+        findings = None if (index := writer.index()) is None else of_index(index.plan)
     try:
         if findings is not None and (findings.conditions or _conditions(job.purifier)):
             applied(_copied(job.purifier), findings)
     except (ConfigError, AttributeError, TypeError):
         return None
     return findings
-
-
-def _index_plan(folder: Path) -> dict[str, Any] | None:
-    try:
-        return fmt.read_index(folder).plan
-    except (OSError, CacheError):
-        return None
 
 
 def _conditions(purifier: Purifier) -> list[Condition]:

@@ -76,10 +76,6 @@ class _Batches(Dataset[Any]):
             return pickle.dumps(error)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
 def read_batches(
     reader: SampleReader, batches: Iterable[list[int]], workers: int
 ) -> Iterator[list[Read] | PurifyError]:
@@ -93,7 +89,6 @@ def read_batches(
         sampler=batches,
         num_workers=workers,
         prefetch_factor=1 if workers else None,  # each batch ahead is a part of a shard locked ahead
-        collate_fn=_as_it_is,
         generator=torch.Generator(),  # or it would draw from the user's
     )
     for data in loader:
