@@ -171,6 +171,9 @@ class CacheReader:
                 f"Got one that differs (there → asked for):\n{changed}\n"
                 "Ask for the configuration of the cache, or precompute into another folder."
             )
+        # the fingerprint is the SHA-256 of the identity: configuration, source, kind of device
+        self.fingerprint, self.identity, self.config = self.index.fingerprint, self.index.identity, self.index.config
+        self.plan = self.index.plan  # as it was given to `CacheWriter.finish`
         self.layout: Layout = self.index.layout
         self.image_shape, self.draws = self.index.image_shape, self.layout.draws
         self._in_memory = in_memory
@@ -185,25 +188,6 @@ class CacheReader:
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
         self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8).share_memory_()
         self._start()
-
-    @property
-    def fingerprint(self) -> str:
-        return self.index.fingerprint
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the fingerprint is the SHA-256 of: configuration, source, kind of device."""
-        return self.index.identity
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The configuration that the images were made with."""
-        return self.index.config
-
-    @property
-    def plan(self) -> dict[str, Any] | None:
-        """What was decided over the whole dataset, as it was given to `CacheWriter.finish`."""
-        return self.index.plan
 
     @property
     def sample(self) -> dict[str, Any] | None:
