@@ -121,5 +121,5 @@ def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
 def test_the_installed_command_reports_errors_in_one_line():
     done = processes.run("purifyloader", "train", "denoiser", "--data", "nowhere", "--out", "unused")
     assert done.returncode == 2
-    assert done.stderr.startswith("purifyloader: error: Expected cifar10")
+    assert done.stderr.startswith("purifyloader: error: There is no dataset 'nowhere'. Give cifar10")
     assert done.stderr.count("\n") == 1

@@ -203,8 +203,8 @@ def _name(sample: Any) -> str:
     if not isinstance(sample, Mapping) or not isinstance(sample.get("__key__"), str):
         got = f"a dict with the keys {list(sample)}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
         raise InputError(
-            "Expected single samples of a WebDataset pipeline, dicts with a __key__ that decides their noise. Got "
-            f"{got}: put purified(...) right after decode, before to_tuple and batched."
+            "This stage takes single samples of a WebDataset pipeline, dicts with a __key__ that decides their noise. "
+            f"Got {got}. Put the stage right after decode, before to_tuple and batched."
         )
     return f"Sample {sample['__key__']!r}" + (f" of {_shard(sample)}" if _shard(sample) else "")
 
@@ -226,9 +226,9 @@ def _image_field(sample: Sample) -> str:
     names = [key for key, value in sample.items() if _is_image(value)]
     if not names:
         raise InputError(
-            f'Expected an image in a sample. Got none under the keys {list(sample)}: decode it first, .decode("pil"), '
-            "or name its field as image_key=."
+            f'There is no image under the keys {list(sample)}: decode it first, .decode("pil"), or name its field as '
+            "image_key=."
         )
     if len(names) > 1:
-        raise InputError(f"Expected one image in a sample. Got {', '.join(names)}: name the right one as image_key=.")
+        raise InputError(f"There are several images, {', '.join(names)}. Name the right one as image_key=.")
     return names[0]

@@ -101,7 +101,7 @@ def decode(value: Any) -> Any:
         case "$image":
             mode, size, data = content
             return Image.frombytes(mode, tuple(size), base64.b64decode(data))
-    raise ValueError(f"Expected one of the tags of purifyloader/cache/values.py. Got {tag!r}.")
+    raise ValueError(f"There is no tag {tag!r} of stored values.")
 
 
 def _little(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -57,33 +57,31 @@ def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     else:
         images, labels = _read(dataset)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
-        raise InputError(f"Expected images uint8 (N, H, W, 1 or 3), at least one. Got {images.dtype} {images.shape}.")
+        raise InputError(f"Images are uint8 (N, H, W, 1 or 3), at least one. Got {images.dtype} {images.shape}.")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or int(labels.min()) < 0:
-        raise InputError(
-            f"Expected one label from 0 for each of {len(images)} images. Got {labels.dtype} {labels.shape}."
-        )
+        raise InputError(f"Each of {len(images)} images has one label, from 0. Got {labels.dtype} {labels.shape}.")
     return images, labels.astype(np.int64)
 
 
 def _read(dataset: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise InputError(f"Expected a map-style dataset, or (images, labels). Got {type(dataset).__name__}.")
+        raise InputError(f"A {type(dataset).__name__} is no map-style dataset. Give one, or (images, labels).")
     images, labels = [], []
     for index in range(len(dataset)):
         sample = dataset[index]
         if not isinstance(sample, tuple | list) or len(sample) != 2:
-            raise InputError(f"Expected (image, label) of item {index}. Got {type(sample).__name__}.")
+            raise InputError(f"Item {index} of the dataset must be (image, label). Got {type(sample).__name__}.")
         x, kind = as_stored(sample[0])
         if kind.dtype.is_floating_point:
             raise InputError(
-                f"Expected images of 8 bits, as they are stored. Got floating point in item {index}: give the dataset "
+                f"Item {index} of the dataset is in floating point, and images are stored in 8 bits. Give the dataset "
                 "without its transform."
             )
         images.append(np.ascontiguousarray(x.permute(1, 2, 0).numpy()))
         labels.append(sample[1])
     if len({image.shape for image in images}) != 1:
         raise InputError(
-            f"Expected images of one size, at least one. Got {sorted({image.shape for image in images})[:5]}: resize "
+            f"Images must be of one size, at least one. Got {sorted({image.shape for image in images})[:5]}. Resize "
             "them first."
         )
     return np.stack(images), np.asarray(labels)

@@ -78,7 +78,7 @@ class ImageFiles(Dataset[Image.Image]):
         self.folder = folder
         self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not self.files:
-            raise InputError(f"Expected image files ({', '.join(SUFFIXES)}) below {folder}. Got none.")
+            raise InputError(f"There are no image files ({', '.join(SUFFIXES)}) below {folder}. Check the path.")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -116,7 +116,7 @@ class TarDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, tars: Sequence[str | Path]) -> None:
         if isinstance(tars, str | Path) or not tars:
-            raise InputError(f"Expected a list of one or more tar files. Got {tars!r}.")
+            raise InputError(f"tars must be a list of one or more files. Got {tars!r}.")
         self.tars = [Path(tar) for tar in tars]
         self._stamps: list[tuple[int, int]] = []
         # Flat arrays: a million Python objects would be copied into every worker as it counts references.
@@ -139,8 +139,8 @@ class TarDataset(Dataset[dict[str, Any]]):
                 key_ends.append(len(keys))
             if not seen:
                 raise InputError(
-                    f"Expected samples in {path}: members such as 0001.png and 0001.cls. Got none: write the tar "
-                    "anew, or leave it out."
+                    f"{path} holds no samples: members such as 0001.png and 0001.cls. Write the tar anew, or leave it "
+                    "out."
                 )
             tar_ends.append(len(starts) - 1)
         self._keys, self._names = bytes(keys), list(numbers)
@@ -179,7 +179,7 @@ class TarDataset(Dataset[dict[str, Any]]):
             file = self._open(str(path), self._stamps[tar])  # held: another thread's may be one too many
             data = os.pread(file.fd, size, offset)
         except OSError as error:
-            raise InputError(f"Expected to read {path}. Got: {error}. Bring it back, or open the set anew.") from None
+            raise InputError(f"{path} cannot be read: {error}. Bring it back, or open the set anew.") from None
         if len(data) != size:
             raise InputError(f"{path} must be a whole tar file. Got {len(data)} of {size} bytes: fetch it again.")
         return data
@@ -221,7 +221,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         return _stamp_of(path.stat())
     except OSError as error:
-        raise InputError(f"Expected a tar file. Got {path}: {error.strerror}.") from None
+        raise InputError(f"{path} cannot be read as a tar file: {error.strerror}. Check the path.") from None
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -232,8 +232,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             for magic, kind in _COMPRESSED.items():
                 if start.startswith(magic):
                     raise InputError(
-                        f"Expected an uncompressed tar: only there an item can be read without all before it. Got "
-                        f"{path}, compressed with {kind}: decompress it."
+                        f"{path} is compressed with {kind}, and no item could be read without all before it. "
+                        "Decompress it."
                     )
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -274,7 +274,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                 yield key, fields
             key, fields = prefix, {}
         if field in fields:
-            raise InputError(f"Expected each field once in a sample. Got {path} with {prefix}.{field} twice.")
+            raise InputError(f"{path} has {prefix}.{field} twice. Write it anew with each field once in a sample.")
         fields[field] = offset, size
     if fields:
         yield key, fields
@@ -287,15 +287,14 @@ def _is_image(field: str) -> bool:
 def _check_sample(path: Path, key: str, fields: Iterable[str], twice: bool) -> None:
     if twice:
         raise InputError(
-            f"Expected each key once in a tar, its members next to each other. Got {path} with {key!r} in two places: "
-            "write the tar sorted by name."
+            f"{path} has the key {key!r} in two places. Write the tar sorted by name, with a sample's members together."
         )
     names = list(fields)
     if sum(map(_is_image, names)) != 1 or {"image", "__key__"} & set(names):
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise InputError(
-            f"Expected one image ({', '.join(_TAR_IMAGES)}) in each sample, and no other field named image. Got "
-            f"{path}, {key!r} with the fields {shown}. (The key ends at the first dot of the file name.)"
+            f"A sample has one image ({', '.join(_TAR_IMAGES)}), and no other field named image. Got {path}, {key!r} "
+            f"with the fields {shown}. (The key ends at the first dot of the file name.)"
         )
 
 
@@ -341,7 +340,7 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             return TORCHVISION[spec](str(root), train=train, download=False)
         except RuntimeError as error:
             raise InputError(
-                f"Expected {spec} in {root}. Got: {error}. Download it once with "
+                f"There is no {spec} in {root}: {error}. Download it once with "
                 f"torchvision.datasets.{TORCHVISION[spec].__name__}({str(root)!r}, download=True)."
             ) from None
     if spec == "imagefolder":
@@ -358,8 +357,8 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
     module, _, function = spec.partition(":")
     if not module or not function:
         raise InputError(
-            f"Expected {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of images, .tar files (a path, or "
-            f"a pattern such as train-{{0000..0009}}.tar), or package.module:function. Got {spec!r}."
+            f"There is no dataset {spec!r}. Give {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of "
+            "images, .tar files (a path, or a pattern such as train-{0000..0009}.tar), or package.module:function."
         )
     dataset = find_named(module, function)()
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -375,7 +374,8 @@ def find_named(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError) as error:
         raise InputError(
-            f"Expected {name!r} of a module {module!r} that Python finds here or installed. Got: {error}."
+            f"Python finds no {name!r} of a module {module!r}, here or installed: {error}. Check the name and the "
+            "folder."
         ) from None
 
 
@@ -417,7 +417,7 @@ def _find_tars(spec: str) -> list[Path]:
 
 def _some(tars: list[Path], spec: str) -> list[Path]:
     if not tars:
-        raise InputError(f"Expected .tar files in {spec}. Got none.")
+        raise InputError(f"There are no .tar files in {spec}. Check the path or pattern.")
     return tars
 
 
@@ -429,4 +429,4 @@ def _expand(pattern: str) -> list[str]:
     try:
         return list(expand_urls(pattern))
     except ValueError as error:
-        raise InputError(f"Expected a pattern such as train-{{0000..0009}}.tar. Got {pattern!r}: {error}.") from None
+        raise InputError(f"{pattern!r} is no pattern such as train-{{0000..0009}}.tar: {error}.") from None

@@ -18,8 +18,8 @@ def place(sample: Any, image_key: ImageKey = None) -> Any:
         key: Any = "image" if image_key is None else image_key
         if key not in sample:
             raise InputError(
-                f"Expected the image of a dict sample under {key!r}. Got the keys {list(sample)}: "
-                "name the right one as image_key=."
+                f"A dict sample has no image under {key!r}, but the keys {list(sample)}. Name the right one as "
+                "image_key=."
             )
         return key
     if isinstance(sample, tuple | list):
@@ -50,8 +50,8 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
     if not is_image(image):
         where = "the sample" if key is None else f"field {key!r} of the sample"
         raise InputError(
-            "Expected an image: PIL, a numpy array (H, W[, C]) or a tensor ([C,] H, W). "
-            f"Got {type(image).__name__} as {where}: name the image's field as image_key=."
+            f"An image is PIL, a numpy array (H, W[, C]) or a tensor ([C,] H, W). Got {type(image).__name__} as "
+            f"{where}. Name the image's field as image_key=."
         )
     return image
 

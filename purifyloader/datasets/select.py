@@ -26,9 +26,7 @@ _HELD_OUT = 200
 def choose(length: int, count: int, seed: int) -> list[int]:
     """Draw `count` of `length` indices, rising: the first of a shuffle that `seed` alone decides."""
     if not 1 <= count <= length:
-        raise InputError(
-            f"Expected to choose from 1 to {length} images, all that there are. Got {count}: give another count."
-        )
+        raise InputError(f"The number of images to choose must be from 1 to {length}, all that there are. Got {count}.")
     return sorted(_shuffled(length, seed)[:count])
 
 
@@ -76,10 +74,7 @@ def choose_images(
         else:
             kept.append(index)
     if not kept:
-        raise InputError(
-            f"Expected images that the model was not trained on. Got {length}, and it was trained on all of them: give "
-            "other images."
-        )
+        raise InputError(f"The model was trained on all of these {length} images. Give others.")
     if count is not None and len(kept) < count:
         raise InputError(f"must be from 1 to {len(kept)}, the images not trained on. Got {count}.", argument="count")
     return Chosen(sorted(kept), left_out)
@@ -107,7 +102,7 @@ def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = 
     """
     count = _HELD_OUT if count is None else count
     if count < 0:
-        raise InputError(f"Expected to hold out 0 or more images for validation. Got {count}.")
+        raise InputError(f"The number of images held out for validation must be 0 or more. Got {count}.")
     taken = set(chosen)
     rest = [i for i in _shuffled(length, seed) if i not in taken][:count]
     if rest:
@@ -184,16 +179,15 @@ def load_images(
     if {len(row) for row in rows} == {1, 3}:
         rows = [row.expand(3, -1, -1) for row in rows]
     if not rows:
-        raise InputError("Expected one image or more. Got none.")
+        raise InputError("There are no images. Give one or more.")
     if {len(row) for row in rows} != {len(rows[0])}:
         raise InputError(
-            "Expected images with as many channels each. Got "
-            + ", ".join(map(str, sorted({len(r) for r in rows})))
-            + " channels: bring them to one kind, such as RGB, first."
+            f"The images have {' and '.join(map(str, sorted({len(r) for r in rows})))} channels. Bring them to one "
+            "kind, such as RGB, first."
         )
     images = torch.stack(rows)
     if channels is not None and images.shape[1] != channels:
-        raise InputError(f"Expected images with {channels} channels. Got {images.shape[1]}.")
+        raise InputError(f"The images must have {channels} channels. Got {images.shape[1]}.")
     return images
 
 

@@ -85,8 +85,8 @@ def load(name: str, root: str | Path) -> Data:
     (train, train_labels), (test, test_labels) = splits
     if train.shape[1:] != test.shape[1:] or train.shape[3] != 3:
         raise InputError(
-            f"Expected colour images of one size in both splits of {name}. Got {train.shape[1:]} and {test.shape[1:]}: "
-            "resize them first."
+            f"Both splits of {name} must hold colour images of one size. Got {train.shape[1:]} and {test.shape[1:]}. "
+            "Resize them first."
         )
     return Data(name, train, train_labels, test, test_labels, classes)
 
@@ -95,7 +95,7 @@ def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
     test = next((root / name for name in _VALIDATION if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         raise InputError(
-            f"Expected the folders train and one of {', '.join(_VALIDATION)} in {root}. Got "
+            f"{root} must hold the folders train and one of {', '.join(_VALIDATION)}. Got "
             f"{sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else 'no such folder'}."
         )
     train: Any = open_dataset("imagefolder", root / "train")
@@ -104,7 +104,7 @@ def _folders(root: Path, tiny: bool) -> tuple[tuple[_Split, _Split], int]:
     other: Any = open_dataset("imagefolder", test)
     if other.classes != train.classes:
         differ = sorted(set(train.classes) ^ set(other.classes))
-        raise InputError(f"Expected the same classes in train and {test.name}. Got {differ[:5]} in one of them only.")
+        raise InputError(f"train and {test.name} must have the same classes. Got {differ[:5]} in one of them only.")
     return (as_arrays(train), as_arrays(other)), len(train.classes)
 
 
@@ -119,7 +119,7 @@ def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
         images.append(np.asarray(read_image(folder / "images" / name)))
         labels.append(numbers[wnid])
     if len({image.shape for image in images}) != 1:
-        raise InputError(f"Expected images of one size, at least one, in {table}. Got {len(images)} images.")
+        raise InputError(f"The images of {table} must be of one size, at least one. Got {len(images)} images.")
     return as_arrays((np.stack(images), np.asarray(labels)))
 
 

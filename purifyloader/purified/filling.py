@@ -106,8 +106,8 @@ def precompute(
     check_arguments(dataset, purifier)
     if getattr(dataset, "compensate", None) is not None:
         raise InputError(
-            "Expected a dataset that does not compensate, for a cache would hold one draw of it for ever. Got a "
-            f"{type(dataset).__name__} that does: give the one inside it, and compensate= when the cache is read."
+            f"This {type(dataset).__name__} compensates, and a cache would hold one draw of it for ever. Give the "
+            "dataset inside it, and compensate= when the cache is read."
         )
     seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
     batch_size, workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)

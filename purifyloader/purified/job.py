@@ -112,16 +112,15 @@ def check_arguments(dataset: Any, purifier: Any) -> None:
     check_purifier(purifier)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise InputError(
-            "Expected a map-style dataset, with __getitem__ and __len__. Got "
-            f"{type(dataset).__name__}, which is only iterated."
+            f"A {type(dataset).__name__} is only iterated. Give a map-style dataset, with __getitem__ and __len__."
         )
     if len(dataset) == 0:
-        raise InputError(f"Expected a dataset with at least one image. Got an empty {type(dataset).__name__}.")
+        raise InputError(f"The {type(dataset).__name__} is empty. Give a dataset with at least one image.")
 
 
 def check_purifier(purifier: Any) -> None:
     if not isinstance(purifier, Purifier):
-        raise InputError(f"Expected a purifier, such as `recipes.eclipse(...)`. Got {type(purifier).__name__}.")
+        raise InputError(f"A {type(purifier).__name__} is no purifier. Give one, such as `recipes.eclipse(...)`.")
 
 
 def placed(purifier: Purifier, device: str | torch.device | None) -> Purifier:

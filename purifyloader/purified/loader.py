@@ -104,15 +104,16 @@ class PurifiedLoader:
     ) -> None:
         if not hasattr(loader, "__iter__") or isinstance(loader, Iterator):
             raise InputError(
-                f"Expected a loader that can be iterated in every epoch. Got {type(loader).__name__}"
-                + (", which is used up after one." if isinstance(loader, Iterator) else ".")
+                f"A {type(loader).__name__} cannot be iterated"
+                + (" more than once." if isinstance(loader, Iterator) else ".")
+                + " Give a loader, which gives its batches in every epoch."
             )
         if purifier is not None:
             check_applicable(purifier)
             if (already := purified_by(loader)) is not None:
                 raise InputError(
-                    f"Expected a loader of images that are not purified yet. Got one over a {already}: take one of the "
-                    "two away, or give purifier=None to compensate only."
+                    f"The images of this loader are purified already, by a {already}. Take one of the two away, or "
+                    "give purifier=None to compensate only."
                 )
             if purifier.calls > _MANY_CALLS:
                 log.warning(
@@ -121,7 +122,7 @@ class PurifiedLoader:
                     purifier.calls,
                 )
         elif compensate is None:
-            raise InputError("Expected a purifier, or compensate=, or both. Got neither: use the loader as it is.")
+            raise InputError("Give a purifier, or compensate=, or both; without either use the loader as it is.")
         check_compensate(compensate)
         where = None if purifier is None else device_of(purifier)
         self.__dict__.update(  # for `__setattr__` sets the loader's
@@ -181,7 +182,7 @@ class PurifiedLoader:
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or set(state) != {"loader", "epoch", "position"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise InputError(f"Expected what state_dict() of a PurifiedLoader gave. Got {got}.")
+            raise InputError(f"This is no state of a PurifiedLoader, but {got}. Give what its state_dict() gave.")
         self.loader.load_state_dict(state["loader"])
         self.__dict__.update(_next=state["epoch"], _resumed=state["position"], _state=None)
 
@@ -229,12 +230,12 @@ class PurifiedLoader:
         images = [held] if isinstance(held, Tensor) and held.ndim == 4 else held
         if not isinstance(images, list | tuple) or not all(isinstance(x, Tensor) for x in images):
             raise InputError(
-                "Expected the images of a batch as a tensor (B, C, H, W), or a list of tensors (C, H, W). Got "
-                f"{_described(held)}: collate them so, or name their field as image_key=."
+                f"The images of a batch are {_described(held)}. Collate them to a tensor (B, C, H, W), or a list of "
+                "tensors (C, H, W), or name their field as image_key=."
             )
         ragged = images is held
         if ragged and any(x.ndim != 3 for x in images):
-            raise InputError(f"Expected a list of images (C, H, W). Got {', '.join(map(_described, images[:4]))}.")
+            raise InputError(f"A list of images holds tensors (C, H, W). Got {', '.join(map(_described, images[:4]))}.")
         count = len(images) if ragged else len(images[0])
         keys_B = noise.image_keys(self.seed, epoch, self._numbers(batch, position, count))
         checks: list[tuple[Tensor, str]] = []
@@ -268,7 +269,7 @@ class PurifiedLoader:
                 indices = torch.empty(0)
         if indices.is_floating_point() or indices.shape != (count,):
             raise InputError(
-                f"Expected the indices of {count} images under index_key={self.index_key!r}, integers ({count},). Got "
+                f"index_key={self.index_key!r} must name the indices of {count} images, integers ({count},). Got "
                 f"{_described(indices)}."
             )
         return indices.cpu()
@@ -328,10 +329,10 @@ class PurifiedLoader:
         """Bring images to float32 in [0, 1], but for rounding and what `keep_outside` keeps; `checks` sees to that."""
         if x.dtype == torch.uint8:
             if self.normalize is not None:
-                raise InputError("Expected normalised images with normalize=. Got uint8: leave normalize= out.")
+                raise InputError("Images of uint8 are not normalised. Leave normalize= out.")
             return x.float() / 255
         if not x.is_floating_point():
-            raise InputError(f"Expected images of uint8 or floating point. Got {x.dtype}.")
+            raise InputError(f"Images are uint8 or floating point. Got {x.dtype}.")
         values = x.float()
         if self.normalize is not None:
             mean, std = (_per_channel(numbers, x) for numbers in self.normalize)

@@ -43,8 +43,8 @@ def check_applicable(purifier: Purifier) -> None:
     check_purifier(purifier)
     if plans.is_open(purifier):
         raise InputError(
-            "Expected a purifier that decides about each image by itself. Got one that needs a plan over the whole "
-            "dataset: make it first, `plans.plan(purifier, dataset)`, or use PurifiedDataset, which does."
+            "This purifier needs a plan over the whole dataset. Make it first, `plans.plan(purifier, dataset)`, or use "
+            "PurifiedDataset, which does."
         )
 
 
@@ -59,12 +59,14 @@ def purify_tensor(purifier: Purifier, x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
     """
     if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4:
         got = tuple(x_BCHW.shape) if isinstance(x_BCHW, Tensor) else type(x_BCHW).__name__
-        raise InputError(f"Expected images of shape (B, C, H, W). Got {got}.")
+        raise InputError(f"Images have shape (B, C, H, W). Got {got}.")
     x = to_unit(x_BCHW)
     device = device_of(purifier) or x.device
     check_worker(device)
     if x.device != device and device.type == "cpu":
-        raise InputError(f"Expected the purifier where the images are, on {str(x.device)!r}. Got it on 'cpu': move it.")
+        raise InputError(
+            f"The images are on {x.device} but the purifier is on cpu. Call purifier.to({str(x.device)!r})."
+        )
     if not len(x):
         return x_BCHW.new_empty(0, *purifier.output_shape((x.shape[1], x.shape[2], x.shape[3])))
     grey = x.shape[1] == 1 and purifier.image_channels == 3

@@ -692,9 +692,9 @@ def test_bad_options_are_refused_before_any_work(words, message, folder, tmp_pat
 def test_bad_data_and_names(folder, tmp_path):
     for name, root, message in (
         ("nothing", folder, "The data of a bench are"),
-        ("imagefolder", tmp_path, "Expected the folders train and one of test"),
+        ("imagefolder", tmp_path, "must hold the folders train and one of test"),
         ("imagefolder", tmp_path / "absent", "no such folder"),
-        ("cifar10", tmp_path, "Expected cifar10 in"),
+        ("cifar10", tmp_path, "There is no cifar10 in"),
     ):
         with pytest.raises(InputError, match=message):
             load(name, root)

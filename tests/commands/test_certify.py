@@ -832,7 +832,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "no data": (("--data", "cifar11"), "Got 'cifar11'"),
     "data that are not there": (("--data", "certified_module:nothing"), "'nothing' of a module 'certified_module'"),
     "a path for data": (("--data", "./certified_module.py:data"), "package.module:function. Got './certified"),
-    "one set": (("--data", "certified_module:only"), r"Expected \(image, label\) of item 0"),
+    "one set": (("--data", "certified_module:only"), r"Item 0 of the dataset must be \(image, label\)"),
     "a number for data": (("--data", "certified_module:number"), "Got int"),
     "two sizes": (("--data", "certified_module:two_sizes"), "Expected images of one size in both sets"),
     "no training images": (("--train", 0), "has 36 train images. Got 0"),

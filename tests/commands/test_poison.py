@@ -252,7 +252,7 @@ def test_data_without_classes_is_refused(poison, data, tmp_path):
     assert "An attack needs a class, from 0, for each image in --data" in error
     status, _, error = poison("--attack", "lsp", "--data", "none", "--out", tmp_path / "out.npz", given=False)
     assert status == 2
-    assert "Expected cifar10, cifar100" in error
+    assert "Give cifar10, cifar100" in error
 
 
 def test_required_options_are_named(poison, capsys):

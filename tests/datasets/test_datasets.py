@@ -227,8 +227,8 @@ def test_the_index_is_small(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], "Expected samples in .*a.tar"),
-        ([("README", b"")], "Expected samples in .*a.tar"),
+        ([], "a.tar holds no samples"),
+        ([("README", b"")], "a.tar holds no samples"),
         ([("0.cls", b"1")], r"a\.tar, '0' with the fields cls"),
         ([("0.png", b""), ("0.mask.png", b"")], r"'0' with the fields png, mask\.png"),
         ([(f"scan.{i:03}.png", b"") for i in range(50)], r"'scan'[\s\S]*, \.\.\.\. \(The key ends at the first dot"),
@@ -338,7 +338,7 @@ def test_a_tar_that_changes_or_goes_is_noticed(tars):
     with pytest.raises(InputError, match=r"train-0000\.tar must stay as it is"):
         dataset[0]
     tars[1].unlink()
-    with pytest.raises(InputError, match=r"Expected to read .*train-0001\.tar"):
+    with pytest.raises(InputError, match=r"train-0001\.tar cannot be read"):
         dataset[COUNT - 1]
 
 
@@ -366,12 +366,12 @@ def test_one_tar_and_tars_in_the_order_of_the_pattern(tars):
 def test_a_shard_that_is_not_there_is_named(tars, tmp_path):
     with pytest.raises(InputError, match=r"train-0002\.tar: No such file"):
         open_dataset(str(tars[0].parent / "train-{0000..0003}.tar"))
-    with pytest.raises(InputError, match=r"Expected \.tar files in .*val-\*\.tar\. Got none"):
+    with pytest.raises(InputError, match=r"no \.tar files in .*val-\*\.tar\. Check"):
         open_dataset(str(tars[0].parent / "val-*.tar"))
     with pytest.raises(InputError, match=r"Got .*\{0000\.\.\.tar"):
         open_dataset(str(tars[0].parent / "train-{0000...tar"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"Expected \.tar files in .*empty\. Got none"):
+    with pytest.raises(InputError, match=r"no \.tar files in .*empty\. Check"):
         open_dataset("webdataset", tmp_path / "empty")
 
 
@@ -404,9 +404,9 @@ def test_an_image_folder_with_classes(tmp_path):
 
 
 def test_an_image_folder_without_images(tmp_path):
-    with pytest.raises(InputError, match=r"Expected one folder of images for each class in .*nowhere"):
+    with pytest.raises(InputError, match=r"nowhere must hold one folder of images for each class"):
         open_dataset("imagefolder", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="Expected one folder of images for each class"):
+    with pytest.raises(InputError, match="must hold one folder of images for each class"):
         open_dataset("imagefolder", tmp_path)
     (tmp_path / "cat").mkdir()
     with pytest.raises(InputError, match="Got: Found no valid file for the classes cat"):
@@ -470,7 +470,7 @@ def test_the_installed_command_runs_no_module_that_lies_about(tmp_path):
 
 
 def test_an_unknown_name_lists_what_there_is(tmp_path):
-    with pytest.raises(InputError, match="Expected cifar10") as caught:
+    with pytest.raises(InputError, match="Give cifar10") as caught:
         open_dataset("imagenet", tmp_path)
     listed = ("cifar100", "imagefolder", "webdataset", "a folder", ".tar", "package.module:function", "'imagenet'")
     assert all(word in str(caught.value) for word in listed)
@@ -497,5 +497,5 @@ def test_threads_share_a_dataset(tmp_path):
 
 
 def test_a_module_relative_to_nothing_is_no_dataset():
-    with pytest.raises(InputError, match=r"of a module '\./sets\.py' that Python finds"):
+    with pytest.raises(InputError, match=r"no 'train' of a module '\./sets\.py'"):
         open_dataset("./sets.py:train")

@@ -166,7 +166,7 @@ def test_grey_images_among_rgb_ones():
     assert torch.equal(images[1, 0], torch.from_numpy(np.array(mixed[1])))
     grey: Any = [picture(16, 16, "L")] * 2
     assert load_images(grey, range(2)).shape == (2, 1, 16, 16)
-    with pytest.raises(InputError, match=r"Expected images with 1 channels\. Got 3"):
+    with pytest.raises(InputError, match=r"must have 1 channels\. Got 3"):
         load_images(mixed, [0], channels=1)
 
 

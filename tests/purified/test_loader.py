@@ -463,7 +463,7 @@ def test_a_purifier_of_many_calls_is_warned_of(caplog) -> None:
 def test_bad_arguments() -> None:
     loader = loader_of(random_images(4, 8))
     for make, message in {
-        lambda: PurifiedLoader(loader, "eclipse"): "Expected a purifier",
+        lambda: PurifiedLoader(loader, "eclipse"): "A str is no purifier",
         lambda: PurifiedLoader(loader, None): "Got neither",
         lambda: PurifiedLoader(7, Counting()): "Got int",
         lambda: PurifiedLoader(iter(loader), Counting()): "used up after one",

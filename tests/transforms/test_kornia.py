@@ -235,7 +235,7 @@ def test_copies_and_pickles(make: Any) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(InputError, match="Expected a purifier"):
+    with pytest.raises(InputError, match="A str is no purifier"):
         RandomPurify("eclipse")
     with pytest.raises(InputError, match="needs a plan"):
         RandomPurify(recipes.puregen_filt(0.5, energy=tiny_energy(), model=tiny_denoiser(), ebm_steps=1, ddpm_steps=0))

@@ -332,7 +332,7 @@ def test_never_twice_in_a_dataset():
 def test_what_purify_refuses():
     no_plan = recipes.puregen_filt(0.5, energy=tiny_energy(), model=tiny_denoiser(), ebm_steps=1, ddpm_steps=0)
     for make, message in {
-        lambda: Purify("eclipse"): "Expected a purifier",
+        lambda: Purify("eclipse"): "A str is no purifier",
         lambda: Purify(no_plan): "needs a plan",
         lambda: Squeeze("blur"): "one of jpeg, grayscale, bit_depth, coin. Got 'blur'",
         lambda: Squeeze("jpeg", bits=1): "options of 'jpeg'",

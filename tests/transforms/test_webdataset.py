@@ -214,7 +214,7 @@ def test_one_image_is_chosen_by_name(purifier):
     (out,) = purified(purifier)([two])
     assert out["mask"] is two["mask"]
     two["other.png"] = picture(3)
-    with pytest.raises(InputError, match=r"Sample 'k' of a\.tar: Expected one image .*png, other\.png"):
+    with pytest.raises(InputError, match=r"Sample 'k' of a\.tar: There are several images, png, other\.png"):
         list(purified(purifier)([two]))
     (out,) = purified(purifier, image_key="png")([two])
     assert out["other.png"] is two["other.png"]
@@ -267,7 +267,7 @@ def test_the_place_of_the_stage_is_said(folder, purifier):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"purifier": "jpeg"}, "Expected a purifier"),
+        ({"purifier": "jpeg"}, "A str is no purifier"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"epoch": 2**70}, "fit in 64 bits"),
         ({"batch_size": 0}, r"batch_size must be an integer from 1 to 2\^63 - 1. Got 0"),
@@ -382,5 +382,5 @@ def test_compensation_refuses(folder):
             compensated(**arguments)
     with pytest.raises(InputError, match="epoch"):
         compensated().set_epoch(-1)
-    with pytest.raises(InputError, match=r"Sample '0000' of train-0000\.tar: Expected an image"):
+    with pytest.raises(InputError, match=r"Sample '0000' of train-0000\.tar: An image is"):
         list(pipeline(folder, compensated(image_key="cls")))
