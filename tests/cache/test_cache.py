@@ -1089,7 +1089,7 @@ def test_bad_layouts(values: dict[str, Any]) -> None:
 
 
 def test_a_bad_encoding() -> None:
-    with pytest.raises(InputError, match=r"encoding must be one of raw, png\. Got 'jpeg'"):
+    with pytest.raises(InputError, match=r"encoding must be one of 'raw', 'png'\. Got 'jpeg'"):
         Layout(5, encoding="jpeg")
 
 

@@ -174,7 +174,7 @@ def test_each_draw_is_an_export(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("draw", [-1, 1, True, 0.0])
 def test_no_such_draw(plain: CacheReader, tmp_path: Path, draw: Any) -> None:
-    with pytest.raises(InputError, match=r"draw must be from 0 to 0.*Got"):
+    with pytest.raises(InputError, match=r"draw must be an integer from 0 to 0.*Got"):
         export_tars(plain, tmp_path, draw=draw)
 
 

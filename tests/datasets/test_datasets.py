@@ -233,8 +233,8 @@ def test_the_index_is_small(tmp_path):
         ([("0.png", b""), ("0.mask.png", b"")], r"'0' with the fields png, mask\.png"),
         ([(f"scan.{i:03}.png", b"") for i in range(50)], r"'scan'[\s\S]*, \.\.\.\. \(The key ends at the first dot"),
         ([("0.png", b""), ("0.image", b"")], "no other field named image"),
-        ([("0.png", b""), ("0.png", b"")], r"a\.tar with 0\.png twice"),
-        ([("0.png", b""), ("1.png", b""), ("0.png", b"")], r"a\.tar with '0' in two places"),
+        ([("0.png", b""), ("0.png", b"")], r"a\.tar has 0\.png twice"),
+        ([("0.png", b""), ("1.png", b""), ("0.png", b"")], r"a\.tar has the key '0' in two places"),
     ],
 )
 def test_bad_samples_are_named(members, message, tmp_path):
@@ -318,7 +318,7 @@ def test_two_tars_in_one_file_are_refused(tars):
 def test_other_files_are_refused(tars, tmp_path):
     path = tmp_path / "a.tar.gz"
     path.write_bytes(gzip.compress(tars[0].read_bytes()))
-    with pytest.raises(InputError, match=r"a\.tar\.gz, compressed with gzip: decompress it"):
+    with pytest.raises(InputError, match=r"a\.tar\.gz is compressed with gzip.*Decompress it"):
         TarDataset([*tars, path])
     (tmp_path / "text.tar").write_text("hello " * 1000)
     with pytest.raises(InputError, match=r"text\.tar must be a whole tar file"):
@@ -364,7 +364,7 @@ def test_one_tar_and_tars_in_the_order_of_the_pattern(tars):
 
 
 def test_a_shard_that_is_not_there_is_named(tars, tmp_path):
-    with pytest.raises(InputError, match=r"train-0002\.tar: No such file"):
+    with pytest.raises(InputError, match=r"train-0002\.tar cannot be read as a tar file: No such file"):
         open_dataset(str(tars[0].parent / "train-{0000..0003}.tar"))
     with pytest.raises(InputError, match=r"no \.tar files in .*val-\*\.tar\. Check"):
         open_dataset(str(tars[0].parent / "val-*.tar"))
@@ -378,7 +378,7 @@ def test_a_shard_that_is_not_there_is_named(tars, tmp_path):
 def test_a_compressed_shard_is_no_missing_one(tars):
     packed = tars[1].with_name("train-0002.tar.gz")
     packed.write_bytes(gzip.compress(tars[1].read_bytes()))
-    with pytest.raises(InputError, match=r"train-0002\.tar\.gz, compressed"):
+    with pytest.raises(InputError, match=r"train-0002\.tar\.gz is compressed"):
         open_dataset("webdataset", tars[0].parent)
     packed.rename(tars[1].with_name("train-0001.tar.gz"))  # beside the tar that it is
     assert len(open_dataset("webdataset", tars[0].parent)) == COUNT

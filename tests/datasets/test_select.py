@@ -177,7 +177,7 @@ def make_dataset() -> list[tuple[torch.Tensor, int]]:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagenet", "package.module:function. Got 'imagenet'"),
+        ("imagenet", "no dataset 'imagenet'.*package.module:function"),
         ("no_such_module:f", "No module named"),
         ("tests.train.test_config:nothing", "no attribute"),
         ("os:getpid", "map-style"),

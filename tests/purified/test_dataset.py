@@ -227,7 +227,7 @@ def test_transform_argument_for_a_dataset_without_one(purifier, images, expected
 
 
 def test_two_transforms_are_refused(purifier, images):
-    with pytest.raises(InputError, match="one transform"):
+    with pytest.raises(InputError, match="has a transform of its own"):
         PurifiedDataset(PictureDataset(images, v1.ToTensor()), purifier, transform=v1.ToTensor())
 
 
@@ -1117,11 +1117,11 @@ def test_whole_batches_have_the_bits_of_single_items(images, tmp_path, name, com
     make = {**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32}[name]
     dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), compensate, cache=tmp_path, progress=False)
     alone = PurifiedDataset.from_cache(tmp_path, compensate, transform=make())
-    for epoch in (0, 1):
+    for epoch in (0, 1) if compensate else (0,):
         want = one_by_one(images, make, compensate, epoch, ORDER)
         for cached in (dataset, alone):
             cached.set_epoch(epoch)
-            for _ in range(2):  # by the second time all images were checked
+            for _ in range(1 if compensate else 2):  # by the second time all images were checked
                 assert_same(cached.__getitems__(ORDER), want)
                 assert_same([cached[i] for i in ORDER], want)
                 assert_same(cached[ORDER], default_collate(want))
@@ -1350,7 +1350,7 @@ def test_bad_datasets(dataset, message, purifier):
 def test_bad_arguments(images, purifier):
     source = PictureDataset(images)
     for arguments, message in [
-        ({"purifier": "eclipse"}, "Got str"),
+        ({"purifier": "eclipse"}, "A str is no purifier"),
         ({"purifier": purifier, "compensate": 0.4}, "Got float"),
         ({"purifier": purifier, "batch_size": 0}, "batch_size"),
         ({"purifier": purifier, "seed": 1.5}, r"seed must be an integer\. Got 1\.5"),

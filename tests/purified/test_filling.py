@@ -522,7 +522,7 @@ def test_the_random_state_is_untouched(tmp_path: Path, workers: int) -> None:
         ({"dataset": Items([])}, "empty"),
         ({"dataset": [1, 2]}, "Got int"),
         ({"dataset": iter([1])}, "map-style"),
-        ({"purifier": "jpeg"}, "Got str"),
+        ({"purifier": "jpeg"}, "A str is no purifier"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -855,7 +855,7 @@ def test_as_a_module(tmp_path: Path, folder: Path) -> None:
 
 def test_a_dataset_that_compensates_is_refused(tmp_path: Path) -> None:
     inner = PurifiedDataset(source(), Jpeg(30), Compensate())
-    with pytest.raises(InputError, match=r"one draw of it for ever\. Got a PurifiedDataset"):
+    with pytest.raises(InputError, match=r"This PurifiedDataset compensates.*one draw of it for ever"):
         precompute(inner, Jpeg(30), tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -931,7 +931,7 @@ def test_one_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for rank, bars in ((1, 0), (0, 1)):
         monkeypatch.setattr(sys, "stderr", Terminal())
         filled(tmp_path / str(rank), progress=True, rank=rank, world_size=2)
-        assert sys.stderr.getvalue().count("\rpurifying: 100%") == bars
+        assert ("\rpurifying: 100%" in sys.stderr.getvalue()) == bool(bars)
         assert ("img/s]" in sys.stderr.getvalue()) == bool(bars)
     assert "images/s" not in caplog.text
 
