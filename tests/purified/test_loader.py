@@ -189,7 +189,7 @@ def test_what_a_normalised_batch_is_not(caplog) -> None:
     assert "not normalised" in caplog.text
     with pytest.raises(InputError, match=r"Batch 0 of the loader: .*mean and std that the loader normalises with"):
         list(PurifiedLoader([(3 * images - 1.5, 0)], Counting(), normalize=((0.5,) * 3, (0.5,) * 3)))
-    with pytest.raises(InputError, match="of uint8 are not normalised. Leave normalize= out"):
+    with pytest.raises(InputError, match=r"of uint8 are not normalised\. Leave normalize= out"):
         list(PurifiedLoader([(random_images(4, 8), 0)], Counting(), normalize=(MEAN, STD)))
     with pytest.raises(InputError, match="normalize has 2 channels"):
         list(PurifiedLoader([(images, 0)], Counting(), normalize=((0.1, 0.2), (0.1, 0.2))))
