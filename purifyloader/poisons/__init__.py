@@ -12,54 +12,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from purifyloader.poisons.attacks.ar import ar_coefficients, ar_perturbation, autoregressive, read_ar_coefficients
+    from purifyloader.poisons.attacks.autoregression import (
+        ar_coefficients,
+        ar_perturbation,
+        autoregressive,
+        read_ar_coefficients,
+    )
     from purifyloader.poisons.attacks.class_wise import class_patterns, urp
-    from purifyloader.poisons.attacks.cuda import cuda, cuda_filters
-    from purifyloader.poisons.attacks.lsp import lsp, lsp_perturbation
-    from purifyloader.poisons.attacks.ops import ops, ops_pixels
+    from purifyloader.poisons.attacks.convolution import cuda, cuda_filters
+    from purifyloader.poisons.attacks.one_pixel import ops, ops_pixels
     from purifyloader.poisons.attacks.registry import ATTACKS, Attack, make
+    from purifyloader.poisons.attacks.separable import lsp, lsp_perturbation
     from purifyloader.poisons.attacks.trigger import add_trigger, backdoor, read_trigger
     from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
     from purifyloader.poisons.reading import check, read
     from purifyloader.poisons.writing import write, write_images, write_npz
 
-__all__ = [
-    "ATTACKS",
-    "Attack",
-    "Bound",
-    "Moved",
-    "Poisoned",
-    "Target",
-    "add_trigger",
-    "ar_coefficients",
-    "ar_perturbation",
-    "autoregressive",
-    "backdoor",
-    "check",
-    "class_patterns",
-    "cuda",
-    "cuda_filters",
-    "lsp",
-    "lsp_perturbation",
-    "make",
-    "ops",
-    "ops_pixels",
-    "read",
-    "read_ar_coefficients",
-    "read_trigger",
-    "urp",
-    "write",
-    "write_images",
-    "write_npz",
-]
+__all__ = ["ATTACKS", "Attack", "Bound", "Moved", "Poisoned", "Target", "add_trigger", "ar_coefficients"]
+__all__ += ["ar_perturbation", "autoregressive", "backdoor", "check", "class_patterns", "cuda", "cuda_filters", "lsp"]
+__all__ += ["lsp_perturbation", "make", "ops", "ops_pixels", "read", "read_ar_coefficients", "read_trigger", "urp"]
+__all__ += ["write", "write_images", "write_npz"]
 
 # The table of attacks needs no torch: each name is loaded when it is first used.
 _MODULES = {
-    "attacks.ar": ("ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"),
+    "attacks.autoregression": ("ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"),
     "attacks.class_wise": ("class_patterns", "urp"),
-    "attacks.cuda": ("cuda", "cuda_filters"),
-    "attacks.lsp": ("lsp", "lsp_perturbation"),
-    "attacks.ops": ("ops", "ops_pixels"),
+    "attacks.convolution": ("cuda", "cuda_filters"),
+    "attacks.separable": ("lsp", "lsp_perturbation"),
+    "attacks.one_pixel": ("ops", "ops_pixels"),
     "attacks.registry": ("ATTACKS", "Attack", "make"),
     "attacks.trigger": ("add_trigger", "backdoor", "read_trigger"),
     "poisoned": ("Bound", "Moved", "Poisoned", "Target"),

@@ -3,7 +3,7 @@
 A model is a name or folder that `purifyloader.pretrained.load` takes, or a model already loaded. `RECIPES` names all
 recipes, those of plugins too. Importing this package does not import torch.
 
-Images of many or large sizes: every recipe takes `resize`, `crop`, `tile` and `overlap`, in pixels.
+Images of many or large sizes: the options of every recipe are `resize`, `crop`, `tile` and `overlap`, in pixels.
 
     resize, crop    the shorter side at `resize`, then the central crop x crop, before the purifier (`Resize`)
     tile, overlap   the purifier in squares of `tile` that share `overlap`, then blended (`Tiles`)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from purifyloader.recipes.models import Model, as_denoiser, dtype_of
+from purifyloader.recipes.models import Model, as_denoiser
 from purifyloader.recipes.registry import recipe
-from purifyloader.recipes.sizes import SizeOptions, Sizes
+from purifyloader.recipes.sizes import Network, NetworkOptions
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.schedule import Schedule
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["eclipse", "denoise_once"]
 
 
-@recipe()  # the bench has rows of its own for the parts of ECLIPSE: `purifyloader.bench.defences`
+@recipe(options=Network)  # the bench has rows of its own for the parts of ECLIPSE: `purifyloader.bench.defences`
 def eclipse(
     model: Model,
     *,
@@ -25,9 +25,7 @@ def eclipse(
     schedule: Schedule | None = None,
     sampler: Literal["ancestral", "ddim"] = "ancestral",
     compensate_once: bool = False,
-    fast: bool = False,
-    compute_batch: int = 32,
-    **sizes: Unpack[SizeOptions],
+    **options: Unpack[NetworkOptions],
 ) -> Purifier:
     """Purify as ECLIPSE does (Wang et al., ESORICS 2024, Algorithm 1): add noise, and take it off step by step.
 
@@ -44,14 +42,7 @@ def eclipse(
         sampler: "ancestral" (the paper) or "ddim".
         compensate_once: also apply one fixed draw of the compensation, as Algorithm 1 prints it; to the
             whole image, for a tile alone would turn grey.
-        fast: bfloat16 network arithmetic.
-        compute_batch: images of every network call; it decides the last bits.
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        ConfigError: options that contradict each other.
-        InputError: no denoiser, or one that was not trained for this noise.
-        CheckpointError: no such model.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> purify = recipes.eclipse("cifar10-sparse", sigma=25 / 255)
@@ -60,28 +51,24 @@ def eclipse(
     """
     from purifyloader.purifiers import Chain, Compensation, Diffuse
 
-    size = Sizes(**sizes)
-    if t is None and sigma is None:
-        t = 100
-    purifier = size.tiled(
+    shared = Network(**options)
+    purifier = shared.tiled(
         Diffuse(
             as_denoiser(model),
-            t=t,
+            t=100 if t is None and sigma is None else t,
             sigma=sigma,
             steps=steps,
             schedule=schedule,
             sampler=sampler,
-            dtype=dtype_of(fast),
-            compute_batch=compute_batch,
+            dtype=shared.dtype,
+            compute_batch=shared.compute_batch,
         )
     )
-    return size.resized(Chain(purifier, Compensation()) if compensate_once else purifier)
+    return shared.resized(Chain(purifier, Compensation()) if compensate_once else purifier)
 
 
-@recipe()
-def denoise_once(
-    model: Model, sigma: float, *, fast: bool = False, compute_batch: int = 32, **sizes: Unpack[SizeOptions]
-) -> Purifier:
+@recipe(options=Network)
+def denoise_once(model: Model, sigma: float, **options: Unpack[NetworkOptions]) -> Purifier:
     """Add noise of exactly sigma (image units), then call the network once (Hong, Carlini & Kurakin 2024).
 
     Only what the network is told of the noise is rounded, where it was trained on timesteps: GetTimeStep(sigma) is the
@@ -92,15 +79,8 @@ def denoise_once(
     Args:
         model: name or folder of a denoiser, or one already loaded: ours, a converted one, or a blind one
             (`purifyloader.diffusion.BlindDenoiser`).
-        sigma: noise level in image units (25 px is 25/255), within the denoiser's range.
-        fast: bfloat16 network arithmetic; the noise is added before, in float32.
-        compute_batch: images of every network call; it decides the last bits.
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        ConfigError: options that contradict each other.
-        InputError: no denoiser, or one that was not trained for this noise.
-        CheckpointError: no such model.
+        sigma: noise level in image units (25 px is 25/255), within the denoiser's range; added in float32.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> recipes.denoise_once("cifar10-sparse", sigma=0.1).calls
@@ -108,5 +88,6 @@ def denoise_once(
     """
     from purifyloader.purifiers import DenoiseOnce
 
-    size = Sizes(**sizes)
-    return size.around(DenoiseOnce(as_denoiser(model), sigma, dtype=dtype_of(fast), compute_batch=compute_batch))
+    shared = Network(**options)
+    denoiser = as_denoiser(model)
+    return shared.around(DenoiseOnce(denoiser, sigma, dtype=shared.dtype, compute_batch=shared.compute_batch))

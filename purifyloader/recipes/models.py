@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from purifyloader.energy import EnergyNetwork
     from purifyloader.purifiers import Purifier
 
-__all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "dtype_of", "from_json"]
+__all__ = ["EnergyModel", "Model", "as_denoiser", "as_energy", "from_json"]
 
 # the annotation is the kind of model, for whoever reads a recipe's signature
 Model: TypeAlias = Annotated["str | Path | Denoiser", "denoiser"]
@@ -22,27 +22,20 @@ EnergyModel: TypeAlias = Annotated["str | Path | EnergyNetwork", "energy"]
 
 
 def as_model(model: Any, kind: str) -> Any:
-    """The model itself, loaded where it is a name or a folder; the purifier refuses what is none at all."""
+    """Load a model where it is a name or a folder; the purifier refuses what is none at all."""
     from purifyloader import pretrained
 
     return pretrained.load(model, kind) if isinstance(model, str | os.PathLike) else model
 
 
 def as_denoiser(model: Model) -> Denoiser:
-    """The denoiser itself; the purifier refuses what is none at all."""
     denoiser: Denoiser = as_model(model, "denoiser")
     return denoiser
 
 
 def as_energy(model: EnergyModel) -> EnergyNetwork:
-    """The energy model itself; the purifier refuses what is none at all."""
     energy: EnergyNetwork = as_model(model, "energy")
     return energy
-
-
-def dtype_of(fast: bool) -> str:
-    """The arithmetic of a network, as purifiers name it."""
-    return "bfloat16" if fast else "float32"
 
 
 class _Finder:

@@ -12,12 +12,12 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from purifyloader.errors import ConfigError
-from purifyloader.recipes.sizes import SizeOptions, Sizes
+from purifyloader.recipes.sizes import Sizes
 
 if TYPE_CHECKING:
     from purifyloader.purifiers import Purifier
@@ -119,32 +119,44 @@ class Recipe:
         return "fast" in self.options
 
 
-def recipe(*rows: Row) -> Callable[[Make], Make]:
-    """Mark a function as a recipe: `**sizes` becomes four keyword arguments in its signature and in its help.
+def recipe(*rows: Row, options: type[Sizes] = Sizes) -> Callable[[Make], Make]:
+    """Mark a function as a recipe: its `**options` become keyword arguments in its signature and in its help.
 
     Args:
         rows: in the bench. A recipe without any is there only when it is asked for by name.
+        options: dataclass of the keyword arguments that `**options` is for; `Args:` of its docstring is their help.
     """
 
     def mark(make: Make) -> Make:
         marked: Any = make
         signature = inspect.signature(make)
-        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        if len(parameters) < len(signature.parameters):
+        parameters = list(signature.parameters.values())
+        if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            shared = parameters.pop().name
+            own_first = [name for each in options.__mro__ for name in inspect.get_annotations(each)]
+            known, texts = {each.name: each for each in fields(options)}, {}
+            for each in reversed(options.__mro__):
+                texts |= _arguments(each.__doc__)
             parameters += [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None")
-                for name in SizeOptions.__annotations__
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=known[name].default, annotation=known[name].type
+                )
+                for name in own_first
             ]
+            lines = "".join(rf"\1{name}: {texts[name]}\n" for name in own_first)
+            marked.__doc__ = re.sub(rf"( *){shared}: .*\n", lines + _RAISES, make.__doc__ or "")
         marked.__signature__ = signature.replace(parameters=parameters)
-        marked.__doc__ = re.sub(r"( *)sizes: .*\n", _sizes_help, make.__doc__ or "")
         marked.rows = rows
         return make
 
     return mark
 
 
-def _sizes_help(line: re.Match[str]) -> str:
-    return "".join(f"{line[1]}{name}: {text}\n" for name, text in _arguments(Sizes.__doc__).items())
+_RAISES = """
+    Raises:
+        ConfigError: an option of another type or range, or options that contradict each other.
+        InputError, CheckpointError: a value or a model that the purifier does not take, or that cannot be loaded.
+"""
 
 
 def _arguments(doc: str | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Take images of any size: the four options that every recipe has, as one value."""
+"""Share options between recipes: the four for images of any size, which every recipe has, and those of a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from purifyloader.errors import ConfigError
 if TYPE_CHECKING:
     from purifyloader.purifiers import Purifier
 
-__all__ = ["SizeOptions", "Sizes"]
+__all__ = ["Network", "NetworkOptions", "SizeOptions", "Sizes"]
 
 
 class SizeOptions(TypedDict, total=False):
@@ -24,19 +24,13 @@ class SizeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bring images of many or large sizes to what a purifier takes; with no option the purifier stays bare.
-
-    A purifier in a chain or in tiles draws from child keys: with any of these options an image gets other noise than
-    without, whatever its size.
+    """Bring images of many or large sizes to what a purifier takes, as the package says; refuse what would be ignored.
 
     Args:
         resize: bring the shorter side of every image to this many pixels first.
         crop: then cut out the central square of this many pixels.
         tile: purify in square tiles of this many pixels, at full resolution, and blend them.
         overlap: pixels that neighbouring tiles share (default: a quarter of a tile).
-
-    Raises:
-        ConfigError: an option that would be ignored. Other values are checked by `Resize` and `Tiles`.
     """
 
     resize: int | None = None
@@ -65,3 +59,27 @@ class Sizes:
     def around(self, purifier: Purifier) -> Purifier:
         """The purifier in tiles, after the resize."""
         return self.resized(self.tiled(purifier))
+
+
+class NetworkOptions(SizeOptions, total=False):
+    """The keyword arguments of `Network`."""
+
+    fast: bool
+    compute_batch: int
+
+
+@dataclass(frozen=True)
+class Network(Sizes):
+    """How a network is called.
+
+    Args:
+        fast: bfloat16 network arithmetic.
+        compute_batch: images of every network call; it decides the last bits.
+    """
+
+    fast: bool = False
+    compute_batch: int = 32
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.fast else "float32"

@@ -14,16 +14,12 @@ __all__ = ["jpeg", "grayscale", "bit_depth", "coin"]
 
 
 @recipe(Row("jpeg-10", "JPEG at quality 10 (ISS-J)"), Row("jpeg-75", "JPEG at quality 75", {"quality": 75}))
-def jpeg(quality: int = 10, **sizes: Unpack[SizeOptions]) -> Purifier:
+def jpeg(quality: int = 10, **options: Unpack[SizeOptions]) -> Purifier:
     """Compress as JPEG at quality 10 (ISS-J; Liu et al. 2023): the cheap baseline.
 
     Args:
         quality: of the compression, 1 to 100.
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        InputError: no such quality.
-        ConfigError: options that contradict each other.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> recipes.jpeg(quality=30).to_json()
@@ -31,18 +27,15 @@ def jpeg(quality: int = 10, **sizes: Unpack[SizeOptions]) -> Purifier:
     """
     from purifyloader.purifiers import Jpeg
 
-    return Sizes(**sizes).around(Jpeg(quality))
+    return Sizes(**options).around(Jpeg(quality))
 
 
 @recipe(Row("grayscale", "grey for every image (ISS-G)"))
-def grayscale(**sizes: Unpack[SizeOptions]) -> Purifier:
+def grayscale(**options: Unpack[SizeOptions]) -> Purifier:
     """Put the brightness of each pixel into all channels (ISS-G; Liu et al. 2023).
 
     Args:
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        ConfigError: options that contradict each other.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> recipes.grayscale().config()
@@ -50,20 +43,16 @@ def grayscale(**sizes: Unpack[SizeOptions]) -> Purifier:
     """
     from purifyloader.purifiers import Grayscale
 
-    return Sizes(**sizes).around(Grayscale())
+    return Sizes(**options).around(Grayscale())
 
 
 @recipe(Row("bit-depth", "2 bits a channel"))
-def bit_depth(bits: int = 2, **sizes: Unpack[SizeOptions]) -> Purifier:
+def bit_depth(bits: int = 2, **options: Unpack[SizeOptions]) -> Purifier:
     """Keep the two highest bits of each channel (ISS-BDR; Liu et al. 2023).
 
     Args:
         bits: of each channel that are kept, 1 to 8.
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        InputError: no such number of bits.
-        ConfigError: options that contradict each other.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> recipes.bit_depth().config()
@@ -71,23 +60,19 @@ def bit_depth(bits: int = 2, **sizes: Unpack[SizeOptions]) -> Purifier:
     """
     from purifyloader.purifiers import BitDepth
 
-    return Sizes(**sizes).around(BitDepth(bits))
+    return Sizes(**options).around(BitDepth(bits))
 
 
 @recipe(
     Row("coin", "COIN: pixels moved at random by interpolation"),
     Row("coin-afresh", "the same anew in every epoch, as published", per_epoch=True),
 )
-def coin(alpha: float = 2.0, **sizes: Unpack[SizeOptions]) -> Purifier:
+def coin(alpha: float = 2.0, **options: Unpack[SizeOptions]) -> Purifier:
     """Move every pixel at random by up to 2 pixels along each side (COIN; Wang et al. 2023, arXiv:2311.18403).
 
     Args:
         alpha: the furthest that a pixel moves along each side, in pixels.
-        sizes: see `purifyloader.recipes`.
-
-    Raises:
-        InputError: no such distance.
-        ConfigError: options that contradict each other.
+        options: see `purifyloader.recipes`.
 
     >>> from purifyloader import recipes
     >>> recipes.coin().config()
@@ -95,4 +80,4 @@ def coin(alpha: float = 2.0, **sizes: Unpack[SizeOptions]) -> Purifier:
     """
     from purifyloader.purifiers import Coin
 
-    return Sizes(**sizes).around(Coin(alpha))
+    return Sizes(**options).around(Coin(alpha))

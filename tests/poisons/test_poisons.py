@@ -15,7 +15,7 @@ from purifyloader.poisons import (
     lsp_perturbation,
     read_ar_coefficients,
 )
-from purifyloader.poisons.attacks.ar import _is_stable
+from purifyloader.poisons.attacks.autoregression import _is_stable
 
 LABELS = torch.arange(60) % 10
 SIZE = (32, 32)

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.clean import Clean, add, opened, poisoned
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.pgd import Loss
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, with_signature
+from purifyloader.poisons.attacks.presets import TrainedSettings, number
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.views import View, compensated, purified
-from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.purifiers.networks import entry
 from purifyloader.recipes.denoising import eclipse
 from purifyloader.recipes.models import Model, as_denoiser
@@ -49,15 +47,10 @@ class AdaptiveSettings(TrainedSettings):
         shift: the target class is (y + shift) mod classes.
     """
 
-    sigma: float = 0.05
-    grey: float = 0.4
-    noise: float = 0.05
+    sigma: float = number(1e-6, 100, default=0.05)
+    grey: float = number(0, 1, default=0.4)
+    noise: float = number(0, 1, default=0.05)
     shift: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.numbers(sigma=(1e-6, 100), grey=(0, 1), noise=(0, 1))
-        self.integers(shift=1)
 
 
 PRESETS = {
@@ -66,77 +59,49 @@ PRESETS = {
 }
 
 
-@with_signature(PRESETS)
-def adaptive(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    model: Model = "cifar10-sparse",
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
+@attack_with_networks("adaptive", PRESETS)
+def adaptive(clean: Clean, settings: AdaptiveSettings, seed: int, *, model: Model = "cifar10-sparse") -> Made:
     """Turn all images of a dataset into adversarial examples of another class that stay so through purification.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`; of as many channels as the denoiser's images.
-        seed: of the network, its batches, the perturbations' start, and the attacker's own draws of D and C.
-        model: the defender's denoiser: name, folder or denoiser.
-        preset: "cpu", half an hour of a core for a few thousand 32 x 32 images, or "full".
-        device: where to compute.
-        progress: show a bar.
-        options: values of `AdaptiveSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set. Its settings hold the options, and the shares of it that the network calls by the label and by
-        the target class, as they are and purified once.
-
-    Raises:
-        InputError: a dataset, model, preset, device or option that does not fit; TrainingError: the network diverges.
+    They have as many channels as the denoiser's images. The settings of the poisoned set hold the options, and the
+    shares of it that the network calls by the label and by the target class, as they are and purified once.
     """
-    settings = choose(PRESETS, preset, options)
     denoiser = as_denoiser(model)
     purifier = eclipse(denoiser, sigma=settings.sigma, fast=settings.bfloat16)
-    with opened(dataset, "adaptive", seed, device, progress) as clean:
-        if purifier.image_channels != clean.x.shape[1]:
-            raise InputError(
-                f"The denoiser takes images of {purifier.image_channels} channels. Got {clean.x.shape[1]}: convert the "
-                "images, or give another model=."
-            )
-        purify = purified(purifier.to(clean.x.device), seed)
-        compensate = compensated(settings.grey, settings.noise, seed)
-        turn = count(1)
+    if purifier.image_channels != clean.x.shape[1]:
+        raise InputError(
+            f"The denoiser takes images of {purifier.image_channels} channels. Got {clean.x.shape[1]}: convert the "
+            "images, or give another model=."
+        )
+    purify = purified(purifier.to(clean.x.device), seed)
+    compensate = compensated(settings.grey, settings.noise, seed)
+    turn = count(1)
 
-        def defended(x_BCHW: Tensor, index_B: Tensor) -> Tensor:
-            now = next(turn)
-            x = purify(x_BCHW, index_B, now)
-            if settings.augment:  # of what is in the victim's cache
-                x = crop_and_flip(x, uniforms(seed, _VIEW, now, index_B, (3,)), settings.pad, settings.flip)
-            return compensate(x, index_B, now)
+    def defended(x_BCHW: Tensor, index_B: Tensor) -> Tensor:
+        now = next(turn)
+        x = purify(x_BCHW, index_B, now)
+        if settings.augment:  # of what is in the victim's cache
+            x = crop_and_flip(x, uniforms(seed, _VIEW, now, index_B, (3,)), settings.pad, settings.flip)
+        return compensate(x, index_B, now)
 
-        def corrupted(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-            return compensate(x_BCHW, torch.arange(len(x_BCHW), device=x_BCHW.device), next(turn))
+    def corrupted(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+        return compensate(x_BCHW, torch.arange(len(x_BCHW), device=x_BCHW.device), next(turn))
 
-        target_N = shifted(clean, settings.shift)
-        (network,) = train(_purified(clean, clean.x, purify), settings, seed, adversary=corrupted)
+    target_N = shifted(clean, settings.shift)
+    (network,) = train(_purified(clean, clean.x, purify), settings, seed, adversary=corrupted)
 
-        def loss_of(index_B: Tensor) -> Loss:
-            loss = cross_entropy(network, target_N[index_B])
-            return lambda x_BCHW: loss(defended(x_BCHW, index_B))
+    def loss_of(index_B: Tensor) -> Loss:
+        loss = cross_entropy(network, target_N[index_B])
+        return lambda x_BCHW: loss(defended(x_BCHW, index_B))
 
-        delta = descend(clean, replace(settings, augment=False), seed, loss_of)
-        images = add(clean, delta, settings.bound)
-        after = _purified(clean, torch.from_numpy(images).permute(0, 3, 1, 2), purify).x
-        shares = {
-            f"called_{name}{where}": share_called(network, seen, labels_N)
-            for where, seen in (("", images), ("_purified", after.permute(0, 2, 3, 1).cpu().numpy()))
-            for name, labels_N in (("label", clean.y), ("target", target_N))
-        }
-        made = poisoned(clean, images, "adaptive", settings, seed, preset, **shares)
-        return replace(made, settings={**made.settings, "model": entry(denoiser)})
+    images = add(clean, descend(clean, replace(settings, augment=False), seed, loss_of), settings.bound)
+    after = _purified(clean, torch.from_numpy(images).permute(0, 3, 1, 2), purify).x
+    shares = {
+        f"called_{name}{where}": share_called(network, seen, labels_N)
+        for where, seen in (("", images), ("_purified", after.permute(0, 2, 3, 1).cpu().numpy()))
+        for name, labels_N in (("label", clean.y), ("target", target_N))
+    }
+    return Made(images, {**shares, "model": entry(denoiser)})
 
 
 def _purified(clean: Clean, x_NCHW: Tensor, purify: View) -> Clean:

@@ -9,7 +9,6 @@ reduction of the library.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,27 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.core import noise
+from purifyloader.core.checks import check_integer
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
 
-__all__ = [
-    "Change",
-    "Draw",
-    "Images",
-    "Integers",
-    "as_classes",
-    "as_labels",
-    "as_positions",
-    "as_size",
-    "change_images",
-    "check_positive",
-    "draw_all",
-    "poison",
-    "purpose_keys",
-    "scale_to_norm",
-    "sha256_of",
-    "size_of",
-]
+__all__ = ["Change", "Draw", "Images", "Integers", "as_labels", "as_size", "change_images", "draw_all", "poison"]
+__all__ += ["purpose_keys", "scale_to_norm", "sha256_of", "size_of"]
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 """(label_B int64, position_B int64) -> float32 (B, H, W, 3), in units of [0, 1] images."""
@@ -74,20 +58,15 @@ def _as_integers(name: str, values: Integers, low: int, high: int, hint: str) ->
     return torch.from_numpy(array.astype(np.int64))  # a copy, as torch warns of arrays it must not write
 
 
-def as_classes(classes: int) -> int:
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
-    return classes
-
-
 def as_labels(labels: Integers, classes: int, hint: str = ", or classes= must be given") -> Tensor:
-    labels_N = _as_integers("labels", labels, 0, as_classes(classes), hint)
+    check_integer("classes", classes, 1, error=InputError)
+    labels_N = _as_integers("labels", labels, 0, classes, hint)
     if len(labels_N) == 0:
         raise InputError("labels must hold at least one label. Got none.")
     return labels_N
 
 
-def as_positions(positions: Integers | None, count: int) -> Tensor:
+def _as_positions(positions: Integers | None, count: int) -> Tensor:
     """Return the positions in the dataset of `count` labels: 0, 1, ... where none are given."""
     if positions is None:
         return torch.arange(count)
@@ -103,12 +82,6 @@ def as_size(size: Sequence[int]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def check_positive(name: str, value: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise InputError(f"{name} must be a finite number above 0. Got {value!r}.")
-
-
 def size_of(images: NDArray[np.uint8] | Tensor) -> tuple[int, int]:
     """Check images, uint8 (N, H, W, 3), and return their height and width."""
     if not isinstance(images, np.ndarray | Tensor):
@@ -121,27 +94,24 @@ def size_of(images: NDArray[np.uint8] | Tensor) -> tuple[int, int]:
 
 
 def scale_to_norm(delta_BHWC: Tensor, norm: float) -> Tensor:
-    """Scale each image's perturbation, float64, to the l2 norm `norm`, and round it to float32.
-
-    Raises:
-        InputError: one that is zero everywhere or not finite cannot be scaled.
-    """
+    """Scale each image's perturbation, float64, to the l2 norm `norm`, and round it to float32."""
     squares = delta_BHWC.flatten(1).square()
     while squares.shape[1] > 1:  # a sum by halves
         half = squares.shape[1] // 2
         odd = squares[:, 2 * half :]
         squares = torch.cat([squares[:, :half] + squares[:, half : 2 * half], odd], dim=1)
     length = squares.sqrt().reshape(-1, 1, 1, 1)
-    if not bool((torch.isfinite(length) & (length > 0)).all()):
+    usable = torch.isfinite(length) & (length > 0)
+    if not bool(usable.all()):
         raise InputError(
-            "A perturbation must be finite and not zero everywhere to be scaled to its norm. Got one of "
-            f"length {float(length[~(torch.isfinite(length) & (length > 0))][0])}: change the coefficients."
+            "A perturbation must be finite and not zero everywhere to be scaled to its norm. Got one of length "
+            f"{float(length[~usable][0])}: change the coefficients."
         )
     return (delta_BHWC / length * norm).to(torch.float32)
 
 
-def draw_all(draw: Draw, labels_N: Tensor, positions_N: Tensor) -> Tensor:
-    parts = zip(labels_N.split(_CHUNK), positions_N.split(_CHUNK), strict=True)
+def draw_all(draw: Draw, labels_N: Tensor, positions: Integers | None) -> Tensor:
+    parts = zip(labels_N.split(_CHUNK), _as_positions(positions, len(labels_N)).split(_CHUNK), strict=True)
     return torch.cat([draw(label_B, position_B) for label_B, position_B in parts])
 
 
@@ -149,7 +119,7 @@ def poison(
     images: Images, labels_N: Tensor, indices: Integers | None, draw: Draw, positions: Integers | None = None
 ) -> Images:
     """Return a copy of the images with x + delta, clamped to [0, 1] and rounded to 8 bits; see `change_images`."""
-    positions_N = as_positions(positions, len(labels_N))
+    positions_N = _as_positions(positions, len(labels_N))
 
     def change(x: Tensor, label: Tensor, index: Tensor) -> Tensor:
         return x + draw(label, positions_N[index]).to(x.device)
@@ -158,12 +128,7 @@ def poison(
 
 
 def change_images(images: Images, labels_N: Tensor, indices: Integers | None, change: Change) -> Images:
-    """Return a copy of the images, changed, clamped to [0, 1] and rounded to 8 bits.
-
-    Args:
-        images: checked by `size_of`.
-        indices: which images to poison, all if None; each becomes what it would be among all.
-    """
+    """Return a copy of the images, those at `indices` (all if None) changed, clamped to [0, 1] and in 8 bits."""
     count = len(images)
     if len(labels_N) != count:
         raise InputError(f"There must be one label an image. Got {count} images and {len(labels_N)} labels.")

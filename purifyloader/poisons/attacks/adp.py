@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.em import EmSettings, min_min, with_defaults
+from purifyloader.poisons.attacks.presets import number
 from purifyloader.poisons.attacks.views import compensated
 
 __all__ = ["PRESETS", "AdpSettings", "adp"]
@@ -27,12 +28,8 @@ class AdpSettings(EmSettings):
         noise: standard deviation of C's noise, in image units.
     """
 
-    grey: float = 0.4
-    noise: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.numbers(grey=(0, 1), noise=(0, 1))
+    grey: float = number(0, 1, default=0.4)
+    noise: float = number(0, 1, default=0.05)
 
 
 PRESETS = {
@@ -41,7 +38,7 @@ PRESETS = {
 }
 
 
-@on_all_images("adp", PRESETS, with_defaults)
+@attack_with_networks("adp", PRESETS, with_defaults)
 def adp(clean: Clean, settings: AdpSettings, seed: int) -> Made:
     """Add noise to all images of a dataset that is easy to learn through ECLIPSE's compensation.
 
@@ -50,4 +47,4 @@ def adp(clean: Clean, settings: AdpSettings, seed: int) -> Made:
     """
     view = compensated(settings.grey, settings.noise, seed)
     noise, measured = min_min(clean, settings, seed, "adp", view)
-    return add(clean, noise, settings.bound), measured
+    return Made(add(clean, noise, settings.bound), measured)

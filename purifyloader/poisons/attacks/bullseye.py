@@ -14,17 +14,15 @@ several views of the target.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from purifyloader.poisons.attacks.clean import Clean, add_to
-from purifyloader.poisons.attacks.few import Few, Made, aims, approach, distances, features, on_few_images
+from purifyloader.poisons.attacks.clean import Clean, add
+from purifyloader.poisons.attacks.few import Few, Poisons, aims, approach, attack_on_target, distances, features
 from purifyloader.poisons.attacks.presets import TrainedSettings
-from purifyloader.poisons.attacks.surrogate import train
 
 __all__ = ["PRESETS", "BullseyeSettings", "bullseye", "off_centre"]
 
@@ -45,10 +43,6 @@ class BullseyeSettings(TrainedSettings):
 
     surrogates: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(surrogates=1)
-
 
 PRESETS = {
     "cpu": BullseyeSettings(steps=150, step=0.08, epochs=15, surrogates=2, lr=0.2, batch_size=64),
@@ -56,12 +50,8 @@ PRESETS = {
 }
 
 
-def _surrogates(clean: Clean, settings: BullseyeSettings, seed: int) -> Sequence[nn.Module]:
-    return [train(clean, settings, operator.index(seed) + i)[0] for i in range(settings.surrogates)]
-
-
-@on_few_images("bullseye", PRESETS, purpose=_ATTACK, default=lambda clean: _COUNT, surrogates=_surrogates)
-def bullseye(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: BullseyeSettings, seed: int) -> Made:
+@attack_on_target("bullseye", PRESETS, purpose=_ATTACK, default=lambda clean: _COUNT)
+def bullseye(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: BullseyeSettings, seed: int) -> Poisons:
     """Move a few images of one class, 5 unless said, until their features have a test image's as their mean.
 
     The settings of the poisoned set hold the options, and for each network what it calls the target, and how far the
@@ -74,7 +64,7 @@ def bullseye(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: Bu
             yield off_centre(features(network, x_KCHW), aim_1F) / (2 * len(networks))
 
     delta = approach(objective, few.base_KCHW, settings, clean.bar, index_K=few.index_K, seed=seed)
-    images = add_to(clean, few.index_K, delta, settings.bound)
+    images = add(clean, delta, settings.bound, few.index_K)
     return few, images, distances(few, images, networks, aim_of, apart, settings.batch_size)
 
 

@@ -68,15 +68,15 @@ def on_chosen_images(
     name: str,
     function: Callable[..., Any],
     bound: Callable[[Mapping[str, Any]], Bound | None],
-    complete: Callable[[Victims, Mapping[str, Any]], Mapping[str, Any]] = lambda _, options: options,
+    recorded: Callable[[Victims, Mapping[str, Any]], Mapping[str, Any]] = lambda _, options: options,
 ) -> Callable[..., Poisoned]:
     """Make an attack `(dataset, seed=0, *, options, share=None, count=None)` out of a function on arrays.
 
     Args:
-        name: of the attack.
-        function: takes images, labels, indices, classes, seed and its own options, and positions if it looks at them.
-        bound: of the perturbations, from the options.
-        complete: puts values in the place of options that depend on the images.
+        function: takes images, labels, and by name which of indices, positions, classes and seed it needs, and its own
+            options. Gives the images, or a pair of them and of more to record.
+        bound: of the perturbations, from what is recorded.
+        recorded: puts values in the place of options that are not JSON, or that depend on the images.
     """
     parameters = inspect.signature(function).parameters
     own = [p for key, p in parameters.items() if key not in ("images", "labels", *_GIVEN)]
@@ -85,10 +85,15 @@ def on_chosen_images(
         dataset: Any, seed: int = 0, *, share: float | None = None, count: int | None = None, **options: Any
     ) -> Poisoned:
         chosen = victims(dataset, seed, share, count)
-        settings = complete(chosen, {**{p.name: p.default for p in own}, **options})
-        where = {"indices": chosen.indices, "positions": chosen.positions, "classes": chosen.classes, "seed": seed}
-        known = {key: value for key, value in where.items() if key in parameters}
-        images = function(chosen.images, chosen.labels, **known, **settings)
+        settings = {**{p.name: p.default for p in own}, **options}
+        made = function(
+            chosen.images,
+            chosen.labels,
+            **{key: getattr(chosen, key) for key in _GIVEN if key in parameters},
+            **settings,
+        )
+        images, more = made if isinstance(made, tuple) else (made, {})
+        settings = {**recorded(chosen, settings), **more}
         return chosen.poisoned(images, name, bound(settings), **settings, share=share, count=count)
 
     signature = inspect.signature(attack)
@@ -104,13 +109,12 @@ _ARGUMENTS = """Poison a dataset as `{name}` poisons arrays.
 
 Args:
     dataset: see `as_arrays`; in colour.
-    seed: of all that is random.
-    share, count: poison so many of the images, chosen by `seed`; None for all.
+    seed: of all that is random, and of the choice of images.
+    share, count: poison so many of the images; None for all.
     options: see `{name}`.
 
 Raises:
-    InputError: a dataset or an option of another type, shape or range.
-    ConfigError: both share and count.
+    InputError: a dataset or an option of another type, shape or range; ConfigError: both share and count.
 """
 
 
@@ -185,6 +189,21 @@ def of_class(
             "poison fewer, or another class."
         )
     return wanted
+
+
+def drawn_of_class(
+    labels: NDArray[np.int64],
+    target_class: Any,
+    share: float | None,
+    count: int | None,
+    *,
+    default: int,
+    seed: int,
+    attack: int,
+) -> Tensor:
+    """Draw rising indices of images of a class, so many as `of_class` says."""
+    wanted = of_class(labels, target_class, share, count, default=default)
+    return drawn(torch.from_numpy(np.flatnonzero(labels == target_class)), wanted, seed, attack)
 
 
 def is_class(value: Any) -> bool:

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import noise
+from purifyloader.core.checks import check_integer, check_number
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.additive import (
-    Images,
-    Integers,
-    as_classes,
-    as_labels,
-    as_size,
-    check_positive,
-    poison,
-    purpose_keys,
-    size_of,
-)
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, as_size, poison, purpose_keys, size_of
 from purifyloader.poisons.attacks.choice import on_chosen_images
 from purifyloader.poisons.poisoned import Bound
 
@@ -42,34 +33,30 @@ def class_patterns(
     epsilon: float = 8 / 255,
     distribution: Literal["uniform", "gaussian"] = "uniform",
 ) -> Tensor:
-    """Draw the patterns that `urp` adds; class c's is a function of (seed, c, size) and these arguments alone.
+    """Draw the patterns that `urp` adds, float32 (classes, H, W, 3), in units of [0, 1] images.
 
-    Each value is a whole number of levels within the bound, so that every image of a class gets exactly the same, and
-    no rounding leads out of the bound.
+    Class c's is a function of (seed, c, size) and these arguments alone. Each value is a whole number of levels within
+    the bound, so that every image of a class gets exactly the same, and no rounding leads out of the bound.
 
     Args:
         size: (height, width) of the images.
         epsilon: the largest value, in units of [0, 1] images; at least a level, 1/255.
         distribution: "uniform" in [-epsilon, epsilon], or "gaussian" of standard deviation epsilon, clipped there.
 
-    Returns:
-        float32 (classes, H, W, 3), in units of [0, 1] images.
-
     Raises:
         InputError: an argument of another type or range.
 
     >>> from purifyloader.poisons import class_patterns
-    >>> patterns = class_patterns((8, 8), classes=3, epsilon=8 / 255)
-    >>> patterns.shape, bool(patterns.abs().max() <= 8 / 255)
-    (torch.Size([3, 8, 8, 3]), True)
+    >>> class_patterns((8, 8), classes=3, epsilon=8 / 255).shape
+    torch.Size([3, 8, 8, 3])
     """
-    height, width = as_size(size)
-    keys = purpose_keys(seed, _ATTACK, _PATTERN, torch.arange(as_classes(classes)))
-    check_positive("epsilon", epsilon)
+    check_integer("classes", classes, 1, error=InputError)
+    check_number("epsilon", epsilon, above=0, error=InputError)
+    keys = purpose_keys(seed, _ATTACK, _PATTERN, torch.arange(classes))
     levels = math.floor(255 * epsilon + 1e-6)  # 8/255 may be a hair below what it is meant to be
     if not 1 <= levels <= 255:
         raise InputError(f"epsilon must be from 1/255 to 1, in units of [0, 1] images. Got {epsilon!r}.")
-    shape = (height, width, 3)
+    shape = (*as_size(size), 3)
     if distribution == "uniform":
         drawn = 2 * noise.uniform(keys, shape) - 1
     elif distribution == "gaussian":
@@ -89,16 +76,12 @@ def urp(
     epsilon: float = 8 / 255,
     distribution: Literal["uniform", "gaussian"] = "uniform",
 ) -> Images:
-    """Images poisoned with their class's random pattern.
+    """Return a copy of the images, uint8 (N, H, W, 3), poisoned with their class's random pattern.
 
     Args:
-        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
         labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
         others: see `class_patterns`.
-
-    Returns:
-        A poisoned copy of the images, in the container they came in.
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.

@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import descend
 from purifyloader.poisons.attacks.features import class_features, feature_distance
 from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings
-from purifyloader.poisons.attacks.surrogate import Surrogate, share_called, train, worst_case
+from purifyloader.poisons.attacks.surrogate import adversary, share_called, train
 
 __all__ = ["PRESETS", "EfpSettings", "efp"]
 
@@ -35,10 +35,6 @@ class EfpSettings(AdversarialSettings, TrainedSettings):
     """
 
     variant: Literal["push", "pull"] = "push"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.among("variant", ("push", "pull"))
 
 
 PRESETS = {
@@ -56,29 +52,19 @@ PRESETS = {
 }
 
 
-@on_all_images("efp", PRESETS)
+@attack_with_networks("efp", PRESETS)
 def efp(clean: Clean, settings: EfpSettings, seed: int) -> Made:
     """Mix the robust features of each image's class into those of others, for all images of a dataset.
 
     The settings of the poisoned set hold the options, and the share of it that the network calls by the label.
     """
-    random = torch.Generator().manual_seed(seed)
-
-    def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-        return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
-
-    (network,) = train(clean, settings, seed, adversary=adversary)
+    (network,) = train(clean, settings, seed, adversary=adversary(settings, seed))
     mean_KF = class_features(clean, network)
-    class_N = clean.y if settings.variant == "push" else nearest_class(mean_KF)[clean.y]
-    delta = descend(
-        clean,
-        settings,
-        seed,
-        lambda index_B: feature_distance(network, mean_KF[class_N[index_B]]),
-        minimise=settings.variant == "pull",
-    )
+    pull = settings.variant == "pull"
+    class_N = nearest_class(mean_KF)[clean.y] if pull else clean.y
+    delta = descend(clean, settings, seed, lambda i: feature_distance(network, mean_KF[class_N[i]]), minimise=pull)
     images = add(clean, delta, settings.bound)
-    return images, {"called_label": share_called(network, images, clean.y)}
+    return Made(images, {"called_label": share_called(network, images, clean.y)})
 
 
 def nearest_class(mean_KF: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import ascend, pgd
-from purifyloader.poisons.attacks.presets import AttackSettings
+from purifyloader.poisons.attacks.presets import AttackSettings, integer, number
 from purifyloader.poisons.attacks.surrogate import Training, cross_entropy
 from purifyloader.poisons.attacks.views import View, itself
 from purifyloader.victims.augment import crop_and_flip
@@ -46,16 +46,10 @@ class EmSettings(AttackSettings):
 
     class_wise: bool = False
     train_steps: int = 10
-    stop_accuracy: float = 0.99
+    stop_accuracy: float = number(0, 1, default=0.99)
     rounds: int = 100
-    pad: int = 0
+    pad: int = integer(0, default=0)
     flip: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.booleans("class_wise")
-        self.integers(train_steps=1, rounds=1)
-        self.numbers(stop_accuracy=(0, 1))
 
 
 PRESETS = {
@@ -72,7 +66,7 @@ def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**(_CLASS_WISE if options.get("class_wise") is True else {}), **options}
 
 
-@on_all_images("em", PRESETS, with_defaults)
+@attack_with_networks("em", PRESETS, with_defaults)
 def em(clean: Clean, settings: EmSettings, seed: int) -> Made:
     """Add error-minimising noise to all images of a dataset.
 
@@ -80,7 +74,7 @@ def em(clean: Clean, settings: EmSettings, seed: int) -> Made:
     class_wise=True, steps is 1 for each batch and stop_accuracy 0.9 unless said.
     """
     noise, measured = min_min(clean, settings, seed, "em")
-    return add(clean, noise, settings.bound), measured
+    return Made(add(clean, noise, settings.bound), measured)
 
 
 def min_min(

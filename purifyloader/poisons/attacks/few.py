@@ -9,13 +9,14 @@ magnitude from one network to the next, and with it the step that a plain descen
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,33 +24,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.choice import as_target, drawn, of_class
-from purifyloader.poisons.attacks.clean import Clean, opened
+from purifyloader.poisons.attacks.choice import as_target, drawn_of_class
+from purifyloader.poisons.attacks.clean import Clean, Made, attack_with_networks
 from purifyloader.poisons.attacks.pgd import project
-from purifyloader.poisons.attacks.presets import TrainedSettings, choose, with_signature
+from purifyloader.poisons.attacks.presets import TrainedSettings
+from purifyloader.poisons.attacks.surrogate import Surrogate, train
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.victims.augment import crop_and_flip, uniforms
 from purifyloader.victims.networks import last_features
 
 __all__ = [
     "Few",
-    "Made",
     "Objective",
+    "Poisons",
     "aims",
     "approach",
-    "chosen",
+    "attack_on_target",
     "distances",
-    "evaluated",
-    "facts",
     "features",
-    "check_networks",
-    "on_few_images",
     "rate",
-    "features_in_each",
+    "trained",
     "within",
 ]
-
-SomeSettings = TypeVar("SomeSettings", bound=TrainedSettings)
 
 _VIEW = 0x66657776  # "fewv": what the keys drawn here are for
 _TINY = 1e-12  # of Adam, far below any gradient: that of one among a thousand poisons is a thousandth
@@ -75,38 +71,13 @@ class Few:
     base_KCHW: Tensor
 
 
-def chosen(
-    clean: Clean,
-    target: Any,
-    target_class: Any,
-    *,
-    share: float | None,
-    count: int | None,
-    default: int,
-    seed: int,
-    attack: int,
-) -> Few:
-    """Draw bases of the target class, by (seed, attack).
-
-    Args:
-        target, target_class: see `as_target`; share, count: see `of_class`.
-        default: how many where neither share nor count is given, or all if the class has fewer.
-
-    Raises:
-        ConfigError: both share and count; InputError: what `as_target` and `of_class` refuse.
-    """
-    channels, height, width = clean.x.shape[1:]
-    aim = as_target(target, target_class, (height, width, channels), clean.classes)
-    labels = clean.y.cpu().numpy()
-    wanted = of_class(labels, aim.label, share, count, default=default)
-    members = np.flatnonzero(labels == aim.label)
-    index_K = drawn(torch.from_numpy(members), wanted, seed, attack).to(clean.x.device)
+def _few(clean: Clean, aim: Target, index_K: Tensor) -> Few:
     image_1CHW = torch.from_numpy(np.array(aim.image.transpose(2, 0, 1)[None], order="C"))  # torch may not write to it
     return Few(aim, image_1CHW.to(clean.x.device).to(torch.float32) / 255, index_K, clean.images(index_K))
 
 
 @contextmanager
-def evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
     """Put the networks into evaluation mode, and each of their modules back as it was thereafter."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
@@ -118,12 +89,8 @@ def evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def check_networks(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
-    """Check networks of the user's on one image.
-
-    Raises:
-        InputError: no list of networks, or one that does not map that image to logits through a last linear layer.
-    """
+def _check_networks(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
+    """Refuse networks of the user's that do not map one image to logits through a last linear layer."""
     listed = isinstance(networks, list | tuple) and len(networks) > 0
     if not listed or not all(isinstance(network, nn.Module) for network in networks):
         got = f"[{', '.join(type(each).__name__ for each in networks)}]" if listed else repr(networks)
@@ -134,9 +101,9 @@ def check_networks(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
                 f"networks[{number}] must have an nn.Linear, whose input the features are. Got "
                 f"{type(network).__name__} without one: end it in an nn.Linear."
             )
-        with evaluated([network]), torch.no_grad():
+        with _evaluated([network]), torch.no_grad():
             try:
-                shapes = network(_colour(image_1CHW)).shape, features(network, image_1CHW).shape
+                shapes = network(image_1CHW.expand(-1, 3, -1, -1)).shape, features(network, image_1CHW).shape
             except (RuntimeError, IndexError, AttributeError) as error:
                 raise InputError(
                     f"networks[{number}] must map float32 images (B, 3, {image_1CHW.shape[2]}, {image_1CHW.shape[3]}) "
@@ -151,28 +118,19 @@ def check_networks(networks: Any, image_1CHW: Tensor) -> list[nn.Module]:
     return list(networks)
 
 
-def _colour(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW.expand(-1, 3, -1, -1)  # grey images, as the networks are for colour
-
-
 def features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
-    """Return what the network's last linear layer reads, (B, F); a gradient goes through."""
-    return last_features(network, _colour(x_BCHW))
+    """Return what the network's last linear layer reads of images in colour or grey, (B, F); with a gradient."""
+    return last_features(network, x_BCHW.expand(-1, 3, -1, -1))
 
 
 @torch.no_grad()
-def features_in_each(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size: int) -> list[Tensor]:
-    """Return the features (K, F) of images in each network."""
+def _features_in_each(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size: int) -> list[Tensor]:
     return [torch.cat([features(network, x_BCHW) for x_BCHW in x_KCHW.split(batch_size)]) for network in networks]
 
 
 def aims(networks: Sequence[nn.Module], target_1CHW: Tensor) -> list[Tensor]:
-    """Return the target's features (1, F) in each network.
-
-    Raises:
-        InputError: they are all zero, or not finite, and so nothing to aim at.
-    """
-    found = features_in_each(networks, target_1CHW, 1)
+    """Return the target's features (1, F) in each network; refuse those that are nothing to aim at."""
+    found = _features_in_each(networks, target_1CHW, 1)
     for number, aim_1F in enumerate(found):
         length = float(aim_1F.norm())
         if not 0 < length < math.inf:
@@ -217,7 +175,10 @@ def approach(
     adam = torch.optim.Adam([x], lr=rate(settings, base_KCHW), eps=_TINY)
     for turn in range(settings.steps):
         gradient = torch.zeros_like(x)
-        for term in objective(_view(x, settings, index_K, seed, turn) if settings.augment else x):
+        seen = x
+        if settings.augment:
+            seen = crop_and_flip(x, uniforms(seed, _VIEW, turn, index_K, (3,)), settings.pad, settings.flip)
+        for term in objective(seen):
             gradient += torch.autograd.grad(term, x, retain_graph=settings.augment)[0]  # the view is all terms' own
             bar.update()
         x.grad = gradient
@@ -227,33 +188,9 @@ def approach(
     return x.detach() - base_KCHW
 
 
-def _view(x_KCHW: Tensor, settings: TrainedSettings, index_K: Tensor, seed: int, turn: int) -> Tensor:
-    return crop_and_flip(x_KCHW, uniforms(seed, _VIEW, turn, index_K, (3,)), settings.pad, settings.flip)
-
-
 @torch.no_grad()
-def predicted_labels(networks: Sequence[nn.Module], image_1CHW: Tensor) -> list[int]:
-    """Return the class that each network takes the image for."""
-    return [int(network(_colour(image_1CHW)).argmax()) for network in networks]
-
-
-def facts(
-    few: Few, networks: Sequence[nn.Module], given: bool, share: float | None, count: int | None
-) -> dict[str, Any]:
-    """Return what the settings tell beside the options: JSON values.
-
-    Args:
-        networks: that the attack used; given: by the caller.
-        share, count: as given.
-    """
-    return {
-        "target": {"sha256": hashlib.sha256(few.target.image.tobytes()).hexdigest(), "index": few.target.index},
-        "target_class": few.target.label,
-        "share": share,
-        "count": count,
-        "networks": len(networks) if given else None,
-        "target_called": predicted_labels(networks, few.target_1CHW),
-    }
+def _predicted_labels(networks: Sequence[nn.Module], image_1CHW: Tensor) -> list[int]:
+    return [int(network(image_1CHW.expand(-1, 3, -1, -1)).argmax()) for network in networks]
 
 
 def distances(
@@ -266,14 +203,11 @@ def distances(
 ) -> dict[str, list[float]]:
     """Measure how far from the target the poisons are in each network's features, before and after: JSON values.
 
-    Args:
-        images: all of them, after.
-        aim_of: see `aims`.
-        apart: (features (K, F) of the poisons, those (1, F) of the target) -> how far, in units of the target's.
+    `images` are all of the set; `apart` takes features (K, F) of the poisons and those (1, F) of the target.
     """
 
     def of(x_KCHW: Tensor) -> list[float]:
-        features_of = features_in_each(networks, x_KCHW, batch_size)
+        features_of = _features_in_each(networks, x_KCHW, batch_size)
         return [float(apart(feature_KF, aim_1F)) for feature_KF, aim_1F in zip(features_of, aim_of, strict=True)]
 
     after_KHWC = torch.from_numpy(images[few.index_K.cpu().numpy()]).to(few.base_KCHW.device)
@@ -281,105 +215,69 @@ def distances(
     return {"distance_before": of(few.base_KCHW), "distance_after": of(after_KCHW)}
 
 
-_ARGUMENTS = """
+def trained(clean: Clean, settings: TrainedSettings, seed: int) -> list[Surrogate]:
+    """Train as many surrogates as the settings say, one if they do not, from the seeds seed, seed + 1, ..."""
+    seeds = range(operator.index(seed), operator.index(seed) + getattr(settings, "surrogates", 1))
+    return [train(clean, settings, each)[0] for each in seeds]
 
-On the CPU, with one number of threads, the same arguments give the same pixels.
 
-Args:
-    dataset: see `as_arrays`.
-    seed: of the choice of images, of the networks and their batches, and of all else that is random.
-    target: the test image, a `Target`, uint8 (H, W, 3) or a file.
-    target_class: what the victim is to call it, the class of the poisons; of a `Target`, None takes its label.
-    count, share: how many images to poison, or what share of the set; without them as said above, or all of the class
-        if it has fewer.
-    networks: the attacker's, on `device`, images (B, 3, H, W) in [0, 1] to logits, the last nn.Linear reading the
-        features; they stay as they are. None trains some on the dataset.
-    preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", as far as may be as in the
-        paper.
-    device: where to compute.
-    progress: show a bar.
-    options: values of the settings in place of the preset's.
-
-Raises:
-    InputError: a dataset, target, network, preset, device or option that does not fit; ConfigError: both share and
-        count; TrainingError: a network diverges.
-"""
-
-Made = tuple[Few, NDArray[np.uint8], dict[str, Any]]
+Poisons = tuple[Few, NDArray[np.uint8], dict[str, Any]]
 """What was poisoned, all images uint8 (N, H, W, C), and JSON values to record beside the settings."""
 
-Core = Callable[[Clean, Few, Sequence[nn.Module], SomeSettings, int], Made]
+Core = Callable[[Clean, Few, Sequence[nn.Module], Any, int], Poisons]
 """(clean, few, networks in evaluation mode, settings, seed) -> what an attack makes of them."""
 
 
-def on_few_images(
+def attack_on_target(
     name: str,
-    presets: Mapping[str, SomeSettings],
+    presets: Mapping[str, TrainedSettings],
     *,
     purpose: int,
     default: Callable[[Clean], int],
-    surrogates: Callable[[Clean, SomeSettings, int], Sequence[nn.Module]],
-) -> Callable[[Core[SomeSettings]], Callable[..., Poisoned]]:
-    """Make an attack that is aimed at one test image out of its core. A decorator.
-
-    The attack is `(dataset, seed=0, *, target, target_class, count, share, networks, preset, device, progress,
-    **options)`.
+    surrogates: Callable[[Clean, Any, int], Sequence[nn.Module]] = trained,
+) -> Callable[[Core], Callable[..., Poisoned]]:
+    """Make an attack that is aimed at one test image out of its core. A decorator; see `attack_with_networks`.
 
     Args:
-        name: of the attack.
-        presets: named settings, the first the default.
         purpose: what the images are drawn by, beside the seed.
         default: how many to poison where nothing is said.
         surrogates: trains networks where none are given.
     """
 
-    def decorate(core: Core[SomeSettings]) -> Callable[..., Poisoned]:
-        def attack(
-            dataset: Any,
-            seed: int = 0,
+    def decorate(core: Core) -> Callable[..., Poisoned]:
+        def on_target(
+            clean: Clean,
+            settings: TrainedSettings,
+            seed: int,
             *,
             target: Any,
             target_class: int | None = None,
             count: int | None = None,
             share: float | None = None,
             networks: Sequence[nn.Module] | None = None,
-            preset: str = "cpu",
-            device: torch.device | str = "cpu",
-            progress: bool = False,
-            **options: Any,
-        ) -> Poisoned:
-            settings = choose(presets, preset, options)
-            with opened(dataset, name, seed, device, progress) as clean:
-                few = chosen(
-                    clean,
-                    target,
-                    target_class,
-                    share=share,
-                    count=count,
-                    default=default(clean),
-                    seed=seed,
-                    attack=purpose,
-                )
-                used = (
-                    surrogates(clean, settings, seed) if networks is None else check_networks(networks, few.target_1CHW)
-                )
-                with evaluated(used):
-                    few, images, measured = core(clean, few, used, settings, seed)
-                    record = settings.record(
-                        seed, preset, **facts(few, used, networks is not None, share, count), **measured
-                    )
-                return Poisoned.of(
-                    images,
-                    clean.y.cpu().numpy(),
-                    name,
-                    few.index_K.cpu().numpy(),
-                    bound=settings.bound,
-                    target=few.target,
-                    settings=record,
-                )
+        ) -> Made:
+            channels, height, width = clean.x.shape[1:]
+            aim = as_target(target, target_class, (height, width, channels), clean.classes)
+            labels, wanted = clean.y.cpu().numpy(), default(clean)
+            which = drawn_of_class(labels, aim.label, share, count, default=wanted, seed=seed, attack=purpose)
+            few = _few(clean, aim, which.to(clean.x.device))
+            used = surrogates(clean, settings, seed) if networks is None else _check_networks(networks, few.target_1CHW)
+            with _evaluated(used):
+                few, images, measured = core(clean, few, used, settings, seed)
+                facts = {
+                    "target": {
+                        "sha256": hashlib.sha256(few.target.image.tobytes()).hexdigest(),
+                        "index": few.target.index,
+                    },
+                    "target_class": few.target.label,
+                    "share": share,
+                    "count": count,
+                    "networks": None if networks is None else len(used),
+                    "target_called": _predicted_labels(used, few.target_1CHW),
+                }
+            known = {"poisoned": few.index_K.cpu().numpy(), "target": few.target}
+            return Made(images, {**facts, **measured}, known)
 
-        attack.__name__, attack.__qualname__, attack.__module__ = core.__name__, core.__qualname__, core.__module__
-        attack.__doc__ = (inspect.getdoc(core) or "") + _ARGUMENTS
-        return with_signature(presets)(attack)
+        return attack_with_networks(name, presets)(functools.wraps(core, updated=())(on_target))
 
     return decorate

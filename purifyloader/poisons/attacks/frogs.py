@@ -20,17 +20,15 @@ leaves it whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
-from purifyloader.poisons.attacks.clean import Clean, add_to
-from purifyloader.poisons.attacks.few import Few, Made, aims, approach, distances, features, on_few_images, rate
-from purifyloader.poisons.attacks.presets import TrainedSettings
-from purifyloader.poisons.attacks.surrogate import train
+from purifyloader.poisons.attacks.clean import Clean, add
+from purifyloader.poisons.attacks.few import Few, Poisons, aims, approach, attack_on_target, distances, features, rate
+from purifyloader.poisons.attacks.presets import TrainedSettings, number
 
 __all__ = ["PRESETS", "FrogsSettings", "backward", "collision", "poison_frogs"]
 
@@ -47,12 +45,8 @@ class FrogsSettings(TrainedSettings):
         watermark: gamma, how much of the target a poison starts from, within the bound.
     """
 
-    beta: float = 0.25
-    watermark: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.numbers(beta=(0, math.inf), watermark=(0, 1))
+    beta: float = number(0, default=0.25)
+    watermark: float = number(0, 1, default=0.0)
 
 
 PRESETS = {
@@ -61,12 +55,8 @@ PRESETS = {
 }
 
 
-def _surrogate(clean: Clean, settings: FrogsSettings, seed: int) -> Sequence[nn.Module]:
-    return train(clean, settings, seed)
-
-
-@on_few_images("poison-frogs", PRESETS, purpose=_ATTACK, default=lambda clean: _COUNT, surrogates=_surrogate)
-def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: FrogsSettings, seed: int) -> Made:
+@attack_on_target("poison-frogs", PRESETS, purpose=_ATTACK, default=lambda clean: _COUNT)
+def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings: FrogsSettings, seed: int) -> Poisons:
     """Move a few images of one class, 10 unless said, each onto a test image in feature space.
 
     The settings of the poisoned set hold the options, and for each network what it calls the target, and how far the
@@ -96,7 +86,7 @@ def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings
             beta=settings.beta * sum(shares) / len(shares),
         ),
     )
-    images = add_to(clean, few.index_K, delta, settings.bound)
+    images = add(clean, delta, settings.bound, few.index_K)
     return few, images, distances(few, images, networks, aim_of, apart, settings.batch_size)
 
 

@@ -23,11 +23,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.clean import Clean, add_to
-from purifyloader.poisons.attacks.few import Few, Made, on_few_images, rate, within
+from purifyloader.poisons.attacks.clean import Clean, add
+from purifyloader.poisons.attacks.few import Few, Poisons, attack_on_target, rate, trained, within
 from purifyloader.poisons.attacks.pgd import random_start
 from purifyloader.poisons.attacks.presets import TrainedSettings
-from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.victims.augment import crop_and_flip, uniforms
 
 __all__ = ["PRESETS", "GradientMatchingSettings", "gradient_matching", "loss_gradient", "mismatch"]
@@ -62,11 +61,6 @@ class GradientMatchingSettings(TrainedSettings):
     surrogates: int = 1
     bases: Literal["largest", "random"] = "largest"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(restarts=1, surrogates=1)
-        self.among("bases", ("largest", "random"))
-
 
 # The published step, 0.1 for images divided by their standard deviation of about 1/4, is 0.4 of 16/255.
 PRESETS = {
@@ -85,23 +79,23 @@ PRESETS = {
 }
 
 
-def _trained(clean: Clean, settings: GradientMatchingSettings, seed: int) -> list[nn.Module]:
-    networks = [train(clean, settings, seed + turn)[0] for turn in range(settings.surrogates)]
+def _in_float32(clean: Clean, settings: GradientMatchingSettings, seed: int) -> Sequence[nn.Module]:
+    networks = trained(clean, settings, seed)
     for network in networks:
         network.in_bfloat16 = False
-    return list(networks)
+    return networks
 
 
-@on_few_images(
+@attack_on_target(
     "gradient-matching",
     PRESETS,
     purpose=_ATTACK,
     default=lambda clean: max(1, round(0.01 * len(clean))),
-    surrogates=_trained,
+    surrogates=_in_float32,
 )
 def gradient_matching(
     clean: Clean, few: Few, networks: Sequence[nn.Module], settings: GradientMatchingSettings, seed: int
-) -> Made:
+) -> Poisons:
     """Have a victim, trained from scratch on the set, call one test image by the class of a few: 1 % unless said.
 
     The settings of the poisoned set hold the options; for each surrogate B of the bases and of the poisons, without
@@ -115,18 +109,11 @@ def gradient_matching(
         few = replace(few, index_K=index_K, base_KCHW=clean.images(index_K))
     tried = [_brew(few, matched, settings, seed, restart, clean.bar) for restart in range(settings.restarts)]
     scores = [sum(_losses(matched, few, few.base_KCHW + delta, settings)) / len(networks) for delta in tried]
-    images = add_to(clean, few.index_K, tried[scores.index(min(scores))], settings.bound)
+    images = add(clean, tried[scores.index(min(scores))], settings.bound, few.index_K)
     which = few.index_K.cpu().numpy()
     poison_KCHW = torch.from_numpy(images[which]).permute(0, 3, 1, 2).to(clean.x.device).float() / 255
-    return (
-        few,
-        images,
-        {
-            "b_before": _losses(matched, few, few.base_KCHW, settings),
-            "b_after": _losses(matched, few, poison_KCHW, settings),
-            "b_of_restart": scores,
-        },
-    )
+    before, after = (_losses(matched, few, x_KCHW, settings) for x_KCHW in (few.base_KCHW, poison_KCHW))
+    return few, images, {"b_before": before, "b_after": after, "b_of_restart": scores}
 
 
 def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: bool = False) -> Gradient:

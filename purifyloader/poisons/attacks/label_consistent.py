@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.choice import drawn, of_class
-from purifyloader.poisons.attacks.clean import Clean, add_to, opened
+from purifyloader.poisons.attacks.choice import drawn_of_class
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import descend
-from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, choose, with_signature
-from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train, worst_case
+from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings, number
+from purifyloader.poisons.attacks.surrogate import adversary, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.trigger import add_trigger
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.poisoned import Bound
 
 __all__ = ["PRESETS", "LabelConsistentSettings", "corner_trigger", "label_consistent"]
 
@@ -47,15 +46,8 @@ class LabelConsistentSettings(AdversarialSettings, TrainedSettings):
     EPSILON: ClassVar[Mapping[str, float]] = {"linf": 16 / 255, "l2": 600 / 255}
 
     adversarial: bool = True
-    amplitude: float = 1.0
-    corners: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.booleans("adversarial")
-        self.numbers(amplitude=(1 / 255, 1))
-        if self.corners not in (1, 4) or isinstance(self.corners, bool):
-            raise InputError(f"corners must be 1 or 4. Got {self.corners!r}.")
+    amplitude: float = number(1 / 255, 1, default=1.0)
+    corners: Literal[1, 4] = 4
 
     @property
     def bound_with_trigger(self) -> Bound | None:
@@ -77,83 +69,52 @@ PRESETS = {
 }
 
 
-@with_signature(PRESETS)
+@attack_with_networks("label-consistent", PRESETS)
 def label_consistent(
-    dataset: Any,
-    seed: int = 0,
+    clean: Clean,
+    settings: LabelConsistentSettings,
+    seed: int,
     *,
     target_class: int,
     count: int | None = None,
     share: float | None = None,
-    preset: str = "cpu",
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-    **options: Any,
-) -> Poisoned:
-    """Make a few images of a class hard to tell but for a trigger in their corners.
+) -> Made:
+    """Make a few images of a class, 1.5 % of the set unless said, hard to tell but for a trigger in their corners.
 
-    On the CPU, with one number of threads, the same arguments give the same pixels.
-
-    Args:
-        dataset: see `poisons.arrays.as_arrays`; in colour.
-        seed: of the choice of images, the network, its batches and the perturbations' starts.
-        target_class: whose images get the trigger, and what it is to stand for.
-        count, share: how many images to poison, or what share of the set; 1.5 % of it, or all of the class where that
-            is less, if both are None.
-        preset: "cpu", some minutes on a core for a few thousand 32 x 32 images, or "full", a ResNet-18.
-        device: where to compute.
-        progress: show a bar.
-        options: values of `LabelConsistentSettings` in place of the preset's.
-
-    Returns:
-        The poisoned set, with its trigger. Its bound holds for the perturbation and the trigger together. Its settings
-        hold the options, and the shares of the chosen images that the network calls by their label before and after the
-        perturbation, without the trigger.
-
-    Raises:
-        InputError: a dataset, class, preset, device or option that does not fit; ConfigError: both count and share;
-            TrainingError: the network diverges.
+    The bound of the poisoned set holds for the perturbation and the trigger together. Its settings hold the options,
+    and the shares of the chosen images that the network calls by their label before and after the perturbation,
+    without the trigger.
     """
-    settings = choose(PRESETS, preset, options)
-    with opened(dataset, "label-consistent", seed, device, progress) as clean:
-        height, width = _size(clean)
-        labels = clean.y.cpu().numpy()
-        wanted = of_class(labels, target_class, share, count, default=max(1, round(0.015 * len(labels))))
-        members = np.flatnonzero(labels == target_class)
-        which = drawn(torch.from_numpy(members), wanted, seed, _ATTACK)
-        index_K = which.to(clean.x.device)
-        few = Clean(clean.x[index_K], clean.y[index_K], clean.classes, clean.bar)
-
-        random = torch.Generator().manual_seed(seed)
-
-        def adversary(network: Surrogate, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-            return x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
-
-        (network,) = train(clean, settings, seed, adversary=adversary if settings.adversarial else None)
-        delta = descend(few, settings, seed, lambda index_B: cross_entropy(network, few.y[index_B]), minimise=False)
-        hard = add_to(clean, index_K, delta, settings.bound)
-        trigger = corner_trigger(height, width, settings.corners, settings.amplitude)
-        images = add_trigger(hard, torch.from_numpy(trigger), indices=which)
-        shown = few.x.permute(0, 2, 3, 1).cpu().numpy()
-        record = settings.record(
-            seed,
-            preset,
-            target_class=int(target_class),
-            share=share,
-            count=count,
-            called_label_before=share_called(network, shown, few.y),
-            called_label=share_called(network, hard[which.numpy()], few.y),
+    _, channels, height, width = clean.x.shape
+    if channels != 3:
+        raise InputError(
+            f"label-consistent poisons colour images, (N, H, W, 3). Got {(len(clean), height, width, channels)}: "
+            'repeat the grey channel, as image.convert("RGB") does.'
         )
-        return Poisoned.of(
-            images,
-            labels,
-            "label-consistent",
-            which.numpy(),
-            bound=settings.bound_with_trigger,
-            trigger=trigger,
-            target_class=int(target_class),
-            settings=record,
-        )
+    default = max(1, round(0.015 * len(clean)))
+    which = drawn_of_class(
+        clean.y.cpu().numpy(), target_class, share, count, default=default, seed=seed, attack=_ATTACK
+    )
+    index_K = which.to(clean.x.device)
+    few = Clean(clean.x[index_K], clean.y[index_K], clean.classes, clean.bar)
+    (network,) = train(clean, settings, seed, adversary=adversary(settings, seed) if settings.adversarial else None)
+    delta = descend(few, settings, seed, lambda index_B: cross_entropy(network, few.y[index_B]), minimise=False)
+    hard = add(clean, delta, settings.bound, index_K)
+    trigger = corner_trigger(height, width, settings.corners, settings.amplitude)
+    measured = {
+        "target_class": int(target_class),
+        "share": share,
+        "count": count,
+        "called_label_before": share_called(network, few.x.permute(0, 2, 3, 1).cpu().numpy(), few.y),
+        "called_label": share_called(network, hard[which.numpy()], few.y),
+    }
+    known = {
+        "poisoned": which.numpy(),
+        "bound": settings.bound_with_trigger,
+        "trigger": trigger,
+        "target_class": int(target_class),
+    }
+    return Made(add_trigger(hard, torch.from_numpy(trigger), indices=which), measured, known)
 
 
 def corner_trigger(height: int, width: int, corners: int, amplitude: float) -> NDArray[np.float32]:
@@ -165,17 +126,3 @@ def corner_trigger(height: int, width: int, corners: int, amplitude: float) -> N
         trigger[:3, -3:] = pattern
         trigger[:3, :3] = trigger[-3:, :3] = pattern[:, ::-1]
     return trigger
-
-
-def _size(clean: Clean) -> tuple[int, int]:
-    """
-    Raises:
-        InputError: grey images.
-    """
-    _, channels, height, width = clean.x.shape
-    if channels != 3:
-        raise InputError(
-            f"label-consistent poisons colour images, (N, H, W, 3). Got {(len(clean), height, width, channels)}: "
-            'repeat the grey channel, as image.convert("RGB") does.'
-        )
-    return height, width

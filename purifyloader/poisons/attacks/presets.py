@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
 from purifyloader.errors import InputError
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.poisoned import Bound
 from purifyloader.victims.presets import VICTIMS
 
-__all__ = [
-    "AdversarialSettings",
-    "AttackSettings",
-    "Settings",
-    "TrainedSettings",
-    "choose",
-    "field_names",
-    "with_signature",
-]
+__all__ = ["AdversarialSettings", "AttackSettings", "TrainedSettings", "choose", "field_names", "integer", "number"]
 
-Attack = TypeVar("Attack", bound=Callable[..., Poisoned])
 Settings = TypeVar("Settings", bound="AttackSettings")
+
+
+def number(low: float, high: float | None = None, default: Any = MISSING) -> Any:
+    """Declare a setting that is a finite number from `low` to `high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def integer(low: int, default: Any = MISSING) -> Any:
+    """Declare a setting that is an integer of `low` or more; one without this is of 1 or more."""
+    return field(default=default, metadata={"low": low})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings:
-    """Settings that all attacks with a surrogate have.
+    """Settings that all attacks with a surrogate have, each checked by its type.
 
     Attributes:
         norm: "linf" or "l2".
@@ -48,26 +49,41 @@ class AttackSettings:
     """Largest perturbation in each norm, where epsilon is None."""
 
     norm: Literal["linf", "l2"] = "linf"
-    epsilon: float | None = None
+    epsilon: float | None = number(1 / 255, default=None)
     steps: int
-    step: float
+    step: float = number(1e-6, 100)
     network: str = "resnet9"
     width: int = 16
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    pad: int = 4
+    batch_size: int = integer(2, default=128)  # batch normalisation needs two images
+    lr: float = number(1e-12, default=0.1)
+    momentum: float = number(0, 1, default=0.9)
+    weight_decay: float = number(0, default=5e-4)
+    pad: int = integer(0, default=4)
     flip: bool = True
     bfloat16: bool = True
 
     def __post_init__(self) -> None:
-        self.among("norm", tuple(self.EPSILON))
-        self.among("network", tuple(VICTIMS))
-        self.integers(steps=1, width=1, batch_size=2, pad=0)  # batch normalisation needs two images
-        self.numbers(step=(1e-6, 100), lr=(1e-12, math.inf), momentum=(0, 1), weight_decay=(0, math.inf))
-        self.radius("epsilon", 1 / 255)
-        self.booleans("flip", "bfloat16")
+        kinds = get_type_hints(type(self))
+        for each in fields(self):
+            name, value, kind = each.name, getattr(self, each.name), kinds[each.name]
+            if kind is bool:
+                check_flag(name, value, error=InputError)
+            elif kind is int:
+                check_integer(name, value, each.metadata.get("low", 1), error=InputError)
+            elif kind is float:
+                check_number(name, value, **each.metadata, error=InputError)
+            elif kind is str or get_origin(kind) is Literal:
+                check_choice(name, value, tuple(VICTIMS) if kind is str else get_args(kind), error=InputError)
+            elif value is not None:
+                self._check_radius(name, value, each.metadata["low"])
+
+    def _check_radius(self, name: str, value: Any, least: float) -> None:
+        most = 1 if self.norm == "linf" else math.inf
+        if type(value) not in (int, float) or not least * (1 - 1e-6) <= value <= most or math.isinf(value):
+            raise InputError(
+                f"{name} must be {least:.4g} to {most} in units of [0, 1] images, or None. Got {value!r}: divide "
+                "levels by 255."
+            )
 
     @property
     def bound(self) -> Bound:
@@ -78,48 +94,9 @@ class AttackSettings:
         """In units of [0, 1] images."""
         return self.step * self.bound.epsilon
 
-    def integers(self, **least: int) -> None:
-        for name, low in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise InputError(f"{name} must be an integer of {low} or more. Got {value!r}.")
-
-    def numbers(self, **ranges: tuple[float, float]) -> None:
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            fits = type(value) in (int, float) and math.isfinite(value) and low * (1 - 1e-6) <= value <= high
-            if not fits:
-                above = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
-                raise InputError(f"{name} must be a finite number {above}. Got {value!r}.")
-
-    def radius(self, name: str, least: float) -> None:
-        value, most = getattr(self, name), 1 if self.norm == "linf" else math.inf
-        if value is None:
-            return
-        if type(value) not in (int, float) or not least * (1 - 1e-6) <= value <= most or math.isinf(value):
-            raise InputError(
-                f"{name} must be {least:.4g} to {most} in units of [0, 1] images, or None. Got {value!r}: divide "
-                "levels by 255."
-            )
-
-    def booleans(self, *names: str) -> None:
-        for name in names:
-            if type(getattr(self, name)) is not bool:
-                raise InputError(f"{name} must be True or False. Got {getattr(self, name)!r}.")
-
-    def among(self, name: str, values: tuple[str, ...]) -> None:
-        if getattr(self, name) not in values:
-            raise InputError(f"{name} must be one of {', '.join(values)}. Got {getattr(self, name)!r}.")
-
-    def record(self, seed: int, preset: str, **measured: Any) -> dict[str, Any]:
-        """JSON values that say all an attack was made with, and what was measured of it."""
-        return {
-            "seed": operator.index(seed),
-            "preset": preset,
-            **asdict(self),
-            "epsilon": self.bound.epsilon,
-            **measured,
-        }
+    def record(self, seed: int, preset: str) -> dict[str, Any]:
+        """JSON values that say all an attack was made with."""
+        return {"seed": operator.index(seed), "preset": preset, **asdict(self), "epsilon": self.bound.epsilon}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +111,6 @@ class TrainedSettings(AttackSettings):
     epochs: int
     augment: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(epochs=1)
-        self.booleans("augment")
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialSettings(AttackSettings):
@@ -150,50 +122,21 @@ class AdversarialSettings(AttackSettings):
         attack_step: length of each, as a share of attack_epsilon.
     """
 
-    attack_epsilon: float | None = None
+    attack_epsilon: float | None = number(1e-6, default=None)
     attack_steps: int
-    attack_step: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(attack_steps=1)
-        self.numbers(attack_step=(1e-6, 100))
-        self.radius("attack_epsilon", 1e-6)
+    attack_step: float = number(1e-6, 100)
 
     @property
     def attack_bound(self) -> Bound:
         return Bound(self.norm, self.bound.epsilon / 2 if self.attack_epsilon is None else self.attack_epsilon)
 
-    def record(self, seed: int, preset: str, **measured: Any) -> dict[str, Any]:
-        return super().record(seed, preset, attack_epsilon=self.attack_bound.epsilon, **measured)
-
-
-def with_signature(presets: Mapping[str, AttackSettings]) -> Callable[[Attack], Attack]:
-    """Put the options, as the first preset has them, in the place of **options in a signature. A decorator.
-
-    For `help`, and for whoever offers the options of any attack by looking there.
-    """
-
-    def decorate(function: Attack) -> Attack:
-        first = next(iter(presets.values()))
-        signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(first, field.name), annotation=field.type
-            )
-            for field in fields(first)
-        ]
-        function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-        function.presets = presets  # type: ignore[attr-defined]
-        return function
-
-    return decorate
+    def record(self, seed: int, preset: str) -> dict[str, Any]:
+        return {**super().record(seed, preset), "attack_epsilon": self.attack_bound.epsilon}
 
 
 def field_names(presets: Mapping[str, AttackSettings]) -> list[str]:
     """Return the options that all of these presets are made of."""
-    return [field.name for field in fields(next(iter(presets.values())))]
+    return [each.name for each in fields(next(iter(presets.values())))]
 
 
 def choose(presets: Mapping[str, Settings], preset: str, options: Mapping[str, Any]) -> Settings:

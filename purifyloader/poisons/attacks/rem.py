@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import starts
 from purifyloader.poisons.attacks.pgd import Loss, pgd
 from purifyloader.poisons.attacks.presets import AdversarialSettings
@@ -36,10 +36,6 @@ class RemSettings(AdversarialSettings):
     train_steps: int
     views: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(train_steps=1, views=1)
-
 
 PRESETS = {
     "cpu": RemSettings(
@@ -58,7 +54,7 @@ PRESETS = {
 }
 
 
-@on_all_images("rem", PRESETS)
+@attack_with_networks("rem", PRESETS)
 def rem(clean: Clean, settings: RemSettings, seed: int) -> Made:
     """Add robust error-minimising noise to all images of a dataset.
 
@@ -90,10 +86,11 @@ def rem(clean: Clean, settings: RemSettings, seed: int) -> Made:
     for index_B in clean.batches(settings.batch_size):
         improve(index_B)
     images = add(clean, noise, settings.bound)
-    return images, {
-        "worst_loss": _worst_loss(training.network, clean, torch.from_numpy(images), settings, random),
-        "worst_loss_clean": _worst_loss(training.network, clean, clean.x.permute(0, 2, 3, 1), settings, random),
+    worst = {
+        name: _worst_loss(training.network, clean, shown, settings, random)
+        for name, shown in (("worst_loss", torch.from_numpy(images)), ("worst_loss_clean", clean.x.permute(0, 2, 3, 1)))
     }
+    return Made(images, worst)
 
 
 def _robust(network: Surrogate, y_B: Tensor, settings: RemSettings, random: torch.Generator) -> Loss:

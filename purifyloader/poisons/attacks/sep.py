@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.features import class_features, feature_distance
 from purifyloader.poisons.attacks.pgd import Loss
@@ -43,11 +43,6 @@ class SepSettings(TrainedSettings):
     align: Literal["labels", "features"] = "features"
     shift: int = 5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.integers(checkpoints=1, shift=1)
-        self.among("align", ("labels", "features"))
-
 
 PRESETS = {
     "cpu": SepSettings(steps=30, step=0.1, epochs=15, checkpoints=5, lr=0.2, batch_size=64),
@@ -55,7 +50,7 @@ PRESETS = {
 }
 
 
-@on_all_images("sep", PRESETS)
+@attack_with_networks("sep", PRESETS)
 def sep(clean: Clean, settings: SepSettings, seed: int) -> Made:
     """Turn all images of a dataset into adversarial examples of another class, for all of a training.
 
@@ -66,10 +61,11 @@ def sep(clean: Clean, settings: SepSettings, seed: int) -> Made:
     networks = train(clean, settings, seed, checkpoints=settings.checkpoints)
     delta = descend(clean, settings, seed, _ensemble(clean, networks, target_N, settings))
     images = add(clean, delta, settings.bound)
-    return images, {
-        "called_label": [share_called(network, images, clean.y) for network in networks],
-        "called_target": [share_called(network, images, target_N) for network in networks],
+    called = {
+        name: [share_called(network, images, labels_N) for network in networks]
+        for name, labels_N in (("called_label", clean.y), ("called_target", target_N))
     }
+    return Made(images, called)
 
 
 def _ensemble(

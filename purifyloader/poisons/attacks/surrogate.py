@@ -22,14 +22,7 @@ from purifyloader.poisons.attacks.presets import AdversarialSettings, AttackSett
 from purifyloader.victims.augment import crop_and_flip, uniforms
 from purifyloader.victims.networks import last_features, resnet9, victim
 
-__all__ = [
-    "Surrogate",
-    "Training",
-    "cross_entropy",
-    "share_called",
-    "train",
-    "worst_case",
-]
+__all__ = ["Surrogate", "Training", "adversary", "cross_entropy", "share_called", "train", "worst_case"]
 
 _AUGMENT = 0x61756774  # "augt": what the keys drawn here are for
 _WARMUP = 0.2
@@ -93,6 +86,12 @@ def worst_case(
         step_size=settings.attack_step * bound.epsilon,
         start=start,
     )
+
+
+def adversary(settings: AdversarialSettings, seed: int) -> Callable[[Surrogate, Tensor, Tensor], Tensor]:
+    """Return what puts images at their `worst_case` in adversarial training: (network, x_BCHW, y_B) -> x_BCHW."""
+    random = torch.Generator().manual_seed(seed)
+    return lambda network, x_BCHW, y_B: x_BCHW + worst_case(network, x_BCHW, y_B, settings, random)
 
 
 class Training:

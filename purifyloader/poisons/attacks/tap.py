@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from purifyloader.poisons.attacks.clean import Clean, Made, add, on_all_images
+from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
 from purifyloader.poisons.attacks.descent import descend, shifted
 from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import cross_entropy, share_called, train
@@ -31,11 +31,6 @@ class TapSettings(TrainedSettings):
     targeted: bool = True
     shift: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.booleans("targeted")
-        self.integers(shift=1)
-
 
 PRESETS = {
     "cpu": TapSettings(steps=100, step=0.1, epochs=15, lr=0.2, batch_size=64),
@@ -43,7 +38,7 @@ PRESETS = {
 }
 
 
-@on_all_images("tap", PRESETS)
+@attack_with_networks("tap", PRESETS)
 def tap(clean: Clean, settings: TapSettings, seed: int) -> Made:
     """Turn all images of a dataset into adversarial examples of another class, under their own labels.
 
@@ -53,14 +48,10 @@ def tap(clean: Clean, settings: TapSettings, seed: int) -> Made:
     wanted_N = shifted(clean, settings.shift) if settings.targeted else clean.y
     (network,) = train(clean, settings, seed)
     delta = descend(
-        clean,
-        settings,
-        seed,
-        lambda index_B: cross_entropy(network, wanted_N[index_B]),
-        minimise=settings.targeted,
+        clean, settings, seed, lambda index_B: cross_entropy(network, wanted_N[index_B]), minimise=settings.targeted
     )
     images = add(clean, delta, settings.bound)
     measured = {"called_label": share_called(network, images, clean.y)}
     if settings.targeted:
         measured["called_target"] = share_called(network, images, wanted_N)
-    return images, measured
+    return Made(images, measured)

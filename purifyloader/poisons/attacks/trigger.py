@@ -5,7 +5,6 @@ The labels stay right. A victim learns the trigger as a sign of the class, and c
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader.core.images import quantize
+from purifyloader.core.checks import check_number
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, sha256_of, size_of
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, sha256_of, size_of
 from purifyloader.poisons.attacks.choice import colour, drawn, of_class
 from purifyloader.poisons.poisoned import Bound, Poisoned
 
@@ -30,15 +29,13 @@ _ATTACK = 0x74726967  # "trig"
 def read_trigger(path: str | os.PathLike[str]) -> Tensor:
     """Read the published trigger file, `.npy` (1, 3, H, W) or (3, H, W) float in units of [-1, 1] images.
 
-    Returns:
-        float32 (H, W, 3) in units of [0, 1] images: half of the numbers in the file.
+    It is returned as float32 (H, W, 3) in units of [0, 1] images: half of the numbers in the file.
 
     Raises:
         InputError: no such file, another format or shape, or numbers that cannot be in these units.
 
-    >>> import numpy as np
+    >>> import tempfile, numpy as np
     >>> from purifyloader.poisons import read_trigger
-    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/trigger.npy", np.full((1, 3, 8, 8), 0.125, np.float32))
     ...     read_trigger(f"{folder}/trigger.npy").max()
@@ -72,30 +69,20 @@ def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indi
         strength: what the trigger is multiplied by; Narcissus tests with 3, PureGen with 1.
 
     Raises:
-        InputError: sizes that do not fit, or a strength that is no number.
+        InputError: sizes that do not fit, indices that do not name each image once, or a strength that is no number.
 
-    >>> import numpy as np
-    >>> import torch
+    >>> import numpy as np, torch
     >>> from purifyloader.poisons import add_trigger
     >>> add_trigger(np.zeros((2, 8, 8, 3), np.uint8), torch.full((8, 8, 3), 16 / 255), indices=[1]).max(axis=(1, 2, 3))
     array([ 0, 16], dtype=uint8)
     """
-    height, width = size_of(images)
-    if trigger_HWC.shape != (height, width, 3):
-        raise InputError(
-            f"A trigger must have the shape of the images, {(height, width, 3)}. Got {tuple(trigger_HWC.shape)}."
-        )
-    if not math.isfinite(strength):
-        raise InputError(f"strength must be a finite number. Got {strength!r}.")
-    out = images.clone() if isinstance(images, Tensor) else images.copy()
-    view = out if isinstance(out, Tensor) else torch.from_numpy(out)
-    chosen = torch.arange(len(images)) if indices is None else torch.as_tensor(np.asarray(indices, np.int64))
-    if bool(((chosen < 0) | (chosen >= len(images))).any()):
-        raise InputError(f"indices must lie in [0, {len(images)}). Got {int(chosen.min())} to {int(chosen.max())}.")
-    delta = strength * trigger_HWC.to(view.device, torch.float32)
-    for part in chosen.to(view.device).split(1024):
-        view[part] = quantize(view[part].to(torch.float32) / 255 + delta)
-    return out
+    shape = (*size_of(images), 3)
+    if trigger_HWC.shape != shape:
+        raise InputError(f"A trigger must have the shape of the images, {shape}. Got {tuple(trigger_HWC.shape)}.")
+    check_number("strength", strength, error=InputError)
+    delta_HWC = strength * trigger_HWC.to(torch.float32)
+    no_labels = torch.zeros(len(images), dtype=torch.int64)
+    return change_images(images, no_labels, indices, lambda x_BHWC, *_: x_BHWC + delta_HWC.to(x_BHWC.device))
 
 
 def backdoor(
@@ -108,14 +95,12 @@ def backdoor(
     classes: int = 10,
     seed: int = 0,
 ) -> tuple[Images, NDArray[np.int64]]:
-    """Add the trigger to `count` images of the class `target`, chosen by `seed`.
+    """Add the trigger to `count` images of the class `target`, chosen by `seed`; PureGen takes 1 % of the set.
 
     Args:
         images: uint8 (N, H, W, 3).
         labels: integers (N,).
         trigger_HWC: see `read_trigger`.
-        target: the class that the trigger is to stand for.
-        count: images to poison; PureGen takes 1 % of the set.
 
     Returns:
         The poisoned set, and the rising indices of what was poisoned in it.
@@ -123,8 +108,7 @@ def backdoor(
     Raises:
         InputError: the class has fewer images than `count`, or what `add_trigger` refuses.
 
-    >>> import numpy as np
-    >>> import torch
+    >>> import numpy as np, torch
     >>> from purifyloader.poisons import backdoor
     >>> images, labels = np.zeros((6, 8, 8, 3), np.uint8), [0, 1, 2, 0, 1, 2]
     >>> poisoned, indices = backdoor(images, labels, torch.full((8, 8, 3), 16 / 255), target=1, count=2)

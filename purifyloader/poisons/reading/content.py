@@ -32,8 +32,7 @@ class Folder:
 def open_content(path: Path) -> Any:
     """Read a path as a `Folder`, an array, a dict of arrays, or what a pickle or a file of torch.save holds.
 
-    Raises:
-        InputError: there is nothing, it is damaged or cut short, or it holds what might run code.
+    What is damaged or cut short, or might run code, is refused.
     """
     if path.is_dir():
         return Folder(path, tuple(sorted(item.name for item in path.iterdir() if not item.name.startswith("."))))
@@ -58,11 +57,7 @@ def open_content(path: Path) -> Any:
 
 
 def read_array(path: Path) -> NDArray[Any]:
-    """Read the array of an .npy file, of numbers; its rows are read from the disk when they are looked at.
-
-    Raises:
-        InputError: no such file, or none of numbers.
-    """
+    """Read the array of an .npy file, of numbers; its rows are read from the disk when they are looked at."""
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)  # read where it is looked at, and never written
     except Exception as error:  # its header is read as Python source, and what that raises is not a closed list
@@ -100,11 +95,7 @@ def as_number_array(value: Any) -> NDArray[Any] | None:
 
 
 def integers(value: Any, what: str) -> NDArray[np.int64]:
-    """Return a list, array or tensor of integers as int64 (N,).
-
-    Raises:
-        InputError: it is none; `what` names it.
-    """
+    """Return a list, array or tensor of integers as int64 (N,); refuse others, `what` by name."""
     if isinstance(value, list | tuple):
         parts = [as_number_array(part) if isinstance(part, Tensor | np.ndarray) else part for part in value]
         array = np.array([], np.int64) if not parts else _stacked(parts)
@@ -132,13 +123,9 @@ def describe(value: Any, depth: int = 2) -> str:
         return f"{len(value)} bytes"
     if isinstance(value, dict):
         inner = ", ".join(f"{key}: {describe(part, depth - 1)}" for key, part in list(value.items())[:5])
-        return f"a dict of {len(value)} ({inner})" if depth and value else f"a dict of {len(value)}"
+        return f"a dict of {len(value)}" + (f" ({inner})" if depth and value else "")
     if isinstance(value, list | tuple):
         inner = ", ".join(describe(part, depth - 1) for part in value[:3])
-        kind = type(value).__name__
-        return (
-            f"a {kind} of {len(value)} ({inner}{', ...' if len(value) > 3 else ''})"
-            if depth and value
-            else (f"a {kind} of {len(value)}")
-        )
+        items = f" ({inner}{', ...' if len(value) > 3 else ''})" if depth and value else ""
+        return f"a {type(value).__name__} of {len(value)}{items}"
     return type(value).__name__

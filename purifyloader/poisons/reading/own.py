@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,11 @@ def from_arrays(request: Request, arrays: dict[str, Any], images: NDArray[np.uin
     if not isinstance(record, np.ndarray) or record.dtype.kind != "U" or record.ndim != 0:
         raise InputError(f"poison in {request.path} must be a text. Got {describe(record)}.")
     where = integers(arrays.get("poisoned"), f"poisoned in {request.path}")
-    return _restored(
-        request, (images, labels), where, str(record), trigger=arrays.get("trigger"), target=arrays.get("target")
-    )
+    return _restored(request, (images, labels), where, str(record), arrays)
 
 
 def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Read the label of each file of a written folder, and which files are poisoned.
-
-    Raises:
-        InputError: labels.csv is not as it was written.
-    """
+    """Read the label of each file of a written folder, and which files are poisoned."""
     path = folder / "labels.csv"
     labels: dict[str, int] = {}
     poisoned = []
@@ -63,7 +58,8 @@ def from_folder(
     request: Request, folder: Path, images: NDArray[np.uint8], labels: list[int], poisoned: NDArray[np.int64]
 ) -> Poisoned:
     """Read the rest of a folder, whose images are decoded in the order of their numbers."""
-    extra = {name: read_array(folder / f"{name}.npy") for name in ("trigger", "target") if _is(folder, name)}
+    paths = [folder / f"{name}.npy" for name in ("trigger", "target")]
+    extra = {path.stem: read_array(path) for path in paths if path.is_file()}
     if "trigger" in extra:  # in the published form: (1, 3, H, W) in units of [-1, 1] images
         if extra["trigger"].ndim != 4:
             raise InputError(f"{folder / 'trigger.npy'} must be (1, C, H, W). Got {describe(extra['trigger'])}.")
@@ -72,28 +68,13 @@ def from_folder(
         record = (folder / "poison.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
-    return _restored(
-        request,
-        (images, np.asarray(labels, np.int64)),
-        poisoned,
-        record,
-        trigger=extra.get("trigger"),
-        target=extra.get("target"),
-    )
-
-
-def _is(folder: Path, name: str) -> bool:
-    return (folder / f"{name}.npy").is_file()
+    return _restored(request, (images, np.asarray(labels, np.int64)), poisoned, record, extra)
 
 
 def _restored(
-    request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, *, trigger: Any, target: Any
+    request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, extra: Mapping[str, Any]
 ) -> Poisoned:
-    """Return the set with what its JSON says.
-
-    Raises:
-        InputError: the JSON is not what `write` makes, or of a later version.
-    """
+    """Return the set with what its JSON says; refuse what `write` does not make, or of a later version."""
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
     try:
         record = json.loads(text)
@@ -105,7 +86,7 @@ def _restored(
         bound = None if record["bound"] is None else Bound(record["bound"]["norm"], float(record["bound"]["epsilon"]))
         aimed = None
         if record["target"] is not None:
-            aimed = Target(np.asarray(target, np.uint8), **{key: record["target"][key] for key in _TARGET})
+            aimed = Target(np.asarray(extra.get("target"), np.uint8), **{key: record["target"][key] for key in _TARGET})
         return Poisoned.of(
             arrays[0],
             arrays[1],
@@ -113,7 +94,7 @@ def _restored(
             poisoned,
             bound=request.bound_or(bound),
             target=aimed,
-            trigger=None if trigger is None else np.asarray(trigger, np.float32),
+            trigger=np.asarray(extra["trigger"], np.float32) if "trigger" in extra else None,
             target_class=record["target_class"],
             settings={**record["settings"], WRITTEN_BY: f"purifyloader {record['purifyloader']}"},
         )

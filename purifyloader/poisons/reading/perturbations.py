@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,34 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.ar import autoregressive
+from purifyloader.poisons.attacks.autoregression import autoregressive
 from purifyloader.poisons.attacks.trigger import backdoor, read_trigger
 from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.reading.checks import check_numbers
 from purifyloader.poisons.reading.content import as_number_array, describe, integers
-from purifyloader.poisons.reading.request import Request, add
+from purifyloader.poisons.reading.request import Format, Request, add, moved
 
-__all__ = [
-    "is_ar",
-    "is_em_classwise",
-    "is_em_samplewise",
-    "is_narcissus",
-    "is_rem",
-    "is_witches_brew",
-    "read_ar",
-    "read_em_classwise",
-    "read_em_samplewise",
-    "read_narcissus",
-    "read_rem",
-    "read_witches_brew",
-]
+__all__ = ["FORMATS"]
 
 _EIGHT = Bound("linf", 8 / 255)
 _CIFAR10_STD = (0.2470, 0.2435, 0.2616)  # of the training images, which Witches' Brew divides by
 
 
 def _stack(content: Any, kinds: str) -> NDArray[Any] | None:
-    """(R, 3, H, W) numbers of a kind of dtype, else None."""
+    """Return numbers (R, 3, H, W) of a kind of dtype, else None."""
     array = as_number_array(content)
     right = array is not None and array.ndim == 4 and array.shape[1] in (1, 3) and array.dtype.kind in kinds
     return array if right and array is not None and array.size else None
@@ -48,52 +36,38 @@ def _last(array: NDArray[Any]) -> NDArray[Any]:
 
 def _fit(delta: NDArray[Any], images: NDArray[np.uint8], request: Request) -> None:
     if delta.shape[1:] != images.shape[1:]:
-        raise InputError(
-            f"{request.path} must hold perturbations of the size of the clean images, {images.shape[1:]}. Got "
-            f"{delta.shape[1:]}."
-        )
+        what = f"perturbations of the size of the clean images, {images.shape[1:]}"
+        raise request.must_hold(what, str(delta.shape[1:]))
 
 
 # EM
 
 
-def is_em_classwise(content: Any, request: Request) -> bool:
+def _is_em_classwise(content: Any, request: Request) -> bool:
     array = _stack(content, "f")
-    if array is None or request.clean is None or is_narcissus(content, request):
+    if array is None or request.clean is None or _is_narcissus(content, request):
         return False
     return len(array) == int(request.clean[1].max()) + 1
 
 
-def is_em_samplewise(content: Any, request: Request) -> bool:
+def _is_em_samplewise(content: Any, request: Request) -> bool:
     array = _stack(content, "f")
-    if array is None or is_narcissus(content, request):
+    if array is None or _is_narcissus(content, request):
         return False
-    return not is_em_classwise(content, request) or (request.clean is not None and len(array) == len(request.clean[0]))
-
-
-def read_em_samplewise(content: Any, request: Request) -> Poisoned:
-    return _em(content, request, "sample")
-
-
-def read_em_classwise(content: Any, request: Request) -> Poisoned:
-    return _em(content, request, "class")
+    return not _is_em_classwise(content, request) or (request.clean is not None and len(array) == len(request.clean[0]))
 
 
 def _em(content: Any, request: Request, kind: str) -> Poisoned:
     array = _stack(content, "f")
     if array is None:
-        raise InputError(
-            f"{request.path} must hold EM perturbations, floating point (N, 3, H, W). Got {describe(content)}."
-        )
-    images, labels = request.need_clean("holds perturbations, and is added to the clean images")
+        raise request.must_hold("EM perturbations, floating point (N, 3, H, W)", describe(content))
+    images, labels = request.need_clean()
     delta = _last(array)
     _fit(delta, images, request)
     classes = int(labels.max()) + 1
     if len(delta) != len(images) if kind == "sample" else len(delta) < classes:
-        raise InputError(
-            f"{request.path} must hold one perturbation an image ({len(images):,}) or a class ({classes}) of clean=. "
-            f"Got {len(delta):,}: give the set that it was made for."
-        )
+        what = f"one perturbation an image ({len(images):,}) or a class ({classes}) of clean="
+        raise request.must_hold(what, f"{len(delta):,}", "give the set that it was made for")
     bound = request.bound_or(_EIGHT)
     if request.checked:
         check_numbers(delta, bound, f"The perturbations of {request.path}", signed=not request.drop_negative)
@@ -104,63 +78,58 @@ def _em(content: Any, request: Request, kind: str) -> Poisoned:
 
 
 def _official_cast(images: NDArray[np.uint8], delta: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """As EM's own loader has it: negative numbers become 0, and what is left of a level is cut off, in float32."""
-    out = images.copy()
-    for start in range(0, len(images), 1024):
-        part = slice(start, start + 1024)
+    """Cast as EM's own loader does: negative numbers become 0, and what is left of a level is cut off, in float32."""
+
+    def move(x: NDArray[np.uint8], part: slice) -> NDArray[Any]:
         up = np.clip(delta[rows[part]].astype(np.float32) * np.float32(255), 0, 255)
-        out[part] = np.clip(images[part].astype(np.float32) + up, 0, 255).astype(np.uint8)
-    return out
+        return np.clip(x.astype(np.float32) + up, 0, 255).astype(np.uint8)
+
+    return moved(images, move)
 
 
 # REM
 
 
-def is_rem(content: Any, request: Request) -> bool:
+def _is_rem(content: Any, request: Request) -> bool:
     # other integers than int8 too, so that they are told why they are refused
     array = _stack(content, "iu")
     return array is not None and array.dtype != np.int64
 
 
-def read_rem(content: Any, request: Request) -> Poisoned:
+def _read_rem(content: Any, request: Request) -> Poisoned:
     array = _stack(content, "iu")
     if array is None:
-        raise InputError(f"{request.path} must hold REM perturbations, int8 (N, 3, H, W). Got {describe(content)}.")
+        raise request.must_hold("REM perturbations, int8 (N, 3, H, W)", describe(content))
     if array.dtype.kind == "u":
-        raise InputError(
-            f"{request.path} must hold perturbations with a sign, int8 in levels of 255. Got {array.dtype}, "
-            f"{array.min()} to {array.max()}: the sign was lost in a cast. Take the file before that, or save it as "
-            "int8 with .view(np.int8) where negative numbers wrapped around. (Images are read from .npz: data, uint8 "
-            "(N, H, W, C), and targets.)"
+        raise request.must_hold(
+            "perturbations with a sign, int8 in levels of 255",
+            f"{array.dtype}, {array.min()} to {array.max()}",
+            "the sign was lost in a cast. Take the file before that, or save it as int8 with .view(np.int8) where "
+            "negative numbers wrapped around. (Images are read from .npz: data, uint8 (N, H, W, C), and targets.)",
         )
-    images, labels = request.need_clean("holds perturbations, and is added to the clean images")
+    images, labels = request.need_clean()
     levels = _last(array)
     _fit(levels, images, request)
     if len(levels) != len(images):
-        raise InputError(
-            f"{request.path} must hold one perturbation for each of the {len(images):,} images of clean=. Got "
-            f"{len(levels):,}: give the set that it was made for."
-        )
+        what = f"one perturbation for each of the {len(images):,} images of clean="
+        raise request.must_hold(what, f"{len(levels):,}", "give the set that it was made for")
     bound = request.bound_or(_EIGHT)
     if request.checked:
         check_numbers(levels.astype(np.float32) / 255, bound, f"The perturbations of {request.path}")
-    out = images.copy()
-    for start in range(0, len(images), 1024):
-        part = slice(start, start + 1024)
-        out[part] = np.clip(images[part].astype(np.int32) + levels[part].astype(np.int32), 0, 255).astype(np.uint8)
+    out = moved(images, lambda x, part: np.clip(x.astype(np.int32) + levels[part].astype(np.int32), 0, 255))
     return Poisoned.of(out, labels, "REM", bound=bound)
 
 
 # Narcissus
 
 
-def is_narcissus(content: Any, request: Request) -> bool:
+def _is_narcissus(content: Any, request: Request) -> bool:
     if not isinstance(content, np.ndarray) or content.dtype.kind != "f":
         return False
     return content.ndim in (3, 4) and content.shape[-3] == 3 and (content.ndim == 3 or len(content) == 1)
 
 
-def read_narcissus(content: Any, request: Request) -> Poisoned:
+def _read_narcissus(content: Any, request: Request) -> Poisoned:
     if request.target_class is None or request.count is None:
         raise InputError(
             f"{request.path} holds the trigger of a back door and not where it goes. Got target_class="
@@ -173,34 +142,21 @@ def read_narcissus(content: Any, request: Request) -> Poisoned:
     if request.checked:
         check_numbers(trigger.numpy()[None], bound, f"The trigger of {request.path}, halved to units of [0, 1],")
     classes = max(int(labels.max()), request.target_class) + 1
-    out, chosen = backdoor(
-        images, labels, trigger, request.target_class, request.count, classes=classes, seed=request.seed
-    )
-    settings = {"count": request.count, "seed": request.seed}
-    return Poisoned.of(
-        out,
-        labels,
-        "Narcissus",
-        chosen,
-        bound=bound,
-        trigger=trigger.numpy(),
-        target_class=request.target_class,
-        settings=settings,
-    )
+    aim, count, seed = request.target_class, request.count, request.seed
+    out, chosen = backdoor(images, labels, trigger, aim, count, classes=classes, seed=seed)
+    known = {"bound": bound, "trigger": trigger.numpy(), "target_class": aim}
+    return Poisoned.of(out, labels, "Narcissus", chosen, **known, settings={"count": count, "seed": seed})
 
 
 # AR
 
 
-def is_ar(content: Any, request: Request) -> bool:
-    return (
-        isinstance(content, list)
-        and len(content) > 0
-        and all(isinstance(part, Tensor) and part.shape == (3, 3, 3) for part in content)
-    )
+def _is_ar(content: Any, request: Request) -> bool:
+    listed = isinstance(content, list) and len(content) > 0
+    return listed and all(isinstance(part, Tensor) and part.shape == (3, 3, 3) for part in content)
 
 
-def read_ar(content: Any, request: Request) -> Poisoned:
+def _read_ar(content: Any, request: Request) -> Poisoned:
     images, labels = request.need_clean("holds the coefficients of AR perturbations, which are made for clean images")
     bound = request.bound_or(Bound("l2", 1.0))
     norm = bound.epsilon if bound is not None and bound.norm == "l2" else 1.0
@@ -211,19 +167,17 @@ def read_ar(content: Any, request: Request) -> Poisoned:
 # Witches' Brew
 
 
-def is_witches_brew(content: Any, request: Request) -> bool:
+def _is_witches_brew(content: Any, request: Request) -> bool:
     if not isinstance(content, list | tuple) or len(content) != 2 or isinstance(content[1], bytes):
         return False
     return _stack(content[0], "f") is not None and isinstance(content[1], Tensor | np.ndarray | list | tuple)
 
 
-def read_witches_brew(content: Any, request: Request) -> Poisoned:
-    if not is_witches_brew(content, request):
-        raise InputError(
-            f"{request.path} must hold a list of perturbations (P, 3, H, W), floating point, and the indices of their "
-            f"images. Got {describe(content)}."
-        )
-    images, labels = request.need_clean("holds perturbations, and is added to the clean images")
+def _read_witches_brew(content: Any, request: Request) -> Poisoned:
+    if not _is_witches_brew(content, request):
+        what = "a list of perturbations (P, 3, H, W), floating point, and the indices of their images"
+        raise request.must_hold(what, describe(content))
+    images, labels = request.need_clean()
     delta, indices = _last(np.asarray(as_number_array(content[0]))), integers(content[1], f"The ids of {request.path}")
     _fit(delta, images, request)
     std = _CIFAR10_STD if request.std is None else request.std
@@ -232,10 +186,10 @@ def read_witches_brew(content: Any, request: Request) -> Poisoned:
     delta = delta * np.asarray(std, np.float32)
     repeated = len(np.unique(indices)) != len(indices)
     if len(indices) != len(delta) or repeated or indices.min() < 0 or indices.max() >= len(images):
-        raise InputError(
-            f"{request.path} must hold one perturbation for each of its ids, distinct images of the {len(images):,} of "
-            f"clean=. Got {len(delta)} perturbations and {len(indices)} ids{', some twice' if repeated else ''}, up to "
-            f"{indices.max() if len(indices) else 'none'}."
+        raise request.must_hold(
+            f"one perturbation for each of its ids, distinct images of the {len(images):,} of clean=",
+            f"{len(delta)} perturbations and {len(indices)} ids{', some twice' if repeated else ''}, up to "
+            f"{indices.max() if len(indices) else 'none'}",
         )
     if request.checked:
         check_numbers(delta, request.bound, f"The perturbations of {request.path}, times the deviation {tuple(std)},")
@@ -243,3 +197,15 @@ def read_witches_brew(content: Any, request: Request) -> Poisoned:
     out[indices] = add(images[indices], delta, np.arange(len(indices)))
     settings = {"std": [float(value) for value in std]}
     return Poisoned.of(out, labels, "Witches' Brew", indices, bound=request.bound, settings=settings)
+
+
+FORMATS = {
+    "witches-brew": Format(
+        "a .pth of [perturbations (P, 3, H, W), indices]", _is_witches_brew, _read_witches_brew, may_aim=True
+    ),
+    "narcissus": Format("an .npy trigger, float (1, 3, H, W)", _is_narcissus, _read_narcissus),
+    "em-samplewise": Format("a .pt tensor, float (images, 3, H, W)", _is_em_samplewise, partial(_em, kind="sample")),
+    "em-classwise": Format("a .pt tensor, float (classes, 3, H, W)", _is_em_classwise, partial(_em, kind="class")),
+    "rem": Format("a .pkl array, int8 (N, 3, H, W)", _is_rem, _read_rem),
+    "ar": Format("a .pt list of coefficients (3, 3, 3), one a class", _is_ar, _read_ar),
+}

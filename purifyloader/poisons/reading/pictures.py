@@ -13,41 +13,27 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.reading import own
 from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers, read_array
-from purifyloader.poisons.reading.request import Request, as_levels, full, indexed, label_of
+from purifyloader.poisons.reading.request import Format, Request, as_levels, full, indexed, label_of
 
-__all__ = [
-    "is_npz",
-    "is_ntga",
-    "is_png",
-    "is_raw_bytes",
-    "read_npz",
-    "read_ntga",
-    "read_png",
-    "read_raw_bytes",
-]
+__all__ = ["FORMATS"]
 
 
 # AVATAR, BridgePure
 
 
-def is_npz(content: Any, request: Request) -> bool:
+def _is_npz(content: Any, request: Request) -> bool:
     return isinstance(content, dict) and {"data", "targets"} <= set(content)
 
 
-def read_npz(content: Any, request: Request) -> Poisoned:
-    if not is_npz(content, request):
-        raise InputError(f"{request.path} must hold the arrays data and targets. Got {describe(content)}.")
+def _read_npz(content: Any, request: Request) -> Poisoned:
+    if not _is_npz(content, request):
+        raise request.must_hold("the arrays data and targets", describe(content))
     images = as_number_array(content["data"])
-    if (
-        images is None
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-        or images.dtype != np.uint8
-        or not len(images)
-    ):
-        raise InputError(
-            f"{request.path} must hold its images in data, uint8 (N, H, W, C). Got {describe(content['data'])}: "
-            "transpose (N, C, H, W), and multiply images in [0, 1] by 255."
+    if images is None or images.dtype != np.uint8 or not _is_of_images(images):
+        raise request.must_hold(
+            "its images in data, uint8 (N, H, W, C)",
+            describe(content["data"]),
+            "transpose (N, C, H, W), and multiply images in [0, 1] by 255",
         )
     labels = integers(content["targets"], f"The targets of {request.path}")
     _one_each(request, len(images), len(labels))
@@ -56,30 +42,28 @@ def read_npz(content: Any, request: Request) -> Poisoned:
     return full(request, images, labels, "images")
 
 
+def _is_of_images(array: NDArray[Any]) -> bool:
+    return array.ndim == 4 and array.shape[3] in (1, 3) and array.size > 0
+
+
 def _one_each(request: Request, images: int, labels: int) -> None:
     if images != labels:
-        raise InputError(f"{request.path} must hold one label an image. Got {images:,} images and {labels:,} labels.")
+        raise request.must_hold("one label an image", f"{images:,} images and {labels:,} labels")
 
 
 # NTGA
 
 
-def is_ntga(content: Any, request: Request) -> bool:
+def _is_ntga(content: Any, request: Request) -> bool:
     if isinstance(content, Folder):
         return any(name.startswith("x_train") and name.endswith(".npy") for name in content.names)
-    return (
-        isinstance(content, np.ndarray)
-        and content.dtype.kind == "f"
-        and content.ndim == 4
-        and content.shape[3] in (1, 3)
-        and content.size > 0
-    )
+    return isinstance(content, np.ndarray) and content.dtype.kind == "f" and _is_of_images(content)
 
 
-def read_ntga(content: Any, request: Request) -> Poisoned:
+def _read_ntga(content: Any, request: Request) -> Poisoned:
     x = _ntga_images(content, request) if isinstance(content, Folder) else request.path
     images = content if isinstance(content, np.ndarray) else read_array(x)
-    if not is_ntga(images, request):
+    if not _is_ntga(images, request):
         raise InputError(f"{x} must hold NTGA images, floating point (N, H, W, C). Got {describe(images)}.")
     beside = sorted(path for path in x.parent.glob("y_train*.npy"))
     if len(beside) != 1:
@@ -95,10 +79,8 @@ def _ntga_images(folder: Folder, request: Request) -> Path:
     names = [name for name in folder.names if name.startswith("x_train") and name.endswith(".npy")]
     poisons = [name for name in names if "ntga" in name] or names  # the clean ones are published beside them
     if len(poisons) != 1:
-        raise InputError(
-            f"{request.path} must hold one file x_train*.npy of NTGA images. Got {', '.join(poisons) or 'none'}: give "
-            "the path of one."
-        )
+        what = "one file x_train*.npy of NTGA images"
+        raise request.must_hold(what, ", ".join(poisons) or "none", "give the path of one")
     return folder.path / poisons[0]
 
 
@@ -113,16 +95,16 @@ def _from_one_hot(labels: NDArray[Any], path: Path) -> NDArray[np.int64]:
 # ECLIPSE, COIN
 
 
-def is_raw_bytes(content: Any, request: Request) -> bool:
+def _is_raw_bytes(content: Any, request: Request) -> bool:
     if not isinstance(content, list) or not content:
         return False
     first = content[0]
     return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[0], bytes | bytearray)
 
 
-def read_raw_bytes(content: Any, request: Request) -> Poisoned:
+def _read_raw_bytes(content: Any, request: Request) -> Poisoned:
     expected = f"{request.path} must hold a list of (bytes of an RGB image, label)"
-    if not is_raw_bytes(content, request):
+    if not _is_raw_bytes(content, request):
         raise InputError(f"{expected}. Got {describe(content)}.")
     size = len(content[0][0])
     side = round((size / 3) ** 0.5)
@@ -148,17 +130,18 @@ def read_raw_bytes(content: Any, request: Request) -> Poisoned:
 # ISS, APBench, AR, TAP
 
 
-def is_png(content: Any, request: Request) -> bool:
+def _is_png(content: Any, request: Request) -> bool:
     if not isinstance(content, Folder) or "poisons.pickle" in content.names:
         return False
-    return any(name.lower().endswith(".png") for name in content.names) or any(
-        any(inner.suffix.lower() == ".png" for inner in (content.path / name).iterdir())
-        for name in content.names
-        if (content.path / name).is_dir()
-    )
+    folders = [content.path / name for name in content.names if (content.path / name).is_dir()]
+    return any(name.lower().endswith(".png") for name in content.names) or any(map(_pngs, folders))
 
 
-def read_png(content: Any, request: Request) -> Poisoned:
+def _pngs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+
+
+def _read_png(content: Any, request: Request) -> Poisoned:
     if not isinstance(content, Folder):
         raise InputError(f"{request.path} must be a folder of images, <index>.png. Got {describe(content)}.")
     folder = content.path
@@ -168,7 +151,7 @@ def read_png(content: Any, request: Request) -> Poisoned:
     inside = [folder / name for name in content.names if (folder / name).is_dir()]
     if not top and [path.name for path in inside] == ["data"]:  # as AR and TAP lay them
         folder = folder / "data"
-        top, inside = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".png"), []
+        top, inside = _pngs(folder), []
     if top:
         return _png_by_index(top, request)
     return _png_by_class(inside, request)
@@ -199,15 +182,17 @@ def _png_by_index(files: list[Path], request: Request) -> Poisoned:
     indices = _indices(files)
     if indices is None:
         odd = next((p.name for p in files if not p.stem.isdecimal()), "two of one number")
-        raise InputError(
-            f"{request.path} must hold <index>.png, the place of each image in the clean training set. Got {odd}."
-        )
+        raise request.must_hold("<index>.png, the place of each image in the clean training set", odd)
     if int(indices.max()) >= len(labels):
-        raise InputError(
-            f"{request.path} must hold <index>.png for the {len(labels):,} images of clean=. Got {indices.max()}.png: "
-            "give the set that the poison was made from."
-        )
-    found = indexed(request, _decoded(files), labels[indices], indices, "images")
+        what = f"<index>.png for the {len(labels):,} images of clean="
+        raise request.must_hold(what, f"{indices.max()}.png", "give the set that the poison was made from")
+    return _placed(request, files, labels[indices], indices)
+
+
+def _placed(
+    request: Request, files: list[Path], labels: list[int] | NDArray[np.int64], indices: NDArray[np.int64]
+) -> Poisoned:
+    found = indexed(request, _decoded(files), labels, indices, "images")
     return full(request, found.images, found.labels, "images")
 
 
@@ -217,22 +202,17 @@ def _png_by_class(folders: list[Path], request: Request) -> Poisoned:
     files: list[Path] = []
     labels: list[int] = []
     for place, folder in enumerate(folders):
-        inside = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+        inside = _pngs(folder)
         files += inside
         labels += [int(folder.name) if numbered else place] * len(inside)
     if not files:
-        raise InputError(
-            f"{request.path} must hold <index>.png, or a folder of them for each class. Got {', '.join(names[:5])}."
-        )
+        raise request.must_hold("<index>.png, or a folder of them for each class", ", ".join(names[:5]))
     indices = _indices(files)
     if request.clean is not None:
         if indices is None:
-            raise InputError(
-                f"{request.path} must hold <index>.png in its class folders to be compared with clean=. Got "
-                f"{files[0].name}: leave clean= away."
-            )
-        found = indexed(request, _decoded(files), labels, indices, "images")
-        return full(request, found.images, found.labels, "images")
+            what = "<index>.png in its class folders to be compared with clean="
+            raise request.must_hold(what, files[0].name, "leave clean= away")
+        return _placed(request, files, labels, indices)
     images, given = _decoded(files), np.asarray(labels, np.int64)
     if indices is not None:
         order = np.argsort(indices)
@@ -241,7 +221,7 @@ def _png_by_class(folders: list[Path], request: Request) -> Poisoned:
 
 
 def _indices(files: list[Path]) -> NDArray[np.int64] | None:
-    """The numbers that files are named by, None unless all are and no two alike."""
+    """Return the numbers that files are named by, None unless all are and no two alike."""
     if not all(path.stem.isdecimal() for path in files):
         return None
     indices = np.array([int(path.stem) for path in files], np.int64)
@@ -269,3 +249,13 @@ def _decoded(files: list[Path]) -> NDArray[np.uint8]:
         out[place] = pixels
     assert out is not None
     return out
+
+
+FORMATS = {
+    "ntga": Format("x_train*.npy, float (N, H, W, C), beside one-hot y_train*.npy", _is_ntga, _read_ntga),
+    "npz": Format("an .npz with data, uint8 (N, H, W, C), and targets", _is_npz, _read_npz, may_aim=True),
+    "raw-bytes": Format(
+        "a pickle of a list of (bytes of an RGB image, label)", _is_raw_bytes, _read_raw_bytes, may_aim=True
+    ),
+    "png": Format("a folder of <index>.png, or of class folders of them", _is_png, _read_png, may_aim=True),
+}

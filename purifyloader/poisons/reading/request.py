@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +21,8 @@ from purifyloader.poisons.attacks.choice import is_class
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.checks import unmoved
 
-__all__ = [
-    "UNITS",
-    "Arrays",
-    "Request",
-    "add",
-    "as_bound",
-    "as_levels",
-    "checked_request",
-    "full",
-    "indexed",
-    "label_of",
-]
+__all__ = ["UNITS", "Arrays", "Format", "Request", "add", "as_bound", "as_channels", "as_levels", "as_path"]
+__all__ += ["as_target_image", "as_whole", "full", "indexed", "label_of", "moved"]
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -42,18 +32,16 @@ UNITS = {"unit": 1.0, "minus-one-to-one": 0.5, "bytes": 1 / 255}
 _CHUNK = 1024  # images made 8-bit together, which bounds memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """A `Request` is a path and the options of `read` for it, checked by `checked_request`.
+    """A `Request` is a path and the options of `read` for it, checked.
 
     Attributes:
-        target: a file of one is read.
         units: of perturbations in an .npy file, a key of `UNITS`.
         places: where `clean` is a part of the clean set: the whole set's length, and the place of each image in it.
     """
 
     path: Path
-    clean: Arrays | None
     bound: Bound | None
     checked: bool
     drop_negative: bool
@@ -63,10 +51,15 @@ class Request:
     seed: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    units: str | None = None
-    places: tuple[int, NDArray[np.int64]] | None = None
+    units: str | None
+    clean: Arrays | None
+    places: tuple[int, NDArray[np.int64]] | None
 
-    def need_clean(self, why: str) -> Arrays:
+    def must_hold(self, what: str, got: str, hint: str = "") -> InputError:
+        """Make the error for content that is not `what`."""
+        return InputError(f"{self.path} must hold {what}. Got {got}{hint and f': {hint}'}.")
+
+    def need_clean(self, why: str = "holds perturbations, and is added to the clean images") -> Arrays:
         if self.clean is None:
             raise InputError(
                 f"{self.path} {why}. Got no clean=: give the clean training set, a dataset without its transform or "
@@ -78,88 +71,64 @@ class Request:
         return known if self.bound is None else self.bound
 
 
-def checked_request(
-    path: Any,
-    *,
-    bound: Any,
-    checked: Any,
-    drop_negative: Any,
-    target: Any,
-    target_class: Any,
-    count: Any,
-    seed: Any,
-    mean: Any,
-    std: Any,
-    units: Any = None,
-) -> Request:
-    """Check the options of `read` before anything of the poison is read. The clean set is added later.
+class Format(NamedTuple):
+    """One way in which poisons are published.
 
-    Raises:
-        InputError: one of another type or range; a target without what it is to be called.
+    Attributes:
+        what: its content, in a line for messages.
+        matches: whether content looks like it.
+        read: the poisoned set; it checks all that `matches` did not.
+        may_aim: whether it may be of a poison that is aimed at a test image, which `target=` gives.
+        by_row: it has a row for each image of the clean set, so that a part of them can be read alone.
     """
+
+    what: str
+    matches: Callable[[Any, Request], bool]
+    read: Callable[[Any, Request], Poisoned]
+    may_aim: bool = False
+    by_row: bool = False
+
+
+# checks of the options of `read`
+
+
+def as_path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path must be that of a poison file or folder. Got {path!r:.80}: give a str or a Path.")
-    for name, value in (("checked", checked), ("drop_negative", drop_negative)):
-        if not isinstance(value, bool):
-            raise InputError(f"{name} must be True or False. Got {value!r:.80}: give one of them.")
-    if units is not None and units not in UNITS:
-        raise InputError(f"units must be one of {', '.join(UNITS)}. Got {units!r:.80}: give one of them.")
-    image = _as_target_image(target)
-    label = None if target_class is None else _whole("target_class", target_class, 0, "a class, an integer from 0")
-    if image is not None and label is None and not isinstance(image, Target):
-        raise InputError(
-            "target_class must say what the victim is to call the target. Got target= and no target_class=: give it, "
-            "an integer from 0."
-        )
-    return Request(
-        Path(path),
-        None,
-        as_bound(bound),
-        checked,
-        drop_negative,
-        image,
-        label,
-        None if count is None else _whole("count", count, 1, "how many images get the trigger, an integer from 1"),
-        _whole("seed", seed, None, "an integer"),
-        None if mean is None else _channels("mean", mean),
-        None if std is None else _channels("std", std, low=0.0),
-        units,
-    )
+    return Path(path)
 
 
 def as_bound(value: Any) -> Bound | None:
     """Parse a bound in any of the forms in which `read` takes one.
 
-    Args:
-        value: a `Bound`; a number, the l-infinity bound in units of [0, 1] images; a text NORM:EPSILON, in which a
-            fraction may be written, such as "linf:8/255", "l2:1" or "l0:1" (in pixels); or None.
-
-    Raises:
-        InputError: anything else, or an l-infinity bound above 1, as one in levels of 0 to 255 is.
+    An l-infinity bound above 1, as one in levels of 0 to 255 is, is refused.
     """
-    if value is None:
-        return None
     bound = value
     if isinstance(value, str):
         norm, _, epsilon = value.partition(":")
-        bound = _bound(norm, _fraction(epsilon), value)
+        bound = _bound(norm, _fraction(epsilon))
     elif _is_number(value):
-        bound = _bound("linf", float(value), value)
-    if not isinstance(bound, Bound):
-        raise _no_bound(value, "give one of these")
-    if bound.norm == "linf" and bound.epsilon > 1:
-        raise _no_bound(value, f"divide levels of 0 to 255 by 255, as in {bound.epsilon:g}/255")
-    return bound
+        bound = _bound("linf", float(value))
+    remedy = "give one of these"
+    if isinstance(bound, Bound) and bound.norm == "linf" and bound.epsilon > 1:
+        remedy = f"divide levels of 0 to 255 by 255, as in {bound.epsilon:g}/255"
+    elif isinstance(bound, Bound) or value is None:
+        return bound
+    raise InputError(
+        "bound must be a poisons.Bound; a number above 0 and at most 1, which is l-infinity in units of [0, 1] images; "
+        f'or a text such as "linf:8/255", "l2:1" or "l0:1" (pixels). Got {value!r:.80}: {remedy}.'
+    )
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def _bound(norm: str, epsilon: float, value: Any) -> Bound:
-    if norm not in ("linf", "l2", "l0") or not (math.isfinite(epsilon) and epsilon > 0):
-        raise _no_bound(value, "give one of these")
-    return Bound(cast(Any, norm), epsilon)
+def _bound(norm: Any, epsilon: float) -> Bound | None:
+    try:
+        return Bound(norm, epsilon)
+    except InputError:
+        return None
 
 
 def _fraction(text: str) -> float:
@@ -171,109 +140,99 @@ def _fraction(text: str) -> float:
         return math.nan
 
 
-def _no_bound(value: Any, remedy: str) -> InputError:
-    return InputError(
-        "bound must be a poisons.Bound; a number above 0 and at most 1, which is l-infinity in units of [0, 1] images; "
-        f'or a text such as "linf:8/255", "l2:1" or "l0:1" (pixels). Got {value!r:.80}: {remedy}.'
-    )
+def as_target_image(target: Any, label: int | None) -> Target | NDArray[Any] | Image.Image | None:
+    """Read the file of a target, and check that it is said what it is to be called."""
+    image = read_image(Path(target)) if isinstance(target, str | os.PathLike) else target
+    grey_or_colour = isinstance(image, Image.Image) and image.mode in ("L", "RGB")
+    if not (image is None or grey_or_colour or isinstance(image, Target | np.ndarray)):
+        got = f"a PIL image of the mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
+        raise InputError(
+            "target must be the test image that the poison is aimed at: uint8 (H, W, C), a PIL image in RGB or grey, "
+            f"or a file of one. Got {got}: convert it."
+        )
+    if image is not None and label is None and not isinstance(image, Target):
+        raise InputError(
+            "target_class must say what the victim is to call the target. Got target= and no target_class=: give it, "
+            "an integer from 0."
+        )
+    return image
 
 
-def _as_target_image(target: Any) -> Target | NDArray[Any] | Image.Image | None:
-    if isinstance(target, str | os.PathLike):
-        return read_image(Path(target))
-    grey_or_colour = isinstance(target, Image.Image) and target.mode in ("L", "RGB")
-    if target is None or grey_or_colour or isinstance(target, Target | np.ndarray):
-        return target
-    got = f"a PIL image of the mode {target.mode}" if isinstance(target, Image.Image) else type(target).__name__
-    raise InputError(
-        "target must be the test image that the poison is aimed at: uint8 (H, W, C), a PIL image in RGB or grey, or a "
-        f"file of one. Got {got}: convert it."
-    )
-
-
-def _whole(name: str, value: Any, low: int | None, what: str) -> int:
-    if not is_class(value) or (low is not None and value < low):
+def as_whole(name: str, value: Any, low: float, what: str) -> int:
+    if not is_class(value) or value < low:
         raise InputError(f"{name} must be {what}. Got {value!r:.80}: give such a number.")
     return int(value)
 
 
-def _channels(name: str, value: Any, low: float = -math.inf) -> tuple[float, ...]:
-    """One finite number above `low` for each channel, from a list, a tuple, an array or a tensor."""
+def as_channels(name: str, value: Any, low: float = -math.inf) -> tuple[float, ...] | None:
+    """One finite number above `low` for each channel, from a list, a tuple, an array or a tensor; None for None."""
     numbers = value.tolist() if isinstance(value, np.ndarray | torch.Tensor) else value
-    if (
-        not isinstance(numbers, list | tuple)
-        or not numbers
-        or not all(_is_number(number) and math.isfinite(number) and number > low for number in numbers)
-    ):
-        above = "" if low < 0 else ", above 0"
+    if numbers is None:
+        return None
+    listed = isinstance(numbers, list | tuple) and len(numbers) > 0
+    if not listed or not all(_is_number(each) and math.isfinite(each) and each > low for each in numbers):
         raise InputError(
-            f"{name} must be one finite number a channel{above}, such as (0.5, 0.5, 0.5). Got {value!r:.80}: give a "
-            "list of them."
+            f"{name} must be one finite number a channel{'' if low < 0 else ', above 0'}, such as (0.5, 0.5, 0.5). Got "
+            f"{value!r:.80}: give a list of them."
         )
     return tuple(float(number) for number in numbers)
 
 
+# pixels and labels
+
+
 def as_levels(images: NDArray[Any], what: str, tolerance: float = 0.01) -> NDArray[np.uint8]:
-    """Round floating-point images (N, H, W, C) in [0, 1] to uint8.
-
-    Args:
-        tolerance: how far outside of [0, 1] a number may lie, to be clamped.
-
-    Raises:
-        InputError: NaN, or a range that is another.
-    """
+    """Round floating-point images (N, H, W, C) in [0, 1], give or take the tolerance, to uint8; refuse other ranges."""
     if not np.isfinite(images).all():
         raise InputError(f"{what} must hold finite numbers. Got NaN or infinity: the file is damaged.")
     low, high = float(images.min()), float(images.max())
     if low < -tolerance or high > 1 + tolerance:
-        hint = (
-            "divide levels of 0 to 255 by 255"
-            if low >= 0 and high > 2
-            else "add 1 to images in [-1, 1], and halve"
-            if low >= -1 - tolerance and high <= 1 + tolerance
-            else "undo the normalisation, by mean= and std= where the format has them"
-        )
+        hint = "undo the normalisation, by mean= and std= where the format has them"
+        if low >= 0 and high > 2:
+            hint = "divide levels of 0 to 255 by 255"
+        elif low >= -1 - tolerance and high <= 1 + tolerance:
+            hint = "add 1 to images in [-1, 1], and halve"
         raise InputError(f"{what} must hold images in [0, 1]. Got {low:.4g} to {high:.4g}: {hint}.")
     if high <= 1.5 / 255:
         raise InputError(
             f"{what} must hold images in [0, 1]. Got {low:.4g} to {high:.4g}, all black: divided by 255 once too often."
         )
-    out = np.empty(images.shape, np.uint8)
+    return moved(np.empty(images.shape, np.uint8), lambda _, part: _quantized(images[part]))
+
+
+def _quantized(images: NDArray[Any]) -> NDArray[np.uint8]:
+    return quantize(torch.from_numpy(np.ascontiguousarray(images, np.float32))).numpy()
+
+
+def moved(images: NDArray[np.uint8], move: Callable[[NDArray[np.uint8], slice], NDArray[Any]]) -> NDArray[np.uint8]:
+    """Return a copy of the images, each part of them (and where it lies) put through `move`."""
+    out = images.copy()
     for start in range(0, len(images), _CHUNK):
-        part = torch.from_numpy(np.ascontiguousarray(images[start : start + _CHUNK], np.float32))
-        out[start : start + _CHUNK] = quantize(part).numpy()
+        part = slice(start, start + _CHUNK)
+        out[part] = move(images[part], part)
     return out
 
 
 def add(images: NDArray[np.uint8], delta: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Return a copy of the images, each moved by its row of `delta` (R, H, W, C) in [0, 1] units and rounded."""
-    out = images.copy()
-    for start in range(0, len(images), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        moved = images[part].astype(np.float32) / 255 + delta[rows[part]].astype(np.float32)
-        out[part] = quantize(torch.from_numpy(moved)).numpy()
-    return out
+    return moved(images, lambda x, part: _quantized(x.astype(np.float32) / 255 + delta[rows[part]].astype(np.float32)))
 
 
 def label_of(value: Any, what: str) -> int:
-    """Return a label, an integer of any kind such as a tensor of one, as an int.
-
-    Raises:
-        InputError: it is none, or below 0.
-    """
+    """Return a label, an integer of any kind such as a tensor of one, as an int; refuse others, and those below 0."""
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise InputError(f"{what} must be a label, an integer from 0. Got {value!r:.80}.")
     return number
 
 
-def full(
-    request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64], attack: str, bound: Bound | None = None
-) -> Poisoned:
+# poisoned sets
+
+
+def full(request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64], attack: str) -> Poisoned:
     """Return a whole training set; poisoned is what differs from the clean one, all where there is none.
 
-    Raises:
-        InputError: a clean set of another size; or this is the clean set, where that is checked.
+    A clean set of another size is refused, and one that this is, where that is checked.
     """
     poisoned = None
     if request.clean is not None:
@@ -285,10 +244,10 @@ def full(
             )
         poisoned = np.flatnonzero((clean != images).any(axis=(1, 2, 3)))
         # nothing but the comparison says here which are poisoned; without a bound it may be labels
-        expects_images = request.bound_or(bound) is not None or bool((labels == clean_labels).all())
+        expects_images = request.bound is not None or bool((labels == clean_labels).all())
         if request.checked and not len(poisoned) and expects_images:
-            raise unmoved(request.bound_or(bound))
-    return Poisoned.of(images, labels, attack, poisoned, bound=request.bound_or(bound))
+            raise unmoved(request.bound)
+    return Poisoned.of(images, labels, attack, poisoned, bound=request.bound)
 
 
 def indexed(
@@ -302,14 +261,10 @@ def indexed(
     """Return the clean set with some of its images, at `indices`, replaced."""
     clean, clean_labels = request.need_clean("holds some images only, and where they belong")
     if not len(images) == len(labels) == len(indices):
-        raise InputError(
-            f"{request.path} must hold one label and one index for each image. Got {len(images)} images, "
-            f"{len(labels)} labels and {len(indices)} indices."
-        )
+        got = f"{len(images)} images, {len(labels)} labels and {len(indices)} indices"
+        raise request.must_hold("one label and one index for each image", got)
     if images.shape[1:] != clean.shape[1:]:
-        raise InputError(
-            f"{request.path} must hold images of the size of the clean ones, {clean.shape[1:]}. Got {images.shape[1:]}."
-        )
+        raise request.must_hold(f"images of the size of the clean ones, {clean.shape[1:]}", str(images.shape[1:]))
     repeated = len(np.unique(indices)) != len(indices)
     if len(indices) == 0 or repeated or int(indices.min()) < 0 or int(indices.max()) >= len(clean):
         got = "none" if len(indices) == 0 else "repeated ones" if repeated else f"{indices.min()} to {indices.max()}"

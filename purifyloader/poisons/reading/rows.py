@@ -11,33 +11,33 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.reading.checks import check_numbers
 from purifyloader.poisons.reading.content import describe
-from purifyloader.poisons.reading.request import UNITS, Request, add, full
+from purifyloader.poisons.reading.request import UNITS, Format, Request, add, full
 
-__all__ = ["is_images", "is_perturbations", "read_images", "read_perturbations"]
+__all__ = ["FORMATS"]
 
 _PUBLISHED = 32 / 255  # largest value of Narcissus' trigger, which is for images in [-1, 1]
 _HOW = "such as FILE:units=minus-one-to-one on a command line"
 
 
-def is_perturbations(content: Any, request: Request) -> bool:
+def _is_perturbations(content: Any, request: Request) -> bool:
     return isinstance(content, np.ndarray) and request.units is not None and request.target_class is None
 
 
-def is_images(content: Any, request: Request) -> bool:
+def _is_images(content: Any, request: Request) -> bool:
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or request.clean is None:
         return False
     return content.shape[1:] == request.clean[0].shape[1:]
 
 
-def read_images(content: Any, request: Request) -> Poisoned:
+def _read_images(content: Any, request: Request) -> Poisoned:
     _, labels = request.need_clean("holds images, one for each of the clean ones")
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8:
-        raise InputError(f"{request.path} must hold poisoned images, uint8. Got {describe(content)}.")
+        raise request.must_hold("poisoned images, uint8", describe(content))
     return full(request, _rows(content, request)[0], labels, "images")
 
 
-def read_perturbations(content: Any, request: Request) -> Poisoned:
-    images, labels = request.need_clean("holds perturbations, and is added to the clean images")
+def _read_perturbations(content: Any, request: Request) -> Poisoned:
+    images, labels = request.need_clean()
     if not isinstance(content, np.ndarray) or content.dtype.kind not in "fi":
         raise InputError(
             f"{request.path} must hold perturbations, floating point or signed integers. Got {describe(content)}. "
@@ -61,7 +61,7 @@ def read_perturbations(content: Any, request: Request) -> Poisoned:
 
 
 def _rows(array: NDArray[Any], request: Request) -> tuple[NDArray[Any], bool]:
-    """(rows (R, H, W, C) for the clean images at hand, whether it is one for all of them)."""
+    """Return rows (R, H, W, C) for the clean images at hand, and whether it is one for all of them."""
     assert request.clean is not None
     images = request.clean[0]
     length, positions = request.places or (len(images), np.arange(len(images)))
@@ -80,7 +80,7 @@ def _rows(array: NDArray[Any], request: Request) -> tuple[NDArray[Any], bool]:
 
 
 def _usual_units(content: NDArray[Any], rows: NDArray[Any], single: bool, request: Request) -> str:
-    """The units of a file that does not say: of one published as Narcissus' trigger is, or of [0, 1] images."""
+    """Find the units of a file that does not say: one published as Narcissus' trigger is, or of [0, 1] images."""
     largest = float(np.abs(rows).max())
     if not single:
         if content.dtype.kind == "i":
@@ -97,3 +97,14 @@ def _usual_units(content: NDArray[Any], rows: NDArray[Any], single: bool, reques
         f"which range. Give units=, {_HOW}: minus-one-to-one ({127.5 * largest:.3g} px), unit ({255 * largest:.3g} px) "
         f"or bytes ({largest:.3g} px)."
     )
+
+
+FORMATS = {
+    "perturbations": Format(
+        "an .npy of perturbations (N, H, W, C) or (N, C, H, W), or one for all, with units=",
+        _is_perturbations,
+        _read_perturbations,
+        by_row=True,
+    ),
+    "images": Format("an .npy of poisoned images, uint8 (N, H, W, C)", _is_images, _read_images, by_row=True),
+}

@@ -16,31 +16,24 @@ from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.choice import as_target
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import Folder, as_number_array, describe, integers
-from purifyloader.poisons.reading.request import Request, as_levels, indexed, label_of
+from purifyloader.poisons.reading.request import Format, Request, as_levels, indexed, label_of
 from purifyloader.poisons.reading.unpickling import Picture, read_pickle
 
-__all__ = [
-    "with_target",
-    "is_benchmark",
-    "is_bullseye",
-    "is_puregen",
-    "read_benchmark",
-    "read_bullseye",
-    "read_puregen",
-]
+__all__ = ["FORMATS", "with_target"]
 
 # What Bullseye Polytope normalises CIFAR-10 with; the second is not the deviation of its pixels.
 _BULLSEYE_MEAN, _BULLSEYE_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def _pairs(value: Any, what: str) -> tuple[NDArray[np.uint8], list[int]]:
-    """The images and labels of a list of (PIL image, label)."""
+    """Read the images and labels of a list of (PIL image, label)."""
+    expected = f"{what} must be a list of (PIL image, label)"
     if not isinstance(value, list | tuple) or not value:
-        raise InputError(f"{what} must be a list of (PIL image, label). Got {describe(value)}.")
+        raise InputError(f"{expected}. Got {describe(value)}.")
     images, labels = [], []
     for place, item in enumerate(value):
         if not isinstance(item, list | tuple) or len(item) < 2 or not isinstance(item[0], Picture):
-            raise InputError(f"{what} must be a list of (PIL image, label). Got {describe(item)} as item {place}.")
+            raise InputError(f"{expected}. Got {describe(item)} as item {place}.")
         images.append(item[0].image)
         labels.append(label_of(item[1], f"The label of item {place} of {what}"))
     shapes = {image.shape for image in images}
@@ -52,11 +45,11 @@ def _pairs(value: Any, what: str) -> tuple[NDArray[np.uint8], list[int]]:
 # poisoning-benchmark
 
 
-def is_benchmark(content: Any, request: Request) -> bool:
+def _is_benchmark(content: Any, request: Request) -> bool:
     return isinstance(content, Folder) and "poisons.pickle" in content.names
 
 
-def read_benchmark(content: Any, request: Request) -> Poisoned:
+def _read_benchmark(content: Any, request: Request) -> Poisoned:
     if not isinstance(content, Folder) or not {"poisons.pickle", "base_indices.pickle"} <= set(content.names):
         raise InputError(
             f"{request.path} must be a folder with poisons.pickle and base_indices.pickle, and target.pickle where the "
@@ -99,43 +92,33 @@ def _patched(
         )
     pixels = np.moveaxis(values, 0, 2)
     out = image.copy()
-    out[y : y + height, x : x + width] = (
-        pixels if pixels.dtype == np.uint8 else as_levels(pixels[None], f"The patch in {what}")[0]
-    )
+    if pixels.dtype != np.uint8:
+        pixels = as_levels(pixels[None], f"The patch in {what}")[0]
+    out[y : y + height, x : x + width] = pixels
     return out, {"xy": [x, y], "size": [height, width]}
 
 
 # PureGen's packed poisons
 
 
-def is_puregen(content: Any, request: Request) -> bool:
+def _is_puregen(content: Any, request: Request) -> bool:
     if not isinstance(content, list | tuple) or len(content) != 3:
         return False
     pairs = content[0]
-    return (
-        isinstance(pairs, list | tuple)
-        and len(pairs) > 0
-        and isinstance(pairs[0], list | tuple)
-        and len(pairs[0]) > 0
-        and isinstance(pairs[0][0], Picture)
-    )
+    first = pairs[0] if isinstance(pairs, list | tuple) and pairs else None
+    return isinstance(first, list | tuple) and len(first) > 0 and isinstance(first[0], Picture)
 
 
-def read_puregen(content: Any, request: Request) -> Poisoned:
-    if not is_puregen(content, request):
-        raise InputError(
-            f"{request.path} must hold (list of (PIL image, label), indices, target). Got {describe(content)}."
-        )
+def _read_puregen(content: Any, request: Request) -> Poisoned:
+    if not _is_puregen(content, request):
+        raise request.must_hold("(list of (PIL image, label), indices, target)", describe(content))
     images, labels = _pairs(content[0], str(request.path))
     indices = integers(content[1], f"The indices of {request.path}")
     return indexed(request, images, labels, indices, "PureGen's poisons", **_packed_target(content[2], labels[0]))
 
 
 def _packed_target(value: Any, label: int) -> dict[str, Any]:
-    """Read a test image as the benchmark has it, or a plain value, such as a class, for the settings.
-
-    What is neither is left out: the poison is of use without it.
-    """
+    """Read a test image as the benchmark has it, or a plain value, such as a class, for the settings; else nothing."""
     first = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(first, Picture):
         try:
@@ -154,11 +137,7 @@ def _packed_target(value: Any, label: int) -> dict[str, Any]:
 
 
 def with_target(poisoned: Poisoned, request: Request) -> Poisoned:
-    """Return the poison with the target that `read` was given, if it was.
-
-    Raises:
-        InputError: the file has a target or a trigger of its own; an image of another size, or a class that is none.
-    """
+    """Return the poison with the target that `read` was given, if it was, unless the file has one of its own."""
     target: Any = request.target
     if target is None:
         return poisoned
@@ -178,13 +157,13 @@ def with_target(poisoned: Poisoned, request: Request) -> Poisoned:
 # Bullseye Polytope
 
 
-def is_bullseye(content: Any, request: Request) -> bool:
+def _is_bullseye(content: Any, request: Request) -> bool:
     return isinstance(content, dict) and {"poison", "idx"} <= set(content)
 
 
-def read_bullseye(content: Any, request: Request) -> Poisoned:
+def _read_bullseye(content: Any, request: Request) -> Poisoned:
     expected = f"{request.path} must hold a dict with poison, a list of (normalised tensor (3, H, W), label), and idx"
-    if not is_bullseye(content, request) or not isinstance(content["poison"], list | tuple) or not content["poison"]:
+    if not _is_bullseye(content, request) or not isinstance(content["poison"], list | tuple) or not content["poison"]:
         raise InputError(f"{expected}. Got {describe(content)}.")
     images, labels = [], []
     for place, item in enumerate(content["poison"]):
@@ -204,3 +183,16 @@ def read_bullseye(content: Any, request: Request) -> Poisoned:
     settings = {"mean": [float(value) for value in mean], "std": [float(value) for value in std]}
     indices = integers(content["idx"], f"The idx of {request.path}")
     return indexed(request, found, labels, indices, "Bullseye Polytope", bound=Bound("linf", 0.1), settings=settings)
+
+
+FORMATS = {
+    "benchmark": Format(
+        "a folder of {poisons,base_indices,target}.pickle", _is_benchmark, _read_benchmark, may_aim=True
+    ),
+    "puregen": Format(
+        "a .pth of (list of (PIL image, label), indices, target)", _is_puregen, _read_puregen, may_aim=True
+    ),
+    "bullseye": Format(
+        "a .pth of {'poison': [(normalised tensor, label)], 'idx': indices}", _is_bullseye, _read_bullseye, may_aim=True
+    ),
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,16 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import noise
+from purifyloader.core.checks import check_integer, check_number
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.additive import (
-    Draw,
-    Images,
-    Integers,
-    as_labels,
-    as_positions,
-    as_size,
-    check_positive,
-    draw_all,
-    poison,
-    purpose_keys,
-    scale_to_norm,
-    sha256_of,
-    size_of,
-)
-from purifyloader.poisons.attacks.choice import victims
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.attacks import additive
+from purifyloader.poisons.attacks.additive import Draw, Images, Integers, as_labels, purpose_keys
+from purifyloader.poisons.attacks.choice import Victims, on_chosen_images
+from purifyloader.poisons.poisoned import Bound
 
 __all__ = ["ar_coefficients", "ar_perturbation", "attack", "autoregressive", "read_ar_coefficients"]
+
+Coefficients = Tensor | Sequence[Tensor] | str | os.PathLike[str]
 
 _ATTACK = 0x6172  # "ar"
 _START, _COEFFICIENTS, _TRIAL = 0, 1, 2  # what a key is for
@@ -49,15 +39,10 @@ _CHUNK = 1024  # candidates tried at a time, which bounds memory
 
 
 def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
-    """Run the recurrence of many fields at once.
+    """Run the recurrence of many fields (H, W, ...) at once, in float64.
 
-    Args:
-        coefficients: float64 (3, 3, ...), the weight of each pixel of the window, the last unused.
-        start: float64 (H, W, ...), of which the first two rows and columns are read. The trailing
-            dimensions broadcast against those of the coefficients.
-
-    Returns:
-        float64 (H, W, ...).
+    The weights (3, 3, ...) are of each pixel of the window, the last unused; of `start` the first two rows and columns
+    are read. The trailing dimensions broadcast.
     """
     height, width = start.shape[:2]
     field = start.clone()
@@ -87,20 +72,16 @@ def _is_stable(coefficients_K33: Tensor) -> Tensor:
 
 
 def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
-    """Draw stable random filters, one for each class and channel; class c's are a function of (seed, c).
+    """Draw stable random filters, float32 (classes, 3, 3, 3): of a class, a channel, and the window's rows and columns.
 
-    As in the paper's published ones, the weights of a filter are normal and sum to 1 and the last, of the
-    pixel itself, is 0. Filters whose field blows up or goes constant are drawn again.
-
-    Returns:
-        float32 (classes, 3, 3, 3): class, channel, row and column of the window.
+    Class c's are a function of (seed, c). As in the paper's published ones, the weights of a filter are normal and sum
+    to 1 and the last, of the pixel itself, is 0. Filters whose field blows up or goes constant are drawn again.
 
     >>> from purifyloader.poisons import ar_coefficients
     >>> ar_coefficients(classes=1).shape
     torch.Size([1, 3, 3, 3])
     """
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise InputError(f"classes must be an integer of 1 or more. Got {classes!r}.")
+    check_integer("classes", classes, 1, error=InputError)
     return _draw_coefficients(classes, seed).clone()
 
 
@@ -125,8 +106,10 @@ def _draw_coefficients(classes: int, seed: int) -> Tensor:
     return found.reshape(classes, 3, 3, 3)
 
 
-def _as_coefficients(coefficients: Tensor | Sequence[Tensor], source: str = "coefficients") -> Tensor:
+def _as_coefficients(coefficients: Coefficients, source: str = "coefficients") -> Tensor:
     """float32 (classes, 3, 3, 3), checked."""
+    if isinstance(coefficients, str | os.PathLike):
+        return read_ar_coefficients(Path(coefficients))
     expected = f"{source} must be a list of float tensors (3, 3, 3), one a class: channel, row, column."
     parts = list(coefficients) if isinstance(coefficients, Tensor | list | tuple) else []
     if not parts or not all(
@@ -150,17 +133,13 @@ def _describe(value: object) -> str:
 
 
 def read_ar_coefficients(path: str | Path) -> Tensor:
-    """Read the coefficients of a published `.pt` file: a list of (3, 3, 3) tensors, one a class.
-
-    Returns:
-        float32 (classes, 3, 3, 3), as `autoregressive` takes them.
+    """Read a published `.pt` file, a list of (3, 3, 3) tensors, one a class, as float32 (classes, 3, 3, 3).
 
     Raises:
         InputError: no such file, or not such a list. Nothing in the file is run.
 
-    >>> import torch
+    >>> import tempfile, torch
     >>> from purifyloader.poisons import read_ar_coefficients
-    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     torch.save([torch.zeros(3, 3, 3)] * 10, f"{folder}/coefficients.pt")
     ...     read_ar_coefficients(f"{folder}/coefficients.pt").shape
@@ -178,7 +157,7 @@ def read_ar_coefficients(path: str | Path) -> Tensor:
 def _draw(size: tuple[int, int], coefficients_K333: Tensor, seed: int, norm: float, crop: int) -> Draw:
     if isinstance(crop, bool) or not isinstance(crop, int) or crop < 0 or min(size) + crop < 3:
         raise InputError(f"crop must be an integer of 0 or more, and crop + side 3 or more. Got {crop!r}.")
-    check_positive("norm", norm)
+    check_number("norm", norm, above=0, error=InputError)
     height, width = size[0] + crop, size[1] + crop
 
     def draw(label_B: Tensor, position_B: Tensor) -> Tensor:
@@ -186,17 +165,16 @@ def _draw(size: tuple[int, int], coefficients_K333: Tensor, seed: int, norm: flo
         start = z.to(torch.float64).permute(1, 2, 3, 0).contiguous()  # images last, for long inner loops
         weights = coefficients_K333[label_B].to(torch.float64).permute(2, 3, 1, 0).contiguous()
         field = _fields(weights, start)[crop:, crop:]
-        return scale_to_norm(field.permute(3, 0, 1, 2), norm)
+        return additive.scale_to_norm(field.permute(3, 0, 1, 2), norm)
 
     return draw
 
 
 def _coefficients_for(
-    labels: Integers, coefficients: Tensor | Sequence[Tensor] | None, classes: int, seed: int
+    labels: Integers, coefficients: Coefficients | None, classes: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     if coefficients is None:
-        labels_N = as_labels(labels, classes)
-        return labels_N, ar_coefficients(classes, seed)
+        return as_labels(labels, classes), ar_coefficients(classes, seed)
     given = _as_coefficients(coefficients)
     return as_labels(labels, len(given), ", the classes of the coefficients"), given
 
@@ -209,24 +187,21 @@ def ar_perturbation(
     classes: int = 10,
     seed: int = 0,
     norm: float = 1.0,
-    coefficients: Tensor | Sequence[Tensor] | None = None,
+    coefficients: Coefficients | None = None,
     crop: int = 4,
 ) -> Tensor:
-    """Draw the perturbations that `autoregressive` adds.
+    """Draw the perturbations that `autoregressive` adds, float32 (N, H, W, 3).
 
     Args:
         labels: integers (N,) in [0, classes).
         size: (height, width) of the images.
-        positions: position of each label's image in the dataset, 0 to N - 1 if None; it decides the start
-            values. An image's perturbation is a function of (seed, position, label, size) and these
-            arguments alone.
+        positions: place of each label's image in the dataset, 0 to N - 1 if None, which decides the start values. An
+            image's perturbation is a function of (seed, position, label, size) and these arguments alone.
         classes: how many, where `coefficients` does not say.
         norm: l2 norm of each, in units of [0, 1] images (the paper: 1 for 32 x 32).
-        coefficients: (classes, 3, 3, 3) or a list of (3, 3, 3); None for `ar_coefficients(classes, seed)`.
+        coefficients: (classes, 3, 3, 3), a list of (3, 3, 3) or a published `.pt` file of one; None for
+            `ar_coefficients(classes, seed)`.
         crop: first rows and columns of the field that are dropped with the start values.
-
-    Returns:
-        float32 (N, H, W, 3).
 
     Raises:
         InputError: an argument of another type, shape or range, or coefficients that blow up.
@@ -239,8 +214,8 @@ def ar_perturbation(
     tensor([1., 1.])
     """
     labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
-    draw = _draw(as_size(size), coefficients_K333, seed, norm, crop)
-    return draw_all(draw, labels_N, as_positions(positions, len(labels_N)))
+    draw = _draw(additive.as_size(size), coefficients_K333, seed, norm, crop)
+    return additive.draw_all(draw, labels_N, positions)
 
 
 def autoregressive(
@@ -252,20 +227,16 @@ def autoregressive(
     classes: int = 10,
     seed: int = 0,
     norm: float = 1.0,
-    coefficients: Tensor | Sequence[Tensor] | None = None,
+    coefficients: Coefficients | None = None,
     crop: int = 4,
 ) -> Images:
-    """Poison images with autoregressive noise.
+    """Return a copy of the images, uint8 (N, H, W, 3), poisoned with autoregressive noise.
 
     Args:
-        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
         labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
         positions: position of each image in the dataset, 0 to N - 1 if None.
         others: see `ar_perturbation`.
-
-    Returns:
-        A poisoned copy of the images, in the container they came in.
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
@@ -278,51 +249,15 @@ def autoregressive(
     >>> autoregressive(images, [0, 1], coefficients=mean_of_eight).shape
     torch.Size([2, 8, 8, 3])
     """
-    size = size_of(images)
+    size = additive.size_of(images)
     labels_N, coefficients_K333 = _coefficients_for(labels, coefficients, classes, seed)
-    return poison(images, labels_N, indices, _draw(size, coefficients_K333, seed, norm, crop), positions)
+    return additive.poison(images, labels_N, indices, _draw(size, coefficients_K333, seed, norm, crop), positions)
 
 
-def attack(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    norm: float = 1.0,
-    coefficients: str | os.PathLike[str] | Tensor | Sequence[Tensor] | None = None,
-    crop: int = 4,
-    share: float | None = None,
-    count: int | None = None,
-) -> Poisoned:
-    """Add autoregressive noise.
+def _recorded(_: Victims, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if options["coefficients"] is None:
+        return options
+    return {**options, "coefficients": {"sha256": additive.sha256_of(_as_coefficients(options["coefficients"]))}}
 
-    Args:
-        dataset: see `as_arrays`; in colour.
-        norm, crop: see `ar_perturbation`.
-        coefficients: a published `.pt` file, or what `autoregressive` takes; None for those of `ar_coefficients`.
-        share, count: as in `urp`'s.
 
-    Raises:
-        InputError: a dataset or an option of another type, shape or range.
-        ConfigError: both share and count.
-    """
-    chosen = victims(dataset, seed, share, count)
-    if isinstance(coefficients, str | os.PathLike):
-        coefficients = read_ar_coefficients(os.fspath(coefficients))
-    settings: dict[str, Any] = {"norm": norm, "crop": crop, "coefficients": None, "share": share, "count": count}
-    if coefficients is None:
-        used: Tensor | Sequence[Tensor] = ar_coefficients(chosen.classes, seed)
-    else:
-        used = coefficients
-    images = autoregressive(
-        chosen.images,
-        chosen.labels,
-        indices=chosen.indices,
-        positions=chosen.positions,
-        seed=seed,
-        norm=norm,
-        coefficients=used,
-        crop=crop,
-    )
-    if coefficients is not None:  # checked by now
-        settings["coefficients"] = {"sha256": sha256_of(torch.stack(list(used)))}
-    return chosen.poisoned(images, "ar", Bound("l2", norm), **settings)
+attack = on_chosen_images("ar", autoregressive, lambda options: Bound("l2", options["norm"]), _recorded)

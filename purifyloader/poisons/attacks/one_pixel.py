@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from purifyloader.core.checks import check_choice
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, size_of
-from purifyloader.poisons.attacks.choice import victims
-from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.attacks.choice import on_chosen_images
+from purifyloader.poisons.poisoned import Bound
 
 __all__ = ["Pixel", "attack", "ops", "ops_pixels"]
 
@@ -38,7 +39,7 @@ class Pixel(NamedTuple):
 def ops_pixels(
     images: Images, labels: Integers, *, classes: int = 10, objective: Literal["paper", "code"] = "paper"
 ) -> list[Pixel | None]:
-    """Find each class's pixel, the position and colour of the paper's Algorithm 1, by trying all.
+    """Find each class's pixel, the position and colour of the paper's Algorithm 1, by trying all; None without images.
 
     They maximise equation 2, mean / variance over the class's images of the distance sum_j |x_j - colour_j| (channels
     j) at the position. The sums are of integers and exact, so that no order or batch of images matters. Where the
@@ -52,9 +53,6 @@ def ops_pixels(
             deviation over images and channels of |x_j - colour_j|. Where channels move together the first prefers
             colours in which they cancel, such as magenta, and the second does not.
 
-    Returns:
-        A pixel for each class, None for one without images.
-
     Raises:
         InputError: images or labels of another type, shape or range, or too few pixels for so many classes.
 
@@ -66,8 +64,7 @@ def ops_pixels(
     """
     height, width = size_of(images)
     labels_N = as_labels(labels, classes)
-    if objective not in ("paper", "code"):
-        raise InputError(f"objective must be paper or code. Got {objective!r}.")
+    check_choice("objective", objective, ("paper", "code"), error=InputError)
     if len(labels_N) != len(images):
         raise InputError(f"There must be one label an image. Got {len(images)} images and {len(labels_N)} labels.")
     free = torch.ones(height, width, len(_COLOURS), dtype=torch.bool)
@@ -92,7 +89,7 @@ def ops_pixels(
 
 
 def _scores(images: NDArray[np.uint8] | Tensor, members: Tensor, objective: str) -> tuple[Tensor, Tensor]:
-    """The objective of each position and colour, float64 (H, W, 8), and the sum of distances, int64 (H, W, 8).
+    """Compute the objective of each position and colour, float64 (H, W, 8), and the sum of distances, int64 (H, W, 8).
 
     With a distance of 255 - x_j where the colour's channel is 255, and x_j where it is 0, the sum over channels is a
     constant plus signed channels, whose mean and variance for all eight colours follow from the same few moments.
@@ -102,10 +99,8 @@ def _scores(images: NDArray[np.uint8] | Tensor, members: Tensor, objective: str)
     second = torch.zeros(height, width, 3, 3, dtype=torch.int64)
     for index in members.split(_CHUNK):
         # a numpy array is copied by indexing: torch warns of those it must not write
-        part = (
-            images[index.to(images.device)] if isinstance(images, Tensor) else torch.from_numpy(images[index.numpy()])
-        )
-        x = part.cpu().to(torch.int32)
+        x = torch.as_tensor(images[index.to(images.device) if isinstance(images, Tensor) else index.numpy()])
+        x = x.cpu().to(torch.int32)
         first += x.sum(dim=0)
         for i in range(3):
             for j in range(3):
@@ -138,16 +133,12 @@ def ops(
     classes: int = 10,
     objective: Literal["paper", "code"] = "paper",
 ) -> Images:
-    """Images with their class's pixel set to its colour.
+    """Return a copy of the images, uint8 (N, H, W, 3), with their class's pixel set to its colour.
 
     Args:
-        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed. The search is over all of them.
         labels: integers (N,) in [0, classes).
-        indices: which images to poison, all if None.
+        indices: which images to poison, all if None; the search is over all of them.
         objective: see `ops_pixels`.
-
-    Returns:
-        A poisoned copy of the images, in the container they came in.
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
@@ -159,12 +150,19 @@ def ops(
     >>> int(changed.any(dim=3).sum())  # a pixel an image
     4
     """
+    return _with_pixels(images, labels, indices=indices, classes=classes, objective=objective)[0]
+
+
+def _with_pixels(
+    images: Images,
+    labels: Integers,
+    *,
+    indices: Integers | None,
+    classes: int,
+    objective: Literal["paper", "code"] = "paper",
+) -> tuple[Images, dict[str, Any]]:
+    """Search and set the pixels; also say them in JSON values."""
     pixels = ops_pixels(images, labels, classes=classes, objective=objective)
-    return set_pixels(images, labels, pixels, indices)
-
-
-def set_pixels(images: Images, labels: Integers, pixels: list[Pixel | None], indices: Integers | None) -> Images:
-    """Images with the pixels that `ops_pixels` found in them."""
     rows, columns, colours = zip(*(pixel or Pixel(0, 0, (0, 0, 0)) for pixel in pixels), strict=True)
     row_K, column_K, colour_K3 = torch.tensor(rows), torch.tensor(columns), torch.tensor(colours) / 255
 
@@ -174,33 +172,8 @@ def set_pixels(images: Images, labels: Integers, pixels: list[Pixel | None], ind
         x_BHWC[where] = colour_K3.to(x_BHWC.device)[label]
         return x_BHWC
 
-    return change_images(images, as_labels(labels, len(pixels)), indices, change)
-
-
-def attack(
-    dataset: Any,
-    seed: int = 0,
-    *,
-    objective: Literal["paper", "code"] = "paper",
-    share: float | None = None,
-    count: int | None = None,
-) -> Poisoned:
-    """Set one pixel a class. The settings tell each class's pixel.
-
-    Args:
-        dataset: see `as_arrays`; in colour.
-        seed: decides which images `share` and `count` take, and nothing else.
-        objective: see `ops_pixels`.
-        share, count: as in `urp`'s; the search is over all images.
-
-    Raises:
-        InputError: a dataset or an option of another type, shape or range, or more classes than the images' pixels
-            can tell apart.
-        ConfigError: both share and count.
-    """
-    chosen = victims(dataset, seed, share, count)
-    pixels = ops_pixels(chosen.images, chosen.labels, classes=chosen.classes, objective=objective)
-    images = set_pixels(chosen.images, chosen.labels, pixels, chosen.indices)
     described = [None if pixel is None else pixel._asdict() | {"colour": list(pixel.colour)} for pixel in pixels]
-    settings = {"objective": objective, "pixels": described, "share": share, "count": count}
-    return chosen.poisoned(images, "ops", Bound("l0", 1), **settings)
+    return change_images(images, as_labels(labels, classes), indices, change), {"pixels": described}
+
+
+attack = on_chosen_images("ops", _with_pixels, lambda _: Bound("l0", 1))

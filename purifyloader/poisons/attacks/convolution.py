@@ -13,17 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from purifyloader.core import noise
+from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.errors import InputError
-from purifyloader.poisons.attacks.additive import (
-    Images,
-    Integers,
-    as_classes,
-    as_labels,
-    change_images,
-    check_positive,
-    purpose_keys,
-    size_of,
-)
+from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, purpose_keys, size_of
 from purifyloader.poisons.attacks.choice import on_chosen_images
 
 __all__ = ["attack", "cuda", "cuda_filters"]
@@ -36,15 +28,12 @@ _SIDE = 3
 def cuda_filters(
     *, classes: int = 10, seed: int = 0, blur: float = 0.3, unit: Literal["random", "centre"] = "random"
 ) -> Tensor:
-    """Draw the filters that `cuda` convolves with; class c's is a function of (seed, c) and these arguments alone.
+    """Draw the filters that `cuda` convolves with, float64 (classes, 3, 3); class c's is a function of (seed, c).
 
     Args:
         blur: p_b of the paper; all weights but one are uniform in [0, blur].
         unit: where the weight of 1 is: "random", drawn for each class, as in the paper's code, which shifts images by
             up to a pixel too; or in the "centre".
-
-    Returns:
-        float64 (classes, 3, 3).
 
     Raises:
         InputError: an argument of another type or range.
@@ -53,10 +42,10 @@ def cuda_filters(
     >>> cuda_filters(classes=2).shape
     torch.Size([2, 3, 3])
     """
-    keys = purpose_keys(seed, _ATTACK, _FILTER, torch.arange(as_classes(classes)))
-    check_positive("blur", blur)
-    if unit not in ("random", "centre"):
-        raise InputError(f"unit must be random or centre. Got {unit!r}.")
+    check_integer("classes", classes, 1, error=InputError)
+    check_number("blur", blur, above=0, error=InputError)
+    check_choice("unit", unit, ("random", "centre"), error=InputError)
+    keys = purpose_keys(seed, _ATTACK, _FILTER, torch.arange(classes))
     area = _SIDE * _SIDE
     drawn = noise.uniform(keys, (area + 1,))
     weights = blur * drawn[:, :area]
@@ -87,18 +76,15 @@ def cuda(
     blur: float = 0.3,
     unit: Literal["random", "centre"] = "random",
 ) -> Images:
-    """Convolve each image with its class's filter, zero-padded, and rescale it so that its largest value is 255.
+    """Convolve each image, zero-padded, with its class's filter, and rescale it so that its largest value is 255.
 
-    As in the paper's code, but for rounding to 8 bits, which is to the nearest here and downwards there.
+    The images are uint8 (N, H, W, 3), and a copy is returned. As in the paper's code, but for rounding to 8 bits, which
+    is to the nearest here and downwards there.
 
     Args:
-        images: uint8 (N, H, W, 3), a numpy array or a tensor; not changed.
         labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
         others: see `cuda_filters`.
-
-    Returns:
-        A poisoned copy of the images, in the container they came in.
 
     Raises:
         InputError: images, labels or an argument of another type, shape or range.
