@@ -19,28 +19,16 @@ from purifyloader.poisons.spec import AttackSpec
 
 __all__ = ["poison_part"]
 
+Whole = Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]]
+
 _CLASSES = 10  # patterns of an availability attack: enough to judge a purifier by, and cheap for a thousand classes too
 
 
-def poison_part(
-    spec: AttackSpec,
-    part: Part,
-    whole: Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]],
-    seed: int,
-    **run: Any,
-) -> Poisoned:
-    """Poison the images of a part.
+def poison_part(spec: AttackSpec, part: Part, whole: Whole, seed: int, **run: Any) -> Poisoned:
+    """Poison the images of a part by an attack, whose networks train on the part, or a file of the whole dataset.
 
-    Args:
-        spec: an attack, or a file with a poison of the whole dataset. An attack that trains networks trains them on
-            the part.
-        part: images and where they belong.
-        whole: gives the images and labels of the whole dataset; called for a file that needs them all.
-        seed: of an attack.
-        run: options of this run, such as device and progress, for an attack that takes them.
-
-    Raises:
-        InputError, ConfigError: what the attack or the reader refuses.
+    `whole` gives the images and labels of the whole dataset, and is called for a file that needs them all; `run` holds
+    options such as device and progress, for an attack that takes them.
     """
     if spec.file is not None:
         return _read_part(spec, part, whole)
@@ -55,9 +43,7 @@ def poison_part(
         raise InputError(f"{spec.name} does not take these images: {error}") from None
 
 
-def _read_part(
-    spec: AttackSpec, part: Part, whole: Callable[[], tuple[NDArray[np.uint8], NDArray[np.int64]]]
-) -> Poisoned:
+def _read_part(spec: AttackSpec, part: Part, whole: Whole) -> Poisoned:
     assert spec.file is not None
     options = dict(spec.options)
     if spec.file.suffix == ".npy" and not {"format", "target_class", "count"} & options.keys():

@@ -45,10 +45,9 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A `Target` is a test image that a targeted attack wants taken for another class.
+    """A `Target` is a test image, uint8 (H, W, C), that a targeted attack wants taken for another class.
 
     Attributes:
-        image: uint8 (H, W, C).
         label: what the victim is to call it.
         true_label: what it shows, where that is known.
         index: its place in the test set, where that is known.
@@ -102,9 +101,7 @@ class Poisoned(InMemory):
         images: uint8 (N, H, W, C), C 1 or 3.
         labels: int64 (N,), from 0.
         poisoned: int64 (P,), rising: which images are poisoned.
-        attack: its name.
         bound: of the perturbation, where the attack has one.
-        target: of a targeted attack.
         trigger: of a back door: float32 (H, W, C) in units of [0, 1] images.
         target_class: of a back door: what the trigger stands for.
         settings: what the attack was made with, or the file that was read; JSON values.
@@ -135,12 +132,8 @@ class Poisoned(InMemory):
             raise InputError(
                 f"labels must be int64 ({len(images)},), from 0: one an image. Got {labels.dtype} {labels.shape}."
             )
-        rising = poisoned.ndim == 1 and bool((np.diff(poisoned) > 0).all())
-        if (
-            poisoned.dtype != np.int64
-            or not rising
-            or (len(poisoned) and not 0 <= poisoned[0] <= poisoned[-1] < len(images))
-        ):
+        rising = poisoned.dtype == np.int64 and poisoned.ndim == 1 and bool((np.diff(poisoned) > 0).all())
+        if not rising or (len(poisoned) and not 0 <= poisoned[0] <= poisoned[-1] < len(images)):
             raise InputError(
                 f"poisoned must be rising int64 indices of the {len(images)} images. Got {poisoned.dtype} "
                 f"{poisoned.shape}."
@@ -164,11 +157,7 @@ class Poisoned(InMemory):
         return [int(label) for label in self.labels]
 
     def moved(self, clean: NDArray[np.uint8]) -> Moved:
-        """Compare with the clean images, uint8 (N, H, W, C) in the same order.
-
-        Raises:
-            InputError: another number or shape of images.
-        """
+        """Compare with the clean images, uint8 (N, H, W, C) in the same order."""
         if clean.dtype != np.uint8 or clean.shape != self.images.shape:
             raise InputError(
                 f"The clean images must be uint8 {self.images.shape}, in the order of the poisoned. Got "

@@ -41,20 +41,15 @@ class AttackSpec:
 
 
 def parse(text: str, preset: str | None = None) -> AttackSpec:
-    """Parse the poison that a command line names.
-
-    Args:
-        text: "none", an attack or a file, with options after a colon.
-        preset: of an attack with presets, where `text` names none.
-
-    Raises:
-        ConfigError: no such attack or file; an option that it does not take, or text that is no OPTION=VALUE.
+    """Parse "none", an attack or a file, with options after a colon; `preset` is of an attack where none is named.
 
     >>> from purifyloader.poisons.spec import parse
     >>> parse("lsp:norm=2,patches=8").options
     {'norm': 2, 'patches': 8}
     """
-    name, options = _split(text)
+    name = _head(text)
+    rest = text[len(name) + 1 :]
+    options = parse_options(_COMMA.split(rest), text) if rest else {}
     if name == CLEAN:
         if options:
             raise ConfigError(f"none takes no options. Got {text!r}.")
@@ -70,7 +65,9 @@ def parse(text: str, preset: str | None = None) -> AttackSpec:
     path = Path(name)
     if not path.exists():
         raise ConfigError(f"An attack is none, {', '.join(registry.ATTACKS)}, or a poison file. Got {text!r}.")
-    takes = _file_options()
+    from purifyloader.poisons.reading import read
+
+    takes = [option for option in inspect.signature(read).parameters if option not in ("path", "clean")]
     if unknown := [option for option in options if option not in takes]:
         raise ConfigError(f"A poison file takes {', '.join(takes)}. Got {unknown[0]!r} in {text!r}.")
     if path.stem == CLEAN:
@@ -94,7 +91,7 @@ def is_spec(text: str) -> bool:
 
 
 def _head(text: str) -> str:
-    """The attack or file before the options: a path may have colons of its own."""
+    """Return the attack or file before the options: a path may have colons of its own."""
     if Path(text).exists():
         return text
     name = text.partition(":")[0]
@@ -105,18 +102,8 @@ def _head(text: str) -> str:
     return next((head for head in heads if Path(head).exists()), name)
 
 
-def _split(text: str) -> tuple[str, dict[str, Any]]:
-    name = _head(text)
-    rest = text[len(name) + 1 :]
-    return name, parse_options(_COMMA.split(rest), text) if rest else {}
-
-
 def parse_options(words: Sequence[str], text: str) -> dict[str, Any]:
-    """Parse OPTION=VALUE words of a text.
-
-    Raises:
-        ConfigError: a word of another form, or an option twice.
-    """
+    """Parse OPTION=VALUE words of a text, each option once."""
     options: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -129,9 +116,3 @@ def parse_options(words: Sequence[str], text: str) -> dict[str, Any]:
         except ValueError:
             options[name] = value
     return options
-
-
-def _file_options() -> list[str]:
-    from purifyloader.poisons.reading import read
-
-    return [option for option in inspect.signature(read).parameters if option not in ("path", "clean")]

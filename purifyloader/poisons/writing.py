@@ -43,22 +43,16 @@ Layout = Literal["flat", "class"]
 
 
 def about(poisoned: Poisoned) -> dict[str, Any]:
-    """Return all that is known of the poison beside its arrays, as JSON values.
-
-    Raises:
-        InputError: settings that are no JSON values.
-    """
+    """Return all that is known of the poison beside its arrays, as JSON values."""
     bound, target = poisoned.bound, poisoned.target
     record = {
         "format": FORMAT,
         "purifyloader": __version__,
         "attack": poisoned.attack,
         "images": len(poisoned),
-        "bound": None if bound is None else {"norm": bound.norm, "epsilon": bound.epsilon},
+        "bound": bound and {"norm": bound.norm, "epsilon": bound.epsilon},
         "target_class": poisoned.target_class,
-        "target": None
-        if target is None
-        else {"label": target.label, "true_label": target.true_label, "index": target.index},
+        "target": target and {"label": target.label, "true_label": target.true_label, "index": target.index},
         "settings": dict(poisoned.settings),
     }
     try:
@@ -73,12 +67,7 @@ def is_npz(out: str | os.PathLike[str]) -> bool:
 
 
 def check_free(out: str | os.PathLike[str]) -> None:
-    """Refuse, before any work, a file that exists or a folder that holds something.
-
-    Raises:
-        InputError: `out` is such a file or folder.
-        PurifyError: it cannot be looked into.
-    """
+    """Refuse, before any work, a file that exists or a folder that holds something."""
     out = Path(out)
     with writing(out):
         if is_npz(out):
@@ -94,10 +83,9 @@ def check_free(out: str | os.PathLike[str]) -> None:
 def write(poisoned: Poisoned, out: str | os.PathLike[str], layout: Layout = "flat") -> None:
     """Write to a file that ends in `.npz`, or to a folder; see `write_npz` and `write_images`.
 
-    >>> import numpy as np
+    >>> import tempfile, numpy as np
     >>> from pathlib import Path
     >>> from purifyloader.poisons import Poisoned, write
-    >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write(poisoned, f"{folder}/images")
@@ -117,9 +105,8 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
         InputError: the file exists, or its name does not end in .npz.
         PurifyError: it cannot be written.
 
-    >>> import numpy as np
+    >>> import tempfile, numpy as np
     >>> from purifyloader.poisons import Poisoned, write_npz
-    >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_npz(poisoned, f"{folder}/p.npz")
@@ -152,10 +139,9 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
             image, which `ImageFolder` would number otherwise.
         PurifyError: it cannot be written.
 
-    >>> import numpy as np
+    >>> import tempfile, numpy as np
     >>> from pathlib import Path
     >>> from purifyloader.poisons import Poisoned, write_images
-    >>> import tempfile
     >>> poisoned = Poisoned.of(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], "none", poisoned=[])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_images(poisoned, f"{folder}/images", "class")
@@ -183,8 +169,9 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["file", "label", "poisoned"])
             table.writerows(zip(names, poisoned.labels.tolist(), is_poisoned.astype(int).tolist(), strict=True))
-        _write_json(temporary / "poisoned.json", [names[index] for index in poisoned.poisoned])
-        _write_json(temporary / "poison.json", record)
+        for name, value in (("poisoned", [names[index] for index in poisoned.poisoned]), ("poison", record)):
+            text = json.dumps(value, indent=2, allow_nan=False)
+            (temporary / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _names(poisoned: Poisoned, layout: Layout) -> list[str]:
@@ -199,7 +186,3 @@ def _names(poisoned: Poisoned, layout: Layout) -> list[str]:
         )
     width = len(str(classes - 1))
     return [f"{label:0{width}d}/{file}" for label, file in zip(poisoned.labels.tolist(), files, strict=True)]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -29,13 +29,11 @@ def as_model(model: Any, kind: str) -> Any:
 
 
 def as_denoiser(model: Model) -> Denoiser:
-    denoiser: Denoiser = as_model(model, "denoiser")
-    return denoiser
+    return as_model(model, "denoiser")
 
 
 def as_energy(model: EnergyModel) -> EnergyNetwork:
-    energy: EnergyNetwork = as_model(model, "energy")
-    return energy
+    return as_model(model, "energy")
 
 
 class _Finder:

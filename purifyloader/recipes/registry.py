@@ -35,9 +35,7 @@ class Row:
     """A row that a recipe has in the bench by default.
 
     Attributes:
-        name: of the row.
-        description: what it does, in a few words.
-        options: of the recipe; None stands for its defaults.
+        options: of the recipe, in place of its defaults.
         per_epoch: applied to the images in training, drawn anew in every epoch, instead of purifying beforehand.
         slow: left out of the bench's short lists, for it takes many network calls an image.
     """
@@ -51,13 +49,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of a recipe that a command line can give.
+    """A setting of a recipe that a command line can give: a keyword argument, with underscores.
 
     Attributes:
-        name: of the keyword argument, with underscores.
         type: int, float, bool or str.
         default: the recipe's own; `inspect.Parameter.empty` where it must be given.
-        help: the text of the docstring.
         choices: the values that are allowed, of a `Literal`; empty for any.
     """
 
@@ -72,11 +68,7 @@ class Option:
         return self.default is inspect.Parameter.empty
 
     def parse(self, text: str) -> Any:
-        """The value of an option that is written `name=TEXT`.
-
-        Raises:
-            ConfigError: the text is no value of its type.
-        """
+        """Parse the value of an option that is written `name=TEXT`; refuse what is not of its type."""
         if self.choices and text not in self.choices:
             raise ConfigError(f"must be one of {', '.join(self.choices)}. Got {text!r}.", argument=self.name)
         if self.type is bool:
@@ -97,12 +89,9 @@ class Recipe:
 
     Attributes:
         name: with dashes.
-        make: the function.
-        summary: the first line of its docstring.
         options: by the name of the keyword argument, in the order of the signature.
         models: the kind of model ("denoiser", "energy") by the name of the keyword argument.
         model_defaults: the name of the model that is taken where none is given; no entry where one must be.
-        rows: in the bench.
     """
 
     name: str
@@ -115,7 +104,6 @@ class Recipe:
 
     @property
     def takes_fast(self) -> bool:
-        """Whether it has bfloat16 network arithmetic: `fast=True`."""
         return "fast" in self.options
 
 
@@ -160,7 +148,7 @@ _RAISES = """
 
 
 def _arguments(doc: str | None) -> dict[str, str]:
-    """The texts of `Args:` by the name of the argument; `a, b: TEXT` is the text of both."""
+    """Read the texts of `Args:` by the name of the argument; `a, b: TEXT` is the text of both."""
     section = re.search(r"\n *Args:\n((?: +.*\n|\n)+?)(?=\S|\n *\w+:\n|\Z)", inspect.cleandoc(doc or "") + "\n")
     texts: dict[str, str] = {}
     names: list[str] = []
@@ -197,7 +185,7 @@ def describe(name: str, make: Callable[..., Purifier]) -> Recipe:
 
 
 def _evaluated(make: Callable[..., Purifier], annotation: Any) -> Any:
-    """The object that an annotation means; None for one that only a type checker knows."""
+    """Return the object that an annotation means; None for one that only a type checker knows."""
     try:
         return eval(annotation, make.__globals__) if isinstance(annotation, str) else annotation
     except (NameError, TypeError):
@@ -205,7 +193,7 @@ def _evaluated(make: Callable[..., Purifier], annotation: Any) -> Any:
 
 
 def _kind(annotation: Any) -> tuple[type | None, str | None]:
-    """The type of an option, or the kind of a model, that an annotation means; None for neither."""
+    """Return the type of an option, or the kind of a model, that an annotation means; None for neither."""
     if typing.get_origin(annotation) is typing.Literal:
         return str, None
     if isinstance(kind := next(iter(getattr(annotation, "__metadata__", ())), None), str):
@@ -215,11 +203,7 @@ def _kind(annotation: Any) -> tuple[type | None, str | None]:
 
 
 class Recipes(Mapping[str, "Callable[..., Purifier]"]):
-    """The recipes by name: those of the library, then those that other distributions bring as entry points.
-
-    Args:
-        own: those of the library, which come before a plugin's of the same name.
-    """
+    """The recipes by name: the library's own, and those that other distributions bring under other names."""
 
     def __init__(self, own: Mapping[str, Callable[..., Purifier]]) -> None:
         self.own = dict(own)
@@ -227,8 +211,7 @@ class Recipes(Mapping[str, "Callable[..., Purifier]"]):
     def __getitem__(self, name: str) -> Callable[..., Purifier]:
         if name in self.own:
             return self.own[name]
-        plugins = entry_points(group=GROUP, name=name) if isinstance(name, str) else ()
-        for plugin in plugins:
+        for plugin in entry_points(group=GROUP, name=name) if isinstance(name, str) else ():
             make: Callable[..., Purifier] = plugin.load()
             return make
         raise KeyError(name)

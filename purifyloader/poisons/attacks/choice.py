@@ -28,15 +28,9 @@ _CHOICE = 0  # what the keys drawn here are for, in every attack
 
 
 class Victims(NamedTuple):
-    """A dataset to poison, and which of its images.
+    """A dataset to poison, and which of its images: `indices` (P,), rising.
 
-    Attributes:
-        images: uint8 (N, H, W, 3).
-        labels: int64 (N,).
-        classes: one more than the largest label, or of the dataset that these are a part of.
-        indices: int64 (P,), rising: which of the images are poisoned.
-        positions: int64 (N,): place of each image in the dataset.
-        seed: of the attack.
+    Of a part of a dataset, `classes` are the whole's, and `positions` (N,) the place of each image in it.
     """
 
     images: NDArray[np.uint8]
@@ -130,14 +124,7 @@ def colour(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def how_many(images: int, share: float | None, count: int | None, of: str) -> int | None:
-    """Return how many of `images` to poison, None for all.
-
-    Args:
-        of: what these images are, for an error.
-
-    Raises:
-        ConfigError: both share and count; InputError: one that is out of range.
-    """
+    """Return how many of `images` to poison, None for all; `of` says what they are, for an error."""
     if share is None and count is None:
         return None
     if share is not None and count is not None:
@@ -160,15 +147,9 @@ def of_class(
     share_of: Literal["set", "class"] = "set",
     default: int | None = None,
 ) -> int:
-    """Return how many images of one class to poison.
+    """Return how many images of one class to poison: a count, or a share of the "set" or of the "class".
 
-    Args:
-        share: of the "set" or of the "class", as `share_of` says.
-        default: where neither share nor count is given: so many, or all of the class if it has fewer.
-
-    Raises:
-        ConfigError: both share and count; InputError: a class without images, a number out of range, or more images
-            than the class has.
+    With neither it is the default, or all of the class if it has fewer.
     """
     if not is_class(target_class) or not (labels == target_class).any():
         raise InputError(
@@ -218,19 +199,12 @@ def drawn(candidates_N: Tensor, count: int, seed: int, attack: int) -> Tensor:
 
 
 def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: int) -> Target:
-    """Check the test image that a targeted attack is aimed at.
+    """Check the test image, uint8 of the shape of the training images or a file, that a targeted attack is aimed at.
 
-    Args:
-        target: a `Target`, an image uint8 (H, W, 3), or a file of one.
-        target_class: what the victim is to call it; of a `Target`, None takes its label.
-        shape: (H, W, 3) of the training images.
-        classes: of the training set.
-
-    Raises:
-        InputError: no image of that shape, no class of the set, or its true one.
+    `target_class` is what the victim is to call it, one of the set's classes; None takes the label of a `Target`.
     """
-    found = target if isinstance(target, Target) else None
-    image = target.image if isinstance(target, Target) else target
+    known = target if isinstance(target, Target) else None
+    image = target.image if known is not None else target
     if isinstance(image, str | os.PathLike):
         image = np.asarray(read_image(Path(image)))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
@@ -239,13 +213,13 @@ def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: i
             f"target must be the image that the victim is to be wrong on, uint8 {shape} as the training images are, a "
             f"file of one, or a poisons.Target. Got {got}."
         )
-    label = found.label if found is not None and target_class is None else target_class
+    label = known.label if known is not None and target_class is None else target_class
     if not is_class(label) or not 0 <= label < classes:
         raise InputError(
             f"target_class must be what the victim is to call the target, a class from 0 to {classes - 1}. Got "
             f"{label!r}."
         )
-    true = None if found is None else found.true_label
+    true = None if known is None else known.true_label
     if true == label:
         raise InputError(f"target_class must be another class than the target's own. Got {label}, which it shows.")
-    return Target(image, int(label), true, None if found is None else found.index)
+    return Target(image, int(label), true, None if known is None else known.index)

@@ -30,12 +30,9 @@ _SMALLEST = 8  # pixels along a side, as the networks halve it three times
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """`Clean` holds the images to poison, on the attack's device, and its progress.
+    """`Clean` holds the images to poison, uint8 (N, C, H, W), and labels (N,), on the attack's device.
 
-    Attributes:
-        x: uint8 (N, C, H, W), on the attack's device; y: int64 (N,) in [0, classes), there too.
-        classes: one more than the largest label.
-        bar: of progress, a step of a network on a batch the unit.
+    A unit of its progress bar is a step of a network on a batch.
     """
 
     x: Tensor
@@ -51,7 +48,6 @@ class Clean:
         return self.x[index_B].to(torch.float32) / 255
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the indices of all images in order, in batches."""
         yield from torch.arange(len(self.y), device=self.y.device).split(size)
 
 

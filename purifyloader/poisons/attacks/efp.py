@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
-from purifyloader.poisons.attacks.descent import descend
-from purifyloader.poisons.attacks.features import class_features, feature_distance
+from purifyloader.poisons.attacks.descent import class_features, descend, feature_distance
 from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSettings
 from purifyloader.poisons.attacks.surrogate import adversary, share_called, train
 

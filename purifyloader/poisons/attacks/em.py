@@ -78,15 +78,12 @@ def em(clean: Clean, settings: EmSettings, seed: int) -> Made:
 
 
 def min_min(
-    clean: Clean, settings: EmSettings, seed: int, attack: str, view: View | None = None
+    clean: Clean, settings: EmSettings, seed: int, attack: str, view: View = itself
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Find the noise of each image (N, C, H, W), and JSON values to record of it.
+    """Find the noise of each image (N, C, H, W), and JSON values to record; `attack` is named in the log.
 
-    Args:
-        attack: its name, for the log.
-        view: what the network sees of an image, if not the image: see `views`.
+    The network sees images through the view: see `views`.
     """
-    see = itself if view is None else view
     turn = count()
     row_N, noise = _start(clean, settings, seed)
     training = Training(clean, settings, seed)
@@ -94,13 +91,13 @@ def min_min(
         for _ in range(settings.train_steps):  # min over theta
             index_B, uniform_B3 = training.next_batch()
             x = (clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1)
-            x = crop_and_flip(see(x, index_B, next(turn)), uniform_B3, settings.pad, settings.flip)
+            x = crop_and_flip(view(x, index_B, next(turn)), uniform_B3, settings.pad, settings.flip)
             training.learn(x.detach(), clean.y[index_B])
         network = training.network.eval()
         # Before the descent: after it, a network that has learned nothing yet would be right on everything.
-        accuracy = _accuracy(network, clean, noise, row_N, see, turn)
+        accuracy = _accuracy(network, clean, noise, row_N, view, turn)
         for index_B in clean.batches(settings.batch_size):  # min over delta
-            noise = _descend(noise, network, clean, index_B, settings, see, turn)
+            noise = _descend(noise, network, clean, index_B, settings, view, turn)
             clean.bar.update(settings.steps)
         clean.bar.set_postfix(round=round_, accuracy=accuracy)
         if accuracy >= settings.stop_accuracy:
@@ -132,14 +129,14 @@ def _descend(
     clean: Clean,
     index_B: Tensor,
     settings: EmSettings,
-    see: View,
+    view: View,
     turn: Iterator[int],
 ) -> Tensor:
     """Take some steps that make the loss of these images small."""
     x, plain = clean.images(index_B), cross_entropy(network, clean.y[index_B])
 
     def loss(x_BCHW: Tensor) -> Tensor:
-        return plain(see(x_BCHW, index_B, next(turn)))
+        return plain(view(x_BCHW, index_B, next(turn)))
 
     if not settings.class_wise:
         noise[index_B] = pgd(
@@ -165,9 +162,9 @@ def _descend(
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, clean: Clean, noise: Tensor, row_N: Tensor, see: View, turn: Iterator[int]) -> float:
+def _accuracy(network: nn.Module, clean: Clean, noise: Tensor, row_N: Tensor, view: View, turn: Iterator[int]) -> float:
     right = 0
     for index_B in clean.batches(500):
-        x = see((clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1), index_B, next(turn))
+        x = view((clean.images(index_B) + noise[row_N[index_B]]).clamp(0, 1), index_B, next(turn))
         right += int((network(x).argmax(dim=1) == clean.y[index_B]).sum())
     return right / len(clean)

@@ -56,14 +56,7 @@ Objective = Callable[[Tensor], Iterable[Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Few:
-    """`Few` holds the images to poison, and the one that they are to be like.
-
-    Attributes:
-        target: as it was given, checked.
-        target_1CHW: its image, float32 in [0, 1].
-        index_K: the bases, rising.
-        base_KCHW: their images, float32 in [0, 1].
-    """
+    """`Few` holds the bases to poison (rising indices, images in [0, 1]), and the target that they are to be like."""
 
     target: Target
     target_1CHW: Tensor
@@ -164,12 +157,9 @@ def approach(
 ) -> Tensor:
     """Find images that make the objective small, as perturbations of the bases (K, C, H, W).
 
-    Args:
-        objective: to be made small; of views as a training would crop and flip them, with `settings.augment`.
-        bar: of progress, a term the unit.
-        index_K, seed: what the views are drawn by.
-        start: images to start from, brought within the bound; the bases if None.
-        backward: after each step of Adam, before the bound.
+    With `settings.augment` it is of views as a training would crop and flip them, drawn by the index and the seed. It
+    starts from images brought within the bound, the bases if None; `backward` comes after each step of Adam, before
+    the bound. A term of the objective is a unit of progress.
     """
     x = within(base_KCHW if start is None else start, base_KCHW, settings.bound).requires_grad_()
     adam = torch.optim.Adam([x], lr=rate(settings, base_KCHW), eps=_TINY)

@@ -80,10 +80,7 @@ def poison_frogs(clean: Clean, few: Few, networks: Sequence[nn.Module], settings
         seed=seed,
         start=settings.watermark * few.target_1CHW + (1 - settings.watermark) * base_KCHW,
         backward=partial(
-            backward,
-            base_KCHW=base_KCHW,
-            lr=rate(settings, base_KCHW),
-            beta=settings.beta * sum(shares) / len(shares),
+            backward, base_KCHW=base_KCHW, lr=rate(settings, base_KCHW), beta=settings.beta * sum(shares) / len(shares)
         ),
     )
     images = add(clean, delta, settings.bound, few.index_K)

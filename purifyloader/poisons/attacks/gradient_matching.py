@@ -35,11 +35,8 @@ _ATTACK = 0x676D6368  # "gmch"
 _START, _VIEW = 0x676D7374, 0x676D7677  # "gmst", "gmvw": what the keys drawn here are for
 _TINY = 1e-20  # far below any gradient, and its square; one of zero, of a network that is certain, has B = 1
 
-Gradient = tuple[Tensor, ...]
-"""The gradient of a loss in each parameter of a network."""
-
-Matched = list[tuple[nn.Module, Gradient]]
-"""Surrogates, each with the gradient that would teach it to call the target as is wanted."""
+Gradient = tuple[Tensor, ...]  # of a loss in each parameter of a network
+Matched = list[tuple[nn.Module, Gradient]]  # surrogates, and the gradient that would teach each to call the target so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +116,7 @@ def gradient_matching(
 def loss_gradient(network: nn.Module, x_BCHW: Tensor, y_B: Tensor, *, again: bool = False) -> Gradient:
     """Compute the gradient of the mean loss in all parameters of a network, which may be frozen and stays as it is.
 
-    Args:
-        again: the gradient is to have a gradient itself.
+    With `again` it has a gradient itself.
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}  # no copies
     logits = functional_call(network, weights, (x_BCHW.expand(-1, 3, -1, -1),))
@@ -140,7 +136,6 @@ def _length(gradient: Gradient) -> Tensor:
 
 
 def _losses(matched: Matched, few: Few, x_KCHW: Tensor, settings: GradientMatchingSettings) -> list[float]:
-    """B of these images for each surrogate, the mean over batches."""
     parts = x_KCHW.split(settings.batch_size)
     return [
         sum(float(mismatch(loss_gradient(network, x, _labels(few, x)), wanted)) for x in parts) / len(parts)
@@ -177,7 +172,7 @@ def _brew(few: Few, matched: Matched, settings: GradientMatchingSettings, seed: 
 
 
 def _largest(clean: Clean, networks: Sequence[nn.Module], label: int, count: int) -> Tensor:
-    """Rising indices of the images of a class whose own gradients are longest, in the mean over the networks."""
+    """Return rising indices of the images of a class whose own gradients are longest, in the mean over the networks."""
     members = (clean.y == label).nonzero()[:, 0]
     lengths = []
     for index_1 in members.split(1):

@@ -65,19 +65,9 @@ def pgd(
 
         delta <- clip(P(delta +- step_size * direction(grad loss(x + delta))))
 
-    An error-maximising attack gives the loss of the label; a targeted one minimises that of the target.
-
-    Args:
-        loss: a function of the perturbed images; each image's part must not depend on the other images.
-        x_BCHW: images in [0, 1].
-        bound: of each image's perturbation.
-        steps: how many; 0 gives the start.
-        step_size: length of each, in the bound's norm and units of [0, 1] images.
-        minimise: make the loss small instead.
-        start: perturbations to start from, within the bound; zeros if None.
-
-    Returns:
-        (B, C, H, W), within the bound and with x + delta in [0, 1].
+    An error-maximising attack gives the loss of the label; a targeted one minimises that of the target. Each image's
+    part of the loss must not depend on the other images. A step's length is in the bound's norm and units of [0, 1]
+    images. It starts from perturbations within the bound, zeros if None; the result also leaves x + delta in [0, 1].
     """
     sign = -1.0 if minimise else 1.0
     delta = torch.zeros_like(x_BCHW) if start is None else start
@@ -98,10 +88,8 @@ def round_within(delta_BCHW: Tensor, bound: Bound) -> Tensor:
     """Round to whole levels of 0 to 255, int16 (B, C, H, W), that are within the bound too.
 
     Rounded to the nearest; where that would leave the ball, values are clamped (l-infinity) or the image's perturbation
-    is made shorter by hundredths until it does not (l2).
-
-    Raises:
-        InputError: the bound is less than one level, so that nothing but zero is within it; NaN or infinity.
+    is made shorter by hundredths until it does not (l2). A bound of less than one level, with nothing but zero within
+    it, is refused, and so is what is not finite.
     """
     largest = bound.epsilon * 255 * (1 + 1e-6)  # 8/255 is 8 levels, whatever its last bit
     if largest < 1:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +33,8 @@ class Attack:
 
     Attributes:
         name: in `make` and on the command line.
-        implementation: `(dataset, seed=0, *, options) -> Poisoned`, or "module.function" below
-            `purifyloader.poisons.attacks`, which is imported when it is first used.
+        implementation: `(dataset, seed=0, *, options) -> Poisoned`, or "module.function" (if only "module", its
+            `attack`) below `purifyloader.poisons.attacks`, which is imported when it is first used.
         description: in a line.
         kind: "availability" makes the set useless to train on, "backdoor" plants a trigger, "targeted" has one test
             image taken for another class.
@@ -56,9 +57,8 @@ class Attack:
         if not isinstance(self.implementation, str):
             return self.implementation
         module, _, name = self.implementation.partition(".")
-        function: Callable[..., Poisoned] = getattr(
-            importlib.import_module(f"purifyloader.poisons.attacks.{module}"), name
-        )
+        imported = importlib.import_module(f"purifyloader.poisons.attacks.{module}")
+        function: Callable[..., Poisoned] = getattr(imported, name or "attack")
         return function
 
     @property
@@ -76,73 +76,38 @@ class Attack:
         return {parameter.name: parameter.default for parameter in parameters}
 
 
+_listed, _backdoor, _targeted = (partial(Attack, kind=kind) for kind in ("availability", "backdoor", "targeted"))
 _LISTED = (
-    Attack(
-        "urp",
-        "class_wise.attack",
-        "one random pattern a class, l-infinity 8/255",
-        "availability",
-        "Huang et al. 2021, 2101.04898",
-    ),
-    Attack(
-        "lsp",
-        "separable.attack",
-        "linearly separable patches, l2 1.304 at 32 x 32",
-        "availability",
-        "Yu et al. 2022, 2111.00898",
-    ),
-    Attack(
-        "ar",
-        "autoregression.attack",
-        "autoregressive noise, l2 1",
-        "availability",
-        "Sandoval-Segura et al. 2022, 2206.03693",
-    ),
-    Attack("ops", "one_pixel.attack", "one pixel a class, searched for", "availability", "Wu et al. 2023, 2205.12141"),
-    Attack(
-        "cuda",
-        "convolution.attack",
-        "one random blur a class, unbounded",
-        "availability",
-        "Sadasivan et al. 2023, 2303.04278",
-    ),
-    Attack("narcissus", "trigger.attack", "a given trigger on one class", "backdoor", "Zeng et al. 2022, 2204.05255"),
-    Attack("em", "em.em", "error-minimising noise", "availability", "Huang et al. 2021, 2101.04898"),
-    Attack("tap", "tap.tap", "noise towards another class", "availability", "Fowl et al. 2021, 2106.10807"),
-    Attack("sep", "sep.sep", "the same of many checkpoints", "availability", "Chen et al. 2023, 2211.12005"),
-    Attack("rem", "rem.rem", "robust error-minimising noise", "availability", "Fu et al. 2022, 2203.14533"),
-    Attack("efp", "efp.efp", "noise in feature space", "availability", "Wen et al. 2023, openreview zKvm1ETDOq"),
-    Attack(
-        "adp", "adp.adp", "error-minimising noise through compensation", "availability", "Wang et al. 2024, ECLIPSE"
-    ),
-    Attack("adaptive", "adaptive.adaptive", "TAP through denoiser and compensation", "availability", "ours"),
-    Attack(
+    _listed("urp", "class_wise", "one random pattern a class, l-infinity 8/255", paper="Huang et al. 2021, 2101.04898"),
+    _listed("lsp", "separable", "linearly separable patches, l2 1.304 at 32 x 32", paper="Yu et al. 2022, 2111.00898"),
+    _listed("ar", "autoregression", "autoregressive noise, l2 1", paper="Sandoval-Segura et al. 2022, 2206.03693"),
+    _listed("ops", "one_pixel", "one pixel a class, searched for", paper="Wu et al. 2023, 2205.12141"),
+    _listed("cuda", "convolution", "one random blur a class, unbounded", paper="Sadasivan et al. 2023, 2303.04278"),
+    _backdoor("narcissus", "trigger", "a given trigger on one class", paper="Zeng et al. 2022, 2204.05255"),
+    _listed("em", "em.em", "error-minimising noise", paper="Huang et al. 2021, 2101.04898"),
+    _listed("tap", "tap.tap", "noise towards another class", paper="Fowl et al. 2021, 2106.10807"),
+    _listed("sep", "sep.sep", "the same of many checkpoints", paper="Chen et al. 2023, 2211.12005"),
+    _listed("rem", "rem.rem", "robust error-minimising noise", paper="Fu et al. 2022, 2203.14533"),
+    _listed("efp", "efp.efp", "noise in feature space", paper="Wen et al. 2023, openreview zKvm1ETDOq"),
+    _listed("adp", "adp.adp", "error-minimising noise through compensation", paper="Wang et al. 2024, ECLIPSE"),
+    _listed("adaptive", "adaptive.adaptive", "TAP through denoiser and compensation", paper="ours"),
+    _backdoor(
         "label-consistent",
         "label_consistent.label_consistent",
         "a trigger on hard images",
-        "backdoor",
-        "Turner et al. 2019, 1912.02771",
+        paper="Turner et al. 2019, 1912.02771",
     ),
-    Attack(
+    _targeted(
         "gradient-matching",
         "gradient_matching.gradient_matching",
         "Witches' Brew",
-        "targeted",
-        "Geiping et al. 2021, 2009.02276",
+        paper="Geiping et al. 2021, 2009.02276",
     ),
-    Attack(
-        "poison-frogs",
-        "frogs.poison_frogs",
-        "images at a target in features",
-        "targeted",
-        "Shafahi et al. 2018, 1804.00792",
+    _targeted(
+        "poison-frogs", "frogs.poison_frogs", "images at a target in features", paper="Shafahi et al. 2018, 1804.00792"
     ),
-    Attack(
-        "bullseye",
-        "bullseye.bullseye",
-        "images around a target in features",
-        "targeted",
-        "Aghakhani et al. 2021, 2005.00191",
+    _targeted(
+        "bullseye", "bullseye.bullseye", "images around a target in features", paper="Aghakhani et al. 2021, 2005.00191"
     ),
 )
 
@@ -155,23 +120,14 @@ FILES = ("coefficients", "target", "trigger")
 
 
 def find(name: str) -> Attack:
-    """Return the attack of a name.
-
-    Raises:
-        ConfigError: there is no attack of that name.
-    """
+    """Return the attack of a name; refuse a name that no attack has."""
     if name not in ATTACKS:
         raise ConfigError(f"An attack is one of {', '.join(ATTACKS)}. Got {name!r}.")
     return ATTACKS[name]
 
 
 def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
-    """Check the options that an attack is given, before any work.
-
-    Raises:
-        ConfigError: an option that the attack does not take, or none where it needs one.
-        InputError: a value that an attack with presets refuses for its settings.
-    """
+    """Refuse options that an attack does not take, or whose values it refuses, before an hour of work."""
     takes = attack.options
     for option in given:
         if option not in takes:
@@ -183,13 +139,20 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
     needed = [name for name, default in takes.items() if default is inspect.Parameter.empty and name not in given]
     if needed:
         raise ConfigError(f"The attack {attack.name} needs {' and '.join(needed)}. Got none: give it.")
-    presets = attack.presets
-    if presets is not None:
-        from purifyloader.poisons.attacks.presets import choose, field_names
+    _settings(attack, given)
 
-        # its own checks of values, before an hour of work
-        settings = {name: value for name, value in given.items() if name in field_names(presets)}
-        choose(presets, given.get("preset", next(iter(presets))), settings)
+
+def _settings(attack: Attack, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an attack with presets that the options given make; none of another."""
+    presets = attack.presets
+    if presets is None:
+        return {}
+    from purifyloader.poisons.attacks.presets import choose, field_names
+
+    names = field_names(presets)
+    preset = given.get("preset", next(iter(presets)))
+    chosen = choose(presets, preset, {name: given[name] for name in names if name in given})
+    return {name: getattr(chosen, name) for name in names}
 
 
 _OF_A_RUN = ("device", "progress", "networks", "target", "model")  # what an attack is given, and not what it is
@@ -199,41 +162,30 @@ def resolved(attack: Attack, given: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the options of an attack with the values that it takes for those that are not given.
 
     Without what depends on the run that makes it, unless that is given: the target, networks, models, the device.
-
-    Raises:
-        InputError: a value that an attack with presets refuses for its settings.
     """
     values = {
         name: value
         for name, value in attack.options.items()
         if value is not inspect.Parameter.empty and name not in _OF_A_RUN
     }
-    presets = attack.presets
-    if presets is not None:
-        from purifyloader.poisons.attacks.presets import choose, field_names
-
-        fields = field_names(presets)
-        chosen = choose(presets, given.get("preset", next(iter(presets))), {k: given[k] for k in fields if k in given})
-        values |= {name: getattr(chosen, name) for name in fields}
-    return {**values, **given}
+    return {**values, **_settings(attack, given), **given}
 
 
 def make(name: str, dataset: Any, seed: int = 0, **options: Any) -> Poisoned:
-    """Poison a dataset by the attack of that name, to test a defence on.
+    """Poison a dataset by the attack of that name in `ATTACKS`, to test a defence on.
 
     Args:
-        name: in `ATTACKS`.
         dataset: a map-style dataset of (image, label) without a transform, in colour and of one size, or a pair
             (images uint8 (N, H, W, 3), labels).
         seed: of all that is random.
-        options: of the attack; see its function in `purifyloader.poisons.attacks.registry`.
+        options: of the attack: `help(ATTACKS[name].function)`.
 
     Raises:
         ConfigError: no such attack, or options that it does not take.
         InputError: a dataset or an option of another type, shape or range.
 
-    >>> from purifyloader.poisons import make
     >>> import numpy as np
+    >>> from purifyloader.poisons import make
     >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), [0, 1, 0, 1]
     >>> poisoned = make("lsp", clean, seed=0, norm=1.0, count=2)
     >>> poisoned.attack, len(poisoned.poisoned)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from purifyloader.poisons.attacks.clean import Clean, Made, add, attack_with_networks
-from purifyloader.poisons.attacks.descent import descend, shifted
-from purifyloader.poisons.attacks.features import class_features, feature_distance
+from purifyloader.poisons.attacks.descent import class_features, descend, feature_distance, shifted
 from purifyloader.poisons.attacks.pgd import Loss
 from purifyloader.poisons.attacks.presets import TrainedSettings
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train

@@ -29,10 +29,7 @@ _WARMUP = 0.2
 
 
 class Surrogate(nn.Module):
-    """A network of `victims.networks` with the normalisation inside: images (B, C, H, W) in [0, 1] to logits.
-
-    Grey images are repeated, as the networks are for colour.
-    """
+    """A network of `victims.networks` with the normalisation inside: images (B, 1 or 3, H, W) in [0, 1] to logits."""
 
     mean: Tensor
     std: Tensor
@@ -63,7 +60,6 @@ class Surrogate(nn.Module):
         return logits.float()
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Return the input of the last linear layer, (B, F)."""
         return last_features(self, x_BCHW)
 
 
@@ -97,14 +93,8 @@ def adversary(settings: AdversarialSettings, seed: int) -> Callable[[Surrogate, 
 class Training:
     """SGD on shuffled batches, one step at a time.
 
-    What an epoch draws (order, crop, flip) is a function of (seed, epoch, index).
-
-    Args:
-        total: steps of a whole training, for a learning rate that rises and falls; None for a constant one.
-
-    Attributes:
-        network: the surrogate, in training mode after a step.
-        taken: steps taken.
+    What an epoch draws (order, crop, flip) is a function of (seed, epoch, index). The learning rate rises and falls
+    over `total` steps; with None it is constant. After a step the network is in training mode.
     """
 
     def __init__(self, clean: Clean, settings: AttackSettings, seed: int, total: int | None = None) -> None:
@@ -134,11 +124,7 @@ class Training:
         return index_B, self._uniform[index_B]
 
     def learn(self, x_BCHW: Tensor, y_B: Tensor) -> None:
-        """Take a step on these images.
-
-        Raises:
-            TrainingError: the loss is not finite.
-        """
+        """Take a step on these images; a loss that is not finite is a `TrainingError`."""
         lr = self.settings.lr
         if self.total is not None:
             progress = (self.taken + 0.5) / self.total
@@ -169,8 +155,7 @@ def train(
 ) -> list[Surrogate]:
     """Train a surrogate on the clean images; return it as it was at equidistant steps, the end the last.
 
-    Args:
-        adversary: (network in evaluation mode, x_BCHW, y_B) -> x_BCHW to learn from instead: adversarial training.
+    `adversary` maps (network in evaluation mode, x_BCHW, y_B) to x_BCHW to learn from instead: adversarial training.
     """
     size = min(settings.batch_size, len(clean.y))
     total = settings.epochs * (len(clean.y) // size)

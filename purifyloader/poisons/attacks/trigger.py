@@ -142,45 +142,26 @@ def attack(
 
     Args:
         dataset: see `as_arrays`; in colour.
+        seed: of the choice of images.
         trigger: a published `.npy` file, in units of [-1, 1] images (see `read_trigger`), or float (H, W, 3) in units
             of [0, 1] images.
         target_class: whose images get it.
-        share: of the "set" or of the "class", as `share_of` says; None for PureGen's 1 % of the set, where there is
-            no count either.
-        count: so many images of the class, chosen by `seed`.
-
-    Raises:
-        InputError: a dataset, a trigger or an option of another type, shape or range, or more images than the class
-            has.
-        ConfigError: both share and count.
+        share: of the "set" or of the "class", as `share_of` says; PureGen's 1 % of the set without a count either.
+        count: so many images of the class.
     """
     images, labels = colour(dataset)
     delta = _as_trigger(trigger, images.shape[1:])
     share = 0.01 if share is None and count is None else share
     wanted = of_class(labels, target_class, share, count, share_of)
     poisoned, indices = backdoor(images, labels, delta, target_class, wanted, classes=int(labels.max()) + 1, seed=seed)
-    settings = {
-        "seed": operator.index(seed),
-        "trigger": {"sha256": sha256_of(delta)},
-        "target_class": int(target_class),
-        "share": share,
-        "share_of": share_of,
-        "count": count,
-    }
-    return Poisoned.of(
-        poisoned,
-        labels,
-        "narcissus",
-        indices,
-        bound=Bound("linf", float(delta.abs().max())),
-        trigger=delta.numpy(),
-        target_class=int(target_class),
-        settings=settings,
-    )
+    known: dict[str, Any] = {"trigger": delta.numpy(), "target_class": int(target_class)}
+    settings = {"seed": operator.index(seed), **known, "share": share, "share_of": share_of, "count": count}
+    settings["trigger"] = {"sha256": sha256_of(delta)}
+    bound = Bound("linf", float(delta.abs().max()))
+    return Poisoned.of(poisoned, labels, "narcissus", indices, bound=bound, **known, settings=settings)
 
 
 def _as_trigger(trigger: Any, shape: tuple[int, ...]) -> Tensor:
-    """float32 (H, W, 3), checked."""
     if isinstance(trigger, str | os.PathLike):
         delta = read_trigger(trigger)
     elif isinstance(trigger, Tensor | np.ndarray):

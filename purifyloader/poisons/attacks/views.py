@@ -26,11 +26,7 @@ def itself(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
 
 
 def compensated(p: float, sigma: float, seed: int) -> View:
-    """Through ECLIPSE's compensation C(x; p, sigma), Eq. 13.
-
-    Raises:
-        InputError: no probability, or no noise level.
-    """
+    """See through ECLIPSE's compensation C(x; p, sigma), Eq. 13."""
     corruptions.check_compensation(p, sigma)
 
     def view(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
@@ -40,7 +36,7 @@ def compensated(p: float, sigma: float, seed: int) -> View:
 
 
 def purified(purifier: Purifier, seed: int) -> View:
-    """Through a purifier, with another draw of its noise for each turn: the one of the victim's cache is not known."""
+    """See through a purifier, with other noise for each turn: the draw in the victim's cache is not known."""
 
     def view(x_BCHW: Tensor, index_B: Tensor, turn: int) -> Tensor:
         return purifier.purify_with_grad(x_BCHW, _keys(seed, _PURIFY, turn, index_B)).clamp(0, 1)

@@ -29,7 +29,7 @@ def levels(bound: Bound) -> str:
 
 
 def _limit(bound: Bound, values: int) -> float:
-    """How far an image of so many values may be moved, in levels; what 8-bit rounding may add is half a level a value.
+    """Return how far an image of so many values may be moved, in levels, with half a level a value for rounding.
 
     To l-infinity the whole level is added that the loaders that cut off need.
     """
@@ -43,20 +43,12 @@ def _within(bound: Bound | None) -> str:
 
 
 def check_numbers(delta: NDArray[Any], bound: Bound | None, what: str, signed: bool = True) -> None:
-    """Refuse a perturbation, in units of [0, 1] images, whose very numbers say that it is misread.
+    """Refuse a perturbation (N, ...), in units of [0, 1] images, whose very numbers say that it is misread.
 
-    Args:
-        delta: floating point (N, ...).
-        bound: of the attack, where there is one.
-        what: names it in a message.
-        signed: whether numbers of one sign only are a mistake.
-
-    Raises:
-        InputError: not finite, zero everywhere, 255 times too large, or without its sign; with a bound also 255 times
-            too small, or beyond it.
+    They are not finite, zero everywhere, 255 times too large, or (if `signed`) without their sign; with a bound also
+    255 times too small, or beyond it. `what` names it in a message.
     """
-    low = high = 0.0
-    longest = 0.0
+    low = high = longest = 0.0
     for start in range(0, len(delta), 1024):
         part = delta[start : start + 1024].reshape(len(delta[start : start + 1024]), -1)
         if not np.isfinite(part).all():
@@ -84,8 +76,8 @@ def check_numbers(delta: NDArray[Any], bound: Bound | None, what: str, signed: b
         )
     if bound is None:
         return
-    reached, epsilon = (largest, bound.epsilon) if bound.norm == "linf" else (longest, bound.epsilon)
-    if reached * 100 < epsilon:
+    reached = largest if bound.norm == "linf" else longest
+    if reached * 100 < bound.epsilon:
         raise InputError(
             f"{what} must come near its bound of {levels(bound)}. {got}, some 255 times too small: they were divided "
             "by 255 once too often."
@@ -102,7 +94,6 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
     """Compare a poisoned set with the clean one, and refuse what was plainly misread.
 
     Args:
-        poisoned: of `read`, or of an attack.
         clean: the clean training set in the same order: (images uint8 (N, H, W, C), labels), or a dataset.
         bound: of the perturbation, if not `poisoned.bound`. Where neither is known, how far the images moved is no
             reason to refuse them, but only what no attack does to them.
@@ -115,16 +106,15 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
         InputError: other numbers or shapes; labels that are mostly others; nothing moved, though the set says that
             images are poisoned, and no label is another.
             With a bound: numbers of one sign, or a perturbation beyond it by more than 8-bit rounding (one level; for
-            l2 half a level a value; for l0 nothing), where the message says what it looks like: a factor of 255,
-            images of [-1, 1] taken for [0, 1] or the reverse, wrapped-around numbers, channels or axes in another
-            order, or images in another order.
-            Without one: images that are all black; images of which most values moved, and to black or white; images
-            that one of these misreadings brings several times nearer to the clean ones; numbers that plainly wrapped
-            around; and images that are no more like the clean ones of their places than like others.
+            l2 half a level a value; for l0 nothing). The message says what it looks like: a factor of 255, images of
+            [-1, 1] taken for [0, 1] or the reverse, wrapped-around numbers, or channels, axes or images in another
+            order.
+            Without one: images that are all black, or most values of which moved to black or white; images that such
+            a misreading brings several times nearer to the clean ones; numbers that plainly wrapped around; and images
+            that are no more like the clean ones of their places than like others.
 
     >>> import numpy as np
-    >>> from purifyloader.poisons import check
-    >>> from purifyloader.poisons import make
+    >>> from purifyloader.poisons import check, make
     >>> clean = np.full((4, 8, 8, 3), 128, np.uint8), np.array([0, 1, 0, 1])
     >>> check(make("urp", clean), clean).images
     4
@@ -182,13 +172,9 @@ Levels = NDArray[np.int16]
 
 
 class _Sample(NamedTuple):
-    """A sample of the images that moved, in levels.
+    """A sample of the images that moved, in levels: (S, H, W, C), the clean ones of their places, and others (M, ...).
 
-    Attributes:
-        got: (S, H, W, C).
-        clean: those of their places.
-        others: (M, H, W, C), of places all over the clean set.
-        apart: (S, M), whether an image and one of `others` are of two places.
+    `apart` (S, M) says whether an image and one of the others, from all over the clean set, are of two places.
     """
 
     got: Levels
@@ -198,12 +184,8 @@ class _Sample(NamedTuple):
 
 
 def _sample(got: NDArray[np.uint8], clean: NDArray[np.uint8]) -> _Sample:
-    moved = np.concatenate(
-        [
-            start + np.flatnonzero((got[start : start + 1024] != clean[start : start + 1024]).any(axis=(1, 2, 3)))
-            for start in range(0, len(got), 1024)
-        ]
-    )
+    parts = [slice(start, start + 1024) for start in range(0, len(got), 1024)]
+    moved = np.flatnonzero(np.concatenate([(got[part] != clean[part]).any(axis=(1, 2, 3)) for part in parts]))
     chosen, places = moved[_spread(len(moved))], _spread(len(clean))
     some = got[chosen].astype(np.int16)
     return _Sample(some, clean[chosen].astype(np.int16), clean[places].astype(np.int16), chosen[:, None] != places)
@@ -218,16 +200,8 @@ _WRAPPED = "numbers that wrapped around at 256: clamp to 0 and 255 before the ca
 # How a perturbation looks that was read wrongly: the difference to the clean images if it had been read so, and by
 # how much reading it so stretches the rounding. The first that brings it within its bound is named.
 _MISREADINGS: tuple[tuple[str, float, Callable[[Levels, Levels], Levels]], ...] = (
-    (
-        _WRAPPED,
-        1.0,
-        lambda got, clean: (got - clean + 128) % 256 - 128,
-    ),
-    (
-        "the channels in the reverse order (BGR): reverse the last axis",
-        1.0,
-        lambda got, clean: got[..., ::-1] - clean,
-    ),
+    (_WRAPPED, 1.0, lambda got, clean: (got - clean + 128) % 256 - 128),
+    ("the channels in the reverse order (BGR): reverse the last axis", 1.0, lambda got, clean: got[..., ::-1] - clean),
     (
         "bytes of whole channels, one after another, taken for pixels: transpose them to (H, W, C)",
         1.0,
@@ -243,11 +217,7 @@ _MISREADINGS: tuple[tuple[str, float, Callable[[Levels, Levels], Levels]], ...] 
         2.0,
         lambda got, clean: got - np.clip(2 * clean - 255, 0, 255),
     ),
-    (
-        "images in [0, 1] taken for [-1, 1]: do not add 1 and halve",
-        2.0,
-        lambda got, clean: 2 * got - 255 - clean,
-    ),
+    ("images in [0, 1] taken for [-1, 1]: do not add 1 and halve", 2.0, lambda got, clean: 2 * got - 255 - clean),
 )
 
 

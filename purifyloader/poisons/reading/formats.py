@@ -15,7 +15,7 @@ from purifyloader.core.checks import check_flag
 from purifyloader.datasets.arrays import Part, as_arrays
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
-from purifyloader.poisons.reading import perturbations, pictures, rows, targeted
+from purifyloader.poisons.reading import perturbations, pictures, targeted
 from purifyloader.poisons.reading import request as options
 from purifyloader.poisons.reading.checks import check
 from purifyloader.poisons.reading.content import describe, open_content
@@ -24,7 +24,7 @@ from purifyloader.poisons.reading.request import UNITS, Format, Request
 
 __all__ = ["FORMATS", "read"]
 
-FORMATS: dict[str, Format] = {**targeted.FORMATS, **perturbations.FORMATS, **pictures.FORMATS, **rows.FORMATS}
+FORMATS: dict[str, Format] = {**targeted.FORMATS, **perturbations.FORMATS, **pictures.FORMATS}
 """Every format that is read, by name."""
 
 

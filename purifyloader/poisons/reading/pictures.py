@@ -18,9 +18,6 @@ from purifyloader.poisons.reading.request import Format, Request, as_levels, ful
 __all__ = ["FORMATS"]
 
 
-# AVATAR, BridgePure
-
-
 def _is_npz(content: Any, request: Request) -> bool:
     return isinstance(content, dict) and {"data", "targets"} <= set(content)
 
@@ -49,9 +46,6 @@ def _is_of_images(array: NDArray[Any]) -> bool:
 def _one_each(request: Request, images: int, labels: int) -> None:
     if images != labels:
         raise request.must_hold("one label an image", f"{images:,} images and {labels:,} labels")
-
-
-# NTGA
 
 
 def _is_ntga(content: Any, request: Request) -> bool:
@@ -92,9 +86,6 @@ def _from_one_hot(labels: NDArray[Any], path: Path) -> NDArray[np.int64]:
     raise InputError(f"{path} must hold one-hot labels (N, classes), or integers. Got {describe(labels)}.")
 
 
-# ECLIPSE, COIN
-
-
 def _is_raw_bytes(content: Any, request: Request) -> bool:
     if not isinstance(content, list) or not content:
         return False
@@ -125,9 +116,6 @@ def _read_raw_bytes(content: Any, request: Request) -> Poisoned:
         labels[index] = label_of(item[1], f"Item {index} of {request.path}")
     images = np.frombuffer(b"".join(item[0] for item in content), np.uint8).reshape(-1, *shape)
     return full(request, images, labels, "images")
-
-
-# ISS, APBench, AR, TAP
 
 
 def _is_png(content: Any, request: Request) -> bool:
@@ -253,9 +241,12 @@ def _decoded(files: list[Path]) -> NDArray[np.uint8]:
 
 FORMATS = {
     "ntga": Format("x_train*.npy, float (N, H, W, C), beside one-hot y_train*.npy", _is_ntga, _read_ntga),
+    # of AVATAR and BridgePure
     "npz": Format("an .npz with data, uint8 (N, H, W, C), and targets", _is_npz, _read_npz, may_aim=True),
+    # of ECLIPSE and COIN
     "raw-bytes": Format(
         "a pickle of a list of (bytes of an RGB image, label)", _is_raw_bytes, _read_raw_bytes, may_aim=True
     ),
+    # of ISS, APBench, AR and TAP
     "png": Format("a folder of <index>.png, or of class folders of them", _is_png, _read_png, may_aim=True),
 }

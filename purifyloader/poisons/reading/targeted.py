@@ -42,9 +42,6 @@ def _pairs(value: Any, what: str) -> tuple[NDArray[np.uint8], list[int]]:
     return np.stack(images), labels
 
 
-# poisoning-benchmark
-
-
 def _is_benchmark(content: Any, request: Request) -> bool:
     return isinstance(content, Folder) and "poisons.pickle" in content.names
 
@@ -98,9 +95,6 @@ def _patched(
     return out, {"xy": [x, y], "size": [height, width]}
 
 
-# PureGen's packed poisons
-
-
 def _is_puregen(content: Any, request: Request) -> bool:
     if not isinstance(content, list | tuple) or len(content) != 3:
         return False
@@ -133,9 +127,6 @@ def _packed_target(value: Any, label: int) -> dict[str, Any]:
     return {} if plain is None else {"settings": {"target": json.loads(text)}}
 
 
-# what the caller says that they are aimed at
-
-
 def with_target(poisoned: Poisoned, request: Request) -> Poisoned:
     """Return the poison with the target that `read` was given, if it was, unless the file has one of its own."""
     target: Any = request.target
@@ -152,9 +143,6 @@ def with_target(poisoned: Poisoned, request: Request) -> Poisoned:
         target = np.atleast_3d(np.asarray(target.convert(pil_mode(shape[2]))))
     classes = int(poisoned.labels.max()) + 1
     return replace(poisoned, target=as_target(target, request.target_class, shape, classes))
-
-
-# Bullseye Polytope
 
 
 def _is_bullseye(content: Any, request: Request) -> bool:

@@ -29,11 +29,7 @@ _CHANNELS = {"L": 1, "RGB": 3}
 
 
 class Picture:
-    """A `Picture` is what a pickled PIL image becomes: its pixels, without a line of Pillow's own code.
-
-    Attributes:
-        image: uint8 (H, W, C), C 1 or 3.
-    """
+    """A `Picture` is what a pickled PIL image becomes: its pixels (H, W, 1 or 3), without a line of Pillow's code."""
 
     __slots__ = ("image",)
     image: NDArray[np.uint8]
@@ -181,9 +177,7 @@ class _Unpickler(pickle.Unpickler):
 def read_pickle(path: Path) -> Any:
     """Read a plain pickle: images as `Picture`, arrays, tensors, numbers, text, bytes and containers.
 
-    Raises:
-        InputError: it is damaged or cut short, or it wants a class or function that is not in the list: then that is
-            named, and nothing of it was imported or run.
+    A class or function that is not in the list is named in an `InputError`, and nothing of it is imported or run.
     """
     try:
         with path.open("rb") as file:
@@ -193,11 +187,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """Read a file of torch.save, new or old: tensors on the CPU, and what `read_pickle` gives.
-
-    Raises:
-        InputError: as `read_pickle`.
-    """
+    """Read a file of torch.save, new or old: tensors on the CPU, and what `read_pickle` gives; it refuses as that."""
     try:
         return _load_torch(path)
     except Exception as error:  # see above
