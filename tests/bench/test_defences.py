@@ -205,7 +205,7 @@ def test_data_of_one_class_need_no_target(tmp_path):
 def test_values_are_checked_before_any_work_and_wherever_one_is(tmp_path, monkeypatch, capsys):
     words = ["bench", "--data", "imagefolder", "--root", str(folder_of(tmp_path)), "--out", str(tmp_path / "o")]
     assert main([*words, "--attack", "gradient-matching:bases=nearest"]) != 0
-    assert "bases must be one of largest, random" in capsys.readouterr().err
+    assert "bases must be one of 'largest', 'random'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     for name in ("random", "cpu", "linf"):
         (tmp_path / name).mkdir()

@@ -665,7 +665,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--attack", "lsp", "--attack", "lsp"), "attacks of different names. Got lsp twice"),
         (("--attack", "lsp:norm=-1"), "norm .*Got -1"),
         (("--attack", "em:preset=[1]"), r"preset must be one of cpu, full. Got \[1\]"),
-        (("--attack", "em:steps=0"), "steps must be an integer of 1 or more. Got 0"),
+        (("--attack", "em:steps=0"), "steps must be a positive integer. Got 0"),
         (("--attack", "label-consistent:target_class=3"), "target_class must be from 0 to 2. Got 3"),
         (("--attack", "narcissus:trigger=/nowhere.npy,target_class=1"), "/nowhere.npy"),
         (("--attack", f"{__file__}:std=[0.2,0.2,0.2]"), "must be a whole pickle"),

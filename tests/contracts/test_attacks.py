@@ -161,8 +161,8 @@ with_network = pytest.mark.parametrize("name", [name for name, options in TINY.i
 def test_attacks_with_networks_check_their_settings_before_any_work(name):
     for bad, message in (
         ({"preset": "fast"}, "preset must be one of cpu, full"),
-        ({"steps": 0}, "steps must be an integer of 1 or more"),
-        ({"norm": "l1"}, "norm must be one of linf, l2"),
+        ({"steps": 0}, "steps must be a positive integer"),
+        ({"norm": "l1"}, "norm must be one of 'linf', 'l2'"),
         ({"epsilon": 8}, "divide levels by 255"),
         ({"network": "vgg"}, "network must be one of"),
     ):

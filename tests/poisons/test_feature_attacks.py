@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.poisons.attacks import bullseye as bullseye_module
+from purifyloader.poisons.attacks import few as few_module
 from purifyloader.poisons.attacks import frogs as frogs_module
 from purifyloader.poisons.attacks.bullseye import bullseye, off_centre
 from purifyloader.poisons.attacks.clean import opened, rounded
@@ -273,7 +274,7 @@ def test_surrogates_are_trained_where_none_are_given(name, monkeypatch):
         seeds.append(seed)
         return train(clean, settings, seed, **known)
 
-    monkeypatch.setattr(MODULES[name], "train", recorded)
+    monkeypatch.setattr(few_module, "train", recorded)
     more = {"surrogates": 3} if name == "bullseye" else {}
     settings = quick(name, DATA, seed=4, epochs=8, steps=40, **more).settings
     assert seeds == ([4, 5, 6] if name == "bullseye" else [4])
@@ -394,7 +395,7 @@ def test_given_networks_stay_as_they_are(name, fails, monkeypatch):
     state = {key: value.clone() for key, value in network.state_dict().items()}
     options = {"networks": [network], "steps": 2}
     if fails:
-        monkeypatch.setattr(MODULES[name], "add_to", lambda *_: 1 // 0)
+        monkeypatch.setattr(MODULES[name], "add", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             quick(name, DATA, **options)
     else:
@@ -495,14 +496,14 @@ BAD = [
     ({"colour": 1}, "The options of this attack are norm, .* Got 'colour'"),
     ({"device": "abacus"}, "device of this machine"),
     ({"seed": 1.5}, "seed must be an integer"),
-    ({"norm": "l1"}, "norm must be one of linf, l2"),
+    ({"norm": "l1"}, "norm must be one of 'linf', 'l2'"),
     ({"epsilon": 0.5 / 255}, "epsilon must be 0.003922 to 1"),
     ({"epsilon": 8}, "Got 8: divide levels by 255"),
-    ({"steps": 0}, "steps must be an integer of 1"),
+    ({"steps": 0}, "steps must be a positive integer"),
     ({"step": 0.0}, "step must be"),
     ({"epochs": 0}, "epochs must be"),
     ({"augment": 1}, "augment must be"),
-    ({"network": "resnet1000"}, "network must be one of resnet9"),
+    ({"network": "resnet1000"}, "network must be one of 'resnet9'"),
     ({"target": None}, "target must be the image that the victim is to be wrong on.* Got NoneType"),
     ({"target": TARGET / 255}, r"target must be .* Got float64 \(16, 16, 3\)"),
     ({"target": TARGET[:8]}, r"uint8 \(16, 16, 3\) as the training images are.* Got uint8 \(8, 16, 3\)"),
@@ -541,7 +542,7 @@ def test_bad_input(name, options, message):
     [
         ("poison-frogs", {"beta": -1}, "beta must be a finite number of 0 or more"),
         ("poison-frogs", {"watermark": 1.5}, "watermark must be a finite number from 0 to 1. Got 1.5"),
-        ("bullseye", {"surrogates": 0}, "surrogates must be an integer of 1 or more. Got 0"),
+        ("bullseye", {"surrogates": 0}, "surrogates must be a positive integer. Got 0"),
     ],
 )
 def test_bad_options_of_one(name, options, message):

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from purifyloader.errors import ConfigError, InputError, TrainingError
+from purifyloader.poisons.attacks import few as few_module
+from purifyloader.poisons.attacks import surrogate as surrogate_module
 from purifyloader.poisons.attacks.clean import opened
 from purifyloader.poisons.attacks.gradient_matching import gradient_matching, loss_gradient, mismatch
 from purifyloader.poisons.attacks.label_consistent import corner_trigger, label_consistent
@@ -327,7 +329,7 @@ def test_b_falls_in_bfloat16(network):
 
 def test_what_is_trained_in_bfloat16_is_matched_in_float32(monkeypatch):
     found = []
-    monkeypatch.setattr(gm_module, "train", lambda *args: found.extend(train(*args)) or found[-1:])
+    monkeypatch.setattr(few_module, "train", lambda *args: found.extend(train(*args)) or found[-1:])
     rough, exact = (quick("gradient-matching", bfloat16=its).settings for its in (True, False))
     assert [network.in_bfloat16 for network in found] == [False, False]
     assert rough["bfloat16"]
@@ -412,13 +414,13 @@ def test_the_chosen_images_are_hard_for_the_surrogate(made_with):
 
 def test_the_surrogate_learns_from_images_at_their_worst(monkeypatch):
     called = []
-    worst_case = lc_module.worst_case
+    worst_case = surrogate_module.worst_case
 
     def counted(*args):
         called.append(worst_case(*args))
         return called[-1]
 
-    monkeypatch.setattr(lc_module, "worst_case", counted)
+    monkeypatch.setattr(surrogate_module, "worst_case", counted)
     first = quick("label-consistent")
     assert len(called) == 3  # 48 images in batches of 16
     assert max(float(a.abs().max()) for a in called) == pytest.approx(8 / 255)
@@ -608,10 +610,10 @@ def test_bad_datasets(name):
         ({"colour": 1}, "The options of this attack are norm, .* Got 'colour'"),
         ({"device": "abacus"}, "device of this machine"),
         ({"seed": 1.5}, "seed must be an integer"),
-        ({"norm": "l1"}, "norm must be one of linf, l2"),
+        ({"norm": "l1"}, "norm must be one of 'linf', 'l2'"),
         ({"epsilon": 0.5 / 255}, "epsilon must be 0.003922 to 1"),
         ({"epsilon": 16}, "Got 16: divide levels by 255"),
-        ({"steps": 0}, "steps must be an integer of 1"),
+        ({"steps": 0}, "steps must be a positive integer"),
         ({"step": 0.0}, "step must be"),
         ({"epochs": 0}, "epochs must be"),
         ({"augment": 1}, "augment must be True or False"),
@@ -640,17 +642,17 @@ def test_count_and_share_are_not_given_together(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gradient-matching", {"restarts": 0}, "restarts must be an integer of 1"),
-        ("gradient-matching", {"surrogates": 0}, "surrogates must be an integer of 1"),
-        ("gradient-matching", {"bases": "smallest"}, "bases must be one of largest, random"),
+        ("gradient-matching", {"restarts": 0}, "restarts must be a positive integer"),
+        ("gradient-matching", {"surrogates": 0}, "surrogates must be a positive integer"),
+        ("gradient-matching", {"bases": "smallest"}, "bases must be one of 'largest', 'random'"),
         ("gradient-matching", {"target": TARGET[:8]}, r"target must be .* uint8 \(16, 16, 3\)"),
         ("gradient-matching", {"target": TARGET / 255}, "target must be .* Got float64"),
         ("gradient-matching", {"target": Target(TARGET, AIM, true_label=AIM)}, "another class than the target's own"),
         ("label-consistent", {"adversarial": 1}, "adversarial must be True or False"),
         ("label-consistent", {"amplitude": 0.0}, "amplitude must be a finite number from"),
         ("label-consistent", {"amplitude": 32}, "amplitude must be a finite number from"),
-        ("label-consistent", {"corners": 2}, "corners must be 1 or 4. Got 2"),
-        ("label-consistent", {"corners": True}, "corners must be 1 or 4. Got True"),
+        ("label-consistent", {"corners": 2}, "corners must be one of 1, 4. Got 2"),
+        ("label-consistent", {"corners": True}, "corners must be one of 1, 4. Got True"),
         ("label-consistent", {"attack_steps": 0}, "attack_steps must be"),
         ("label-consistent", {"attack_epsilon": -1.0}, "attack_epsilon must be"),
     ],

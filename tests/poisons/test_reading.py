@@ -452,7 +452,7 @@ LEVELS_HINT = "divide levels of 0 to 255 by 255, as in 8/255"
         ({"bound": "linf:8/0"}, "Got 'linf:8/0'"),
         ({"bound": "linf:many"}, "Got 'linf:many'"),
         ({"bound": "l2:inf"}, "Got 'l2:inf'"),
-        ({"target_class": "bird"}, "target_class must be a class, an integer from 0. Got 'bird'"),
+        ({"target_class": "bird"}, "target_class must be an integer from 0. Got 'bird'"),
         ({"target_class": -1}, "Got -1"),
         ({"target_class": True}, "target_class must be"),
         ({"target_class": 1.0}, "target_class must be"),
