@@ -251,8 +251,9 @@ def puregen_filt(
     check_share(k)
     settings = _Both(**options)
     settings.check(ebm_steps, ddpm_steps, repeats)
-    settings = replace(settings, energy=as_energy(settings.energy))
-    condition = EnergyAbove(settings.energy, k=k, compute_batch=settings.compute_batch)
+    energy = as_energy(settings.energy)
+    settings = replace(settings, energy=energy)
+    condition = EnergyAbove(energy, k=k, compute_batch=settings.compute_batch)
     return settings.resized(Where(condition, settings.tiled(settings.stages(ebm_steps, ddpm_steps, repeats))))
 
 

@@ -122,7 +122,8 @@ def recipe(*rows: Row, options: type[Sizes] = Sizes) -> Callable[[Make], Make]:
         if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
             shared = parameters.pop().name
             own_first = [name for each in options.__mro__ for name in inspect.get_annotations(each)]
-            known, texts = {each.name: each for each in fields(options)}, {}
+            known = {each.name: each for each in fields(options)}
+            texts: dict[str, str] = {}
             for each in reversed(options.__mro__):
                 texts |= _arguments(each.__doc__)
             parameters += [
