@@ -3,8 +3,8 @@
 Noise and denoise the training set once for each model, train many models and let them vote on each test input:
 no change of the training images that is smaller than the certified radius changes what the vote of all such models
 would be. `ndt_classify` trains and asks the models, `certify` turns votes into certificates, `noised` says what a
-purifier means for one, and `reasons_against` when there is none to be had; `purifyloader certify` does all of it. It
-needs SciPy, `pip install 'purifyloader[certify]'`, and neither it nor torch is imported before it is used.
+purifier means for one, and `reasons_against` when there is none to be had; `purifyloader certify` does all of it.
+SciPy, `pip install 'purifyloader[certify]'`, and torch are imported when they are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.certify.counting import counts
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.statistics import (
     ABSTAIN,
@@ -21,6 +20,7 @@ from purifyloader.certify.statistics import (
     best_radius,
     certified_accuracy,
     certify,
+    counts,
     fixed_draws,
     linf_epsilon,
     linf_images,
@@ -31,9 +31,9 @@ from purifyloader.certify.statistics import (
 )
 
 if TYPE_CHECKING:
+    from purifyloader.certify.functions import DenoisedSet, Predictor, Train
     from purifyloader.certify.models import ndt_classify
     from purifyloader.certify.noising import Noised, models_of, noised, shared_images
-    from purifyloader.certify.protocols import DenoisedSet, Predictor, Train
     from purifyloader.certify.training import Training
 
 __all__ = [
@@ -66,15 +66,10 @@ __all__ = [
 
 # these need torch, which takes seconds to import
 _ORIGIN = {
-    "DenoisedSet": "protocols",
-    "Noised": "noising",
-    "Predictor": "protocols",
-    "Train": "protocols",
+    **dict.fromkeys(("DenoisedSet", "Predictor", "Train"), "functions"),
+    **dict.fromkeys(("Noised", "models_of", "noised", "shared_images"), "noising"),
     "Training": "training",
-    "models_of": "noising",
     "ndt_classify": "models",
-    "noised": "noising",
-    "shared_images": "noising",
 }
 
 

@@ -24,18 +24,10 @@ __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A level and a kind of noise, with its own models and votes.
+    """A level and a kind of noise, with its own models and votes; `plain` is noise without denoising."""
 
-    Attributes:
-        name: for tables, "sigma 0.25".
-        folder: a name that files may have.
-        purifier: what makes the training set of a model.
-        noised: what it means for a certificate.
-        plain: noise without denoising.
-    """
-
-    name: str
-    folder: str
+    name: str  # in tables, such as "sigma 0.25"
+    folder: str  # of its votes
     purifier: Purifier
     noised: Noised
     plain: bool = False
@@ -44,18 +36,12 @@ class Condition:
 def conditions(
     sigmas: Sequence[float], model: str, *, plain: bool = False, files: Sequence[Path] = (), fast: bool = True
 ) -> list[Condition]:
-    """Make the conditions that a user asks for.
+    """Make a condition of each sigma of `recipes.denoise_once` and of each file with the JSON of a purifier.
 
     Args:
-        sigmas: of `recipes.denoise_once`, in units of [0, 1] images.
-        model: its denoiser, by name or folder; it is also one that the purifiers of `files` may use.
+        model: the denoiser, by name or folder; also one that the purifiers of `files` may use.
         plain: each sigma also without denoising: the noised images, clamped to [0, 1] (the paper's comparison).
-        files: JSON of purifiers, as `Purifier.to_json` gives it.
-        fast: bfloat16 arithmetic of the networks of `denoise_once`. Noise is added before, in float32.
-
-    Raises:
-        ConfigError: nothing asked for, something twice, or a level or file that is none.
-        InputError: a sigma that the denoiser was not trained for.
+        fast: bfloat16 in the networks of `denoise_once`. Noise is added before, in float32.
     """
     if bad := [sigma for sigma in sigmas if not 0 < sigma < float("inf")]:
         raise ConfigError(
@@ -65,49 +51,41 @@ def conditions(
         raise ConfigError(
             "is the noise of a sigma without denoising. Got no sigma: give one, or leave it out.", argument="plain"
         )
-    found = []
+    made = []
     for sigma in sigmas:
         purifier = recipes.denoise_once(model, sigma, fast=fast)
-        found.append(Condition(f"sigma {sigma:g}", f"sigma-{sigma:g}", purifier, noised(purifier)))
+        made.append(Condition(f"sigma {sigma:g}", f"sigma-{sigma:g}", purifier, noised(purifier)))
     for sigma in sigmas if plain else ():
         purifier = Compensation(p=0.0, sigma=sigma)
         name = f"sigma {sigma:g}, plain noise"
-        found.append(Condition(name, f"sigma-{sigma:g}-plain", purifier, noised(purifier), plain=True))
+        made.append(Condition(name, f"sigma-{sigma:g}-plain", purifier, noised(purifier), plain=True))
     for file in files:
-        if not file.is_file():
-            raise ConfigError(
-                f"must be a file with the JSON of a purifier. Got {str(file)!r}: no such file.", argument="recipe"
-            )
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
+            why = error if file.is_file() else "no such file"
             raise ConfigError(
-                f"must be a file with the JSON of a purifier. Got {str(file)!r}: {error}.", argument="recipe"
+                f"must be a file with the JSON of a purifier. Got {str(file)!r}: {why}.", argument="recipe"
             ) from None
         purifier = recipes.from_json(text, [model])
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
-        found.append(
-            Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier), plain=not models_of(purifier))
-        )
-    for names in ([condition.folder for condition in found], [condition.name for condition in found]):
+        made.append(Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier), not models_of(purifier)))
+    for names in ([condition.folder for condition in made], [condition.name for condition in made]):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"Expected conditions of different names. Got {twice[0]} twice: leave one out.")
-    if not found:
+    if not made:
         raise ConfigError("A certificate needs noise: a sigma, or a recipe that begins with noise. Got neither.")
-    return found
+    return made
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Facts about a run beside its purifiers; see `purifyloader.certify.guards.Paths`.
+    """Facts about a run beside its purifiers; draws, warm_start and triggered as in `purifyloader.certify.Paths`.
 
     Attributes:
-        draws: fixed draws of each image that a model sees.
-        warm_start: models go on from one that has seen these images without noise.
-        triggered: test inputs may be changed too.
         learned_elsewhere: the user says that no model has learned from these images or from earlier versions of them,
             where the model itself does not say from what.
-        model: what `conditions` was given: the name that it was saved with need not lead to it, or to another.
+        model: that `conditions` was given: the name that it was saved with need not lead to it, or to another.
         size: (H, W) of the training images.
     """
 
@@ -134,8 +112,7 @@ def reasons(
         models: of estimation.
 
     Raises:
-        InputError: a model has learned from test images, so that no accuracy would be honest; or it does not say what
-            it has learned from.
+        InputError: a purifier's model has learned from test images, or does not say what it has learned from.
     """
     own = False
     for kind, name, weights in _models(condition.purifier.config()):
@@ -170,7 +147,7 @@ def reasons(
 
 
 def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
-    """Kind, name and weights of each model that a purifier's configuration names."""
+    """List kind, name and weights of each model that a purifier's configuration names."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key in KINDS and isinstance(value, dict) and "weights_sha256" in value:

@@ -23,8 +23,8 @@ class Paths:
     No field has a default: each must be known.
 
     Attributes:
-        draws: how many fixed noise draws of each image one model sees, 1 in the paper; None for fresh noise in each
-            epoch. More than one are certified with `fixed_draws(sigma, draws)`.
+        draws: how many fixed noise draws of each image one model sees, 1 in the paper; more are certified with
+            `fixed_draws(sigma, draws)`. None for fresh noise in each epoch.
         secret_noise: the noise's seed is unknown to whoever changes the images, as from the operating system.
         selected: which images are used, or purified, is decided by looking at them un-noised (PureGen's Filt).
         warm_start: training begins on these images without noise. Weights from other images are no such start.
@@ -60,10 +60,6 @@ def reasons_against(paths: Paths, models: int, alpha: float) -> list[str]:
     Args:
         models: m of estimation, at least 1.
         alpha: in (0, 1), how often a certificate may be false.
-
-    Raises:
-        InputError: no such number of models or alpha.
-        PurifyError: SciPy is not installed.
 
     Example:
         >>> from purifyloader.certify import Paths, reasons_against

@@ -15,7 +15,7 @@ the 150 million values of CIFAR-10 one would be with a probability of 0.002, whi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from purifyloader.certify.functions import training_settings
+from purifyloader.certify.functions import DenoisedSet, Predictor, Train, training_settings
 from purifyloader.certify.noising import noised
-from purifyloader.certify.protocols import DenoisedSet, Predictor, Train
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
 from purifyloader.core import noise
+from purifyloader.core.checks import check_integer
 from purifyloader.core.devices import device_of
 from purifyloader.core.images import quantize
 from purifyloader.datasets.arrays import as_arrays
@@ -49,24 +49,15 @@ _SEED_MASK = 2**31 - 1  # what every library takes for a seed
 
 @dataclass(frozen=True, eq=False)
 class Voting:
-    """Data, purifier and training that all models of one condition have in common.
+    """Data, purifier and training that all models of one condition have in common."""
 
-    Attributes:
-        images: the training set, uint8 (N, H, W, C), un-noised; labels: int64 (N,).
-        test_images: uint8 (T, H, W, C), as they are.
-        purifier: that noises first, such as `recipes.denoise_once`. It is not asked here whether it does.
-        train: see `Train`.
-        classes: K.
-        draws: fixed draws of each image in one model's training set, one after another: K N images.
-    """
-
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8]  # the training set, (N, H, W, C), un-noised
     labels: NDArray[np.int64]
-    test_images: NDArray[np.uint8]
-    purifier: Purifier
+    test_images: NDArray[np.uint8]  # (T, H, W, C), as they are
+    purifier: Purifier  # that noises first; it is not checked here that it does
     train: Train
     classes: int
-    draws: int = 1
+    draws: int = 1  # of each image in one model's training set, one set of draws after another
 
     def __post_init__(self) -> None:
         shape = (self.images.shape[3], *self.images.shape[1:3])
@@ -83,12 +74,9 @@ class Voting:
         return DenoisedSet(np.concatenate(parts), self.labels.tolist() * self.draws, self.classes)
 
     def _purified(self, key: Tensor) -> NDArray[np.uint8]:
-        device = device_of(self.purifier) or torch.device("cpu")
         out = []
-        for start in range(0, len(self.images), _AT_ONCE):
-            part = self.images[start : start + _AT_ONCE]
-            keys_B = noise.fold_in(key, torch.arange(start, start + len(part))).to(device)
-            x_BCHW = torch.from_numpy(np.array(part)).to(device).permute(0, 3, 1, 2).float() / 255
+        for start, x_BCHW in _batches(self.images, device_of(self.purifier)):
+            keys_B = noise.fold_in(key, torch.arange(start, start + len(x_BCHW))).to(x_BCHW.device)
             out.append(quantize(self.purifier(x_BCHW, keys_B)).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(out)
 
@@ -98,18 +86,10 @@ class Voting:
         return int(key) & _SEED_MASK
 
     def vote(self, model: int, seed: int) -> NDArray[np.int64]:
-        """Train a model and ask it about each test input; returns classes (T,).
+        """Train model number `model` by the secret `seed` of all, and ask it about each test input: classes (T,)."""
+        return self.train_and_ask(self.noised(model, seed), model, seed)
 
-        Args:
-            model: its number, from 0.
-            seed: the secret one of all models.
-
-        Raises:
-            InputError: the predictor gives no class numbers or logits; and what training raises.
-        """
-        return self.asked(self.noised(model, seed), model, seed)
-
-    def asked(self, dataset: DenoisedSet, model: int, seed: int) -> NDArray[np.int64]:
+    def train_and_ask(self, dataset: DenoisedSet, model: int, seed: int) -> NDArray[np.int64]:
         """Do the rest of `vote`, for the training set that `noised` has made."""
         training_seed = self.training_seed(model, seed)
         with random_state_kept():  # a training function seeds what it likes
@@ -123,60 +103,59 @@ class Voting:
                     "Expected a predictor of the training function, which gives class numbers or logits for images. "
                     f"Got {type(predictor).__name__}: return the trained network."
                 )
-            return self._asked(predictor)
+            return self._ask(predictor)
 
     @torch.no_grad()
-    def _asked(self, predictor: Predictor) -> NDArray[np.int64]:
-        device = torch.device("cpu")
+    def _ask(self, predictor: Predictor) -> NDArray[np.int64]:
+        device = None
         if isinstance(predictor, nn.Module):
             predictor.eval()
-            device = device_of(predictor) or device
-        votes = []
-        for start in range(0, len(self.test_images), _AT_ONCE):
-            part = self.test_images[start : start + _AT_ONCE]
-            x_BCHW = torch.from_numpy(np.array(part)).to(device).permute(0, 3, 1, 2).float() / 255
-            votes.append(_classes_of(predictor(x_BCHW), len(part), self.classes))
-        return np.concatenate(votes)
+            device = device_of(predictor)
+        batches = _batches(self.test_images, device)
+        return np.concatenate([_classes_of(predictor(x_BCHW), len(x_BCHW), self.classes) for _, x_BCHW in batches])
+
+
+def _batches(images: NDArray[np.uint8], device: torch.device | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield float32 (B, C, H, W) in [0, 1] of images (N, H, W, C), each with the position of its first."""
+    for start in range(0, len(images), _AT_ONCE):
+        part = torch.from_numpy(np.array(images[start : start + _AT_ONCE])).to(device or "cpu")
+        yield start, part.permute(0, 3, 1, 2).float() / 255
 
 
 def _classes_of(answer: Any, count: int, classes: int) -> NDArray[np.int64]:
     try:
-        given = answer.detach().float().cpu().numpy() if _is_logits(answer) else np.asarray(_on_cpu(answer))
+        if isinstance(answer, Tensor):
+            # numpy knows no bfloat16
+            answer = (answer.float() if answer.is_floating_point() else answer).detach().cpu().numpy()
+        array = np.asarray(answer)
     except (TypeError, ValueError, RuntimeError):  # a tuple or a list of several things
-        given = np.empty((), object)
-    if given.shape == (count, classes) and given.dtype.kind == "f" and np.isfinite(given).all():
-        return given.argmax(axis=1).astype(np.int64)
-    if given.shape == (count,) and given.dtype.kind in "iu" and given.min() >= 0 and given.max() < classes:
-        return given.astype(np.int64)
-    values = f" from {given.min()} to {given.max()}" if given.dtype.kind in "iuf" and given.size else ""
+        array = np.empty((), object)
+    if array.shape == (count, classes) and array.dtype.kind == "f" and np.isfinite(array).all():
+        return array.argmax(axis=1).astype(np.int64)
+    if array.shape == (count,) and array.dtype.kind in "iu" and array.min() >= 0 and array.max() < classes:
+        return array.astype(np.int64)
+    values = f" from {array.min()} to {array.max()}" if array.dtype.kind in "iuf" and array.size else ""
     raise InputError(
         f"Expected of a predictor, for {count} images, class numbers from 0 to {classes - 1}, integers ({count},), or "
-        f"finite logits ({count}, {classes}). Got {given.dtype} {given.shape}{values}."
+        f"finite logits ({count}, {classes}). Got {array.dtype} {array.shape}{values}."
     )
 
 
-def _is_logits(answer: Any) -> bool:
-    return isinstance(answer, Tensor) and answer.is_floating_point()  # bfloat16 is nothing that numpy knows
-
-
-def _on_cpu(answer: Any) -> Any:
-    return answer.detach().cpu().numpy() if isinstance(answer, Tensor) else answer
-
-
 def fill(
-    cells: Iterable[tuple[VoteFolder, Voting, int]], seen: Callable[[VoteFolder, int], object] = lambda folder, k: None
+    cells: Iterable[tuple[VoteFolder, Voting, int]], seen: Callable[[VoteFolder, int], object] | None = None
 ) -> None:
     """Make the votes that are missing; returns when all are there, made here or by another process.
 
     Args:
-        cells: (folder, what its models have in common, a model's number), in the order in which they are made.
+        cells: (folder, its voting, a model's number), in the order in which they are made.
         seen: called with the folder and number of each model that was made here.
     """
 
     def make(cell: tuple[VoteFolder, Voting, int]) -> None:
         folder, voting, model = cell
         folder.write(model, voting.vote(model, folder.seed))
-        seen(folder, model)
+        if seen is not None:
+            seen(folder, model)
 
     make_missing(cells, is_done=lambda cell: cell[0].has(cell[2]), lock=lambda cell: cell[0].lock(cell[2]), make=make)
 
@@ -204,17 +183,16 @@ def ndt_classify(
         test_images: uint8 (T, H, W, C).
         purifier: such as `recipes.denoise_once(model, sigma)`.
         train: (`DenoisedSet`, seed) -> predictor; see `Train`. It must look at nothing else that was made from `data`.
-        models: n.
         folder: where votes are kept, one file a model: the same call goes on after a stop, and any number of processes
             may make it at once. None keeps them in memory.
         classes: K; one more than the highest label by default.
         draws: fixed draws of each image that a model sees; certify with `fixed_draws(sigma, draws)`.
-        settings: JSON of what else decides the votes, such as what `train` reads: a folder is not gone on with by
-            others. Data, purifier and the function's own file are looked at in any case; versions are not.
+        settings: JSON of what else decides the votes, such as what `train` reads: a folder takes votes of one alone.
+            Data, purifier and the function's own file are looked at in any case; versions are not.
         empirical: take a purifier that does not noise first, whose votes no radius may be computed from.
 
     Returns:
-        int64 (n, T): the class that each model says of each test input.
+        int64 (models, T): the class that each model says of each test input.
 
     Raises:
         InputError: data, images or numbers that do not fit, or a predictor that gives no classes.
@@ -240,17 +218,14 @@ def ndt_classify(
         )
     if not isinstance(purifier, Purifier):
         raise InputError(f"Expected a purifier, such as `recipes.denoise_once(...)`. Got {type(purifier).__name__}.")
-    for name, value in (("models", models), ("draws", draws)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name} must be a whole number, at least 1. Got {value!r}.")
+    check_integer("models", models, 1, error=InputError)
+    check_integer("draws", draws, 1, error=InputError)
     if (why := noised(purifier).reasons) and not empirical:
         raise InputError(f"{why[0]} Or say empirical=True: then there are votes, and no certificate.")
-    highest = int(labels.max()) + 1
-    classes = max(2, highest) if classes is None else classes
-    if type(classes) is not int or not max(2, highest) <= classes <= MOST_CLASSES:
-        raise InputError(
-            f"Expected from {max(2, highest)} to {MOST_CLASSES:,} classes, as labels say. Got {classes!r}."
-        )
+    fewest = max(2, int(labels.max()) + 1)
+    classes = fewest if classes is None else classes
+    if type(classes) is not int or not fewest <= classes <= MOST_CLASSES:
+        raise InputError(f"Expected from {fewest} to {MOST_CLASSES:,} classes, as labels say. Got {classes!r}.")
     voting = Voting(images, labels, tests, purifier, train, classes, draws)
     if folder is None:
         seed = new_seed()
@@ -258,13 +233,7 @@ def ndt_classify(
     own = voting_settings(voting)
     if clash := sorted({*own, "models", "inputs", "classes", "schema"} & {*(settings or {})}):
         raise InputError(f"Expected settings beside those that are looked at in any case. Got {clash[0]!r} again.")
-    votes = VoteFolder(
-        folder,
-        {**own, **(settings or {})},
-        models=models,
-        inputs=len(tests),
-        classes=classes,
-    )
+    votes = VoteFolder(folder, {**own, **(settings or {})}, models=models, inputs=len(tests), classes=classes)
     fill((votes, voting, model) for model in range(models))
     votes.tidy()
     return votes.all()
@@ -277,11 +246,10 @@ def voting_settings(voting: Voting) -> dict[str, Any]:
         "labels": voting.labels.tolist(),
         "test_hashes": image_hashes(voting.test_images).tolist(),
     }
-    device = device_of(voting.purifier) or torch.device("cpu")
     return {
         "data": fingerprint(data),
         "purifier": voting.purifier.identity(),
         "training": training_settings(voting.train),
         "draws": voting.draws,
-        "device": device.type,
+        "device": (device_of(voting.purifier) or torch.device("cpu")).type,
     }

@@ -10,7 +10,6 @@ With it comes what the purifier's models learned from, which must not be the ima
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,8 +37,7 @@ class Noised:
     """Noise that a purifier adds to training images, as far as a certificate is concerned.
 
     Attributes:
-        sigma: standard deviation, in units of [0, 1] images, of the Gaussian noise that everything else comes after;
-            None where there is none.
+        sigma: of the Gaussian noise that everything else comes after, in units of [0, 1] images; None for none.
         selected: some images are treated otherwise than others because of how they look without noise.
         reasons: why there is no such noise, a sentence each; empty exactly where there is a sigma.
 
@@ -54,8 +52,6 @@ class Noised:
     selected: bool
     reasons: tuple[str, ...]
 
-
-# -- the rule ----------------------------------------------------------------------------------------
 
 _EXPECTED = "A certificate needs Gaussian noise on every value of an image before anything else is done to it."
 
@@ -73,35 +69,31 @@ def noised(purifier: Purifier) -> Noised:
     given: a grey image that is repeated for a purifier of colour has three draws of each of its own values, and an
     alpha plane goes around the purifier, without noise.
 
-    Raises:
-        InputError: no purifier.
-
     Example:
         >>> from purifyloader import recipes
         >>> from purifyloader.certify import noised
         >>> noised(recipes.denoise_once("cifar10-sparse", 0.25)).sigma
         0.25
-        >>> noised(recipes.jpeg(10)).sigma is None
-        True
     """
-    given: Any = purifier
+    given: object = purifier
     if not isinstance(given, Purifier):
         raise InputError(
             f"A certificate is about a purifier, as purifyloader.recipes make them. Got {type(given).__name__}: images "
             "that nothing is done to have no noise, and no certificate."
         )
-    if any(True for _ in conditions_of(given)):  # at any place: what it finds is a second look at the same images
+    if any(True for _ in conditions_of(given)):  # at any place: a share is a second look at the same images
         return Noised(None, True, (f"{_EXPECTED} Got {_SHARE}",))
-    steps = list(_steps(given))
-    firsts = [_noise_first(step) for step in steps]
-    if isinstance(firsts[0], float):
-        return Noised(firsts[0], False, ())
-    before = [
-        (step, first)
-        for step, first in itertools.takewhile(lambda pair: isinstance(pair[1], str), zip(steps, firsts, strict=True))
-    ]
-    reasons = dict.fromkeys(f"{_EXPECTED} Got {type(step).__name__}{first}" for step, first in before)
-    return Noised(None, any(step.selects for step, _ in before), tuple(reasons))
+    reasons: dict[str, None] = {}
+    selected = False
+    for step in _steps(given):
+        first = _noise_first(step)
+        if isinstance(first, float):
+            if not reasons:
+                return Noised(first, False, ())
+            break
+        reasons[f"{_EXPECTED} Got {type(step).__name__}{first}"] = None
+        selected = selected or step.selects
+    return Noised(None, selected, tuple(reasons))
 
 
 def _says(purifier: Purifier, method: str) -> bool:
@@ -115,7 +107,7 @@ def says_what_it_does_first(kind: type[Purifier]) -> bool:
 
 
 def _steps(purifier: Purifier) -> Iterator[Purifier]:
-    """The steps that an image goes through, those of compositions too."""
+    """List the steps that an image goes through, those of compositions too."""
     for step in purifier.in_order() if _says(purifier, "in_order") else (purifier,):
         if step is purifier:
             yield step
@@ -124,22 +116,18 @@ def _steps(purifier: Purifier) -> Iterator[Purifier]:
 
 
 def _noise_first(step: Purifier) -> float | str:
-    """The sigma above 0 that a step begins with; otherwise the rest of a sentence that begins with its class."""
+    """Return the sigma above 0 that a step begins with; else the rest of a sentence that begins with its class."""
     first = step.noise_first() if _says(step, "noise_first") else UNKNOWN_FIRST
     if isinstance(first, str):
         return f", {first}"
     return float(first) if first > 0 else " with noise of sigma 0: give it a sigma above 0."
 
 
-# -- the models --------------------------------------------------------------------------------------
-
-
 def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     """List the denoisers and energy models inside, in the order in which images come to them; those of a `Where` too.
 
-    Each is the purifier's own frozen copy, with the `name` of the checkpoint it was loaded from, None where it is from
-    none. Of copies with one name and the same weights there is one, but for a copy in bfloat16 beside one in float32.
-    What a plugin keeps in another way than as a module of its own is not seen.
+    Each is the purifier's own frozen copy, with the `name` of its checkpoint, None where it is from none. Of copies
+    with one name and the same weights (in one dtype) there is one. A plugin's must be modules of its own.
 
     Example:
         >>> from purifyloader import recipes
@@ -147,12 +135,12 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
         >>> [model.name for model in models_of(recipes.denoise_once("cifar10-sparse", 0.25))]
         ['cifar10-sparse']
     """
-    found: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
+    models: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
     for part in purifier.modules():
         if kind_of(part) is not None:
             model: Any = part
-            found.setdefault((type(part).__name__, model.name, weights_sha256(part)), model)
-    return list(found.values())
+            models.setdefault((type(part).__name__, model.name, weights_sha256(part)), model)
+    return list(models.values())
 
 
 def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size: tuple[int, int] | None = None) -> int:
@@ -166,12 +154,8 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
         train: uint64 (N,), of `purifyloader.files.hashes.image_hashes`: of the images as uint8 (H, W, C).
         size: (H, W) of these images. A model that learned from images resized to another size does not say.
 
-    Returns:
-        from 0 to N.
-
     Raises:
         InputError: no such hashes, or a model that does not say which images it learned from.
-        CheckpointError: no such model.
 
     Example:
         >>> import numpy as np
@@ -180,9 +164,9 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
         >>> shared_images("cifar10-sparse", image_hashes(np.zeros((2, 32, 32, 3), np.uint8)))
         0
     """
-    given: Any = train
-    if not isinstance(given, np.ndarray) or given.dtype != np.uint64 or given.ndim != 1:
-        got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+    hashes: object = train
+    if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
+        got = f"{hashes.dtype} {hashes.shape}" if isinstance(hashes, np.ndarray) else type(hashes).__name__
         raise InputError(
             f"train must be the hashes of training images, uint64 (N,). Got {got}. Give it image_hashes(...)."
         )

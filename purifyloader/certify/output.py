@@ -18,17 +18,7 @@ RESULTS_FILE, PAGE_FILE, PICTURE_FILE = "certificates.json", "README.md", "certi
 
 
 def write(results: Mapping[str, Any], folder: str | Path, picture: bool = True) -> Written:
-    """Write the results, a page and a picture, each whole or not at all; files of these names are replaced.
-
-    Args:
-        results: of `purifyloader.certify.report.results`, or read from its JSON.
-        folder: created where it is not there.
-        picture: draw one. Without matplotlib there is none, and the note says so.
-
-    Raises:
-        InputError: results of something else.
-        PurifyError: a file cannot be written.
-    """
+    """Write `purifyloader.certify.report.results`, a page and, with matplotlib, a picture; see `write_files`."""
     check_results(results)
     shown = PICTURE_FILE if picture and has_matplotlib() else None
     texts = {RESULTS_FILE: canonical_json(results) + "\n", PAGE_FILE: markdown(results, picture=shown)}

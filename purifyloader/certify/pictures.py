@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -31,20 +32,12 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
 
     A line a condition, a colour a sigma, and a panel each for noise that is taken off again and for noise that is
     not. A dot at radius 0 is the accuracy of the vote. Conditions without a certificate are named, and not drawn.
-
-    Args:
-        results: of `purifyloader.certify.report.results`, or read from its JSON.
-        path: replaced where it is.
-
-    Raises:
-        InputError: results of something else.
-        PurifyError: matplotlib is not installed, or the file cannot be written.
+    `results` are of `purifyloader.certify.report.results`, or read from their JSON.
     """
     check_results(results)
     certified = [condition for condition in results["conditions"] if condition["certificate"] is not None]
     without = [condition["name"] for condition in results["conditions"] if condition["certificate"] is None]
-    sigmas = sorted({condition["sigma"] for condition in certified})
-    colours = {sigma: _COLOURS[i % len(_COLOURS)] for i, sigma in enumerate(sigmas)}
+    colours = dict(zip(sorted({condition["sigma"] for condition in certified}), cycle(_COLOURS), strict=False))
     kinds = [plain for plain in (False, True) if any(condition["plain"] is plain for condition in certified)]
     panels = [[condition for condition in certified if condition["plain"] is plain] for plain in kinds]
     across = max(1, len(panels))
@@ -64,7 +57,7 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
         for i in range(across)
     ]
     for axis, panel, plain in zip(axes, panels, kinds, strict=True):
-        _lines(axis, panel, colours, plain)
+        _draw_lines(axis, panel, colours, plain)
         _dress(axis, _TITLES[plain])
     best = max(condition["certificate"]["best_radius"] for condition in certified)
     axes[0].set_xlim(0, 1.04 * (max(map(_end, certified)) or best))  # the best may be far beyond all lines
@@ -77,21 +70,16 @@ def curves(results: Mapping[str, Any], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def _lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[float, str], plain: bool) -> None:
-    drawn: dict[float, int] = {}
+def _draw_lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[float, str], plain: bool) -> None:
+    styles = {sigma: cycle(_LINES[plain]) for sigma in colours}
     for condition in conditions:
-        colour, nth = colours[condition["sigma"]], drawn.get(condition["sigma"], 0)
-        drawn[condition["sigma"]] = nth + 1
-        line = _LINES[plain][nth % len(_LINES[plain])]
+        colour, line = colours[condition["sigma"]], next(styles[condition["sigma"]])
         name = condition["name"] if len(condition["name"]) <= _LONGEST else condition["name"][: _LONGEST - 1] + "…"
-        points = [
-            at
-            for at in zip(condition["curve"]["radii"], condition["curve"]["accuracy"], strict=True)
-            if at[0] <= _end(condition)
-        ]
+        radii, accuracy = condition["curve"]["radii"], condition["curve"]["accuracy"]
+        drawn = sum(radius <= _end(condition) for radius in radii)  # radii rise
         # Between two radii it is what it is at the smaller one. The space is for a name that begins with an
         # underscore, which a legend leaves out.
-        axis.step(*zip(*points, strict=True), where="post", color=colour, ls=line, lw=1.7, label=f" {name}")
+        axis.step(radii[:drawn], accuracy[:drawn], where="post", color=colour, ls=line, lw=1.7, label=f" {name}")
         axis.plot([0], [condition["vote"]["accuracy"]], "o", color=colour, ms=5, clip_on=False, zorder=5)
     legend = axis.legend(
         loc="upper left",
@@ -108,7 +96,7 @@ def _lines(axis: Any, conditions: Sequence[Mapping[str, Any]], colours: Mapping[
 
 
 def _end(condition: Mapping[str, Any]) -> float:
-    """The radius at which nothing is left."""
+    """Return the radius at which nothing is left."""
     curve = condition["curve"]
     return float(curve["radii"][curve["accuracy"].index(0.0)])
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from purifyloader.certify.counting import counts
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.statistics import (
     ABSTAIN,
@@ -24,11 +23,13 @@ from purifyloader.certify.statistics import (
     best_radius,
     certified_accuracy,
     certify,
+    counts,
     fixed_draws,
     linf_epsilon,
     predict,
     radius_per_image,
 )
+from purifyloader.core.checks import check_flag
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.results import table
@@ -46,31 +47,16 @@ _NOTHING_ELSE = Paths(1, secret_noise=True, selected=False, warm_start=False, ow
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Votes of one condition, which is a level and a kind of noise.
+    """Votes of one condition, which is a level and a kind of noise."""
 
-    Attributes:
-        name: such as "sigma 0.25", "sigma 0.25, plain noise", or a recipe file's name.
-        sigma: of each noise draw, above 0, in units of [0, 1] images; None where there is no such noise, which is a
-            reason.
-        draws: K, how many fixed draws of each image a model sees.
-        plain: the images were noised and not denoised.
-        purifier: its configuration, as JSON has it.
-        reasons: why there is no certificate, as of `reasons_against`; empty where there is one.
-        selection: class numbers (n, T), the votes of the models that select.
-        estimation: class numbers (m, T), the votes of all others.
-    """
-
-    name: str
-    sigma: float | None
-    draws: int
-    plain: bool
-    purifier: Mapping[str, Any]
-    reasons: tuple[str, ...]
-    selection: NDArray[np.int64]
-    estimation: NDArray[np.int64]
-
-
-# -- figures -----------------------------------------------------------------------------------------
+    name: str  # such as "sigma 0.25, plain noise"
+    sigma: float | None  # of each noise draw, above 0; None where there is no such noise, which is a reason
+    draws: int  # fixed ones of each image that a model sees
+    plain: bool  # the images were noised and not denoised
+    purifier: Mapping[str, Any]  # its configuration
+    reasons: tuple[str, ...]  # against a certificate, see `reasons_against`
+    selection: NDArray[np.int64]  # class numbers (n, T)
+    estimation: NDArray[np.int64]  # class numbers (m, T), of all other models
 
 
 def results(
@@ -81,39 +67,32 @@ def results(
     Args:
         outcomes: one or more, of different names and on the same test inputs.
         labels: integers (T,), the classes of the test inputs, from 0 to K - 1.
-        classes: K, at least 2.
         alpha: in (0, 1), how often a statement about one test input may be false.
-        settings: what the models were trained with, as JSON has it. `markdown` shows it, and says more about radii
-            where its "data" has "train", the number of training images, and "values", those of an image.
+        settings: what the models were trained with, as JSON. `markdown` shows it, and says more about radii where its
+            "data" has "train", the number of training images, and "values", those of an image.
 
     Returns:
-        schema, settings, versions, test_inputs, classes, alpha, alpha_is (in words), labels and conditions. Each of
-        these has its name, sigma, certified_sigma (of `fixed_draws`; None without a certificate), draws, plain,
-        purifier, models, reasons and
+        Facts of all, and "conditions". Each of these has those of its `Outcome`, certified_sigma (of `fixed_draws`) and
 
-        - one_model: "mean" and "std" (None of one) over all n + m models, % of the test inputs that are right.
+        - one_model: "mean" and "std" over all n + m models, % of the test inputs that are right.
         - vote: % of the test inputs. "accuracy": right by the class that most of the n + m models vote for, of
           several that with the smallest number; "predicted": right and no abstention of `predict`; "abstained".
         - certificate: None where there are reasons. "predictions", of the selection votes; "agreeing", how many
-          estimation votes say the same; "radii", 0 where there is none; "best_radius", if all agreed; "certified",
-          % right with a radius above 0; "median_radius" of these, None where there are none.
+          estimation votes are for them; "radii", 0 for none; "best_radius", if all agreed; "certified", % right with
+          a radius above 0; "median_radius" of these.
         - curve: None where there are reasons. "accuracy", % right with a larger radius, at each of "radii": 0, all
           where it falls, and the best. Between two of them it is what it is at the smaller one.
 
-        Where no reason is given, too few models for any certificate are found here to be one.
-
-    Raises:
-        InputError: votes, labels, numbers, settings or a purifier that are not as said above.
-        PurifyError: SciPy is not installed.
+        Where no reason is given, too few models for any certificate are a reason here.
     """
     best_lower_bound(1, alpha)  # refuses what is no alpha
     given: object = outcomes
     if not isinstance(given, Sequence) or not given or not all(isinstance(condition, Outcome) for condition in given):
         raise InputError(f"Expected one or more outcomes. Got {given!r:.80}: give a list of Outcome.")
-    for name in (condition.name for condition in outcomes):
+    names = [condition.name for condition in outcomes]
+    for name in names:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise InputError(f"An outcome's name must be a line of text. Got {name!r}: name what was done.")
-    names = [condition.name for condition in outcomes]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"Expected outcomes of different names. Got {twice[0]!r} twice: name what differs.")
     true = _labels(labels, classes)
@@ -148,8 +127,9 @@ def _alpha_in_words(alpha: float, inputs: int) -> str:
 
 def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha: float) -> dict[str, Any]:
     sigma = _checked_sigma(outcome)
-    selection = _checked_votes(outcome.selection, "selection", len(labels), classes)
-    estimation = _checked_votes(outcome.estimation, "estimation", len(labels), classes)
+    inputs = len(labels)
+    selection = _checked_votes(outcome.selection, "selection", inputs, classes)
+    estimation = _checked_votes(outcome.estimation, "estimation", inputs, classes)
     if np.shares_memory(outcome.selection, outcome.estimation):  # `certify` sees only counts, which are new arrays
         raise InputError(
             "Expected estimation votes of other models than those that selected. Got arrays that share models: give "
@@ -158,16 +138,19 @@ def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha:
     every = np.concatenate([selection, estimation])
     if not len(every):
         raise InputError("Expected votes of one or more models. Got none: train some.")
-    single = [_percent(right, len(labels)) for right in (every == labels).sum(axis=1)]
+
+    def percent(right: NDArray[np.bool_]) -> float:
+        return 100 * int(right.sum()) / inputs
+
+    single = [percent(right) for right in every == labels]
     voted = counts(every, classes)
     predicted = predict(voted, alpha)
     reasons = _reasons(outcome, len(selection), len(estimation), alpha)
     certificate, curve, certified_sigma = None, None, None
     if sigma is not None and not reasons:
         certified_sigma = fixed_draws(sigma, outcome.draws)
-        certificate, curve = _certified(
-            counts(selection, classes), counts(estimation, classes), labels, certified_sigma, alpha
-        )
+        votes = counts(selection, classes), counts(estimation, classes)
+        certificate, curve = _certified(*votes, labels, certified_sigma, alpha)
     return {
         "name": outcome.name,
         "sigma": sigma,
@@ -177,14 +160,11 @@ def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha:
         "purifier": _plain_data(outcome.purifier, "purifier"),
         "models": {"selection": len(selection), "estimation": len(estimation)},
         "reasons": reasons,
-        "one_model": {
-            "mean": statistics.fmean(single),
-            "std": statistics.stdev(single) if len(single) > 1 else None,
-        },
+        "one_model": {"mean": fmean(single), "std": stdev(single) if len(single) > 1 else None},
         "vote": {
-            "accuracy": _percent((voted.argmax(axis=1) == labels).sum(), len(labels)),
-            "predicted": _percent((predicted == labels).sum(), len(labels)),
-            "abstained": _percent((predicted == ABSTAIN).sum(), len(labels)),
+            "accuracy": percent(voted.argmax(axis=1) == labels),
+            "predicted": percent(predicted == labels),
+            "abstained": percent(predicted == ABSTAIN),
         },
         "certificate": certificate,
         "curve": curve,
@@ -192,15 +172,15 @@ def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha:
 
 
 def _reasons(outcome: Outcome, selecting: int, estimating: int, alpha: float) -> list[str]:
-    """Those given; where there are none, what the numbers of models have against a certificate."""
+    """List the reasons of an outcome; where there are none, those that lie in the numbers of models."""
     if outcome.reasons:
         return list(outcome.reasons)
-    missing = [what for what, models in (("selection", selecting), ("estimation", estimating)) if not models]
-    if missing:
-        return [
-            f"There are no models for {missing[0]}: a certificate takes some that choose the class, and others that "
-            "say how sure it is."
-        ]
+    for purpose, models in (("selection", selecting), ("estimation", estimating)):
+        if not models:
+            return [
+                f"There are no models for {purpose}: a certificate takes some that choose the class, and others that "
+                "say how sure it is."
+            ]
     return reasons_against(_NOTHING_ELSE, estimating, alpha)
 
 
@@ -208,18 +188,18 @@ def _certified(
     selection: NDArray[np.int64], estimation: NDArray[np.int64], labels: NDArray[np.int64], sigma: float, alpha: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute the certificate and its curve."""
-    found = certify(selection, estimation, sigma, alpha)
-    best = best_radius(sigma, found.models, alpha)
+    certificates = certify(selection, estimation, sigma, alpha)
+    predictions, best = certificates.predictions, best_radius(sigma, certificates.models, alpha)
     # The bound where all agree is computed in two ways, which every SciPy need not round alike. A smaller radius is
     # as true.
-    radii = np.minimum(found.radii, best)
-    right = (found.predictions == labels) & (radii > 0)
+    radii = np.minimum(certificates.radii, best)
+    right = (predictions == labels) & (radii > 0)
     at = np.unique([0.0, *radii[right], best])
-    accuracy = [100 * share for share in certified_accuracy(found, labels, at).tolist()]
+    accuracy = [100 * share for share in certified_accuracy(certificates, labels, at).tolist()]
     accuracy[-1] = 0.0  # for the same reason
     certificate = {
-        "predictions": found.predictions.tolist(),
-        "agreeing": np.take_along_axis(estimation, found.predictions[:, None], axis=1)[:, 0].tolist(),
+        "predictions": predictions.tolist(),
+        "agreeing": np.take_along_axis(estimation, predictions[:, None], axis=1)[:, 0].tolist(),
         "radii": radii.tolist(),
         "best_radius": best,
         "certified": accuracy[0],
@@ -228,30 +208,17 @@ def _certified(
     return certificate, {"radii": at.tolist(), "accuracy": accuracy}
 
 
-def _percent(count: Any, of: int) -> float:
-    return 100 * int(count) / of
-
-
 # -- the page ----------------------------------------------------------------------------------------
 
 
 def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
-    """Write the results as a page for somebody who knows nothing of them.
-
-    Args:
-        results: of `results`, or read from its JSON.
-        picture: name of a file of `purifyloader.certify.pictures.curves`, shown below the table.
-
-    Raises:
-        InputError: results of something else.
-    """
+    """Write the results as a page for somebody who knows nothing of them; `picture` is a file shown below the table."""
     check_results(results)
     conditions = results["conditions"]
     certified = [condition for condition in conditions if condition["certificate"] is not None]
     columns = _nice_radii(certified)
-    parts = ["# Certified denoising", _what_was_done(results), f"{results['alpha_is']}"]
-    parts.append(_main_table(conditions, columns))
-    parts.append(_what_columns_are(conditions, columns))
+    parts = ["# Certified denoising", _what_was_done(results), results["alpha_is"]]
+    parts += [_main_table(conditions, columns), _what_columns_are(conditions, columns)]
     if picture is not None and certified:
         parts.append(f"![Certified accuracy against the radius]({picture})")
     if certified:
@@ -386,8 +353,7 @@ def _nice_radii(certified: Sequence[Mapping[str, Any]]) -> list[float]:
         return []
     powers = range(math.floor(math.log10(min(best) / 4)), math.floor(math.log10(max(best))) + 1)
     nice = [radius for power in powers for digit in _NICE if (radius := float(f"{digit}e{power}")) < max(best)]
-    first = max(0, sum(radius <= min(best) / 4 for radius in nice) - 1)
-    nice = nice[first:]
+    nice = nice[max(0, sum(radius <= min(best) / 4 for radius in nice) - 1) :]
     if len(nice) <= _COLUMNS:
         return nice
     return [nice[round(i * (len(nice) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
@@ -414,32 +380,26 @@ def _of_data(results: Mapping[str, Any], name: str) -> int | None:
 
 
 def check_results(results: object) -> None:
-    """Refuse what `results` has not made, before a key of it is missed.
-
-    Raises:
-        InputError: it is something else, or of another schema.
-    """
+    """Refuse what `results` has not made, or in another schema, before a key of it is missed."""
     if not isinstance(results, Mapping) or results.get("schema") != SCHEMA or "alpha_is" not in results:
         got = f"schema {results.get('schema')!r}" if isinstance(results, Mapping) else type(results).__name__
         raise InputError(f"Expected certificates of schema {SCHEMA}. Got {got}: give what `results` returns.")
 
 
 def _labels(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
-    found = np.asarray(labels)
-    if found.dtype.kind not in "iu" or found.ndim != 1 or not len(found):
-        raise InputError(f"labels must be integers (T,): one a test input. Got {found.dtype} {found.shape}.")
+    true = np.asarray(labels)
+    if true.dtype.kind not in "iu" or true.ndim != 1 or not len(true):
+        raise InputError(f"labels must be integers (T,): one a test input. Got {true.dtype} {true.shape}.")
     try:
-        counts(found[None], classes)  # refuses what is no class number
+        counts(true[None], classes)  # refuses what is no class number
     except InputError as error:
         raise InputError(f"labels: {error}") from error
-    return found.astype(np.int64)
+    return true.astype(np.int64)
 
 
 def _checked_sigma(outcome: Outcome) -> float | None:
     """Check the fields of an outcome; returns its sigma."""
-    plain: object = outcome.plain
-    if not isinstance(plain, bool):
-        raise InputError(f"plain must be True or False: whether nothing was denoised. Got {plain!r}.")
+    check_flag("plain", outcome.plain, error=InputError)
     reasons: object = outcome.reasons
     if not isinstance(reasons, tuple) or not all(isinstance(reason, str) and reason.strip() for reason in reasons):
         raise InputError(f"reasons must be a tuple of sentences, empty for a certificate. Got {reasons!r}.")
@@ -452,15 +412,15 @@ def _checked_sigma(outcome: Outcome) -> float | None:
 
 
 def _checked_votes(votes: ArrayLike, what: str, inputs: int, classes: int) -> NDArray[np.int64]:
-    found = np.asarray(votes)
-    if found.dtype.kind not in "iu" or found.ndim != 2 or found.shape[1] != inputs:
+    array = np.asarray(votes)
+    if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[1] != inputs:
         raise InputError(
             f"{what} must be votes, integers (models, {inputs}): one a model and test input, as there are {inputs} "
-            f"labels. Got {found.dtype} {found.shape}."
+            f"labels. Got {array.dtype} {array.shape}."
         )
-    if len(found):
-        counts(found, classes)  # refuses what is no class number
-    return found.astype(np.int64, copy=False)
+    if len(array):
+        counts(array, classes)  # refuses what is no class number
+    return array.astype(np.int64, copy=False)
 
 
 def _plain_data(value: object, what: str) -> Any:

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from purifyloader.certify import output, report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
-from purifyloader.certify.functions import named_training, training_settings
+from purifyloader.certify.functions import Train, named_training, training_settings
 from purifyloader.certify.models import Voting, fill, voting_settings
-from purifyloader.certify.protocols import Train
 from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
@@ -48,28 +47,12 @@ _TRAIN = "train"  # warm_start: the training set itself
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run certifies, and how.
+    """Options of `purifyloader certify`, whose help explains them; None for those that are not given.
 
     Attributes:
-        data, root: what is certified: a name of `DATA`, or package.module:function; and where it is.
-        train, test: so many images of each set; None for all.
-        sigma: levels of noise, in units of [0, 1] images.
-        model: the denoiser.
-        plain: each level without denoising, too.
-        recipe: files with the JSON of a purifier.
-        draws: fixed draws of each image a model.
         fast: bfloat16 in the denoiser and the built-in training.
-        models, selection: how many votes are counted for the radius, and how many others choose the class.
-        alpha: how often a certificate may be false.
-        radius: that an estimate says the least number of models of.
-        triggered, learned_elsewhere: what the user states of the test images and of the models.
-        empirical: also where there is no certificate to be had.
-        train_function: package.module:function that trains; None for the built-in training.
-        built_in: settings of the built-in training that are not at their defaults.
-        warm_start, warm_start_root, warm_start_epochs: what the models begin from.
-        threads: of the CPU, a process.
-        device: where it runs.
         out: folder of the results; None only of an estimate.
+        built_in: settings of the built-in training that are not at their defaults.
     """
 
     data: str
@@ -107,7 +90,7 @@ class Settings:
             raise ConfigError(f"must be above 0 and below 1, such as 0.001. Got {self.alpha}.", argument="alpha")
         if self.radius is not None and not 0 <= self.radius < math.inf:
             raise ConfigError(f"must be from 0, in units of [0, 1] images. Got {self.radius}.", argument="radius")
-        extra = [*self.built_in, *(["warm_start"] if self.warm_start is not None else [])]
+        extra = [*self.built_in, *["warm_start"] * (self.warm_start is not None)]
         if self.train_function is not None and extra:
             raise ConfigError(
                 f"is of the built-in training. Got train_function={self.train_function!r} too, which trains by itself: "
@@ -135,38 +118,26 @@ def move_to(name: str | None, rank: int) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run made ready.
-
-    Attributes:
-        settings: what is certified, and how.
-        data: its images.
-        conditions: what the training images go through, one after another.
-        train: trains one model.
-        reasons: condition's folder → why it has no certificate.
-    """
+    """A run made ready."""
 
     settings: Settings
     data: Data
     conditions: list[Condition]
     train: Train
-    reasons: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, tuple[str, ...]]  # a condition's folder → why it has no certificate
 
     @property
     def models(self) -> int:
-        """Of one condition, all that are trained."""
+        """Count the models of one condition, all that are trained."""
         return self.settings.models + self.settings.selection
 
+    @property
+    def classes(self) -> int:
+        return max(2, self.data.classes)
+
     def voting(self, condition: Condition) -> Voting:
-        data = self.data
-        return Voting(
-            data.train,
-            data.train_labels,
-            data.test,
-            condition.purifier,
-            self.train,
-            max(2, data.classes),
-            self.settings.draws,
-        )
+        data, draws = self.data, self.settings.draws
+        return Voting(data.train, data.train_labels, data.test, condition.purifier, self.train, self.classes, draws)
 
     def in_common(self) -> dict[str, Any]:
         """Collect what all conditions have in common, for people: no path in it."""
@@ -186,53 +157,48 @@ class Run:
         }
 
     def folder(self, condition: Condition, voting: Voting) -> VoteFolder:
-        settings = self.settings
-        kept = {
-            **voting_settings(voting),
-            "selection": settings.selection,
-            "alpha": settings.alpha,
-            "threads": settings.threads,
-        }
+        fixed = {name: getattr(self.settings, name) for name in ("selection", "alpha", "threads")}
         return VoteFolder(
-            settings.folder / VOTES / condition.folder,
-            kept,
+            self.settings.folder / VOTES / condition.folder,
+            {**voting_settings(voting), **fixed},
             models=self.models,
             inputs=len(self.data.test),
-            classes=voting.classes,
+            classes=self.classes,
         )
 
 
 def prepare(settings: Settings) -> Run:
     """Read the data, load the models, and refuse what could not end in certificates."""
     data = _data(settings).some(settings.train, settings.test)
-    found = conditions(settings.sigma, settings.model, plain=settings.plain, files=settings.recipe, fast=settings.fast)
+    asked = conditions(settings.sigma, settings.model, plain=settings.plain, files=settings.recipe, fast=settings.fast)
     hashes = image_hashes(data.train), image_hashes(data.test)
     if both := int(np.isin(hashes[1], hashes[0]).sum()):
         raise InputError(
             f"Expected test images that are not trained on. Got {both} of {len(data.test)} that are: leave them out of "
             "one of the two."
         )
-    train, begins = _training(settings), _beginning(settings, data)
+    train, warm_start = _training(settings), _warm_start(settings, data)
     known = Knowledge(
         settings.draws,
-        begins is not None and begins.own,
+        warm_start is not None and warm_start.own,
         settings.triggered,
         settings.learned_elsewhere,
         settings.model,
         (data.train.shape[1], data.train.shape[2]),
     )
-    why = {c.folder: reasons(c, known, *hashes, settings.models, settings.alpha) for c in found}
+    why = {c.folder: reasons(c, known, *hashes, settings.models, settings.alpha) for c in asked}
     if any(why.values()) and not (settings.empirical or settings.only_estimate):
-        against = [f"{c.name}: {reason}" for c in found for reason in why[c.folder]]
+        against = [f"{c.name}: {reason}" for c in asked for reason in why[c.folder]]
         raise ConfigError(
             "Expected a run that may end in certificates. Got reasons against it:\n  "
             + "\n  ".join(against)
             + "\nMend them, or ask for an empirical run: it trains and votes all the same, without a certificate."
         )
-    if begins is not None and not settings.only_estimate:  # a plan's models take as long without a start
+    if warm_start is not None and not settings.only_estimate:  # a plan's models take as long without a start
         assert isinstance(train, Training)
-        train = replace(train, start=_start(settings, train, begins, data.classes), keep_head=begins.own_set)
-    moved = [replace(c, purifier=c.purifier.to(settings.device)) for c in found]
+        start = _start(settings, train, warm_start, max(2, data.classes))
+        train = replace(train, start=start, keep_head=warm_start.own_set)
+    moved = [replace(c, purifier=c.purifier.to(settings.device)) for c in asked]
     return Run(settings, data, moved, train, why)
 
 
@@ -255,44 +221,38 @@ def _training(settings: Settings) -> Train:
     if settings.train_function is not None:
         return named_training(settings.train_function)
     names = {"victim": "network", "learning_rate": "lr"}
-    given = {names.get(name, name): value for name, value in settings.built_in.items()}
-    return Training(**given, bfloat16=settings.fast, device=settings.device)
+    built_in = {names.get(name, name): value for name, value in settings.built_in.items()}
+    return Training(**built_in, bfloat16=settings.fast, device=settings.device)
 
 
 @dataclass(frozen=True, eq=False)
-class _Beginning:
-    """What a warm start has learned from.
-
-    Attributes:
-        own: some of it is what is to be certified.
-        own_set: it is the training set itself.
-    """
+class _WarmStart:
+    """Images that all models have learned from before."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
-    own: bool
-    own_set: bool = False
+    own: bool  # some are to be certified
+    own_set: bool = False  # they are the training set itself
 
 
-def _beginning(settings: Settings, data: Data) -> _Beginning | None:
+def _warm_start(settings: Settings, data: Data) -> _WarmStart | None:
     if settings.warm_start is None:
         return None
     if settings.warm_start == _TRAIN:
-        return _Beginning(data.train, data.train_labels, own=True, own_set=True)
-    images, labels = _others(settings, data)
+        return _WarmStart(data.train, data.train_labels, own=True, own_set=True)
+    images, labels = _other_images(settings.warm_start, settings.warm_start_root, data)
     hashes = image_hashes(images)
     if both := int(np.isin(hashes, image_hashes(data.test)).sum()):
         raise InputError(
             f"Expected a warm start from images that are not tested on. Got {both} of {len(images)} that are: "
             "leave them out."
         )
-    return _Beginning(images, labels, own=bool(np.isin(hashes, image_hashes(data.train)).any()))
+    return _WarmStart(images, labels, own=bool(np.isin(hashes, image_hashes(data.train)).any()))
 
 
-def _others(settings: Settings, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images and labels for a warm start, brought to the size of the training images."""
-    assert settings.warm_start is not None
-    dataset = open_dataset(settings.warm_start, settings.warm_start_root)
+def _other_images(spec: str, root: Path, data: Data) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read images and labels for a warm start, brought to the size of the training images."""
+    dataset = open_dataset(spec, root)
     height, width = data.train.shape[1:3]
     every = range(len(dataset))  # type: ignore[arg-type]
     images = load_images(dataset, every, size=height if height == width else None, channels=3)
@@ -307,36 +267,37 @@ def _others(settings: Settings, data: Data) -> tuple[NDArray[np.uint8], NDArray[
     return images.permute(0, 2, 3, 1).contiguous().numpy(), np.asarray(labels, np.int64)
 
 
-def _start(settings: Settings, training: Training, begins: _Beginning, classes: int) -> torch.nn.Module:
-    """The network that all models go on from: made once, and kept beside the votes."""
+def _start(settings: Settings, training: Training, warm_start: _WarmStart, classes: int) -> torch.nn.Module:
+    """Train the network that all models go on from, or load it: it is made once, and kept beside the votes."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
     path = settings.folder / START_FILE
     with writing(path):
         settings.folder.mkdir(parents=True, exist_ok=True)
-    its, classes = replace(training, epochs=settings.warm_start_epochs), max(2, classes)
+    training = replace(training, epochs=settings.warm_start_epochs)
     # in the file itself: one from other images must not be taken for this one, which a certificate may rest on
     made_from = fingerprint(
         {
-            "hashes": image_hashes(begins.images).tolist(),
-            "labels": begins.labels.tolist(),
-            "training": its.settings(),
+            "hashes": image_hashes(warm_start.images).tolist(),
+            "labels": warm_start.labels.tolist(),
+            "training": training.settings(),
             "classes": classes,
         }
     )
     with Lock(settings.folder, START_FILE):
         if not path.exists():
-            own_classes = max(2, int(begins.labels.max()) + 1)
-            network = with_classes(its.warm_start(begins.images, begins.labels, own_classes, seed=0), classes, seed=0)
-            weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+            own_classes = max(2, int(warm_start.labels.max()) + 1)
+            network = training.warm_start(warm_start.images, warm_start.labels, own_classes, seed=0)
+            weights = with_classes(network, classes, seed=0).state_dict()
+            weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
             with writing(path), replacing(path) as temporary:
                 save_file(weights, temporary, {"made_from": made_from})
-    start = its.empty(classes)
+    start = training.empty(classes)
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("made_from")
-        if found != made_from:
+            kept_from = (file.metadata() or {}).get("made_from")
+        if kept_from != made_from:
             raise InputError("one that was made from other images, or otherwise.")
         start.load_state_dict(load_file(path))
     except (InputError, RuntimeError, SafetensorError, OSError) as error:
@@ -379,7 +340,7 @@ def estimate(run: Run, processes: int) -> str:
         begun = time.perf_counter()
         dataset = voting.noised(0, seed)
         made = time.perf_counter()
-        voting.asked(dataset, 0, seed)
+        voting.train_and_ask(dataset, 0, seed)
         seconds = time.perf_counter() - begun
         total += seconds * run.models
         lines.append(
@@ -417,9 +378,6 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-# -- votes -----------------------------------------------------------------------------------------------
-
-
 def vote_folders(run: Run) -> list[tuple[Condition, VoteFolder, Voting]]:
     votings = [run.voting(condition) for condition in run.conditions]
     return [(c, run.folder(c, voting), voting) for c, voting in zip(run.conditions, votings, strict=True)]
@@ -429,26 +387,19 @@ def vote(run: Run, shown: bool) -> None:
     """Train what models are missing, and keep their votes; `shown` prints progress."""
     folders = vote_folders(run)
     cells = [(folder, voting, model) for model in range(run.models) for _, folder, voting in folders]
-    fill(cells, _progress([folder for _, folder, _ in folders], run.models) if shown else _nothing)
-
-
-def _nothing(folder: VoteFolder, model: int) -> None:
-    pass
+    fill(cells, _progress([folder for _, folder, _ in folders], run.models) if shown else None)
 
 
 def _progress(folders: Sequence[VoteFolder], models: int) -> Callable[[VoteFolder, int], None]:
-    """Says after each model made here how many are there, made by whom ever, and how long the rest will take."""
+    """Print after each model made here how many are there, made by whomever, and how long the rest will take."""
     before, begun = sum(folder.done() for folder in folders), time.monotonic()
 
-    def seen(folder: VoteFolder, model: int) -> None:
-        done, total = sum(its.done() for its in folders), models * len(folders)
+    def seen(_: VoteFolder, model: int) -> None:
+        done, total = sum(folder.done() for folder in folders), models * len(folders)
         left = (time.monotonic() - begun) / max(1, done - before) * (total - done)
         print(f"{done} of {total} models, {_time(left)} left", file=sys.stderr, flush=True)
 
     return seen
-
-
-# -- what comes of them --------------------------------------------------------------------------------
 
 
 def write(run: Run) -> list[str]:
@@ -470,8 +421,6 @@ def write(run: Run) -> list[str]:
         )
         folder.tidy()
     _tidy_start(run.settings.folder)
-    found = report.results(
-        outcomes, run.data.test_labels, max(2, run.data.classes), run.settings.alpha, settings=run.in_common()
-    )
-    written = output.write(found, run.settings.folder)
+    results = report.results(outcomes, run.data.test_labels, run.classes, run.settings.alpha, settings=run.in_common())
+    written = output.write(results, run.settings.folder)
     return [*map(str, written.paths), *([written.note] if written.note else [])]

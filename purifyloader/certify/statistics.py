@@ -32,6 +32,9 @@ on the test input is another x.
 Everything is in units of [0, 1] images. alpha is the chance of a false statement about *one* test input. Of T
 statements a share alpha may be expected to be false, and as they rest on the same models they may be so together;
 to have all of them true with probability 1 - alpha, ask for alpha / T each.
+
+Every function raises `InputError` for arguments of other types, shapes or ranges than it says, and `PurifyError`
+where it needs SciPy and there is none.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ __all__ = [
     "best_radius",
     "certified_accuracy",
     "certify",
+    "counts",
     "fixed_draws",
     "linf_epsilon",
     "linf_images",
@@ -76,13 +80,11 @@ class Certificates:
     """Certificates of T test inputs, as `certify` returns them.
 
     Attributes:
-        predictions: int64 (T,), the class that the selection votes chose, whether it is certified or not.
-        lower_bounds: float64 (T,) in [0, 1): p_A, what share of all models would at least vote for it.
-        radii: float64 (T,): no change of the stacked training set with a smaller l2 norm, in units of [0, 1]
-            images, changes the prediction. 0 is no certificate: the paper abstains.
-        sigma, alpha: as given.
-        models: m, whose votes the bounds were computed from.
-        classes: K.
+        predictions: int64 (T,), the class that the selection votes chose, certified or not.
+        lower_bounds: float64 (T,) in [0, 1): p_A, the share of all models that would at least vote for it.
+        radii: float64 (T,): no change of the stacked training set with a smaller l2 norm changes the prediction. 0 is
+            no certificate: the paper abstains.
+        models: m of estimation.
 
     Example:
         >>> from purifyloader.certify import certify
@@ -107,32 +109,62 @@ class Certificates:
 # -- votes -------------------------------------------------------------------------------------------
 
 
+def counts(votes_MT: ArrayLike, classes: int) -> NDArray[np.int64]:
+    """Count how many models vote for each class: what `predict` and `certify` take.
+
+    Args:
+        votes_MT: integers (M, T), the class from 0 to K - 1 that each model gives each test input.
+        classes: K, at least 2.
+
+    Returns:
+        int64 (T, K); each row sums to M.
+
+    Example:
+        >>> from purifyloader.certify import counts
+        >>> counts([[0, 1], [0, 2], [1, 2]], classes=3).tolist()  # three models, two test inputs
+        [[2, 1, 0], [0, 1, 2]]
+    """
+    if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 2:
+        raise InputError(f"classes must be a whole number, at least 2. Got {classes!r}.")
+    votes = np.asarray(votes_MT)
+    if votes.dtype.kind not in "iu" or votes.ndim != 2 or 0 in votes.shape:
+        raise InputError(
+            "votes must be integers (M, T): the class that each of one or more models gives each of one or more test "
+            f"inputs. Got {votes.dtype} {votes.shape}."
+        )
+    if votes.min() < 0 or votes.max() >= classes:
+        raise InputError(
+            f"votes must be from 0 to {classes - 1}, numbers of {classes} classes. Got {votes.min()} to "
+            f"{votes.max()}: where models abstain, count that as a class."
+        )
+    inputs, classes = votes.shape[1], int(classes)
+    # each test input has K places of its own; in int64, as class numbers of a small type would overflow
+    places = votes.astype(np.int64) + classes * np.arange(inputs)
+    return np.bincount(places.ravel(), minlength=inputs * classes).reshape(inputs, classes).astype(np.int64)
+
+
 def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
     """Find the class that most models would vote for, or `ABSTAIN` (Algorithm 2, Predict).
 
     Two classes that share the most votes are never told apart, so no order among the classes decides anything.
 
     Args:
-        votes: integers (T, K), how many of n models vote for each of K classes.
-        alpha: in (0, 1), how often what is said may be wrong.
+        votes: integers (T, K), of `counts`.
+        alpha: in (0, 1), how often a prediction may be wrong.
 
     Returns:
         int64 (T,), from 0 to K - 1, or `ABSTAIN`.
-
-    Raises:
-        InputError: no such votes, or no such alpha.
-        PurifyError: SciPy is not installed.
 
     Example:
         >>> from purifyloader.certify import ABSTAIN, predict
         >>> predict([[98, 2], [51, 49]], alpha=0.001).tolist() == [0, ABSTAIN]
         True
     """
-    counts, _ = _votes(votes, "votes")
+    votes_TK, _ = _checked_counts(votes, "votes")
     _check_alpha(alpha)
-    second, first = np.partition(counts, -2, axis=1)[:, -2:].T
+    second, first = np.partition(votes_TK, -2, axis=1)[:, -2:].T
     p_value = 2 * _special().bdtr(second, first + second, 0.5)
-    return np.where(p_value <= alpha, counts.argmax(axis=1), ABSTAIN)
+    return np.where(p_value <= alpha, votes_TK.argmax(axis=1), ABSTAIN)
 
 
 def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: float, alpha: float) -> Certificates:
@@ -143,14 +175,9 @@ def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: floa
     show; few models select well enough, and the rest are better spent on estimation.
 
     Args:
-        selection_votes, estimation_votes: integers (T, K), how many of n and of m models vote for each class.
-        sigma: of the noise of every training image, above 0, in units of [0, 1] images; with K fixed draws of
-            each image, `fixed_draws(sigma, K)`.
+        selection_votes, estimation_votes: integers (T, K), of `counts`, of n and of m models.
+        sigma: of the noise of every training image, above 0; with K fixed draws of each, `fixed_draws(sigma, K)`.
         alpha: in (0, 1), how often a certificate may be false.
-
-    Raises:
-        InputError: no such votes, other shapes, one array given as both, or no such sigma or alpha.
-        PurifyError: SciPy is not installed.
 
     Example:
         >>> from purifyloader.certify import certify
@@ -158,8 +185,8 @@ def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: floa
         >>> certificates.predictions.tolist(), certificates.radii.round(3).tolist()
         ([0, 1], [0.253, 0.0])
     """
-    selection, _ = _votes(selection_votes, "selection_votes")
-    estimation, models = _votes(estimation_votes, "estimation_votes")
+    selection, _ = _checked_counts(selection_votes, "selection_votes")
+    estimation, models = _checked_counts(estimation_votes, "estimation_votes")
     if selection.shape != estimation.shape:
         raise InputError(
             "Expected selection and estimation votes on the same test inputs and classes. "
@@ -194,13 +221,7 @@ def _radii(lower_bounds: NDArray[np.float64], sigma: float) -> NDArray[np.float6
 
 
 def voted_accuracy(certificates: Certificates, labels: ArrayLike) -> float:
-    """Compute the share of test inputs for which the selected class is right, certified or not.
-
-    Args:
-        labels: integers (T,), from 0 to K - 1.
-
-    Raises:
-        InputError: no such labels.
+    """Compute the share of test inputs for which the selected class is that of `labels` (T,), certified or not.
 
     Example:
         >>> from purifyloader.certify import certify, voted_accuracy
@@ -219,13 +240,10 @@ def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: Arr
 
     Args:
         labels: integers (T,), from 0 to K - 1.
-        radii: (R,), from 0, l2 over the stacked training set in units of [0, 1] images.
+        radii: (R,), from 0, l2 over the stacked training set.
 
     Returns:
         float64 (R,).
-
-    Raises:
-        InputError: no such labels or radii.
 
     Example:
         >>> from purifyloader.certify import certified_accuracy, certify
@@ -249,13 +267,9 @@ def radius_per_image(radius: ArrayLike, images: int) -> NDArray[np.float64]:
 
     Args:
         radius: of any shape, from 0, l2 over the stacked training set.
-        images: at least 1.
 
     Returns:
-        float64, of the shape of `radius`, in its units.
-
-    Raises:
-        InputError: no such radius or number of images.
+        float64, of the shape of `radius`.
 
     Example:
         >>> from purifyloader.certify import radius_per_image
@@ -273,15 +287,12 @@ def linf_images(radius: ArrayLike, epsilon: float, values: int) -> NDArray[np.in
     image fewer, and 0 where one image is too many.
 
     Args:
-        radius: R, of any shape, from 0, l2 over the stacked training set in units of [0, 1] images.
-        epsilon: above 0, in the same units: 8/255.
+        radius: R, of any shape, from 0, l2 over the stacked training set.
+        epsilon: above 0, such as 8/255.
         values: d of an image, 3 * 32 * 32 for CIFAR-10.
 
     Returns:
         int64, of the shape of `radius`.
-
-    Raises:
-        InputError: no such radius, epsilon or number of values.
 
     Example:
         >>> from purifyloader.certify import linf_images
@@ -303,14 +314,11 @@ def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.floa
     """Compute R / sqrt(r d): below what epsilon every value of `images` (r) images of `values` (d) values may change.
 
     Args:
-        radius: R, of any shape, from 0, l2 over the stacked training set in units of [0, 1] images.
+        radius: R, of any shape, from 0, l2 over the stacked training set.
         images, values: at least 1.
 
     Returns:
-        float64, of the shape of `radius`, in units of [0, 1] images: times 255 for levels.
-
-    Raises:
-        InputError: no such radius or numbers.
+        float64, of the shape of `radius`: times 255 for levels.
 
     Example:
         >>> from purifyloader.certify import linf_epsilon
@@ -325,14 +333,7 @@ def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.floa
 
 
 def best_lower_bound(models: int, alpha: float) -> float:
-    """Compute alpha^(1/m): the bound p_A when all of m models agree, the highest that m models can give.
-
-    Args:
-        models: m, at least 1.
-        alpha: in (0, 1).
-
-    Raises:
-        InputError: no such number of models, or no such alpha.
+    """Compute alpha^(1/m): the bound p_A when all of m `models` agree, the highest that m models can give.
 
     Example:
         >>> from purifyloader.certify import best_lower_bound
@@ -348,17 +349,12 @@ def best_radius(sigma: float, models: int, alpha: float) -> float:
     """Compute sigma Phi^-1(alpha^(1/m)): the radius when all of m models agree; 0 where even that certifies nothing.
 
     Args:
-        sigma: above 0, in units of [0, 1] images.
+        sigma: above 0.
         models: m of estimation, at least 1.
         alpha: in (0, 1).
 
     Returns:
-        l2 over the stacked training set, in units of [0, 1] images. At alpha = 0.001 and sigma = 1, m = 1000 gives
-        2.46, which is 0.11 for each of 500 images.
-
-    Raises:
-        InputError: no such sigma, number of models or alpha.
-        PurifyError: SciPy is not installed.
+        l2 over the stacked training set: 2.46 below is 0.11 for each of 500 images.
 
     Example:
         >>> from purifyloader.certify import best_radius
@@ -373,13 +369,7 @@ def models_needed(sigma: float, radius: float, alpha: float) -> int:
     """Find the fewest models whose `best_radius` is `radius` or more: fewer cannot certify it, however they vote.
 
     Args:
-        sigma: above 0, in units of [0, 1] images.
-        radius: from 0, in the same units; 0 asks for any certificate at all.
-        alpha: in (0, 1).
-
-    Raises:
-        InputError: no such sigma, radius or alpha, or a radius that a billion models would not reach.
-        PurifyError: SciPy is not installed.
+        radius: from 0, which asks for any certificate at all, to one that a billion models reach.
 
     Example:
         >>> from purifyloader.certify import models_needed
@@ -410,13 +400,6 @@ def fixed_draws(sigma: float, draws: int) -> float:
     The K noised copies of the training set are one vector K times as long, and a change Delta of the images is a
     change of it of sqrt(K) ||Delta||_2. Draws without number, as fresh noise in each epoch, leave nothing.
 
-    Args:
-        sigma: of each draw, above 0, in units of [0, 1] images.
-        draws: K, at least 1.
-
-    Raises:
-        InputError: no such sigma or number of draws.
-
     Example:
         >>> from purifyloader.certify import fixed_draws
         >>> fixed_draws(0.5, draws=4)
@@ -440,37 +423,36 @@ def _special() -> Any:
     return special
 
 
-def _votes(votes: ArrayLike, what: str) -> tuple[NDArray[np.int64], int]:
+def _checked_counts(votes: ArrayLike, what: str) -> tuple[NDArray[np.int64], int]:
     """Check counts; returns them as int64 (T, K), and the number of models."""
-    counts = np.asarray(votes)
-    if counts.dtype.kind not in "iu" or counts.ndim != 2 or counts.shape[0] < 1 or counts.shape[1] < 2:
+    array = np.asarray(votes)
+    if array.dtype.kind not in "iu" or array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
         raise InputError(
             f"{what} must be integers (T, K): for each of one or more test inputs, how many models vote for each of "
-            f"two or more classes. Got {counts.dtype} {counts.shape}."
+            f"two or more classes. Got {array.dtype} {array.shape}."
         )
-    if counts.min() < 0:
-        raise InputError(f"{what} are counts, from 0. Got {counts.min()}.")
-    counts = counts.astype(np.int64, copy=False)
-    totals = counts.sum(axis=1)
+    if array.min() < 0:
+        raise InputError(f"{what} are counts, from 0. Got {array.min()}.")
+    votes_TK = array.astype(np.int64, copy=False)
+    totals = votes_TK.sum(axis=1)
     if totals.min() < 1 or totals.min() != totals.max():
         raise InputError(
             f"{what} must be one vote of each model on each test input. Got from {totals.min()} to {totals.max()} "
             "votes on a test input: were some lost, or counted twice? Where models abstain, count that as a class."
         )
-    return counts, int(totals[0])
+    return votes_TK, int(totals[0])
 
 
 def _labels(labels: ArrayLike, certificates: Certificates) -> NDArray[Any]:
-    of = np.asarray(labels)
-    length, classes = len(certificates.predictions), certificates.classes
-    if of.dtype.kind not in "iu" or of.shape != (length,):
-        raise InputError(f"labels must be integers ({length},): one a test input. Got {of.dtype} {of.shape}.")
-    if of.min() < 0 or of.max() >= classes:
+    array, length, classes = np.asarray(labels), len(certificates.predictions), certificates.classes
+    if array.dtype.kind not in "iu" or array.shape != (length,):
+        raise InputError(f"labels must be integers ({length},): one a test input. Got {array.dtype} {array.shape}.")
+    if array.min() < 0 or array.max() >= classes:
         raise InputError(
             f"labels must be from 0 to {classes - 1}, as the votes have {classes} classes. "
-            f"Got {of.min()} to {of.max()}."
+            f"Got {array.min()} to {array.max()}."
         )
-    return of
+    return array
 
 
 def _reals(numbers: ArrayLike, what: str, a_number: bool = False) -> NDArray[np.float64]:

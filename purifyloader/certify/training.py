@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from purifyloader.certify.protocols import DenoisedSet
-from purifyloader.errors import ConfigError, InputError
+from purifyloader.certify.functions import DenoisedSet
+from purifyloader.core.checks import check_choice, check_integer, check_number
+from purifyloader.errors import InputError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.victims.networks import resnet9, victim
 from purifyloader.victims.presets import VICTIMS
@@ -27,7 +28,7 @@ __all__ = ["SmallNetwork", "Training", "with_classes"]
 
 
 class SmallNetwork(nn.Module):
-    """Network behind the averaging of its training: images (B, 3, H, W) in [0, 1] to logits (B, K)."""
+    """Average images as in training, and give logits: (B, 3, H, W) in [0, 1] to (B, K)."""
 
     def __init__(self, network: nn.Module, pool: int) -> None:
         super().__init__()
@@ -47,18 +48,13 @@ class Training:
 
     Attributes:
         network: of `purifyloader.victims.presets.VICTIMS`; None for a ResNet-9 of `width`.
-        width: of that.
         pool: images are averaged over squares of so many pixels, after the crop; 1 leaves them.
         pad: furthest that a crop moves, in pixels of the images as they are. So short a training wants little: 4 in
             place of 1 cost 2 to 4 points on the sample.
-        epochs, batch_size, lr: lr is the highest of the cycle.
+        lr: the highest of the cycle.
         bfloat16: of the network's arithmetic.
-        device: where it is trained.
         start: a network to go on from, as `warm_start` gives it. It is for the caller to know from which images.
         keep_head: go on with its last layer too, which must have as many classes.
-
-    Raises:
-        ConfigError: no such network, or a number that is too small.
 
     Example:
         >>> import numpy as np
@@ -82,16 +78,12 @@ class Training:
     keep_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.network is not None and self.network not in VICTIMS:
-            raise ConfigError(f"A network is one of {', '.join(VICTIMS)}. Got {self.network!r}.")
+        if self.network is not None:
+            check_choice("network", self.network, VICTIMS)
         for name in ("width", "pool", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} must be a whole number, at least 1. Got {value!r}.")
-        if type(self.pad) is not int or self.pad < 0:
-            raise ConfigError(f"pad must be a whole number, at least 0. Got {self.pad!r}.")
-        if not 0 < self.lr < float("inf"):
-            raise ConfigError(f"lr must be above 0. Got {self.lr!r}.")
+            check_integer(name, getattr(self, name), 1)
+        check_integer("pad", self.pad, 0)
+        check_number("lr", self.lr, above=0)
 
     def __call__(self, dataset: DenoisedSet, seed: int) -> nn.Module:
         return self._trained(dataset.data, np.asarray(dataset.targets), dataset.classes, seed)
@@ -122,12 +114,7 @@ class Training:
         return SmallNetwork(trained.model, self.pool).eval()
 
     def warm_start(self, images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int, seed: int) -> nn.Module:
-        """Train a network for `start` on these images as they are.
-
-        Args:
-            images: uint8 (N, H, W, 3); labels: (N,), from 0 to `classes` - 1.
-            classes: of these labels.
-        """
+        """Train a network for `start` on these images, uint8 (N, H, W, 3), as they are."""
         trained = self._trained(images, labels, classes, seed)
         assert isinstance(trained, SmallNetwork)
         return trained.network.network

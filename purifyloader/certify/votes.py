@@ -46,22 +46,17 @@ def new_seed() -> int:
 
 
 class VoteFolder:
-    """Votes of `models` models on `inputs` test inputs, in a folder.
+    """Votes of `models` models on `inputs` test inputs, in a folder, which is made if it is not there.
 
     Args:
-        folder: made if it is not there.
-        settings: JSON, all that decides the votes beside the secret.
-        models: how many there will be. It is among the settings: see `purifyloader.commands.certify`.
-        inputs: T.
-        classes: K, at most 65,536.
+        settings: JSON, all that decides the votes beside the secret. The number of models is added: it is decided
+            before the first vote is seen.
 
     Attributes:
-        seed: of all noise and of all training, 63 bits.
+        seed: the secret, of all noise and of all training, 63 bits.
 
     Raises:
         ConfigError: the folder holds votes of other settings.
-        InputError: it holds a secret that cannot be read; settings that JSON cannot hold.
-        PurifyError: it cannot be written to.
     """
 
     def __init__(
@@ -141,32 +136,20 @@ class VoteFolder:
         return Lock(self.folder, f"{model:05d}")
 
     def has(self, model: int) -> bool:
-        """Tell whether the votes of a model are there, whole."""
         return self.read(model) is not None
 
     def read(self, model: int) -> NDArray[np.int64] | None:
         """Read the votes of a model, (T,); None where there is no whole file, and it is to be made again."""
         try:
             text = self._path(model).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
-        try:
-            entry = json.loads(text)
-            data = base64.b64decode(entry["votes"], validate=True)
+            data = base64.b64decode(json.loads(text)["votes"], validate=True)
             whole = text == self._text(model, data)
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return np.frombuffer(data, self._type).astype(np.int64) if whole else None
 
     def write(self, model: int, votes: NDArray[np.integer]) -> None:
-        """
-        Args:
-            votes: (T,), from 0 to K - 1.
-
-        Raises:
-            InputError: no such votes.
-            PurifyError: the disk refuses.
-        """
+        """Write the votes of a model, (T,), from 0 to K - 1."""
         if votes.shape != (self.inputs,) or votes.dtype.kind not in "iu":
             raise InputError(f"Expected votes on {self.inputs} inputs. Got {votes.dtype} {votes.shape}.")
         if int(votes.min()) < 0 or int(votes.max()) >= self.classes:
@@ -194,13 +177,8 @@ class VoteFolder:
         return sum(self._path(model).name in names for model in range(self.models))
 
     def all(self) -> NDArray[np.int64]:
-        """Read the votes of all models, (models, T).
-
-        Raises:
-            InputError: some are missing; says how many.
-        """
-        found = [self.read(model) for model in range(self.models)]
-        there = [votes for votes in found if votes is not None]
+        """Read the votes of all models, (models, T); none may be missing."""
+        there = [votes for model in range(self.models) if (votes := self.read(model)) is not None]
         if len(there) < self.models:
             raise InputError(
                 f"Expected the votes of {self.models} models in {self.folder}. Got {len(there)}: run the same again, "

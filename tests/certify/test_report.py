@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from purifyloader.certify import certified_accuracy, certify
-from purifyloader.certify.counting import counts
+from purifyloader.certify import certified_accuracy, certify, counts
 from purifyloader.certify.output import PAGE_FILE, PICTURE_FILE, RESULTS_FILE, write
 from purifyloader.certify.pictures import curves
 from purifyloader.certify.report import SCHEMA, Outcome, markdown, results

@@ -30,9 +30,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from purifyloader.certify import models
-from purifyloader.certify.functions import named_training, training_settings
+from purifyloader.certify.functions import DenoisedSet, named_training, training_settings
 from purifyloader.certify.models import Voting, fill, ndt_classify, voting_settings
-from purifyloader.certify.protocols import DenoisedSet
 from purifyloader.certify.training import SmallNetwork, Training, with_classes
 from purifyloader.certify.votes import VoteFolder, new_seed
 from purifyloader.core import noise
@@ -1009,7 +1008,7 @@ def test_the_last_layer_is_kept_or_drawn_anew() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"network": "resnet10"}, "A network is one of"),
+        ({"network": "resnet10"}, "network must be one of"),
         ({"width": 0}, "width must be"),
         ({"pool": 0}, "pool must be"),
         ({"pool": 1.5}, "pool must be"),

@@ -847,14 +847,14 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 BAD_BUILT_IN: dict[str, tuple[tuple[object, ...], str]] = {
-    "no learning rate": (("--learning-rate", 0), "lr must be above 0"),
-    "a learning rate NaN": (("--learning-rate", "nan"), "lr must be above 0"),
-    "no epochs": (("--epochs", 0), "epochs must be a whole number, at least 1"),
+    "no learning rate": (("--learning-rate", 0), "lr must be a finite number above 0"),
+    "a learning rate NaN": (("--learning-rate", "nan"), "lr must be a finite number above 0"),
+    "no epochs": (("--epochs", 0), "epochs must be a positive integer"),
     "no width": (("--width", 0), "width must be"),
     "no pool": (("--pool", 0), "pool must be"),
     "negative pad": (("--pad", -1), "pad must be"),
     "no batch": (("--batch-size", 0), "batch_size must be"),
-    "no such network": (("--victim", "resnet10"), "one of resnet9.*Got 'resnet10'"),
+    "no such network": (("--victim", "resnet10"), "one of 'resnet9'.*Got 'resnet10'"),
     "a network and a width": (("--victim", "resnet9", "--width", 3), "--width is of the ResNet-9"),
     "a warm start that is not there": (("--warm-start", "certified_module:no"), "'no' of a module"),
     "no warm start": (("--warm-start", "nowhere"), "Got 'nowhere'"),
