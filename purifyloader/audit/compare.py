@@ -38,8 +38,7 @@ Floats = NDArray[np.float64]
 def threshold(reference: Floats, share: float = _TAIL) -> float:
     """Compute what a new draw like the reference's exceeds with probability `share`, whatever their distribution.
 
-    That is the quantile at p = k / (n + 1) (Weibull's plotting position); where the reference has too few for it,
-    its largest.
+    That is the quantile at p = k / (n + 1) (Weibull's plotting position); the largest, where n is too small for it.
     """
     return float(np.quantile(reference, 1 - share, method="weibull"))
 
@@ -68,8 +67,8 @@ def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | Non
         count: images of the audited half, as many as the data has; fewer where half the reference has fewer.
 
     Returns:
-        images of the audited half and of the other, and over 200 random splits the mean and the range of 95 % of
-        the share above the 99th percentile, and of the AUC. None for a reference of fewer than 2.
+        Over 200 random splits the mean and the range of 95 % of the share above the 99th percentile, and of the AUC.
+        None for a reference of fewer than 2.
     """
     half = len(reference) // 2
     if half < 1:
@@ -80,13 +79,8 @@ def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | Non
         known, new = reference[order[:half]], reference[order[half : half + audited]]
         shares.append(float((new > threshold(known)).mean()))
         aucs.append(auc(known.tolist(), new.tolist()))
-    return {
-        "images": audited,
-        "against": half,
-        "splits": _SPLITS,
-        "share_above": _mean_and_range(shares),
-        "auc": _mean_and_range(aucs),
-    }
+    ranges = {"share_above": _mean_and_range(shares), "auc": _mean_and_range(aucs)}
+    return {"images": audited, "against": half, "splits": _SPLITS, **ranges}
 
 
 def _mean_and_range(values: Sequence[float]) -> dict[str, float]:
@@ -94,8 +88,8 @@ def _mean_and_range(values: Sequence[float]) -> dict[str, float]:
     return {"mean": six_digits(float(np.mean(values))), "low": six_digits(float(low)), "high": six_digits(float(high))}
 
 
-def _as_floats(energies: DatasetEnergies, temperature: float, what: str) -> Floats:
-    values = energies.energies.double().cpu().numpy() / temperature
+def _checked(energies: DatasetEnergies, temperature: float, what: str) -> Floats:
+    values = energies.values(temperature)
     if not len(values):
         raise InputError(f"Expected energies of {what}, one or more. Got none.")
     if not np.isfinite(values).all():
@@ -113,7 +107,7 @@ def _spread(values: Floats) -> dict[str, Any]:
 
 
 def _histogram(sets: Mapping[str, Floats]) -> dict[str, Any]:
-    """Counts over common bins. What lies far outside the bulk is counted in the first and the last of them."""
+    """Count over common bins; those far outside the bulk are counted in the first and the last of them."""
     everything = np.concatenate(list(sets.values()))
     low, high = np.quantile(everything, [0.01, 0.99])
     reach = max(high - low, 1e-6 * max(1.0, abs(high)))
@@ -167,8 +161,7 @@ def audit_energy(
     """Compare the energies of a dataset with those of clean images.
 
     Args:
-        data: of `dataset_energies`.
-        reference: the same of images known to be clean, not those that the model was trained on.
+        reference: of images known to be clean, not those that the model was trained on.
         poisoned: indices of the dataset, where it is known which images are poisoned.
         top: percentages of the images, those of highest energy, among which the poisoned are counted.
         temperature: T of U = E / T.
@@ -179,10 +172,10 @@ def audit_energy(
         energies and their shapes. "comparison" (None without a reference) has the threshold, the 99th percentile of
         the reference; threshold_energy, the same as E, which `EnergyAbove` takes; above: count and share of the data
         beyond it, and the share expected of clean images; below: the same for the 1st percentile; auc: P(an image of
-        the data is above one of the reference), 0.5 for two sets alike; "halves": see `halves`; same_images: of the
-        data, that are in the reference too. "truth" (None without `poisoned`) has the number poisoned among the data,
-        the auc of their energies against those of the others, and for each of `top` how many are flagged, the share
-        of these that is poisoned and of the poisoned that is flagged. "histogram" has counts over common bins.
+        the data is above one of the reference), 0.5 for two sets alike; halves: the same between halves of the
+        reference; same_images: of the data, that are in the reference too. "truth" (None without `poisoned`) has the
+        number poisoned among the data, the auc of their energies against those of the others, and for each of `top`
+        how many are flagged, the share of these that is poisoned and of the poisoned that is flagged.
 
     Raises:
         InputError: no energy, one not finite, indices that are not in the data, or percentages outside (0, 100].
@@ -199,7 +192,7 @@ def audit_energy(
         raise InputError(f"temperature is what the energy is divided by, a positive number. Got {temperature!r}.")
     if bad := [percent for percent in top if not 0 < percent <= 100]:
         raise InputError(f"top must be percentages above 0, at most 100. Got {bad[0]!r}.")
-    values = _as_floats(data, temperature, "the data")
+    values = _checked(data, temperature, "the data")
     sets = {"data": values}
     truth = None
     if poisoned is not None:
@@ -213,7 +206,7 @@ def audit_energy(
         sets["poisoned"] = values[is_poisoned]
     comparison = None
     if reference is not None:
-        clean = _as_floats(reference, temperature, "the reference")
+        clean = _checked(reference, temperature, "the reference")
         sets["reference"] = clean
         comparison = _comparison(values, clean, temperature, seed)
         known = set(reference.sha256)
@@ -243,19 +236,17 @@ def _described(energies: DatasetEnergies, values: Floats) -> dict[str, Any]:
 
 def _comparison(values: Floats, clean: Floats, temperature: float, seed: int) -> dict[str, Any]:
     high, low = threshold(clean), -threshold(-clean)
-    beyond = {"above": values > high, "below": values < low}
+    expected = six_digits(expected_share(len(clean)))
+
+    def beyond(rows: NDArray[np.bool_]) -> dict[str, Any]:
+        return {"count": int(rows.sum()), "share": six_digits(float(rows.mean())), "expected": expected}
+
     return {
         "threshold": six_digits(high),
         "threshold_energy": float(f"{high * temperature:.9g}"),  # of float32, all its digits
         "threshold_below": six_digits(low),
-        **{
-            name: {
-                "count": int(found.sum()),
-                "share": six_digits(float(found.mean())),
-                "expected": six_digits(expected_share(len(clean))),
-            }
-            for name, found in beyond.items()
-        },
+        "above": beyond(values > high),
+        "below": beyond(values < low),
         "auc": six_digits(auc(clean.tolist(), values.tolist())),
         "halves": halves(clean, len(values), seed),
     }

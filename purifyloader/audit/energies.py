@@ -1,8 +1,9 @@
-"""Compute the energy of every image of a dataset, with its file name and class."""
+"""Compute the energy of every image of a dataset, with its file name and class, by which poisoned ones are listed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import operator
 from collections import Counter
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets as tv
@@ -21,11 +24,11 @@ from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.named import ImageFiles, TarDataset
 from purifyloader.datasets.samples import fields, get_image
-from purifyloader.datasets.select import label_of
+from purifyloader.datasets.select import label_of, read_indices
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["DatasetEnergies", "dataset_energies", "image_name"]
+__all__ = ["DatasetEnergies", "dataset_energies", "read_poisoned"]
 
 _HELD = 3 * 2**26  # values: images of many sizes wait for others of theirs, in 800 MB at most
 
@@ -46,8 +49,8 @@ class DatasetEnergies:
     Example:
         >>> import torch
         >>> from purifyloader.audit import DatasetEnergies
-        >>> len(DatasetEnergies([0, 1], torch.zeros(2), [None] * 2, [None] * 2, {(3, 32, 32): 2}, [b"", b""]))
-        2
+        >>> DatasetEnergies([0], torch.ones(1), [None], ["a.png"], {(3, 32, 32): 1}, [b""]).values(temperature=0.5)
+        array([2.])
     """
 
     indices: list[int]
@@ -61,12 +64,15 @@ class DatasetEnergies:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def values(self, temperature: float) -> NDArray[np.float64]:
+        """Compute U = E / T of each image."""
+        return self.energies.double().cpu().numpy() / temperature
+
 
 def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
     """Name an image as a user finds it: its path below the dataset's folder, or its key in a tar. Never a whole path.
 
-    Args:
-        sample: at `index`, for the key of a WebDataset sample; it is not read for this.
+    The `sample` at `index` has the key of a WebDataset; it is not read for this.
     """
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index], sample)
@@ -101,11 +107,11 @@ def dataset_energies(
     Args:
         energy: on the device to work on.
         dataset: map-style; grey images are repeated for a model of colour.
-        indices: which, all if None.
+        indices: of the images, all if None.
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
         compute_batch: images of every network call, at least 16 on the CPU.
         learned: tells of a sample whether the model was trained on its image, to count these.
-        what: name of the images in errors, such as "the data".
+        what: name of the images in errors.
         progress: show a bar.
 
     Raises:
@@ -117,9 +123,8 @@ def dataset_energies(
         >>> from purifyloader.audit import dataset_energies
         >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
         >>> dataset = [(np.full((32, 32, 3), level, np.uint8), 0) for level in (0, 99, 200)]
-        >>> energies = dataset_energies(EnergyNetwork(EnergyConfig(channels=8)).eval(), dataset)
-        >>> len(energies), energies.shapes
-        (3, {(3, 32, 32): 3})
+        >>> dataset_energies(EnergyNetwork(EnergyConfig(channels=8)).eval(), dataset).shapes
+        {(3, 32, 32): 3}
     """
     if not isinstance(energy, EnergyNetwork):
         raise InputError(
@@ -134,22 +139,20 @@ def dataset_energies(
         raise InputError(f"{what} has {length} images. Got the index {bad[0]}.")
     if size is not None:
         sizes.check_resize(size, size)
-    found = torch.full((len(chosen),), torch.nan)
+    energies = torch.full((len(chosen),), torch.nan)
     labels: list[int | None] = []
     names: list[str | None] = []
     digests: list[bytes] = []
     shapes: Counter[tuple[int, ...]] = Counter()
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = trained_on = 0
-    device = energy.readout.weight.device
 
     def flush(shape: tuple[int, ...]) -> None:
         nonlocal held
-        rows = waiting.pop(shape)
-        images = torch.stack([image for _, image in rows]).to(device)
+        rows, parts = zip(*waiting.pop(shape), strict=True)
+        images = torch.stack(parts).to(energy.readout.weight.device)
         held -= images.numel()
-        places = [chosen[row] for row, _ in rows]
-        found[[row for row, _ in rows]] = _energies(energy, images, places, compute_batch, what).cpu()
+        energies[list(rows)] = _energies(energy, images, [chosen[row] for row in rows], compute_batch, what).cpu()
 
     with tqdm(total=len(chosen), desc=f"energies of {what}", unit="img", disable=not progress, leave=False) as bar:
         for row, index in enumerate(chosen):
@@ -170,11 +173,11 @@ def dataset_energies(
             bar.update()
         for shape in list(waiting):
             flush(shape)
-    return DatasetEnergies(chosen, found, labels, names, dict(shapes), digests, trained_on)
+    return DatasetEnergies(chosen, energies, labels, names, dict(shapes), digests, trained_on)
 
 
 def _image(sample: Any, index: int, channels: int, size: int | None, what: str) -> Tensor:
-    """uint8 (C, H, W), as it is trained on."""
+    """Return an image as it is trained on, uint8 (C, H, W)."""
     try:
         image = to_engine(get_image(sample), channels)[0]
         if size is not None:
@@ -194,3 +197,49 @@ def _energies(energy: EnergyNetwork, images: Tensor, places: Sequence[int], comp
             except PurifyError as error:
                 raise type(error)(f"{what}, index {place}: {error}") from None
         raise
+
+
+def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "the data") -> list[int]:
+    """Read rising indices of `dataset`, from a JSON list of indices or of file names, or from a file name a line."""
+    length = len(dataset)  # type: ignore[arg-type]
+    if (named := _names(path)) is None:
+        indices = read_indices(path)
+        if indices[-1] >= length:
+            raise InputError(
+                f"must be indices of the {length:,} images in {what}. Got {indices[-1]}.", argument="poisoned"
+            )
+        return indices
+    if image_name(dataset, 0) is None:
+        raise InputError(
+            f"may name files where {what} is a folder of images. Got {named[0]!r:.80}, and images without "
+            "file names: give a JSON list of indices from 0.",
+            argument="poisoned",
+        )
+    known = {image_name(dataset, index): index for index in range(length)}
+    if missing := [name for name in named if name not in known]:
+        more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"must name images of {what} by their paths below its folder, as the ranked list does, such as "
+            f"{next(iter(known))!r}. Got {missing[0]!r:.80}, which is none of them{more}.",
+            argument="poisoned",
+        )
+    if twice := [name for name, count in Counter(named).items() if count > 1]:
+        raise InputError(
+            f"must name each image once. Got {twice[0]!r} more than once: leave it out.", argument="poisoned"
+        )
+    return sorted(known[name] for name in named)
+
+
+def _names(path: Path) -> list[str] | None:
+    """Read file names from a JSON list or one a line; None of anything else, which is for `read_indices` to judge."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError:
+        # what begins like JSON was meant to be JSON
+        values = [] if text.lstrip().startswith(("[", "{")) else [line for line in text.splitlines() if line.strip()]
+    is_named = isinstance(values, list) and values and all(isinstance(value, str) for value in values)
+    return values if is_named else None

@@ -22,18 +22,7 @@ _GREY = "#555555"
 
 
 def picture(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw what `audit_energy` found as a PNG, whole or not at all.
-
-    Args:
-        results: of `audit_energy`, or read from its JSON.
-        path: replaced where it is.
-
-    Returns:
-        `path`.
-
-    Raises:
-        InputError: results of something else, or of a newer version.
-        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """Draw the results of `audit_energy`, or their JSON, as a PNG at `path`, whole or not at all. Needs matplotlib.
 
     Example:
         >>> import torch
@@ -53,8 +42,8 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def _histogram(axis: Any, results: Mapping[str, Any]) -> None:
-    found = results["histogram"]
-    edges = np.asarray(found["edges"])
+    histogram = results["histogram"]
+    edges = np.asarray(histogram["edges"])
     described = results["data"].get("description")
     names = {
         "reference": "clean reference",
@@ -62,19 +51,14 @@ def _histogram(axis: Any, results: Mapping[str, Any]) -> None:
         "poisoned": "known to be poisoned",
     }
     for name in ("data", "reference", "poisoned"):
-        if name not in found:
-            continue
-        counts = np.asarray(found[name])
-        share = 100 * counts / counts.sum()
-        label = f"{names[name]}: {counts.sum():,} images"
-        if name == "data":
-            axis.stairs(share, edges, fill=True, color=_COLOURS[name], alpha=0.55, label=label)
-        else:
-            axis.stairs(share, edges, color=_COLOURS[name], lw=1.8, label=label)
+        if name in histogram:
+            counts = np.asarray(histogram[name])
+            style: dict[str, Any] = {"fill": True, "alpha": 0.55} if name == "data" else {"lw": 1.8}
+            label = f"{names[name]}: {counts.sum():,} images"
+            axis.stairs(100 * counts / counts.sum(), edges, color=_COLOURS[name], label=label, **style)
     if (comparison := results["comparison"]) is not None:
         axis.axvline(comparison["threshold"], color=_GREY, ls="--", lw=1.2, label="99th percentile of the reference")
-    beyond = {name: sum(counts) for name, counts in found["beyond"].items() if sum(counts)}
-    if beyond:
+    if beyond := {name: sum(counts) for name, counts in histogram["beyond"].items() if sum(counts)}:
         outside = ", ".join(f"{count:,} of {names[name].split(' (')[0]}" for name, count in beyond.items())
         axis.set_title(f"beyond the ends: {outside}, counted in the last bars", fontsize=9, color=_GREY, loc="right")
     model = results.get("model", {}).get("name") or "an energy model"

@@ -52,17 +52,16 @@ def ranked_csv(
         1,1,,8,2
         2,0,,7,1
     """
-    values = data.energies.double().cpu().numpy() / temperature
-    heads = ["rank", "index", "name", "label", "energy"]
+    values = data.values(temperature)
     columns: dict[str, Any] = {}
     if reference is not None:
-        columns["percentile"] = percentiles(values, reference.energies.double().cpu().numpy() / temperature)
+        columns["percentile"] = percentiles(values, reference.values(temperature))
     if poisoned is not None:
         chosen = set(poisoned)
         columns["poisoned"] = [int(index in chosen) for index in data.indices]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*heads, *columns])
+    writer.writerow(["rank", "index", "name", "label", "energy", *columns])
     for rank, row in enumerate(ranking(values), start=1):
         name, label = data.names[row], data.labels[row]
         writer.writerow(
@@ -81,34 +80,31 @@ def ranked_csv(
 
 def in_words(results: Mapping[str, Any]) -> Iterator[str]:
     """Write the comparison with the reference in sentences."""
-    found = results["comparison"]
-    if found is None:
+    comparison = results["comparison"]
+    if comparison is None:
         yield "No reference was given: the list is ranked, but nothing says what is usual among clean images."
         return
-    above, halves = found["above"], found["halves"]
+    above, halves = comparison["above"], comparison["halves"]
     yield (
         f"{above['count']:,} of {results['data']['count']:,} images ({_percent(above['share'])}) are above the "
         f"reference's 99th percentile, where {_percent(above['expected'])} of clean images are expected."
     )
     shapes = [_shapes(results[name]) for name in ("data", "reference")]
     if halves is not None:
-        yield from _against_halves(above["share"], found["auc"], halves)
+        yield from _against_halves(above["share"], comparison["auc"], halves)
         if shapes[0] == shapes[1]:
-            yield _verdict(above["share"], found["auc"], halves)
+            yield _verdict(above["share"], comparison["auc"], halves)
     if shapes[0] != shapes[1]:
         yield (
             f"Caution: the data has {sizes_in_words(shapes[0])}, the reference {sizes_in_words(shapes[1])}. Energies "
             "of different sizes do not compare, and this may be all that is unusual: give a size to bring all to."
         )
-    if found["same_images"]:
-        yield (
-            f"Caution: {found['same_images']:,} images of the data are in the reference too, which makes the two look "
-            "alike."
-        )
+    if same := comparison["same_images"]:
+        yield f"Caution: {same:,} images of the data are in the reference too, which makes the two look alike."
 
 
 def _against_halves(share: float, data_auc: float, halves: Mapping[str, Any]) -> Iterator[str]:
-    """Compare the data with what clean images do among themselves."""
+    """Compare the data with clean images among themselves."""
     tail, whole = halves["share_above"], halves["auc"]
     judged = "more" if share > tail["high"] else "less" if share < tail["low"] else "no more"
     yield (
@@ -194,16 +190,10 @@ def table(results: Mapping[str, Any], data: DatasetEnergies, reference: DatasetE
             f"Of the {truth['poisoned']:,} images known to be poisoned (AUC of the energy as a detector: "
             f"{measured_auc}):"
         )
-        rows = [
-            [
-                f"top {row['percent']:g} %",
-                f"{row['flagged']:,}",
-                f"{row['poisoned']:,}",
-                _percent(row["of_flagged"]),
-                _percent(row["of_poisoned"]),
-            ]
-            for row in truth["top"]
-        ]
+        rows = []
+        for top in truth["top"]:
+            counts = [f"top {top['percent']:g} %", f"{top['flagged']:,}", f"{top['poisoned']:,}"]
+            rows.append([*counts, _percent(top["of_flagged"]), _percent(top["of_poisoned"])])
         yield from plain(["flagged", "images", "poisoned", "of flagged", "of poisoned"], rows)
     yield ""
     yield from _highest(data, reference, temperature, spread)
@@ -218,21 +208,20 @@ def _highest(
     spread: float | None,
     count: int = 10,
 ) -> Iterator[str]:
-    values = data.energies.double().cpu().numpy() / temperature
+    values = data.values(temperature)
     order = ranking(values)[:count]
-    heads = ["rank", "index", "energy"]
-    known = None
+    columns = {
+        "rank": [str(rank + 1) for rank in range(len(order))],
+        "index": [str(data.indices[row]) for row in order],
+        "energy": [number(values[row], spread) for row in order],
+    }
     if reference is not None:
-        known = percentiles(values[order], reference.energies.double().cpu().numpy() / temperature)
-        heads.append("percentile")
-    labelled = any(data.labels[row] is not None for row in order)
-    heads += ["label"] if labelled else []
-    named = any(data.names[row] is not None for row in order)
-    yield "Highest energies" + (", and the percent of the reference below" if known is not None else "")
-    rows = []
-    for rank, row in enumerate(order):
-        cells = [str(rank + 1), str(data.indices[row]), number(values[row], spread)]
-        cells += [] if known is None else [f"{known[rank]:.1f}"]
-        cells += [str("-" if data.labels[row] is None else data.labels[row])] if labelled else []
-        rows.append([*cells, *([data.names[row] or "-"] if named else [])])
-    yield from plain([*heads, *(["name"] if named else [])], rows, text_last=named)
+        below = percentiles(values[order], reference.values(temperature))
+        columns["percentile"] = [f"{percent:.1f}" for percent in below]
+    if any(data.labels[row] is not None for row in order):
+        columns["label"] = [str("-" if data.labels[row] is None else data.labels[row]) for row in order]
+    if any(data.names[row] is not None for row in order):
+        columns["name"] = [data.names[row] or "-" for row in order]
+    yield "Highest energies" + (", and the percent of the reference below" if reference is not None else "")
+    rows = [list(cells) for cells in zip(*columns.values(), strict=True)]
+    yield from plain(list(columns), rows, text_last="name" in columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,14 @@ from torch.utils.data import Dataset
 
 from purifyloader import pretrained
 from purifyloader.audit.compare import audit_energy
-from purifyloader.audit.energies import DatasetEnergies, dataset_energies
+from purifyloader.audit.energies import DatasetEnergies, dataset_energies, read_poisoned
 from purifyloader.audit.report import ranked_csv, sizes_in_words
-from purifyloader.audit.truth import read_poisoned
 from purifyloader.core.version import __version__
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import choose, choose_images, read_indices
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
-from purifyloader.evaluation.inputs import tell_learned
+from purifyloader.evaluation.inputs import tell, tell_learned
 from purifyloader.pretrained.learned import Learned, learned_images
 from purifyloader.results.values import model_facts
 
@@ -33,19 +31,7 @@ _MANY_SHAPES = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """Which images are audited, and by what.
-
-    Attributes:
-        data, root, split: the dataset, as `open_dataset` takes it; where it is; "train" or "test".
-        count, indices: so many of its images, or those in a JSON file; None for all.
-        clean, clean_root, clean_split: images known to be clean, None for none. Their root is `root` if None.
-        clean_count: so many of these; None for 2,000.
-        choose_seed: of what is drawn.
-        size: bring the shorter side of each image to this, and crop the centre; None to leave images as they are.
-        energy: the name or folder of the energy model.
-        poisoned: a file that says which images are poisoned, see `read_poisoned`; None where that is not known.
-        top: percentages of the highest energies among which the poisoned are counted.
-    """
+    """Options of `purifyloader audit energy`, whose help explains them; None for those that are not given."""
 
     data: str
     root: str
@@ -68,11 +54,11 @@ class Settings:
 
 
 class Audit(NamedTuple):
-    """What an audit measured: `results` is plain data, `reference` the energies of the clean images."""
+    """Results of an audit, as plain data, and the energies and indices that they are computed from."""
 
     results: Mapping[str, Any]
     data: DatasetEnergies
-    reference: DatasetEnergies | None
+    reference: DatasetEnergies | None  # the clean images
     poisoned: list[int] | None
 
     def csv(self) -> str:
@@ -82,12 +68,7 @@ class Audit(NamedTuple):
 
 
 def audit(settings: Settings, device: torch.device, *, progress: bool = False) -> Audit:
-    """Audit a dataset, and warn on standard error of what makes energies hard to compare.
-
-    Raises:
-        InputError: images, files or settings that do not fit each other.
-        CheckpointError: no such energy model.
-    """
+    """Audit a dataset, and warn on standard error of what makes energies hard to compare."""
     energy: EnergyNetwork = pretrained.load(settings.energy, kind="energy").to(device)
     dataset = _open(settings.data, settings.root, settings.split, "data")
     poisoned = None if settings.poisoned is None else read_poisoned(settings.poisoned, dataset)
@@ -96,19 +77,13 @@ def audit(settings: Settings, device: torch.device, *, progress: bool = False) -
     if settings.clean is not None:
         reference, of_reference = _reference(settings, energy, progress)
         if data.shapes.keys() != reference.shapes.keys():
-            _say(
+            tell(
                 f"warning: the images in the data have {sizes_in_words(data.shapes)}, the clean ones "
                 f"{sizes_in_words(reference.shapes)}. Energies of different sizes do not compare: give a size to bring "
                 "all to."
             )
-    results = audit_energy(
-        data,
-        reference,
-        poisoned=poisoned,
-        top=settings.top,
-        temperature=energy.temperature,
-        seed=settings.choose_seed,
-    )
+    how: dict[str, Any] = {"top": settings.top, "temperature": energy.temperature, "seed": settings.choose_seed}
+    results = audit_energy(data, reference, poisoned=poisoned, **how)
     results = {
         **results,
         "purifyloader": __version__,
@@ -146,19 +121,15 @@ def _data(
     finder = learned.finder(settings.size)
     data = dataset_energies(energy, dataset, indices, size=settings.size, learned=finder, progress=progress)
     if len(data.shapes) > _MANY_SHAPES:
-        _say(
+        tell(
             f"warning: the data has images of {len(data.shapes)} sizes. Energies of different sizes compare only "
             "roughly, and this is slow: give a size to bring all to."
         )
-    _say_trained_on(learned, data)
+    _tell_trained_on(learned, data)
     return data, {"description": describe(settings.data, settings.split), "length": length, "trained_on": data.learned}
 
 
-def _say(text: str) -> None:
-    print(f"purifyloader: {text}", file=sys.stderr)
-
-
-def _say_trained_on(learned: Learned, data: DatasetEnergies) -> None:
+def _tell_trained_on(learned: Learned, data: DatasetEnergies) -> None:
     if data.learned:
         what = f"the model was trained on {data.learned:,} of the {len(data):,} images in the data, which lowers"
     elif seen := len(learned.doubtful.intersection(data.indices)):
@@ -168,7 +139,7 @@ def _say_trained_on(learned: Learned, data: DatasetEnergies) -> None:
         what = f"{names} does not say which images it was trained on: some of the data would lower"
     else:
         return
-    _say(f"note: {what} their energies.")
+    tell(f"note: {what} their energies.")
 
 
 def _reference(settings: Settings, energy: EnergyNetwork, progress: bool) -> tuple[DatasetEnergies, dict[str, Any]]:

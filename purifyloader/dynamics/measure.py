@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
+from purifyloader.evaluation.measures import check_poisoned
 from purifyloader.results.values import images_sha256, model_facts, six_digits
 
-__all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "in_numbers", "measure"]
+__all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "energies_of", "measure"]
 
 FORMAT = "purifyloader-dynamics"
 VERSION = 1
@@ -37,21 +38,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Poisoned:
-    """One attack: arrays (levels, images), of the images that it changes.
+    """One attack: arrays (levels, images), of the images that it changes; at level 0 they are not purified."""
 
-    Attributes:
-        size: l2 norm of each perturbation, (images,).
-        largest: difference of a value, in [0, 1].
-        to_clean: l2 from the clean image to the poisoned one purified.
-        to_poisoned: l2 from the poisoned image to itself purified.
-        energy: of the poisoned image purified; None without an energy model.
-    """
-
-    size: Floats
-    largest: float
-    to_clean: Floats
-    to_poisoned: Floats
-    energy: Floats | None
+    largest: float  # difference of a value, in [0, 1]
+    to_clean: Floats  # l2 from the clean image to the poisoned one purified
+    to_poisoned: Floats  # l2 from the poisoned image to itself purified
+    energy: Floats | None  # of the poisoned image purified; None without an energy model
 
 
 @dataclass(frozen=True)
@@ -59,21 +51,17 @@ class Measured:
     """Distances and energies as arrays (levels, images); the first level is 0, where nothing is purified.
 
     Attributes:
-        levels: 0 and those of the path.
         seconds: an image takes to each level here, the median over batches.
         moved: l2 from the clean image to itself purified.
         energy: of the clean image purified, not divided by a temperature; None without an energy model.
-        poisoned: by name.
+        poisoned: the same of each attack, by name.
         values: of an image, C H W.
 
     Example:
-        >>> import torch
-        >>> from purifyloader.dynamics import LangevinPath, measure
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
-        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
-        >>> measure(path, clean).levels
-        (0, 1, 2)
+        >>> import numpy as np
+        >>> from purifyloader.dynamics import Measured
+        >>> Measured((0, 25), (0.0, 0.1), np.zeros((2, 9)), energy=None, poisoned={}, values=3072).moved.shape
+        (2, 9)
     """
 
     levels: tuple[float, ...]
@@ -84,18 +72,8 @@ class Measured:
     values: int
 
 
-@dataclass
-class _Kept:
-    """Values gathered of one set of images."""
-
-    own: Floats  # to themselves as they came
-    other: Floats  # to the clean ones
-    energy: Floats | None
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-
-
 def _l2(a: Tensor, b: Tensor) -> Floats:
-    """Exact sums of squares of bytes, so that nothing moved is 0."""
+    """Compute it from exact sums of squares of bytes, so that nothing moved is 0."""
     squares = (a.to(torch.int64) - b.to(torch.int64)).square().flatten(1).sum(dim=1)
     return np.sqrt(squares.numpy().astype(np.float64)) / 255
 
@@ -139,62 +117,48 @@ def measure(
             f"Expected images with {path.image_channels} channels, which the model takes. Got {clean_NCHW.shape[1]}."
         )
     poisoned = dict(poisoned or {})
-    for name, images in poisoned.items():
-        check_images(images, f"The poisoned images {name} are")
-        if images.shape != clean_NCHW.shape:
-            raise InputError(
-                f"Poisoned images must be the clean ones, poisoned: {tuple(clean_NCHW.shape)}. Got "
-                f"{tuple(images.shape)} for {name}."
-            )
-        if bool((images == clean_NCHW).all()):
-            raise InputError(f"Poisoned images must differ from the clean ones. Got {name}, which are the same.")
+    check_poisoned(poisoned, clean_NCHW)
     keys = noise.image_keys(seed, 0, torch.arange(len(clean_NCHW)))
     changed = {name: (images != clean_NCHW).flatten(1).any(dim=1) for name, images in poisoned.items()}
     total = sum(path.work) * (len(clean_NCHW) + sum(int(rows.sum()) for rows in changed.values()))
+    timings: list[list[float]] = [[] for _ in path.levels]
 
-    def run(images: Tensor, clean: Tensor, keys_N: Tensor) -> _Kept:
+    def run(images: Tensor, clean: Tensor, keys_N: Tensor) -> Poisoned:
+        """Measure how far these versions of clean images go."""
         shape = len(path.levels) + 1, len(images)
-        kept = _Kept(np.zeros(shape), np.zeros(shape), energy=None)
-        kept.other[0] = _l2(clean, images)
-        if energy is not None:
-            kept.energy = np.zeros_like(kept.own)
-            kept.energy[0] = _energies(energy, images)
+        to_clean, to_itself = np.zeros(shape), np.zeros(shape)
+        energies = None if energy is None else np.zeros(shape)
+        to_clean[0] = _l2(clean, images)
+        if energy is not None and energies is not None:
+            energies[0] = energies_of(energy, images)
         for level, rows, purified, seconds in path.purify(images, keys_N):
-            kept.own[level + 1, rows] = _l2(images[rows], purified)
-            kept.other[level + 1, rows] = _l2(clean[rows], purified)
-            if energy is not None and kept.energy is not None:
-                kept.energy[level + 1, rows] = _energies(energy, purified)
-            kept.seconds.setdefault(level, []).append(seconds)
+            to_itself[level + 1, rows] = _l2(images[rows], purified)
+            to_clean[level + 1, rows] = _l2(clean[rows], purified)
+            if energy is not None and energies is not None:
+                energies[level + 1, rows] = energies_of(energy, purified)
+            timings[level].append(seconds)
             if progress is not None:
                 progress(path.work[level] * len(purified), total)
-        return kept
+        largest = int((images.to(torch.int16) - clean.to(torch.int16)).abs().max()) / 255
+        return Poisoned(largest, to_clean, to_itself, energies)
 
     of_clean = run(clean_NCHW, clean_NCHW, keys)
-    of_poisoned: dict[str, Poisoned] = {}
-    timings = [of_clean.seconds]
-    for name, images in poisoned.items():
-        rows = changed[name]
-        kept = run(images[rows], clean_NCHW[rows], keys[rows])
-        timings.append(kept.seconds)
-        largest = int((images.to(torch.int16) - clean_NCHW.to(torch.int16)).abs().max()) / 255
-        of_poisoned[name] = Poisoned(kept.other[0], largest, kept.other, kept.own, kept.energy)
-    seconds = [
-        float(np.median([value for timing in timings for value in timing[level]])) for level in range(len(path.levels))
-    ]
-    return Measured(
-        (0, *path.levels), (0.0, *seconds), of_clean.own, of_clean.energy, of_poisoned, clean_NCHW[0].numel()
-    )
+    of_poisoned = {name: run(poisoned[name][rows], clean_NCHW[rows], keys[rows]) for name, rows in changed.items()}
+    seconds = [float(np.median(values)) for values in timings]
+    values = clean_NCHW[0].numel()
+    return Measured((0, *path.levels), (0.0, *seconds), of_clean.to_clean, of_clean.energy, of_poisoned, values)
 
 
-def _energies(energy: EnergyNetwork, images: Tensor) -> Floats:
-    found = image_energies(energy, images.to(energy.readout.weight.device).float() / 255)
-    return found.double().cpu().numpy()
+def energies_of(energy: EnergyNetwork, images_NCHW: Tensor) -> Floats:
+    """Compute the energy of each image, uint8, not divided by a temperature."""
+    energies = image_energies(energy, images_NCHW.to(energy.readout.weight.device).float() / 255)
+    return energies.double().cpu().numpy()
 
 
 def crossing(levels: Sequence[float], to_clean: Sequence[float], to_poisoned: Sequence[float]) -> float | None:
     """Find where the mean poisoned image has come as close to the clean one as it is to where it started.
 
-    The paper's dotted line: the first level at which two curves meet, linear between levels; None where they do not.
+    It is the paper's dotted line: the first level at which two curves meet, linear between levels; None without one.
     """
     gap = [a - b for a, b in zip(to_poisoned, to_clean, strict=True)]
     for i in range(1, len(levels)):
@@ -204,20 +168,13 @@ def crossing(levels: Sequence[float], to_clean: Sequence[float], to_poisoned: Se
 
 
 def _distance(l2: Floats, values: int) -> dict[str, float | None]:
-    """Mean over images and its standard error, as l2 norm in [0, 1] and as root mean square in px."""
+    """Compute the mean over images, as l2 norm in [0, 1] and as root mean square in px, and its standard error."""
     mean = float(l2.mean())
-    error = float(l2.std(ddof=1)) / math.sqrt(len(l2)) if len(l2) > 1 else None
-    scale = 255 / math.sqrt(values)
-    return {
-        "l2": six_digits(mean),
-        "rms_px": six_digits(scale * mean),
-        "standard_error_l2": None if error is None else six_digits(error),
-    }
+    error = six_digits(float(l2.std(ddof=1)) / math.sqrt(len(l2))) if len(l2) > 1 else None
+    return {"l2": six_digits(mean), "rms_px": six_digits(255 / math.sqrt(values) * mean), "standard_error_l2": error}
 
 
-def _spread(energy: Floats | None, temperature: float) -> dict[str, Any] | None:
-    if energy is None:
-        return None
+def _spread(energy: Floats, temperature: float) -> dict[str, Any]:
     u = energy / temperature
     return {
         "mean": six_digits(float(u.mean())),
@@ -226,48 +183,43 @@ def _spread(energy: Floats | None, temperature: float) -> dict[str, Any] | None:
 
 
 def _summary(measured: Measured, path: Path, temperature: float) -> dict[str, Any]:
-    """Means over images: "levels", "poisons" and "purification" of what `dynamics` gives."""
+    """Average over images: "levels", "poisons" and "purification" of the result of `dynamics`."""
     config = path.config()
-    known = [{"level": 0, "calls": 0}, *config.pop("levels")]
     levels = []
-    for i, level in enumerate(known):
+    for i, level in enumerate([{"level": 0, "calls": 0}, *config.pop("levels")]):
+        poisoned = {
+            name: {
+                "clean_to_purified_poisoned": _distance(attack.to_clean[i], measured.values),
+                "poisoned_to_purified_poisoned": _distance(attack.to_poisoned[i], measured.values),
+                "closer_to_clean": six_digits(float((attack.to_clean[i] < attack.to_poisoned[i]).mean())),
+                "energy": None if attack.energy is None else _spread(attack.energy[i], temperature),
+            }
+            for name, attack in measured.poisoned.items()
+        }
         levels.append(
             {
                 **level,
                 "seconds_per_image": six_digits(measured.seconds[i]),
                 "clean_to_purified_clean": _distance(measured.moved[i], measured.values),
                 "energy": None if measured.energy is None else _spread(measured.energy[i], temperature),
-                "poisoned": {
-                    name: {
-                        "clean_to_purified_poisoned": _distance(found.to_clean[i], measured.values),
-                        "poisoned_to_purified_poisoned": _distance(found.to_poisoned[i], measured.values),
-                        "closer_to_clean": six_digits(float((found.to_clean[i] < found.to_poisoned[i]).mean())),
-                        "energy": None if found.energy is None else _spread(found.energy[i], temperature),
-                    }
-                    for name, found in measured.poisoned.items()
-                },
+                "poisoned": poisoned,
             }
         )
-    poisons = {
-        name: {
-            "images": len(found.size),
-            "size": _distance(found.size, measured.values),
-            "largest_px": six_digits(255 * found.largest),
-            "crossing": _maybe(
-                crossing(measured.levels, found.to_clean.mean(axis=1).tolist(), found.to_poisoned.mean(axis=1).tolist())
-            ),
+    poisons = {}
+    for name, attack in measured.poisoned.items():
+        means = attack.to_clean.mean(axis=1).tolist(), attack.to_poisoned.mean(axis=1).tolist()
+        meet = crossing(measured.levels, *means)
+        poisons[name] = {
+            "images": attack.to_clean.shape[1],
+            "size": _distance(attack.to_clean[0], measured.values),
+            "largest_px": six_digits(255 * attack.largest),
+            "crossing": None if meet is None else six_digits(meet),
         }
-        for name, found in measured.poisoned.items()
-    }
     return {"purification": config, "poisons": poisons, "levels": levels}
 
 
-def _maybe(value: float | None) -> float | None:
-    return None if value is None else six_digits(value)
-
-
 def temperature_of(energy: EnergyNetwork | None) -> float:
-    """T of the energies, which nobody divides where there is no energy model."""
+    """Return T of the energies, of which there are none without an energy model."""
     return TEMPERATURE if energy is None else energy.temperature
 
 
@@ -288,14 +240,11 @@ def dynamics(
 
     Returns:
         What `json.dumps` takes; it depends on the arguments and the device alone, but for the seconds. "levels" has
-        for each level, from 0, what it is (level, calls, and sigma_px of diffusion), seconds_per_image on this
-        machine, the distances (mean over images as l2 in [0, 1] and rms_px in levels of 255, standard error), the
+        for each level, from 0 (images as they came), level, calls, and sigma_px of diffusion, seconds_per_image on
+        this machine, the distances (mean over images as l2 in [0, 1] and rms_px in levels of 255, standard error), the
         share of the poisoned images that are closer to the clean image than to the poisoned one, and the energies
-        (mean and quantiles, None without an energy model) after purification to that level: at 0 they are those of
-        the images as they came. "poisons" has the size of each attack, and the crossing: see `crossing`.
-
-    Raises:
-        InputError: see `measure`.
+        (mean and quantiles, None without an energy model). "poisons" has the size of each attack, and the level at
+        which the mean poisoned image has come as close to the clean one as to where it started.
 
     Example:
         >>> import torch
@@ -308,20 +257,6 @@ def dynamics(
     """
     poisoned = dict(poisoned or {})
     measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)
-    return in_numbers(measured, path, clean_NCHW, poisoned, energy=energy, temperature=temperature, seed=seed)
-
-
-def in_numbers(
-    measured: Measured,
-    path: Path,
-    clean_NCHW: Tensor,
-    poisoned: Mapping[str, Tensor],
-    *,
-    energy: EnergyNetwork | None,
-    temperature: float | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Summarise what `measure` found, as `dynamics` returns it."""
     temperature = temperature_of(energy) if temperature is None else temperature
     return {
         "format": FORMAT,

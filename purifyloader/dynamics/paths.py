@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.walking import STEP_SIZE, check_dynamics
-from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
 from purifyloader.results.values import model_facts
 
@@ -33,19 +34,12 @@ SCHEDULES: dict[str, Schedule] = {"cosine": CosineSchedule(4000), "linear": Line
 
 
 class Piece(NamedTuple):
-    """Some images at one level.
+    """Some images at one level."""
 
-    Attributes:
-        level: its position among the levels.
-        rows: of the images.
-        images: purified to it, uint8 (B, C, H, W), on the CPU.
-        seconds: an image took from the start, in a full batch.
-    """
-
-    level: int
-    rows: slice
-    images: Tensor
-    seconds: float
+    level: int  # its position among the levels
+    rows: slice  # of the images
+    images: Tensor  # purified, uint8 (B, C, H, W), on the CPU
+    seconds: float  # that an image took from the start, in a full batch
 
 
 class Path(Protocol):
@@ -64,7 +58,7 @@ class Path(Protocol):
 
     @property
     def work(self) -> tuple[int, ...]:
-        """Network calls that each level takes beyond what the one before it left behind."""
+        """Count the network calls that each level takes beyond what the one before it left behind."""
 
     @property
     def image_channels(self) -> int: ...
@@ -99,8 +93,7 @@ class LangevinPath:
     Args:
         energy: on the device to work on.
         steps: after which it is looked at, rising; the walk is as long as the last.
-        step_size, temperature: see `purifyloader.purifiers.Langevin`.
-        compute_batch: images of every network call, at least 16 on the CPU.
+        step_size, temperature, compute_batch: see `purifyloader.purifiers.Langevin`.
 
     Raises:
         InputError: no energy model.
@@ -128,19 +121,8 @@ class LangevinPath:
         self.purifier = Langevin(
             energy, steps[-1], step_size=step_size, temperature=temperature, compute_batch=compute_batch
         )
-        self.energy, self.steps = energy, tuple(steps)
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        return self.steps
-
-    @property
-    def work(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip((0, *self.steps), self.steps, strict=False))
-
-    @property
-    def image_channels(self) -> int:
-        return self.energy.config.image_channels
+        self.energy, self.image_channels = energy, energy.config.image_channels
+        self.levels, self.work = tuple(steps), tuple(b - a for a, b in zip((0, *steps), steps, strict=False))
 
     def config(self) -> dict[str, Any]:
         return {
@@ -150,18 +132,13 @@ class LangevinPath:
             "step_size_px": float(f"{255 * self.purifier.step_size:.6g}"),
             "temperature": self.purifier.temperature,
             "compute_batch": self.purifier.compute_batch,
-            "levels": [{"level": count, "calls": count} for count in self.steps],
+            "levels": [{"level": count, "calls": count} for count in self.levels],
         }
 
     def only(self, level: int) -> LangevinPath:
-        purifier = self.purifier
-        return LangevinPath(
-            self.energy,
-            self.steps[level : level + 1],
-            step_size=purifier.step_size,
-            temperature=purifier.temperature,
-            compute_batch=purifier.compute_batch,
-        )
+        path = copy(self)
+        path.levels = path.work = self.levels[level : level + 1]
+        return path
 
     def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
         device, size = self.energy.readout.weight.device, self.purifier.compute_batch
@@ -176,20 +153,20 @@ class LangevinPath:
                 yield Piece(level, rows, images, seconds[level])
 
     def _walked(self, x_BCHW: Tensor, keys_B: Tensor, seconds: list[float]) -> Tensor:
-        """uint8 (B, levels, C, H, W); the seconds that an image took to each level are put into `seconds`."""
+        """Return uint8 (B, levels, C, H, W); put the seconds that an image took to each level into `seconds`."""
         purifier, shape = self.purifier, x_BCHW.shape[1:]
         begun = _finish(x_BCHW.device)
         steps = walk(
             purifier.energy,
             x_BCHW.contiguous(memory_format=torch.channels_last),
-            purifier.steps,
+            self.levels[-1],
             lambda step: noise.normal(keys_B, shape, step).contiguous(memory_format=torch.channels_last),
             step_size=purifier.step_size,
             temperature=purifier.temperature,
         )
         seen = []
         for step, x in enumerate(steps, start=1):
-            if step in self.steps:
+            if step in self.levels:
                 seconds.append((_finish(x.device) - begun) / len(x))
                 # what is not finite waits for the end of the walk, which says what that means
                 seen.append(quantize(x.nan_to_num(0, 0, 0)))
@@ -205,9 +182,8 @@ class DiffusionPath:
         denoiser: on the device to work on.
         t: timesteps to noise to, rising.
         sigmas: or noise levels, rising, in image units (25 px is 25/255).
-        schedule: what `t` means; see `Diffuse`.
         calls: network calls of a level at most, evenly spaced. Default: every timestep for `t`, one for `sigmas`.
-        sampler, compute_batch: see `Diffuse`.
+        schedule, sampler, compute_batch: see `Diffuse`.
 
     Raises:
         InputError: no denoiser, or a level outside its range.
@@ -231,44 +207,29 @@ class DiffusionPath:
         sampler: str = "ancestral",
         compute_batch: int = 32,
     ) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise InputError(
-                f"Expected a denoiser, as `purifyloader.pretrained.load` gives. Got {type(denoiser).__name__}."
-            )
         if (t is None) == (sigmas is None):
             raise ConfigError(f"Give the noise levels as t or as sigmas, one of them. Got t={t!r}, sigmas={sigmas!r}.")
         if calls is not None and (type(calls) is not int or calls < 1):
             raise ConfigError(f"calls is the number of network calls of a level, at least 1. Got {calls!r}.")
         self.denoiser, self.sampler, self.compute_batch = denoiser, sampler, compute_batch
         self.schedule, self.by_t = schedule, t is not None
-        self._levels: tuple[float, ...] = tuple(t if t is not None else sigmas or ())
-        _check_levels(self._levels, "timesteps t" if self.by_t else "noise levels sigma")
+        self.levels: tuple[float, ...] = tuple(t if t is not None else sigmas or ())
+        _check_levels(self.levels, "timesteps t" if self.by_t else "noise levels sigma")
         if self.by_t:
-            self._calls = tuple(min(int(level), calls or int(level)) for level in self._levels)
+            self.work = tuple(min(int(level), calls or int(level)) for level in self.levels)
         else:
-            self._calls = (1 if calls is None else calls,) * len(self._levels)
+            self.work = (1 if calls is None else calls,) * len(self.levels)
         # before hours of work; one at a time, for each holds a copy of the network
-        self._sigmas = tuple(self._purifier(level).sigmas[0] for level in range(len(self._levels)))
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        return self._levels
-
-    @property
-    def work(self) -> tuple[int, ...]:
-        return self._calls
-
-    @property
-    def image_channels(self) -> int:
-        return self.denoiser.image_channels
+        self._sigmas = tuple(self._purifier(level).sigmas[0] for level in range(len(self.levels)))
+        self.image_channels = denoiser.image_channels
 
     def _purifier(self, level: int) -> Diffuse:
-        value = self._levels[level]
+        value = self.levels[level]
         return Diffuse(
             self.denoiser,
             t=value if self.by_t else None,
             sigma=None if self.by_t else value,
-            steps=self._calls[level],
+            steps=self.work[level],
             schedule=self.schedule,
             sampler=self.sampler,
             compute_batch=self.compute_batch,
@@ -276,7 +237,7 @@ class DiffusionPath:
 
     def config(self) -> dict[str, Any]:
         first = self._purifier(0)
-        levels = zip(self._levels, self._sigmas, self._calls, strict=True)
+        levels = zip(self.levels, self._sigmas, self.work, strict=True)
         return {
             "kind": "diffusion",
             "unit": "timestep t" if self.by_t else "noise sigma",
@@ -291,20 +252,13 @@ class DiffusionPath:
         }
 
     def only(self, level: int) -> DiffusionPath:
-        one = self._levels[level : level + 1]
-        return DiffusionPath(
-            self.denoiser,
-            t=[int(t) for t in one] if self.by_t else None,
-            sigmas=None if self.by_t else one,
-            schedule=self.schedule,
-            calls=self._calls[level],
-            sampler=self.sampler,
-            compute_batch=self.compute_batch,
-        )
+        path, one = copy(self), slice(level, level + 1)
+        path.levels, path.work, path._sigmas = self.levels[one], self.work[one], self._sigmas[one]
+        return path
 
     def purify(self, images_NCHW: Tensor, keys_N: Tensor) -> Iterator[Piece]:
         device = device_of(self.denoiser) or torch.device("cpu")
-        for level in range(len(self._levels)):
+        for level in range(len(self.levels)):
             purifier = self._purifier(level)
             for start in range(0, len(images_NCHW), self.compute_batch):
                 rows = slice(start, min(start + self.compute_batch, len(images_NCHW)))
@@ -314,7 +268,7 @@ class DiffusionPath:
                 seconds = (_finish(device) - begun) / max(len(x), self.compute_batch)
                 if not bool(out.isfinite().all()):
                     raise PurifyError(
-                        f"Purified images must be finite. Got NaN or infinity at level {self._levels[level]:g}: the "
+                        f"Purified images must be finite. Got NaN or infinity at level {self.levels[level]:g}: the "
                         f"denoiser {self.denoiser.name or '(unnamed)'} is broken. Give another one."
                     )
                 yield Piece(level, rows, quantize(out).cpu(), seconds)

@@ -26,18 +26,9 @@ _MOST_TICKS = 9
 
 
 def picture(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw what `dynamics` or `tune` found as a PNG, whole or not at all.
+    """Draw the results of `dynamics` or `tune`, or their JSON, as a PNG at `path`, whole or not at all.
 
-    Args:
-        results: of `dynamics` or `tune`, or read from their JSON.
-        path: replaced where it is.
-
-    Returns:
-        `path`.
-
-    Raises:
-        InputError: results of something else, or of a newer version.
-        PurifyError: matplotlib is not installed, or the file cannot be written.
+    It needs matplotlib.
 
     Example:
         >>> import torch
@@ -74,11 +65,10 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def _title(results: Mapping[str, Any], columns: int) -> str:
-    purification, images = results["purification"], results["images"]
-    how = "Langevin steps with" if purification["kind"] == "langevin" else "diffusion with"
-    data = results.get("data", {}).get("description")
-    text = f"Purification by {how} {purification['model']['name'] or 'a model'}"
-    return text + ("," if columns == 2 else "\n") + f" {images['count']:,} images" + (f" of {data}" if data else "")
+    purification, data = results["purification"], results.get("data", {}).get("description")
+    how = "Langevin steps" if purification["kind"] == "langevin" else "diffusion"
+    text = f"Purification by {how} with {purification['model']['name'] or 'a model'}" + ("," if columns == 2 else "\n")
+    return f"{text} {results['images']['count']:,} images{f' of {data}' if data else ''}"
 
 
 def _proposals(tuned: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -122,12 +112,11 @@ def _positions(results: Mapping[str, Any]) -> tuple[list[float], str]:
     purification, levels = results["purification"], results["levels"]
     if purification["unit"] == "noise sigma":
         return [level.get("sigma_px", 0.0) for level in levels], "noise (px of 255)"
+    at = [level["level"] for level in levels]
     if purification["kind"] == "langevin":
-        return [level["level"] for level in levels], "Langevin steps"
+        return at, "Langevin steps"
     schedule = purification["schedule"]
-    return [
-        level["level"] for level in levels
-    ], f"timestep t, {schedule['kind']} schedule, T = {schedule['timesteps']:g}"
+    return at, f"timestep t, {schedule['kind']} schedule, T = {schedule['timesteps']:g}"
 
 
 def _over_levels(axis: Any, results: Mapping[str, Any]) -> list[float]:
@@ -146,53 +135,45 @@ def _over_levels(axis: Any, results: Mapping[str, Any]) -> list[float]:
         unit = 10.0 ** math.floor(math.log10(step))
         steps = [unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= step * 0.999]
         if results["purification"]["kind"] == "langevin":  # which are counted
-            steps = [1.0] if unit < 1 else [its for its in steps if its % 1 == 0]
+            steps = [1.0] if unit < 1 else [step for step in steps if step % 1 == 0]
         step = steps[0]
         ticks = [i * step for i in range(int(at[-1] / step + 1e-6) + 1)]
         labels = [f"{t:g}" for t in ticks]
         what += "; below, seconds an image takes here"
     seconds = [level["seconds_per_image"] for level in levels]
-    times = [_interpolated(t, at, seconds) for t in ticks]
-    axis.set_xticks(
-        ticks, [f"{label}\n{_seconds(time)}" for label, time in zip(labels, times, strict=True)], fontsize=9
-    )
+    labels = [f"{label}\n{_interpolated(t, at, seconds):.2g} s" for label, t in zip(labels, ticks, strict=True)]
+    axis.set_xticks(ticks, labels, fontsize=9)
     axis.set_xlabel(what)
     axis.set_xlim(0, at[-1])
     return at
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2g} s" if value else "0 s"
+def _band(
+    axis: Any, at: Sequence[float], middle: Sequence[float], low: Sequence[float], high: Sequence[float], **line: Any
+) -> None:
+    axis.plot(at, middle, lw=2, marker="o", ms=3, **line)
+    axis.fill_between(at, low, high, color=line["color"], alpha=0.2, lw=0)
 
 
 def _distances(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
     at = _over_levels(axis, results)
     levels = results["levels"]
 
-    def curve(found: Sequence[Mapping[str, Any]], label: str, colour: str) -> list[float]:
-        means = [value["l2"] for value in found]
-        error = [2 * (value["standard_error_l2"] or 0) for value in found]
-        axis.plot(at, means, color=colour, lw=2, marker="o", ms=3, label=label)
-        axis.fill_between(
-            at,
-            [mean - e for mean, e in zip(means, error, strict=True)],
-            [mean + e for mean, e in zip(means, error, strict=True)],
-            color=colour,
-            alpha=0.2,
-            lw=0,
-        )
-        return means
+    def curve(distances: Sequence[Mapping[str, Any]], label: str, colour: str) -> None:
+        means = [distance["l2"] for distance in distances]
+        errors = [2 * (distance["standard_error_l2"] or 0) for distance in distances]
+        low, high = ([mean + sign * e for mean, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+        _band(axis, at, means, low, high, label=label, color=colour)
 
     curve([level["clean_to_purified_clean"] for level in levels], "clean to purified clean", _CLEAN)
     title = "Distance"
     if name is not None:
-        found = [level["poisoned"][name] for level in levels]
-        curve([f["clean_to_purified_poisoned"] for f in found], "clean to purified poisoned", _WASHED)
-        curve([f["poisoned_to_purified_poisoned"] for f in found], "poisoned to purified poisoned", _AWAY)
+        attacked = [level["poisoned"][name] for level in levels]
+        curve([level["clean_to_purified_poisoned"] for level in attacked], "clean to purified poisoned", _WASHED)
+        curve([level["poisoned_to_purified_poisoned"] for level in attacked], "poisoned to purified poisoned", _AWAY)
         poison = results["poisons"][name]
         title += f", {attack_label(name)}: {poison['size']['rms_px']:.3g} px RMS, at most {poison['largest_px']:.3g} px"
-        cross = poison["crossing"]
-        if cross is not None:
+        if (cross := poison["crossing"]) is not None:
             where = _interpolated(cross, [level["level"] for level in levels], at)
             axis.axvline(where, ymax=0.82, color="#c0392b", ls=":", lw=1.5)  # below the legend
             left = where > 0.7 * at[-1]
@@ -210,8 +191,7 @@ def _distances(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
     axis.set_ylabel("l2 of images in [0, 1]")
     high = axis.get_ylim()[1]
     axis.set_ylim(0, 1.22 * high)  # room for the legend
-    channels, height, width = results["images"]["shape"]
-    scale = 255 / math.sqrt(channels * height * width)
+    scale = 255 / math.sqrt(math.prod(results["images"]["shape"]))
     right = axis.secondary_yaxis("right", functions=(lambda l2: scale * l2, lambda px: px / scale))
     right.set_ylabel("root mean square (px of 255)")
     axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
@@ -228,20 +208,15 @@ def _energies(axis: Any, results: Mapping[str, Any], name: str | None) -> None:
     at = _over_levels(axis, results)
     levels = results["levels"]
 
-    def curve(found: Sequence[Mapping[str, Any]], label: str, colour: str) -> None:
-        axis.plot(at, [f["mean"] for f in found], color=colour, lw=2, marker="o", ms=3, label=label)
-        quantiles = [f["quantiles"] for f in found]
-        axis.fill_between(
-            at, [q["0.25"] for q in quantiles], [q["0.75"] for q in quantiles], color=colour, alpha=0.18, lw=0
-        )
+    def curve(energies: Sequence[Mapping[str, Any]], what: str, as_it_is: str, purified: str) -> None:
+        axis.axhline(energies[0]["mean"], color=as_it_is, ls="--", lw=1.2, label=f"{what}, as it is")
+        means = [energy["mean"] for energy in energies]
+        low, high = ([energy["quantiles"][q] for energy in energies] for q in ("0.25", "0.75"))
+        _band(axis, at, means, low, high, label=f"purified {what}", color=purified)
 
-    clean = [level["energy"] for level in levels]
-    axis.axhline(clean[0]["mean"], color=_CLEAN, ls="--", lw=1.2, label="clean, as it is")
-    curve(clean, "purified clean", _CLEAN)
+    curve([level["energy"] for level in levels], "clean", _CLEAN, _CLEAN)
     if name is not None:
-        poisoned = [level["poisoned"][name]["energy"] for level in levels]
-        axis.axhline(poisoned[0]["mean"], color=_AWAY, ls="--", lw=1.2, label="poisoned, as it is")
-        curve(poisoned, "purified poisoned", _WASHED)
+        curve([level["poisoned"][name]["energy"] for level in levels], "poisoned", _AWAY, _WASHED)
     model = results["energy"]["name"] or "the energy model"
     axis.set_title(f"Energies by {model}: means, and the middle half of the images", fontsize=10.5, loc="left")
     axis.set_ylabel(f"U = E / {results['energy']['temperature']:g} (no unit)")

@@ -80,9 +80,8 @@ def _level(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _closer(record: Mapping[str, Any], but: Sequence[str] = ()) -> str:
-    return ", ".join(
-        f"{100 * its['closer_to_clean']:.0f} % of {name}" for name, its in record["attacks"].items() if name not in but
-    )
+    shares = {name: attack["closer_to_clean"] for name, attack in record["attacks"].items() if name not in but}
+    return ", ".join(f"{100 * share:.0f} % of {name}" for name, share in shares.items())
 
 
 def reasons(results: Mapping[str, Any]) -> Iterator[str]:
@@ -107,10 +106,11 @@ def reasons(results: Mapping[str, Any]) -> Iterator[str]:
             f"It moves clean images by {best['cost_px']:.3g} px (RMS), and takes {best['seconds_per_image']:.2g} s an "
             "image on this machine."
         )
-    less = {name: its for name, its in results["alone"].items() if its is not None and its["level"] < best["level"]}
-    if less and len(less) < len(results["alone"]):
-        worst = " and ".join(name for name in results["alone"] if name not in less)
-        enough = " and ".join(f"{_level(its, results)} for {name}" for name, its in less.items())
+    alone = results["alone"]
+    less = {name: level for name, level in alone.items() if level is not None and level["level"] < best["level"]}
+    if less and len(less) < len(alone):
+        worst = " and ".join(name for name in alone if name not in less)
+        enough = " and ".join(f"{_level(level, results)} for {name}" for name, level in less.items())
         yield f"It is {worst} that asks for so much: alone, {enough} would do."
     compensated = results["with_compensation"]
     if compensated is not None:
@@ -121,29 +121,26 @@ def reasons(results: Mapping[str, Any]) -> Iterator[str]:
             "in one call) training on LSP reaches 66 to 67 % with compensation at 6 to 25 px of noise, and 44 to 62 % "
             "without. Nothing was trained here."
         )
-    further = {n: its for n, its in best["attacks"].items() if its["to_clean_px"] > its["to_clean_before_px"]}
-    if further:
-        name, its = max(further.items(), key=lambda pair: pair[1]["to_clean_px"] - pair[1]["to_clean_before_px"])
+    moved = {name: (attack["to_clean_px"], attack["to_clean_before_px"]) for name, attack in best["attacks"].items()}
+    name, (after, before) = max(moved.items(), key=lambda pair: pair[1][0] - pair[1][1])
+    if after > before:
         yield (
-            f"Closer is relative: {name} images are {its['to_clean_px']:.3g} px from the clean ones once purified, and "
-            f"{its['to_clean_before_px']:.3g} px before, for clean detail goes with the poison. The criterion measures "
-            "distances, not training"
+            f"Closer is relative: {name} images are {after:.3g} px from the clean ones once purified, and {before:.3g} "
+            "px before, for clean detail goes with the poison. The criterion measures distances, not training"
             + ("." if compensated is not None else ": with compensation (compensate=Compensate()) less may do.")
         )
     if results["unpaired"] is not None:
         yield from _unpaired(results["unpaired"])
 
 
-def _unpaired(found: Mapping[str, Any]) -> Iterator[str]:
-    kind = "removed_px" if found["energy"] is None else "energy"
-    before, after = found[kind]["before"], found[kind]["after"]
+def _unpaired(compared: Mapping[str, Any]) -> Iterator[str]:
+    kind = "removed_px" if compared["energy"] is None else "energy"
+    before, after = compared[kind]["before"], compared[kind]["after"]
     above = "an energy above that of" if kind == "energy" else "more removed by the lowest level than"
     unusual = _unusual(before)
-    head = (
-        "Before"
-        if unusual is None
-        else f"Your data and the clean images are {'' if unusual else 'not told '}apart before"
-    )
+    head = "Before"
+    if unusual is not None:
+        head = f"Your data and the clean images are {'' if unusual else 'not told '}apart before"
     yield (
         f"{head}: an image of yours has {above} a clean one in {100 * before['auc']:.0f} % of pairs"
         f"{_range('of halves of the clean images', before['clean_auc'])}, and {100 * before['share_above']:.0f} % of "
@@ -155,7 +152,7 @@ def _unpaired(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unusual(before: Mapping[str, Any]) -> list[str] | None:
-    """The measures that are not as between halves of the clean images; None of one clean image, which has no halves."""
+    """List measures that are not as between halves of the clean images; None for one image, which has no halves."""
     if before["clean_auc"] is None:
         return None
     low, high = before["clean_auc"]
@@ -169,25 +166,19 @@ def _range(what: str, among: Sequence[float] | None) -> str:
 
 
 def proposal_table(results: Mapping[str, Any], pasted: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """List the lines that `purifyloader tune` prints.
-
-    Args:
-        pasted: lines to be pasted for "proposal" and "with_compensation", those of the two that there are.
-    """
+    """List the lines that `purifyloader tune` prints; `pasted` are lines for "proposal" and "with_compensation"."""
     curves = results["curves"]
     yield (
         f"{curves['purification']['model']['name'] or 'A model'}: {curves['images']['count']:,} clean images of "
         f"{curves['data']['description']}, attacked by "
-        + ", ".join(f"{name} ({its['size']['rms_px']:.3g} px RMS)" for name, its in curves["poisons"].items())
+        + ", ".join(f"{name} ({attack['size']['rms_px']:.3g} px RMS)" for name, attack in curves["poisons"].items())
     )
     yield ""
-    names = list(curves["poisons"])
-    heads = ["noise"] if "sigma_px" in results["best"] else []
-    marks = {
-        results[key]["level"]: f"<-{what}"
-        for key, what in (("with_compensation", " with compensation"), ("proposal", ""))
-        if results[key] is not None
-    }
+    names, heads = list(curves["poisons"]), ["noise"] if "sigma_px" in results["best"] else []
+    marks = {}
+    for key, mark in (("with_compensation", "<- with compensation"), ("proposal", "<-")):
+        if results[key] is not None:
+            marks[results[key]["level"]] = mark
     rows = []
     for level in curves["levels"][1:]:
         cells = [f"{level['level']:.4g}", *([f"{level['sigma_px']:.3g} px"] if heads else [])]

@@ -18,9 +18,9 @@ from torch import Tensor
 from purifyloader.audit.compare import halves, threshold
 from purifyloader.core import noise
 from purifyloader.diffusion.psnr import check_images
-from purifyloader.dynamics.measure import in_numbers, measure, temperature_of
+from purifyloader.dynamics.measure import dynamics, energies_of, temperature_of
 from purifyloader.dynamics.paths import Path
-from purifyloader.energy import EnergyNetwork, image_energies
+from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
 from purifyloader.results.values import six_digits
@@ -44,8 +44,8 @@ class Choice:
 
     Attributes:
         chosen: the smallest level that does for every attack; None where none does.
-        best: the level at which the attack that fares worst does best, the smallest of such; the last, where none
-            brings a single image of that attack closer.
+        best: the smallest level at which the attack that fares worst does best; the last, where none brings a single
+            image of that attack closer.
 
     Example:
         >>> from purifyloader.dynamics import choose_level
@@ -96,16 +96,11 @@ def tune(
     """Choose a level of a path: the smallest at which every attack is undone for a share of its images.
 
     Args:
-        path: `LangevinPath` or `DiffusionPath`, whose levels are tried; no others are proposed.
-        clean_NCHW: uint8 (N, C, H, W), known to be clean, not trained on.
-        poisoned: the same images by attack.
+        path: whose levels are tried; no others are proposed. For what is not here see `measure` and `dynamics`.
+        poisoned: the clean images by attack.
         share: of the images of each attack that must come closer to clean than to poisoned.
         data_NCHW: images of the dataset to be purified, which are nobody's twins, of the same shape: how they compare
-            with the clean ones before and after; see `compare_unpaired`.
-        energy: also measure energies.
-        temperature: T of the energies, U = E / T; by default the one of the energy model.
-        seed: of the noise.
-        progress: called with the network calls made since the last time, and all of the curves.
+            with the clean ones before and after.
 
     Returns:
         What `json.dumps` takes: "proposal", the level chosen, None where none in the range does; "best", the one that
@@ -113,8 +108,9 @@ def tune(
         sigma_px), seconds_per_image, cost_px (how far clean images are moved, RMS) and for each attack the share that
         is closer to clean, and the distance to clean before and after. "before" is the level just below, and "alone"
         has the level that each attack alone would need. "with_compensation" is the smallest level that does for the
-        attacks that are not `COMPENSATED`; None where there is none, or it is the proposal itself. "unpaired" is of
-        `compare_unpaired` at the best level, None without `data_NCHW`. "curves" is what `dynamics` gives.
+        attacks that compensation in training does not undo; None where there is none, or it is the proposal itself.
+        "unpaired" compares `data_NCHW` with the clean images before and after the best level. "curves" is the result
+        of `dynamics`.
 
     Raises:
         InputError: no attack, or images that do not fit each other.
@@ -141,29 +137,27 @@ def tune(
                 f"{tuple(data_NCHW.shape[1:])} in the dataset: give a size for both."
             )
     choose_level({"": [0.0]}, share)  # before minutes of work
-    measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)
-    curves = in_numbers(measured, path, clean_NCHW, poisoned, energy=energy, temperature=temperature, seed=seed)
+    of_energy: dict[str, Any] = {"energy": energy, "temperature": temperature, "seed": seed}
+    curves = dynamics(path, clean_NCHW, poisoned, progress=progress, **of_energy)
     levels = curves["levels"][1:]  # nothing is proposed without purification
     closer = {name: [level["poisoned"][name]["closer_to_clean"] for level in levels] for name in poisoned}
-    found = choose_level(closer, share)
+    choice = choose_level(closer, share)
     others = {name: values for name, values in closer.items() if name not in COMPENSATED}
     less = choose_level(others, share).chosen if others else None
     alone = {name: choose_level({name: values}, share).chosen for name, values in closer.items()}
-    at = found.best if found.chosen is None else found.chosen
+    at = choice.best if choice.chosen is None else choice.chosen
     unpaired = None
     if data_NCHW is not None:
-        unpaired = compare_unpaired(
-            path.only(at), path.only(0), clean_NCHW, data_NCHW, energy=energy, temperature=temperature, seed=seed
-        )
+        unpaired = compare_unpaired(path.only(at), path.only(0), clean_NCHW, data_NCHW, **of_energy)
     records = [_record(level, curves["poisons"]) for level in levels]
     return {
         "format": FORMAT,
         "version": VERSION,
         "share": share,
-        "proposal": None if found.chosen is None else records[found.chosen],
+        "proposal": None if choice.chosen is None else records[choice.chosen],
         "best": records[at],
         "before": records[at - 1] if at else None,
-        "with_compensation": None if less is None or less == found.chosen else records[less],
+        "with_compensation": None if less is None or less == choice.chosen else records[less],
         "alone": {name: None if i is None else records[i] for name, i in alone.items()},
         "unpaired": unpaired,
         "curves": curves,
@@ -197,20 +191,10 @@ def compare_unpaired(
 ) -> dict[str, Any]:
     """Compare images of a dataset with clean ones that are not their twins, before and after purification.
 
-    Measured is what a light purification removes from an image (RMS, px): a poison is often what goes first. With an
-    energy model, the energy U = E / T too.
-
-    Args:
-        path: of one level, the purification between before and after.
-        probe: of one level, a low one, whose removal is measured.
-        clean_NCHW, data_NCHW: uint8, of one shape (C, H, W).
-
-    Returns:
-        "removed_px" and "energy" (None without an energy model), each with "before" and "after": the median of clean
-        and data; auc: P(one of the data is above one of the clean), 0.5 where nothing tells them apart; clean_auc:
-        from where to where it is for halves of the clean images; share_above, of the data above the 99th percentile
-        of the clean ones (about 0.01 where they are alike); and clean_share_above, as clean_auc. Where a part of the
-        data is poisoned, share_above tells what auc may not.
+    "removed_px" is what a light purification, the `probe` of one level, removes from an image (RMS): a poison is often
+    what goes first. "energy" is U = E / T. Each has the medians; auc: P(one of the data is above one of the clean);
+    share_above, of the data above the 99th percentile of the clean ones, which tells of a part that is poisoned what
+    auc may not; and the ranges of these two between halves of the clean images.
     """
     temperature = temperature_of(energy) if temperature is None else temperature
     removed: dict[str, list[Floats]] = {}
@@ -220,9 +204,7 @@ def compare_unpaired(
         both = [images, _purified(path, images, keys)]
         removed[name] = [_rms_px(x, _purified(probe, x, noise.fold_in(keys, _PROBE))) for x in both]
         if energy is not None:
-            device = energy.readout.weight.device
-            found = [image_energies(energy, x.to(device).float() / 255) for x in both]
-            u[name] = [values.double().cpu().numpy() / temperature for values in found]
+            u[name] = [energies_of(energy, x) / temperature for x in both]
     return {
         "images": {"clean": len(clean_NCHW), "data": len(data_NCHW)},
         "removed_px": _before_and_after(removed, seed),
@@ -242,11 +224,10 @@ def _rms_px(a: Tensor, b: Tensor) -> Floats:
 
 
 def _before_and_after(values: Mapping[str, Sequence[Floats]], seed: int) -> dict[str, Any]:
-    found = {}
-    for i, when in enumerate(("before", "after")):
-        clean, data = values["clean"][i], values["data"][i]
+    compared = {}
+    for when, clean, data in zip(("before", "after"), values["clean"], values["data"], strict=True):
         among = halves(clean, len(data), seed)
-        found[when] = {
+        compared[when] = {
             "clean_median": six_digits(float(np.median(clean))),
             "data_median": six_digits(float(np.median(data))),
             "auc": six_digits(auc(clean.tolist(), data.tolist())),
@@ -254,4 +235,4 @@ def _before_and_after(values: Mapping[str, Sequence[Floats]], seed: int) -> dict
             "share_above": six_digits(float((data > threshold(clean)).mean())),
             "clean_share_above": None if among is None else [among["share_above"]["low"], among["share_above"]["high"]],
         }
-    return found
+    return compared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import corruptions, noise
+from purifyloader.core.checks import as_integer, check_choice, check_integer
 from purifyloader.core.devices import device_of, exact_arithmetic
 from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import Denoiser
@@ -20,6 +20,7 @@ from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
+from purifyloader.purifiers.networks import check_model
 from purifyloader.results.ranks import auc
 from purifyloader.results.values import images_sha256, model_facts, six_digits
 
@@ -36,8 +37,6 @@ _PROBE, _SAMPLING = 1, 2  # purposes of the children of an image's key
 
 def default_sigmas(denoiser: Denoiser) -> list[float]:
     """Choose noise levels worth looking at, in image units, as far as the denoiser was trained for them.
-
-    They are 6.37, 10, 25 and 50 px of 255, and some spread between 1 and 100 px on a logarithmic scale.
 
     Example:
         >>> from purifyloader.evaluation import default_sigmas
@@ -65,7 +64,7 @@ def _figures(value: float) -> float | None:
 
 
 def _mean(values_N: Tensor, scale: float = 1.0) -> dict[str, float | None]:
-    """Mean over images, and its standard error."""
+    """Compute the mean over images, and its standard error."""
     values = scale * values_N.double()
     count = len(values)
     error = float(values.std()) / math.sqrt(count) if count > 1 else math.nan
@@ -73,7 +72,7 @@ def _mean(values_N: Tensor, scale: float = 1.0) -> dict[str, float | None]:
 
 
 def _px(mean_square: float) -> float | None:
-    """Root of a mean square, in levels of 255; None for one below 0."""
+    """Compute the root of a mean square, in levels of 255; None for one below 0."""
     return _figures(255 * math.sqrt(mean_square)) if mean_square >= 0 else None
 
 
@@ -112,31 +111,19 @@ class _Rows:
 
 
 class _Level:
-    """Measure one noise level batch by batch, then summarise it.
-
-    Args:
-        sigma: in image units.
-        levels: noise levels that the sampler visits, from sigma down to 0.
-        calibrate: measure calibration too.
-        poisons: names of the poisoned versions.
-    """
+    """Measure one noise level batch by batch, then summarise it; `poisons` are names of the poisoned versions."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        sigma: float,
-        levels: Sequence[float],
-        sampler: str,
-        calibrate: bool,
-        poisons: Sequence[str],
+        self, denoiser: Denoiser, sigma: float, steps: int, sampler: str, calibrate: bool, poisons: Sequence[str]
     ) -> None:
-        self.denoiser, self.sigma, self.levels, self.sampler = denoiser, sigma, levels, sampler
-        self.steps, self.calibrate, self.poisons = len(levels) - 1, calibrate, list(poisons)
+        self.denoiser, self.sigma, self.steps, self.sampler = denoiser, sigma, steps, sampler
+        self.levels = _visited(denoiser, sigma, steps)
+        self.calibrate, self.poisons = calibrate, poisons
         self.rows = _Rows()
 
     @property
     def calls(self) -> int:
-        """Network calls per image."""
+        """Count the network calls per image."""
         several = self.steps if self.steps > 1 else 0
         return 1 + several + self.steps * len(self.poisons) + self.calibrate
 
@@ -211,32 +198,16 @@ class _Level:
 
 
 def _check(denoiser: Denoiser, images: Tensor, poisoned: Mapping[str, Tensor], sampler: str, steps: int) -> None:
-    if not isinstance(denoiser, Denoiser):
-        raise InputError(
-            f"Expected a denoiser, as `purifyloader.pretrained.load` gives. Got {type(denoiser).__name__}."
-        )
+    check_model("evaluate", denoiser, "denoiser")
     check_images(images, "evaluate takes")
     if images.shape[1] != denoiser.image_channels:
         raise InputError(
             f"This denoiser takes images of {denoiser.image_channels} channel(s), (N, {denoiser.image_channels}, H, W)."
             f" Got {tuple(images.shape)}."
         )
-    for name, others in poisoned.items():
-        check_images(others, f"Poisoned images ({name}) are")
-        if others.shape != images.shape:
-            raise InputError(
-                f"Poisoned images ({name}) must be the same images in the same order, {tuple(images.shape)}. Got "
-                f"{tuple(others.shape)}."
-            )
-        if torch.equal(others, images):
-            raise InputError(
-                f"Poisoned images ({name}) must differ from the clean ones. Got the very same: is the clean set "
-                "poisoned too, or a wrong file named?"
-            )
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler must be one of {sorted(SAMPLERS)}. Got {sampler!r}.")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps must be a positive integer, network calls an image. Got {steps!r}.")
+    measures.check_poisoned(poisoned, images)
+    check_choice("sampler", sampler, sorted(SAMPLERS), error=InputError)
+    check_integer("steps", steps, 1, unit="network calls an image", error=InputError)
 
 
 def _check_sigmas(denoiser: Denoiser, sigmas: Sequence[float]) -> list[float]:
@@ -272,42 +243,34 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a denoiser at each noise level, on images that it was not trained on.
 
-    The images of all measures are noised with the same noise, which is that of `psnr`. Washed images are
-    clamped to [0, 1], as a purifier's are, everywhere but in the calibration.
+    All measures take the same noise, that of `psnr`. Washed images are clamped to [0, 1], as a purifier's are,
+    everywhere but in the calibration.
 
     Args:
-        denoiser: in eval mode for the time of the call; on its own device.
         images_NCHW: uint8, clean.
         sigmas: noise levels in image units; `default_sigmas` if None.
-        poisoned: by name, the same images poisoned, uint8 in the same order. Those that do not differ from
-            the clean image are left out of its measures.
+        poisoned: by name, the same images poisoned, uint8 in the same order. Those that do not differ from the clean
+            image are left out of its measures.
         steps: network calls an image, over levels spaced as `recipes.eclipse` does; calibration is of one.
         sampler: of several calls, "ancestral" or "ddim".
         calibrate: False leaves the calibration out, which is most of the network calls.
-        seed: of all noise. The result is a function of the arguments; the batch size and the device change
-            only the rounding of the network's arithmetic.
+        seed: of all noise. The batch size and the device change only the rounding of the network's arithmetic.
         batch_size: images of a network call; by their size if None, 100 or fewer.
         progress: called with the network calls just done, counted in images, and of how many in all.
 
     Returns:
-        A JSON object without NaN (a number that does not exist is None; six digits). Means over images have
-        their standard error beside them, None for one image.
-
-        format, version, purifyloader, torch, device, model (name, weights_sha256, parameters, sigma_range_px,
-        learned_variance), images (count, shape, sha256 of the clean and of the poisoned ones), settings;
-
-        levels: a list, rising in sigma_px, each with
+        A JSON object without NaN (a number that does not exist is None; six digits). Means over images have their
+        standard error beside them, None for one image. "levels" is a list, rising in sigma_px, each with
 
         - network_levels_px: what the network is called with;
-        - psnr_db: in dB with peak 1, of the denoiser (and, with several steps, of one_call), of the noised
-          image as it is, and of JPEG at quality 10;
-        - calibration (None without): the root mean squared error_px of one call, unclipped, the claimed_px
-          that its derivative stands for, and error_over_claimed: 1 is calibrated, above 1 is too sure of
-          itself. See `calibration`;
+        - psnr_db: in dB with peak 1, of the denoiser (and, with several steps, of one_call), of the noised image as it
+          is, and of JPEG at quality 10;
+        - calibration (None without): the root mean squared error_px of one call, unclipped, the claimed_px that its
+          derivative stands for, and error_over_claimed: 1 is calibrated, above 1 is too sure of itself;
         - removed_px: root mean square of clean minus washed, the mean over images;
-        - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, the
-          share of the perturbation remaining and the distance that it still makes (see `removed_energy`),
-          and the auc of the removed energy as a detector of poisoned images.
+        - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, the share of
+          the perturbation remaining and the distance that it still makes (see `removed_energy`), and the auc of the
+          removed energy as a detector of poisoned images.
 
     Raises:
         InputError: images, noise levels or an argument of another type, shape or range.
@@ -324,18 +287,9 @@ def evaluate(
     poisoned = dict(poisoned or {})
     _check(denoiser, images_NCHW, poisoned, sampler, steps)
     chosen = default_sigmas(denoiser) if sigmas is None else _check_sigmas(denoiser, sigmas)
-    if batch_size is None:
-        batch_size = batch_size_of(images_NCHW)
-    try:
-        seed, batch_size = operator.index(seed), operator.index(batch_size)
-    except TypeError:
-        raise InputError(f"seed and batch_size must be integers. Got {seed!r} and {batch_size!r}.") from None
-    if batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more. Got {batch_size}.")
-    levels = [
-        _Level(denoiser, sigma, _visited(denoiser, sigma, steps), sampler, calibrate, list(poisoned))
-        for sigma in chosen
-    ]
+    seed = as_integer("seed", seed, -(2**63))
+    batch_size = as_integer("batch_size", batch_size_of(images_NCHW) if batch_size is None else batch_size, 1)
+    levels = [_Level(denoiser, sigma, steps, sampler, calibrate, list(poisoned)) for sigma in chosen]
     total = len(images_NCHW) * sum(level.calls for level in levels)
     device = device_of(denoiser) or torch.device("cpu")
     training = denoiser.training

@@ -27,7 +27,7 @@ from purifyloader.poisons.reading import check
 from purifyloader.poisons.spec import CLEAN, is_spec, parse
 from purifyloader.pretrained.learned import Learned, learned_images
 
-__all__ = ["Choice", "Images", "Models", "load_models", "read_images", "tell_learned"]
+__all__ = ["Choice", "Images", "Models", "load_models", "read_images", "tell", "tell_learned"]
 
 _USUAL = ("lsp", "ar")  # attacks where none are named
 
@@ -48,12 +48,7 @@ class Models(NamedTuple):
 
 
 def load_models(energy: str | None, model: str | None, device: torch.device) -> Models:
-    """Load an energy model and a denoiser by their names, each None for none.
-
-    Raises:
-        ConfigError: neither is given, or they take images of other channels.
-        CheckpointError: no such model, or one of another kind.
-    """
+    """Load an energy model and a denoiser by their names, or one of them."""
     if energy is None and model is None:
         raise ConfigError(
             "must name an energy model, for Langevin steps, or model a denoiser, for diffusion. Got neither.",
@@ -72,16 +67,9 @@ def load_models(energy: str | None, model: str | None, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images of a dataset are taken, and how they are poisoned.
+    """Options that choose images of a dataset and attacks on them; the help of the commands explains them.
 
-    Attributes:
-        count: so many, drawn at random; None for a default of the caller's.
-        indices: a JSON file of indices instead; None for none.
-        choose_seed: of the draw.
-        size: bring the shorter side to this, and crop the centre; None to leave images as they are.
-        poisoned: attacks, poison files or datasets; ["none"] for none, None for the usual attacks on colour images.
-        seed: of the attacks.
-        device: that attacks run on.
+    `count` is None for a default of the caller's, `poisoned` for the usual attacks on colour images.
     """
 
     count: int | None
@@ -94,7 +82,7 @@ class Choice:
 
 
 class Images(NamedTuple):
-    """Clean images, their poisoned versions by name, and what results say of them."""
+    """Clean images, their poisoned versions by name, and a description of them for results."""
 
     clean: Tensor
     poisoned: dict[str, Tensor]
@@ -105,7 +93,6 @@ class _Source(NamedTuple):
     """A dataset, and how its images are read."""
 
     dataset: Dataset[Any]
-    spec: str
     what: str
     channels: int
     size: int | None
@@ -122,14 +109,7 @@ class _Source(NamedTuple):
 
 
 def read_images(
-    models: Models,
-    spec: str,
-    choice: Choice,
-    *,
-    root: str,
-    default: int,
-    what: str = "the data",
-    progress: bool = False,
+    models: Models, spec: str, choice: Choice, *, root: str, default: int, what: str, progress: bool = False
 ) -> Images:
     """Read the images of a dataset that `choice` names, none that a model was trained on, and poison them.
 
@@ -137,11 +117,8 @@ def read_images(
         spec: the dataset, as `open_dataset` takes it.
         default: number of images where neither a count nor indices are given.
         what: name of the images in errors.
-
-    Raises:
-        InputError: no such dataset, only images that were trained on, or an attack that does not fit them.
     """
-    source = _Source(open_dataset(spec, root, train=False), spec, what, models.channels, choice.size, progress)
+    source = _Source(open_dataset(spec, root, train=False), what, models.channels, choice.size, progress)
     if not len(source):
         raise InputError(f"Expected images in {what}. Got an empty dataset.")
     learned = learned_images(models.specs, source.dataset, spec, models.channels, progress)
@@ -156,22 +133,17 @@ def read_images(
     clean = source.load(kept)
     tell_learned(learned, kept, left_out, len(source), what)
     poisoned = _poisoned(choice, source, clean, kept, root)
-    data = {
-        "description": describe(spec, "test"),
-        "length": len(source),
-        "indices": kept,
-        "size": choice.size,
-        "trained_on_left_out": left_out,
-    }
-    return Images(clean.images, poisoned, data)
+    data = {"description": describe(spec, "test"), "length": len(source), "indices": kept, "size": choice.size}
+    return Images(clean.images, poisoned, {**data, "trained_on_left_out": left_out})
+
+
+def tell(text: str) -> None:
+    """Write a line for people to standard error."""
+    print(f"purifyloader: {text}", file=sys.stderr)
 
 
 def tell_learned(learned: Learned, chosen: Sequence[int], left_out: int, length: int, what: str) -> None:
-    """Say on standard error which images were left out because a model was trained on them, and what is not certain."""
-
-    def tell(text: str) -> None:
-        print(f"purifyloader: {text}", file=sys.stderr)
-
+    """Tell on standard error how many images were left out, as a model was trained on them, and what is uncertain."""
     if left_out:
         tell(f"left out {left_out:,} of the {length:,} images in {what}: the model was trained on them.")
     if seen := learned.doubtful.intersection(chosen):
@@ -189,7 +161,7 @@ def tell_learned(learned: Learned, chosen: Sequence[int], left_out: int, length:
 
 
 def _arrays(loaded: Loaded, indices: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 (N, H, W, C) and labels; images without a class get one by their place in the dataset."""
+    """Return images uint8 (N, H, W, C) and labels; images without a class get one by their place in the dataset."""
     labels = np.asarray(indices) % 10 if loaded.labels is None else loaded.labels.numpy()
     return loaded.images.permute(0, 2, 3, 1).contiguous().numpy(), labels.astype(np.int64)
 
@@ -206,22 +178,22 @@ def _poisoned(choice: Choice, source: _Source, clean: Loaded, indices: Sequence[
     part = Part(images, labels, np.asarray(indices, np.int64), max(int(labels.max()) + 1, 10), len(source))
     poisoned: dict[str, Tensor] = {}
     for spec in specs:
-        name, found = _poison(spec, choice, source, part, root)
+        name, made = _poison(spec, choice, source, part, root)
         if name in poisoned:
             raise InputError(f"must name each set once. Got {name} twice.", argument="poisoned")
-        poisoned[name] = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+        poisoned[name] = torch.from_numpy(made).permute(0, 3, 1, 2).contiguous()
     return poisoned
 
 
 def _poison(spec: str, choice: Choice, source: _Source, part: Part, root: str) -> tuple[str, NDArray[np.uint8]]:
-    """A name for people, and the images of a part as an attack, a file or a dataset has them."""
+    """Return a name for people, and the images of a part as an attack, a file or a dataset has them."""
     if is_spec(spec):
         attack = parse(spec)
         if attack.file is None and part.images.shape[3] != 3:
             raise InputError(f"must be none for images of 1 channel. Got {spec}.", argument="poisoned")
         run = {"device": choice.device, "progress": source.progress}
-        found = poison_part(attack, part, source.arrays, choice.seed, **run)
-        return (attack.label if attack.file is None else attack.file.name), found.images
+        made = poison_part(attack, part, source.arrays, choice.seed, **run)
+        return (attack.label if attack.file is None else attack.file.name), made.images
     dataset = open_dataset(spec, root, train=False)
     if (got := len(dataset)) != part.length:  # type: ignore[arg-type]
         raise InputError(

@@ -6,29 +6,42 @@ Squared errors are averaged over pixels and channels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from purifyloader.diffusion.denoiser import Denoiser
-from purifyloader.diffusion.psnr import estimate
+from purifyloader.diffusion.psnr import check_images, estimate
+from purifyloader.errors import InputError
 
-__all__ = ["Calibration", "Removed", "calibration", "removed_energy"]
+__all__ = ["Calibration", "Removed", "calibration", "check_poisoned", "removed_energy"]
 
 _PROBE = 0.05  # size of the divergence's step, in units of sigma
 
 
+def check_poisoned(poisoned: Mapping[str, Tensor], clean_NCHW: Tensor) -> None:
+    """Refuse poisoned images that are not poisoned versions of the clean ones, in the same order."""
+    for name, images in poisoned.items():
+        check_images(images, f"Poisoned images ({name}) are")
+        if images.shape != clean_NCHW.shape:
+            raise InputError(
+                f"Poisoned images ({name}) must be the same images in the same order, {tuple(clean_NCHW.shape)}. Got "
+                f"{tuple(images.shape)}."
+            )
+        if torch.equal(images, clean_NCHW):
+            raise InputError(
+                f"Poisoned images ({name}) must differ from the clean ones. Got the very same: is the clean set "
+                "poisoned too, or a wrong file named?"
+            )
+
+
 class Calibration(NamedTuple):
-    """Mean squared errors of each image, float64 (B,), in squared image units.
+    """Mean squared errors of each image, float64 (B,), in squared image units."""
 
-    Attributes:
-        error: of the denoiser's estimate.
-        claimed: the error that the denoiser's derivative stands for; can be negative for one image.
-    """
-
-    error: Tensor
-    claimed: Tensor
+    error: Tensor  # of the denoiser's estimate
+    claimed: Tensor  # what the denoiser's derivative stands for; can be negative for one image
 
 
 @torch.no_grad()
@@ -50,7 +63,6 @@ def calibration(
     Calibrated is not good: doing nothing claims an error of sigma, and makes it.
 
     Args:
-        denoiser: takes batches of this shape.
         clean_BCHW, noise_BCHW: x0 and z.
         sigma: noise level in image units.
         signs_BCHW: -1 or 1, independent.

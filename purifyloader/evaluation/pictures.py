@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ _SHOWN_PX = (10, 25, 50)
 _GAIN = 5
 _CUT = 256  # of larger images the centre is shown
 _DPI = 100
-_LINES = ("#1a3f8f", "#5b8def", "#7fb7be", "#f2b134", "#d1603d")
+_BLUE = "#1a3f8f"
 _POISONS = ("#f2b134", "#d1603d", "#8d6cab", "#4f9d69")
 _GREY = "#777777"
 
@@ -34,12 +35,11 @@ class Examples(NamedTuple):
     """Images to be shown: float32 in [0, 1], (N, H, W, C), and (levels, N, H, W, C) for each of `sigma_px`.
 
     Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import examples
-        >>> from purifyloader.pretrained import load
-        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
-        >>> len(examples(denoiser, images, [25 / 255]).clean)
-        1
+        >>> import numpy as np
+        >>> from purifyloader.evaluation import Examples
+        >>> clean, level = np.zeros((5, 32, 32, 3), np.float32), np.zeros((1, 5, 32, 32, 3), np.float32)
+        >>> Examples((25.0,), clean, noised=level, denoised=level).sigma_px
+        (25.0,)
     """
 
     sigma_px: tuple[float, ...]
@@ -50,9 +50,9 @@ class Examples(NamedTuple):
 
 def _some(levels_px: Sequence[float], count: int = 3) -> list[int]:
     """Choose which levels are shown where there is no room for all: 10, 25 and 50 px, or evenly spread ones."""
-    found = [i for px in _SHOWN_PX for i, level in enumerate(levels_px) if abs(level / px - 1) < 1e-3]
-    if len(found) == count:
-        return found
+    usual = [i for px in _SHOWN_PX for i, level in enumerate(levels_px) if abs(level / px - 1) < 1e-3]
+    if len(usual) == count:
+        return usual
     return sorted({int(i) for i in np.linspace(0, len(levels_px) - 1, count).round()})
 
 
@@ -65,9 +65,6 @@ def examples(
     Args:
         images_NCHW: uint8, clean; `count` of them, evenly spread, are taken, and the centre of large ones.
         sigmas: noise levels in image units, of which three are taken.
-
-    Raises:
-        InputError: images of another type or shape, no level, or one outside the denoiser's range.
 
     Example:
         >>> import torch
@@ -102,19 +99,7 @@ def examples(
 
 
 def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None = None) -> Path:
-    """Draw what `evaluate` found as a PNG, whole or not at all.
-
-    Args:
-        results: of `evaluate`, or read from its JSON.
-        path: replaced where it is.
-        shown: images below the curves; none without.
-
-    Returns:
-        `path`.
-
-    Raises:
-        InputError: results of something else, or of a newer version.
-        PurifyError: matplotlib is not installed, or the file cannot be written.
+    """Draw the results of `evaluate`, or their JSON, above the images `shown`, as a PNG at `path`; needs matplotlib.
 
     Example:
         >>> import torch
@@ -177,31 +162,26 @@ def _over_sigma(axis: Any, levels: Sequence[Mapping[str, Any]]) -> list[float]:
     return px
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [np.nan if value is None else value for value in values]
-
-
 def _curve(
-    axis: Any, px: Sequence[float], found: Sequence[Mapping[str, Any]], label: str | None, colour: str, **more: Any
-) -> None:
-    """Means with two standard errors, which is 95 %."""
-    error = [2 * (value["standard_error"] or 0) for value in found]
-    means = _numbers([value["mean"] for value in found])
-    axis.errorbar(px, means, error, label=label, color=colour, marker="o", ms=4, capsize=2, **more)
+    axis: Any, px: Sequence[float], values: Sequence[Mapping[str, Any]], colour: str, **line: Any
+) -> list[float]:
+    """Draw means with two standard errors, which is 95 %, and return the means."""
+    error = [2 * (value["standard_error"] or 0) for value in values]
+    means = [math.nan if value["mean"] is None else value["mean"] for value in values]
+    axis.errorbar(px, means, error, color=colour, marker="o", ms=4, capsize=2, **line)
+    return means
 
 
 def _psnr(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     px = _over_sigma(axis, levels)
-    found = [level["psnr_db"] for level in levels]
-    several = "one_call" in found[0]
-    _curve(axis, px, [f["denoiser"] for f in found], "this denoiser", _LINES[0], lw=2)
-    if several:
-        _curve(axis, px, [f["one_call"] for f in found], "one call of it", _LINES[1], lw=1)
-    for name, label, colour in (
-        ("jpeg10", "JPEG-10", _LINES[4]),
-        ("noised", "as it is", _GREY),
+    for name, label, colour, width in (
+        ("denoiser", "this denoiser", _BLUE, 2),
+        ("one_call", "one call of it", "#5b8def", 1),
+        ("jpeg10", "JPEG-10", "#d1603d", 1),
+        ("noised", "as it is", _GREY, 1),
     ):
-        _curve(axis, px, [f[name] for f in found], label, colour, lw=1)
+        if name in levels[0]["psnr_db"]:
+            _curve(axis, px, [level["psnr_db"][name] for level in levels], colour, label=label, lw=width)
     axis.set(title="Noised and denoised", ylabel="PSNR (dB)")
     axis.legend(frameon=False, fontsize=9)
 
@@ -212,18 +192,23 @@ def _claims(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
         _nothing(axis, title, "not measured")
         return
     px = _over_sigma(axis, levels)
-    found = [level["calibration"] for level in levels]
-    _curve(axis, px, [f["error_over_claimed"] for f in found], None, _LINES[0], lw=2)
-    values = _numbers([f["error_over_claimed"]["mean"] for f in found])
+    values = _curve(axis, px, [level["calibration"]["error_over_claimed"] for level in levels], _BLUE, lw=2)
     axis.axhline(1, color=_GREY, lw=0.8)
     finite = [value for value in values if np.isfinite(value)] or [1.0]
     reach = max(0.15, 1.6 * max(abs(np.log(finite))))  # room for the legend
+    axis.set_ylim(np.exp(-reach), np.exp(reach))
+    _log_scale(axis, (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 5, 10))
+    axis.set(title=title, ylabel="error / error claimed")
+
+
+def _log_scale(axis: Any, ticks: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic, with those of the ticks that lie on it unless that is one alone."""
     axis.set_yscale("log")
-    low, high = np.exp(-reach), np.exp(reach)
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 5, 10) if low < t < high]
-    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axis.yaxis.minorticks_off()
-    axis.set(title=title, ylabel="error / error claimed", ylim=(low, high))
+    low, high = axis.get_ylim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    if len(shown) > 1:
+        axis.set_yticks(shown, [f"{tick:g}" for tick in shown])
+        axis.yaxis.minorticks_off()
 
 
 def _poisons(levels: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -232,18 +217,14 @@ def _poisons(levels: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _removed(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
     px = _over_sigma(axis, levels)
-    _curve(axis, px, [level["removed_px"] for level in levels], "from clean images", _LINES[0], lw=2)
+    _curve(axis, px, [level["removed_px"] for level in levels], _BLUE, label="from clean images", lw=2)
     for name, colour in _poisons(levels):
-        found = [level["poisoned"][name] for level in levels]
-        _curve(axis, px, [f["removed_px"] for f in found], f"from {attack_label(name, 24)} images", colour, lw=1)
-        if found[0]["perturbation_px"]["mean"] is not None:
-            axis.axhline(found[0]["perturbation_px"]["mean"], color=colour, ls=":", lw=1)
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
-    if len(ticks) > 1:
-        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        axis.yaxis.minorticks_off()
+        attacks = [level["poisoned"][name] for level in levels]
+        removed = [attack["removed_px"] for attack in attacks]
+        _curve(axis, px, removed, colour, label=f"from {attack_label(name, 24)} images", lw=1)
+        if (size := attacks[0]["perturbation_px"]["mean"]) is not None:
+            axis.axhline(size, color=colour, ls=":", lw=1)
+    _log_scale(axis, (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100))
     if levels[0]["poisoned"]:
         axis.plot([], [], color=_GREY, ls=":", lw=1, label="size of the poison")
     axis.set(title="What it removes", ylabel="image − washed image (RMS, px of 255)")
@@ -257,11 +238,10 @@ def _remaining(axis: Any, levels: Sequence[Mapping[str, Any]]) -> None:
         return
     px = _over_sigma(axis, levels)
     for name, colour in _poisons(levels):
-        found = [level["poisoned"][name] for level in levels]
-        _curve(axis, px, [f["remaining"] for f in found], f"{attack_label(name, 24)}: of the pattern", colour, lw=1.8)
-        _curve(
-            axis, px, [f["distance"] for f in found], f"{attack_label(name, 24)}: of any change", colour, lw=1, ls="--"
-        )
+        lines = (("remaining", "of the pattern", {"lw": 1.8}), ("distance", "of any change", {"lw": 1, "ls": "--"}))
+        for key, what, style in lines:
+            shares = [level["poisoned"][name][key] for level in levels]
+            _curve(axis, px, shares, colour, label=f"{attack_label(name, 24)}: {what}", **style)
     axis.set(title=title, ylabel="share of its size", ylim=(min(0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
     axis.legend(frameon=False, fontsize=9, loc="lower left")
 

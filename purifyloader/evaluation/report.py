@@ -44,9 +44,9 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
         for level in levels:
             cells = [f"{level['removed_px']['mean']:.2f}"]
             for name in names:
-                found = level["poisoned"][name]
-                cells.append(f"{found['removed_px']['mean']:.2f}")
-                cells += [f"{found['remaining']['mean']:.3f}", f"{found['auc']:.3f}"]
+                attack = level["poisoned"][name]
+                cells.append(f"{attack['removed_px']['mean']:.2f}")
+                cells += [f"{attack['remaining']['mean']:.3f}", f"{attack['auc']:.3f}"]
             rows.append([f"{level['sigma_px']:.3g} px", *cells])
         yield from plain(["noise", "from clean", *heads_], rows)
 
@@ -55,14 +55,8 @@ def _calibration(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "Calibration: RMS error of one call and the one it claims (px); a ratio above 1 is too sure of itself"
     rows = []
     for level in levels:
-        measured = level["calibration"]
-        ratio = measured["error_over_claimed"]["mean"]
-        rows.append(
-            [
-                f"{level['sigma_px']:.3g} px",
-                f"{measured['error_px']:.2f}",
-                "-" if measured["claimed_px"] is None else f"{measured['claimed_px']:.2f}",
-                "-" if ratio is None else f"{ratio:.3f}",
-            ]
-        )
+        values = level["calibration"]
+        claimed, ratio = values["claimed_px"], values["error_over_claimed"]["mean"]
+        cells = ["-" if claimed is None else f"{claimed:.2f}", "-" if ratio is None else f"{ratio:.3f}"]
+        rows.append([f"{level['sigma_px']:.3g} px", f"{values['error_px']:.2f}", *cells])
     yield from plain(["noise", "error", "claimed", "ratio"], rows)

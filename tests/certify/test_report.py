@@ -17,8 +17,7 @@ import pytest
 from scipy import stats
 
 from purifyloader.certify import certified_accuracy, certify, counts
-from purifyloader.certify.output import PAGE_FILE, PICTURE_FILE, RESULTS_FILE, write
-from purifyloader.certify.pictures import curves
+from purifyloader.certify.output import PAGE_FILE, PICTURE_FILE, RESULTS_FILE, curves, write
 from purifyloader.certify.report import SCHEMA, Outcome, markdown, results
 from purifyloader.errors import InputError, PurifyError
 
@@ -522,20 +521,14 @@ def test_written_files_are_the_results(tmp_path):
     assert [path.read_bytes() for path in written.paths] == texts
 
 
-def test_no_older_picture_stays(tmp_path):
-    write(of(outcome()), tmp_path)
-    written = write(of(outcome(seed=5)), str(tmp_path), picture=False)
-    assert written == ([tmp_path / RESULTS_FILE, tmp_path / PAGE_FILE], "")
-    assert sorted(written.paths) == sorted(tmp_path.iterdir())
-    assert "![" not in (tmp_path / PAGE_FILE).read_text()
-
-
-def test_without_matplotlib_all_else_is_written(tmp_path, monkeypatch):
+def test_without_matplotlib_all_else_is_written_and_no_older_picture_stays(tmp_path, monkeypatch):
+    write(of(outcome(seed=5)), tmp_path)
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    written = write(of(outcome()), tmp_path)
+    written = write(of(outcome()), str(tmp_path))
     assert [path.name for path in written.paths] == [RESULTS_FILE, PAGE_FILE]
+    assert sorted(written.paths) == sorted(tmp_path.iterdir())
     assert "pip install 'purifyloader[plots]'" in written.note
     assert "![" not in (tmp_path / PAGE_FILE).read_text()
     with pytest.raises(PurifyError, match="needs matplotlib"):
@@ -602,10 +595,10 @@ def test_pictures_are_drawn(shown, tmp_path):
 
 
 def test_a_picture_shows_what_was_found(tmp_path, monkeypatch):
-    from purifyloader.certify import pictures
+    from purifyloader.certify import output
 
     drawn = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(output, "save_figure", lambda figure, path: drawn.append(figure))
     found = of(*SEVERAL)
     curves(found, tmp_path / "a.png")
     figure = drawn[0]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from purifyloader.audit.truth import read_poisoned
+from purifyloader.audit.energies import read_poisoned
 from purifyloader.commands.main import main
 from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import InputError, PurifyError

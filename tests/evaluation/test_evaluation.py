@@ -362,7 +362,7 @@ def test_the_levels_looked_at_lie_in_the_range():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"denoiser": torch.nn.Identity()}, "Expected a denoiser"),
+        ({"denoiser": torch.nn.Identity()}, "evaluate takes a denoiser"),
         ({"images": random_images(2).float()}, "uint8"),
         ({"images": random_images(2)[0]}, "uint8"),
         ({"images": random_images(2)[:0]}, "at least one"),
@@ -378,8 +378,8 @@ def test_the_levels_looked_at_lie_in_the_range():
         ({"steps": 0}, "steps must be a positive integer"),
         ({"steps": 10**6}, "steps must be an integer from 1 to t="),
         ({"sampler": "euler"}, "sampler must be one of"),
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"seed": 0.5}, "integers. Got 0.5"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1"),
+        ({"seed": 0.5}, "seed must be an integer. Got 0.5"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

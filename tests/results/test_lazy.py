@@ -6,7 +6,7 @@ from tests import processes
 
 MODULES = (
     *("purifyloader.evaluation", "purifyloader.audit", "purifyloader.dynamics"),
-    *("purifyloader.certify.report", "purifyloader.certify.output", "purifyloader.certify.pictures"),
+    *("purifyloader.certify.report", "purifyloader.certify.output"),
     *("purifyloader.bench.report", "purifyloader.bench.pictures"),
     *("purifyloader.commands.audit", "purifyloader.commands.tune", "purifyloader.commands.evaluate"),
 )
