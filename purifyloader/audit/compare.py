@@ -20,7 +20,7 @@ from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
 from purifyloader.results.values import six_digits
 
-__all__ = ["FORMAT", "QUANTILES", "VERSION", "audit_energy", "halves", "percentiles", "ranking", "threshold"]
+__all__ = ["FORMAT", "VERSION", "audit_energy", "check_top", "halves", "percentiles", "ranking", "threshold"]
 
 FORMAT = "purifyloader-energy-audit"
 VERSION = 1
@@ -149,6 +149,11 @@ def _truth(values: Floats, poisoned: NDArray[np.bool_], top: Sequence[float]) ->
     }
 
 
+def check_top(top: Sequence[float]) -> None:
+    if bad := [percent for percent in top if not 0 < percent <= 100]:
+        raise InputError(f"must be percentages above 0, at most 100. Got {bad[0]:g}.", argument="top")
+
+
 def audit_energy(
     data: DatasetEnergies,
     reference: DatasetEnergies | None = None,
@@ -168,30 +173,25 @@ def audit_energy(
         seed: of the splits of the reference.
 
     Returns:
-        What `json.dumps` takes; U = E / T throughout. "data" and "reference" have their count, the spread of their
-        energies and their shapes. "comparison" (None without a reference) has the threshold, the 99th percentile of
-        the reference; threshold_energy, the same as E, which `EnergyAbove` takes; above: count and share of the data
-        beyond it, and the share expected of clean images; below: the same for the 1st percentile; auc: P(an image of
-        the data is above one of the reference), 0.5 for two sets alike; halves: the same between halves of the
-        reference; same_images: of the data, that are in the reference too. "truth" (None without `poisoned`) has the
-        number poisoned among the data, the auc of their energies against those of the others, and for each of `top`
-        how many are flagged, the share of these that is poisoned and of the poisoned that is flagged.
+        What `json.dumps` takes; U = E / T throughout. "data" and "reference" have their count, their spread and
+        shapes. "comparison" (None without a reference) has the threshold, the 99th percentile of the reference;
+        threshold_energy, the same as E, which `EnergyAbove` takes; above: count and share of the data beyond it, and
+        the share expected of clean images; below: the same for the 1st percentile; auc: P(an image of the data is
+        above one of the reference), 0.5 for two sets alike; halves: the same between halves of the reference;
+        same_images: of the data, that are in the reference too. "truth" (None without `poisoned`) has the number
+        poisoned among the data, the auc of their energies against the others', and for each of `top` the share of the
+        flagged that is poisoned and of the poisoned that is flagged.
 
-    Raises:
-        InputError: no energy, one not finite, indices that are not in the data, or percentages outside (0, 100].
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.audit import DatasetEnergies, audit_energy
-        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
-        >>> results = audit_energy(data, poisoned=[1], temperature=0.1)
-        >>> results["truth"]["auc"]  # the poisoned image has the higher energy
-        1.0
+    >>> import torch
+    >>> from purifyloader.audit import DatasetEnergies, audit_energy
+    >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+    >>> results = audit_energy(data, poisoned=[1], temperature=0.1)
+    >>> results["truth"]["auc"]  # the poisoned image has the higher energy
+    1.0
     """
     if not math.isfinite(temperature) or temperature <= 0:
         raise InputError(f"temperature is what the energy is divided by, a positive number. Got {temperature!r}.")
-    if bad := [percent for percent in top if not 0 < percent <= 100]:
-        raise InputError(f"top must be percentages above 0, at most 100. Got {bad[0]!r}.")
+    check_top(top)
     values = _checked(data, temperature, "the data")
     sets = {"data": values}
     truth = None

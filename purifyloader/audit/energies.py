@@ -27,6 +27,7 @@ from purifyloader.datasets.samples import fields, get_image
 from purifyloader.datasets.select import label_of, read_indices
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
+from purifyloader.purifiers.networks import check_model
 
 __all__ = ["DatasetEnergies", "dataset_energies", "read_poisoned"]
 
@@ -38,19 +39,17 @@ class DatasetEnergies:
     """Energies of the images of a dataset, in the order of their indices.
 
     Attributes:
-        indices: of the images in the dataset.
         energies: float32 (N,), in the network's own unit: not divided by a temperature.
         labels: the class of each, None where the dataset has none.
         names: the file of each below its folder, or its key in a tar; None where the dataset has no names.
         shapes: number of images of each shape (C, H, W).
         sha256: of the pixels of each as 8 bits.
-        learned: number of images that the model was trained on, as far as that was asked.
+        learned: number of images that the model was trained on.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.audit import DatasetEnergies
-        >>> DatasetEnergies([0], torch.ones(1), [None], ["a.png"], {(3, 32, 32): 1}, [b""]).values(temperature=0.5)
-        array([2.])
+    >>> import torch
+    >>> from purifyloader.audit import DatasetEnergies
+    >>> DatasetEnergies([0], torch.ones(1), [None], ["a.png"], {(3, 32, 32): 1}, [b""]).values(temperature=0.5)
+    array([2.])
     """
 
     indices: list[int]
@@ -70,10 +69,7 @@ class DatasetEnergies:
 
 
 def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
-    """Name an image as a user finds it: its path below the dataset's folder, or its key in a tar. Never a whole path.
-
-    The `sample` at `index` has the key of a WebDataset; it is not read for this.
-    """
+    """Name an image as a user finds it: its path below the dataset's folder, or the key of its `sample` in a tar."""
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index], sample)
     if isinstance(dataset, ImageFiles):
@@ -111,26 +107,16 @@ def dataset_energies(
         size: bring the shorter side of each image to this, antialiased, and crop the centre.
         compute_batch: images of every network call, at least 16 on the CPU.
         learned: tells of a sample whether the model was trained on its image, to count these.
-        what: name of the images in errors.
-        progress: show a bar.
+        what: name of the images in errors, each of which names the image.
 
-    Raises:
-        InputError: no image, one that cannot be read or that the model does not take, or an index out of range.
-        PurifyError: an energy that is not finite. The message names the image.
-
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.audit import dataset_energies
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> dataset = [(np.full((32, 32, 3), level, np.uint8), 0) for level in (0, 99, 200)]
-        >>> dataset_energies(EnergyNetwork(EnergyConfig(channels=8)).eval(), dataset).shapes
-        {(3, 32, 32): 3}
+    >>> import numpy as np
+    >>> from purifyloader.audit import dataset_energies
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> dataset = [(np.full((32, 32, 3), level, np.uint8), 0) for level in (0, 99, 200)]
+    >>> dataset_energies(EnergyNetwork(EnergyConfig(channels=8)).eval(), dataset).shapes
+    {(3, 32, 32): 3}
     """
-    if not isinstance(energy, EnergyNetwork):
-        raise InputError(
-            "Expected an energy model, as `purifyloader.pretrained.load(..., kind='energy')` gives. Got "
-            f"{type(energy).__name__}."
-        )
+    check_model("dataset_energies", energy, "energy")
     length = len(dataset)  # type: ignore[arg-type]
     chosen = list(range(length)) if indices is None else [operator.index(i) for i in indices]
     if not chosen:

@@ -22,14 +22,13 @@ _GREY = "#555555"
 
 
 def picture(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw the results of `audit_energy`, or their JSON, as a PNG at `path`, whole or not at all. Needs matplotlib.
+    """Draw the results of `audit_energy`, or their JSON, as a PNG at `path`; it needs matplotlib.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.audit import DatasetEnergies, audit_energy, picture
-        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
-        >>> picture(audit_energy(data), "audit.png").name
-        'audit.png'
+    >>> import torch
+    >>> from purifyloader.audit import DatasetEnergies, audit_energy, picture
+    >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+    >>> picture(audit_energy(data), "audit.png").name
+    'audit.png'
     """
     check_format(results, [(FORMAT, VERSION)], "audit_energy")
     figure = new_figure((11, 6.8))
@@ -44,22 +43,19 @@ def picture(results: Mapping[str, Any], path: str | Path) -> Path:
 def _histogram(axis: Any, results: Mapping[str, Any]) -> None:
     histogram = results["histogram"]
     edges = np.asarray(histogram["edges"])
-    described = results["data"].get("description")
-    names = {
-        "reference": "clean reference",
-        "data": "your data" + (f" ({described})" if described else ""),
-        "poisoned": "known to be poisoned",
-    }
-    for name in ("data", "reference", "poisoned"):
+    description = results["data"].get("description")
+    names = {"data": "your data", "reference": "clean reference", "poisoned": "known to be poisoned"}
+    for name, shown in names.items():
         if name in histogram:
             counts = np.asarray(histogram[name])
             style: dict[str, Any] = {"fill": True, "alpha": 0.55} if name == "data" else {"lw": 1.8}
-            label = f"{names[name]}: {counts.sum():,} images"
+            of = f" ({description})" if name == "data" and description else ""
+            label = f"{shown}{of}: {counts.sum():,} images"
             axis.stairs(100 * counts / counts.sum(), edges, color=_COLOURS[name], label=label, **style)
     if (comparison := results["comparison"]) is not None:
         axis.axvline(comparison["threshold"], color=_GREY, ls="--", lw=1.2, label="99th percentile of the reference")
     if beyond := {name: sum(counts) for name, counts in histogram["beyond"].items() if sum(counts)}:
-        outside = ", ".join(f"{count:,} of {names[name].split(' (')[0]}" for name, count in beyond.items())
+        outside = ", ".join(f"{count:,} of {names[name]}" for name, count in beyond.items())
         axis.set_title(f"beyond the ends: {outside}, counted in the last bars", fontsize=9, color=_GREY, loc="right")
     model = results.get("model", {}).get("name") or "an energy model"
     axis.set_title(f"How unlike clean images: energies by {model}", fontsize=12, loc="left")

@@ -23,11 +23,8 @@ MEANING = (
     "fine detail, saturated, or poisoned. It is a reason to look, not a proof. A low energy is no proof either: a "
     "smooth or small poison may hardly raise it, and flat, blurred or strongly compressed images have low ones anyway."
 )
-"""An honest sentence.
-
-Measured with a small energy model on CIFAR-10: noise of 4 px moves the median image to where a tenth of the clean ones
-are, JPEG at quality 10 and blur lower it, and flat images lie below all others.
-"""
+"""Measured with a small energy model on CIFAR-10: noise of 4 px moves the median image to where a tenth of the clean
+ones are, JPEG at quality 10 and blur lower it, and flat images lie below all others."""
 
 
 def ranked_csv(
@@ -43,14 +40,13 @@ def ranked_csv(
     E / T) and, with a reference, percentile: percent of the reference's energies below it; with `poisoned`, 1 for
     those poisoned and 0 for the others.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.audit import DatasetEnergies, ranked_csv
-        >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
-        >>> print(ranked_csv(data, temperature=0.1), end="")
-        rank,index,name,label,energy
-        1,1,,8,2
-        2,0,,7,1
+    >>> import torch
+    >>> from purifyloader.audit import DatasetEnergies, ranked_csv
+    >>> data = DatasetEnergies([0, 1], torch.tensor([0.1, 0.2]), [7, 8], [None] * 2, {(3, 32, 32): 2}, [b"", b""])
+    >>> print(ranked_csv(data, temperature=0.1), end="")
+    rank,index,name,label,energy
+    1,1,,8,2
+    2,0,,7,1
     """
     values = data.values(temperature)
     columns: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from purifyloader import pretrained
-from purifyloader.audit.compare import audit_energy
+from purifyloader.audit.compare import audit_energy, check_top
 from purifyloader.audit.energies import DatasetEnergies, dataset_energies, read_poisoned
 from purifyloader.audit.report import ranked_csv, sizes_in_words
 from purifyloader.core.version import __version__
@@ -49,8 +49,7 @@ class Settings:
     top: Sequence[float]
 
     def __post_init__(self) -> None:
-        if bad := [percent for percent in self.top if not 0 < percent <= 100]:
-            raise InputError(f"must be percentages above 0, at most 100. Got {bad[0]:g}.", argument="top")
+        check_top(self.top)
 
 
 class Audit(NamedTuple):
@@ -62,7 +61,6 @@ class Audit(NamedTuple):
     poisoned: list[int] | None
 
     def csv(self) -> str:
-        """List the images by rank, see `ranked_csv`."""
         temperature = self.results["energy"]["temperature"]
         return ranked_csv(self.data, self.reference, poisoned=self.poisoned, temperature=temperature)
 

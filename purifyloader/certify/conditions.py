@@ -40,8 +40,8 @@ def conditions(
 
     Args:
         model: the denoiser, by name or folder; also one that the purifiers of `files` may use.
-        plain: each sigma also without denoising: the noised images, clamped to [0, 1] (the paper's comparison).
-        fast: bfloat16 in the networks of `denoise_once`. Noise is added before, in float32.
+        plain: each sigma also without denoising, clamped to [0, 1] (the paper's comparison).
+        fast: bfloat16 in the networks of `denoise_once`; the noise is float32.
     """
     if bad := [sigma for sigma in sigmas if not 0 < sigma < float("inf")]:
         raise ConfigError(
@@ -148,14 +148,11 @@ def reasons(
 
 def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
     """List kind, name and weights of each model that a purifier's configuration names."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key in KINDS and isinstance(value, dict) and "weights_sha256" in value:
-                yield key, value.get("name"), value["weights_sha256"]
-            else:
-                yield from _models(value)
-    elif isinstance(config, list):
-        for value in config:
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if key in KINDS and isinstance(value, dict) and "weights_sha256" in value:
+            yield key, value.get("name"), value["weights_sha256"]
+        else:
             yield from _models(value)
 
 

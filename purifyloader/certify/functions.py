@@ -38,13 +38,12 @@ class DenoisedSet(Dataset[Any]):
         classes: how many there are.
         transform: of a PIL image, for `dataset[i]`; None, and yours to set.
 
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.certify import DenoisedSet
-        >>> dataset = DenoisedSet(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], classes=2)
-        >>> image, label = dataset[1]
-        >>> image.size, label
-        ((8, 8), 1)
+    >>> import numpy as np
+    >>> from purifyloader.certify import DenoisedSet
+    >>> dataset = DenoisedSet(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], classes=2)
+    >>> image, label = dataset[1]
+    >>> image.size, label
+    ((8, 8), 1)
     """
 
     def __init__(self, data: NDArray[np.uint8], targets: Sequence[int], classes: int) -> None:

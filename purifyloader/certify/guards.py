@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from purifyloader.certify.statistics import best_radius, models_needed
+from purifyloader.core.checks import check_flag
 from purifyloader.errors import InputError
 
 __all__ = ["Paths", "reasons_against"]
@@ -31,10 +32,9 @@ class Paths:
         own_denoiser: the denoiser, or an energy model that is used with it, was fitted to these images.
         triggered: the test inputs may be changed too, as by a back door's trigger.
 
-    Example:
-        >>> from purifyloader.certify import Paths
-        >>> Paths(1, secret_noise=True, selected=False, warm_start=False, own_denoiser=False, triggered=False).draws
-        1
+    >>> from purifyloader.certify import Paths
+    >>> Paths(1, secret_noise=True, selected=False, warm_start=False, own_denoiser=False, triggered=False).draws
+    1
     """
 
     draws: int | None
@@ -49,9 +49,7 @@ class Paths:
         if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
             raise InputError(f"draws must be a whole number, at least 1, or None for fresh noise. Got {draws!r}.")
         for name in ("secret_noise", "selected", "warm_start", "own_denoiser", "triggered"):
-            value: object = getattr(self, name)
-            if not isinstance(value, bool):
-                raise InputError(f"{name} must be True or False: a certificate rests on it. Got {value!r}.")
+            check_flag(name, getattr(self, name), error=InputError)
 
 
 def reasons_against(paths: Paths, models: int, alpha: float) -> list[str]:
@@ -61,11 +59,10 @@ def reasons_against(paths: Paths, models: int, alpha: float) -> list[str]:
         models: m of estimation, at least 1.
         alpha: in (0, 1), how often a certificate may be false.
 
-    Example:
-        >>> from purifyloader.certify import Paths, reasons_against
-        >>> paths = Paths(1, secret_noise=False, selected=False, warm_start=False, own_denoiser=False, triggered=False)
-        >>> len(reasons_against(paths, models=100, alpha=0.001))  # the noise can be foreseen
-        1
+    >>> from purifyloader.certify import Paths, reasons_against
+    >>> paths = Paths(1, secret_noise=False, selected=False, warm_start=False, own_denoiser=False, triggered=False)
+    >>> len(reasons_against(paths, models=100, alpha=0.001))  # the noise can be foreseen
+    1
     """
     reasons = []
     if paths.draws is None:

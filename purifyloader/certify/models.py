@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from purifyloader.certify.functions import DenoisedSet, Predictor, Train, training_settings
+from purifyloader.certify.functions import DenoisedSet, Train, training_settings
 from purifyloader.certify.noising import noised
 from purifyloader.certify.votes import MOST_CLASSES, VoteFolder, new_seed
 from purifyloader.core import noise
@@ -103,16 +103,10 @@ class Voting:
                     "Expected a predictor of the training function, which gives class numbers or logits for images. "
                     f"Got {type(predictor).__name__}: return the trained network."
                 )
-            return self._ask(predictor)
-
-    @torch.no_grad()
-    def _ask(self, predictor: Predictor) -> NDArray[np.int64]:
-        device = None
-        if isinstance(predictor, nn.Module):
-            predictor.eval()
-            device = device_of(predictor)
-        batches = _batches(self.test_images, device)
-        return np.concatenate([_classes_of(predictor(x_BCHW), len(x_BCHW), self.classes) for _, x_BCHW in batches])
+            device = device_of(predictor.eval()) if isinstance(predictor, nn.Module) else None
+            with torch.no_grad():
+                votes = [_classes_of(predictor(x), len(x), self.classes) for _, x in _batches(self.test_images, device)]
+        return np.concatenate(votes)
 
 
 def _batches(images: NDArray[np.uint8], device: torch.device | None) -> Iterator[tuple[int, Tensor]]:
@@ -181,8 +175,7 @@ def ndt_classify(
     Args:
         data: the training set: a map-style dataset of (image, class), or (images uint8 (N, H, W, C), labels).
         test_images: uint8 (T, H, W, C).
-        purifier: such as `recipes.denoise_once(model, sigma)`.
-        train: (`DenoisedSet`, seed) -> predictor; see `Train`. It must look at nothing else that was made from `data`.
+        train: see `Train`. It must look at nothing else that was made from `data`.
         folder: where votes are kept, one file a model: the same call goes on after a stop, and any number of processes
             may make it at once. None keeps them in memory.
         classes: K; one more than the highest label by default.
@@ -194,20 +187,15 @@ def ndt_classify(
     Returns:
         int64 (models, T): the class that each model says of each test input.
 
-    Raises:
-        InputError: data, images or numbers that do not fit, or a predictor that gives no classes.
-        ConfigError: the folder holds votes of other settings.
-
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.certify import ndt_classify
-        >>> from purifyloader.purifiers import Compensation
-        >>> images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
-        >>> def train(dataset, seed):  # your own training; this one always answers class 1
-        ...     return lambda x: np.ones(len(x), int)
-        >>> votes = ndt_classify((images, labels), images[:2], Compensation(p=0.0, sigma=0.25), train, models=3)
-        >>> votes.tolist()
-        [[1, 1], [1, 1], [1, 1]]
+    >>> import numpy as np
+    >>> from purifyloader.certify import ndt_classify
+    >>> from purifyloader.purifiers import Compensation
+    >>> images, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 1, 0, 1])
+    >>> def train(dataset, seed):  # your own training; this one always answers class 1
+    ...     return lambda x: np.ones(len(x), int)
+    >>> votes = ndt_classify((images, labels), images[:2], Compensation(p=0.0, sigma=0.25), train, models=3)
+    >>> votes.tolist()
+    [[1, 1], [1, 1], [1, 1]]
     """
     images, labels = as_arrays(data)
     tests = np.asarray(test_images)

@@ -3,9 +3,8 @@
 A certificate is about x + N(0, sigma^2 I): noise on every value of an image, independent, drawn once, and nothing done
 to the image before. So only what comes first counts. All that comes after, a network, more noise, JPEG, sees the image
 through that noise and is post-processing. Before it nothing is allowed: a step that takes two images further apart than
-they were, as each of ours may, leaves less distance to certify than the statistics say.
-
-With it comes what the purifier's models learned from, which must not be the images that are certified.
+they were, as each of ours may, leaves less distance to certify than the statistics say. The purifier's models must not
+have learned from the images that are certified.
 """
 
 from __future__ import annotations
@@ -13,21 +12,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.kinds import kind_of
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.base import UNKNOWN_FIRST, conditions_of
-
-if TYPE_CHECKING:
-    from purifyloader.diffusion.denoiser import Denoiser
-    from purifyloader.energy import EnergyNetwork
 
 __all__ = ["Noised", "models_of", "noised", "says_what_it_does_first", "shared_images"]
 
@@ -41,11 +38,10 @@ class Noised:
         selected: some images are treated otherwise than others because of how they look without noise.
         reasons: why there is no such noise, a sentence each; empty exactly where there is a sigma.
 
-    Example:
-        >>> from purifyloader import recipes
-        >>> from purifyloader.certify import noised
-        >>> noised(recipes.jpeg(10)).reasons[0].split(" Got ")[1].split(",")[0]
-        'Jpeg'
+    >>> from purifyloader import recipes
+    >>> from purifyloader.certify import noised
+    >>> noised(recipes.jpeg(10)).reasons[0].split(" Got ")[1].split(",")[0]
+    'Jpeg'
     """
 
     sigma: float | None
@@ -64,16 +60,14 @@ _SHARE = (
 def noised(purifier: Purifier) -> Noised:
     """Find out whether Gaussian noise is the first thing that a purifier does to an image, and of which sigma.
 
-    Each purifier says so of itself (`Purifier.noise_first`): DenoiseOnce and Diffuse begin so, and Compensation that
-    makes nothing grey; a chain and a repetition as their first stage does. It is about the values that the purifier is
-    given: a grey image that is repeated for a purifier of colour has three draws of each of its own values, and an
-    alpha plane goes around the purifier, without noise.
+    Each purifier says so of itself (`Purifier.noise_first`). It is about the values that the purifier is given: a grey
+    image that is repeated for a purifier of colour has three draws of each of its own values, and an alpha plane goes
+    around the purifier, without noise.
 
-    Example:
-        >>> from purifyloader import recipes
-        >>> from purifyloader.certify import noised
-        >>> noised(recipes.denoise_once("cifar10-sparse", 0.25)).sigma
-        0.25
+    >>> from purifyloader import recipes
+    >>> from purifyloader.certify import noised
+    >>> noised(recipes.denoise_once("cifar10-sparse", 0.25)).sigma
+    0.25
     """
     given: object = purifier
     if not isinstance(given, Purifier):
@@ -129,11 +123,10 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     Each is the purifier's own frozen copy, with the `name` of its checkpoint, None where it is from none. Of copies
     with one name and the same weights (in one dtype) there is one. A plugin's must be modules of its own.
 
-    Example:
-        >>> from purifyloader import recipes
-        >>> from purifyloader.certify import models_of
-        >>> [model.name for model in models_of(recipes.denoise_once("cifar10-sparse", 0.25))]
-        ['cifar10-sparse']
+    >>> from purifyloader import recipes
+    >>> from purifyloader.certify import models_of
+    >>> [model.name for model in models_of(recipes.denoise_once("cifar10-sparse", 0.25))]
+    ['cifar10-sparse']
     """
     models: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
     for part in purifier.modules():
@@ -151,18 +144,17 @@ def shared_images(model: str | os.PathLike[str], train: NDArray[np.uint64], size
 
     Args:
         model: name, folder or hub id, of a denoiser or an energy model.
-        train: uint64 (N,), of `purifyloader.files.hashes.image_hashes`: of the images as uint8 (H, W, C).
+        train: uint64 (N,), of `purifyloader.files.hashes.image_hashes`.
         size: (H, W) of these images. A model that learned from images resized to another size does not say.
 
     Raises:
         InputError: no such hashes, or a model that does not say which images it learned from.
 
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.certify import shared_images
-        >>> from purifyloader.files.hashes import image_hashes
-        >>> shared_images("cifar10-sparse", image_hashes(np.zeros((2, 32, 32, 3), np.uint8)))
-        0
+    >>> import numpy as np
+    >>> from purifyloader.certify import shared_images
+    >>> from purifyloader.files.hashes import image_hashes
+    >>> shared_images("cifar10-sparse", image_hashes(np.zeros((2, 32, 32, 3), np.uint8)))
+    0
     """
     hashes: object = train
     if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:

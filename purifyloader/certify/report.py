@@ -208,9 +208,6 @@ def _certified(
     return certificate, {"radii": at.tolist(), "accuracy": accuracy}
 
 
-# -- the page ----------------------------------------------------------------------------------------
-
-
 def markdown(results: Mapping[str, Any], *, picture: str | None = None) -> str:
     """Write the results as a page for somebody who knows nothing of them; `picture` is a file shown below the table."""
     check_results(results)
@@ -250,10 +247,8 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     denoised = "" if all(plain) else ", and denoised unless it says plain noise," if any(plain) else " and denoised"
     noised = (
         f" Where there is a certificate, every image was noised{denoised} for each model anew, before its training "
-        "began."
-        if plain
-        else ""
     )
+    noised = f"{noised}began." if plain else ""
     return (
         f"For each condition {many} models were trained on {images}.{noised} The models vote on "
         f"each of {results['test_inputs']:,} test inputs of {results['classes']:,} classes. Some models select the "
@@ -325,10 +320,10 @@ def _in_other_words(
     radii = [*columns, best["certificate"]["best_radius"]]
     train, values = _of_data(results, "train"), _of_data(results, "values")
     head, cells = ["one image"], [[f"{radius:.3g}" for radius in radii]]
-    shares = [(_SEVERAL, f"each of {_SEVERAL} images")]
+    shares = {_SEVERAL: f"each of {_SEVERAL} images"}
     if train is not None and (hundredth := round(train / 100)) not in (0, 1, _SEVERAL):
-        shares.append((hundredth, f"each of {hundredth:,} images, 1 %"))
-    for images, name in shares:
+        shares[hundredth] = f"each of {hundredth:,} images, 1 %"
+    for images, name in shares.items():
         head.append(name)
         cells.append([f"{radius:.3g}" for radius in radius_per_image(radii, images).tolist()])
     words = (
@@ -374,9 +369,6 @@ def _of_data(results: Mapping[str, Any], name: str) -> int | None:
     data = results["settings"].get("data")
     value = data.get(name) if isinstance(data, Mapping) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-# -- checks ------------------------------------------------------------------------------------------
 
 
 def check_results(results: object) -> None:

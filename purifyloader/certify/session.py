@@ -24,7 +24,7 @@ from purifyloader.certify.functions import Train, named_training, training_setti
 from purifyloader.certify.models import Voting, fill, voting_settings
 from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
 from purifyloader.certify.training import Training, with_classes
-from purifyloader.certify.votes import VoteFolder, new_seed
+from purifyloader.certify.votes import START_FILE, VoteFolder, new_seed, tidy
 from purifyloader.core.devices import device_of_process
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
@@ -35,25 +35,19 @@ from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
-from purifyloader.files.locks import Lock, lock_path
+from purifyloader.files.locks import Lock
 from purifyloader.results.rows import fingerprint
 
 __all__ = ["BUILT_IN", "Run", "Settings", "estimate", "move_to", "prepare", "vote", "vote_folders", "write"]
 
-VOTES, START_FILE = "votes", "start.safetensors"
+VOTES = "votes"
 BUILT_IN = ("victim", "width", "pool", "pad", "epochs", "batch_size", "learning_rate")
 _TRAIN = "train"  # warm_start: the training set itself
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of `purifyloader certify`, whose help explains them; None for those that are not given.
-
-    Attributes:
-        fast: bfloat16 in the denoiser and the built-in training.
-        out: folder of the results; None only of an estimate.
-        built_in: settings of the built-in training that are not at their defaults.
-    """
+    """Options of `purifyloader certify`, whose help explains them; None for those that are not given."""
 
     data: str
     root: Path | None
@@ -64,7 +58,7 @@ class Settings:
     plain: bool
     recipe: Sequence[Path]
     draws: int
-    fast: bool
+    fast: bool  # bfloat16 in the denoiser and the built-in training
     models: int
     selection: int
     alpha: float
@@ -78,8 +72,8 @@ class Settings:
     warm_start_epochs: int
     threads: int
     device: str
-    out: Path | None
-    built_in: Mapping[str, Any] = field(default_factory=dict)
+    out: Path | None  # None only of an estimate
+    built_in: Mapping[str, Any] = field(default_factory=dict)  # those of `BUILT_IN` that are given
     only_estimate: bool = False
 
     def __post_init__(self) -> None:
@@ -178,14 +172,8 @@ def prepare(settings: Settings) -> Run:
             "one of the two."
         )
     train, warm_start = _training(settings), _warm_start(settings, data)
-    known = Knowledge(
-        settings.draws,
-        warm_start is not None and warm_start.own,
-        settings.triggered,
-        settings.learned_elsewhere,
-        settings.model,
-        (data.train.shape[1], data.train.shape[2]),
-    )
+    own, size = warm_start is not None and warm_start.own, (data.train.shape[1], data.train.shape[2])
+    known = Knowledge(settings.draws, own, settings.triggered, settings.learned_elsewhere, settings.model, size)
     why = {c.folder: reasons(c, known, *hashes, settings.models, settings.alpha) for c in asked}
     if any(why.values()) and not (settings.empirical or settings.only_estimate):
         against = [f"{c.name}: {reason}" for c in asked for reason in why[c.folder]]
@@ -308,17 +296,6 @@ def _start(settings: Settings, training: Training, warm_start: _WarmStart, class
     return start
 
 
-def _tidy_start(out: Path) -> None:
-    """Remove what the lock of `_start` and kills have left, but not what another process has in work."""
-    if not (path := lock_path(out, START_FILE)).exists():
-        return
-    lock = Lock(out, START_FILE)
-    if lock.acquire(wait=False) and lock.real:
-        for left in (*out.glob(f".{START_FILE}.*.tmp"), path):
-            left.unlink(missing_ok=True)
-    lock.release()
-
-
 def _describe_start(settings: Settings) -> list[Any] | None:
     """Say where a warm start comes from, without a path, and how long it was trained."""
     if settings.warm_start is None:
@@ -406,7 +383,6 @@ def write(run: Run) -> list[str]:
     """Write the results, and return the paths and what should be noted."""
     outcomes = []
     for condition, folder, _ in vote_folders(run):
-        votes = folder.all()
         outcomes.append(
             report.Outcome(
                 condition.name,
@@ -415,12 +391,11 @@ def write(run: Run) -> list[str]:
                 condition.plain,
                 condition.purifier.config(),
                 tuple(run.reasons[condition.folder]),
-                votes[: run.settings.selection],
-                votes[run.settings.selection :],
+                *np.split(folder.all(), [run.settings.selection]),
             )
         )
         folder.tidy()
-    _tidy_start(run.settings.folder)
+    tidy(run.settings.folder)
     results = report.results(outcomes, run.data.test_labels, run.classes, run.settings.alpha, settings=run.in_common())
     written = output.write(results, run.settings.folder)
     return [*map(str, written.paths), *([written.note] if written.note else [])]

@@ -3,11 +3,10 @@
 Certified Robustness to Clean-Label Poisoning Using Diffusion Denoising (Hong, Carlini & Kurakin), Algorithm 2 and
 Corollary 3.4, after Cohen, Rosenfeld & Kolter 2019 and Weber et al. 2023. D is the training set, all its images
 stacked into one vector, x a test input, and q(y | x, D) the probability that a model votes y for x when it is
-trained on D + N(0, sigma^2 I), denoised. The smoothed classifier says argmax_y q(y | x, D): what the vote of
-endlessly many such models would be. That is what predictions and certificates are about, with x as it is: a trigger
-on the test input is another x.
+trained on D + N(0, sigma^2 I), denoised. Predictions and certificates are about argmax_y q(y | x, D), what the vote
+of endlessly many such models would be, with x as it is: a trigger on the test input is another x.
 
-- **The radius.** Where q(y_A | x, D) >= p_A > 1/2, it says y_A for every D + Delta with
+- **The radius.** Where q(y_A | x, D) >= p_A > 1/2, that class is y_A for every D + Delta with
 
       ||Delta||_2 < R = sigma Phi^-1(p_A),      ||Delta||_2 = sqrt(sum_i ||delta_i||_2^2),
 
@@ -29,9 +28,9 @@ on the test input is another x.
   paper also prints sigma / sqrt(m), m the number of models: a slip, and not what its numbers come from.
 - **K fixed draws** of each image in one training set are D stacked K times: sqrt(K) ||Delta||_2. See `fixed_draws`.
 
-Everything is in units of [0, 1] images. alpha is the chance of a false statement about *one* test input. Of T
-statements a share alpha may be expected to be false, and as they rest on the same models they may be so together;
-to have all of them true with probability 1 - alpha, ask for alpha / T each.
+Everything is in units of [0, 1] images; a radius is an l2 norm over the stacked training set, a number or an array of
+any shape. alpha is the chance of a false statement about *one* test input. As statements rest on the same models they
+may be false together; to have all of T true with probability 1 - alpha, ask for alpha / T each.
 
 Every function raises `InputError` for arguments of other types, shapes or ranges than it says, and `PurifyError`
 where it needs SciPy and there is none.
@@ -40,6 +39,7 @@ where it needs SciPy and there is none.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -86,10 +86,9 @@ class Certificates:
             no certificate: the paper abstains.
         models: m of estimation.
 
-    Example:
-        >>> from purifyloader.certify import certify
-        >>> certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001).certified.tolist()
-        [True, False]
+    >>> from purifyloader.certify import certify
+    >>> certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001).certified.tolist()
+    [True, False]
     """
 
     predictions: NDArray[np.int64]
@@ -106,23 +105,12 @@ class Certificates:
         return self.radii > 0
 
 
-# -- votes -------------------------------------------------------------------------------------------
-
-
 def counts(votes_MT: ArrayLike, classes: int) -> NDArray[np.int64]:
-    """Count how many models vote for each class: what `predict` and `certify` take.
+    """Count how many models vote for each class, int64 (T, K), from the class that each gives each test input, (M, T).
 
-    Args:
-        votes_MT: integers (M, T), the class from 0 to K - 1 that each model gives each test input.
-        classes: K, at least 2.
-
-    Returns:
-        int64 (T, K); each row sums to M.
-
-    Example:
-        >>> from purifyloader.certify import counts
-        >>> counts([[0, 1], [0, 2], [1, 2]], classes=3).tolist()  # three models, two test inputs
-        [[2, 1, 0], [0, 1, 2]]
+    >>> from purifyloader.certify import counts
+    >>> counts([[0, 1], [0, 2], [1, 2]], classes=3).tolist()  # three models, two test inputs
+    [[2, 1, 0], [0, 1, 2]]
     """
     if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 2:
         raise InputError(f"classes must be a whole number, at least 2. Got {classes!r}.")
@@ -144,7 +132,7 @@ def counts(votes_MT: ArrayLike, classes: int) -> NDArray[np.int64]:
 
 
 def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
-    """Find the class that most models would vote for, or `ABSTAIN` (Algorithm 2, Predict).
+    """Find the class that most models would vote for, int64 (T,), or `ABSTAIN` (Algorithm 2, Predict).
 
     Two classes that share the most votes are never told apart, so no order among the classes decides anything.
 
@@ -152,13 +140,9 @@ def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
         votes: integers (T, K), of `counts`.
         alpha: in (0, 1), how often a prediction may be wrong.
 
-    Returns:
-        int64 (T,), from 0 to K - 1, or `ABSTAIN`.
-
-    Example:
-        >>> from purifyloader.certify import ABSTAIN, predict
-        >>> predict([[98, 2], [51, 49]], alpha=0.001).tolist() == [0, ABSTAIN]
-        True
+    >>> from purifyloader.certify import ABSTAIN, predict
+    >>> predict([[98, 2], [51, 49]], alpha=0.001).tolist() == [0, ABSTAIN]
+    True
     """
     votes_TK, _ = _checked_counts(votes, "votes")
     _check_alpha(alpha)
@@ -179,11 +163,10 @@ def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: floa
         sigma: of the noise of every training image, above 0; with K fixed draws of each, `fixed_draws(sigma, K)`.
         alpha: in (0, 1), how often a certificate may be false.
 
-    Example:
-        >>> from purifyloader.certify import certify
-        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
-        >>> certificates.predictions.tolist(), certificates.radii.round(3).tolist()
-        ([0, 1], [0.253, 0.0])
+    >>> from purifyloader.certify import certify
+    >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+    >>> certificates.predictions.tolist(), certificates.radii.round(3).tolist()
+    ([0, 1], [0.253, 0.0])
     """
     selection, _ = _checked_counts(selection_votes, "selection_votes")
     estimation, models = _checked_counts(estimation_votes, "estimation_votes")
@@ -217,39 +200,27 @@ def _radii(lower_bounds: NDArray[np.float64], sigma: float) -> NDArray[np.float6
     return sigma * _special().ndtri(np.maximum(lower_bounds, 0.5))  # Phi^-1(1/2) is 0
 
 
-# -- accuracy ----------------------------------------------------------------------------------------
-
-
 def voted_accuracy(certificates: Certificates, labels: ArrayLike) -> float:
     """Compute the share of test inputs for which the selected class is that of `labels` (T,), certified or not.
 
-    Example:
-        >>> from purifyloader.certify import certify, voted_accuracy
-        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
-        >>> voted_accuracy(certificates, labels=[0, 0])
-        0.5
+    >>> from purifyloader.certify import certify, voted_accuracy
+    >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+    >>> voted_accuracy(certificates, labels=[0, 0])
+    0.5
     """
     return float((certificates.predictions == _labels(labels, certificates)).mean())
 
 
 def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: ArrayLike) -> NDArray[np.float64]:
-    """Compute the share of test inputs that are right and stay so, at each radius: the paper's Figure 1.
+    """Compute the share of test inputs that are right and stay so, (R,), at each of `radii` (R,): the paper's Figure 1.
 
     At radius r, whatever change with ||Delta||_2 <= r is made: where R > r. At 0, those that are right and have a
     certificate at all. It never rises.
 
-    Args:
-        labels: integers (T,), from 0 to K - 1.
-        radii: (R,), from 0, l2 over the stacked training set.
-
-    Returns:
-        float64 (R,).
-
-    Example:
-        >>> from purifyloader.certify import certified_accuracy, certify
-        >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
-        >>> certified_accuracy(certificates, labels=[0, 1], radii=[0.0, 0.25, 0.5]).tolist()
-        [0.5, 0.5, 0.0]
+    >>> from purifyloader.certify import certified_accuracy, certify
+    >>> certificates = certify([[9, 1], [2, 8]], [[95, 5], [50, 50]], sigma=0.25, alpha=0.001)
+    >>> certified_accuracy(certificates, labels=[0, 1], radii=[0.0, 0.25, 0.5]).tolist()
+    [0.5, 0.5, 0.0]
     """
     right = certificates.predictions == _labels(labels, certificates)
     at = _reals(radii, "radii")
@@ -259,22 +230,12 @@ def certified_accuracy(certificates: Certificates, labels: ArrayLike, radii: Arr
     return (len(reached) - np.searchsorted(reached, at, "right")) / len(reached)
 
 
-# -- radii in other words ----------------------------------------------------------------------------
-
-
 def radius_per_image(radius: ArrayLike, images: int) -> NDArray[np.float64]:
     """Compute R / sqrt(r): what l2 norm each perturbation must stay below where `images` (r) images are poisoned.
 
-    Args:
-        radius: of any shape, from 0, l2 over the stacked training set.
-
-    Returns:
-        float64, of the shape of `radius`.
-
-    Example:
-        >>> from purifyloader.certify import radius_per_image
-        >>> radius_per_image([1.0, 2.0], images=4).tolist()
-        [0.5, 1.0]
+    >>> from purifyloader.certify import radius_per_image
+    >>> radius_per_image([1.0, 2.0], images=4).tolist()
+    [0.5, 1.0]
     """
     _check_whole(images, "images")
     return _reals(radius, "radius") / math.sqrt(images)
@@ -287,58 +248,40 @@ def linf_images(radius: ArrayLike, epsilon: float, values: int) -> NDArray[np.in
     image fewer, and 0 where one image is too many.
 
     Args:
-        radius: R, of any shape, from 0, l2 over the stacked training set.
+        radius: R, of any shape, from 0.
         epsilon: above 0, such as 8/255.
         values: d of an image, 3 * 32 * 32 for CIFAR-10.
 
-    Returns:
-        int64, of the shape of `radius`.
-
-    Example:
-        >>> from purifyloader.certify import linf_images
-        >>> linf_images(2.0, epsilon=0.5, values=4).tolist()  # at equality it is one image fewer
-        3
+    >>> from purifyloader.certify import linf_images
+    >>> linf_images(2.0, epsilon=0.5, values=4).tolist()  # at equality it is one image fewer
+    3
     """
     _check_above_zero(epsilon, "epsilon")
     _check_whole(values, "values")
     limit = _reals(radius, "radius")
     of_one = Fraction(float(epsilon)) ** 2 * int(values)  # ||delta||_2^2 of one image
 
-    def most(r: float) -> int:
-        return min(max(math.ceil(Fraction(r) ** 2 / of_one) - 1, 0), _MOST_IMAGES)
-
-    return np.array([most(r) for r in limit.ravel().tolist()], dtype=np.int64).reshape(limit.shape)
+    most = [max(math.ceil(Fraction(r) ** 2 / of_one) - 1, 0) for r in limit.ravel().tolist()]
+    return np.array([min(images, _MOST_IMAGES) for images in most], dtype=np.int64).reshape(limit.shape)
 
 
 def linf_epsilon(radius: ArrayLike, images: int, values: int) -> NDArray[np.float64]:
     """Compute R / sqrt(r d): below what epsilon every value of `images` (r) images of `values` (d) values may change.
 
-    Args:
-        radius: R, of any shape, from 0, l2 over the stacked training set.
-        images, values: at least 1.
-
-    Returns:
-        float64, of the shape of `radius`: times 255 for levels.
-
-    Example:
-        >>> from purifyloader.certify import linf_epsilon
-        >>> linf_epsilon(2.0, images=4, values=4).tolist()
-        0.5
+    >>> from purifyloader.certify import linf_epsilon
+    >>> linf_epsilon(2.0, images=4, values=4).tolist()
+    0.5
     """
     _check_whole(values, "values")
     return radius_per_image(radius, images) / math.sqrt(values)
 
 
-# -- what a certificate takes ------------------------------------------------------------------------
-
-
 def best_lower_bound(models: int, alpha: float) -> float:
     """Compute alpha^(1/m): the bound p_A when all of m `models` agree, the highest that m models can give.
 
-    Example:
-        >>> from purifyloader.certify import best_lower_bound
-        >>> round(best_lower_bound(100, alpha=0.001), 3)
-        0.933
+    >>> from purifyloader.certify import best_lower_bound
+    >>> round(best_lower_bound(100, alpha=0.001), 3)
+    0.933
     """
     _check_whole(models, "models")
     _check_alpha(alpha)
@@ -346,20 +289,11 @@ def best_lower_bound(models: int, alpha: float) -> float:
 
 
 def best_radius(sigma: float, models: int, alpha: float) -> float:
-    """Compute sigma Phi^-1(alpha^(1/m)): the radius when all of m models agree; 0 where even that certifies nothing.
+    """Compute sigma Phi^-1(alpha^(1/m)): the radius when all of m `models` agree; 0 where even that certifies nothing.
 
-    Args:
-        sigma: above 0.
-        models: m of estimation, at least 1.
-        alpha: in (0, 1).
-
-    Returns:
-        l2 over the stacked training set: 2.46 below is 0.11 for each of 500 images.
-
-    Example:
-        >>> from purifyloader.certify import best_radius
-        >>> round(best_radius(1.0, models=1000, alpha=0.001), 2)
-        2.46
+    >>> from purifyloader.certify import best_radius
+    >>> round(best_radius(1.0, models=1000, alpha=0.001), 2)
+    2.46
     """
     _check_above_zero(sigma, "sigma")
     return float(_radii(np.array(best_lower_bound(models, alpha)), sigma))
@@ -368,13 +302,11 @@ def best_radius(sigma: float, models: int, alpha: float) -> float:
 def models_needed(sigma: float, radius: float, alpha: float) -> int:
     """Find the fewest models whose `best_radius` is `radius` or more: fewer cannot certify it, however they vote.
 
-    Args:
-        radius: from 0, which asks for any certificate at all, to one that a billion models reach.
+    A radius of 0 asks for any certificate at all. One that a billion models would not reach is an error.
 
-    Example:
-        >>> from purifyloader.certify import models_needed
-        >>> models_needed(sigma=0.25, radius=0, alpha=0.001)  # for any certificate at all
-        10
+    >>> from purifyloader.certify import models_needed
+    >>> models_needed(sigma=0.25, radius=0, alpha=0.001)  # for any certificate at all
+    10
     """
     wanted = float(_reals(radius, "radius", a_number=True))
 
@@ -382,16 +314,12 @@ def models_needed(sigma: float, radius: float, alpha: float) -> int:
         reached = best_radius(sigma, models, alpha)
         return reached >= wanted and reached > 0
 
-    few, many = 0, _MOST_MODELS  # too few, and enough
-    if not enough(many):
+    if not enough(_MOST_MODELS):
         raise InputError(
-            f"Expected a radius within reach of {many:,} models: at sigma {sigma:g} and alpha {alpha:g} below "
-            f"{best_radius(sigma, many, alpha):.4g}. Got {wanted:g}: raise sigma, or ask for less."
+            f"Expected a radius within reach of {_MOST_MODELS:,} models: at sigma {sigma:g} and alpha {alpha:g} below "
+            f"{best_radius(sigma, _MOST_MODELS, alpha):.4g}. Got {wanted:g}: raise sigma, or ask for less."
         )
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
-    return many
+    return 1 + bisect_left(range(1, _MOST_MODELS), True, key=enough)
 
 
 def fixed_draws(sigma: float, draws: int) -> float:
@@ -400,17 +328,13 @@ def fixed_draws(sigma: float, draws: int) -> float:
     The K noised copies of the training set are one vector K times as long, and a change Delta of the images is a
     change of it of sqrt(K) ||Delta||_2. Draws without number, as fresh noise in each epoch, leave nothing.
 
-    Example:
-        >>> from purifyloader.certify import fixed_draws
-        >>> fixed_draws(0.5, draws=4)
-        0.25
+    >>> from purifyloader.certify import fixed_draws
+    >>> fixed_draws(0.5, draws=4)
+    0.25
     """
     _check_above_zero(sigma, "sigma")
     _check_whole(draws, "draws")
     return float(sigma) / math.sqrt(draws)
-
-
-# -- checks ------------------------------------------------------------------------------------------
 
 
 def _special() -> Any:

@@ -56,13 +56,12 @@ class Training:
         start: a network to go on from, as `warm_start` gives it. It is for the caller to know from which images.
         keep_head: go on with its last layer too, which must have as many classes.
 
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.certify import DenoisedSet, Training
-        >>> dataset = DenoisedSet(np.zeros((8, 16, 16, 3), np.uint8), [0, 1] * 4, classes=2)
-        >>> network = Training(width=4, epochs=1, batch_size=8)(dataset, 0)
-        >>> type(network).__name__
-        'SmallNetwork'
+    >>> import numpy as np
+    >>> from purifyloader.certify import DenoisedSet, Training
+    >>> dataset = DenoisedSet(np.zeros((8, 16, 16, 3), np.uint8), [0, 1] * 4, classes=2)
+    >>> network = Training(width=4, epochs=1, batch_size=8)(dataset, 0)
+    >>> type(network).__name__
+    'SmallNetwork'
     """
 
     network: str | None = None

@@ -31,13 +31,14 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_text, writing
 from purifyloader.files.locks import Lock, lock_path
 
-__all__ = ["VoteFolder", "new_seed"]
+__all__ = ["START_FILE", "VoteFolder", "new_seed", "tidy"]
 
 SCHEMA = 1
 SETTINGS_FILE, SECRET_FILE = "settings.json", "secret.json"
 MOST_CLASSES = 2**16
 _SEED_BITS = 63
-_HIDDEN = re.compile(r"\.(\d{5,}|settings|secret)(\.json)?\.(?:.*\.tmp|lock)")
+START_FILE = "start.safetensors"
+_HIDDEN = re.compile(r"\.(\d{5,}|settings|secret|start\.safetensors)(\.json)?\.(?:.*\.tmp|lock)")
 
 
 def new_seed() -> int:
@@ -48,15 +49,8 @@ def new_seed() -> int:
 class VoteFolder:
     """Votes of `models` models on `inputs` test inputs, in a folder, which is made if it is not there.
 
-    Args:
-        settings: JSON, all that decides the votes beside the secret. The number of models is added: it is decided
-            before the first vote is seen.
-
-    Attributes:
-        seed: the secret, of all noise and of all training, 63 bits.
-
-    Raises:
-        ConfigError: the folder holds votes of other settings.
+    `settings` are JSON of all that decides the votes beside the secret `seed` of all noise and training. The number of
+    models is added: it is decided before the first vote is seen. A folder with votes of other settings is refused.
     """
 
     def __init__(
@@ -127,8 +121,6 @@ class VoteFolder:
                 Path(name).unlink(missing_ok=True)
         return seed
 
-    # -- the votes of a model ----------------------------------------------------------------------------
-
     def _path(self, model: int) -> Path:
         return self.folder / f"{model:05d}.json"
 
@@ -169,8 +161,6 @@ class VoteFolder:
         }
         return canonical_json(entry) + "\n"
 
-    # -- all of them -----------------------------------------------------------------------------------
-
     def done(self) -> int:
         """Count the models whose files are there, by their names alone."""
         names = {path.name for path in self.folder.glob("[0-9]*.json")}
@@ -187,14 +177,18 @@ class VoteFolder:
         return np.stack(there)
 
     def tidy(self) -> None:
-        """Remove what locks and kills have left, but not what another process has in work."""
-        for path in self.folder.glob(".*"):
-            if match := _HIDDEN.fullmatch(path.name):
-                lock = Lock(self.folder, match[1])
-                if lock.acquire(wait=False) and lock.real:
-                    path.unlink(missing_ok=True)
-                    lock_path(self.folder, match[1]).unlink(missing_ok=True)
-                lock.release()
+        tidy(self.folder)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what locks and kills have left of votes and of a start, but not what another process has in work."""
+    for path in folder.glob(".*"):
+        if match := _HIDDEN.fullmatch(path.name):
+            lock = Lock(folder, match[1])
+            if lock.acquire(wait=False) and lock.real:
+                path.unlink(missing_ok=True)
+                lock_path(folder, match[1]).unlink(missing_ok=True)
+            lock.release()
 
 
 def _difference(there: Any, own: Mapping[str, Any]) -> str:

@@ -57,11 +57,10 @@ class Measured:
         poisoned: the same of each attack, by name.
         values: of an image, C H W.
 
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.dynamics import Measured
-        >>> Measured((0, 25), (0.0, 0.1), np.zeros((2, 9)), energy=None, poisoned={}, values=3072).moved.shape
-        (2, 9)
+    >>> import numpy as np
+    >>> from purifyloader.dynamics import Measured
+    >>> Measured((0, 25), (0.0, 0.1), np.zeros((2, 9)), energy=None, poisoned={}, values=3072).moved.shape
+    (2, 9)
     """
 
     levels: tuple[float, ...]
@@ -92,24 +91,21 @@ def measure(
     The noise of an image is a function of (seed, its position) alone, and the same for all its versions.
 
     Args:
-        path: `LangevinPath` or `DiffusionPath`.
         clean_NCHW: uint8 (N, C, H, W), not trained on.
         poisoned: by name, the same images poisoned, uint8; an image that is not changed is left out.
         energy: also measure energies with it, on its device.
-        seed: of the noise.
         progress: called with the network calls made since the last time, and all.
 
     Raises:
         InputError: images of another type or shape, or poisoned ones that are not the clean ones' versions.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.dynamics import LangevinPath, measure
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
-        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
-        >>> measure(path, clean).moved.shape  # levels (0, 1 and 2 steps), images
-        (3, 2)
+    >>> import torch
+    >>> from purifyloader.dynamics import LangevinPath, measure
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+    >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+    >>> measure(path, clean).moved.shape  # levels (0, 1 and 2 steps), images
+    (3, 2)
     """
     check_images(clean_NCHW, "Dynamics take")
     if clean_NCHW.shape[1] != path.image_channels:
@@ -156,10 +152,7 @@ def energies_of(energy: EnergyNetwork, images_NCHW: Tensor) -> Floats:
 
 
 def crossing(levels: Sequence[float], to_clean: Sequence[float], to_poisoned: Sequence[float]) -> float | None:
-    """Find where the mean poisoned image has come as close to the clean one as it is to where it started.
-
-    It is the paper's dotted line: the first level at which two curves meet, linear between levels; None without one.
-    """
+    """Find the first level at which two curves meet, linear between levels, the paper's dotted line; None without."""
     gap = [a - b for a, b in zip(to_poisoned, to_clean, strict=True)]
     for i in range(1, len(levels)):
         if gap[i] >= 0 > gap[i - 1]:
@@ -239,21 +232,20 @@ def dynamics(
         temperature: T of the energies, which are given as U = E / T; by default the one of the energy model.
 
     Returns:
-        What `json.dumps` takes; it depends on the arguments and the device alone, but for the seconds. "levels" has
-        for each level, from 0 (images as they came), level, calls, and sigma_px of diffusion, seconds_per_image on
-        this machine, the distances (mean over images as l2 in [0, 1] and rms_px in levels of 255, standard error), the
-        share of the poisoned images that are closer to the clean image than to the poisoned one, and the energies
-        (mean and quantiles, None without an energy model). "poisons" has the size of each attack, and the level at
-        which the mean poisoned image has come as close to the clean one as to where it started.
+        What `json.dumps` takes; it depends on the arguments and the device alone, but for the seconds. "levels" has for
+        each level, from 0 (images as they came), level, calls, and sigma_px of diffusion, seconds_per_image on this
+        machine, the distances (mean over images as l2 in [0, 1] and rms_px in levels of 255, standard error), the share
+        of the poisoned images that are closer to the clean image than to the poisoned one, and the energies (mean and
+        quantiles). "poisons" has the size of each attack, and the level at which the mean poisoned image has come as
+        close to the clean one as to where it started.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.dynamics import LangevinPath, dynamics
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
-        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
-        >>> [level["calls"] for level in dynamics(path, clean, {"brighter": clean + 8})["levels"]]
-        [0, 1, 2]
+    >>> import torch
+    >>> from purifyloader.dynamics import LangevinPath, dynamics
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+    >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+    >>> [level["calls"] for level in dynamics(path, clean, {"brighter": clean + 8})["levels"]]
+    [0, 1, 2]
     """
     poisoned = dict(poisoned or {})
     measured = measure(path, clean_NCHW, poisoned, energy=energy, seed=seed, progress=progress)

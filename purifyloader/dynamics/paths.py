@@ -45,12 +45,11 @@ class Piece(NamedTuple):
 class Path(Protocol):
     """Purification to rising levels above 0: `LangevinPath`, `DiffusionPath`, or your own.
 
-    Example:
-        >>> from purifyloader.dynamics import DiffusionPath, Path
-        >>> from purifyloader.pretrained import load
-        >>> path: Path = DiffusionPath(load("cifar10-sparse"), sigmas=[25 / 255])
-        >>> path.work
-        (1,)
+    >>> from purifyloader.dynamics import DiffusionPath, Path
+    >>> from purifyloader.pretrained import load
+    >>> path: Path = DiffusionPath(load("cifar10-sparse"), sigmas=[25 / 255])
+    >>> path.work
+    (1,)
     """
 
     @property
@@ -86,24 +85,15 @@ def _finish(device: torch.device) -> float:
 
 
 class LangevinPath:
-    """One Langevin walk (PureGen-EBM), looked at after some of its steps.
+    """One Langevin walk (PureGen-EBM), looked at after some of its steps, rising; it is as long as the last.
 
-    An image after n steps is, bit for bit, that of `purifyloader.purifiers.Langevin` with n steps.
+    An image after n steps is, bit for bit, that of `purifyloader.purifiers.Langevin` with n steps, which explains and
+    checks the other arguments.
 
-    Args:
-        energy: on the device to work on.
-        steps: after which it is looked at, rising; the walk is as long as the last.
-        step_size, temperature, compute_batch: see `purifyloader.purifiers.Langevin`.
-
-    Raises:
-        InputError: no energy model.
-        ConfigError: no such steps, step size or temperature.
-
-    Example:
-        >>> from purifyloader.dynamics import LangevinPath
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> LangevinPath(EnergyNetwork(EnergyConfig(channels=8)), steps=[5, 10, 20]).levels
-        (5, 10, 20)
+    >>> from purifyloader.dynamics import LangevinPath
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> LangevinPath(EnergyNetwork(EnergyConfig(channels=8)), steps=[5, 10, 20]).levels
+    (5, 10, 20)
     """
 
     def __init__(
@@ -176,24 +166,16 @@ class LangevinPath:
 class DiffusionPath:
     """Noise and denoise (`purifyloader.purifiers.Diffuse`), once for each level: each is a purification by itself.
 
-    Give the levels as `t`, read through `schedule`, or as `sigmas`.
-
     Args:
-        denoiser: on the device to work on.
-        t: timesteps to noise to, rising.
+        t: timesteps to noise to, rising, read through `schedule`.
         sigmas: or noise levels, rising, in image units (25 px is 25/255).
         calls: network calls of a level at most, evenly spaced. Default: every timestep for `t`, one for `sigmas`.
         schedule, sampler, compute_batch: see `Diffuse`.
 
-    Raises:
-        InputError: no denoiser, or a level outside its range.
-        ConfigError: no such levels, calls or sampler.
-
-    Example:
-        >>> from purifyloader.dynamics import DiffusionPath
-        >>> from purifyloader.pretrained import load
-        >>> len(DiffusionPath(load("cifar10-sparse"), sigmas=[10 / 255, 25 / 255]).levels)
-        2
+    >>> from purifyloader.dynamics import DiffusionPath
+    >>> from purifyloader.pretrained import load
+    >>> len(DiffusionPath(load("cifar10-sparse"), sigmas=[10 / 255, 25 / 255]).levels)
+    2
     """
 
     def __init__(

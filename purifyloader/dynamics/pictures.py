@@ -26,18 +26,15 @@ _MOST_TICKS = 9
 
 
 def picture(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw the results of `dynamics` or `tune`, or their JSON, as a PNG at `path`, whole or not at all.
+    """Draw the results of `dynamics` or `tune`, or their JSON, as a PNG at `path`; it needs matplotlib.
 
-    It needs matplotlib.
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.dynamics import LangevinPath, dynamics, picture
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
-        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
-        >>> picture(dynamics(path, clean), "dynamics.png").name
-        'dynamics.png'
+    >>> import torch
+    >>> from purifyloader.dynamics import LangevinPath, dynamics, picture
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+    >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+    >>> picture(dynamics(path, clean), "dynamics.png").name
+    'dynamics.png'
     """
     kind = check_format(results, [(FORMAT, VERSION), (TUNE_FORMAT, TUNE_VERSION)], "dynamics or tune")
     tuned = results if kind == TUNE_FORMAT else None

@@ -67,16 +67,12 @@ def _median(energy: Mapping[str, Any] | None) -> list[str]:
     return [] if energy is None else [f"{energy['quantiles']['0.5']:,.5g}"]
 
 
-# -- the proposal ------------------------------------------------------------------------------------
-
-
 def _level(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     unit = results["curves"]["purification"]["unit"]
     if unit == "Langevin steps":
         return f"{record['level']:g} Langevin steps"
-    if unit == "timestep t":
-        return f"t = {record['level']:g} ({record['sigma_px']:.3g} px of noise)"
-    return f"{record['sigma_px']:.3g} px of noise"
+    noise = f"{record['sigma_px']:.3g} px of noise"
+    return f"t = {record['level']:g} ({noise})" if unit == "timestep t" else noise
 
 
 def _closer(record: Mapping[str, Any], but: Sequence[str] = ()) -> str:

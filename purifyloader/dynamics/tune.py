@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.audit.compare import halves, threshold
 from purifyloader.core import noise
 from purifyloader.diffusion.psnr import check_images
-from purifyloader.dynamics.measure import dynamics, energies_of, temperature_of
+from purifyloader.dynamics.measure import Floats, dynamics, energies_of, temperature_of
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
@@ -33,9 +32,7 @@ VERSION = 1
 COMPENSATED = ("lsp",)
 """Attacks of smooth patches: what purification leaves of them, compensation in training removes (README's tables)."""
 
-_OTHER, _PROBE = 1, 2  # what the noise is for: images that are no one's twins, and the probe
-
-Floats = NDArray[np.float64]
+_OTHER, _PROBE = 1, 2  # purposes of the noise: images that are no one's twins, and the probe
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,9 @@ class Choice:
         best: the smallest level at which the attack that fares worst does best; the last, where none brings a single
             image of that attack closer.
 
-    Example:
-        >>> from purifyloader.dynamics import choose_level
-        >>> choose_level({"lsp": [0.1, 0.3, 0.2]})
-        Choice(chosen=None, best=1)
+    >>> from purifyloader.dynamics import choose_level
+    >>> choose_level({"lsp": [0.1, 0.3, 0.2]})
+    Choice(chosen=None, best=1)
     """
 
     chosen: int | None
@@ -62,15 +58,11 @@ def choose_level(closer: Mapping[str, Sequence[float]], share: float = 0.5) -> C
 
     Args:
         closer: for each attack, at each level, the share of images closer to clean than to poisoned.
-        share: that must be reached.
+        share: that must be reached, in (0, 1].
 
-    Raises:
-        InputError: no attack or level, or a share outside (0, 1].
-
-    Example:
-        >>> from purifyloader.dynamics import choose_level
-        >>> choose_level({"lsp": [0.2, 0.6, 0.9], "ar": [0.4, 0.4, 0.7]}).chosen
-        2
+    >>> from purifyloader.dynamics import choose_level
+    >>> choose_level({"lsp": [0.2, 0.6, 0.9], "ar": [0.4, 0.4, 0.7]}).chosen
+    2
     """
     if not 0 < share <= 1:
         raise InputError(f"share is the part of the images that must come closer, above 0, at most 1. Got {share!r}.")
@@ -99,36 +91,28 @@ def tune(
         path: whose levels are tried; no others are proposed. For what is not here see `measure` and `dynamics`.
         poisoned: the clean images by attack.
         share: of the images of each attack that must come closer to clean than to poisoned.
-        data_NCHW: images of the dataset to be purified, which are nobody's twins, of the same shape: how they compare
-            with the clean ones before and after.
+        data_NCHW: images of the dataset to be purified, of the same shape, to be compared with the clean ones.
 
     Returns:
         What `json.dumps` takes: "proposal", the level chosen, None where none in the range does; "best", the one that
-        comes nearest, which is the same where there is a proposal; each with what is known of it (level, calls,
-        sigma_px), seconds_per_image, cost_px (how far clean images are moved, RMS) and for each attack the share that
-        is closer to clean, and the distance to clean before and after. "before" is the level just below, and "alone"
-        has the level that each attack alone would need. "with_compensation" is the smallest level that does for the
-        attacks that compensation in training does not undo; None where there is none, or it is the proposal itself.
-        "unpaired" compares `data_NCHW` with the clean images before and after the best level. "curves" is the result
-        of `dynamics`.
+        comes nearest, which is the same where there is a proposal; each with level, calls, sigma_px, seconds_per_image,
+        cost_px (how far clean images are moved, RMS) and for each attack the share that is closer to clean, and the
+        distance to clean before and after. "before" is the level just below, and "alone" has the level that each attack
+        alone would need. "with_compensation" is the smallest level that does for the attacks that compensation in
+        training does not undo, unless it is the proposal. "unpaired" compares `data_NCHW` with the clean images before
+        and after the best level. "curves" is the result of `dynamics`.
 
-    Raises:
-        InputError: no attack, or images that do not fit each other.
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.dynamics import LangevinPath, tune
-        >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
-        >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
-        >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
-        >>> results = tune(path, clean, {"brighter": clean + 8})
-        >>> sorted(results["alone"])
-        ['brighter']
+    >>> import torch
+    >>> from purifyloader.dynamics import LangevinPath, tune
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> path = LangevinPath(EnergyNetwork(EnergyConfig(channels=8)).eval(), steps=[1, 2], compute_batch=16)
+    >>> clean = torch.full((2, 3, 16, 16), 99, dtype=torch.uint8)
+    >>> results = tune(path, clean, {"brighter": clean + 8})
+    >>> sorted(results["alone"])
+    ['brighter']
     """
     if not poisoned:
-        raise InputError(
-            "tune needs one attack or more on the clean images. Got none: give poisoned images, such as of lsp and ar."
-        )
+        raise InputError("tune needs one attack or more on the clean images. Got none: give some, such as lsp and ar.")
     if data_NCHW is not None:
         check_images(data_NCHW, "The dataset's images are")
         if data_NCHW.shape[1:] != clean_NCHW.shape[1:]:

@@ -38,11 +38,10 @@ _PROBE, _SAMPLING = 1, 2  # purposes of the children of an image's key
 def default_sigmas(denoiser: Denoiser) -> list[float]:
     """Choose noise levels worth looking at, in image units, as far as the denoiser was trained for them.
 
-    Example:
-        >>> from purifyloader.evaluation import default_sigmas
-        >>> from purifyloader.pretrained import load
-        >>> [round(255 * sigma, 2) for sigma in default_sigmas(load("cifar10-sparse"))]
-        [1.0, 3.0, 6.37, 10.0, 25.0, 50.0, 76.5]
+    >>> from purifyloader.evaluation import default_sigmas
+    >>> from purifyloader.pretrained import load
+    >>> [round(255 * sigma, 2) for sigma in default_sigmas(load("cifar10-sparse"))]
+    [1.0, 3.0, 6.37, 10.0, 25.0, 50.0, 76.5]
     """
     low, high = (255 * sigma for sigma in denoiser.sigma_range)
     ends = max(low, _SPREAD_PX[0]), min(high, _SPREAD_PX[1])
@@ -80,12 +79,8 @@ class _Images:
     """A batch of images as every noise level uses it: clean, its noise, its poisoned versions."""
 
     def __init__(self, images: Tensor, poisoned: Mapping[str, Tensor], seed: int, start: int, end: int) -> None:
-        def unit(x: Tensor) -> Tensor:
-            return x[start:end].float() / 255
-
-        self.clean = unit(images)
-        self.poisoned = {name: unit(x) for name, x in poisoned.items()}
-        self.start = start
+        self.clean = images[start:end].float() / 255
+        self.poisoned = {name: x[start:end].float() / 255 for name, x in poisoned.items()}
         # the noise of `psnr`, so that its numbers are these
         self.keys = noise.image_keys(seed, 0, torch.arange(start, start + len(self.clean)))
         self.noise = noise.normal(self.keys, self.clean.shape[1:])
@@ -99,12 +94,9 @@ class _Rows:
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, prefix: str = "", **values: Tensor) -> None:
         for name, value in values.items():
-            self.parts.setdefault(name, []).append(value)
-
-    def add_all(self, prefix: str, values: Any) -> None:
-        self.add(**{f"{prefix}.{name}": value for name, value in values._asdict().items()})
+            self.parts.setdefault(f"{prefix}{name}", []).append(value)
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
@@ -153,10 +145,11 @@ class _Level:
         if self.steps > 1:
             rows.add(one_call=psnr_of(x0.clamp(0, 1), clean))
         for name, poisoned in batch.poisoned.items():
-            rows.add_all(name, measures.removed_energy(clean, poisoned, washed, self._wash(poisoned, batch)))
+            removed = measures.removed_energy(clean, poisoned, washed, self._wash(poisoned, batch))
+            rows.add(f"{name}.", **removed._asdict())
         if self.calibrate:
-            values = measures.calibration(self.denoiser, clean, batch.noise, self.sigma, batch.signs, x0)
-            rows.add_all("calibration", values)
+            errors = measures.calibration(self.denoiser, clean, batch.noise, self.sigma, batch.signs, x0)
+            rows.add("calibration.", **errors._asdict())
 
     def results(self) -> dict[str, Any]:
         names = ["denoiser", *(["one_call"] if self.steps > 1 else []), "noised", "jpeg10"]
@@ -178,11 +171,8 @@ class _Level:
             # of a ratio of two means over the same images, to first order
             single = errors / error - claims / claimed if error > 0 else claims * 0
             spread = ratio / 2 * float(single.std()) / math.sqrt(len(single)) if len(single) > 1 else math.nan
-        return {
-            "error_px": _px(error),
-            "claimed_px": _px(claimed),
-            "error_over_claimed": {"mean": _figures(ratio), "standard_error": _figures(spread)},
-        }
+        over = {"mean": _figures(ratio), "standard_error": _figures(spread)}
+        return {"error_px": _px(error), "claimed_px": _px(claimed), "error_over_claimed": over}
 
     def _poisoned(self, name: str) -> dict[str, Any]:
         values = {field: self.rows[f"{name}.{field}"] for field in measures.Removed._fields}
@@ -249,10 +239,8 @@ def evaluate(
     Args:
         images_NCHW: uint8, clean.
         sigmas: noise levels in image units; `default_sigmas` if None.
-        poisoned: by name, the same images poisoned, uint8 in the same order. Those that do not differ from the clean
-            image are left out of its measures.
+        poisoned: by name, the same images poisoned, uint8 in the same order; one that is not changed is left out.
         steps: network calls an image, over levels spaced as `recipes.eclipse` does; calibration is of one.
-        sampler: of several calls, "ancestral" or "ddim".
         calibrate: False leaves the calibration out, which is most of the network calls.
         seed: of all noise. The batch size and the device change only the rounding of the network's arithmetic.
         batch_size: images of a network call; by their size if None, 100 or fewer.
@@ -260,29 +248,24 @@ def evaluate(
 
     Returns:
         A JSON object without NaN (a number that does not exist is None; six digits). Means over images have their
-        standard error beside them, None for one image. "levels" is a list, rising in sigma_px, each with
+        standard error beside them. "levels" is a list, rising in sigma_px, each with
 
         - network_levels_px: what the network is called with;
         - psnr_db: in dB with peak 1, of the denoiser (and, with several steps, of one_call), of the noised image as it
           is, and of JPEG at quality 10;
-        - calibration (None without): the root mean squared error_px of one call, unclipped, the claimed_px that its
-          derivative stands for, and error_over_claimed: 1 is calibrated, above 1 is too sure of itself;
+        - calibration: the root mean squared error_px of one call, unclipped, the claimed_px that its derivative stands
+          for, and error_over_claimed: 1 is calibrated, above 1 is too sure of itself;
         - removed_px: root mean square of clean minus washed, the mean over images;
-        - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, the share of
-          the perturbation remaining and the distance that it still makes (see `removed_energy`), and the auc of the
-          removed energy as a detector of poisoned images.
+        - poisoned, by name: images (that differ), perturbation_px, removed_px from the poisoned images, remaining and
+          distance (see `removed_energy`), and the auc of the removed energy as a detector of poisoned images.
 
-    Raises:
-        InputError: images, noise levels or an argument of another type, shape or range.
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import evaluate
-        >>> from purifyloader.pretrained import load
-        >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-        >>> results = evaluate(load("cifar10-sparse"), images, [25 / 255])
-        >>> sorted(results["levels"][0]["psnr_db"])
-        ['denoiser', 'jpeg10', 'noised']
+    >>> import torch
+    >>> from purifyloader.evaluation import evaluate
+    >>> from purifyloader.pretrained import load
+    >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    >>> results = evaluate(load("cifar10-sparse"), images, [25 / 255])
+    >>> sorted(results["levels"][0]["psnr_db"])
+    ['denoiser', 'jpeg10', 'noised']
     """
     poisoned = dict(poisoned or {})
     _check(denoiser, images_NCHW, poisoned, sampler, steps)

@@ -67,16 +67,13 @@ def load_models(energy: str | None, model: str | None, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Choice:
-    """Options that choose images of a dataset and attacks on them; the help of the commands explains them.
+    """Options that choose images of a dataset and attacks on them; the help of the commands explains them."""
 
-    `count` is None for a default of the caller's, `poisoned` for the usual attacks on colour images.
-    """
-
-    count: int | None
+    count: int | None  # None for a default of the caller's
     indices: Path | None
     choose_seed: int
     size: int | None
-    poisoned: Sequence[str] | None
+    poisoned: Sequence[str] | None  # None for the usual attacks on colour images
     seed: int
     device: str | None
 

@@ -53,32 +53,26 @@ def calibration(
     signs_BCHW: Tensor,
     x0_BCHW: Tensor | None = None,
 ) -> Calibration:
-    """Measure the error a denoiser makes, and the error it claims to make, at noise `sigma`.
+    """Measure the error a denoiser makes, |D(x) - x0|^2 / d, and the one it claims, at noise `sigma`, in image units.
 
-    Of x = x0 + sigma z the best denoiser D is the posterior mean, and its derivative is the posterior's
-    covariance: Cov[x0 | x] = sigma^2 dD/dx (Efron 2011, "Tweedie's formula and selection bias"; Miyasawa
-    1961). So any denoiser claims the mean squared error sigma^2 div D / d over d values, without being
-    asked, and a calibrated one keeps to it. The divergence takes one random direction of signs b,
-    b . (D(x + e b) - D(x)) / e (Hutchinson 1990; Ramani, Blu & Unser 2008), e = sigma / 20.
-    Calibrated is not good: doing nothing claims an error of sigma, and makes it.
+    Of x = x0 + sigma z the best denoiser D is the posterior mean, and its derivative is the posterior's covariance:
+    Cov[x0 | x] = sigma^2 dD/dx (Efron 2011, "Tweedie's formula and selection bias"; Miyasawa 1961). So any denoiser
+    claims the mean squared error sigma^2 div D / d over d values, without being asked, and a calibrated one keeps to
+    it. The divergence takes one random direction of signs b, b . (D(x + e b) - D(x)) / e (Hutchinson 1990; Ramani, Blu
+    & Unser 2008), e = sigma / 20. Calibrated is not good: doing nothing claims an error of sigma, and makes it.
 
     Args:
         clean_BCHW, noise_BCHW: x0 and z.
-        sigma: noise level in image units.
         signs_BCHW: -1 or 1, independent.
         x0_BCHW: D(x), unclipped, where it is known already; else it is computed.
 
-    Returns:
-        error |D(x) - x0|^2 / d and claimed sigma^2 div D / d of each image.
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import calibration
-        >>> from purifyloader.pretrained import load
-        >>> clean, noise = torch.full((1, 3, 32, 32), 0.5), torch.randn(1, 3, 32, 32)
-        >>> error, claimed = calibration(load("cifar10-sparse"), clean, noise, 0.1, noise.sign())
-        >>> error.shape, claimed.shape
-        (torch.Size([1]), torch.Size([1]))
+    >>> import torch
+    >>> from purifyloader.evaluation import calibration
+    >>> from purifyloader.pretrained import load
+    >>> clean, noise = torch.full((1, 3, 32, 32), 0.5), torch.randn(1, 3, 32, 32)
+    >>> error, claimed = calibration(load("cifar10-sparse"), clean, noise, 0.1, noise.sign())
+    >>> error.shape, claimed.shape
+    (torch.Size([1]), torch.Size([1]))
     """
     x = clean_BCHW + sigma * noise_BCHW
     x0 = estimate(denoiser, x, sigma) if x0_BCHW is None else x0_BCHW
@@ -93,7 +87,7 @@ def calibration(
 
 
 class Removed(NamedTuple):
-    """One value per image, float64 (B,); see `removed_energy`."""
+    """Values of each image, float64 (B,); see `removed_energy`."""
 
     clean: Tensor
     poisoned: Tensor
@@ -114,13 +108,12 @@ def removed_energy(
             that is still there, 0 when it is gone, and NaN where there is none;
         distance: |P - C| / |delta|, all that the perturbation still does to the image; NaN likewise.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import removed_energy
-        >>> clean = torch.full((1, 3, 4, 4), 0.5)
-        >>> poisoned = clean + 0.1
-        >>> removed_energy(clean, poisoned, clean, clean + 0.05).remaining  # half of the perturbation is left
-        tensor([0.5000], dtype=torch.float64)
+    >>> import torch
+    >>> from purifyloader.evaluation import removed_energy
+    >>> clean = torch.full((1, 3, 4, 4), 0.5)
+    >>> poisoned = clean + 0.1
+    >>> removed_energy(clean, poisoned, clean, clean + 0.05).remaining  # half of the perturbation is left
+    tensor([0.5000], dtype=torch.float64)
     """
 
     def rms(x: Tensor) -> Tensor:

@@ -34,12 +34,11 @@ _GREY = "#777777"
 class Examples(NamedTuple):
     """Images to be shown: float32 in [0, 1], (N, H, W, C), and (levels, N, H, W, C) for each of `sigma_px`.
 
-    Example:
-        >>> import numpy as np
-        >>> from purifyloader.evaluation import Examples
-        >>> clean, level = np.zeros((5, 32, 32, 3), np.float32), np.zeros((1, 5, 32, 32, 3), np.float32)
-        >>> Examples((25.0,), clean, noised=level, denoised=level).sigma_px
-        (25.0,)
+    >>> import numpy as np
+    >>> from purifyloader.evaluation import Examples
+    >>> clean, level = np.zeros((5, 32, 32, 3), np.float32), np.zeros((1, 5, 32, 32, 3), np.float32)
+    >>> Examples((25.0,), clean, noised=level, denoised=level).sigma_px
+    (25.0,)
     """
 
     sigma_px: tuple[float, ...]
@@ -66,13 +65,12 @@ def examples(
         images_NCHW: uint8, clean; `count` of them, evenly spread, are taken, and the centre of large ones.
         sigmas: noise levels in image units, of which three are taken.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import examples
-        >>> from purifyloader.pretrained import load
-        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
-        >>> examples(denoiser, images, [25 / 255]).denoised.shape
-        (1, 1, 32, 32, 3)
+    >>> import torch
+    >>> from purifyloader.evaluation import examples
+    >>> from purifyloader.pretrained import load
+    >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
+    >>> examples(denoiser, images, [25 / 255]).denoised.shape
+    (1, 1, 32, 32, 3)
     """
     check_images(images_NCHW, "Examples are")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1 or not len(sigmas):
@@ -99,15 +97,16 @@ def examples(
 
 
 def picture(results: Mapping[str, Any], path: str | Path, shown: Examples | None = None) -> Path:
-    """Draw the results of `evaluate`, or their JSON, above the images `shown`, as a PNG at `path`; needs matplotlib.
+    """Draw the results of `evaluate`, or their JSON, and the images `shown` below, as a PNG at `path`.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import evaluate, picture
-        >>> from purifyloader.pretrained import load
-        >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
-        >>> picture(evaluate(denoiser, images, [25 / 255], calibrate=False), "evaluation.png").name
-        'evaluation.png'
+    It needs matplotlib.
+
+    >>> import torch
+    >>> from purifyloader.evaluation import evaluate, picture
+    >>> from purifyloader.pretrained import load
+    >>> denoiser, images = load("cifar10-sparse"), torch.full((1, 3, 32, 32), 99, dtype=torch.uint8)
+    >>> picture(evaluate(denoiser, images, [25 / 255], calibrate=False), "evaluation.png").name
+    'evaluation.png'
     """
     check_format(results, [(FORMAT, VERSION)], "evaluate")
     figure = new_figure((17, 4.9 if shown is None else 10.2), dpi=_DPI, layout="constrained")

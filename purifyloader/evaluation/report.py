@@ -21,17 +21,15 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield "PSNR in dB (± standard error)"
-    heads = [("denoiser", "denoiser"), ("one_call", "one call"), ("noised", "as it is"), ("jpeg10", "JPEG-10")]
-    heads = [(key, head) for key, head in heads if key in levels[0]["psnr_db"]]
+    heads = {"denoiser": "denoiser", "one_call": "one call", "noised": "as it is", "jpeg10": "JPEG-10"}
+    heads = {key: head for key, head in heads.items() if key in levels[0]["psnr_db"]}
     rows = []
     for level in levels:
-        cells = []
-        for key, _ in heads:
-            value = level["psnr_db"][key]
-            spread = f" ± {value['standard_error']:.2f}" if key == "denoiser" and value["standard_error"] else ""
-            cells.append(f"{value['mean']:.2f}{spread}")
-        rows.append([f"{level['sigma_px']:.3g} px", *cells])
-    yield from plain(["noise", *(head for _, head in heads)], rows)
+        cells = {key: f"{level['psnr_db'][key]['mean']:.2f}" for key in heads}
+        if error := level["psnr_db"]["denoiser"]["standard_error"]:
+            cells["denoiser"] += f" ± {error:.2f}"
+        rows.append([f"{level['sigma_px']:.3g} px", *cells.values()])
+    yield from plain(["noise", *heads.values()], rows)
     if settings["calibrate"]:
         yield ""
         yield from _calibration(levels)
