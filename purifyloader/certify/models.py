@@ -14,6 +14,7 @@ the 150 million values of CIFAR-10 one would be with a probability of 0.002, whi
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Voting:
 
     def noised(self, model: int, seed: int) -> DenoisedSet:
         """Noise and purify the training set of a model."""
-        key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _NOISE), model)
+        key = noise.fold_in(_root(seed, _NOISE), model)
         parts = [self._purified(noise.fold_in(key, draw)) for draw in range(self.draws)]
         return DenoisedSet(np.concatenate(parts), self.labels.tolist() * self.draws, self.classes)
 
@@ -82,8 +83,7 @@ class Voting:
 
     def training_seed(self, model: int, seed: int) -> int:
         """Derive the seed of a model's training, from 0 to 2^31 - 1."""
-        key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _TRAINING), model)
-        return int(key) & _SEED_MASK
+        return int(noise.fold_in(_root(seed, _TRAINING), model)) & _SEED_MASK
 
     def vote(self, model: int, seed: int) -> NDArray[np.int64]:
         """Train model number `model` by the secret `seed` of all, and ask it about each test input: classes (T,)."""
@@ -107,6 +107,12 @@ class Voting:
             with torch.no_grad():
                 votes = [_classes_of(predictor(x), len(x), self.classes) for _, x in _batches(self.test_images, device)]
         return np.concatenate(votes)
+
+
+@functools.lru_cache(maxsize=8)
+def _root(seed: int, purpose: int) -> Tensor:
+    """Return the key of all models for a purpose, which costs as much as the key of one."""
+    return noise.fold_in(noise.key_from_seed(seed), purpose)
 
 
 def _batches(images: NDArray[np.uint8], device: torch.device | None) -> Iterator[tuple[int, Tensor]]:

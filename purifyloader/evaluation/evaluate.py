@@ -248,7 +248,8 @@ def evaluate(
 
     Returns:
         A JSON object without NaN (a number that does not exist is None; six digits). Means over images have their
-        standard error beside them. "levels" is a list, rising in sigma_px, each with
+        standard error beside them. Beside format, version, purifyloader, torch, device, model, images and settings it
+        has "levels", a list, rising in sigma_px, each with
 
         - network_levels_px: what the network is called with;
         - psnr_db: in dB with peak 1, of the denoiser (and, with several steps, of one_call), of the noised image as it

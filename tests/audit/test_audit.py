@@ -158,7 +158,7 @@ def broken(value: float = float("inf")) -> EnergyNetwork:
         (brightness, [grey((8, 8), 1)], [1], "the data has 1 images. Got the index 1"),
         (tiny_energy, [grey((8, 8), 1), grey((8, 2), 1)], None, r"the data, index 1: .*at least 4"),
         (brightness, [grey((8, 8), 1), "text"], None, "the data, index 1: An image is"),
-        (tiny_denoiser, [grey((8, 8), 1)], None, "Expected an energy model.*Got NetworkDenoiser"),
+        (tiny_denoiser, [grey((8, 8), 1)], None, "takes an energy model.*Got NetworkDenoiser"),
         (
             broken,
             [grey((8, 8), 1)] * 5 + [grey((8, 8), 255)],

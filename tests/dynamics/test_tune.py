@@ -244,7 +244,7 @@ def test_a_picture_shows_what_was_asked_for_and_proposed(tmp_path, monkeypatch):
         ({"share": 0}, "share is the part"),
         ({"data_NCHW": random_images(3, 9)}, "images of one size"),
         ({"data_NCHW": random_images(3).float()}, "The dataset's images are uint8"),
-        ({"poisoned": {"p": flat(9)}}, "must be the clean ones, poisoned"),
+        ({"poisoned": {"p": flat(9)}}, "must be the same images in the same order"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

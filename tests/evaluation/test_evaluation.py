@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -440,9 +441,14 @@ class Listed(torch.utils.data.Dataset):
         return self.images[index] if self.labels is None else (self.images[index], int(self.labels[index]))
 
 
+@functools.cache
+def every_sample():
+    return load_sample(ROOT / "examples" / "data", "test")
+
+
 def sample(count: int = 40):
-    images, labels = load_sample(ROOT / "examples" / "data", "test")
-    return images[:count], labels[:count]
+    images, labels = every_sample()
+    return images[:count].copy(), labels[:count].copy()
 
 
 def clean_sample():
@@ -453,6 +459,7 @@ def unlabelled_sample():
     return Listed(sample()[0])
 
 
+@functools.cache
 def poisoned_sample():
     images, labels = sample()
     return Listed(autoregressive(images, labels), labels)
