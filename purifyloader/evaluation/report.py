@@ -40,12 +40,12 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
         heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
         rows = []
         for level in levels:
-            cells = [f"{level['removed_px']['mean']:.2f}"]
+            row = [f"{level['removed_px']['mean']:.2f}"]
             for name in names:
                 attack = level["poisoned"][name]
-                cells.append(f"{attack['removed_px']['mean']:.2f}")
-                cells += [f"{attack['remaining']['mean']:.3f}", f"{attack['auc']:.3f}"]
-            rows.append([f"{level['sigma_px']:.3g} px", *cells])
+                row.append(f"{attack['removed_px']['mean']:.2f}")
+                row += [f"{attack['remaining']['mean']:.3f}", f"{attack['auc']:.3f}"]
+            rows.append([f"{level['sigma_px']:.3g} px", *row])
         yield from plain(["noise", "from clean", *heads_], rows)
 
 
