@@ -1,9 +1,8 @@
 """Write and read a model as a folder: config.json, model.safetensors and README.md, its card.
 
 config.json is written last and names the SHA-256 of model.safetensors, so that a save which was killed,
-over nothing or over an older checkpoint, is never read as whole. Its `format` says what the model is: a
-denoiser ("purifyloader-denoiser") or an energy network ("purifyloader-energy"); the field named like the kind
-of model describes it.
+over nothing or over an older checkpoint, is never read as whole. Its `format` names the kind of model
+("purifyloader-denoiser", "purifyloader-energy"); the field named like the kind describes the model.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def save(
         overwrite: replace a checkpoint that stands there.
 
     Raises:
-        InputError: neither a `NetworkDenoiser` nor an `EnergyNetwork`, a path to a file, weights that are not
-            finite, details that are not JSON.
+        InputError: no model that can be saved, a path to a file, weights that are not finite, details that are no JSON.
         CheckpointError: files of a checkpoint are there and `overwrite` is False, or writing failed.
 
     >>> import tempfile
@@ -126,16 +124,15 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     """Load a model in eval mode, frozen, float32, on the CPU. torch's generator is left alone.
 
     Args:
-        name_or_path: one of `list()`, the folder that `save` wrote, or, for a folder of that layout on the
-            Hugging Face hub, `"owner/name"` or `"owner/name@revision"`. Only the last touches the network,
-            and only where there is no folder of that name, which a warning then says.
+        name_or_path: one of `list()`, the folder that `save` wrote, or, for such a folder on the Hugging Face hub,
+            `"owner/name"` or `"owner/name@revision"`. Only the last touches the network, after a warning, and only
+            where there is no folder of that name.
         kind: "denoiser", "energy", or another of `purifyloader.pretrained.kinds`: a model of another is an error.
 
     Raises:
         InputError: not a name, a path or a kind.
-        CheckpointError: no such model, the hub cannot be reached, another kind of model, or files that are
-            missing, damaged, newer than this version of purifyloader, or do not fit each other. The message
-            names the file.
+        CheckpointError: no such model, no hub, another kind of model, or files that are missing, damaged, newer than
+            this version, or do not fit each other. The message names the file.
 
     >>> from purifyloader import pretrained
     >>> pretrained.load("cifar10-sparse").image_channels
@@ -194,13 +191,7 @@ def _unreadable(file: Path, error: OSError) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Summary:
-    """The kind, size and purpose of a checkpoint, read without loading its weights.
-
-    Attributes:
-        kind: a key of `purifyloader.pretrained.kinds.KINDS`.
-        parameters: how many.
-        words: the model in a few words, such as the noise that it was trained for.
-    """
+    """Kind (a key of `KINDS`), number of parameters and purpose, in a few words, of a checkpoint."""
 
     kind: str
     parameters: int
@@ -208,23 +199,16 @@ class Summary:
 
 
 def kind_of_folder(folder: Path) -> ModelKind:
-    """Read the kind of a checkpoint from its config.json.
-
-    Raises:
-        CheckpointError: it is missing, damaged or no checkpoint's.
-    """
+    """Read the kind of a checkpoint from its config.json."""
     kind = kind_of_format(read_config(folder, None)["format"])
     assert kind is not None
     return kind
 
 
 def summary(folder: Path) -> Summary:
-    """Read the kind, size and purpose of a checkpoint from config.json and the header of model.safetensors.
+    """Read the `Summary` of a checkpoint from config.json and the header of model.safetensors, without its weights.
 
     Neither the hash nor the fit of the weights is checked: that is for `load`.
-
-    Raises:
-        CheckpointError: either file is missing, damaged or no checkpoint's.
     """
     kind, config = kind_of_folder(folder), read_config(folder, None)
     file = folder / MODEL_FILE
@@ -243,11 +227,7 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
     """Read config.json of a checkpoint folder and check its format, version and fields.
 
     Args:
-        folder: the checkpoint.
         kind: of model that it must be, a key of `KINDS`; None for any.
-
-    Raises:
-        CheckpointError: it is missing, not JSON, of another format, another kind or a newer version.
     """
     file = folder / CONFIG_FILE
     try:
@@ -293,7 +273,7 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    """What `save` put into the metadata of model.safetensors; {} where it is not from `save`."""
+    """Return what `save` put into the metadata of model.safetensors; {} where it is not from `save`."""
     size = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA])
@@ -331,14 +311,14 @@ def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def model_facts(model: NetworkDenoiser | EnergyNetwork) -> dict[str, str]:
-    """Say what a model knows of itself, as the rows of its card."""
+    """List what a model knows of itself, as the rows of its card."""
     kind = kind_of(model)
     assert kind is not None
     return {"Parameters": f"{sum(math.prod(p.shape) for p in model.parameters()):,}", **kind.facts(model)}
 
 
 def _minimal_card(kind: ModelKind, model: Any, name: str | None) -> str:
-    """The text is a promise: a denoiser saved without a card has the same bytes for ever."""
+    """Write a card. The text is a promise: a denoiser saved without a card has the same bytes for ever."""
     words = kind.words[0].upper() + kind.words[1:]
     rows = "".join(f"| {key} | {value} |\n" for key, value in model_facts(model).items())
     return (

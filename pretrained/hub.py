@@ -4,8 +4,8 @@ A hub id is `owner/name`, or `owner/name@revision` for a branch, a tag or a comm
 environment variables (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) and login apply. What was downloaded once
 loads without a network.
 
-A mistyped path may look like an id, so whoever takes an id for one calls `warn` before anything is asked. And the
-client makes a path of the revision when it looks into its cache, so one that could leave that is no revision.
+A mistyped path may look like an id, so callers `warn` before anything is asked. The client makes a path of the
+revision when it looks into its cache, so one that could lead out of the cache is refused.
 """
 
 from __future__ import annotations
@@ -30,16 +30,12 @@ _ID = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION.p
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is written like a hub id. Asks nobody whether it exists."""
+    """Tell whether `name` is written like a hub id. The network is not asked."""
     return _ID.fullmatch(name) is not None
 
 
 def parse(hub_id: str) -> tuple[str, str | None]:
-    """Repository and revision of a hub id.
-
-    Raises:
-        InputError: it is not written like one.
-    """
+    """Split a hub id into repository and revision; `InputError` if it is not written like one."""
     match = _ID.fullmatch(hub_id)
     if match is None:
         raise InputError(f"A model on the hub is given as owner/name or owner/name@revision. Got {hub_id!r}.")
@@ -47,22 +43,21 @@ def parse(hub_id: str) -> tuple[str, str | None]:
 
 
 def warn(hub_id: str) -> None:
-    """Say that a name is taken for a hub id, before the hub is asked: it may have been meant as a path."""
+    """Warn that a name is taken for a hub id, before the hub is asked: it may have been meant as a path."""
     log.warning("no folder %s here: taking it from the hub", hub_id)
 
 
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
-    """A folder with those of the files `names` that the repository has; its own name is the commit.
+    """Return a folder with those of the files `names` that the repository has; its own name is the commit.
 
     Without a network, what an earlier download left is used.
 
     Args:
         repository: `owner/name`.
         revision: a branch, tag or commit; None for the main branch.
-        names: of files in the repository.
 
     Raises:
-        InputError: what cannot be a revision.
+        InputError: no possible revision.
         CheckpointError: no such repository or revision, no access, or no network and nothing there from before.
     """
     _check_revision(revision)
@@ -77,11 +72,7 @@ def download(repository: str, revision: str | None, names: Sequence[str]) -> Pat
 
 
 def files(repository: str, revision: str | None) -> list[str]:
-    """The paths of all files of a repository, sorted. Needs the network.
-
-    Raises:
-        CheckpointError: as `download`.
-    """
+    """List the paths of all files of a repository, sorted. Needs the network; raises as `download`."""
     _check_revision(revision)
     from huggingface_hub import HfApi
 

@@ -1,12 +1,13 @@
 """Describe the kinds of models, one entry each: all that saving, loading, converting and messages need of a kind.
 
-A new kind is a class here and its name in `KINDS`. Nothing else asks of which kind a model is. The classes of models
+A new kind is a class here and its name in `KINDS`; no other module asks of which kind a model is. Classes of models
 are imported in the bodies of functions, so that names and formats are there without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.errors import ConfigError
@@ -21,18 +22,24 @@ __all__ = ["KINDS", "ModelKind", "kind_of", "kind_of_format"]
 
 
 class ModelKind:
-    """Base of the kinds of models.
+    """A kind of model.
 
     Attributes:
         name: the field of config.json that describes the model, and `kind=` of `pretrained.load`.
         noun: for messages, with `article` before it.
         used_by: purifiers and recipes that take it, for messages.
+        base_class, saved_class, builder, judged_by: "module:name" of the class that purifiers take, of the one that
+            can be saved, of what builds that back from `config`, and of what `judge` calls.
     """
 
     name: str
     noun: str
     article: str = "a"
     used_by: str
+    base_class: str
+    saved_class: str
+    builder: str
+    judged_by: str
 
     @property
     def format(self) -> str:
@@ -41,29 +48,28 @@ class ModelKind:
 
     @property
     def words(self) -> str:
-        """The noun with its article."""
         return f"{self.article} {self.noun}"
 
     @property
     def load_argument(self) -> str:
-        """What `pretrained.load(path, ...)` takes beside the path to read one, for cards."""
+        """The argument of `pretrained.load(path, ...)` that reads one, for cards."""
         return f', kind="{self.name}"'
 
     def base(self) -> type[nn.Module]:
-        """The class that purifiers take."""
-        raise NotImplementedError
+        cls: type[nn.Module] = resolve_name(self.base_class)
+        return cls
 
     def saved(self) -> type[nn.Module]:
-        """The class that can be saved, with its name for messages."""
-        return self.base()
+        cls: type[nn.Module] = resolve_name(self.saved_class)
+        return cls
 
     def config(self, model: Any) -> dict[str, Any]:
-        """The model as JSON, without its weights."""
+        """Describe the model as JSON, without its weights."""
         raise NotImplementedError
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a model back, with new weights, from what `config` gave."""
-        raise NotImplementedError
+        return resolve_name(self.builder)(config)
 
     def network(self, model: Any) -> nn.Module:
         """The module whose weights are stored."""
@@ -73,46 +79,30 @@ class ModelKind:
         raise NotImplementedError
 
     def facts(self, model: Any) -> dict[str, str]:
-        """What is special about a model of this kind, as rows of its card."""
+        """List what is special about a model of this kind, as rows of its card."""
         raise NotImplementedError
 
     def describe(self, config: Mapping[str, Any]) -> str:
-        """The model in a few words, for `purifyloader models`, from what `config` gave.
-
-        Raises:
-            ConfigError: `config` cannot have given this.
-        """
+        """Describe a model in a few words from what `config` gave; `ConfigError` if it cannot have given this."""
         return self.words
 
     def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
         """Measure whether a converted model does what it should, on uint8 images that `images` describes."""
-        raise NotImplementedError
+        judged: Plausibility = resolve_name(self.judged_by)(model, images_NCHW, images)
+        return judged
 
 
 class DenoiserKind(ModelKind):
-    name = "denoiser"
-    noun = "denoiser"
+    name = noun = "denoiser"
     used_by = "Diffuse and DenoiseOnce: recipes.eclipse, denoise_once and puregen_ddpm"
     load_argument = ""
-
-    def base(self) -> type[nn.Module]:
-        from purifyloader.diffusion.denoiser import Denoiser
-
-        return Denoiser
-
-    def saved(self) -> type[nn.Module]:
-        from purifyloader.diffusion.denoiser import NetworkDenoiser
-
-        return NetworkDenoiser
+    base_class = "purifyloader.diffusion.denoiser:Denoiser"
+    saved_class = "purifyloader.diffusion.denoiser:NetworkDenoiser"
+    builder = "purifyloader.diffusion.denoiser:denoiser_from_config"
+    judged_by = "purifyloader.pretrained.plausibility:judge_denoiser"
 
     def config(self, model: Any) -> dict[str, Any]:
-        config: dict[str, Any] = model.config()
-        return config
-
-    def build(self, config: Mapping[str, Any]) -> Any:
-        from purifyloader.diffusion.denoiser import denoiser_from_config
-
-        return denoiser_from_config(config)
+        return dict(model.config())
 
     def network(self, model: Any) -> nn.Module:
         network: nn.Module = model.network
@@ -139,31 +129,18 @@ class DenoiserKind(ModelKind):
             raise ConfigError(f"sigma_range must be [low, high]. Got {config.get('sigma_range')!r}.") from None
         return f"for noise from {low:.2g} to {high:.0f} px"
 
-    def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
-        from purifyloader.pretrained.plausibility import judge_denoiser
-
-        return judge_denoiser(model, images_NCHW, images)
-
 
 class EnergyKind(ModelKind):
     name = "energy"
     noun = "energy model"
     article = "an"
     used_by = "Langevin and EnergyAbove: recipes.puregen_ebm and puregen_filt"
-
-    def base(self) -> type[nn.Module]:
-        from purifyloader.energy.network import EnergyNetwork
-
-        return EnergyNetwork
+    base_class = saved_class = "purifyloader.energy.network:EnergyNetwork"
+    builder = "purifyloader.energy.network:energy_from_config"
+    judged_by = "purifyloader.pretrained.plausibility:judge_energy"
 
     def config(self, model: Any) -> dict[str, Any]:
-        config: dict[str, Any] = model.describe()
-        return config
-
-    def build(self, config: Mapping[str, Any]) -> Any:
-        from purifyloader.energy.network import energy_from_config
-
-        return energy_from_config(config)
+        return dict(model.describe())
 
     def network(self, model: Any) -> nn.Module:
         network: nn.Module = model
@@ -179,21 +156,16 @@ class EnergyKind(ModelKind):
             "Image channels": f"{model.config.image_channels}",
         }
 
-    def judge(self, model: Any, images_NCHW: Tensor, images: str) -> Plausibility:
-        from purifyloader.pretrained.plausibility import judge_energy
-
-        return judge_energy(model, images_NCHW, images)
-
 
 KINDS: dict[str, ModelKind] = {kind.name: kind for kind in (DenoiserKind(), EnergyKind())}
 """The kinds of models by name."""
 
 
 def kind_of(model: Any) -> ModelKind | None:
-    """The kind of a model in memory; None for what is no model."""
+    """Return the kind of a model in memory; None for what is no model."""
     return next((kind for kind in KINDS.values() if isinstance(model, kind.base())), None)
 
 
 def kind_of_format(format: Any) -> ModelKind | None:
-    """The kind whose format config.json names; None for no format of this library."""
+    """Return the kind whose format config.json names; None for no format of this library."""
     return next((kind for kind in KINDS.values() if kind.format == format), None)

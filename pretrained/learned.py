@@ -1,7 +1,7 @@
 """Tell which images a model learned from: by the hash of every image's pixels, its own and those of its ancestors.
 
-The one answer for every command that measures something. Hashes and not indices or names, because a set may have been
-copied, cut, renamed or put in another order. A checkpoint's config.json has them as `image_hashes`.
+Hashes and not indices or names, because a set may have been copied, cut, renamed or put in another order. A
+checkpoint's config.json has them as `image_hashes`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Hashes = NDArray[np.uint64]
 
 
 def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a checkpoint, by name or folder, says of its training; {} where it says nothing."""
+    """Return the details of a checkpoint's training, by name or folder; {} where it has none."""
     try:
         return _details(read_config(find(model), None))
     except CheckpointError:  # a model from elsewhere, which `load` has taken all the same
@@ -62,9 +62,7 @@ def _details(config: Mapping[str, Any]) -> dict[str, Any]:
 def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and details of a model, of the model that its training started from, and so on.
 
-    Raises:
-        InputError: what a training started from is not found.
-        CheckpointError: no such model.
+    `InputError` where a model that a training started from is not found.
     """
     name: str = os.fspath(model)
     visited: set[str] = set()
@@ -95,19 +93,15 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Hashes:
-    """Return the hashes of all images that a model learned from, those of the models before it included.
+    """Return the hashes of all images that a model and its ancestors learned from: uint64 (N,), each once, rising.
 
     Args:
         model: name, folder or hub id, of a denoiser or an energy model.
         size: (H, W) of the images that these will be compared with. A model that learned from images resized to
-            another size is then refused: it cannot be told whether they are the same. None compares nothing.
-
-    Returns:
-        uint64 (N,), of `purifyloader.files.hashes.image_hashes`, each once, rising.
+            another size is then refused, as it cannot be told whether they are the same. None compares nothing.
 
     Raises:
-        InputError: the model does not say; it learned from images that were resized to another size; or what its
-            training started from is not found.
+        InputError: the model does not say, it learned from images of another size, or an ancestor is not found.
         CheckpointError: no such model.
     """
     parts = []
@@ -141,8 +135,8 @@ class Learned:
     """The images that some models learned from, as far as their checkpoints tell.
 
     Attributes:
-        hashes: of `image_hashes`, of the images as they were trained on.
-        sides: that images were resized to for training, where they were: an image is compared at each of them too.
+        hashes: of the images as they were trained on.
+        sides: that images were resized to for training: an image is compared at each of them too.
         channels: of the images that the models take; a grey image is compared as they see it.
         doubtful: indices of the dataset that a model may have learned from, as far as numbers go.
         silent: the models that do not say, or not all.
@@ -155,10 +149,9 @@ class Learned:
     silent: tuple[str, ...] = ()
 
     def has(self, sample: Any, size: int | None = None) -> bool:
-        """Tell whether a model learned from the image of a sample: as it is, or as it was resized for training.
+        """Tell whether a model learned from the image of a sample, as it is or as it was resized for training.
 
         Args:
-            sample: an image, or a tuple or dict with one.
             size: side that the image is resized to where it is measured; that image is looked for too.
         """
         if not self.hashes:
@@ -189,16 +182,13 @@ def learned_images(
     """Find out, as far as can be told, what these models learned from, to compare the images of a dataset with it.
 
     A checkpoint with `image_hashes` tells all. An older one names indices, and perhaps one hash of all those images
-    together: where the images of `dataset` at these indices have that hash, or where it is the named torchvision
-    dataset that the checkpoint names and as long, they are what the model learned from, and each of them is hashed.
-    The same length alone may be chance, or the same data with JPEG or resized images that come out otherwise here.
+    together. Where `dataset` has that hash at these indices, or is the named torchvision dataset of the checkpoint and
+    as long, its images there are hashed. The same length alone may be chance, or the same data with JPEG or resized
+    images that come out otherwise here.
 
     Args:
-        models: names or folders.
-        dataset: map-style.
-        spec: what the command line calls the dataset, as `open_dataset` takes it.
+        spec: names the dataset, as `open_dataset` takes it.
         channels: of the images that the models take.
-        progress: show a bar.
     """
     hashes: set[int] = set()
     sides: set[int] = set()
@@ -261,7 +251,7 @@ def _recovered(
 
 
 def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:
-    """Refuse a result that would not be honest, where an image is in two sets.
+    """Raise `InputError` where an image is in two sets, which would make a result dishonest.
 
     Args:
         train: hashes of the training images: of the clean ones, and of what a poison made of them.
@@ -270,9 +260,6 @@ def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -
 
     Returns:
         how many images of each were compared.
-
-    Raises:
-        InputError: an image is in two sets. The message names which, and how many.
     """
     sets: dict[str, frozenset[int]] = {
         "the training set": _distinct(train),

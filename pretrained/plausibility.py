@@ -44,13 +44,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plausibility:
-    """The measurements of a converted model, and what speaks against the conversion.
+    """Measurements of a converted model.
 
     Attributes:
-        images: what they were, and how many.
+        images: describes and counts the images.
         rows: of a denoiser, one a noise level.
         energy: of an energy model, the share of images whose energy rises when noise is added.
-        warnings: sentences; none where nothing speaks against it.
+        warnings: sentences that speak against the conversion.
     """
 
     images: str
@@ -74,7 +74,7 @@ class Plausibility:
 
 
 def dead_leaves(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:
-    """Images of overlapping shaded discs, uint8 (count, channels, size, size), the same for the same arguments."""
+    """Draw overlapping shaded discs, uint8 (count, channels, size, size), the same for the same arguments."""
     discs = 100
     keys = noise.image_keys(seed, 0, range(count))
     draw = noise.uniform(keys, (discs, 8))  # x, y, radius, brightness, shading, direction, hue, hue
@@ -101,7 +101,7 @@ def dead_leaves(count: int, size: int, channels: int = 3, seed: int = 0) -> Tens
 
 
 def levels(sigma_range: tuple[float, float]) -> list[float]:
-    """Noise levels to try, in image units: the usual ones in the range, or three spread over it."""
+    """Choose noise levels to try, in image units: the usual ones in the range, or three spread over it."""
     low, high = sigma_range
     usual = [px / 255 for px in _LEVELS_PX if low <= px / 255 <= high]
     if len(usual) >= 2:
@@ -110,7 +110,7 @@ def levels(sigma_range: tuple[float, float]) -> list[float]:
 
 
 def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], batch_size: int = 8) -> list[Row]:
-    """PSNR, with peak 1 and both images clamped to [0, 1], before and after one network call.
+    """Measure PSNR, with peak 1 and both images clamped to [0, 1], before and after one network call.
 
     Args:
         images_NCHW: uint8, clean.
@@ -125,13 +125,7 @@ def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], ba
 
 
 def judge_denoiser(denoiser: NetworkDenoiser, images_NCHW: Tensor, images: str) -> Plausibility:
-    """Measure whether a denoiser denoises.
-
-    Args:
-        denoiser: the converted one.
-        images_NCHW: uint8, clean, of the kind it was trained on.
-        images: what they are, in words.
-    """
+    """Measure whether a denoiser denoises clean uint8 images, which `images` describes."""
     rows = measure(denoiser, images_NCHW, levels(denoiser.sigma_range))
     found = Plausibility(f"{len(images_NCHW)} {images}", rows)
     if bad := [row for row in rows if not row.gain >= _GAIN_DB]:
@@ -146,13 +140,7 @@ def judge_denoiser(denoiser: NetworkDenoiser, images_NCHW: Tensor, images: str) 
 
 @torch.no_grad()
 def judge_energy(network: EnergyNetwork, images_NCHW: Tensor, images: str) -> Plausibility:
-    """Measure whether noise raises the energy, as it must for Langevin steps to remove any.
-
-    Args:
-        network: the converted one.
-        images_NCHW: uint8, clean, of the kind it was trained on.
-        images: what they are, in words.
-    """
+    """Measure whether noise raises the energy, as it must for Langevin steps to remove any."""
     clean = images_NCHW.float() / 255
     noised = clean + _ENERGY_PX / 255 * noise.normal(noise.image_keys(0, 0, range(len(clean))), clean.shape[1:])
     share = float((network(noised) > network(clean)).float().mean())

@@ -50,9 +50,6 @@ def available(kind: str | None = None) -> list[str]:
     Args:
         kind: only the models of this kind, "denoiser" or "energy"; None for all.
 
-    Raises:
-        InputError: no such kind.
-
     >>> from purifyloader import pretrained
     >>> pretrained.available("energy")
     ['cifar10-energy']
@@ -72,8 +69,7 @@ def available(kind: str | None = None) -> list[str]:
 def is_local(name_or_path: str | os.PathLike[str]) -> bool:
     """Tell whether `find` would take this from this machine: a name that ships, or a folder that is there.
 
-    It asks nobody and reads nothing, so it says what may be done with a name that a stranger wrote into a file. What
-    is in the folder is for `find` and `load` to say.
+    It asks nobody and reads nothing, so it is safe for a name that a stranger wrote into a file.
     """
     return isinstance(name_or_path, str | os.PathLike) and _local(name_or_path) is not None
 
@@ -87,14 +83,8 @@ def _local(name_or_path: str | os.PathLike[str]) -> Path | None:
 def find(name_or_path: str | os.PathLike[str]) -> Path:
     """Find the checkpoint folder that a shipped name, a path or a hub id stands for.
 
-    A shipped name comes before a folder of that name in the working directory (write `./name` for the
-    folder), and a folder `owner/name` before the repository `owner/name` on the hub, which is downloaded: a warning
-    says so first.
-
-    Raises:
-        InputError: neither a string nor a path.
-        CheckpointError: no such name, folder or repository, a file instead of a folder, files of another
-            format, or a hub that cannot be reached.
+    A shipped name comes before a folder of that name in the working directory (write `./name` for the folder), and a
+    folder `owner/name` before that repository on the hub, which is downloaded after a warning.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(f"A model is given by its name or by a path to its folder. Got {type(name_or_path).__name__}.")
@@ -124,14 +114,10 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def check_not_foreign(folder: Path, config: Any = None) -> None:
-    """A folder with somebody else's model gets an error about that, not about a missing file or field.
+    """Raise `CheckpointError` about somebody else's model, and how to convert it, not about a missing file or field.
 
     Args:
-        folder: it is no checkpoint of this library.
-        config: its config.json, where that is JSON; None to look.
-
-    Raises:
-        CheckpointError: what the folder holds, and how to convert it.
+        config: the folder's config.json, where that is JSON; None to look.
     """
     if config is None:
         try:
@@ -151,11 +137,11 @@ def check_not_foreign(folder: Path, config: Any = None) -> None:
 
 
 def foreign(names: list[str], config: Any) -> tuple[str, str] | None:
-    """What the files of a folder or repository are when they are not of this library, and their format.
+    """Recognise the files of a folder or repository that are not of this library: a description, and their format.
 
     Args:
         names: of the files; below the folder with their path.
-        config: what its config.json says, None where there is none.
+        config: content of its config.json, None where there is none.
     """
     fields = config if isinstance(config, dict) else {}
     if "model_index.json" in names or "_class_name" in fields or "unet" in names or "unet/config.json" in names:
@@ -168,7 +154,7 @@ def foreign(names: list[str], config: Any) -> tuple[str, str] | None:
 
 
 def _from_hub(hub_id: str) -> Path:
-    """The checkpoint at `hub_id`, downloaded or from the hub's own cache: config.json first, which is small."""
+    """Download the checkpoint, or take it from the hub's own cache: config.json first, which is small."""
     repository, revision = hub.parse(hub_id)
     hub.warn(hub_id)
     folder = hub.download(repository, revision, [CONFIG_FILE])

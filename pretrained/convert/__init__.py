@@ -3,8 +3,8 @@
     openai, diffusers, score_sde, energy   pure mappings: from names and shapes to a network
     pickles                                weights out of files, without running what they hold
 
-What a file does not say about itself comes from a preset, from settings, or from both, settings first. Nothing is
-guessed: what nobody says is an error that lists it.
+What a file does not say comes from a preset, from settings, or from both, settings first. Nothing is guessed: an error
+lists what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.energy import convert_energy
 from purifyloader.pretrained.convert.pickles import read_file, state_dict
-from purifyloader.pretrained.kinds import kind_of
+from purifyloader.pretrained.kinds import ModelKind, kind_of
 from purifyloader.pretrained.plausibility import Plausibility, dead_leaves
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES, listed
 
@@ -45,8 +45,8 @@ class Format:
     """A layout of checkpoints that others publish.
 
     Attributes:
-        words: what it is, for people.
-        settings: the class of what its files do not say; None where they say everything.
+        words: describes it, for people.
+        settings: class of the settings that its files do not hold; None where they hold everything.
         presets: such settings by the name of what was published.
         preset: the one that is taken where none is given.
         licences: of each preset, where it is known.
@@ -65,26 +65,23 @@ class Format:
     @property
     def takes(self) -> list[str]:
         """The settings that can be given."""
-        return [f.name for f in fields(self.settings) if f.name != "source"] if self.settings is not None else []
+        return [] if self.settings is None else [f.name for f in fields(self.settings) if f.name != "source"]
 
     @property
     def needs(self) -> list[str]:
         """The settings without a default."""
-        if self.settings is None:
-            return []
-        return [f.name for f in fields(self.settings) if f.default is MISSING and f.default_factory is MISSING]
+        return [] if self.settings is None else [f.name for f in fields(self.settings) if f.default is MISSING]
 
 
-def _openai(words: str, wanted: Callable[[str, str], bool], preset: str | None = None) -> Format:
-    presets = {name: its for name, its in openai.PRESETS.items() if wanted(name, its.source)}
-    licence = "MIT or Apache-2.0, that of the code it was published with" if preset is not None else _MIT
+def _openai(format: str, words: str, licence: str = _MIT, preset: str | None = None) -> Format:
+    presets = {name: values for name, values in openai.PRESETS.items() if values.source.lower().startswith(format)}
     return Format(words, openai.OpenAISettings, presets, preset, dict.fromkeys(presets, licence))
 
 
 FORMATS: dict[str, Format] = {
-    "improved-diffusion": _openai("a state dict", lambda name, source: source.startswith("improved-diffusion")),
-    "guided-diffusion": _openai("a state dict", lambda name, source: source.startswith("guided-diffusion")),
-    "eclipse": _openai("the EMA file", lambda name, source: name.startswith("eclipse"), "eclipse-cifar10"),
+    "improved-diffusion": _openai("improved-diffusion", "a state dict"),
+    "guided-diffusion": _openai("guided-diffusion", "a state dict"),
+    "eclipse": _openai("eclipse", "the EMA file", _MIT.replace("MIT", "MIT or Apache-2.0"), "eclipse-cifar10"),
     "diffusers": Format(
         "a folder with a UNet2DModel, or a pipeline with one",
         diffusers.DiffusersSettings,
@@ -101,10 +98,10 @@ class _Source:
     """Where weights come from: a file, or the files of a folder or a repository."""
 
     name: str  # never a path
-    commit: str | None
     weights: Path
-    config: Path | None
-    scheduler: Path | None
+    config: Path | None = None
+    scheduler: Path | None = None
+    commit: str | None = None
 
     def provenance(self) -> dict[str, Any]:
         used = [path for path in (self.weights, self.config, self.scheduler) if path is not None]
@@ -131,18 +128,18 @@ def convert(
 
     Args:
         source: a file (.pt, .pth, .bin, .safetensors), a folder, or the id of a repository on the hub, which is
-            downloaded where there is no folder of that name, after a warning that says so.
+            downloaded where there is no folder of that name, after a warning.
         out: the folder that `pretrained.load` will read.
         format: a key of `FORMATS`.
         preset: the settings of what was published.
-        settings: by name, for what the preset does not say or says otherwise; see `Format.takes`. `schedule` may be a
-            `Schedule`, or its kind ("cosine", "linear") with `timesteps` beside it.
+        settings: by name (`Format.takes`), beside a preset or in its place. `schedule` may be a `Schedule`, or its kind
+            ("cosine", "linear") with `timesteps` beside it.
         key: the name below which the weights lie in the file, where that is not clear.
         file: which file of a folder or repository, where that is not clear.
         name: of the model (None: that of `out`).
         licence: of the weights, for the card.
         images: uint8 (N, C, H, W), clean, to see whether the result denoises; None takes synthetic ones.
-        images_are: what these are, in words.
+        images_are: describes them, in words.
         overwrite: replace a checkpoint that stands in `out`.
 
     Returns:
@@ -187,14 +184,14 @@ def convert(
         },
     }
     name = name or folder.resolve().name
-    checkpoint.save(model, folder, name=name, card=_card(name, model, details), details=details, overwrite=overwrite)
+    card = _card(name, kind, model, details)
+    checkpoint.save(model, folder, name=name, card=card, details=details, overwrite=overwrite)
     for warning in judged.warnings:
         log.warning("%s: %s", folder, warning)
     return judged
 
 
 def _check_out(folder: Path, overwrite: bool) -> None:
-    """Before anything is read, downloaded or measured."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"OUT must be a folder. Got the file {folder}. Give another one.")
     found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / name)]
@@ -208,66 +205,67 @@ def _check_out(folder: Path, overwrite: bool) -> None:
 # -- settings ----------------------------------------------------------------------------------------
 
 
-def option(setting: str) -> str:
-    """A setting as the command line names it."""
-    return "--" + setting.replace("_", "-")
+def _option(setting: str) -> str:
+    pairs = {"heads": "--heads or --head-channels", "schedule": "--schedule and --timesteps"}
+    return pairs.get(setting, f"--{setting.replace('_', '-')}")
 
 
 def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
     """The settings object of a format; None where it has none."""
-    its = FORMATS[format]
-    if preset is not None and preset not in its.presets:
-        known = ", ".join(its.presets) or "none: its files say everything"
+    layout = FORMATS[format]
+    if preset is not None and preset not in layout.presets:
+        known = ", ".join(layout.presets) or "none: its files say everything"
         raise InputError(f"The presets of {format} are: {known}. Got {preset!r}.")
-    base = its.presets[preset] if preset is not None else None
-    if "timesteps" in given and "timesteps" not in its.takes and "schedule" not in given:
-        # the kind of the preset's schedule, with another T
-        kind = getattr(base, "schedule", None)
-        if kind is None:
-            raise ConfigError(
-                f"{option('timesteps')} is the T of a schedule. Got {given['timesteps']!r} without "
-                f"{option('schedule')}: give it too."
-            )
-        given["schedule"] = kind.kind
-    if isinstance(given.get("schedule"), str) and "timesteps" not in its.takes:
-        given["schedule"] = _schedule(given["schedule"], given.pop("timesteps", None))
-    if unknown := sorted(set(given) - set(its.takes)):
-        known = ", ".join(map(option, its.takes)) or "none: its files say everything"
-        raise InputError(f"The settings of {format} are: {known}. Got {', '.join(map(option, unknown))}.")
-    if its.settings is None:
+    base = None if preset is None else layout.presets[preset]
+    if "timesteps" not in layout.takes:
+        _read_schedule(given, base)
+    if unknown := sorted(set(given) - set(layout.takes)):
+        known, got = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (layout.takes, unknown))
+        raise InputError(f"The settings of {format} are: {known or 'none: its files say everything'}. Got {got}.")
+    if layout.settings is None:
         return None
     if base is not None:
         # one of two that exclude each other replaces the other
         for one, other in (("heads", "head_channels"), ("head_channels", "heads")):
-            if given.get(one) is not None and other in its.takes and other not in given:
-                given[other] = None
+            if given.get(one) is not None and other in layout.takes:
+                given.setdefault(other, None)
         return replace(base, **given)
-    missing = [name for name in its.needs if name not in given]
-    if its.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(given):
+    missing = [name for name in layout.needs if name not in given]
+    if layout.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(given):
         missing.append("heads")
     if missing:
-        words = [option(name) + (" or --head-channels" if name == "heads" else "") for name in missing]
-        words = [word + (" and --timesteps" if word == "--schedule" else "") for word in words]
         raise ConfigError(
             f"A file of {format} does not say how its weights are to be read: give --preset "
-            f"({', '.join(its.presets)}), or what it was trained with. Got neither a preset nor {', '.join(words)}."
+            f"({', '.join(layout.presets)}), or what it was trained with. Got neither a preset nor "
+            f"{', '.join(map(_option, missing))}."
         )
-    return its.settings(**given)
+    return layout.settings(**given)
 
 
-def _schedule(kind: str, timesteps: int | None) -> Schedule:
-    kinds: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
-    if kind not in kinds:
-        raise ConfigError(f"--schedule must be one of {', '.join(kinds)}. Got {kind!r}.")
-    if timesteps is None:
+_SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
+
+
+def _read_schedule(given: dict[str, Any], base: Any) -> None:
+    """Put a `Schedule` in the place of its kind and T. T alone keeps the kind of the preset's."""
+    if "timesteps" in given and "schedule" not in given:
+        if (schedule := getattr(base, "schedule", None)) is None:
+            raise ConfigError(
+                f"--timesteps is the T of a schedule. Got {given['timesteps']!r} without --schedule: give it too."
+            )
+        given["schedule"] = schedule.kind
+    if not isinstance(kind := given.get("schedule"), str):
+        return
+    if kind not in _SCHEDULES:
+        raise ConfigError(f"--schedule must be one of {', '.join(_SCHEDULES)}. Got {kind!r}.")
+    if (timesteps := given.pop("timesteps", None)) is None:
         raise ConfigError(
             f"A schedule has a number of timesteps, T. Got --schedule {kind} alone: give --timesteps too."
         )
-    return kinds[kind](timesteps)
+    given["schedule"] = _SCHEDULES[kind](timesteps)
 
 
 def as_json(values: Any) -> dict[str, Any] | None:
-    """A settings object as JSON, without what it leaves open; None for a format without settings."""
+    """Describe a settings object as JSON, without what it leaves open; None for a format without settings."""
     if values is None:
         return None
     plain = {f.name: getattr(values, f.name) for f in fields(values)}
@@ -275,7 +273,7 @@ def as_json(values: Any) -> dict[str, Any] | None:
 
 
 def in_words(value: Any) -> str:
-    """A value of `as_json`, for people."""
+    """Describe a value of `as_json` for people."""
     if isinstance(value, Mapping):
         rest = ", ".join(f"{key} {inner}" for key, inner in value.items() if key != "kind")
         return f"{value['kind']} ({rest})"
@@ -294,41 +292,36 @@ def _find(source: str | Path, format: str, file: str | None) -> _Source:
     if path.is_file():
         if file is not None:
             raise InputError(f"--file names a file of a folder. Got the file {path} as SOURCE: leave --file out.")
-        if format == "diffusers":  # what says what it is lies beside it
+        if format == "diffusers":  # its configuration lies beside it
             return _find(path.parent, format, path.name)
-        return _Source(path.name, None, path, None, None)
+        return _Source(path.name, path)
     if path.is_dir():
-        names = sorted(
-            inner.relative_to(path).as_posix()
-            for pattern in ("*", "*/*")
-            for inner in path.glob(pattern)
-            if inner.is_file()
-        )
-        weights, config, scheduler = _choose(names, format, file, str(path))
-        noising = path / scheduler if scheduler is not None else None
+        inside = (inner for pattern in ("*", "*/*") for inner in path.glob(pattern) if inner.is_file())
+        names = sorted(inner.relative_to(path).as_posix() for inner in inside)
+        weights, config, scheduler = _in_folder(path, _choose(names, format, file, str(path)))
         beside = path.resolve().parent / "scheduler" / _SCHEDULER
-        if format == "diffusers" and noising is None and beside.is_file():  # the unet/ of a pipeline was given
-            noising = beside
-        describing = path / config if config is not None else None
-        return _Source(path.resolve().name, None, path / weights, describing, noising)
+        if format == "diffusers" and scheduler is None and beside.is_file():  # the unet/ of a pipeline was given
+            scheduler = beside
+        return _Source(path.resolve().name, weights, config, scheduler)
     if isinstance(source, str) and path.suffix.lower() not in (*_WEIGHTS, *PICKLES) and hub.is_hub_id(source):
         repository, revision = hub.parse(source)
         hub.warn(source)
-        names = hub.files(repository, revision)
-        chosen = _choose(names, format, file, source)
+        chosen = _choose(hub.files(repository, revision), format, file, source)
         folder = hub.download(repository, revision, [name for name in chosen if name is not None])
-        weights, config, scheduler = chosen
-        describing = folder / config if config is not None else None
-        noising = folder / scheduler if scheduler is not None else None
-        return _Source(repository, folder.name, folder / weights, describing, noising)
+        return _Source(repository, *_in_folder(folder, chosen), commit=folder.name)
     raise InputError(
         f"SOURCE must be a file ({', '.join(_WEIGHTS)}), a folder, or owner/name on the hub. Got {str(source)!r}, "
         "which is none of these. Check the path."
     )
 
 
+def _in_folder(folder: Path, chosen: tuple[str, str | None, str | None]) -> tuple[Path, Path | None, Path | None]:
+    config, scheduler = (None if name is None else folder / name for name in chosen[1:])
+    return folder / chosen[0], config, scheduler
+
+
 def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> tuple[str, str | None, str | None]:
-    """The weights, the configuration and the scheduler's among the files of a folder or repository."""
+    """Choose the weights, the configuration and the scheduler's among the files of a folder or repository."""
 
     def there(name: str) -> str | None:
         return name if name in names else None
@@ -377,7 +370,7 @@ _TRIED_PX = 128  # at most: what a network does with noise shows on a part of a 
 
 
 def _build(format: str, source: _Source, key: str | None, values: Any) -> tuple[NetworkDenoiser | EnergyNetwork, int]:
-    """The model, and a size of images to try it on."""
+    """Build the model; also a size of images to try it on."""
     read = read_file(source.weights)
     config = _read_json(source.config) if source.config is not None else None
     try:
@@ -429,7 +422,7 @@ def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tenso
 # -- the card ----------------------------------------------------------------------------------------
 
 
-def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[str, Any]) -> str:
+def _card(name: str, kind: ModelKind, model: NetworkDenoiser | EnergyNetwork, details: Mapping[str, Any]) -> str:
     converted = details["converted"]
     source, judged = converted["source"], converted["plausibility"]
     origin = f"`{source['name']}`" + (f" at commit `{source['commit']}`" if "commit" in source else "")
@@ -446,8 +439,6 @@ def _card(name: str, model: NetworkDenoiser | EnergyNetwork, details: Mapping[st
         if "source" in converted["settings"]:
             rows["These settings are from"] = converted["settings"]["source"]
     rows["Licence"] = converted["licence"] or "not stated: see where the file is from"
-    kind = kind_of(model)
-    assert kind is not None
     text = [
         f"# {name}",
         "",

@@ -1,33 +1,33 @@
 """A diffusers folder with a `UNet2DModel`: `config.json`, a state dict and, beside it, a scheduler's configuration.
 
-Nothing of diffusers is imported. Its configuration says what the network is; what the scheduler's does not say, or what
-no file of the folder says (PureGen's networks know t < 250 only), are `DiffusersSettings`.
+Nothing of diffusers is imported. Its configuration describes the network; what no file of the folder says (PureGen's
+networks know t < 250 only) are `DiffusersSettings`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from purifyloader.core.checks import check_choice
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet
 from purifyloader.errors import CheckpointError, ConfigError
 from purifyloader.pretrained.convert.mapping import (
+    Layout,
     Piece,
-    check_max_timestep,
+    check_schedule,
     copies,
     fill,
     make_denoiser,
     make_network,
     multipliers,
     places,
-    qkv_rows,
     tensors_only,
 )
 from purifyloader.pretrained.registry import listed
@@ -39,17 +39,13 @@ _WHAT = "A diffusers UNet2DModel"
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersSettings:
-    """What a folder does not say, or says somewhere else.
+    """Settings that a folder does not hold, or holds somewhere else.
 
     Args:
-        schedule: the noise schedule of its training, where there is no scheduler's configuration. Where there is one,
-            both must agree.
-        parameterization: what it predicts ("epsilon", "v", "x0"), in the same way.
+        schedule: the noise schedule of its training; where there is a scheduler's configuration, both must agree.
+        parameterization: "epsilon", "v" or "x0", in the same way.
         max_timestep: the last timestep it was trained on, counted from 1; None means all. Noise above it is refused.
         source: where these values are published, for people.
-
-    Raises:
-        ConfigError: a value that is none of these.
     """
 
     schedule: Schedule | None = None
@@ -58,13 +54,9 @@ class DiffusersSettings:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.schedule is not None and not isinstance(self.schedule, Schedule):
-            raise ConfigError(f"schedule must be a Schedule, such as LinearSchedule(1000). Got {self.schedule!r}.")
-        if self.parameterization is not None and self.parameterization not in PARAMETERIZATIONS:
-            raise ConfigError(
-                f"parameterization must be one of {sorted(PARAMETERIZATIONS)}. Got {self.parameterization!r}."
-            )
-        check_max_timestep(self.max_timestep, self.schedule)
+        check_schedule(self.schedule, self.max_timestep, none=True)
+        if self.parameterization is not None:
+            check_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
 
 
 PRESETS: dict[str, DiffusersSettings] = {
@@ -102,8 +94,10 @@ _DEFAULTS: dict[str, Any] = {
     "add_attention": True,
 }
 
-# what can be left as it is only; None stands for a missing or null value
+# the only values that this library's network can have; None stands for null
 _ONLY: dict[str, tuple[Any, ...]] = {
+    "downsample_padding": (0, 1),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "center_input_sample": (None, False),
     "time_embedding_type": (None, "positional"),
     "mid_block_type": ("UNetMidBlock2D",),
@@ -115,8 +109,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
 }
 
-# what does not change the network
-_IGNORED = ("sample_size", "num_train_timesteps")
+_KNOWN = {*_DEFAULTS, *_ONLY, "time_embedding_dim", "sample_size", "num_train_timesteps"}
 
 
 def denoiser_from_folder_parts(
@@ -125,21 +118,16 @@ def denoiser_from_folder_parts(
     state: Mapping[str, Tensor],
     settings: DiffusersSettings | None = None,
 ) -> NetworkDenoiser:
-    """A denoiser from the parts of a diffusers folder.
+    """Make a denoiser, in eval mode, frozen, float32 on the CPU, from a copy of the parts of a diffusers folder.
+
+    `CheckpointError` if it is of another class or has a setting that this library's network does not have; without a
+    schedule, or with one that contradicts the settings; or if tensors do not fit.
 
     Args:
         config: config.json, of a `UNet2DModel`.
         scheduler_config: scheduler_config.json; None where the folder has none, then `settings` must say the schedule.
         state: the weights, of any floating type, with today's names of the attention layers or those before 0.15
             (`query`, `key`, `value`, `proj_attn`).
-        settings: see `PRESETS`.
-
-    Returns:
-        in eval mode, frozen, float32, on the CPU, with a copy of the weights.
-
-    Raises:
-        CheckpointError: another class; a setting that this library's network does not have, named; no schedule, or one
-            that contradicts the settings; or tensors that do not fit the configuration, all of them named.
     """
     settings = settings or DiffusersSettings()
     schedule, parameterization = _reconcile(scheduler_config, settings)
@@ -153,18 +141,14 @@ def denoiser_from_folder_parts(
     network = make_network(ours, _WHAT)
     network = fill(network, _pieces(network), state, _WHAT)
     try:
-        check_max_timestep(settings.max_timestep, schedule)
+        check_schedule(schedule, settings.max_timestep)
     except ConfigError as error:
         raise CheckpointError(f"The folder's schedule does not go with the settings. {error}") from None
     return make_denoiser(network, parameterization, schedule, "timestep", settings.max_timestep)
 
 
 def schedule_from_scheduler(config: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """The schedule of a scheduler_config.json, and what its network predicts.
-
-    Raises:
-        CheckpointError: a scheduler without a table of betas, one of another form, or a prediction that is unknown.
-    """
+    """Read the schedule of a scheduler_config.json, and the parameterization of its network."""
     if not isinstance(config, Mapping) or not {"beta_schedule", "num_train_timesteps"} <= set(config):
         got = sorted(config) if isinstance(config, Mapping) else type(config).__name__
         raise CheckpointError(
@@ -211,12 +195,9 @@ def _reconcile(scheduler_config: Mapping[str, Any] | None, settings: DiffusersSe
         return settings.schedule, settings.parameterization or "epsilon"
     schedule, parameterization = schedule_from_scheduler(scheduler_config)
     differs = [
-        f"{name} {said!r} in the settings and {found!r} in scheduler_config.json"
-        for name, said, found in (
-            ("schedule", settings.schedule, schedule),
-            ("parameterization", settings.parameterization, parameterization),
-        )
-        if said is not None and said != found
+        f"{name} {wanted!r} in the settings and {of_folder!r} in scheduler_config.json"
+        for name, of_folder in (("schedule", schedule), ("parameterization", parameterization))
+        if (wanted := getattr(settings, name)) not in (None, of_folder)
     ]
     if differs:
         raise CheckpointError(
@@ -234,15 +215,34 @@ def _read_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "itself, which in a pipeline is its unet/; conditional and latent networks are not supported."
         )
     values = {**_DEFAULTS, **{name: config[name] for name in _DEFAULTS if name in config}}
-    refused = [
-        f"{name}={config[name]!r}" for name, allowed in _ONLY.items() if name in config and config[name] not in allowed
-    ]
-    known = {*_DEFAULTS, *_ONLY, *_IGNORED, "time_embedding_dim"}
-    refused += [
-        f"{name}={value!r} (unknown)"
-        for name, value in config.items()
-        if not name.startswith("_") and name not in known and value is not None
-    ]
+    _check_types(values)
+    if refused := list(_unsupported(config, values)):
+        raise CheckpointError(
+            f"{_WHAT} can be converted where its settings have their usual values. Got {listed(refused, 20)}: this "
+            "library's network does not have these. Give another checkpoint."
+        )
+    widths = values["block_out_channels"]
+    return {
+        "channels": widths[0],
+        "multipliers": multipliers(widths, widths[0]),
+        "blocks": values["layers_per_block"],
+        "attention_levels": tuple(i for i, kind in enumerate(values["down_block_types"]) if kind.startswith("Attn")),
+        "middle_attention": bool(values["add_attention"]),
+        "heads": 1,
+        "head_channels": values["attention_head_dim"],  # None: one head of all channels
+        "norm_groups": values["norm_num_groups"],
+        "norm_eps": values["norm_eps"],
+        "dropout": values["dropout"],
+        "image_channels": values["in_channels"],
+        "learned_variance": values["out_channels"] != values["in_channels"],
+        "scale_shift": values["resnet_time_scale_shift"] == "scale_shift",
+        "resample": ("conv-right", "conv")[values["downsample_padding"]],
+        "sines_first": not values["flip_sin_to_cos"],
+        "frequency_shift": values["freq_shift"],
+    }
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
     widths, downs, ups = (values[name] for name in ("block_out_channels", "down_block_types", "up_block_types"))
     lists = all(isinstance(v, list | tuple) for v in (widths, downs, ups))
     if not lists or not widths or not len(widths) == len(downs) == len(ups):
@@ -259,111 +259,80 @@ def _read_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{_WHAT} has whole numbers for {', '.join(integers)} and block_out_channels. Got {', '.join(bad)}."
         )
 
-    attends = [kind == "AttnDownBlock2D" for kind in downs]
-    refused += [f"down_block_types with {kind}" for kind in downs if kind not in ("DownBlock2D", "AttnDownBlock2D")]
-    refused += [f"up_block_types with {kind}" for kind in ups if kind not in ("UpBlock2D", "AttnUpBlock2D")]
-    if not refused and [kind == "AttnUpBlock2D" for kind in reversed(ups)] != attends:
-        refused.append(f"up_block_types={list(ups)!r}, which do not mirror down_block_types={list(downs)!r}")
-    if config.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        refused.append(f"time_embedding_dim={config['time_embedding_dim']!r} (it must be {4 * widths[0]})")
-    if values["attn_norm_num_groups"] not in (None, values["norm_num_groups"]):
-        refused.append(f"attn_norm_num_groups={values['attn_norm_num_groups']!r} other than norm_num_groups")
-    if values["downsample_padding"] not in (0, 1):
-        refused.append(f"downsample_padding={values['downsample_padding']!r}")
-    if (shift := values["resnet_time_scale_shift"]) not in ("default", "scale_shift"):
-        refused.append(f"resnet_time_scale_shift={shift!r}")
-    if shift == "scale_shift" and values["add_attention"] and values["attn_norm_num_groups"] is None:
-        refused.append(
-            "resnet_time_scale_shift='scale_shift' without attn_norm_num_groups (middle attention has no norm)"
-        )
+
+def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Name the settings that this library's network does not have."""
+    for name, value in config.items():
+        if name in _ONLY and value not in _ONLY[name]:
+            yield f"{name}={value!r}"
+        elif name not in _KNOWN and not name.startswith("_") and value is not None:
+            yield f"{name}={value!r} (unknown)"
+    downs, ups = values["down_block_types"], values["up_block_types"]
+    others = [
+        f"{way.lower()}_block_types with {kind}"
+        for way, kinds in (("Down", downs), ("Up", ups))
+        for kind in kinds
+        if kind not in (f"{way}Block2D", f"Attn{way}Block2D")
+    ]
+    yield from others
+    if not others and [kind.startswith("Attn") for kind in reversed(ups)] != [k.startswith("Attn") for k in downs]:
+        yield f"up_block_types={list(ups)!r}, which do not mirror down_block_types={list(downs)!r}"
+    embedding = 4 * values["block_out_channels"][0]
+    if config.get("time_embedding_dim") not in (None, embedding):
+        yield f"time_embedding_dim={config['time_embedding_dim']!r} (it must be {embedding})"
+    groups = values["attn_norm_num_groups"]
+    if groups not in (None, values["norm_num_groups"]):
+        yield f"attn_norm_num_groups={groups!r} other than norm_num_groups"
+    if values["resnet_time_scale_shift"] == "scale_shift" and values["add_attention"] and groups is None:
+        yield "resnet_time_scale_shift='scale_shift' without attn_norm_num_groups (middle attention has no norm)"
     if values["out_channels"] not in (values["in_channels"], 2 * values["in_channels"]):
-        refused.append(f"in_channels={values['in_channels']} with out_channels={values['out_channels']}")
-    if refused:
-        raise CheckpointError(
-            f"{_WHAT} can be converted where its settings have their usual values. Got {listed(refused, 20)}: this "
-            "library's network does not have these. Give another checkpoint."
-        )
-    head_channels = values["attention_head_dim"]
-    return {
-        "channels": widths[0],
-        "multipliers": multipliers(widths, widths[0]),
-        "blocks": values["layers_per_block"],
-        "attention_levels": tuple(level for level, attend in enumerate(attends) if attend),
-        "middle_attention": bool(values["add_attention"]),
-        "heads": 1,
-        "head_channels": head_channels,  # None: one head of all channels
-        "norm_groups": values["norm_num_groups"],
-        "norm_eps": values["norm_eps"],
-        "dropout": values["dropout"],
-        "image_channels": values["in_channels"],
-        "learned_variance": values["out_channels"] != values["in_channels"],
-        "scale_shift": shift == "scale_shift",
-        "resample": ("conv-right", "conv")[values["downsample_padding"]],
-        "sines_first": not values["flip_sin_to_cos"],
-        "frequency_shift": values["freq_shift"],
-    }
+        yield f"in_channels={values['in_channels']} with out_channels={values['out_channels']}"
 
 
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of attention layers before diffusers 0.15 to those after it."""
+    """Rename the attention layers from before diffusers 0.15 as they were after it."""
     pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
     return {pattern.sub(lambda m: f"{m[1]}{_RENAMED[m[2]]}.", name): tensor for name, tensor in state.items()}
 
 
-_RESIDUAL = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "embed": "time_emb_proj",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "skip": "conv_shortcut",
+_LAYOUT = Layout(
+    residual={
+        "norm1": "norm1",
+        "conv1": "conv1",
+        "embed": "time_emb_proj",
+        "norm2": "norm2",
+        "conv2": "conv2",
+        "skip": "conv_shortcut",
+    },
+    norm="group_norm",
+    qkv=("to_q", "to_k", "to_v"),
+    proj="to_out.0",
+    resample={"down": "downsamplers.0.conv", "up": "upsamplers.0.conv"},
+)
+_OUTSIDE = {
+    "stem": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
 }
 
 
 def _pieces(network: UNet) -> list[Piece]:
-    pieces = copies("stem", "conv_in", network.stem) + copies("norm_out", "conv_norm_out", network.norm_out)
-    pieces += copies("conv_out", "conv_out", network.conv_out)
-    for index, linear in ((0, "linear_1"), (2, "linear_2")):
-        pieces += copies(f"time_embed.{index}", f"time_embedding.{linear}", network.time_embed[index])
+    pieces = [piece for ours, theirs in _OUTSIDE.items() for piece in copies(ours, theirs, network.get_submodule(ours))]
     levels = len(network.config.multipliers)
     for place in places(network):
-        module, ours = place.module, place.ours
-        block, number = {
+        theirs, number = {
             "down": (f"down_blocks.{place.level}", place.block),
-            "middle": ("mid_block", 1 if ours == f"middle.{len(network.middle) - 1}" else 0),
+            "middle": ("mid_block", int(place.position == len(network.middle) - 1)),
             "up": (f"up_blocks.{levels - 1 - place.level}", place.block),
         }[place.side]
-        if isinstance(module, ResidualBlock):
-            for own, foreign in _RESIDUAL.items():
-                pieces += copies(f"{ours}.{own}", f"{block}.resnets.{number}.{foreign}", module.get_submodule(own))
-        elif isinstance(module, AttentionBlock):
-            pieces += _attention(ours, f"{block}.attentions.{number}", module)
-        else:
-            sampler = "downsamplers" if place.side == "down" else "upsamplers"
-            pieces += copies(ours, f"{block}.{sampler}.0", module)
+        if isinstance(place.module, ResidualBlock):
+            theirs += f".resnets.{number}"
+        elif isinstance(place.module, AttentionBlock):
+            theirs += f".attentions.{number}"
+        pieces += _LAYOUT.pieces(place, theirs)
     return pieces
-
-
-def _attention(ours: str, theirs: str, module: AttentionBlock) -> list[Piece]:
-    """Three linear layers instead of one convolution."""
-
-    def stack(*qkv: Tensor) -> Tensor:
-        return qkv_rows(torch.cat(qkv), module.heads)
-
-    c = module.norm.num_channels
-    kinds = ("to_q", "to_k", "to_v")
-    return [
-        *copies(f"{ours}.norm", f"{theirs}.group_norm", module.norm),
-        Piece(
-            f"{ours}.qkv.weight",
-            tuple(f"{theirs}.{kind}.weight" for kind in kinds),
-            (c, c),
-            lambda *qkv: stack(*qkv)[..., None, None],
-        ),
-        Piece(f"{ours}.qkv.bias", tuple(f"{theirs}.{kind}.bias" for kind in kinds), (c,), stack),
-        Piece(f"{ours}.proj.weight", (f"{theirs}.to_out.0.weight",), (c, c), lambda w: w[..., None, None]),
-        Piece(f"{ours}.proj.bias", (f"{theirs}.to_out.0.bias",), (c,), lambda b: b),
-    ]

@@ -1,30 +1,32 @@
-"""What the converters of networks share: from foreign names and shapes to a `UNet`'s state dict.
+"""Map foreign names and shapes to a `UNet`'s state dict: the part that the converters of networks share.
 
-A converter reads a `UNetConfig` off the foreign shapes, walks the network that this gives (`places`), says for each of
-its tensors where it comes from (`Piece`), and lets `fill` do the rest. `fill` compares everything before it copies
-anything, so that one message names all that does not fit.
+A converter reads a `UNetConfig` off the foreign shapes and names the foreign layers in a `Layout`, which says for each
+tensor of the network where it comes from (`Piece`). `fill` compares everything before it copies anything, so that one
+message names all that does not fit.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, Schedule
-from purifyloader.diffusion.unet import UNet, UNetConfig
+from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet, UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError
 from purifyloader.pretrained.registry import listed
 
 __all__ = [
+    "Layout",
     "Piece",
     "Place",
-    "check_max_timestep",
+    "check_schedule",
     "copies",
     "fill",
     "make_denoiser",
@@ -37,6 +39,8 @@ __all__ = [
     "trained_range",
     "unprefixed",
 ]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 FIRST_TRAINED = 1e-5
 """Where the continuous time of score_sde's training begins, as a share of its end."""
@@ -72,7 +76,7 @@ class Piece:
 
 
 def places(network: UNet) -> Iterator[Place]:
-    """The blocks of a network between stem and output, in the order in which they are computed."""
+    """Yield the blocks between stem and output, in the order in which they are computed."""
     per_level, levels = network.config.blocks + 1, len(network.config.multipliers)
     for side, stages in (("down", network.down), ("middle", [network.middle]), ("up", network.up)):
         for index, stage in enumerate(stages):
@@ -83,29 +87,94 @@ def places(network: UNet) -> Iterator[Place]:
 
 
 def copies(ours: str, theirs: str, module: nn.Module) -> list[Piece]:
-    """Weight and bias of a layer that both have in the same shape. A layer without weights gives nothing."""
+    """Copy weight and bias of a layer that both have in the same shape. A layer without weights gives nothing."""
     return [
         Piece(f"{ours}.{name}", (f"{theirs}.{name}",), tuple(tensor.shape), lambda tensor: tensor)
         for name, tensor in module.named_parameters()
     ]
 
 
+# a matrix (out, in): the shape in which a package stores it, and how to read it
+_MATRICES: dict[str, tuple[Callable[[int, int], tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
+    "linear": (lambda c_out, c_in: (c_out, c_in), lambda matrix: matrix),
+    "conv1d": (lambda c_out, c_in: (c_out, c_in, 1), lambda matrix: matrix[..., 0]),
+    "transposed": (lambda c_out, c_in: (c_in, c_out), lambda matrix: matrix.T),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Foreign names of a network's layers, by the names of `UNet`.
+
+    Attributes:
+        residual: layers of a residual block.
+        norm, qkv, proj: layers of an attention block; `qkv` is one, or one each for q, k and v.
+        resample: side "down" or "up" → the convolution that changes the resolution.
+        matrices: how matrices are stored, a key of `_MATRICES`, and `leaves` what weight and bias of these are called.
+        stacked: all of q, then k, then v; otherwise q, k, v of each head in turn, as `UNet` has them.
+        skip: a matrix that is the skip of a residual block; "" where that is a convolution in `residual`.
+    """
+
+    residual: Mapping[str, str]
+    norm: str
+    qkv: tuple[str, ...]
+    proj: str
+    resample: Mapping[str, str]
+    matrices: str = "linear"
+    leaves: tuple[str, str] = ("weight", "bias")
+    stacked: bool = True
+    skip: str = ""
+
+    def pieces(self, place: Place, theirs: str) -> list[Piece]:
+        """Say where the tensors of a block come from, whose foreign name is `theirs`."""
+        module, ours = place.module, place.ours
+        if isinstance(module, AttentionBlock):
+            return [
+                *copies(f"{ours}.norm", f"{theirs}.{self.norm}", module.norm),
+                *self._matrices(f"{ours}.qkv", theirs, self.qkv, module.qkv, module.heads if self.stacked else 1),
+                *self._matrices(f"{ours}.proj", theirs, (self.proj,), module.proj),
+            ]
+        if not isinstance(module, ResidualBlock):
+            conv, name = getattr(module, "conv", None), self.resample[place.side]
+            return [] if conv is None else copies(f"{ours}.conv", f"{theirs}.{name}", conv)
+        pieces: list[Piece] = []
+        for own, foreign in self.residual.items():
+            pieces += copies(f"{ours}.{own}", f"{theirs}.{foreign}", module.get_submodule(own))
+        if self.skip and isinstance(module.skip, nn.Conv2d):
+            pieces += self._matrices(f"{ours}.skip", theirs, (self.skip,), module.skip)
+        return pieces
+
+    def _matrices(
+        self, ours: str, theirs: str, layers: tuple[str, ...], conv: nn.Conv2d, heads: int = 1
+    ) -> list[Piece]:
+        """A 1 x 1 convolution of ours from linear layers of theirs, one after another along the output."""
+        stored_shape, read = _MATRICES[self.matrices]
+        weights, biases = (tuple(f"{theirs}.{layer}.{leaf}" for layer in layers) for leaf in self.leaves)
+        c_out = conv.out_channels // len(layers)
+
+        def weight(*parts: Tensor) -> Tensor:
+            return qkv_rows(torch.cat([read(part) for part in parts]), heads)[..., None, None]
+
+        return [
+            Piece(f"{ours}.weight", weights, stored_shape(c_out, conv.in_channels), weight),
+            Piece(f"{ours}.bias", biases, (c_out,), lambda *parts: qkv_rows(torch.cat(parts), heads)),
+        ]
+
+
 def multipliers(widths: Iterable[int], channels: int) -> tuple[float, ...]:
-    """Widths of levels over that of the first, whole numbers where they are whole."""
+    """Divide the widths of levels by that of the first; whole numbers stay whole."""
     return tuple(width // channels if width % channels == 0 else width / channels for width in widths)
 
 
 def qkv_rows(stacked: Tensor, heads: int) -> Tensor:
-    """From all of q, then k, then v, (3 * heads * c, ...), to q, k, v of each head in turn, as `UNet` has them."""
+    """Reorder all of q, then k, then v, (3 * heads * c, ...), to q, k, v of each head in turn, as `UNet` has them."""
+    if heads == 1:
+        return stacked
     return stacked.reshape(3, heads, -1, *stacked.shape[1:]).transpose(0, 1).reshape(stacked.shape)
 
 
 def tensors_only(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    """The state dict, `unprefixed`.
-
-    Raises:
-        CheckpointError: not a mapping of names to tensors, or an empty one.
-    """
+    """Return a state dict `unprefixed`, or raise `CheckpointError` unless it maps names to tensors."""
     if not isinstance(state, Mapping) or not state:
         got = "an empty one" if isinstance(state, Mapping) else type(state).__name__
         raise CheckpointError(f"{what} must be a mapping of names to tensors. Got {got}.")
@@ -120,7 +189,7 @@ def tensors_only(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
 
 
 def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what DataParallel and torch.compile put before every name, in either order."""
+    """Remove what DataParallel and torch.compile put before every name, in either order."""
     for prefix in ("module.", "_orig_mod.") * 2:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
@@ -128,12 +197,9 @@ def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_width(state: Mapping[str, Tensor], names: Iterable[str], what: str) -> int:
-    """The length on which most of the named tensors agree along their first axis.
+    """Read the length on which most of the named tensors agree along their first axis.
 
     More than one is asked, so that a single wrong tensor is found out by the others.
-
-    Raises:
-        CheckpointError: none of them is there.
     """
     names = list(names)
     lengths = Counter(state[name].shape[0] for name in names if name in state and state[name].ndim > 0)
@@ -146,11 +212,7 @@ def read_width(state: Mapping[str, Tensor], names: Iterable[str], what: str) -> 
 
 
 def make_network(config: Mapping[str, Any], what: str) -> UNet:
-    """A network without memory for its weights yet, which `fill` gives it.
-
-    Raises:
-        CheckpointError: no network can be built so.
-    """
+    """Build a network without memory for its weights yet, which `fill` gives it; `CheckpointError` if none can be."""
     try:
         with torch.device("meta"):
             return UNet(UNetConfig(**config))
@@ -161,17 +223,16 @@ def make_network(config: Mapping[str, Any], what: str) -> UNet:
         ) from None
 
 
-def fill(network: UNet, pieces: Sequence[Piece], state: Mapping[str, Tensor], what: str) -> UNet:
+def fill(network: Network, pieces: Sequence[Piece], state: Mapping[str, Tensor], what: str) -> Network:
     """Give a network its weights as float32, and set it to eval mode, frozen.
 
-    Raises:
-        CheckpointError: tensors are missing or left over, have another shape, are not floating or not finite. The
-            message names all of them.
+    `CheckpointError` names all tensors that are missing, left over, of another shape, not floating or not finite.
     """
     targets = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     assert sorted(piece.target for piece in pieces) == sorted(targets), "a converter must name each tensor once"
     expected = {source: piece.shape for piece in pieces for source in piece.sources}
     there = {name: state[name] for name in expected if name in state}
+    floating = {name: tensor for name, tensor in there.items() if tensor.is_floating_point()}
     complaints = {
         "missing": [f"{name} {expected[name]}" for name in expected if name not in state],
         "left over": [f"{name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected],
@@ -180,14 +241,8 @@ def fill(network: UNet, pieces: Sequence[Piece], state: Mapping[str, Tensor], wh
             for name, tensor in there.items()
             if tuple(tensor.shape) != expected[name]
         ],
-        "not of a floating type": [
-            f"{name} ({tensor.dtype})" for name, tensor in there.items() if not tensor.is_floating_point()
-        ],
-        "with NaN or infinity": [
-            name
-            for name, tensor in there.items()
-            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
-        ],
+        "not of a floating type": [f"{name} ({there[name].dtype})" for name in there if name not in floating],
+        "with NaN or infinity": [name for name in floating if not bool(floating[name].float().isfinite().all())],
     }
     if any(complaints.values()):
         got = "; ".join(f"{len(names)} {kind}: {listed(names, 20)}" for kind, names in complaints.items() if names)
@@ -205,7 +260,7 @@ def fill(network: UNet, pieces: Sequence[Piece], state: Mapping[str, Tensor], wh
 
 
 def trained_range(schedule: Schedule, max_timestep: float | None = None) -> tuple[float, float]:
-    """sigma of the first and the last timestep that a model was trained on, in image units."""
+    """Compute sigma of the first and the last timestep that a model was trained on, in image units."""
     first = FIRST_TRAINED * schedule.timesteps if isinstance(schedule, ContinuousVP) else 1
     last = schedule.timesteps if max_timestep is None else max_timestep
     return float(schedule.sigma(first)), float(schedule.sigma(last))
@@ -214,17 +269,23 @@ def trained_range(schedule: Schedule, max_timestep: float | None = None) -> tupl
 def make_denoiser(
     network: UNet, parameterization: str, schedule: Schedule, time: str, max_timestep: float | None
 ) -> NetworkDenoiser:
-    """A converted denoiser in eval mode, frozen, its range that of the timesteps it was trained on."""
+    """Wrap a converted network: in eval mode, frozen, its range that of the timesteps it was trained on."""
     denoiser = NetworkDenoiser(network, parameterization, trained_range(schedule, max_timestep), schedule, time)
     return denoiser.eval().requires_grad_(False)
 
 
-def check_max_timestep(max_timestep: Any, schedule: Schedule | None) -> None:
-    """Refuse a cap that leaves no range or lies beyond the schedule."""
+def check_schedule(schedule: Any, max_timestep: Any, *, none: bool = False) -> None:
+    """Raise `ConfigError` unless this is a schedule, and a cap or None that leaves a range and lies within it.
+
+    Args:
+        none: allow no schedule too.
+    """
+    if not isinstance(schedule, Schedule) and not (none and schedule is None):
+        raise ConfigError(f"schedule must be a Schedule, such as LinearSchedule(1000). Got {schedule!r}.")
     if max_timestep is None:
         return
     number = isinstance(max_timestep, int | float) and not isinstance(max_timestep, bool)
-    high = float("inf") if schedule is None else schedule.timesteps
+    high = math.inf if schedule is None else schedule.timesteps
     if not number or not 1 < max_timestep <= high:
         raise ConfigError(
             f"max_timestep must be above 1 and at most the schedule's {high:g}, or None for all of it. "

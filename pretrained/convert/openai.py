@@ -1,7 +1,7 @@
 """The state dicts of improved-diffusion (arXiv:2102.09672) and guided-diffusion (arXiv:2105.05233).
 
-Both packages save the bare state dict of one network. What it is, is read off its shapes. What they do not say are
-`OpenAISettings`, with presets for what was published, ECLIPSE's checkpoint among it.
+Both packages save the bare state dict of one network, whose configuration is read off its shapes. `OpenAISettings` has
+the rest, with presets of what was published, ECLIPSE's checkpoint among it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any
 
 from torch import Tensor
 
+from purifyloader.core.checks import check_choice, check_flag, check_integer
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
-from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet
+from purifyloader.diffusion.unet import UNet
 from purifyloader.errors import CheckpointError, ConfigError
 from purifyloader.pretrained.convert.mapping import (
+    Layout,
     Piece,
-    check_max_timestep,
+    check_schedule,
     copies,
     fill,
     make_denoiser,
     make_network,
     multipliers,
     places,
-    qkv_rows,
     read_width,
     tensors_only,
 )
@@ -40,24 +41,19 @@ _WHAT = "An improved-diffusion or guided-diffusion state dict"
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAISettings:
-    """What a state dict of improved-diffusion or guided-diffusion does not say.
+    """Settings that a state dict of improved-diffusion or guided-diffusion does not hold.
 
     Args:
-        schedule: the noise schedule of its training, `CosineSchedule(4000)` for example (`diffusion_steps`,
-            `noise_schedule`).
-        rescale_timesteps: whether timesteps were given to the network on the scale 0..1000.
+        schedule: the noise schedule of its training (`diffusion_steps`, `noise_schedule`).
+        rescale_timesteps: timesteps were given to the network on the scale 0..1000.
         qkv_order: "heads-first", each head's q, k and v together (improved-diffusion, and guided-diffusion by default),
             or "channels-first", all of q, then k, then v (`use_new_attention_order`).
-        heads: attention heads in each layer (`num_heads`); either these or `head_channels`.
-        head_channels: width of a head (`num_head_channels`).
-        parameterization: what it predicts; "x0" where it was trained with `predict_xstart`.
+        heads, head_channels: attention heads in each layer (`num_heads`), or the width of one (`num_head_channels`).
+        parameterization: "x0" where it was trained with `predict_xstart`.
         norm_groups: groups of the normalisations; 32 in both packages.
         dropout: of its training; it acts only when training goes on.
         max_timestep: the last timestep it was trained on, counted from 1; None means all.
         source: where these values are published, for people.
-
-    Raises:
-        ConfigError: a value that is none of these, or both or neither of heads and head_channels.
     """
 
     schedule: Schedule
@@ -72,26 +68,17 @@ class OpenAISettings:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule):
-            raise ConfigError(f"schedule must be a Schedule, such as CosineSchedule(4000). Got {self.schedule!r}.")
-        if not isinstance(self.rescale_timesteps, bool):
-            raise ConfigError(f"rescale_timesteps must be True or False. Got {self.rescale_timesteps!r}.")
-        if self.qkv_order not in QKV_ORDERS:
-            raise ConfigError(f"qkv_order must be one of {list(QKV_ORDERS)}. Got {self.qkv_order!r}.")
+        check_schedule(self.schedule, self.max_timestep)
+        check_flag("rescale_timesteps", self.rescale_timesteps)
+        check_choice("qkv_order", self.qkv_order, QKV_ORDERS)
         if (self.heads is None) == (self.head_channels is None):
             raise ConfigError(
                 "Give heads or head_channels, one of them: the weights do not say. "
                 f"Got heads={self.heads}, head_channels={self.head_channels}."
             )
         for name in ("heads", "head_channels", "norm_groups"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name} must be a positive integer. Got {value!r}.")
-        if self.parameterization not in PARAMETERIZATIONS:
-            raise ConfigError(
-                f"parameterization must be one of {sorted(PARAMETERIZATIONS)}. Got {self.parameterization!r}."
-            )
-        check_max_timestep(self.max_timestep, self.schedule)
+            check_integer(name, getattr(self, name), 1, none=name != "norm_groups")
+        check_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
 
 
 _IMPROVED = OpenAISettings(
@@ -129,21 +116,10 @@ PRESETS: dict[str, OpenAISettings] = {
 
 
 def denoiser_from_state(state: Mapping[str, Tensor], settings: OpenAISettings) -> NetworkDenoiser:
-    """A denoiser from a state dict of improved-diffusion or guided-diffusion, EMA or not.
+    """Make a denoiser, in eval mode, frozen, float32 on the CPU, from a copy of such a state dict, EMA or not.
 
-    Widths, levels, blocks, where it attends, how it changes resolution, how the time enters, and whether it learned
-    the variance are read off names and shapes.
-
-    Args:
-        state: names to tensors, of any floating type; DataParallel's `module.` is taken off.
-        settings: what the names and shapes do not say; see `PRESETS`.
-
-    Returns:
-        in eval mode, frozen, float32, on the CPU, with a copy of the weights.
-
-    Raises:
-        CheckpointError: not such a state dict; one of a network that is conditional on classes or on smaller images, or
-            of a classifier; or tensors that do not fit one another, all of them named.
+    Widths, levels, blocks, attention, resampling, how the time enters and whether it learned the variance are read off
+    names and shapes. `CheckpointError` if it is of another network, or conditional, or tensors do not fit.
     """
     state = tensors_only(state, _WHAT)
     network = make_network(_read_config(state, settings), _WHAT)
@@ -168,12 +144,15 @@ def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[
     def width(*names: str) -> int:
         return read_width(state, names, _WHAT)
 
-    def block_width(stage: int) -> int:
-        block = f"input_blocks.{stage}.0"
-        return width(*(f"{block}.{leaf}" for leaf in ("out_layers.0.weight", "out_layers.0.bias", "in_layers.2.bias")))
+    def stage(level: int, block: int) -> str:
+        return f"input_blocks.{1 + level * (blocks + 1) + block}"
+
+    def block_width(level: int) -> int:
+        leaves = ("out_layers.0.weight", "out_layers.0.bias", "in_layers.2.bias")
+        return width(*(f"{stage(level, 0)}.0.{leaf}" for leaf in leaves))
 
     blocks, levels, resample = _read_levels(state)
-    widths = [block_width(1 + level * (blocks + 1)) for level in range(levels)]
+    widths = [block_width(level) for level in range(levels)]
     channels, rest = divmod(width("time_embed.0.weight", "time_embed.0.bias", "time_embed.2.bias"), 4)
     if rest or not channels:
         raise CheckpointError(f"{_WHAT} has a time embedding of four times its channels. Got {4 * channels + rest}.")
@@ -191,11 +170,7 @@ def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[
     attended = (
         level
         for level in range(levels)
-        if any(
-            name.startswith(f"input_blocks.{1 + level * (blocks + 1) + block}.1.")
-            for block in range(blocks)
-            for name in state
-        )
+        if any(name.startswith(f"{stage(level, block)}.1.") for block in range(blocks) for name in state)
     )
     embedded = width("input_blocks.1.0.emb_layers.1.weight", "input_blocks.1.0.emb_layers.1.bias")
     return {
@@ -216,7 +191,7 @@ def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[
 
 
 def _read_levels(state: Mapping[str, Tensor]) -> tuple[int, int, str]:
-    """Blocks a level, levels, and how their resolution changes.
+    """Read the blocks of a level, the number of levels, and how their resolution changes.
 
     The way up has levels * (blocks + 1) stages. The last stage of each level but the full resolution's ends in what
     doubles the resolution; where that has no weights, the stages of the way down without weights halve it.
@@ -241,50 +216,32 @@ def _read_levels(state: Mapping[str, Tensor]) -> tuple[int, int, str]:
     return period - 1, up_stages // period, resample
 
 
-_RESIDUAL = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "embed": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "skip": "skip_connection",
-}
+_LAYOUT = Layout(
+    residual={
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "embed": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+    },
+    norm="norm",
+    qkv=("qkv",),
+    proj="proj_out",
+    resample={"down": "op", "up": "conv"},
+    matrices="conv1d",
+)
+_OUTSIDE = {"stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2", "time_embed": "time_embed"}
 
 
 def _pieces(network: UNet, settings: OpenAISettings) -> list[Piece]:
-    pieces = copies("stem", "input_blocks.0.0", network.stem) + copies("norm_out", "out.0", network.norm_out)
-    pieces += copies("conv_out", "out.2", network.conv_out) + copies("time_embed", "time_embed", network.time_embed)
+    layout = replace(_LAYOUT, stacked=settings.qkv_order == "channels-first")
+    pieces = [piece for ours, theirs in _OUTSIDE.items() for piece in copies(ours, theirs, network.get_submodule(ours))]
     for place in places(network):
-        module, ours = place.module, place.ours
         theirs = {
             "down": f"input_blocks.{place.stage + 1}.{place.position}",
             "middle": f"middle_block.{place.position}",
             "up": f"output_blocks.{place.stage}.{place.position}",
         }[place.side]
-        if isinstance(module, ResidualBlock):
-            for own, foreign in _RESIDUAL.items():
-                pieces += copies(f"{ours}.{own}", f"{theirs}.{foreign}", module.get_submodule(own))
-        elif isinstance(module, AttentionBlock):
-            pieces += copies(f"{ours}.norm", f"{theirs}.norm", module.norm)
-            pieces += _attention(ours, theirs, module, settings.qkv_order)
-        else:
-            name = "op" if place.side == "down" else "conv"
-            pieces += [
-                piece for child in module.children() for piece in copies(f"{ours}.conv", f"{theirs}.{name}", child)
-            ]
+        pieces += layout.pieces(place, theirs)
     return pieces
-
-
-def _attention(ours: str, theirs: str, module: AttentionBlock, qkv_order: str) -> list[Piece]:
-    """Their convolutions are over one axis, N pixels."""
-
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor if qkv_order == "heads-first" else qkv_rows(tensor, module.heads)
-
-    c = module.norm.num_channels
-    return [
-        Piece(f"{ours}.qkv.weight", (f"{theirs}.qkv.weight",), (3 * c, c, 1), lambda w: rows(w)[..., None]),
-        Piece(f"{ours}.qkv.bias", (f"{theirs}.qkv.bias",), (3 * c,), rows),
-        Piece(f"{ours}.proj.weight", (f"{theirs}.proj_out.weight",), (c, c, 1), lambda w: w[..., None]),
-        Piece(f"{ours}.proj.bias", (f"{theirs}.proj_out.bias",), (c,), lambda b: b),
-    ]

@@ -1,7 +1,7 @@
 """Weights out of files that others wrote: safetensors, and pickles without running what they hold.
 
 A pickle is a program. torch's reader for weights (`weights_only=True`) runs none of it: it knows tensors,
-numbers, strings and containers, and stops at anything else. What it stops at is named in the error, from the
+numbers, strings and containers, and stops at anything else. The error names what it stops at, from the
 text of the pickle, which is only looked at.
 """
 
@@ -41,7 +41,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "modul
 
 
 def read_file(path: Path) -> Any:
-    """What a file of weights holds, on the CPU: for safetensors a dict of tensors, for a pickle whatever it is.
+    """Read a file of weights to the CPU: for safetensors a dict of tensors, for a pickle whatever it is.
 
     Args:
         path: .safetensors, or a file of torch.save of any version (.pt, .pth, .bin, .ckpt).
@@ -49,7 +49,7 @@ def read_file(path: Path) -> Any:
     Raises:
         InputError: no such file.
         CheckpointError: it is empty, damaged, cut short or no file of weights, or it needs more than tensors and
-            plain values: then what it wants is named, and nothing of it was run.
+            plain values: then these are named, and nothing of it was run.
     """
     if not path.is_file():
         raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")
@@ -99,7 +99,7 @@ def _read_pickle(path: Path, head: bytes) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """An archive of torch.save, every byte of it: torch itself does not look at the checksums."""
+    """Check an archive of torch.save, every byte of it: torch itself does not look at the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -154,7 +154,7 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
 
 
 def _wanted(path: Path) -> Iterator[str]:
-    """Every global that the pickles in a file name, in order, as far as they can be read. Runs nothing."""
+    """Yield every global that the pickles in a file name, in order, as far as they can be read. Runs nothing."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -194,16 +194,13 @@ def _globals(file: BinaryIO | Any) -> Iterator[str]:
 
 
 def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The weights by name out of what a file held.
+    """Find the weights by name in what `read_file` returned.
+
+    A dict of tensors is taken as it is, or the only one below a usual name (`state_dict`, `model`, `ema`, ...).
 
     Args:
-        read: of `read_file`. A dict of tensors is taken as it is; where they lie below one of the usual
-            names (`state_dict`, `model`, `ema`, ...) and only one does, that is taken.
         path: for messages.
         key: the name below which they lie, with dots for one in another.
-
-    Raises:
-        CheckpointError: no weights there, or several and `key` does not say which; the message names the keys.
     """
     what = path.name
     if key is not None:

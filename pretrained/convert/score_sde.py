@@ -1,8 +1,8 @@
 """score_sde's DDPM++ networks of the variance-preserving SDE (arXiv:2011.13456), as DiffPure uses them.
 
 A file is `{model, ema: {shadow_params, ...}, optimizer, step}`. The EMA weights, which are the ones to use, are a list
-without names, in the order of the network's parameters. What the network is, is read off their shapes; what these do
-not say are `ScoreSDESettings`.
+without names, in the order of the network's parameters, and the configuration is read off their shapes;
+`ScoreSDESettings` has the rest.
 
 Its output is the noise: the score is minus the output over the noise's standard deviation. Its time is a label of 999 t
 with t in (0, 1]. In this library t counts to `timesteps` instead, so that DiffPure's t = 0.1 is 100 of 1000.
@@ -15,16 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from purifyloader.core.checks import check_flag, check_integer, check_number
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, LinearSchedule, Schedule
-from purifyloader.diffusion.unet import AttentionBlock, Downsample, ResidualBlock, UNet, Upsample
-from purifyloader.errors import CheckpointError, ConfigError
+from purifyloader.diffusion.unet import AttentionBlock, UNet
+from purifyloader.errors import CheckpointError
 from purifyloader.pretrained.convert.mapping import (
+    Layout,
     Piece,
-    check_max_timestep,
+    Place,
+    check_schedule,
     copies,
     fill,
     make_denoiser,
@@ -42,7 +44,9 @@ _WHAT = "A score_sde list of shadow_params"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSDESettings:
-    """What a list of score_sde's EMA parameters does not say.
+    """Settings that a list of score_sde's EMA parameters does not hold.
+
+    FIR filters (`model.fir`) have no parameters and must be off.
 
     Args:
         beta_min, beta_max: of the variance-preserving SDE, for t from 0 to 1.
@@ -54,11 +58,6 @@ class ScoreSDESettings:
         dropout: of its training; it acts only when training goes on.
         max_timestep: the last timestep it was trained on; None means all.
         source: where these values are published, for people.
-
-    FIR filters (`model.fir`) have no parameters and must be off.
-
-    Raises:
-        ConfigError: a value that is none of these.
     """
 
     beta_min: float
@@ -72,52 +71,34 @@ class ScoreSDESettings:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("continuous", "skip_rescale"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False. Got {value!r}.")
-        for name in ("beta_min", "beta_max"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ConfigError(f"{name} must be a number. Got {value!r}.")
-        if not 0 < self.beta_min < self.beta_max:
-            raise ConfigError(
-                f"The SDE needs 0 < beta_min < beta_max. Got beta_min={self.beta_min}, beta_max={self.beta_max}."
-            )
-        for name in ("timesteps", "norm_groups"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ConfigError(f"{name} must be a positive integer. Got {value!r}.")
-        check_max_timestep(self.max_timestep, self.schedule)
+        check_flag("continuous", self.continuous)
+        check_flag("skip_rescale", self.skip_rescale)
+        check_number("beta_min", self.beta_min, above=0)
+        check_number("beta_max", self.beta_max, above=self.beta_min)
+        check_integer("timesteps", self.timesteps, 1)
+        check_integer("norm_groups", self.norm_groups, 1)
+        check_schedule(self.schedule, self.max_timestep)
 
     @property
     def schedule(self) -> Schedule:
         """alpha(t) = exp(-(beta_max - beta_min) t^2/4 - beta_min t/2), or the table of its discrete form."""
         if self.continuous:
             return ContinuousVP(self.timesteps, -(self.beta_max - self.beta_min) / 4, -self.beta_min / 2)
-        first, last = self.beta_min / self.timesteps, self.beta_max / self.timesteps
         if (self.timesteps, self.beta_min, self.beta_max) == (1000, 0.1, 20):
             return LinearSchedule(1000)
-        return LinearSchedule(self.timesteps, first, last)
+        return LinearSchedule(self.timesteps, self.beta_min / self.timesteps, self.beta_max / self.timesteps)
 
 
-_DDPMPP = ScoreSDESettings(
-    beta_min=0.1,
-    beta_max=20.0,
-    continuous=True,
-    skip_rescale=True,
-    dropout=0.1,
-    source="score_sde_pytorch, configs/vp/cifar10_ddpmpp_deep_continuous.py and default_cifar10_configs.py",
-)
+_COMMON = "default_cifar10_configs.py"
+_DDPMPP = ScoreSDESettings(beta_min=0.1, beta_max=20.0, continuous=True, skip_rescale=True, dropout=0.1)
 
 PRESETS: dict[str, ScoreSDESettings] = {
-    "score-sde-ddpmpp-cifar10-deep": _DDPMPP,
-    "score-sde-ddpmpp-cifar10": replace(
-        _DDPMPP, source="score_sde_pytorch, configs/vp/cifar10_ddpmpp_continuous.py and default_cifar10_configs.py"
-    ),
-    "score-sde-ddpmpp-cifar10-discrete": replace(
-        _DDPMPP,
-        continuous=False,
-        source="score_sde_pytorch, configs/vp/cifar10_ddpmpp.py and default_cifar10_configs.py",
-    ),
+    name: replace(_DDPMPP, continuous=continuous, source=f"score_sde_pytorch, configs/vp/{file}.py and {_COMMON}")
+    for name, continuous, file in (
+        ("score-sde-ddpmpp-cifar10-deep", True, "cifar10_ddpmpp_deep_continuous"),
+        ("score-sde-ddpmpp-cifar10", True, "cifar10_ddpmpp_continuous"),
+        ("score-sde-ddpmpp-cifar10-discrete", False, "cifar10_ddpmpp"),
+    )
 }
 """Settings of what was published. DiffPure's CIFAR-10 model is the deep one."""
 
@@ -125,20 +106,15 @@ PRESETS: dict[str, ScoreSDESettings] = {
 def denoiser_from_shadow(
     params: Sequence[Tensor], model_state: Mapping[str, Any] | None, settings: ScoreSDESettings
 ) -> NetworkDenoiser:
-    """A denoiser from score_sde's EMA parameters.
+    """Make a denoiser, in eval mode, frozen, float32 on the CPU, from a copy of score_sde's EMA parameters.
+
+    `CheckpointError` if it is no such list, a network with Fourier features of the noise, progressive growing or no
+    time (NCSN++ and the variance-exploding ones), or tensors do not fit.
 
     Args:
         params: `file["ema"]["shadow_params"]`, of any floating type.
-        model_state: `file["model"]`, whose names and shapes are then compared with the list; its weights, which are
-            not averaged, are not used.
-        settings: what the shapes do not say; see `PRESETS`.
-
-    Returns:
-        in eval mode, frozen, float32, on the CPU, with a copy of the weights.
-
-    Raises:
-        CheckpointError: not such a list; a network with Fourier features of the noise, progressive growing or no time
-            (NCSN++ and the variance-exploding ones); or tensors that do not fit one another, all of them named.
+        model_state: `file["model"]`, whose names and shapes are compared with the list; its weights are no averages and
+            are not used.
     """
     if not isinstance(params, list | tuple) or not params or not all(isinstance(p, Tensor) for p in params):
         several = isinstance(params, list | tuple)
@@ -147,7 +123,7 @@ def denoiser_from_shadow(
         raise CheckpointError(f"{_WHAT} must be a list of tensors, ['ema']['shadow_params'] of the file. Got {got}.")
     config, ddpm_blocks = _read_config([tuple(p.shape) for p in params], settings)
     network = make_network(config, _WHAT)
-    pieces, names = _pieces(network, ddpm_blocks)
+    pieces, names = _pieces(network, _DDPM if ddpm_blocks else _BIGGAN)
     left_over = [f"shadow_params[{i}]" for i in range(len(names), len(params))]
     if model_state is not None:
         _compare(params, tensors_only(model_state, "score_sde's model state"))
@@ -157,7 +133,7 @@ def denoiser_from_shadow(
 
 
 def _compare(params: Sequence[Tensor], model_state: Mapping[str, Tensor]) -> None:
-    """The model's own parameters must be the list's, shape by shape. `sigmas` is a buffer."""
+    """Compare the shapes of the model's own parameters with the list. `sigmas` is a buffer."""
     model = {name: tuple(tensor.shape) for name, tensor in model_state.items() if name != "sigmas"}
     differ = [
         f"{name} (model {shape}, shadow_params[{i}] {tuple(param.shape)})"
@@ -176,7 +152,7 @@ Shape = tuple[int, ...]
 
 
 def _tokens(shapes: Sequence[Shape]) -> list[tuple[str, int, int, int]]:
-    """Modules between stem and output as (kind, channels in, channels out, dimensions of the skip's weight).
+    """Read the modules between stem and output as (kind, channels in, channels out, dimensions of the skip's weight).
 
     A parameter of one axis begins a normalisation: with a 3 x 3 convolution and a dense layer after it, it is a
     residual block, with a square matrix attention. A convolution by itself changes the resolution. The list ends
@@ -208,7 +184,7 @@ def _tokens(shapes: Sequence[Shape]) -> list[tuple[str, int, int, int]]:
 
 
 def _read_config(shapes: Sequence[Shape], settings: ScoreSDESettings) -> tuple[dict[str, Any], bool]:
-    """The configuration, and whether its blocks are DDPM's (skips are matrices), not BigGAN's (1 x 1 convolutions)."""
+    """Read the configuration; True where blocks are DDPM's (skips are matrices), not BigGAN's (1 x 1 convolutions)."""
     first, stem = shapes[0], shapes[4] if len(shapes) > 4 else ()
     if len(first) == 2 and first[0] == 2 * first[1]:
         raise CheckpointError(
@@ -267,62 +243,33 @@ def _read_config(shapes: Sequence[Shape], settings: ScoreSDESettings) -> tuple[d
     return config, ddpm_blocks
 
 
-def _pieces(network: UNet, ddpm_blocks: bool) -> tuple[list[Piece], list[str]]:
-    """Where each tensor comes from, and the names of score_sde's parameters in their order."""
-    modules: list[tuple[nn.Module, str]] = [
-        (network.time_embed[0], "time_embed.0"),
-        (network.time_embed[2], "time_embed.2"),
-    ]
-    modules += [(network.stem, "stem"), *((place.module, place.ours) for place in places(network))]
-    modules += [(network.norm_out, "norm_out"), (network.conv_out, "conv_out")]
+_RESIDUAL = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "embed": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
+_BIGGAN = Layout(
+    residual={**_RESIDUAL, "skip": "Conv_2"},
+    norm="GroupNorm_0",
+    qkv=("NIN_0", "NIN_1", "NIN_2"),  # with one head of all channels
+    proj="NIN_3",
+    resample={"down": "Conv_0", "up": "Conv_0"},
+    matrices="transposed",
+    leaves=("W", "b"),
+)
+_DDPM = replace(_BIGGAN, residual=_RESIDUAL, skip="NIN_0")
+
+
+def _pieces(network: UNet, layout: Layout) -> tuple[list[Piece], list[str]]:
+    """Say where each tensor comes from; also the names of score_sde's parameters in their order."""
+    modules: list[str | Place] = ["time_embed.0", "time_embed.2", "stem", *places(network), "norm_out", "conv_out"]
     pieces: list[Piece] = []
     names: list[str] = []
-    for number, (module, ours) in enumerate(modules):
+    for number, module in enumerate(modules):
         theirs = f"all_modules.{number}"
-        if isinstance(module, AttentionBlock):
-            new = _attention(ours, theirs, module)
-            norm = [f"{theirs}.GroupNorm_0.{leaf}" for leaf in ("weight", "bias")]
-            names += [*norm, *(f"{theirs}.NIN_{i}.{leaf}" for i in range(4) for leaf in "Wb")]
+        if isinstance(module, Place):
+            new = layout.pieces(module, theirs)
         else:
-            if isinstance(module, ResidualBlock):
-                new = _residual(ours, theirs, module, ddpm_blocks)
-            elif isinstance(module, Downsample | Upsample):
-                new = copies(f"{ours}.conv", f"{theirs}.Conv_0", module.get_submodule("conv"))
-            else:
-                new = copies(ours, theirs, module)
-            names += [source for piece in new for source in piece.sources]
+            new = copies(module, theirs, network.get_submodule(module))
+        sources = [source for piece in new for source in piece.sources]
+        if isinstance(module, Place) and isinstance(module.module, AttentionBlock):
+            sources.sort(key=lambda name: name.split(".")[2])  # layer by layer, not all weights of q, k, v first
         pieces += new
+        names += sources
     return pieces, names
-
-
-def _residual(ours: str, theirs: str, module: ResidualBlock, ddpm_blocks: bool) -> list[Piece]:
-    layers = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "embed": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1"}
-    pieces = []
-    for own, foreign in layers.items():
-        pieces += copies(f"{ours}.{own}", f"{theirs}.{foreign}", module.get_submodule(own))
-    if not ddpm_blocks:
-        return pieces + copies(f"{ours}.skip", f"{theirs}.Conv_2", module.skip)
-    if isinstance(module.skip, nn.Conv2d):
-        c_out, c_in = module.skip.out_channels, module.skip.in_channels
-        pieces += [
-            Piece(f"{ours}.skip.weight", (f"{theirs}.NIN_0.W",), (c_in, c_out), _convolution),
-            Piece(f"{ours}.skip.bias", (f"{theirs}.NIN_0.b",), (c_out,), lambda b: b),
-        ]
-    return pieces
-
-
-def _attention(ours: str, theirs: str, module: AttentionBlock) -> list[Piece]:
-    """Four matrices (in, out): q, k, v with one head of all channels, and the output."""
-    c = module.norm.num_channels
-    weights, biases = (tuple(f"{theirs}.NIN_{i}.{leaf}" for i in range(4)) for leaf in "Wb")
-    return [
-        *copies(f"{ours}.norm", f"{theirs}.GroupNorm_0", module.norm),
-        Piece(f"{ours}.qkv.weight", weights[:3], (c, c), lambda *qkv: torch.cat([_convolution(w) for w in qkv])),
-        Piece(f"{ours}.qkv.bias", biases[:3], (c,), lambda *qkv: torch.cat(qkv)),
-        Piece(f"{ours}.proj.weight", weights[3:], (c, c), _convolution),
-        Piece(f"{ours}.proj.bias", biases[3:], (c,), lambda b: b),
-    ]
-
-
-def _convolution(matrix: Tensor) -> Tensor:
-    return matrix.T[..., None, None]

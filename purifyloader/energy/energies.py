@@ -15,7 +15,7 @@ __all__ = ["image_energies"]
 
 @torch.no_grad()
 def image_energies(energy: EnergyNetwork, x_BCHW: Tensor, compute_batch: int = 32) -> Tensor:
-    """Compute the energy of each image, in the network's own unit (PureGen divides it by a temperature).
+    """Compute the energy of each image, float32 (B,), in the network's own unit (PureGen divides it by a temperature).
 
     On one kind of device and version of torch it is a function of (weights, `compute_batch`, image).
 
@@ -23,9 +23,6 @@ def image_energies(energy: EnergyNetwork, x_BCHW: Tensor, compute_batch: int = 3
         energy: in float32, on the device of the images.
         x_BCHW: float images in [0, 1].
         compute_batch: images of every network call.
-
-    Returns:
-        float32 (B,).
 
     Raises:
         InputError: images that the network does not take.

@@ -1,8 +1,8 @@
 """Give each image one number by PureGen's energy network, a residual one (Bhat et al. 2024, arXiv:2405.18627).
 
-Shape suffixes: B batch, C channels, H height, W width. The network is the discriminator of SNGAN (Miyato et
-al. 2018, arXiv:1802.05957, Table 4a) without spectral normalisation and with the mean over pixels where that
-has their sum. Nothing in it normalises, so the energy of an image depends on no other image.
+The network is the discriminator of SNGAN (Miyato et al. 2018, arXiv:1802.05957, Table 4a) without spectral
+normalisation and with the mean over pixels where that has their sum. Nothing in it normalises, so the energy of an
+image depends on no other image.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ class EnergyConfig:
     Args:
         channels: width of every block.
         image_channels: channels of the image, 3 for RGB.
-
-    Raises:
-        ConfigError: either is no positive integer.
 
     >>> from purifyloader.energy import EnergyConfig
     >>> EnergyConfig(channels=4).to_dict()
@@ -86,12 +83,12 @@ class EnergyBlock(nn.Module):
 class EnergyNetwork(nn.Module):
     """`network(x_BCHW) -> energy_B`, low where an image looks like those it was trained on.
 
-    Images are float in [0, 1], neither clamped nor refused outside (Langevin steps leave the range); inside,
-    the network sees [-1, 1]. The energy has no unit and no zero: only differences count, and PureGen divides
-    them by a temperature of 1e-4. It has no part that behaves otherwise in training than in evaluation.
+    Images are float in [0, 1], neither clamped nor refused outside (Langevin steps leave the range); inside, the
+    network sees [-1, 1]. The energy has no unit and no zero: only differences count, and PureGen divides them by a
+    temperature of 1e-4. Training and evaluation mode are the same.
 
-    Any height and width from 4 pixels. Where they are not multiples of 4 the last rows and columns count for
-    less, as in the published network.
+    Any height and width from 4 pixels. Where they are not multiples of 4 the last rows and columns count for less, as
+    in the published network.
 
     Args:
         config: the shape.
@@ -133,11 +130,7 @@ class EnergyNetwork(nn.Module):
         return {"network": {"kind": "resnet", **self.config.to_dict()}, **own}
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Compute the energies of images (B, C, H, W).
-
-        Raises:
-            InputError: another number of channels or dimensions, a height or width below 4, or integers.
-        """
+        """Compute the energies of images (B, C, H, W); `InputError` for other channels, integers, or sides below 4."""
         channels = self.config.image_channels
         if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels or min(x_BCHW.shape[2:]) < _SIZE_MIN:
             raise InputError(
@@ -155,11 +148,7 @@ class EnergyNetwork(nn.Module):
 
 
 def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:
-    """Build the network that `EnergyNetwork.describe` described, with new weights.
-
-    Raises:
-        ConfigError: it does not say a network of a known kind.
-    """
+    """Build the network that `EnergyNetwork.describe` described, with new weights."""
     network = config.get("network") if isinstance(config, Mapping) else None
     if not isinstance(network, Mapping) or (kind := network.get("kind")) != "resnet":
         got = repr(kind) if isinstance(network, Mapping) else type(network).__name__

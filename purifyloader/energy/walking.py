@@ -28,7 +28,7 @@ TEMPERATURE = 1e-4
 """PureGen's: the number that an energy is divided by."""
 
 FAR = 10.0
-"""Image units from the middle grey: no image is out there, and a walk that is has run away."""
+"""Image units from the middle grey: no image is out there, and a walk that gets there has run away."""
 
 Energy = Callable[[Tensor], Tensor]
 """`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""
@@ -77,7 +77,6 @@ def walk(
     Args:
         energy: see `Energy`.
         x_BCHW: float images in [0, 1], or from an earlier walk.
-        steps: how many.
         noise: `noise(step)` gives standard normals like `x_BCHW` for the steps 0, 1, ...; None walks downhill without.
         step_size: s, in image units.
         temperature: T.

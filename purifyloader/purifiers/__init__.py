@@ -1,15 +1,14 @@
-"""Wash a poison out of a batch of images: what can be done to it, and how to compose it.
+"""Wash a poison out of a batch of images: the purifiers, and how to compose them.
 
-A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. Images of many sizes go
-through `purify_images`; `Resize` and `Tiles` bring them to one. The pixels of an image are a function of
-(weights, configuration, seed, image) alone. Kernels pick their arithmetic by batch size, so every network
-call is padded to a fixed `compute_batch`; noise is a function of the image's seed (`purifyloader.core.noise`); a
-composition gives each stage, repetition and tile a child seed. What must look at the whole dataset is a plan
-(`purifyloader.purified.plans`), made once; the purifier that has it is again a function of one image.
+A purifier is `purifier(x_BCHW, seeds_B) -> x_BCHW`: frozen, stateless, float32. Images of many sizes go through
+`purify_images`; `Resize` and `Tiles` bring them to one. The pixels of an image are a function of (weights,
+configuration, seed, image) alone: every network call is padded to a fixed `compute_batch`, since kernels pick their
+arithmetic by batch size; noise is a function of the image's seed (`purifyloader.core.noise`); a composition gives each
+stage, repetition and tile a child seed. A statement about the whole dataset is made once, by a plan
+(`purifyloader.purified.plans`); the purifier that has it is again a function of one image.
 
-Every purifier says itself as JSON (`to_json`) and is built back from it (`from_json`) through a closed
-table of names. Plugins add theirs under the entry point group `purifyloader.purifiers`: the README of this folder
-shows one.
+`to_json` describes a purifier and `from_json` builds it back through a closed table of names. Plugins add theirs under
+the entry point group `purifyloader.purifiers`: the README of this folder shows one.
 """
 
 from __future__ import annotations

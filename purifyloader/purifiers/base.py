@@ -1,4 +1,4 @@
-"""Check the calls of all purifiers and conditions, and say them as JSON: the two base classes."""
+"""The base classes of purifiers and conditions: they check calls, and describe themselves as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
-"""Version of the JSON that purifiers say themselves in."""
+"""Version of the JSON that describes purifiers."""
 
 NOISE_BEFORE = "put DenoiseOnce, or another that begins with noise, before it."
 """The advice that ends the reason why a purifier has no certificate: see `Purifier.noise_first`."""
@@ -42,7 +42,7 @@ _NO_IDENTITY = ("name", "planned")
 class Resolver(Protocol):
     """Finds the model that a configuration's entry (name, weights_sha256) means.
 
-    The entry stands under the key "denoiser" or "energy", and that is the kind of model asked for.
+    The entry stands under the key "denoiser" or "energy", which is its `kind`.
     """
 
     def __call__(self, entry: Mapping[str, Any], kind: str = "denoiser") -> Any: ...
@@ -56,8 +56,7 @@ class Purifier(nn.Module):
         seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
 
     Returns:
-        float32 images, nominally in [0, 1] and not clamped; of the same shape, for all purifiers but
-        `Resize` (`output_shape` says which).
+        float32 images, nominally in [0, 1] and not clamped, of the same shape for all purifiers but `Resize`.
 
     Raises:
         InputError: another type, shape or range, NaN, or seeds that do not match the batch.
@@ -94,10 +93,9 @@ class Purifier(nn.Module):
         return UNKNOWN_FIRST
 
     def in_order(self) -> Iterator[Purifier]:
-        """What is done to an image, in order: the purifier itself, or the stages inside it.
+        """Yield what is done to an image, in order: the purifier itself, or the stages inside it; a repetition once.
 
-        A repetition counts once, for what the first has not done, no other does. As `noise_first`, it is not believed
-        of a subclass.
+        As `noise_first`, it is not believed of a subclass.
         """
         yield self
 
@@ -111,10 +109,7 @@ class Purifier(nn.Module):
         return cls(**values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
-        """Purify checked float32 input; values may leave [0, 1] between stages.
-
-        The images keep their shape, unless `output_shape` says otherwise.
-        """
+        """Purify checked float32 input; values may leave [0, 1] between stages."""
         raise NotImplementedError
 
     def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
@@ -127,23 +122,18 @@ class Purifier(nn.Module):
         return out
 
     def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
-        """Find the first condition inside that has no plan yet, and the images as they come to it.
-
-        Args:
-            images: checked float32 (C, H, W), as `run_images` takes them.
-
-        Returns:
-            None where nothing inside needs a plan.
-        """
+        """Find the first condition inside that has no plan yet, and the images as they come to it; None for none."""
         return None
 
     def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The shape (C, H, W) in which an image of `shape` comes out: the same, unless a `Resize` is inside."""
+        """Return the shape (C, H, W) in which an image of `shape` comes out: the same, unless a `Resize` is inside."""
         return shape
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the pixels: the configuration without names, which are for people, and without plans,
-        which are functions of the rest and of the source."""
+        """Return the part of the configuration that decides the pixels.
+
+        Names are for people, and plans follow from the rest and the source.
+        """
         identity = _deciding(self.config())
         assert isinstance(identity, dict)
         return identity
@@ -168,20 +158,16 @@ class Purifier(nn.Module):
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
         """Purify images of different sizes at once: each is, bit for bit, what the purifier makes of it alone.
 
-        Images of one shape are one batch; a purifier with a network pads each shape's to `compute_batch`,
-        so many sizes are cheap only where a `Resize` (with a crop) or `Tiles` makes them one.
-
-        Memory: all images, their results and, with `Tiles`, all their tiles are held at the same time,
-        beside the network's own for `compute_batch` images. Give a data set in batches. Images of one shape
-        may come back as views of one tensor.
+        Images of one shape are one batch; a purifier with a network pads each shape's to `compute_batch`, so many sizes
+        are cheap only where a `Resize` (with a crop) or `Tiles` makes them one. All images, results and tiles are held
+        in memory at once: give a data set in batches. Images of one shape may come back as views of one tensor.
 
         Args:
             images: float (C, H, W) in [0, 1], of any sizes, on one device.
             seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
 
         Returns:
-            float32 images in the order they came, of the shapes that `output_shape` says; an empty list
-            for an empty list.
+            float32 images in the order they came, of the shapes of `output_shape`.
 
         Raises:
             InputError: another type, shape, range or device, NaN, or seeds that do not match the images.
@@ -210,7 +196,6 @@ class Purifier(nn.Module):
             return self.run_images([image.float() for image in images], seeds_B.to(device))
 
     def _check_pixels(self, x: Tensor, what: str) -> None:
-        """Channels, size and range of an image or a batch."""
         if self.image_channels not in (None, x.shape[-3]):
             raise InputError(
                 f"This purifier takes images of {self.image_channels} channels. Got {tuple(x.shape)} for the {what}."
@@ -220,7 +205,7 @@ class Purifier(nn.Module):
         to_unit(x.detach(), what)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        """For another process: see `purifyloader.purifiers.packing`."""
+        """Pack weights for another process: see `purifyloader.purifiers.packing`."""
         return reduced(self) or super().__reduce_ex__(protocol)
 
     def train(self, mode: bool = True) -> Self:
@@ -242,12 +227,12 @@ def _check_seeds(seeds_B: Any, count: int) -> None:
 
 
 def pixels(sigma: float) -> float:
-    """A noise level in image units on the 0-255 scale, for people: five significant digits."""
+    """Convert a noise level in image units to the 0-255 scale, for people: five significant digits."""
     return float(f"{255 * sigma:.5g}")
 
 
 def by_shape(images: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of the images of each shape."""
+    """Group the positions of the images by shape."""
     rows: dict[torch.Size, list[int]] = {}
     for row, image in enumerate(images):
         rows.setdefault(image.shape, []).append(row)
@@ -294,11 +279,7 @@ class Condition(nn.Module):
         raise NotImplementedError
 
     def holds(self, x_BCHW: Tensor) -> Tensor:
-        """Tell for which images it holds, bool (B,).
-
-        Raises:
-            ConfigError: it needs a plan and has none.
-        """
+        """Tell for which images it holds, bool (B,); `ConfigError` where it needs a plan and has none."""
         raise NotImplementedError
 
     def make_plan(self, measures_N: Tensor) -> dict[str, Any]:
@@ -317,7 +298,7 @@ class Condition(nn.Module):
         return out
 
     def holds_images(self, images: Sequence[Tensor]) -> list[int]:
-        """The positions of those images (C, H, W), of any sizes, for which it holds."""
+        """Return the positions of those images (C, H, W), of any sizes, for which it holds."""
         found: list[int] = []
         for rows in by_shape(images):
             holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
@@ -330,7 +311,7 @@ class Condition(nn.Module):
 
 
 def conditions_of(purifier: nn.Module) -> Iterator[Condition]:
-    """List the conditions inside that need a plan, planned or not, in the order in which images come to them."""
+    """Yield the conditions inside that need a plan, planned or not, in the order in which images come to them."""
     parts = (part for _, part in purifier.named_modules(remove_duplicate=False))
     return (part for part in parts if isinstance(part, Condition) and part.needs_plan)
 

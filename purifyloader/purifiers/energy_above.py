@@ -1,8 +1,4 @@
-"""Choose which images to purify by their energy; a share of them needs a look at the whole dataset first.
-
-That look is a plan (`purifyloader.purified.plans`): one pass that yields numbers, with which the condition is again a
-function of one image.
-"""
+"""Choose which images to purify by their energy; a share of them needs a look at the whole dataset first."""
 
 from __future__ import annotations
 

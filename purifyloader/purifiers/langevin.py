@@ -21,23 +21,20 @@ __all__ = ["Langevin"]
 class Langevin(NetworkPurifier):
     """Walk downhill in energy, with noise (PureGen-EBM; Bhat et al. 2024, arXiv:2405.18627, Eq. 4).
 
-    The walk starts at the image, with no noise but that of its steps, and nothing is clamped on the way. Step i
-    draws from `noise.normal(seeds, shape, i)`.
-
-    An adaptive attack should know that the published network is piecewise linear: almost everywhere the gradient of
-    `purify_with_grad` is that of an image left as it is.
+    The walk starts at the image, with no noise but that of its steps, and nothing is clamped on the way. Step i draws
+    from `noise.normal(seeds, shape, i)`. An adaptive attack should know that the published network is piecewise linear:
+    almost everywhere the gradient of `purify_with_grad` is that of an image left as it is.
 
     Args:
-        energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen, the original is left
-            alone.
+        energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
         steps: Langevin steps, each a forward and a backward pass of the network.
         step_size: the noise that a step adds, in image units.
-        temperature: what the energy is divided by; None for the one it was trained for.
+        temperature: divides the energy; None for the one it was trained for.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; the image itself stays in float32.
         compute_batch: images of every network call.
-        compile: compile the network with torch.compile, which takes half a minute for each shape of images: for
-            many images of one shape. `purify_with_grad` runs it as it is, for it differentiates twice, and so its
-            last bits are those of `compile=False`; its memory grows with the steps.
+        compile: compile the network with torch.compile, which takes half a minute for each shape of images.
+            `purify_with_grad` runs it as it is, for it differentiates twice, and so its last bits are those of
+            `compile=False`; its memory grows with the steps.
 
     Raises:
         InputError: no energy model.
@@ -125,7 +122,7 @@ class Langevin(NetworkPurifier):
             ) from None
 
     def _compiled_energy(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        """Of this shape alone: a kernel for any size would be made or not by the sizes that came before."""
+        """Compile for this shape alone: a kernel for any size would be made or not by the sizes that came before."""
         if shape not in self._compiled:
             energy = self.energy
 

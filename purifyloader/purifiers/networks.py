@@ -47,14 +47,8 @@ class NetworkPurifier(Purifier):
     Args:
         model: copied in `dtype`, frozen, as the attribute `role`, which is also its key in the configuration and the
             kind of model that it must be.
-        dtype: of the network's arithmetic, "float32" or "bfloat16".
-        compute_batch: images of every network call (at least 16 on the CPU); part of the configuration,
-            for it decides which kernels run.
+        compute_batch: images of every network call (at least 16 on the CPU), which decides what kernels run.
         memory_format: of the weights. There is one, for another would choose other kernels, and so other bits.
-
-    Raises:
-        InputError: a model of another kind.
-        ConfigError: no such dtype or batch.
     """
 
     role: ClassVar[str]
@@ -94,7 +88,7 @@ class DenoiseOnce(NetworkPurifier):
     """Add noise of exactly sigma and denoise in one network call (Hong et al. 2024; Carlini et al. 2023).
 
     Args:
-        denoiser: see `purifyloader.pretrained.load`.
+        denoiser: see `purifyloader.pretrained.load`; copied and frozen.
         sigma: noise level in image units, within `denoiser.sigma_range`.
         dtype, compute_batch: see `Diffuse`.
 
@@ -143,15 +137,12 @@ class DenoiseOnce(NetworkPurifier):
 class Diffuse(NetworkPurifier):
     """Noise to a level, then sample back down to 0 (ECLIPSE, Algorithm 1; DiffPure).
 
-    Give the level as `t`, read through `schedule`, or as `sigma`.
-
     Args:
-        denoiser: see `purifyloader.pretrained.load`.
-        t: timestep to noise to.
+        denoiser: see `purifyloader.pretrained.load`; copied and frozen.
+        t: timestep to noise to, read through `schedule`,
         sigma: or its noise level, in image units (25 px is 25/255).
-        steps: network calls (NFE), evenly spaced in t. Default: every timestep when `t` is given,
-            one when `sigma` is.
-        schedule: what `t` means; ECLIPSE's cosine one with T = 4000 by default.
+        steps: network calls (NFE), evenly spaced in t; None for every timestep with `t`, and one with `sigma`.
+        schedule: ECLIPSE's cosine one with T = 4000 by default.
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
         compute_batch: images of every network call.

@@ -22,7 +22,7 @@ CONDITIONS: dict[str, type[Condition]] = {}
 
 
 def _build(config: Any, resolve: Resolver, table: Mapping[str, type[Named]], what: str) -> Named:
-    """Build what a configuration says, of a kind in the table or of a plugin's, never by an import path."""
+    """Build the purifier or condition of a configuration, of a kind in the table or of a plugin's, by no import path."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"A {what}'s configuration is an object with a kind. Got {type(config).__name__}.")
     values = dict(config)
@@ -40,15 +40,12 @@ def _build(config: Any, resolve: Resolver, table: Mapping[str, type[Named]], wha
 
 
 def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
-    """Build the purifier that `Purifier.config` described.
+    """Build the purifier that `Purifier.config` described; `ConfigError` for no such kind, or values that do not fit.
 
     Args:
         config: plain data with a `kind`.
         resolve: finds the model meant by an entry `{"name", "weights_sha256"}` and its kind
             (`purifyloader.recipes.from_json` loads it by name and checks the hash).
-
-    Raises:
-        ConfigError: no such kind, or values that do not fit it.
 
     >>> from purifyloader import purifiers
     >>> purifiers.from_config({"kind": "jpeg", "quality": 30}, resolve=lambda entry, kind: None).config()
@@ -58,23 +55,14 @@ def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
 
 
 def condition_from_config(config: Any, resolve: Resolver) -> Condition:
-    """Build the condition that `Condition.config` described.
-
-    Raises:
-        ConfigError: no such kind, or values that do not fit it.
-    """
+    """Build the condition that `Condition.config` described."""
     return _build(config, resolve, CONDITIONS, "condition")
 
 
 def from_json(text: str, resolve: Resolver) -> Purifier:
-    """Build the purifier that `Purifier.to_json` described.
+    """Build the purifier that `Purifier.to_json` described; `ConfigError` for other text, or a newer schema.
 
-    Args:
-        text: the JSON.
-        resolve: see `from_config`; `purifyloader.recipes.from_json` finds models by name.
-
-    Raises:
-        ConfigError: no purifier's JSON, or one of a newer schema than this library's.
+    `resolve` is that of `from_config`; `purifyloader.recipes.from_json` finds models by name.
 
     >>> from purifyloader import purifiers
     >>> purifiers.from_json(purifiers.Jpeg(30).to_json(), resolve=lambda entry, kind: None).config()

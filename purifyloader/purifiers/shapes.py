@@ -20,8 +20,7 @@ __all__ = ["Resize", "Tiles"]
 class Resize(Purifier):
     """Bring images of any size to the size that a model was trained for: the one purifier that changes shapes.
 
-    Antialiased bilinear, image by image; an image that has the size already passes unchanged. It draws
-    nothing.
+    Antialiased bilinear, image by image; an image that has the size already passes unchanged. It draws nothing.
 
     Args:
         size: of the shorter side, in pixels. The aspect is kept, the longer side rounded down (torchvision).
@@ -73,19 +72,17 @@ def keeps_shape(purifier: Purifier, shape: sizes.Shape) -> bool:
 class Tiles(Purifier):
     """Apply a purifier to square tiles, at the resolution the image has, and blend them together again.
 
-    All tiles of all images that come together are purified together: the network's batches are as full for
-    images of different sizes as for one size. Tile j of an image (row by row from the top left) draws from
-    `fold_in(seed, j)`. Where tiles overlap they are averaged, each weighted by a ramp that falls linearly
-    towards its edge; a pixel that one tile covers is exactly that tile's.
+    All tiles of all images that come together are purified together, in full batches. Tile j of an image (row by row
+    from the top left) draws from `fold_in(seed, j)`. Where tiles overlap they are averaged, each weighted by a ramp
+    that falls linearly towards its edge; a pixel that one tile covers is exactly that tile's.
 
-    The last tile of a row or column ends with the image, and so may overlap its neighbours by more. An image
-    smaller than a tile is mirrored at its borders (its border repeated where it is too small for that) and
-    cut back. What is decided once an image, such as whether `Compensation` makes it grey, belongs after the
-    tiles, not in them.
+    The last tile of a row or column ends with the image, and so may overlap its neighbours by more. An image smaller
+    than a tile is mirrored at its borders (its border repeated where it is too small for that) and cut back. Decisions
+    about a whole image, such as whether `Compensation` makes it grey, belong after the tiles, not in them.
 
     Args:
         purifier: one that keeps shapes; put a `Resize` before the tiles.
-        size: side of a tile, in pixels: what the model was trained for.
+        size: side of a tile, in pixels: the one that the model was trained for.
         overlap: pixels that neighbours share, at most half a tile; a quarter by default.
 
     Raises:

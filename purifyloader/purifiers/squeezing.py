@@ -13,7 +13,7 @@ __all__ = ["BitDepth", "Coin", "Compensation", "Grayscale", "Jpeg", "Squeeze"]
 
 
 class Squeeze(Purifier):
-    """Base of the baselines that squeeze an image until what is fine in it is gone.
+    """Base of the baselines that squeeze an image until its fine detail is gone.
 
     Each is a pure function of `purifyloader.core.corruptions`; `options` names its parameters, which are attributes.
 
@@ -135,8 +135,8 @@ class Coin(Squeeze):
 class Compensation(Purifier):
     """Apply one fixed draw of ECLIPSE's corruption, as Algorithm 1 prints it (Eq. 13).
 
-    The published training script draws anew in every epoch, which is what
-    `purifyloader.transforms.Compensate` does and what defends better.
+    The published training script draws anew in every epoch, as `purifyloader.transforms.Compensate` does, which defends
+    better.
 
     Args:
         p: probability that an image becomes grey.

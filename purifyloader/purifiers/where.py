@@ -30,8 +30,7 @@ class Where(Purifier):
         purifier: one that keeps shapes; put a `Resize` before.
 
     Raises:
-        ConfigError: no condition, no purifier, one that changes shapes or has a share k of its own, or two that take
-            different channels.
+        ConfigError: no condition or purifier, one that changes shapes or has a share k of its own, or other channels.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import EnergyAbove, Jpeg, Where
