@@ -25,7 +25,19 @@ if TYPE_CHECKING:  # a help text lists defences without importing torch
     from purifyloader.purifiers import Purifier
     from purifyloader.transforms import Compensate
 
-__all__ = ["DEFENCES", "Defence", "Made", "Models", "find", "table"]
+__all__ = [
+    "ATTACK_SEED",
+    "DEFENCES",
+    "DENOISERS",
+    "ROWS_FILE",
+    "SCALES",
+    "TABLE_FILE",
+    "Defence",
+    "Made",
+    "Models",
+    "find",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -311,3 +323,28 @@ def _values(config: Any, key: str) -> Iterator[Any]:
     elif isinstance(config, list):
         for value in config:
             yield from _values(value, key)
+
+
+# -- presets ---------------------------------------------------------------------------------------------
+
+ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
+ATTACK_SEED = 1000
+DENOISERS = {"tiny-imagenet": "tiny-imagenet-sparse"}  # of a data set's own kind
+_SAFER = "eclipse@25"  # the noise to take where the poison is not known
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Settings that a bench takes where nothing else is asked for; `preset` is that of attacks with a surrogate."""
+
+    data: str
+    victim: str
+    training: str
+    preset: str
+    defences: tuple[str, ...]
+
+
+SCALES = {
+    "cpu": Scale("sample", "resnet9", "short", "cpu", (*(d.name for d in DEFENCES.values() if not d.slow), _SAFER)),
+    "full": Scale("cifar10", "resnet18", "paper", "full", (*DEFENCES, _SAFER)),
+}

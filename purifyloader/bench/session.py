@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from purifyloader.bench import pictures, targeted
-from purifyloader.bench.defences import Models, find
+from purifyloader.bench.defences import ROWS_FILE, TABLE_FILE, Models, find
 from purifyloader.bench.report import markdown, settings_of
 from purifyloader.bench.run import Bench
-from purifyloader.bench.scales import ROWS_FILE, TABLE_FILE
 from purifyloader.datasets.splits import Data, load
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import write_text, writing

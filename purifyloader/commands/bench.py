@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from purifyloader.bench.defences import DEFENCES, Models
-from purifyloader.bench.scales import ATTACK_SEED, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE
+from purifyloader.bench.defences import ATTACK_SEED, DEFENCES, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE, Models
 from purifyloader.commands.options import add_device, add_dtype, is_fast
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError

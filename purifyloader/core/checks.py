@@ -37,12 +37,9 @@ def check_number(
     """Raise an error unless `value` is a finite Python number (no bool) within the limits.
 
     Args:
-        name: what the message calls the value.
-        value: to check.
         low, above: the lowest number allowed, or a number that it must exceed.
         high, below: the highest number allowed, or a number that it must stay under.
         unit: words that follow the limits in the message, such as "in image units".
-        error: class of the error.
 
     >>> check_number("ema_decay", 0.999, low=0, below=1)
     >>> check_number("ema_decay", 1.0, low=0, below=1)
@@ -70,15 +67,7 @@ def check_integer(
     unit: str = "",
     error: type[PurifyError] = ConfigError,
 ) -> None:
-    """Raise an error unless `value` is a Python integer (no bool) from `low` to `high`.
-
-    Args:
-        none: allow None too.
-
-    >>> check_integer("steps", 0, 1)
-    Traceback (most recent call last):
-    purifyloader.errors.ConfigError: steps must be a positive integer. Got 0.
-    """
+    """Raise an error unless `value` is a Python integer (no bool) from `low` to `high`; `none` allows None too."""
     if (none and value is None) or (type(value) is int and low <= value and (high is None or value <= high)):
         return
     if high is not None:
@@ -89,12 +78,7 @@ def check_integer(
 
 
 def check_choice(name: str, value: Any, allowed: Collection[Any], *, error: type[PurifyError] = ConfigError) -> None:
-    """Raise an error unless `value` is one of `allowed`, and of its type: 1 is equal to True and no stand-in for it.
-
-    >>> check_choice("dtype", "float16", ("float32", "bfloat16"))
-    Traceback (most recent call last):
-    purifyloader.errors.ConfigError: dtype must be one of 'float32', 'bfloat16'. Got 'float16'.
-    """
+    """Raise an error unless `value` is one of `allowed`, and of its type: 1 is equal to True and no stand-in for it."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise error(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {value!r}.")
 
@@ -117,15 +101,7 @@ def check_compute_batch(compute_batch: Any) -> None:
 
 
 def as_integer(name: str, value: Any, low: int) -> int:
-    """Return `value`, which may be one of numpy's or torch's integers, as a Python integer.
-
-    Raises:
-        InputError: `value` is no integer, or not from `low` to 2^63 - 1.
-
-    >>> import numpy
-    >>> as_integer("draws", numpy.int32(3), 1)
-    3
-    """
+    """Return `value`, which may be one of numpy's or torch's integers, as a Python integer from `low` to 2^63 - 1."""
     try:
         integer = operator.index(value)
     except TypeError:

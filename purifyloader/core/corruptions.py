@@ -1,9 +1,8 @@
-"""Light corruptions of image batches as pure functions: what they draw is an argument."""
+"""Light corruptions of image batches as pure functions: their random draws come from keys."""
 
 from __future__ import annotations
 
 import io
-import math
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from purifyloader.core import noise
+from purifyloader.core.checks import check_integer, check_number
 from purifyloader.core.images import luma, quantize
 from purifyloader.errors import InputError
 
@@ -41,33 +41,27 @@ def check_compensation(p: float, sigma: float) -> None:
 
 def check_quality(quality: int) -> None:
     """Raise `InputError` unless this is a JPEG quality."""
-    if type(quality) is not int or not 1 <= quality <= 100:
-        raise InputError(f"JPEG quality is an integer from 1 to 100. Got {quality!r}.")
+    check_integer("JPEG quality", quality, 1, 100, error=InputError)
 
 
 def check_bits(bits: int) -> None:
     """Raise `InputError` unless this is a number of bits of an 8-bit channel."""
-    if type(bits) is not int or not 1 <= bits <= 8:
-        raise InputError(f"bits is how many of a channel's 8 are kept, an integer from 1 to 8. Got {bits!r}.")
+    check_integer("bits", bits, 1, 8, unit="of a channel's 8", error=InputError)
 
 
 def check_alpha(alpha: float) -> None:
     """Raise `InputError` unless this is a distance in pixels."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise InputError(f"alpha is the furthest that a pixel moves, in pixels, a positive number. Got {alpha!r}.")
+    check_number("alpha", alpha, above=0, unit="the furthest that a pixel moves, in pixels", error=InputError)
 
 
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
-    """ECLIPSE's lightweight corruption, C(x; p, sigma) of Eq. 13: grayscale, then noise, then clamp.
+    """ECLIPSE's lightweight corruption, C(x; p, sigma) of Eq. 13: grayscale, then noise, then clamp to [0, 1].
 
     Args:
         x_BCHW: float images in [0, 1]; C = 3, or 1 (already grey).
         keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
         p: probability of grayscale, an image.
         sigma: standard deviation of the Gaussian noise, in image units (0.05 is 12.75 px).
-
-    Returns:
-        Images of the same shape and type in [0, 1].
 
     >>> import torch
     >>> from purifyloader.core.noise import image_keys
@@ -88,7 +82,7 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 
 
 def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: float) -> Tensor:
-    """Eq. 13 with its draws given: grey where `grey_B`, plus sigma times the noise, clamped to [0, 1]."""
+    """Apply Eq. 13 with its draws given: grey where `grey_B`, plus sigma times the noise, clamped to [0, 1]."""
     x = x_BCHW.float()
     if x.shape[1] == 3:
         x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x), x)
@@ -116,7 +110,7 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
 
 
 def grayscale(x_BCHW: Tensor) -> Tensor:
-    """The brightness of each pixel in all three channels (ISS-G of Liu et al. 2023).
+    """Put the brightness of each pixel into all three channels (ISS-G of Liu et al. 2023).
 
     ITU-R 601-2 luma, as PIL's `convert("L")`, whose weights sum to 1: white stays white. Grey images pass unchanged.
 
@@ -134,7 +128,7 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
 
 
 def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
-    """The `bits` highest bits of each 8-bit level, the others 0 (ISS-BDR of Liu et al. 2023 at 2 bits).
+    """Keep the `bits` highest bits of each 8-bit level and set the others to 0 (ISS-BDR of Liu et al. 2023 at 2 bits).
 
     As their code does it, with PIL's posterize: levels are rounded down, not to the nearest of an even spacing as in
     feature squeezing (Xu et al. 2018). Black stays black; white becomes 192 of 255 at 2 bits.
@@ -150,18 +144,15 @@ def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
 
 
 def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
-    """Each pixel read at a place up to `alpha` pixels away along each side (COIN; Wang et al. 2023 at alpha 2).
+    """Read each pixel at a place up to `alpha` pixels away along each side (COIN; Wang et al. 2023 at alpha 2).
 
     The places are uniform and independent, one for all channels of a pixel; between pixels the image is read
     bilinearly, and beyond its border it is its border. (The published code goes on at the opposite border.)
 
     Args:
-        x_BCHW: float images in [0, 1].
+        x_BCHW: float images in [0, 1]; the result is within the range of each.
         keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
         alpha: in pixels.
-
-    Returns:
-        Images of the same shape and type, within the range of each.
 
     >>> import torch
     >>> from purifyloader.core.noise import image_keys

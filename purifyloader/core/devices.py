@@ -1,27 +1,23 @@
-"""Devices by name, checked before anything is moved to them, and arithmetic that is the same around any script."""
+"""Devices by name, checked before anything is moved to them, and arithmetic that is the same in any script or batch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic"]
+__all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic", "in_batches"]
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A device of this machine.
-
-    Raises:
-        InputError: no such device, or one that this machine or this build of torch does not have.
-    """
+    """Return a device of this machine, with its index; `InputError` if it or this build of torch does not have it."""
     try:
         found = torch.empty(0, device=torch.device(device)).device  # "cuda" with its index
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
@@ -33,14 +29,11 @@ def as_device(device: str | torch.device) -> torch.device:
 
 
 def device_of_process(name: str | None, rank: int) -> torch.device:
-    """The device of one of several processes: for "cuda" and None each has a GPU of its own, as far as there are.
+    """Return the device of one of several processes: for "cuda" and None each has a GPU of its own, while there are.
 
     Args:
         name: None for a GPU where there is one, else the CPU.
         rank: of the process, where no launcher has set LOCAL_RANK.
-
-    Raises:
-        InputError: no such device.
     """
     gpus = torch.cuda.device_count()
     if name is None:
@@ -51,17 +44,13 @@ def device_of_process(name: str | None, rank: int) -> torch.device:
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module's weights are; None where it has none and works anywhere."""
+    """Return where a module's weights are; None where it has none and works anywhere."""
     parameter = next(module.parameters(), None)
     return None if parameter is None else parameter.device
 
 
 def check_worker(device: torch.device) -> None:
-    """CUDA in a forked worker fails deep inside torch, with a message that names neither way out.
-
-    Raises:
-        PurifyError: `device` is a GPU and this is a forked DataLoader worker.
-    """
+    """Raise `PurifyError` for a GPU in a forked DataLoader worker, where torch's own error names no way out."""
     if device.type == "cuda" and get_worker_info() is not None and torch.cuda._is_in_bad_fork():
         raise PurifyError(
             "Purifying on a GPU does not work in a forked DataLoader worker. Got a purifier on "
@@ -72,11 +61,10 @@ def check_worker(device: torch.device) -> None:
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No TF32, no reduced-precision matmul, no autocast, no autotuned kernels: the same pixels whatever
-    the training script around has switched on.
+    """Switch off the TF32, reduced-precision matmul, autocast and autotuned kernels that the script around has on.
 
-    On the CPU the number of threads is rounded down to a power of two. Measured: 1, 2, 4 and 8 threads
-    give the same bits, 3 do not, because the last thread's share then has another size.
+    On the CPU the number of threads is rounded down to a power of two. Measured: 1, 2, 4 and 8 threads give the same
+    bits, 3 do not, because the last thread's share then has another size.
     """
     backends: Any = torch.backends
     precisions = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
@@ -98,3 +86,31 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
             setattr(backend, name, value)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+# On the CPU torch chooses the kernel of a 1x1 convolution by the number of threads where there are fewer
+# images than this (ConvParams::use_mkldnn), and workers have one thread where the main process has many.
+_CPU_BATCH = 16
+
+
+def in_batches(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """Call `function` with exactly `size` rows at a time; the last are filled up with copies.
+
+    So a result is independent of the rest of its batch: kernels pick their arithmetic by the size of the batch (in
+    bfloat16 3 % of 8-bit levels differ between batch sizes).
+
+    Args:
+        function: takes as many tensors as are given and gives one row for each of theirs.
+        size: on the CPU at least 16 are taken, whatever is asked for.
+        tensors: of one length, at least one row, on one device.
+    """
+    if tensors[0].device.type == "cpu":
+        size = max(size, _CPU_BATCH)
+    chunks = []
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        count = len(parts[0])
+        if count < size:
+            # with copies of a row, so that nothing can go wrong in the filling that does not go wrong in a row
+            parts = tuple(torch.cat([part, part[-1:].expand(size - count, *part.shape[1:])]) for part in parts)
+        chunks.append(function(*parts)[:count])
+    return torch.cat(chunks)

@@ -1,8 +1,8 @@
-"""Images as people hold them, and the one form the engine works on.
+"""Convert images between the types that people use and the one form of the engine: float32 CHW in [0, 1].
 
-The engine's form is float32 CHW in [0, 1]. `to_engine` takes PIL images, numpy arrays (HWC or HW),
-tensors (CHW or HW) and tv_tensors, uint8 or floating point in [0, 1]; what it gives beside the pixels
-turns the result back into exactly the kind that came in. `quantize` is the only way to uint8.
+`to_engine` takes PIL images, numpy arrays (HWC or HW), tensors (CHW or HW) and tv_tensors, uint8 or floating point in
+[0, 1]; the `ImageKind` beside the pixels turns the result back into exactly the kind that came in. `quantize` is the
+only way to uint8.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PIL_MODES = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
 def quantize(x: Tensor) -> Tensor:
-    """Float in [0, 1] to uint8 by rounding, values outside saturating: the one quantiser.
+    """Convert float in [0, 1] to uint8 by rounding, values outside saturating: the one quantiser.
 
     uint8 -> float32 / 255 -> uint8 is exact for all 256 values.
     """
@@ -54,7 +54,7 @@ def quantize(x: Tensor) -> Tensor:
 
 
 def to_unit(x: Tensor, what: str = "image") -> Tensor:
-    """uint8, or floating point already in [0, 1], as float32 in [0, 1]; anything else is an error."""
+    """Convert uint8, or floating point already in [0, 1], to float32 in [0, 1]; anything else is an error."""
     if x.dtype == torch.uint8:
         return x.float() / 255
     if not x.is_floating_point():
@@ -74,7 +74,7 @@ def to_unit(x: Tensor, what: str = "image") -> Tensor:
 
 @dataclass(frozen=True)
 class ImageKind:
-    """How an image was held: what `from_engine` needs to give the same kind back.
+    """The type of an image, which `from_engine` needs to give the same back.
 
     Attributes:
         container: "pil", "numpy", "tensor" or "tv_tensor".
@@ -92,12 +92,12 @@ class ImageKind:
 
 
 def is_image(value: Any) -> bool:
-    """Whether `to_engine` may take this value: PIL, or an array or tensor of 2 or 3 dimensions."""
+    """Tell whether `to_engine` may take this value: PIL, or an array or tensor of 2 or 3 dimensions."""
     return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | Tensor) and value.ndim in (2, 3))
 
 
 def _as_chw(image: Any) -> tuple[Tensor, str, bool]:
-    """The image's own values as a CHW tensor, what held it, and whether it had no channel axis."""
+    """Return the image's own values as a CHW tensor, its container, and True if it had no channel axis."""
     if isinstance(image, Image.Image):
         if image.mode not in _PIL_MODES:
             deep = image.mode in ("I", "F") or image.mode.startswith("I;")
@@ -148,7 +148,7 @@ def _layout_hint(shape: Sequence[int], axis: int) -> str:
 
 
 def _split(image: Any) -> tuple[Tensor, ImageKind]:
-    """The colour planes, (C, H, W) in the image's own type, and the rest of what the image is."""
+    """Split an image into colour planes, (C, H, W) in the image's own type, and its kind."""
     values, container, planar = _as_chw(image)
     if values.shape[-1] == 0 or values.shape[-2] == 0:
         raise InputError(f"An image has at least one pixel. Got shape {tuple(values.shape)}.")
@@ -159,11 +159,7 @@ def _split(image: Any) -> tuple[Tensor, ImageKind]:
 
 
 def as_stored(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
-    """What `to_engine` takes, checked like there, without making floats of bytes.
-
-    Returns:
-        uint8, or float32 in [0, 1], (channels, H, W), and the image's kind.
-    """
+    """Check as `to_engine`, and return uint8, or float32 in [0, 1], (channels, H, W), and the image's kind."""
     values, kind = _split(image)
     x = values if values.dtype == torch.uint8 else to_unit(values)
     if channels is not None and x.shape[0] != channels:
@@ -177,15 +173,12 @@ def as_stored(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
 
 
 def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
-    """An image as the engine takes it, and how to give it back.
+    """Convert an image to float32 (channels, H, W) in [0, 1], and its kind.
 
     Args:
         image: PIL (L, LA, RGB, RGBA), numpy (H, W[, C]) or tensor ([C,] H, W); uint8 or float in [0, 1].
-        channels: what the purifier takes, None for the image's own. Grey images are repeated for 3; an
-            alpha plane is set aside.
-
-    Returns:
-        float32 (channels, H, W) in [0, 1], and the image's kind.
+        channels: of the purifier, None for the image's own. Grey images are repeated for 3; an alpha plane is set
+            aside.
 
     Raises:
         InputError: another type, mode, shape, layout or range, or colour for a grey purifier.
@@ -195,7 +188,7 @@ def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
 
 
 def luma(x: Tensor) -> Tensor:
-    """The brightness, (..., 1, H, W), of colour images (..., 3, H, W): ITU-R 601-2 luma, as PIL's convert("L").
+    """Compute the brightness, (..., 1, H, W), of colour images (..., 3, H, W): ITU-R 601-2 luma, as PIL's convert("L").
 
     The weights sum to 1, where torchvision's are 0.01 % short and would darken a grey image.
     """
@@ -204,18 +197,18 @@ def luma(x: Tensor) -> Tensor:
 
 
 def own_channels(x_CHW: Tensor, kind: ImageKind) -> Tensor:
-    """Grey again where the image was grey."""
+    """Make an image grey again that was grey."""
     return x_CHW if kind.channels > 2 or x_CHW.shape[0] != 3 else luma(x_CHW)
 
 
 def from_engine(x_CHW: Tensor, kind: ImageKind) -> Any:
-    """Pixels of the engine as an image of `kind`; uint8 kinds go through `quantize`, floats are clamped."""
+    """Convert pixels of the engine to an image of `kind`; uint8 kinds go through `quantize`, floats are clamped."""
     x = own_channels(x_CHW.cpu(), kind)
     return _give_back(quantize(x) if kind.dtype == torch.uint8 else x.clamp(0, 1).to(kind.dtype), kind)
 
 
 def to_bytes(x_CHW: Tensor, kind: ImageKind) -> NDArray[np.uint8]:
-    """Pixels of the engine as a cache holds them: uint8 (H, W, C) of the image's own channels, alpha too."""
+    """Convert pixels of the engine to those of a cache: uint8 (H, W, C) of the image's own channels, alpha too."""
     values = quantize(own_channels(x_CHW, kind).cpu())
     if kind.alpha is not None:
         values = _joined(values, kind.alpha if kind.alpha.dtype == torch.uint8 else quantize(kind.alpha))
@@ -223,7 +216,7 @@ def to_bytes(x_CHW: Tensor, kind: ImageKind) -> NDArray[np.uint8]:
 
 
 def from_bytes(image_HWC: NDArray[np.uint8], type_: str) -> Any:
-    """The image that `to_bytes` wrote, as `type_of` says that it was held. A copy."""
+    """Copy the image that `to_bytes` wrote, in the type of `type_of`."""
     if type_.startswith("pil/"):
         height, width, channels = image_HWC.shape
         return Image.frombytes(pil_mode(channels), (width, height), image_HWC.tobytes())
@@ -234,12 +227,11 @@ def from_bytes(image_HWC: NDArray[np.uint8], type_: str) -> Any:
 
 
 def pil_mode(channels: int) -> str:
-    """The mode of a PIL image of so many channels."""
     return ("L", "LA", "RGB", "RGBA")[channels - 1]
 
 
 def type_of(kind: ImageKind) -> str:
-    """How an image was held, in a word: container, dtype and dimensions, such as "pil/uint8/3"."""
+    """Name the type of an image: container, dtype and dimensions, such as "pil/uint8/3"."""
     return f"{kind.container}/{str(kind.dtype).removeprefix('torch.')}/{2 if kind.planar else 3}"
 
 

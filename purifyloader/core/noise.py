@@ -31,15 +31,7 @@ _FOLD, _NORMAL, _UNIFORM = 0x666F6C64, 0x6E6F726D, 0x756E6966  # "fold", "norm",
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10.
-
-    Args:
-        counter: four words, each in [0, 2^32) as an int64 tensor or an int; they broadcast.
-        key: two words, likewise.
-
-    Returns:
-        Four int64 tensors of words in [0, 2^32), of the broadcast shape.
-    """
+    """Philox4x32-10 of four counter words and two key words in [0, 2^32), int64 tensors or ints, which broadcast."""
     if len(counter) != 4 or len(key) != 2:
         raise InputError(f"philox4x32 takes four counter words and two key words. Got {len(counter)} and {len(key)}.")
     tensors = [w for w in (*counter, *key) if isinstance(w, Tensor)]
@@ -92,27 +84,24 @@ def _as_words(name: str, value: Tensor | int) -> tuple[Tensor | int, Tensor | in
 
 
 def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
-    """A child key of each key for the 64-bit integer `data`; children of different data are independent."""
+    """Derive a child key of each key for the 64-bit integer `data`; children of different data are independent."""
     low, high = _as_words("data", data)
     r0, r1, _, _ = philox4x32((low, high, 0, _FOLD), _split(_as_keys(key)))
     return r0 | (r1 << 32)
 
 
 def key_from_seed(seed: int) -> Tensor:
-    """The root key, a 0-dimensional int64 tensor, of a 64-bit seed."""
+    """Return the root key, a 0-dimensional int64 tensor, of a 64-bit seed."""
     low, high = _as_words("seed", seed)
     return torch.tensor((int(low) | (int(high) << 32)) - (2**64 if int(high) >> 31 else 0), dtype=torch.int64)
 
 
 def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Tensor:
-    """The key of each image: a pure function of (seed, epoch, index).
+    """Compute the key of each image, int64 (B,): a pure function of (seed, epoch, index).
 
     Args:
         seed, epoch: integers of at most 64 bits.
         index: position of each image in its dataset, (B,) or one integer.
-
-    Returns:
-        int64, (B,); an integer index gives (1,).
     """
     if not isinstance(index, Tensor):
         index = [_as_int("index", i) for i in (index if isinstance(index, Iterable) else (index,))]
@@ -141,22 +130,22 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _unit(word: Tensor) -> Tensor:
-    """A word as a float64 in (0, 1): the middle of its 2^-32 interval, so that the logarithm is finite."""
+    """Map a word to a float64 in (0, 1): the middle of its 2^-32 interval, so that the logarithm is finite."""
     return word.to(torch.float64).add_(0.5).mul_(2.0**-32)
 
 
 def uniform(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
-    """float64 uniforms in (0, 1), (B, *shape), as a pure function of (key, step)."""
+    """Draw float64 uniforms in (0, 1), (B, *shape), as a pure function of (key, step)."""
     count = _count(shape)
     words = torch.stack(_words(keys_B, count, step, _UNIFORM), dim=-1)
     return _unit(words.flatten(1)[:, :count]).reshape(keys_B.numel(), *shape)
 
 
 def normal(keys_B: Tensor, shape: Sequence[int], step: int = 0) -> Tensor:
-    """Standard normal noise, float32, (B, *shape), as a pure function of (key, step).
+    """Draw standard normal noise, float32, (B, *shape), as a pure function of (key, step).
 
-    Box-Muller in float64, rounded to float32: the last bit does not depend on how a compiler fuses
-    the arithmetic. The largest magnitude possible is 6.77.
+    Box-Muller in float64, rounded to float32: the last bit does not depend on how a compiler fuses the arithmetic. The
+    largest magnitude possible is 6.77.
     """
     count = _count(shape)
     words = _words(keys_B, count, step, _NORMAL)

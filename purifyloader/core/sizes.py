@@ -1,7 +1,6 @@
-"""Images of many sizes as pure functions of one image: resizing, and cutting into tiles and back.
+"""Resize images, and cut them into tiles and back: functions of one float image (C, H, W), all differentiable.
 
-Every function works on one float image (C, H, W) at a time, so that nothing around the image can change
-its bits, and all of them are differentiable.
+Nothing around an image can change its bits.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 
 __all__ = ["Shape", "check_resize", "check_tiles", "cut", "join", "resize", "resized_shape"]
@@ -27,8 +27,7 @@ _LARGEST = 4096  # a square of it is 200 MB of float32, and photographs of 16 me
 
 def check_resize(size: Any, crop: Any) -> None:
     """Raise `ConfigError` unless the shorter side is an integer from 1 to 4096, and the crop, if any, no larger."""
-    if type(size) is not int or size < 1:
-        raise ConfigError(f"The size of the shorter side must be a positive integer, in pixels. Got {size!r}.")
+    check_integer("The size of the shorter side", size, 1, unit="in pixels")
     if size > _LARGEST:
         raise ConfigError(
             f"The size of the shorter side must be at most {_LARGEST} pixels. Got {size}, at which one image may not "
@@ -43,32 +42,28 @@ def check_resize(size: Any, crop: Any) -> None:
 
 def check_tiles(size: Any, overlap: Any) -> None:
     """Raise `ConfigError` unless the tile is a positive integer and neighbours share at most half of it."""
-    if type(size) is not int or size < 1:
-        raise ConfigError(f"The size of a tile must be a positive integer, in pixels. Got {size!r}.")
-    if type(overlap) is not int or not 0 <= overlap <= size // 2:
-        raise ConfigError(
-            f"overlap must be an integer from 0 to half a tile ({size // 2}), in pixels. Got {overlap!r}."
-        )
+    check_integer("The size of a tile", size, 1, unit="in pixels")
+    check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
 
 
 # -- resizing ----------------------------------------------------------------------------------------
 
 
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    """The shorter side at `size`, the longer one rounded down, as torchvision does."""
+    """Scale the shorter side to `size`, the longer one rounded down, as torchvision does."""
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
 
 
 def resized_shape(shape: Shape, size: int, crop: int | None = None) -> Shape:
-    """What `resize` makes of the shape (C, H, W)."""
+    """Compute the shape (C, H, W) that `resize` gives."""
     channels, height, width = shape
     return (channels, *(_scaled(height, width, size) if crop is None else (crop, crop)))
 
 
 def resize(image_CHW: Tensor, size: int, crop: int | None = None) -> Tensor:
-    """Antialiased bilinear resize of the shorter side to `size`, then the centre `crop` x `crop` if given.
+    """Resize the shorter side to `size`, antialiased bilinear, then take the centre `crop` x `crop` if given.
 
     An image that has that size already comes back unchanged.
     """
@@ -82,19 +77,19 @@ def resize(image_CHW: Tensor, size: int, crop: int | None = None) -> Tensor:
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where the tiles along a side of `length` >= size begin; the last one ends where the side ends."""
+    """Place tiles along a side of `length` >= size; the last one ends where the side ends."""
     last = length - size
     return [*range(0, last, size - overlap), last]
 
 
 def _padding(length: int, size: int) -> tuple[int, int]:
-    """Pixels to add before and after a side to make it as long as a tile."""
+    """Compute the pixels to add before and after a side to make it as long as a tile."""
     missing = max(size - length, 0)
     return missing // 2, missing - missing // 2
 
 
 def _pad(image_CHW: Tensor, size: int) -> Tensor:
-    """Each side at least `size` long: mirrored, or its border repeated where it is too short to mirror."""
+    """Make each side at least `size` long: mirrored, or its border repeated where it is too short to mirror."""
     height, width = image_CHW.shape[-2:]
     for length, sides in (
         (width, (*_padding(width, size), 0, 0)),
@@ -106,10 +101,10 @@ def _pad(image_CHW: Tensor, size: int) -> Tensor:
 
 
 def cut(image_CHW: Tensor, size: int, overlap: int) -> list[Tensor]:
-    """The tiles (C, size, size) of an image, row by row from the top left.
+    """Cut an image into tiles (C, size, size), row by row from the top left.
 
-    Neighbours share `overlap` pixels, the last of a row or column more, for it ends with the image. A side
-    shorter than a tile is padded at both ends.
+    Neighbours share `overlap` pixels, the last of a row or column more, for it ends with the image. A side shorter than
+    a tile is padded at both ends.
     """
     padded = _pad(image_CHW, size)
     rows, columns = (_starts(length, size, overlap) for length in padded.shape[-2:])
@@ -117,7 +112,7 @@ def cut(image_CHW: Tensor, size: int, overlap: int) -> list[Tensor]:
 
 
 def join(tiles: Sequence[Tensor], shape: Sequence[int], size: int, overlap: int) -> Tensor:
-    """The image (C, H, W) of `shape` whose `cut` gave the tiles: blended where they overlap, and the padding off.
+    """Join the tiles of `cut` to the image (C, H, W) of `shape`: blended where they overlap, and the padding off.
 
     A pixel that one tile covers is exactly that tile's.
     """
@@ -133,7 +128,7 @@ def join(tiles: Sequence[Tensor], shape: Sequence[int], size: int, overlap: int)
 
 
 def _blend(parts: Sequence[Tensor], starts: Sequence[int], dim: int) -> Tensor:
-    """Parts laid along `dim`, each from its start, with weights that fall linearly to the part's ends and sum to 1."""
+    """Lay parts along `dim`, each from its start, with weights that fall linearly to the part's ends and sum to 1."""
     if len(parts) == 1:
         return parts[0].clone()  # a view would keep the tiles of all images alive
     size = parts[0].shape[dim]

@@ -1,4 +1,4 @@
-"""Denoisers that are told nothing of the noise: a network that sees images, and nothing else."""
+"""Denoisers around a network that has no input for the noise level."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purifyloader.core.checks import check_flag, check_integer
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.errors import ConfigError, InputError
 
@@ -18,9 +19,9 @@ __all__ = ["BlindDenoiser"]
 class BlindDenoiser(Denoiser):
     """A denoiser around a network that works on images in [0, 1] and has no input for the noise level.
 
-    Such as DnCNN (Zhang et al. 2017, arXiv:1608.03981), which predicts the noise (`residual=True`). What sigma is
-    decides only whether it is refused. It stays in this process: `pretrained.save` takes a `NetworkDenoiser` alone, as
-    the code of this network is yours. Caches know it by its weights and by `residual`, not by that code.
+    Such as DnCNN (Zhang et al. 2017, arXiv:1608.03981), which predicts the noise (`residual=True`). sigma decides only
+    whether an image is refused. It stays in this process: `pretrained.save` takes a `NetworkDenoiser` alone, as the
+    code of this network is yours. Caches know it by its weights and by `residual`, not by that code.
 
     Args:
         network: `network(x_BCHW) -> x_BCHW`, float images in units of [0, 1], noised and neither scaled nor clamped.
@@ -28,9 +29,6 @@ class BlindDenoiser(Denoiser):
         sigma_range: noise levels it was trained for, in image units; both ends alike for one level.
         image_channels: of the images that it takes.
         residual: the network gives the noise, x - x0, in place of the image.
-
-    Raises:
-        ConfigError: no network, or no such range, channels or residual.
     """
 
     def __init__(
@@ -41,19 +39,16 @@ class BlindDenoiser(Denoiser):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        given: Any = network
-        if not isinstance(given, nn.Module):
+        if not isinstance(network, nn.Module):
             raise ConfigError(
-                "Expected a network that is a torch.nn.Module, whose weights can be copied, moved and hashed. Got "
-                f"{type(given).__name__}: put it into a module's forward."
+                "network must be a torch.nn.Module, whose weights can be copied, moved and hashed. Got "
+                f"{type(network).__name__}: put it into a module's forward."
             )
         low, high = sigma_range
         if not 0 < low <= high < math.inf:
             raise ConfigError(f"sigma_range must be 0 < low <= high, in image units. Got {sigma_range}.")
-        if type(image_channels) is not int or image_channels < 1:
-            raise ConfigError(f"image_channels must be a positive integer. Got {image_channels!r}.")
-        if not isinstance(residual, bool):
-            raise ConfigError(f"residual must be True or False. Got {residual!r}.")
+        check_integer("image_channels", image_channels, 1)
+        check_flag("residual", residual)
         self.network = network
         self.sigma_range = (float(low), float(high))
         self.image_channels = image_channels
@@ -62,7 +57,7 @@ class BlindDenoiser(Denoiser):
         self.register_buffer("gives_noise", torch.tensor(residual))
 
     def config(self) -> dict[str, Any]:
-        """What can be said of it; nothing builds it back."""
+        """Describe it for people and fingerprints; nothing builds it back."""
         return {
             "network": {"kind": "blind", "class": type(self.network).__qualname__},
             "sigma_range": list(self.sigma_range),
@@ -71,29 +66,18 @@ class BlindDenoiser(Denoiser):
         }
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, None]:
-        """x0, and no variance fraction: the network has none.
-
-        Raises:
-            InputError: another shape of images or of sigma, a sigma out of the range, or a network that changes the
-                shape.
-        """
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.image_channels:
-            raise InputError(
-                f"A denoiser takes images of shape (B, {self.image_channels}, H, W). Got {tuple(x_BCHW.shape)}."
-            )
-        if sigma_B.shape != x_BCHW.shape[:1]:
-            raise InputError(f"sigma must have shape ({x_BCHW.shape[0]},), one an image. Got {tuple(sigma_B.shape)}.")
-        self.check_sigma(sigma_B)
+        """Estimate x0, without a variance fraction; `InputError` also for a network that changes the shape."""
+        self.check_call(x_BCHW, sigma_B)
         out = self.network(x_BCHW.to(self._network_dtype(x_BCHW.dtype)))
         if out.shape != x_BCHW.shape:
             raise InputError(
-                f"Expected a network that keeps the shape of its images, {tuple(x_BCHW.shape)}. Got "
-                f"{tuple(out.shape)}: pad them to what it takes, and cut back, in its forward."
+                f"The network must keep the shape of its images, {tuple(x_BCHW.shape)}. Got {tuple(out.shape)}: pad "
+                "them to what it takes, and cut back, in its forward."
             )
         out = out.to(x_BCHW.dtype)
         return (x_BCHW - out if self.residual else out), None
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        """Of the first weights that a cast would change; `default` where there are none."""
+        """Return the dtype of the first weights that a cast would change; `default` where there are none."""
         weights = itertools.chain(self.network.parameters(), self.network.buffers())
         return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), default)

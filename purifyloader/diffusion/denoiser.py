@@ -53,19 +53,18 @@ PARAMETERIZATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] 
     "x0": _x0,  # the image itself
     "edm": _edm,  # unit variance in, unit variance out (Karras et al. 2022)
 }
-"""What the network's output means: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
+"""Output of the network: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
 
 
 TIMES = ("rescaled", "timestep", "continuous")
-"""How a network with a schedule is told the time; see `NetworkDenoiser`."""
+"""Time input of a network with a schedule; see `NetworkDenoiser`."""
 
 
 class Denoiser(nn.Module):
     """Estimates the clean image from a noised one.
 
-    `denoiser(x_BCHW, sigma_B) -> x0_BCHW` in [0, 1] units, unclipped; `predict` gives the variance
-    fraction beside it. `sigma_range` is the noise it was trained for, in image units; outside it
-    both raise.
+    `denoiser(x_BCHW, sigma_B) -> x0_BCHW` in [0, 1] units, unclipped; `predict` gives the variance fraction beside it.
+    `sigma_range` is the noise it was trained for, in image units; outside it both raise.
     """
 
     sigma_range: tuple[float, float]
@@ -73,10 +72,10 @@ class Denoiser(nn.Module):
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x0 and, where the network learned it, the variance fraction v in [0, 1] (else None).
+        """Estimate x0 and, where the network learned it, the variance fraction v in [0, 1] (else None).
 
-        v interpolates between the two bounds of the posterior's log variance (improved-diffusion,
-        Eq. 15): 0 is the lower bound, 1 the upper.
+        v interpolates between the two bounds of the posterior's log variance (improved-diffusion, Eq. 15): 0 is the
+        lower bound, 1 the upper.
         """
         raise NotImplementedError
 
@@ -85,6 +84,16 @@ class Denoiser(nn.Module):
 
     def forward(self, x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
         return self.predict(x_BCHW, sigma_B)[0]
+
+    def check_call(self, x_BCHW: Tensor, sigma_B: Tensor) -> None:
+        """Raise `InputError` for other shapes of images or of sigma, or a sigma out of the range."""
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.image_channels:
+            raise InputError(
+                f"A denoiser takes images of shape (B, {self.image_channels}, H, W). Got {tuple(x_BCHW.shape)}."
+            )
+        if sigma_B.shape != x_BCHW.shape[:1]:
+            raise InputError(f"sigma must have shape ({x_BCHW.shape[0]},), one an image. Got {tuple(sigma_B.shape)}.")
+        self.check_sigma(sigma_B)
 
     def check_sigma(self, sigma: Tensor | float) -> None:
         if torch.compiler.is_compiling():  # looking at values would break the graph in two
@@ -107,15 +116,12 @@ class NetworkDenoiser(Denoiser):
         network: `network(x_BCHW, time_B)`, twice the image's channels where it learned the variance.
         parameterization: a name of `PARAMETERIZATIONS`.
         sigma_range: noise levels it was trained for, in image units.
-        schedule: for a network trained on timesteps. Its time input is then what `time` says; without a
-            schedule it is 250 ln(2 sigma). The noise itself is never rounded.
-        time: what a network with a schedule is told, for timestep t of T:
+        schedule: for a network trained on timesteps, which then sees `time`; without one it sees 250 ln(2 sigma). The
+            noise itself is never rounded.
+        time: the time input for timestep t of T:
             "rescaled"    the nearest trained timestep, counted from 0, on the scale 0..1000: (t - 1) * 1000/T
             "timestep"    the nearest trained timestep, counted from 0: t - 1
             "continuous"  999 t/T, not rounded (Song et al. 2021, arXiv:2011.13456, whose t is this t/T)
-
-    Raises:
-        ConfigError: a parameterization, range or time that is not one of these, or a time without a schedule.
     """
 
     def __init__(
@@ -156,7 +162,7 @@ class NetworkDenoiser(Denoiser):
         }
 
     def time(self, sigma_B: Tensor) -> Tensor:
-        """The network's time input for each sigma, float64 on the CPU."""
+        """Compute the network's time input for each sigma, float64 on the CPU."""
         sigma_B = sigma_B.detach().to("cpu", torch.float64)
         if self.schedule is None:
             return 250 * (2 * sigma_B).log()
@@ -172,17 +178,11 @@ class NetworkDenoiser(Denoiser):
         return (t_B - 1) * (1000 / timesteps) if self.time_input == "rescaled" else t_B - 1
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.image_channels:
-            raise InputError(
-                f"A denoiser takes images of shape (B, {self.image_channels}, H, W). Got {tuple(x_BCHW.shape)}."
-            )
-        if sigma_B.shape != x_BCHW.shape[:1]:
-            raise InputError(f"sigma must have shape ({x_BCHW.shape[0]},), one an image. Got {tuple(sigma_B.shape)}.")
-        self.check_sigma(sigma_B)
+        self.check_call(x_BCHW, sigma_B)
         return self.apply_network(x_BCHW, sigma_B, self.time(sigma_B))
 
     def apply_network(self, x_BCHW: Tensor, sigma_B: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`predict` for a time input already known and noise already checked (what training calls)."""
+        """`predict` for a time input already known and noise already checked (for training)."""
         # float64 for B numbers costs nothing and keeps the coefficients exact
         s = 2 * sigma_B.to("cpu", torch.float64)[:, None, None, None]
         c_skip, c_out, c_in = (c.to(x_BCHW.device, x_BCHW.dtype) for c in PARAMETERIZATIONS[self.parameterization](s))
@@ -197,7 +197,7 @@ class NetworkDenoiser(Denoiser):
         return (c_skip * y + c_out * out + 1) / 2, fraction
 
     def _network_any_size(self, x_BCHW: Tensor, time_B: Tensor) -> Tensor:
-        """Sizes that the levels of the network do not divide are padded by repeating the border."""
+        """Pad sizes that the levels of the network do not divide, by repeating the border."""
         h, w = x_BCHW.shape[-2:]
         multiple = self.network.config.size_multiple
         padded = F.pad(x_BCHW, (0, -w % multiple, 0, -h % multiple), mode="replicate")

@@ -46,7 +46,7 @@ def _check(new: UNetConfig, old: UNetConfig) -> None:
 
 
 def _stages(network: UNet) -> Iterator[tuple[tuple[str, int, int], Stage]]:
-    """Each stage by (way, level, number within the level), as `UNet` builds them."""
+    """Yield each stage by (way, level, number within the level), as `UNet` builds them."""
     levels, blocks = len(network.config.multipliers), network.config.blocks
     down, up = iter(network.down), iter(network.up)
     for level in range(levels):
@@ -59,7 +59,7 @@ def _stages(network: UNet) -> Iterator[tuple[tuple[str, int, int], Stage]]:
 
 
 def _source(place: tuple[str, int, int], new: UNetConfig, old: UNetConfig) -> tuple[str, int, int] | None:
-    """Which stage of the old network a stage of the new one begins as; None for one that is added."""
+    """Find the stage of the old network as which a stage of the new one begins; None for one that is added."""
     way, level, i = place
     added = new.blocks - old.blocks
     if way == "leave":
@@ -73,7 +73,7 @@ def _source(place: tuple[str, int, int], new: UNetConfig, old: UNetConfig) -> tu
 
 
 def _pass_on(block: nn.Module) -> None:
-    """What comes from below goes on, the skip beside it does not."""
+    """Pass on what comes from below, and not the skip beside it."""
     assert isinstance(block, ResidualBlock)
     skip = block.skip
     assert isinstance(skip, nn.Conv2d)
@@ -92,12 +92,7 @@ def _copy(new: nn.Module, old: nn.Module) -> None:
 def take_over(new: UNet, old: UNet) -> None:
     """Give `new`, as it was initialised, the function of `old`.
 
-    Args:
-        new: of the same shape, or with more blocks a level, more attention or a learned variance.
-        old: whose weights to take.
-
-    Raises:
-        ConfigError: their shapes differ in something else.
+    `new` has the same shape, or more blocks a level, more attention or a learned variance; otherwise `ConfigError`.
     """
     _check(new.config, old.config)
     sources = dict(_stages(old))

@@ -1,8 +1,7 @@
-"""Compute the losses that a denoiser is trained to minimise.
+"""Compute the losses that a denoiser is trained to minimise, one value an image.
 
-`hybrid_loss` is ECLIPSE's Eq. 8 (improved-diffusion, Sec. 3.1): discrete timesteps, predicted noise,
-learned variance. `sigma_loss` is the same regression over continuous sigma, for a network without
-timesteps. Both give one value an image.
+`hybrid_loss` is ECLIPSE's Eq. 8 (improved-diffusion, Sec. 3.1): discrete timesteps, predicted noise, learned variance.
+`sigma_loss` is the same regression over continuous sigma, for a network without timesteps.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ __all__ = ["hybrid_loss", "posterior_log_variance_bounds", "sigma_loss", "vlb_te
 def posterior_log_variance_bounds(sigma: Tensor, sigma_below: Tensor) -> tuple[Tensor, Tensor]:
     """Lower and upper bound of the log variance of x(t-1) given x(t), in image units, float64.
 
-    In this library's scaling (x = x0 + sigma * noise) the lower bound, the posterior's variance, is
-    sigma'^2 (sigma^2 - sigma'^2) / sigma^2 with sigma' the level below; the upper bound is
-    improved-diffusion's beta. Both are those of the variance-preserving form divided by abar(t-1).
+    In this library's scaling (x = x0 + sigma * noise) the lower bound, the posterior's variance, is sigma'^2 (sigma^2 -
+    sigma'^2) / sigma^2 with sigma' the level below; the upper bound is improved-diffusion's beta. Both are those of the
+    variance-preserving form divided by abar(t-1).
     """
     sigma, below = sigma.to(torch.float64), sigma_below.to(torch.float64)
     drop = (sigma**2 - below**2).log()
@@ -62,11 +61,10 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> T
 def vlb_terms(
     x0_BCHW: Tensor, noise_BCHW: Tensor, x0_hat_BCHW: Tensor, fraction_BCHW: Tensor, t_B: Tensor, schedule: Schedule
 ) -> Tensor:
-    """The variational term L_t of each image, in bits a dimension, (B,).
+    """Compute the variational term L_t of each image, in bits a dimension, (B,).
 
-    t = 1 is the decoder's likelihood of the 8-bit image, t > 1 the KL divergence between the true and
-    the predicted step. Gradients reach the variance fraction and not the mean (improved-diffusion,
-    Sec. 3.1): pass `x0_hat` detached.
+    t = 1 is the decoder's likelihood of the 8-bit image, t > 1 the KL divergence between the true and the predicted
+    step. Gradients reach the variance fraction and not the mean (improved-diffusion, Sec. 3.1): pass `x0_hat` detached.
     """
     t = t_B.detach().cpu().numpy()
     device = x0_BCHW.device
@@ -101,18 +99,16 @@ def hybrid_loss(
 ) -> Tensor:
     """L_simple + gamma * sum over t of L_t, estimated from one timestep an image, (B,) (ECLIPSE, Eq. 8).
 
-    L_simple is the squared error of the noise, whatever the network predicts. Eq. 8 sums over all timesteps,
-    so the term of the one drawn is multiplied by their number. A network without learned variance has
-    L_simple only.
+    L_simple is the squared error of the noise, whatever the network predicts. Eq. 8 sums over all timesteps, so the
+    term of the one drawn is multiplied by their number. A network without learned variance has L_simple only.
 
     Args:
-        denoiser: of any parameterization.
         x0_BCHW: clean images in [0, 1].
         t_B: timesteps from 1 to `timesteps`.
         noise_BCHW: standard normal.
         gamma: weight of the variational sum.
-        schedule: what the timesteps mean; by default the denoiser's.
-        timesteps: how many there are to draw from; by default all of the schedule.
+        schedule: of the timesteps; None for the denoiser's.
+        timesteps: how many there are to draw from; None for all of the schedule.
     """
     schedule = denoiser.schedule if schedule is None else schedule
     if schedule is None:

@@ -21,14 +21,7 @@ _BATCH_VALUES = 100 * 3 * 64 * 64  # bounds the memory of a batch of large image
 
 
 def check_images(images_NCHW: Tensor, what: str = "PSNR takes") -> None:
-    """Refuse what is not images to measure on.
-
-    Args:
-        what: begins the message, such as "PSNR takes".
-
-    Raises:
-        InputError: not uint8 (N, C, H, W), or no image.
-    """
+    """Raise `InputError` unless these are images to measure on; `what` begins the message, such as "PSNR takes"."""
     if not isinstance(images_NCHW, Tensor):
         raise InputError(f"{what} uint8 images (N, C, H, W), as a tensor. Got {type(images_NCHW).__name__}.")
     if images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.numel() == 0:
@@ -84,32 +77,26 @@ def psnr(denoiser: Denoiser, images_NCHW: Tensor, sigma: float, seed: int = 0, b
 
     Args:
         images_NCHW: uint8, clean, not trained on.
-        sigma: in image units.
+        sigma: in image units, in the denoiser's range.
         batch_size: images of a network call; by their size if None, 100 or fewer.
 
-    Raises:
-        InputError: images of another type or shape, or a sigma outside the denoiser's range.
-
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import psnr
-        >>> from purifyloader.pretrained import load
-        >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-        >>> psnr(load("cifar10-sparse"), images, sigma=25 / 255) > 30
-        True
+    >>> import torch
+    >>> from purifyloader.evaluation import psnr
+    >>> from purifyloader.pretrained import load
+    >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    >>> psnr(load("cifar10-sparse"), images, sigma=25 / 255) > 30
+    True
     """
     return _mean_psnr(images_NCHW, sigma, seed, lambda x: estimate(denoiser, x, sigma).clamp(0, 1), batch_size)
 
 
 def jpeg_psnr(images_NCHW: Tensor, sigma: float, quality: int = 10, seed: int = 0) -> float:
-    """Measure JPEG in a denoiser's place, on the noise of `psnr`: what doing something cheap gives.
+    """Measure JPEG in a denoiser's place, as a cheap baseline, on the noise of `psnr`.
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import jpeg_psnr
-        >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-        >>> jpeg_psnr(images, sigma=25 / 255) > 20
-        True
+    >>> import torch
+    >>> from purifyloader.evaluation import jpeg_psnr
+    >>> jpeg_psnr(torch.full((1, 3, 32, 32), 128, dtype=torch.uint8), sigma=25 / 255) > 20
+    True
     """
     return _mean_psnr(images_NCHW, sigma, seed, lambda x: corruptions.jpeg(x.clamp(0, 1), quality))
 
@@ -117,11 +104,9 @@ def jpeg_psnr(images_NCHW: Tensor, sigma: float, quality: int = 10, seed: int = 
 def noised_psnr(images_NCHW: Tensor, sigma: float, seed: int = 0) -> float:
     """Measure doing nothing, on the noise of `psnr`: the PSNR of the noised images, clamped to [0, 1].
 
-    Example:
-        >>> import torch
-        >>> from purifyloader.evaluation import noised_psnr
-        >>> images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-        >>> round(noised_psnr(images, sigma=0.1))
-        20
+    >>> import torch
+    >>> from purifyloader.evaluation import noised_psnr
+    >>> round(noised_psnr(torch.full((1, 3, 32, 32), 128, dtype=torch.uint8), sigma=0.1))
+    20
     """
     return _mean_psnr(images_NCHW, sigma, seed, lambda x: x.clamp(0, 1))

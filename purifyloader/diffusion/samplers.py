@@ -34,9 +34,9 @@ def _constant(value: float, x_BCHW: Tensor) -> Tensor:
 def ancestral(denoiser: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor]) -> Tensor:
     """Ancestral (DDPM) sampling with the learned variance (ECLIPSE, Algorithm 1 and Eqs. 9-12).
 
-    Eq. 10 gives a variance, so its square root scales the noise. Without a learned variance the lower
-    bound, the posterior's own, is used. The last step adds no noise. Levels skipped are stepped over by
-    the posterior between the two that are visited (Nichol & Dhariwal 2021, Sec. 4).
+    Eq. 10 gives a variance, so its square root scales the noise. Without a learned variance the lower bound, the
+    posterior's own, is used. The last step adds no noise. Levels skipped are stepped over by the posterior between the
+    two that are visited (Nichol & Dhariwal 2021, Sec. 4).
     """
     _check(sigmas)
     for step, (sigma, below) in enumerate(pairwise(sigmas)):

@@ -1,13 +1,13 @@
-"""Noise schedules: what a timestep means, as sigma in image units.
+"""Noise schedules: they map timesteps to sigma in image units.
 
-A variance-preserving schedule gives `abar(t)`, the share of the signal's variance left after t steps,
-for data in [-1, 1]. Everything else in this library works in `sigma`, the standard deviation of the
-noise over the signal's scale for data in [0, 1]; on the 0-255 scale that is `255 * sigma` pixels:
+A variance-preserving schedule gives `abar(t)`, the share of the signal's variance left after t steps, for data in
+[-1, 1]. Everything else in this library works in `sigma`, the standard deviation of the noise over the signal's scale
+for data in [0, 1]; on the 0-255 scale that is `255 * sigma` pixels:
 
     sigma(t) = sqrt((1 - abar(t)) / abar(t)) / 2
 
-Timesteps count from 1; t = 0 is the clean image. Everything here is float64 numpy: the tables are tiny
-and the inverse must not lose digits.
+Timesteps count from 1; t = 0 is the clean image. Everything here is float64 numpy: the tables are tiny and the inverse
+must not lose digits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError, InputError
 
 __all__ = [
@@ -70,8 +71,7 @@ class _BetaSchedule(Schedule):
     timesteps: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.timesteps, int) or self.timesteps < 2:
-            raise ConfigError(f"A schedule needs an integer of 2 or more timesteps. Got {self.timesteps!r}.")
+        check_integer("timesteps", self.timesteps, 2)
 
     @cached_property
     def betas(self) -> Float64:
@@ -229,7 +229,7 @@ _KINDS: dict[str, type[Schedule]] = {
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """Build back what `Schedule.config` said."""
+    """Build back the schedule that `Schedule.config` described."""
     values = dict(config)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -241,7 +241,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
 
 
 def spaced_sigmas(schedule: Schedule, t: float, steps: int) -> tuple[float, ...]:
-    """The noise levels of `steps` network calls from timestep `t` down: evenly spaced in t, then 0.
+    """Compute the noise levels of `steps` network calls from timestep `t` down: evenly spaced in t, then 0.
 
     `steps == t` visits every timestep t, t-1, ..., 1 (Algorithm 1); fewer steps skip over the same range.
     """

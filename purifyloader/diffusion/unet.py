@@ -1,14 +1,13 @@
 """The improved-diffusion U-Net (Nichol & Dhariwal 2021, arXiv:2102.09672), sized by one configuration.
 
-Shape suffixes: B batch, C channels, H height, W width, E embedding, N = H*W tokens.
 `UNetConfig()` is the network of the ECLIPSE paper (52,546,438 parameters with six output channels);
-`UNetConfig.small()` is the one that a machine without a GPU trains in an hour.
-
-Its relatives differ in details, which are options:
+`UNetConfig.small()` is the one that a machine without a GPU trains in an hour. Relatives differ in options:
 
     DDPM      (Ho et al. 2020, arXiv:2006.11239; diffusers' UNet2DModel): the time is added (`scale_shift=False`)
     guided    (Dhariwal & Nichol 2021, arXiv:2105.05233): `resample="block"`, `head_channels=64`
     DDPM++    (Song et al. 2021, arXiv:2011.13456): `resample="block-skip"`, `rescale_sums`, `up_attention="last"`
+
+Shape suffixes: B batch, C channels, H height, W width, E embedding, N = H*W tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
 from purifyloader.errors import ConfigError
 
 __all__ = ["RESAMPLE", "UP_ATTENTION", "UNet", "UNetConfig", "timestep_embedding"]
@@ -100,28 +100,17 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("channels", "blocks", "heads", "norm_groups", "image_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"UNetConfig.{name} must be a positive integer. Got {value!r}.")
+            check_integer(f"UNetConfig.{name}", getattr(self, name), 1)
         for name in ("head_channels", "norm_group_channels", "stem_channels"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"UNetConfig.{name} must be a positive integer or None. Got {value!r}.")
+            check_integer(f"UNetConfig.{name}", getattr(self, name), 1, none=True)
         for name in ("learned_variance", "middle_attention", "scale_shift", "rescale_sums", "sines_first"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"UNetConfig.{name} must be True or False. Got {value!r}.")
-        for name, known in (("resample", RESAMPLE), ("up_attention", UP_ATTENTION)):
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(f"UNetConfig.{name} must be one of {list(known)}. Got {value!r}.")
-        if not isinstance(self.norm_eps, int | float) or not 0 < self.norm_eps < 1:
-            raise ConfigError(f"UNetConfig.norm_eps must be a number in (0, 1). Got {self.norm_eps!r}.")
-        if not isinstance(self.frequency_shift, int | float) or not 0 <= self.frequency_shift < max(
-            1, self.channels // 2
-        ):
-            raise ConfigError(
-                "UNetConfig.frequency_shift must be at least 0 and less than half of the channels, "
-                f"{self.channels // 2}. Got {self.frequency_shift!r}."
-            )
+            check_flag(f"UNetConfig.{name}", getattr(self, name))
+        check_choice("UNetConfig.resample", self.resample, RESAMPLE)
+        check_choice("UNetConfig.up_attention", self.up_attention, UP_ATTENTION)
+        check_number("UNetConfig.norm_eps", self.norm_eps, above=0, below=1)
+        # of the sines and cosines, which are half of the channels each
+        check_number("UNetConfig.frequency_shift", self.frequency_shift, low=0, below=max(1, self.channels // 2))
+        check_number("UNetConfig.dropout", self.dropout, low=0, below=1)
         if not self.multipliers or any(
             not isinstance(m, int | float) or not m > 0 or not _whole(self.channels * m) for m in self.multipliers
         ):
@@ -134,8 +123,6 @@ class UNetConfig:
                 f"UNetConfig.attention_levels must name levels 0..{len(self.multipliers) - 1}. "
                 f"Got {self.attention_levels!r}."
             )
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"UNetConfig.dropout must be a probability in [0, 1). Got {self.dropout!r}.")
         if any(width % self.groups(width) for width in self.widths):
             raise ConfigError(
                 f"Each level's width must be a multiple of norm_groups={self.norm_groups}. Got widths {self.widths}."
@@ -143,16 +130,9 @@ class UNetConfig:
 
     @classmethod
     def small(cls, **changes: Any) -> UNetConfig:
-        """1,125,315 parameters, for 32-pixel images and two CPU cores: no attention, one block a level."""
-        small = cls(
-            channels=32,
-            multipliers=(1, 2, 2),
-            blocks=1,
-            attention_levels=(),
-            middle_attention=False,
-            norm_groups=8,
-            learned_variance=False,
-        )
+        """Network of 1,125,315 parameters, for 32-pixel images and two CPU cores: no attention, one block a level."""
+        no_attention: dict[str, Any] = {"attention_levels": (), "middle_attention": False}
+        small = cls(channels=32, multipliers=(1, 2, 2), blocks=1, norm_groups=8, learned_variance=False, **no_attention)
         return replace(small, **changes)
 
     @property
@@ -161,7 +141,7 @@ class UNetConfig:
         return [round(self.channels * m) for m in self.multipliers]
 
     def groups(self, channels: int) -> int:
-        """Groups in which a layer of that width is normalised."""
+        """Number of groups in which a layer of that width is normalised."""
         most = self.norm_groups if self.norm_group_channels is None else channels // self.norm_group_channels
         return max(1, min(self.norm_groups, most))
 
@@ -175,7 +155,7 @@ class UNetConfig:
         return 2 ** (len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON. A field that the first checkpoints did not have is left out while it is at its default."""
+        """Describe it as JSON. A field that the first checkpoints did not have is left out at its default."""
         defaults = {f.name: f.default for f in fields(self)}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -186,8 +166,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise ConfigError(f"Known fields of a UNetConfig: {sorted(known)}. Got {unknown}.")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import noise
-from purifyloader.core.batches import in_batches
-from purifyloader.core.devices import device_of, exact_arithmetic
+from purifyloader.core.devices import device_of, exact_arithmetic, in_batches
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule

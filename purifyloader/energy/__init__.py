@@ -1,7 +1,6 @@
 """Energy models: a scalar that is low on clean images, and the dynamics that walk downhill in it."""
 
-from purifyloader.energy.energies import image_energies
-from purifyloader.energy.network import EnergyConfig, EnergyNetwork
+from purifyloader.energy.network import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.energy.walking import langevin, walk
 
 __all__ = ["EnergyConfig", "EnergyNetwork", "image_energies", "langevin", "walk"]

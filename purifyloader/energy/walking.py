@@ -11,13 +11,13 @@ is clamped on the way. The walk draws from p(x) proportional to exp(-E(x) / T), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from purifyloader.errors import ConfigError, PurifyError
+from purifyloader.core.checks import check_integer, check_number
+from purifyloader.errors import PurifyError
 
 __all__ = ["FAR", "STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energy_gradient", "langevin", "walk"]
 
@@ -36,14 +36,9 @@ Energy = Callable[[Tensor], Tensor]
 
 def check_dynamics(steps: int = 1, step_size: float = STEP_SIZE, temperature: float = TEMPERATURE) -> None:
     """Raise `ConfigError` unless these are a number of steps, a step size and a temperature."""
-    if type(steps) is not int or steps < 1:
-        raise ConfigError(f"steps is the number of Langevin steps, at least 1. Got {steps!r}.")
-    for name, value, what in (
-        ("step_size", step_size, "the noise that a step adds, in image units"),
-        ("temperature", temperature, "what the energy is divided by"),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {what}, a positive number. Got {value!r}.")
+    check_integer("steps", steps, 1, unit="the number of Langevin steps")
+    check_number("step_size", step_size, above=0, unit="the noise that a step adds, in image units")
+    check_number("temperature", temperature, above=0, unit="which divides the energy")
 
 
 def energy_gradient(energy: Energy, x_BCHW: Tensor, create_graph: bool = False) -> Tensor:

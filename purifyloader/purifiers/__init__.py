@@ -13,16 +13,23 @@ the entry point group `purifyloader.purifiers`: the README of this folder shows 
 
 from __future__ import annotations
 
-from purifyloader.purifiers import composition, energy_above, langevin, networks, shapes, squeezing, where
-from purifyloader.purifiers.base import SCHEMA, Condition, Purifier, Resolver
+from purifyloader.purifiers import composition, energy_above, langevin, networks, shapes, squeezing
+from purifyloader.purifiers.base import (
+    CONDITIONS,
+    KINDS,
+    SCHEMA,
+    Condition,
+    Purifier,
+    Resolver,
+    from_config,
+    from_json,
+)
 from purifyloader.purifiers.composition import *  # noqa: F403
 from purifyloader.purifiers.energy_above import *  # noqa: F403
 from purifyloader.purifiers.langevin import *  # noqa: F403
 from purifyloader.purifiers.networks import *  # noqa: F403
-from purifyloader.purifiers.registry import CONDITIONS, KINDS, from_config, from_json
 from purifyloader.purifiers.shapes import *  # noqa: F403
 from purifyloader.purifiers.squeezing import *  # noqa: F403
-from purifyloader.purifiers.where import *  # noqa: F403
 
 __all__ = ["SCHEMA", "Condition", "Purifier", "Resolver", "from_config", "from_json"]
 __all__ += composition.__all__
@@ -31,7 +38,6 @@ __all__ += langevin.__all__
 __all__ += networks.__all__
 __all__ += shapes.__all__
 __all__ += squeezing.__all__
-__all__ += where.__all__
 
 _classes = [value for value in map(globals().get, __all__) if isinstance(value, type)]
 KINDS.update({cls.kind: cls for cls in _classes if issubclass(cls, Purifier) and "kind" in vars(cls)})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, Self, SupportsIndex
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
 
 __all__ = [
+    "CONDITIONS",
+    "KINDS",
     "NOISE_BEFORE",
     "SCHEMA",
     "UNKNOWN_FIRST",
@@ -22,7 +26,11 @@ __all__ = [
     "Purifier",
     "Resolver",
     "by_shape",
+    "common_channels",
+    "condition_from_config",
     "conditions_of",
+    "from_config",
+    "from_json",
     "pixels",
     "refuse_plans",
 ]
@@ -74,6 +82,9 @@ class Purifier(nn.Module):
     image_channels: int | None = None
     """Channels it takes, None for any."""
 
+    options: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the constructor that are attributes and make up the configuration."""
+
     selects: ClassVar[bool] = False
     """True where it treats images differently because of how they look."""
 
@@ -100,12 +111,16 @@ class Purifier(nn.Module):
         yield self
 
     def config(self) -> dict[str, Any]:
-        """Describe it as plain data, with its `kind`; `from_config` builds it back."""
-        raise NotImplementedError
+        """Describe it as plain data, its `kind` and the attributes of `options`; `from_config` builds it back."""
+        values = {name: getattr(self, name) for name in self.options}
+        parts = {name: part.config() for name, part in values.items() if isinstance(part, Purifier | Condition)}
+        return {"kind": self.kind, **values, **parts}
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
         """Build a purifier from its `config`, whose `kind` is gone from `values`."""
+        if "purifier" in cls.options:
+            values["purifier"] = from_config(values["purifier"], resolve)
         return cls(**values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
@@ -231,6 +246,14 @@ def pixels(sigma: float) -> float:
     return float(f"{255 * sigma:.5g}")
 
 
+def common_channels(taker: str, *parts: Purifier | Condition) -> int | None:
+    """Return the image channels that all parts take, None for any; `ConfigError` where they differ."""
+    channels = {part.image_channels for part in parts if part.image_channels is not None}
+    if len(channels) > 1:
+        raise ConfigError(f"The parts of a {taker} must take the same channels. Got {sorted(channels)}.")
+    return channels.pop() if channels else None
+
+
 def by_shape(images: Sequence[Tensor]) -> list[list[int]]:
     """Group the positions of the images by shape."""
     rows: dict[torch.Size, list[int]] = {}
@@ -324,3 +347,77 @@ def refuse_plans(taker: str, purifier: nn.Module) -> None:
             f"inside: put {taker} inside the Where, as in Where(EnergyAbove(energy, k=0.5), {taker}(...)), or give "
             "the condition a threshold."
         )
+
+
+# -- from JSON -----------------------------------------------------------------------------------------
+
+Named = TypeVar("Named", Purifier, Condition)
+
+KINDS: dict[str, type[Purifier]] = {}
+"""The purifiers of the library by kind, filled in `purifyloader.purifiers`."""
+
+CONDITIONS: dict[str, type[Condition]] = {}
+"""The conditions of the library by kind, filled there too."""
+
+
+def _build(config: Any, resolve: Resolver, table: Mapping[str, type[Named]], what: str) -> Named:
+    """Build the purifier or condition of a configuration, of a kind in the table or of a plugin's: never by a path."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"A {what}'s configuration is an object with a kind. Got {type(config).__name__}.")
+    values = dict(config)
+    kind = values.pop("kind", None)
+    cls = table.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        plugins: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"purifyloader.{what}s")}
+        if not isinstance(kind, str) or kind not in plugins:
+            raise ConfigError(f"A {what}'s kind must be one of {sorted({*table, *plugins})}. Got {kind!r}.")
+        cls = plugins[kind].load()
+    try:
+        return cls.build(values, resolve)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
+
+
+def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
+    """Build the purifier that `Purifier.config` described; `ConfigError` for no such kind, or values that do not fit.
+
+    Args:
+        config: plain data with a `kind`.
+        resolve: finds the model meant by an entry `{"name", "weights_sha256"}` and its kind
+            (`purifyloader.recipes.from_json` loads it by name and checks the hash).
+
+    >>> from purifyloader import purifiers
+    >>> purifiers.from_config({"kind": "jpeg", "quality": 30}, resolve=lambda entry, kind: None).config()
+    {'kind': 'jpeg', 'quality': 30}
+    """
+    return _build(config, resolve, KINDS, "purifier")
+
+
+def condition_from_config(config: Any, resolve: Resolver) -> Condition:
+    """Build the condition that `Condition.config` described."""
+    return _build(config, resolve, CONDITIONS, "condition")
+
+
+def from_json(text: str, resolve: Resolver) -> Purifier:
+    """Build the purifier that `Purifier.to_json` described; `ConfigError` for other text, or a newer schema.
+
+    `resolve` is that of `from_config`; `purifyloader.recipes.from_json` finds models by name.
+
+    >>> from purifyloader import purifiers
+    >>> purifiers.from_json(purifiers.Jpeg(30).to_json(), resolve=lambda entry, kind: None).config()
+    {'kind': 'jpeg', 'quality': 30}
+    """
+    try:
+        values = json.loads(text)
+    except TypeError:
+        raise ConfigError(f"A purifier is read from JSON text. Got {type(text).__name__}.") from None
+    except ValueError as error:
+        raise ConfigError(f"A purifier is read from JSON. Got text that is not JSON ({error}).") from None
+    if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):
+        raise ConfigError(f"A purifier's JSON is an object with schema and purifier. Got {text[:80]!r}.")
+    if values["schema"] != SCHEMA:
+        raise ConfigError(
+            f"This version of purifyloader reads purifier schema {SCHEMA}. Got {values['schema']!r}: "
+            "use the version that wrote it, or a newer one."
+        )
+    return from_config(values["purifier"], resolve)

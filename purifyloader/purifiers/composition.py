@@ -1,18 +1,27 @@
-"""Compose purifiers: one after another, or one several times."""
+"""Compose purifiers: one after another, one several times, or one for some of the images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from purifyloader.core import noise
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Condition, Purifier, Resolver, refuse_plans
-from purifyloader.purifiers.registry import from_config
+from purifyloader.purifiers.base import (
+    Condition,
+    Purifier,
+    Resolver,
+    common_channels,
+    condition_from_config,
+    from_config,
+    refuse_plans,
+)
+from purifyloader.purifiers.shapes import keeps_shape
 
-__all__ = ["Chain", "Repeat"]
+__all__ = ["Chain", "Repeat", "Where"]
 
 
 class Chain(Purifier):
@@ -32,10 +41,7 @@ class Chain(Purifier):
         if not stages or not all(isinstance(stage, Purifier) for stage in stages):
             raise ConfigError(f"Chain takes one or more purifiers. Got {[type(s).__name__ for s in stages]}.")
         self.stages = nn.ModuleList(stages)
-        channels = {stage.image_channels for stage in stages if stage.image_channels is not None}
-        if len(channels) > 1:
-            raise ConfigError(f"The stages of a chain must take the same channels. Got {sorted(channels)}.")
-        self.image_channels = channels.pop() if channels else None
+        self.image_channels = common_channels("Chain", *stages)
 
     @property
     def calls(self) -> int:
@@ -89,6 +95,7 @@ class Repeat(Purifier):
     """
 
     kind = "repeat"
+    options = ("purifier", "times")
 
     def __init__(self, purifier: Purifier, times: int) -> None:
         super().__init__()
@@ -103,13 +110,6 @@ class Repeat(Purifier):
     @property
     def calls(self) -> int:
         return self.times * self.purifier.calls
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "purifier": self.purifier.config(), "times": self.times}
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        return cls(from_config(values["purifier"], resolve), values["times"])
 
     def in_order(self) -> Iterator[Purifier]:
         yield self.purifier
@@ -128,3 +128,77 @@ class Repeat(Purifier):
         for i in range(self.times):
             images = self.purifier.run_images(images, noise.fold_in(seeds_B, i))
         return list(images)
+
+
+_SIZE = 32  # of the image whose shape is asked for; any would do
+
+
+class Where(Purifier):
+    """Purify the images for which a condition holds; the others pass unchanged.
+
+    Seeds are handed on as they are: under a condition that always holds it is, bit for bit, the bare purifier.
+    `purify_with_grad` gives the gradients of the purifier, and none of the condition, which is a step.
+
+    Args:
+        condition: such as `EnergyAbove`. One with a share k needs a plan before it can run:
+            `purifyloader.purified.plans.plan`; `PurifiedDataset` and `precompute` make it by themselves.
+        purifier: one that keeps shapes; put a `Resize` before.
+
+    Raises:
+        ConfigError: no condition or purifier, one that changes shapes or has a share k of its own, or other channels.
+
+    >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
+    >>> from purifyloader.purifiers import EnergyAbove, Jpeg, Where
+    >>> Where(EnergyAbove(EnergyNetwork(EnergyConfig(channels=4)), threshold=0.1), Jpeg(10)).calls
+    1
+    """
+
+    kind = "where"
+    options = ("condition", "purifier")
+    selects = True
+
+    def __init__(self, condition: Condition, purifier: Purifier) -> None:
+        super().__init__()
+        if not isinstance(condition, Condition) or not isinstance(purifier, Purifier):
+            raise ConfigError(
+                "Where takes a condition, such as EnergyAbove, and a purifier. Got "
+                f"{type(condition).__name__} and {type(purifier).__name__}."
+            )
+        if not keeps_shape(purifier, (purifier.image_channels or 3, _SIZE, _SIZE)):
+            raise ConfigError(
+                "Where takes a purifier that keeps the shape of an image, for the others pass unchanged. Got one that "
+                "resizes: put the Resize before, as in Chain(Resize(...), Where(...))."
+            )
+        refuse_plans("Another Where", purifier)
+        self.image_channels = common_channels("Where", condition, purifier)
+        self.condition, self.purifier = condition, purifier
+
+    @property
+    def calls(self) -> int:
+        return 1 + self.purifier.calls  # the condition's own
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        return super().build({**values, "condition": condition_from_config(values["condition"], resolve)}, resolve)
+
+    def noise_first(self) -> float | str:
+        return "which chooses images by how they look without noise: purify all of them, or choose after the noise."
+
+    def in_order(self) -> Iterator[Purifier]:
+        yield self
+        yield self.purifier
+
+    def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
+        waits = self.condition.needs_plan and self.condition.planned is None
+        return (self.condition, list(images)) if waits else None
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return torch.stack(self.run_images(x_BCHW.unbind(), seeds_B)) if len(x_BCHW) else x_BCHW
+
+    def run_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
+        rows = self.condition.holds_images(images)
+        chosen = self.purifier.run_images([images[row] for row in rows], seeds_B[rows]) if rows else []
+        out = list(images)
+        for row, x in zip(rows, chosen, strict=True):
+            out[row] = x
+        return out

@@ -1,4 +1,4 @@
-"""Purifiers around a network. All of them call it with a fixed number of images: see `purifyloader.core.batches`."""
+"""Purifiers around a network. All of them call it with a fixed number of images: see `purifyloader.core.devices`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core import noise
-from purifyloader.core.batches import in_batches
-from purifyloader.core.checks import check_compute_batch, check_number
+from purifyloader.core.checks import check_choice, check_compute_batch, check_number
+from purifyloader.core.devices import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
@@ -52,6 +52,7 @@ class NetworkPurifier(Purifier):
     """
 
     role: ClassVar[str]
+    asks: ClassVar[tuple[str, ...]] = ()  # the role for a `Resolver`; one of denoisers alone takes the entry alone
 
     def __init__(
         self,
@@ -62,8 +63,7 @@ class NetworkPurifier(Purifier):
     ) -> None:
         check_model(type(self).__name__, model, self.role)
         super().__init__()
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {sorted(DTYPES)}. Got {dtype!r}.")
+        check_choice("dtype", dtype, DTYPES)
         check_compute_batch(compute_batch)
         self.dtype = dtype
         self.compute_batch = compute_batch
@@ -75,6 +75,11 @@ class NetworkPurifier(Purifier):
 
     def network_config(self) -> dict[str, Any]:
         return {self.role: self._entry, "dtype": self.dtype, "compute_batch": self.compute_batch}
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        values = {name: value for name, value in values.items() if name not in ("sigma_px", "step_px")}  # for people
+        return cls(resolve(values.pop(cls.role), *cls.asks), **values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         x_BCHW = x_BCHW.contiguous()  # channels-last memory would choose other kernels, and so other bits
@@ -117,17 +122,7 @@ class DenoiseOnce(NetworkPurifier):
         return self.sigma
 
     def config(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "sigma": self.sigma,
-            "sigma_px": pixels(self.sigma),
-            **self.network_config(),
-        }
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        values.pop("sigma_px", None)
-        return cls(resolve(values.pop("denoiser")), **values)
+        return {"kind": self.kind, "sigma": self.sigma, "sigma_px": pixels(self.sigma), **self.network_config()}
 
     def run_chunk(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         noised = x_BCHW + self.sigma * noise.normal(seeds_B, x_BCHW.shape[1:])
@@ -177,8 +172,7 @@ class Diffuse(NetworkPurifier):
         if (t is None) == (sigma is None):
             raise ConfigError(f"Give the noise level as t or as sigma, one of them. Got t={t!r}, sigma={sigma!r}.")
         check_number("t" if sigma is None else "sigma", t if sigma is None else sigma)
-        if sampler not in SAMPLERS:
-            raise ConfigError(f"sampler must be one of {sorted(SAMPLERS)}. Got {sampler!r}.")
+        check_choice("sampler", sampler, SAMPLERS)
         self.schedule = CosineSchedule(4000) if schedule is None else schedule
         self.t, self.sigma = t, sigma
         if steps is None:
@@ -217,9 +211,7 @@ class Diffuse(NetworkPurifier):
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        values.pop("sigma_px", None)
-        schedule = schedule_from_config(values.pop("schedule"))
-        return cls(resolve(values.pop("denoiser")), schedule=schedule, **values)
+        return super().build({**values, "schedule": schedule_from_config(values["schedule"])}, resolve)
 
     def run_chunk(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         shape = x_BCHW.shape[1:]

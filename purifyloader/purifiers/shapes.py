@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from purifyloader.core import noise, sizes
 from purifyloader.errors import ConfigError
-from purifyloader.purifiers.base import Purifier, Resolver, refuse_plans
-from purifyloader.purifiers.registry import from_config
+from purifyloader.purifiers.base import Purifier, refuse_plans
 
 __all__ = ["Resize", "Tiles"]
 
@@ -35,14 +33,12 @@ class Resize(Purifier):
     """
 
     kind = "resize"
+    options = ("size", "crop")
 
     def __init__(self, size: int, crop: int | None = None) -> None:
         super().__init__()
         sizes.check_resize(size, crop)
         self.size, self.crop = size, crop
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "size": self.size, "crop": self.crop}
 
     def noise_first(self) -> float | str:
         return "which changes how far images are apart: resize the data set beforehand, and certify what comes of it."
@@ -94,6 +90,7 @@ class Tiles(Purifier):
     """
 
     kind = "tiles"
+    options = ("purifier", "size", "overlap")
 
     def __init__(self, purifier: Purifier, size: int, overlap: int | None = None) -> None:
         super().__init__()
@@ -115,13 +112,6 @@ class Tiles(Purifier):
     @property
     def calls(self) -> int:
         return self.purifier.calls
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "purifier": self.purifier.config(), "size": self.size, "overlap": self.overlap}
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        return cls(from_config(values.pop("purifier"), resolve), **values)
 
     def noise_first(self) -> float | str:
         return (

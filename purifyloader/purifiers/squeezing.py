@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -21,11 +21,6 @@ class Squeeze(Purifier):
     >>> Jpeg(10).options
     ('quality',)
     """
-
-    options: ClassVar[tuple[str, ...]] = ()
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, **{name: getattr(self, name) for name in self.options}}
 
 
 class Jpeg(Squeeze):

@@ -716,7 +716,7 @@ def test_a_poison_is_not_called_as_clean_data_are(folder, tmp_path, capsys):
 
 
 def test_tiny_imagenet_has_a_denoiser_of_its_kind():
-    from purifyloader.bench.scales import SCALES
+    from purifyloader.bench.defences import SCALES
     from purifyloader.commands.bench import _settings
 
     for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):

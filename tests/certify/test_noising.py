@@ -37,7 +37,7 @@ from purifyloader.purifiers import (
     Tiles,
     Where,
 )
-from purifyloader.purifiers.registry import KINDS
+from purifyloader.purifiers.base import KINDS
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.purifiers.test_denoise_once_exact import Watching
 

@@ -39,7 +39,7 @@ from purifyloader.purifiers import (
     Tiles,
     Where,
 )
-from purifyloader.purifiers.registry import KINDS
+from purifyloader.purifiers.base import KINDS
 from purifyloader.recipes.registry import describe
 from tests import processes
 from tests.conftest import random_images, tiny_denoiser, tiny_energy

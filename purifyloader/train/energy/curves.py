@@ -13,8 +13,7 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
-from purifyloader.energy.energies import image_energies
-from purifyloader.energy.network import EnergyNetwork
+from purifyloader.energy.network import EnergyNetwork, image_energies
 from purifyloader.energy.walking import FAR, walk
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.train.curves import CURVES_PNG, Curves, write_grid
