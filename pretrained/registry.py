@@ -13,17 +13,8 @@ from purifyloader.errors import CheckpointError, InputError
 from purifyloader.pretrained import hub
 from purifyloader.pretrained.kinds import KINDS
 
-__all__ = [
-    "CARD_FILE",
-    "CONFIG_FILE",
-    "MODEL_FILE",
-    "PICKLES",
-    "available",
-    "check_not_foreign",
-    "find",
-    "is_local",
-    "listed",
-]
+__all__ = ["CARD_FILE", "CONFIG_FILE", "MODEL_FILE", "PICKLES", "available", "check_not_foreign", "find", "is_local"]
+__all__ += ["listed"]
 
 log = logging.getLogger("purifyloader")
 

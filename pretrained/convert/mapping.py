@@ -22,23 +22,8 @@ from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet, UNe
 from purifyloader.errors import CheckpointError, ConfigError
 from purifyloader.pretrained.registry import listed
 
-__all__ = [
-    "Layout",
-    "Piece",
-    "Place",
-    "check_schedule",
-    "copies",
-    "fill",
-    "make_denoiser",
-    "make_network",
-    "multipliers",
-    "places",
-    "qkv_rows",
-    "read_width",
-    "tensors_only",
-    "trained_range",
-    "unprefixed",
-]
+__all__ = ["Layout", "Piece", "Place", "check_schedule", "copies", "fill", "make_denoiser", "make_network"]
+__all__ += ["multipliers", "places", "qkv_rows", "read_width", "tensors_only", "trained_range", "unprefixed"]
 
 Network = TypeVar("Network", bound=nn.Module)
 

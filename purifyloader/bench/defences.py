@@ -25,19 +25,8 @@ if TYPE_CHECKING:  # a help text lists defences without importing torch
     from purifyloader.purifiers import Purifier
     from purifyloader.transforms import Compensate
 
-__all__ = [
-    "ATTACK_SEED",
-    "DEFENCES",
-    "DENOISERS",
-    "ROWS_FILE",
-    "SCALES",
-    "TABLE_FILE",
-    "Defence",
-    "Made",
-    "Models",
-    "find",
-    "table",
-]
+__all__ = ["ATTACK_SEED", "DEFENCES", "DENOISERS", "ROWS_FILE", "SCALES", "TABLE_FILE", "Defence", "Made", "Models"]
+__all__ += ["find", "table"]
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,8 @@ from typing import Any
 
 from purifyloader.errors import ConfigError, InputError, PurifyError
 
-__all__ = [
-    "as_integer",
-    "check_choice",
-    "check_compute_batch",
-    "check_flag",
-    "check_integer",
-    "check_number",
-    "check_seed",
-]
+__all__ = ["as_integer", "check_choice", "check_compute_batch", "check_flag", "check_integer", "check_number"]
+__all__ += ["check_seed"]
 
 
 def check_number(

@@ -15,18 +15,8 @@ from purifyloader.core.checks import check_integer, check_number
 from purifyloader.core.images import luma, quantize
 from purifyloader.errors import InputError
 
-__all__ = [
-    "bit_depth",
-    "check_alpha",
-    "check_bits",
-    "check_compensation",
-    "check_quality",
-    "coin",
-    "compensate",
-    "grayscale",
-    "grey_and_noise",
-    "jpeg",
-]
+__all__ = ["bit_depth", "check_alpha", "check_bits", "check_compensation", "check_quality", "coin", "compensate"]
+__all__ += ["grayscale", "grey_and_noise", "jpeg"]
 
 _GRAY, _NOISE = 0, 1
 

@@ -20,21 +20,8 @@ from torchvision import tv_tensors
 
 from purifyloader.errors import InputError
 
-__all__ = [
-    "ImageKind",
-    "as_stored",
-    "from_bytes",
-    "from_engine",
-    "is_image",
-    "luma",
-    "own_channels",
-    "pil_mode",
-    "quantize",
-    "to_bytes",
-    "to_engine",
-    "to_unit",
-    "type_of",
-]
+__all__ = ["ImageKind", "as_stored", "from_bytes", "from_engine", "is_image", "luma", "own_channels", "pil_mode"]
+__all__ += ["quantize", "to_bytes", "to_engine", "to_unit", "type_of"]
 
 # Channels by number: grey, grey + alpha, colour, colour + alpha.
 _CHANNELS = (1, 2, 3, 4)

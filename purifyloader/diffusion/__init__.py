@@ -11,15 +11,5 @@ from purifyloader.diffusion.schedule import (
 )
 from purifyloader.diffusion.unet import UNet, UNetConfig
 
-__all__ = [
-    "BlindDenoiser",
-    "ContinuousVP",
-    "CosineSchedule",
-    "Denoiser",
-    "LinearSchedule",
-    "NetworkDenoiser",
-    "ScaledLinearSchedule",
-    "Schedule",
-    "UNet",
-    "UNetConfig",
-]
+__all__ = ["BlindDenoiser", "ContinuousVP", "CosineSchedule", "Denoiser", "LinearSchedule", "NetworkDenoiser"]
+__all__ += ["ScaledLinearSchedule", "Schedule", "UNet", "UNetConfig"]

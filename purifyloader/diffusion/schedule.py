@@ -24,15 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError, InputError
 
-__all__ = [
-    "ContinuousVP",
-    "CosineSchedule",
-    "LinearSchedule",
-    "ScaledLinearSchedule",
-    "Schedule",
-    "spaced_sigmas",
-    "schedule_from_config",
-]
+__all__ = ["ContinuousVP", "CosineSchedule", "LinearSchedule", "ScaledLinearSchedule", "Schedule", "spaced_sigmas"]
+__all__ += ["schedule_from_config"]
 
 Float64 = NDArray[np.float64]
 

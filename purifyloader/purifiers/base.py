@@ -16,24 +16,9 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
 
-__all__ = [
-    "CONDITIONS",
-    "KINDS",
-    "NOISE_BEFORE",
-    "SCHEMA",
-    "UNKNOWN_FIRST",
-    "Condition",
-    "Purifier",
-    "Resolver",
-    "by_shape",
-    "common_channels",
-    "condition_from_config",
-    "conditions_of",
-    "from_config",
-    "from_json",
-    "pixels",
-    "refuse_plans",
-]
+__all__ = ["CONDITIONS", "KINDS", "NOISE_BEFORE", "SCHEMA", "UNKNOWN_FIRST", "Condition", "Purifier", "Resolver"]
+__all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "from_config", "from_json"]
+__all__ += ["pixels", "refuse_plans"]
 
 SCHEMA = 1
 """Version of the JSON that describes purifiers."""
