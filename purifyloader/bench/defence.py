@@ -38,11 +38,7 @@ def purify_array(
     batch_size: int = 256,
     progress: str | None = None,
 ) -> Purified:
-    """Purify all images through a `PurifiedDataset`: uint8 (N, H, W, C), and the seconds it took.
-
-    Args:
-        progress: text of a progress bar, None for none.
-    """
+    """Purify uint8 images (N, H, W, C) through a `PurifiedDataset`; `progress` is the text of a bar, None for none."""
     dataset = PurifiedDataset(ArrayDataset(images, labels), purifier, seed=seed)
     rows: list[Any] = []
     start = time.perf_counter()

@@ -33,9 +33,7 @@ __all__ += ["find", "table"]
 class Models:
     """Checkpoints that the defences use: names, folders, or ids of a hub.
 
-    Attributes:
-        denoiser: of recipes that have no model of their own, such as ECLIPSE.
-        energy, ddpm: of PureGen.
+    `denoiser` is for recipes that have no model of their own, such as ECLIPSE; `energy` and `ddpm` are PureGen's.
     """
 
     denoiser: str = field(default="cifar10-sparse", metadata={"kind": "denoiser"})
@@ -52,9 +50,8 @@ class Made(NamedTuple):
     Attributes:
         purifier: of the training images, beforehand.
         compensate: drawn anew in every epoch, after the crop and flip.
-        sigma_px: standard deviation of the noise that a network takes off, in levels of 0 to 255; None where there is
-            none, or not one.
-        per_epoch: a purifier applied to the images in training, drawn anew in every epoch, after the crop and flip.
+        sigma_px: standard deviation of the noise that a network takes off, in levels of 0 to 255, if there is just one.
+        per_epoch: a purifier of the images in training, drawn anew in every epoch, after the crop and flip.
     """
 
     purifier: Purifier | None
@@ -65,7 +62,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Defence:
-    """A recipe with its options, and what is done in every epoch after it.
+    """A recipe with its options, and what follows it in every epoch.
 
     Attributes:
         recipe: None where nothing is purified.
@@ -85,7 +82,7 @@ class Defence:
 
     @property
     def takes_sigma(self) -> bool:
-        """Whether `NAME@PX` means anything for it."""
+        """True where `NAME@PX` means anything."""
         return self.recipe is not None and "sigma" in self.recipe.options and "t" not in self.options
 
     @property
@@ -94,34 +91,31 @@ class Defence:
         return tuple(one for one in self._fields().values() if one is not None)
 
     def _fields(self) -> dict[str, str | None]:
-        """The field of `Models` for each model of the recipe; None for one that only the recipe names."""
+        """Map arguments of the recipe to the field of `Models`; None for a model that only the recipe names."""
         known = {one.default: one.name for one in reversed(fields(Models))}
         first = {one.metadata["kind"]: one.name for one in reversed(fields(Models))}
-        recipe = self.recipe
-        if recipe is None:
+        if self.recipe is None:
             return {}
+        defaults = self.recipe.model_defaults
         return {
-            argument: known.get(recipe.model_defaults[argument]) if argument in recipe.model_defaults else first[kind]
-            for argument, kind in recipe.models.items()
+            argument: known.get(defaults[argument]) if argument in defaults else first[kind]
+            for argument, kind in self.recipe.models.items()
         }
 
     def _given(self, models: Models) -> dict[str, str]:
-        """The models by the argument of the recipe."""
+        """Map arguments of the recipe to models."""
         defaults = {} if self.recipe is None else self.recipe.model_defaults
-        return {
-            argument: defaults[argument] if one is None else getattr(models, one)
-            for argument, one in self._fields().items()
-        }
+        named = self._fields().items()
+        return {argument: defaults[argument] if one is None else getattr(models, one) for argument, one in named}
 
     def models(self, models: Models) -> list[str]:
-        """The checkpoints it uses, each once."""
+        """List the checkpoints it uses, each once."""
         return list(dict.fromkeys(self._given(models).values()))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
         """Make the purifier and the compensation.
 
         Args:
-            models: that recipes take.
             px: standard deviation of the noise in levels of 0 to 255, in place of the defence's own.
             fast: bfloat16 (`fast=True` of the recipes).
         """
@@ -140,7 +134,7 @@ class Defence:
 
 
 def _eclipse_parts() -> Iterator[Defence]:
-    """ECLIPSE in its parts: A the purification, B random grey, C noise."""
+    """Yield ECLIPSE in its parts: A the purification, B random grey, C noise."""
     eclipse = describe("eclipse", recipes.RECIPES["eclipse"])
     # of one call: 12.75 px, with which the tables of the README were made; @25 is the safer choice
     once: dict[str, Any] = {"recipe": eclipse, "options": {"sigma": 0.05}}
@@ -161,7 +155,7 @@ def _rows(recipe: Recipe) -> Iterator[Defence]:
 
 
 def _ordered(described: list[Recipe]) -> Iterator[Defence]:
-    """In the order of the reports: what needs no model, the parts of ECLIPSE, what needs one."""
+    """Order defences as in reports: those without a model, the parts of ECLIPSE, those with one."""
     yield Defence("none", "nothing")
     for recipe in described:
         if not recipe.models:
@@ -179,7 +173,7 @@ DEFENCES: dict[str, Defence] = {
 
 
 def table() -> dict[str, Defence]:
-    """All defences by name, those of plugins after the library's."""
+    """Map names to all defences, those of plugins too."""
     plugins = [describe(name, make) for name, make in recipes.RECIPES.items() if name not in recipes.RECIPES.own]
     return {defence.name: defence for recipe in plugins for defence in _rows(recipe)} | DEFENCES
 
@@ -204,7 +198,8 @@ def find(spec: str) -> tuple[Defence, float | None]:
         raise InputError(
             f"A defence is one of {names}, with NAME:OPTION=VALUE,... or NAME@PX, or FILE.json. Got {spec!r}."
         )
-    defence = known[name] if name in known else _of_recipe(name)
+    recipe = None if name in known else describe(name, recipes.RECIPES[name])
+    defence = known[name] if recipe is None else Defence(name, recipe.summary, recipe)
     if match["options"] is not None:
         defence = _with_options(defence, match["options"])
     px = None if match["px"] is None else float(match["px"])
@@ -218,13 +213,8 @@ def find(spec: str) -> tuple[Defence, float | None]:
     return defence, px
 
 
-def _of_recipe(name: str) -> Defence:
-    recipe = describe(name, recipes.RECIPES[name])
-    return Defence(name, recipe.summary, recipe)
-
-
 def _with_options(defence: Defence, text: str) -> Defence:
-    """The defence with `a=1,b=2` over the options of its row."""
+    """Put the options `a=1,b=2` over those of the defence's row."""
     options = {} if defence.recipe is None else {k: v for k, v in defence.recipe.options.items() if k != "fast"}
     given: dict[str, Any] = {}
     for part in text.split(","):
@@ -235,11 +225,9 @@ def _with_options(defence: Defence, text: str) -> Defence:
             raise InputError(f"The options of the defence {defence.name} are: {known}. Got {part!r}.")
         given[key] = options[key].parse(value.strip())
     # t and sigma are two names of one level: the one given replaces the row's own
-    own = {k: v for k, v in defence.options.items() if not (k in _LEVEL and _LEVEL & set(given))}
+    level = {"t", "sigma"}
+    own = {k: v for k, v in defence.options.items() if not (k in level and level & set(given))}
     return replace(defence, name=f"{defence.name}:{text}", options={**own, **given})
-
-
-_LEVEL = {"t", "sigma"}
 
 
 def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
@@ -263,8 +251,13 @@ class _Own(Defence):
     text: str = ""
 
     def models(self, models: Models) -> list[str]:
-        purifier = self._purifier(models)
-        names = [self._name_of(entry, kind, models) for kind, entry in _entries(purifier.config())]
+        from purifyloader.files.weights import weights_sha256
+
+        config, names = self._purifier(models).config(), []
+        for kind in KINDS:
+            of_weights = {weights_sha256(as_model(name, kind)): name for name in models.of_kind(kind)}
+            entries = [value for value in _values(config, kind) if isinstance(value, dict)]
+            names += [of_weights.get(entry["weights_sha256"], entry["name"]) for entry in entries]
         return list(dict.fromkeys(names))
 
     def ready(self, models: Models, px: float | None, fast: bool) -> Made:
@@ -283,27 +276,15 @@ class _Own(Defence):
         except CheckpointError:  # of a name that is not here
             return recipes.from_json(self.text, [getattr(models, one.name) for one in fields(models)])
 
-    def _name_of(self, entry: dict[str, str], kind: str, models: Models) -> str:
-        from purifyloader.files.weights import weights_sha256
-
-        of_weights = {weights_sha256(as_model(name, kind)): name for name in models.of_kind(kind)}
-        return of_weights.get(entry["weights_sha256"], entry["name"])
-
 
 def _noise_of(config: Any) -> float | None:
-    """The one level of noise that a purifier's configuration has, in levels of 0 to 255."""
+    """Find the one level of noise in a purifier's configuration, in levels of 0 to 255."""
     levels = {*_values(config, "sigma_px")}
     return levels.pop() if len(levels) == 1 else None
 
 
-def _entries(config: Any) -> Iterator[tuple[str, dict[str, str]]]:
-    """The models in a purifier's configuration: (kind, name and weights)."""
-    for kind in KINDS:
-        yield from ((kind, value) for value in _values(config, kind) if isinstance(value, dict))
-
-
 def _values(config: Any, key: str) -> Iterator[Any]:
-    """The values of a key, anywhere in a configuration."""
+    """Yield the values of a key, anywhere in a configuration."""
     if isinstance(config, dict):
         for name, value in config.items():
             if name == key:

@@ -75,8 +75,8 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
 def costs(rows: Sequence[Row], path: str | Path) -> None:
     """Draw accuracy, a mean over poisons, against the seconds that an image takes.
 
-    Of the poisons that bite, where some do, those that most defences were measured with, and the defences that were
-    measured with all of these: a mean over others would not compare.
+    The poisons are those that bite, where some do, and that most defences were measured with; the defences are those
+    that were measured with all of these: a mean over others would not compare.
     """
     found = cells(rows)
     biting = {a for a, _ in found if bites(found, a)} or {a for a, _ in found if a != CLEAN}
@@ -107,9 +107,9 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
-    """defence → attack → (standard deviation of the noise in px, accuracies of all seeds), rising.
+    """Map defence → attack → (standard deviation of the noise in px, accuracies of all seeds), rising.
 
-    Of the defences that were measured at two levels of noise or more, with `NAME@PX`.
+    The defences are those that were measured at two levels of noise or more, with `NAME@PX`.
     """
     found: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     for (attack, defence), cell in cells(rows).items():
@@ -169,11 +169,10 @@ def noise(rows: Sequence[Row], path: str | Path) -> bool:
 def images(
     shown: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]], defence: str, path: str | Path
 ) -> None:
-    """Draw some images before and after, with what the poison added and what is left.
+    """Draw some images before and after a defence, with the poison's change and the rest of it.
 
     Args:
         shown: attack → the same few images (clean, poisoned, purified), uint8 (N, H, W, 3).
-        defence: what purified them.
     """
     figure = new_figure((10.2, 1.95 * len(shown) + 0.4))
     titles = ("clean", "poisoned", f"poison × {_GAIN}", f"after {defence}", f"after - clean, × {_GAIN}")
@@ -214,7 +213,7 @@ def _setting(rows: Sequence[Row]) -> str:
 
 
 def _say(figure: Any, *lines: str) -> None:
-    """Grey lines at the foot of a picture."""
+    """Write grey lines at the foot of a picture."""
     width, height = figure.get_size_inches()
     figure.text(0.15 / width, 0.12 / height, "\n".join(lines), fontsize=8, color=_GREY, va="bottom")
 

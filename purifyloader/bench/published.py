@@ -14,7 +14,7 @@ from typing import NamedTuple
 __all__ = ["DATA", "Published", "tables"]
 
 DATA = ("sample", "cifar10")
-"""All figures are of CIFAR-10: the data of a bench that they may stand beside, the sample being a part of it."""
+"""Data of a bench beside which the figures may stand: all are of CIFAR-10, and the sample is a part of it."""
 
 _CAPTIONS = {
     "eclipse": "Wang et al., ECLIPSE (ESORICS 2024), Tables 1, 3 and 4: CIFAR-10, ResNet-18, test accuracy in %; the "
@@ -36,9 +36,9 @@ class Published(NamedTuple):
     """Figures of one source.
 
     Attributes:
-        caption: the source, the data, the victim, the bounds, and what a figure is.
+        caption: the source, the data, the victim, the bounds, and the unit of a figure.
         figures: defence → attack → the numbers of a cell: (accuracy,), or (success, accuracy), in percent. The attack
-            "none" is clean data; what follows a name and a space tells two figures of one attack apart.
+            "none" is clean data; a word after the name and a space tells two figures of one attack apart.
     """
 
     caption: str

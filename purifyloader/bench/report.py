@@ -30,8 +30,7 @@ class Cell(NamedTuple):
         seeds: of the victims.
         accuracy: of each seed, in percent.
         success, flipped: of each seed whose row has it, in percent.
-        clean_success: of clean data, attack → how often its trigger has images called its class anyway; of each seed
-            whose row has it, in percent.
+        clean_success: of clean data, attack → how often its trigger has images called its class anyway, in percent.
         seconds: of purifying one image, the least that was measured of this purifier.
         calls: of networks, an image.
     """
@@ -48,10 +47,9 @@ class Cell(NamedTuple):
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
-    """(attack, defence) → its cell, of rows of one `Setting`.
+    """Group rows of one `Setting`: (attack, defence) → its cell.
 
-    Raises:
-        InputError: rows of one name that differ in more than their seed, whose mean would mean nothing.
+    `InputError` for rows of one name that differ in more than their seed, whose mean would mean nothing.
     """
     found: dict[tuple[str, str], list[Row]] = {}
     fastest: dict[str, float] = {}  # of a purifier: what other work on the machine cannot have made longer
@@ -129,15 +127,14 @@ def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) 
     """
     if not bites(found, attack) or (attack, defence) not in found:
         return None
-    means = _compared(found[CLEAN, CLEAN], found[attack, CLEAN], found[attack, defence])
-    if means is None:
+    if (means := _compared(found[CLEAN, CLEAN], found[attack, CLEAN], found[attack, defence])) is None:
         return None
     top, bottom, reached = means
     return 100 * (reached - bottom) / (top - bottom) if top > bottom else None  # of these few seeds it may take nothing
 
 
 def _compared(*compared: Cell) -> list[float] | None:
-    """Mean accuracies over the seeds that all have: a victim of another seed is better or worse by a point or two."""
+    """Average accuracies over the seeds that all have: a victim of another seed is better or worse by a point or two."""
     common = set.intersection(*(set(cell.seeds) for cell in compared))
     if not common:
         return None
@@ -313,7 +310,7 @@ def _shown(attack: str) -> str:
 
 
 def _mean(values: Sequence[float], most: int) -> str:
-    """With the number of values, where it is more than one and fewer than `most`: those of other cells."""
+    """Format a mean with the number of values, where that is more than one and fewer than `most`, as elsewhere."""
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -49,28 +49,24 @@ class Bench:
 
     With a training of transfer learning the training images are split (`transfer.split`). An extractor learns from the
     larger part, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
-    poisoned, purified and trained on. An attack that takes networks is given the extractor that the victim starts
-    from: the attacker knows it.
+    poisoned, purified and trained on. An attack that takes networks is given the extractor that the victim starts from.
 
     Args:
-        data: clean; what the defences' models learned from must not be in it. A poison file is of all the images that
-            there were before some were chosen, and the same are chosen of it.
-        models: that the defences use.
+        data: clean. A poison file is of all the images that there were before some were chosen.
         victim: of `victims.presets.VICTIMS`.
         training: of `TRAININGS`.
         work: folder of poisoned sets, purified caches and extractors, which rows share and a stopped run goes on in.
-        attack_seed: of what an attack draws. The poison, the purification and the test images are the same for all
-            seeds of a row; the seed is the victim's, and that of compensation. But for a targeted attack: each seed
-            has a target and a poison of its own, and so has what is made for the extractor of a seed.
+        attack_seed: of an attack's draws. The poison, the purification and the test images are the same for all seeds
+            of a row; the seed is the victim's, and that of compensation. A targeted attack has a target and a poison
+            for each seed, and so has an attack on the extractor of a seed.
         fast: bfloat16 in purifiers and victims, in place of float32.
 
     Attributes:
-        data: what is poisoned, trained on and tested on.
+        data: of poisons, training and tests.
         rest: for transfer learning, with the training images of extractors; else None.
 
     Raises:
-        InputError: no such training, or a class with too few images to transfer to; data that are not apart from what
-            a model learned from, when a row is asked for that uses it.
+        InputError: no such training, or a class with too few images to transfer to.
     """
 
     def __init__(
@@ -153,22 +149,24 @@ class Bench:
         }
 
     def _settings_of(self, attack: AttackSpec) -> str | dict[str, Any]:
-        """Collect what decides an attack's images beside the data; of an adaptive attack its denoiser too."""
+        """Collect all that decides an attack's images beside the data, as JSON: all options, and never a path."""
         if attack.name == CLEAN:
             return CLEAN
-        if attack.file is None and "model" in attacks.find(attack.name).options:
+        if attack.file is None and "model" in attacks.find(attack.name).options:  # an adaptive attack's denoiser
             attack = replace(attack, options={"model": self.models.denoiser, **attack.options})
-        return _attack_settings(attack)
+        if attack.file is not None:
+            content = file_sha256(attack.file) if attack.file.is_file() else _folder_sha256(attack.file)
+            return {"file_sha256": content, "options": _plain(attack.options)}
+        return {"name": attack.name, "options": _plain(attacks.resolved(attacks.find(attack.name), attack.options))}
 
     def row(self, attack: AttackSpec, defence: str, seed: int, backdoors: Sequence[AttackSpec] = ()) -> rows.Row:
         """Measure one row.
 
+        `InputError` where an image is in two sets (`check`), and for whatever attacks and purifiers refuse.
+
         Args:
             backdoors: attacks whose triggers a victim of clean data is shown. A back door's success is compared with
                 how often that happens by chance.
-
-        Raises:
-            InputError: see the class, and what attacks and purifiers refuse.
         """
         settings = self.settings(attack, defence, seed)
         made = self.makes(defence)
@@ -192,6 +190,7 @@ class Bench:
         if attack.name == CLEAN and self.data.classes > 1:  # how often the targets of attacks are called so anyway
             target = targeted.target_of(self.data, self.attack_seed, seed)
         found |= self._success(trained.model, poisoned, target)
+        shown_target = target and {"index": target.index, "true": target.true_label, "wanted": target.label}
         by_chance: dict[str, float] = {}
         if attack.name == CLEAN:
             for spec in backdoors:
@@ -217,7 +216,7 @@ class Bench:
             "training": self.training,
             **{name: round(value, 2) for name, value in found.items()},
             **({"clean_success": by_chance} if by_chance else {}),
-            **({} if target is None else {"target": _describe_target(target)}),
+            **({} if target is None else {"target": shown_target}),
             "seconds": {
                 "purify_an_image": self._seconds_an_image(purifier, defence),
                 "train": round(trained.seconds, 1),
@@ -254,11 +253,7 @@ class Bench:
         return check_disjoint(train, test, learned)
 
     def poisoned(self, attack: AttackSpec, seed: int = 0) -> Poisoned:
-        """Return the poisoned training set, made once and kept.
-
-        Args:
-            seed: of a row; for a targeted attack and for what is made for an extractor.
-        """
+        """Return the poisoned training set for the seed of a row, made once and kept."""
         data = self.data
         if attack.name == CLEAN:
             return Poisoned.of(data.train, data.train_labels, CLEAN, [])
@@ -400,10 +395,6 @@ class Bench:
         return float(f"{self._timed[defence]:.3g}")
 
 
-def _describe_target(target: Target) -> dict[str, int | None]:
-    return {"index": target.index, "true": target.true_label, "wanted": target.label}
-
-
 def _model_label(model: str) -> str:
     """Name a model without a path, as a row travels: the name, the id, or the name of its folder."""
     return Path(model).name if Path(model).is_dir() else model
@@ -416,14 +407,6 @@ def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
         for i in range(0, len(images), 1024)
     )
     return float(np.sqrt(total / images.size))
-
-
-def _attack_settings(attack: AttackSpec) -> dict[str, Any]:
-    """Describe what decides an attack's images beside the data, as JSON: all options, and never a path."""
-    if attack.file is not None:
-        content = file_sha256(attack.file) if attack.file.is_file() else _folder_sha256(attack.file)
-        return {"file_sha256": content, "options": _plain(attack.options)}
-    return {"name": attack.name, "options": _plain(attacks.resolved(attacks.find(attack.name), attack.options))}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

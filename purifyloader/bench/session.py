@@ -34,19 +34,15 @@ class Settings:
     """Settings of a bench.
 
     Attributes:
-        out: folder of the results.
         data, root: a name of `DATA`, and where it is.
         train, test: so many images of each split; None for all.
-        leave_out: leave what the models learned from out of the training set.
+        leave_out: leave the images that models learned from out of the training set.
         attacks: as `poisons.spec.parse` reads them; clean data are always among them.
         preset: of attacks with presets.
         defences: as `bench.defences.find` reads them.
-        seeds: of victims.
-        attack_seed: of what an attack draws, for all rows.
+        seeds: of victims; `attack_seed` of attacks, for all rows.
         victim, training: names of `VICTIMS` and `TRAININGS`.
-        models: that the defences use.
         work: folder of poisoned and purified sets, kept for other runs.
-        device, fast, progress: of `Bench`.
     """
 
     out: Path
@@ -132,11 +128,7 @@ def _first_twice(names: Sequence[str]) -> str | None:
 
 
 def _check_attack(bench: Bench, spec: AttackSpec, defences: Sequence[str], seed: int) -> None:
-    """Find what is wrong with an attack before hours of work: read it, or make it where that takes no network.
-
-    Raises:
-        InputError, ConfigError: what it refuses, and a class that there is not.
-    """
+    """Refuse a bad attack before hours of work: read it, or make it where that takes no network."""
     if spec.name == CLEAN:
         return
     if spec.file is not None:
@@ -154,10 +146,9 @@ def _check_attack(bench: Bench, spec: AttackSpec, defences: Sequence[str], seed:
 
 
 def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
-    """Without what any of the models has learned from, used or not: other defences are then measured on the same data.
+    """Drop images that any of the models learned from, used or not, so that all defences are measured on the same data.
 
-    Raises:
-        InputError: a model that is used does not say.
+    `InputError` where a model that is used does not say.
     """
     used = {model for spec in defences for model in find(spec)[0].models(models)}
     learned = [np.empty(0, np.uint64)]
@@ -231,7 +222,7 @@ def _in_words(row: rows.Row) -> str:
 
 
 def picture_images(session: Session) -> None:
-    """Show a few images before and after the strongest of ECLIPSE's kind that was asked for."""
+    """Draw a few images before and after the strongest of ECLIPSE's kind that was asked for."""
     bench = session.bench
     defences = [defence for _, defence, _ in session.wanted if bench.makes(defence).purifier is not None]
     chosen = next((d for d in defences if d.partition("@")[0] == "eclipse"), defences[0] if defences else None)
@@ -251,11 +242,7 @@ def picture_images(session: Session) -> None:
 
 
 def report(out: Path) -> list[Path]:
-    """Write the table and the pictures of the rows there are, and return the paths.
-
-    Raises:
-        InputError: there are no rows.
-    """
+    """Write the table and the pictures of the rows, and return the paths; `InputError` where there are no rows."""
     found = rows.read(out / ROWS_FILE)
     if not found:
         raise InputError(f"Expected rows in {out / ROWS_FILE}. Got none: run a bench into {out} first.")

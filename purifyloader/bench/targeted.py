@@ -24,8 +24,8 @@ _IMAGE, _CLASS, _SEED = range(3)  # purposes of the keys drawn here
 def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
     """Check the options that a user gives an attack in a bench.
 
-    Raises:
-        ConfigError: one that the attack does not take, or that the bench itself gives; none where it needs one.
+    `ConfigError` for one that the attack does not take, or that the bench itself gives, and where a needed one is
+    missing.
     """
     is_targeted = attack.kind == "targeted"
     given_by_bench = ("target", "target_class", "networks") if is_targeted else ("networks",)
@@ -40,12 +40,11 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
 def target_of(data: Data, attack_seed: int, seed: int) -> Target:
     """Choose the target of a seed: a test image, another for each seed until all have been one, and a wrong class.
 
-    Args:
-        attack_seed: of which image belongs to which seed.
-        seed: of a row.
+    `InputError` where the training images are all of the target's class.
 
-    Raises:
-        InputError: the training images are all of the target's class.
+    Args:
+        attack_seed: decides which image belongs to which seed.
+        seed: of a row.
     """
     # an order of all images and not a draw of one, so that no two seeds meet
     order = noise.uniform(_key(attack_seed, _IMAGE, 0), (len(data.test),))[0].argsort(stable=True)

@@ -30,10 +30,7 @@ def split(data: Data) -> tuple[Data, Data]:
     """Split the training images into some to fine-tune on, which are poisoned, and the rest, which stay clean.
 
     50 images of each class are to fine-tune on, or a tenth where that is fewer, at least one; always the same of the
-    same data.
-
-    Raises:
-        InputError: a class with one image, which cannot be in both.
+    same data. `InputError` for a class with one image, which cannot be in both.
     """
     drawn = noise.uniform(noise.image_keys(0, _SPLIT, 0), (len(data.train),))[0].numpy()
     tuned = np.zeros(len(data.train), bool)
@@ -79,7 +76,7 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
 
 
 def _read(path: Path, network: str, classes: int) -> nn.Module | None:
-    """None where there is no such file, or not a whole one: it can be made again."""
+    """Read the network; None where there is no such file, or not a whole one: it can be made again."""
     try:
         weights = load_file(path)
     except (FileNotFoundError, SafetensorError):
