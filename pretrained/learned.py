@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -163,17 +162,13 @@ class Learned:
         if len(image) == 1 and self.channels == 3:
             image = image.expand(3, -1, -1)
         wanted = [None, *self.sides, *(() if size is None else (size,))]
-        return any(_hash(image, side) in self.hashes for side in dict.fromkeys(wanted))
+        sized = (image if side is None else sizes.resize(image, side, side) for side in dict.fromkeys(wanted))
+        bytes_HWC = (quantize(x).permute(1, 2, 0).contiguous().numpy() for x in sized)
+        return any(int(image_hashes(x[None])[0]) in self.hashes for x in bytes_HWC)
 
     def finder(self, size: int | None = None) -> Callable[[Any], bool] | None:
         """Return `has` for images of a size; None where nothing is known to look for, so that no image need be read."""
         return functools.partial(self.has, size=size) if self.hashes else None
-
-
-def _hash(image_CHW: Tensor, side: int | None) -> int:
-    if side is not None:
-        image_CHW = sizes.resize(image_CHW, side, side)
-    return int(image_hashes(quantize(image_CHW).permute(1, 2, 0).contiguous().numpy()[None])[0])
 
 
 def learned_images(
@@ -205,16 +200,13 @@ def learned_images(
                     silent.append(name)
                 else:
                     hashes.update(own.tolist())
-                    sides.update([details["resized"]] if _is_side(details.get("resized")) else [])
+                    side = details.get("resized")
+                    sides.update([side] if type(side) is int and side > 0 else [])
                 if details.get("data_length") == length:
                     doubtful.update(_indices(details))
         except (InputError, CheckpointError):
             silent.append(os.fspath(model))
     return Learned(frozenset(hashes), frozenset(sides), channels, frozenset(doubtful), tuple(dict.fromkeys(silent)))
-
-
-def _is_side(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _indices(details: Mapping[str, Any]) -> list[int]:
@@ -261,11 +253,9 @@ def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -
     Returns:
         how many images of each were compared.
     """
-    sets: dict[str, frozenset[int]] = {
-        "the training set": _distinct(train),
-        "the test set": _distinct(test),
-        **{f"what {model} learned from": _distinct(hashes) for model, hashes in learned.items()},
-    }
+    hashes = {"the training set": train, "the test set": test}
+    hashes |= {f"what {model} learned from": values for model, values in learned.items()}
+    sets = {name: frozenset(int(value) for value in values) for name, values in hashes.items()}
     names = list(sets)
     pairs = [(first, second) for i, first in enumerate(names[:2]) for second in names[i + 1 :]]
     for first, second in pairs:
@@ -275,8 +265,4 @@ def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -
                 f"{len(sets[second])}. Leave them out of one of the two (the bench's option leave-out does it for the "
                 "training set), or take another model."
             )
-    return {name: len(hashes) for name, hashes in sets.items()}
-
-
-def _distinct(hashes: Iterable[int]) -> frozenset[int]:
-    return frozenset(int(value) for value in hashes)
+    return {name: len(values) for name, values in sets.items()}

@@ -39,13 +39,10 @@ _WHAT = "A diffusers UNet2DModel"
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersSettings:
-    """Settings that a folder does not hold, or holds somewhere else.
+    """Settings that a folder does not hold, or must agree with: schedule and parameterization ("epsilon", "v", "x0").
 
-    Args:
-        schedule: the noise schedule of its training; where there is a scheduler's configuration, both must agree.
-        parameterization: "epsilon", "v" or "x0", in the same way.
-        max_timestep: the last timestep it was trained on, counted from 1; None means all. Noise above it is refused.
-        source: where these values are published, for people.
+    `max_timestep`: the last timestep it was trained on, counted from 1; None means all. Noise above it is refused.
+    `source` says who published them.
     """
 
     schedule: Schedule | None = None

@@ -33,7 +33,7 @@ FIRST_TRAINED = 1e-5
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block stands: `side` "down", "middle" or "up", its stage there, and its position in the stage.
+    """A block: its `side` "down", "middle" or "up", its stage there, and its position in the stage.
 
     `level` counts resolutions from the full one, `block` the stages of that level on that side.
     """
@@ -260,10 +260,8 @@ def make_denoiser(
 
 
 def check_schedule(schedule: Any, max_timestep: Any, *, none: bool = False) -> None:
-    """Raise `ConfigError` unless this is a schedule, and a cap or None that leaves a range and lies within it.
-
-    Args:
-        none: allow no schedule too.
+    """Raise `ConfigError` unless this is a schedule (or None where `none`), and a cap that leaves a range within it, or
+    None.
     """
     if not isinstance(schedule, Schedule) and not (none and schedule is None):
         raise ConfigError(f"schedule must be a Schedule, such as LinearSchedule(1000). Got {schedule!r}.")

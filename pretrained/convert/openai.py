@@ -41,19 +41,14 @@ _WHAT = "An improved-diffusion or guided-diffusion state dict"
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAISettings:
-    """Settings that a state dict of improved-diffusion or guided-diffusion does not hold.
+    """Settings that a state dict of improved-diffusion or guided-diffusion does not hold; `source` says who published
+    them.
 
-    Args:
-        schedule: the noise schedule of its training (`diffusion_steps`, `noise_schedule`).
-        rescale_timesteps: timesteps were given to the network on the scale 0..1000.
-        qkv_order: "heads-first", each head's q, k and v together (improved-diffusion, and guided-diffusion by default),
-            or "channels-first", all of q, then k, then v (`use_new_attention_order`).
-        heads, head_channels: attention heads in each layer (`num_heads`), or the width of one (`num_head_channels`).
-        parameterization: "x0" where it was trained with `predict_xstart`.
-        norm_groups: groups of the normalisations; 32 in both packages.
-        dropout: of its training; it acts only when training goes on.
-        max_timestep: the last timestep it was trained on, counted from 1; None means all.
-        source: where these values are published, for people.
+    In the packages' own words: `schedule` is diffusion_steps and noise_schedule, `heads` num_heads, `head_channels`
+    num_head_channels, `parameterization` "x0" predict_xstart. `qkv_order` is "heads-first", each head's q, k and v
+    together (improved-diffusion, and guided-diffusion by default), or "channels-first", all of q, then k, then v
+    (use_new_attention_order). `rescale_timesteps`: the network was given them on the scale 0..1000. `max_timestep`: the
+    last one it was trained on, counted from 1; None means all.
     """
 
     schedule: Schedule

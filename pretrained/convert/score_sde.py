@@ -44,20 +44,11 @@ _WHAT = "A score_sde list of shadow_params"
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSDESettings:
-    """Settings that a list of score_sde's EMA parameters does not hold.
+    """Settings that a list of score_sde's EMA parameters does not hold; `source` says who published them.
 
-    FIR filters (`model.fir`) have no parameters and must be off.
-
-    Args:
-        beta_min, beta_max: of the variance-preserving SDE, for t from 0 to 1.
-        continuous: trained on continuous t (`training.continuous`); otherwise on `timesteps` discrete ones.
-        skip_rescale: residual sums are divided by the square root of 2.
-        timesteps: how far t counts here.
-        norm_groups: most groups of a normalisation; a group has four channels at least. (The class "ddpm" always has
-            32, which is the same from 128 channels on.)
-        dropout: of its training; it acts only when training goes on.
-        max_timestep: the last timestep it was trained on; None means all.
-        source: where these values are published, for people.
+    `continuous`: trained on continuous t (training.continuous), otherwise on `timesteps` discrete ones, as far as t
+    counts here. `norm_groups`: most groups of a normalisation; a group has four channels at least. (The class "ddpm"
+    always has 32, which is the same from 128 channels on.) FIR filters (model.fir) have no parameters and must be off.
     """
 
     beta_min: float

@@ -207,7 +207,6 @@ def _mosaic(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _setting(rows: Sequence[Row]) -> str:
-    """Name the setting that a picture shows."""
     at = settings_of(rows[0])
     return f"{at.data}, {at.images:,} images, {at.victim}, training {at.training}"
 
@@ -218,8 +217,7 @@ def _say(figure: Any, *lines: str) -> None:
     figure.text(0.15 / width, 0.12 / height, "\n".join(lines), fontsize=8, color=_GREY, va="bottom")
 
 
-def _plain(axis: Any, values: str = "y") -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    axis.grid(axis=values, color="#dddddd", lw=0.6)
+def _plain(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)

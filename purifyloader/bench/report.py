@@ -43,7 +43,6 @@ class Cell(NamedTuple):
     seconds: float
     calls: int
     sigma_px: float | None
-    distance_px: float
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
@@ -73,7 +72,6 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
             seconds=fastest[_purifier(group[0])],
             calls=max(row["calls"] for row in group),
             sigma_px=group[0]["sigma_px"],
-            distance_px=statistics.fmean(row["distance_px"] for row in group),
         )
         for key, group in found.items()
     }
@@ -134,7 +132,7 @@ def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) 
 
 
 def _compared(*compared: Cell) -> list[float] | None:
-    """Average accuracies over the seeds that all have: a victim of another seed is better or worse by a point or two."""
+    """Average accuracies over the seeds that all have: victims of other seeds differ by a point or two."""
     common = set.intersection(*(set(cell.seeds) for cell in compared))
     if not common:
         return None

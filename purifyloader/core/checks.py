@@ -33,11 +33,6 @@ def check_number(
         low, above: the lowest number allowed, or a number that it must exceed.
         high, below: the highest number allowed, or a number that it must stay under.
         unit: words that follow the limits in the message, such as "in image units".
-
-    >>> check_number("ema_decay", 0.999, low=0, below=1)
-    >>> check_number("ema_decay", 1.0, low=0, below=1)
-    Traceback (most recent call last):
-    purifyloader.errors.ConfigError: ema_decay must be a finite number of 0 or more and below 1. Got 1.0.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     if number and not (
@@ -47,7 +42,9 @@ def check_number(
         or (below is not None and value >= below)
     ):
         return
-    raise error(f"{name} must be a finite number{_limits(low, above, high, below)}{_unit(unit)}. Got {value!r}.")
+    raise error(
+        f"{name} must be a finite number{_limits(low, above, high, below)}{', ' * bool(unit)}{unit}. Got {value!r}."
+    )
 
 
 def check_integer(
@@ -67,7 +64,7 @@ def check_integer(
         allowed = f"an integer from {low} to {high}"
     else:
         allowed = "a positive integer" if low == 1 else f"an integer of {low} or more"
-    raise error(f"{name} must be {allowed}{' or None' * none}{_unit(unit)}. Got {value!r}.")
+    raise error(f"{name} must be {allowed}{' or None' * none}{', ' * bool(unit)}{unit}. Got {value!r}.")
 
 
 def check_choice(name: str, value: Any, allowed: Collection[Any], *, error: type[PurifyError] = ConfigError) -> None:
@@ -110,7 +107,3 @@ def _limits(low: float | None, above: float | None, high: float | None, below: f
     lower = f" of {low} or more" if low is not None else f" above {above}" if above is not None else ""
     upper = f" of {high} or less" if high is not None else f" below {below}" if below is not None else ""
     return f"{lower}{' and' * bool(lower and upper)}{upper}"
-
-
-def _unit(unit: str) -> str:
-    return f", {unit}" if unit else ""

@@ -85,18 +85,12 @@ class EnergyNetwork(nn.Module):
     """`network(x_BCHW) -> energy_B`, low where an image looks like those it was trained on.
 
     Images are float in [0, 1], neither clamped nor refused outside (Langevin steps leave the range); inside, the
-    network sees [-1, 1]. The energy has no unit and no zero: only differences count, and PureGen divides them by a
-    temperature of 1e-4. Training and evaluation mode are the same.
-
-    Any height and width from 4 pixels. Where they are not multiples of 4 the last rows and columns count for less, as
-    in the published network.
+    network sees [-1, 1]. Any height and width from 4 pixels; where they are not multiples of 4 the last rows and
+    columns count for less, as in the published network. The energy has no unit and no zero: only differences count, and
+    PureGen divides them by a temperature of 1e-4. Training and evaluation mode are the same.
 
     Args:
-        config: the shape.
         temperature: T, for which it was trained: images are as frequent as exp(-E / T). Langevin steps divide by it.
-
-    Raises:
-        ConfigError: a temperature that is no positive number.
 
     >>> import torch
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
@@ -162,16 +156,13 @@ def energy_from_config(config: Mapping[str, Any]) -> EnergyNetwork:
 def image_energies(energy: EnergyNetwork, x_BCHW: Tensor, compute_batch: int = 32) -> Tensor:
     """Compute the energy of each image, float32 (B,), in the network's own unit (PureGen divides it by a temperature).
 
-    On one kind of device and version of torch it is a function of (weights, `compute_batch`, image).
+    On one kind of device and version of torch it is a function of (weights, `compute_batch`, image). `PurifyError` for
+    an energy that is infinite or NaN.
 
     Args:
         energy: in float32, on the device of the images.
         x_BCHW: float images in [0, 1].
         compute_batch: images of every network call.
-
-    Raises:
-        InputError: images that the network does not take.
-        PurifyError: an energy is infinite or NaN.
 
     >>> import torch
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies

@@ -64,21 +64,16 @@ def walk(
     step_size: float = STEP_SIZE,
     temperature: float = TEMPERATURE,
 ) -> Iterator[Tensor]:
-    """Yield the images after each of `steps` Langevin steps.
+    """Yield the images after each of `steps` Langevin steps; `PurifyError` where they become infinite or NaN, or run away.
 
     Nothing of a step is kept for the next but the images, unless gradients of them are wanted: where torch records
     them and the images require one, the whole walk is differentiable, and its memory grows with its length.
 
     Args:
-        energy: see `Energy`.
         x_BCHW: float images in [0, 1], or from an earlier walk.
         noise: `noise(step)` gives standard normals like `x_BCHW` for the steps 0, 1, ...; None walks downhill without.
         step_size: s, in image units.
         temperature: T.
-
-    Raises:
-        ConfigError: no such number of steps, step size or temperature.
-        PurifyError: the images became infinite or NaN, or ran away.
 
     >>> import torch
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork, walk

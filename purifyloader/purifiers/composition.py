@@ -142,10 +142,7 @@ class Where(Purifier):
     Args:
         condition: such as `EnergyAbove`. One with a share k needs a plan before it can run:
             `purifyloader.purified.plans.plan`; `PurifiedDataset` and `precompute` make it by themselves.
-        purifier: one that keeps shapes; put a `Resize` before.
-
-    Raises:
-        ConfigError: no condition or purifier, one that changes shapes or has a share k of its own, or other channels.
+        purifier: of the same channels, one that keeps shapes and has no share k of its own; put a `Resize` before.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import EnergyAbove, Jpeg, Where

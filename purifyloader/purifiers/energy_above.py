@@ -26,7 +26,8 @@ def check_share(k: Any) -> None:
 class EnergyAbove(Condition):
     """Hold for images whose energy is at least a threshold (PureGen-Filt; Bhat et al. 2024, arXiv:2405.18627).
 
-    Energies are computed in float32, whatever the purifier computes in.
+    Energies are computed in float32, whatever the purifier computes in. `InputError` for no energy model, `ConfigError`
+    for other bad arguments.
 
     Args:
         energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
@@ -36,10 +37,6 @@ class EnergyAbove(Condition):
             threshold: the energy of the round(k n)-th highest of n images (of the highest, if that is 0). Images
             of the very same energy are all above it.
         compute_batch: images of every network call.
-
-    Raises:
-        InputError: no energy model.
-        ConfigError: not one of threshold and k, or no such threshold, share or batch.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import EnergyAbove

@@ -24,7 +24,8 @@ class Langevin(NetworkPurifier):
 
     The walk starts at the image, with no noise but that of its steps, and nothing is clamped on the way. Step i draws
     from `noise.normal(seeds, shape, i)`. An adaptive attack should know that the published network is piecewise linear:
-    almost everywhere the gradient of `purify_with_grad` is that of an image left as it is.
+    almost everywhere the gradient of `purify_with_grad` is that of an image left as it is. `InputError` for no energy
+    model, `ConfigError` for other bad arguments.
 
     Args:
         energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
@@ -36,10 +37,6 @@ class Langevin(NetworkPurifier):
         compile: compile the network with torch.compile, which takes half a minute for each shape of images.
             `purify_with_grad` runs it as it is, for it differentiates twice, and so its last bits are those of
             `compile=False`; its memory grows with the steps.
-
-    Raises:
-        InputError: no energy model.
-        ConfigError: no such steps, step size, temperature, dtype or batch.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import Langevin

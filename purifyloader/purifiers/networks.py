@@ -92,14 +92,12 @@ class NetworkPurifier(Purifier):
 class DenoiseOnce(NetworkPurifier):
     """Add noise of exactly sigma and denoise in one network call (Hong et al. 2024; Carlini et al. 2023).
 
+    `InputError` for no denoiser, or one that was not trained for this noise.
+
     Args:
         denoiser: see `purifyloader.pretrained.load`; copied and frozen.
         sigma: noise level in image units, within `denoiser.sigma_range`.
         dtype, compute_batch: see `Diffuse`.
-
-    Raises:
-        InputError: no denoiser, or one that was not trained for this noise.
-        ConfigError: no such sigma, dtype or batch.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import DenoiseOnce
@@ -132,6 +130,9 @@ class DenoiseOnce(NetworkPurifier):
 class Diffuse(NetworkPurifier):
     """Noise to a level, then sample back down to 0 (ECLIPSE, Algorithm 1; DiffPure).
 
+    `InputError` for no denoiser, one that was not trained for this noise, or no such t or steps; `ConfigError` for
+    other bad arguments.
+
     Args:
         denoiser: see `purifyloader.pretrained.load`; copied and frozen.
         t: timestep to noise to, read through `schedule`,
@@ -140,11 +141,7 @@ class Diffuse(NetworkPurifier):
         schedule: ECLIPSE's cosine one with T = 4000 by default.
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
-        compute_batch: images of every network call.
-
-    Raises:
-        InputError: no denoiser, or one that was not trained for this noise; no such t or steps.
-        ConfigError: not one of t and sigma, or no such level, sampler, dtype or batch.
+        compute_batch: images of every network call, which decides what kernels run.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import Diffuse

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
+from itertools import chain
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -39,12 +40,14 @@ class _Place(NamedTuple):
 
 
 def reduced(module: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return what `__reduce_ex__` gives for a module that is sent to a new process; None where nothing is packed."""
+    """Return the result of `__reduce_ex__` for a module that is sent to a new process; None where nothing is packed."""
     if get_spawning_popen() is None or _packing.get():
         return None
     found: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in _tensors(module):
-        if tensor.device.type == "cpu" and tensor.numel() and _is_dense(tensor):
+    parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    for name, tensor in chain(parameters, buffers):
+        channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        if tensor.device.type == "cpu" and tensor.numel() and (tensor.is_contiguous() or channels_last):
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     if not found:
         return None
@@ -68,15 +71,6 @@ def _packed(found: list[tuple[list[str], Tensor]]) -> tuple[dict[torch.dtype, Te
     for place, (_, tensor) in zip(places, found, strict=True):
         _view(pieces, place).copy_(tensor.detach())
     return pieces, places
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _view(pieces: dict[torch.dtype, Tensor], place: _Place) -> Tensor:

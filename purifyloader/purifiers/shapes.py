@@ -24,9 +24,6 @@ class Resize(Purifier):
         size: of the shorter side, in pixels. The aspect is kept, the longer side rounded down (torchvision).
         crop: also cut out the central crop x crop pixels, so that all images have one shape; at most `size`.
 
-    Raises:
-        ConfigError: no such size or crop.
-
     >>> from purifyloader.purifiers import Resize
     >>> Resize(32, crop=32).output_shape((3, 100, 80))
     (3, 32, 32)
@@ -77,12 +74,9 @@ class Tiles(Purifier):
     about a whole image, such as whether `Compensation` makes it grey, belong after the tiles, not in them.
 
     Args:
-        purifier: one that keeps shapes; put a `Resize` before the tiles.
+        purifier: one that keeps shapes and has no condition over the dataset; put a `Resize` before the tiles.
         size: side of a tile, in pixels: the one that the model was trained for.
         overlap: pixels that neighbours share, at most half a tile; a quarter by default.
-
-    Raises:
-        ConfigError: no such size or overlap, or a purifier that changes shapes or has a condition over the dataset.
 
     >>> from purifyloader.purifiers import Jpeg, Tiles
     >>> Tiles(Jpeg(50), 32).overlap
