@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import NetworkDenoiser
     from purifyloader.energy.network import EnergyNetwork
 
-__all__ = ["VERSION", "Summary", "kind_of_folder", "load", "model_facts", "read_config", "save", "summary"]
+__all__ = [
+    "VERSION",
+    "Summary",
+    "check_folder",
+    "kind_of_folder",
+    "load",
+    "model_facts",
+    "read_config",
+    "save",
+    "summary",
+]
 
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order
@@ -78,14 +88,7 @@ def save(
     if not isinstance(name, str | None):
         raise InputError(f"The name of a model must be a string or None. Got {type(name).__name__}.")
     folder = Path(path)
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"A checkpoint is saved to a folder. Got the file {folder}. Give another path.")
-    found = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / file)]
-    if found and not overwrite:
-        raise CheckpointError(
-            f"A checkpoint is saved to a folder without one. Got {folder}, which has {', '.join(found)}. "
-            "Give another path, or overwrite=True to replace these files."
-        )
+    check_folder(folder, overwrite)
     weights = {key: tensor.float() for key, tensor in named_weights(kind.network(model)).items()}
     if bad := _not_finite(weights):
         raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {listed(bad)}.")
@@ -106,6 +109,19 @@ def save(
             f"A checkpoint must be written to {folder}. Got: {error}. Make room on the disk or give another folder, "
             "one that you may write to, and save it again."
         ) from error
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a file in place of a folder, and a checkpoint that must not be overwritten."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"A checkpoint is saved to a folder. Got the file {folder}. Give another path.")
+    found = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / file)]
+    if found and not overwrite:
+        raise CheckpointError(
+            f"must be set to replace a checkpoint. Got {folder}, which has {', '.join(found)}. Give another folder, or "
+            "replace these files.",
+            argument="overwrite",
+        )
 
 
 @overload

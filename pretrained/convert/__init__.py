@@ -31,7 +31,7 @@ from purifyloader.pretrained.convert.energy import convert_energy
 from purifyloader.pretrained.convert.pickles import read_file, state_dict
 from purifyloader.pretrained.kinds import ModelKind, kind_of
 from purifyloader.pretrained.plausibility import Plausibility, dead_leaves
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, PICKLES, listed
+from purifyloader.pretrained.registry import PICKLES, listed
 
 __all__ = ["FORMATS", "Format", "convert"]
 
@@ -158,7 +158,7 @@ def convert(
     if format not in FORMATS:
         raise InputError(f"The format must be one of {', '.join(FORMATS)}. Got {format!r}.")
     folder = Path(out)
-    _check_out(folder, overwrite)
+    checkpoint.check_folder(folder, overwrite)  # before anything is read, downloaded or measured
     preset = FORMATS[format].preset if preset is None else preset
     values = _values(format, preset, dict(settings or {}))
     found = _find(source, format, file)
@@ -189,17 +189,6 @@ def convert(
     for warning in judged.warnings:
         log.warning("%s: %s", folder, warning)
     return judged
-
-
-def _check_out(folder: Path, overwrite: bool) -> None:
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"OUT must be a folder. Got the file {folder}. Give another one.")
-    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / name)]
-    if found and not overwrite:
-        raise CheckpointError(
-            f"OUT must be a folder without a checkpoint. Got {folder}, which has {', '.join(found)}. Give another one, "
-            "or --overwrite to replace these files."
-        )
 
 
 # -- settings ----------------------------------------------------------------------------------------

@@ -260,9 +260,7 @@ def make_denoiser(
 
 
 def check_schedule(schedule: Any, max_timestep: Any, *, none: bool = False) -> None:
-    """Raise `ConfigError` unless this is a schedule (or None where `none`), and a cap that leaves a range within it, or
-    None.
-    """
+    """Raise `ConfigError` unless this is a schedule, and a cap that leaves a range within it, or None."""
     if not isinstance(schedule, Schedule) and not (none and schedule is None):
         raise ConfigError(f"schedule must be a Schedule, such as LinearSchedule(1000). Got {schedule!r}.")
     if max_timestep is None:

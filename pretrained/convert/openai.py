@@ -41,8 +41,7 @@ _WHAT = "An improved-diffusion or guided-diffusion state dict"
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAISettings:
-    """Settings that a state dict of improved-diffusion or guided-diffusion does not hold; `source` says who published
-    them.
+    """Settings that a state dict of these packages does not hold; `source` says who published them.
 
     In the packages' own words: `schedule` is diffusion_steps and noise_schedule, `heads` num_heads, `head_channels`
     num_head_channels, `parameterization` "x0" predict_xstart. `qkv_order` is "heads-first", each head's q, k and v

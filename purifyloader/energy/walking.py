@@ -64,7 +64,7 @@ def walk(
     step_size: float = STEP_SIZE,
     temperature: float = TEMPERATURE,
 ) -> Iterator[Tensor]:
-    """Yield the images after each of `steps` Langevin steps; `PurifyError` where they become infinite or NaN, or run away.
+    """Yield the images after each of `steps` Langevin steps; `PurifyError` where they become NaN or run away.
 
     Nothing of a step is kept for the next but the images, unless gradients of them are wanted: where torch records
     them and the images require one, the whole walk is differentiable, and its memory grows with its length.

@@ -445,7 +445,7 @@ def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("mine")
-    fails(CheckpointError, "README.md", "--overwrite", source=TRAINED, out=out, format="eclipse")
+    fails(CheckpointError, "README.md", "overwrite must be set", source=TRAINED, out=out, format="eclipse")
     assert (out / "README.md").read_text() == "mine"
     (tmp_path / "file").touch()
     fails(InputError, "the file", source=TRAINED, out=tmp_path / "file", format="eclipse")

@@ -159,7 +159,7 @@ def test_config_is_written_last(saved: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_overwriting_must_be_asked_for(saved: Path) -> None:
     before = (saved / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"overwrite=True"):
+    with pytest.raises(CheckpointError, match=r"overwrite must be set"):
         pretrained.save(make(1), saved)
     assert (saved / "model.safetensors").read_bytes() == before
     pretrained.save(make(1), saved, overwrite=True)
