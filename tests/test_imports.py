@@ -40,7 +40,6 @@ KNOWN: dict[str, set[str]] = {
     "files": set(),  # modules in a circle
     "options": {
         "purifyloader.pretrained.convert",
-        "purifyloader.pretrained.convert.energy",
         "purifyloader.pretrained.convert.pickles",
     },  # modules that name an option of the command line
     "coin": set(),  # modules that name COIN beyond the four

@@ -131,11 +131,11 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.state_dict().values()])
 
 
-SMALL = {"width": 4, "epochs": 2, "batch_size": 32}
+SMALL = {"width": 4, "epochs": 2, "batch_size": 32, "bfloat16": False}  # which a CPU may only emulate
 
 
 def test_training_is_reproducible(train):
-    x, y = train[0][:100], train[1][:100]
+    x, y = train[0][:70, ::2, ::2], train[1][:70]
     state = torch.random.get_rng_state()
     first, second, other = (weights(train_victim(x, y, seed=seed, **SMALL).model) for seed in (0, 0, 1))
     assert torch.equal(first, second)
@@ -144,7 +144,7 @@ def test_training_is_reproducible(train):
 
 
 def test_arrays_tensors_floats_and_functions_train_alike(train):
-    x, y = train[0][:64], train[1][:64]
+    x, y = np.ascontiguousarray(train[0][:64, ::2, ::2]), train[1][:64]
     as_float = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
     frozen = x.copy()
     frozen.flags.writeable = False
@@ -161,8 +161,8 @@ def test_arrays_tensors_floats_and_functions_train_alike(train):
 
 
 def test_training_overfits_a_tiny_set(train):
-    x, y = train[0][:64], train[1][:64]
-    trained = train_victim(x, y, width=8, epochs=40, batch_size=16, pad=0, flip=False)
+    x, y = train[0][:32, ::2, ::2], train[1][:32]
+    trained = train_victim(x, y, width=8, epochs=30, batch_size=8, pad=0, flip=False, bfloat16=False)
     assert accuracy(trained.model, x, y) == 1.0
     assert trained.seconds > 0
     assert not trained.model.training
@@ -170,7 +170,7 @@ def test_training_overfits_a_tiny_set(train):
 
 def test_batch_transform_gets_augmented_images_and_their_indices():
     # image i is constant i/255, which flips and the middle of crops leave alone
-    x = np.broadcast_to(np.arange(70, dtype=np.uint8).reshape(70, 1, 1, 1), (70, 32, 32, 3))
+    x = np.broadcast_to(np.arange(70, dtype=np.uint8).reshape(70, 1, 1, 1), (70, 16, 16, 3))
     seen = {0: [], 1: []}
 
     def transform(x_BCHW, index_B, epoch):

@@ -136,10 +136,11 @@ def test_the_same_command_does_nothing_more(whole, folder, monkeypatch):
 
 def test_two_processes_make_the_same_rows(whole, folder, tmp_path):
     _, found = whole
-    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0, 1]
+    words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0]
     done = processes.run("purifyloader", "bench", *words, "--processes", 2)
     assert done.returncode == 0, done.stderr
-    assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(found)
+    first = [row for row in found if row["seed"] == 0]
+    assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(first)
 
 
 def test_a_process_does_not_wait_for_a_poison_while_there_is_other_work(folder, tmp_path):
@@ -346,8 +347,10 @@ def shifted(data: Data, by: int) -> np.ndarray:
     return np.clip(data.train + levels, 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("form", ["folder", "npz", "puregen"])
-@pytest.mark.parametrize("chosen", ["--leave-out", "--train"])
+@pytest.mark.parametrize(
+    ("form", "chosen"),
+    [("folder", "--train"), ("npz", "--leave-out"), ("puregen", "--train"), ("puregen", "--leave-out")],
+)
 def test_a_file_is_of_all_training_images_whichever_are_chosen(form, chosen, folder, tmp_path):
     """A published poison is of the whole set. What is left of it are the same places, whatever a file counts."""
     data = load("imagefolder", folder)
@@ -623,15 +626,16 @@ def test_rows_are_kept_in_order_and_once(tmp_path):
 
 @pytest.mark.parametrize("name", VICTIMS)
 def test_victims_take_small_images_and_learn(name):
-    x, y = pictures(12, 0), np.arange(12) % CLASSES
-    x = np.repeat(np.repeat(x, 2, 1), 2, 2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.device("meta"):
         assert victim(name, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    if VICTIMS[name][1]:  # another width of one that is in the table too
+        return
+    x, y = pictures(6, 0), np.arange(6) % CLASSES
+    x = np.repeat(np.repeat(x, 2, 1), 2, 2)
     before = torch.get_rng_state()
     # bfloat16 takes ten times as long on a CPU that only emulates it
     shape: Json = {"classes": CLASSES, "network": name, "epochs": 1, "warmup": None, "lr": 0.01, "bfloat16": False}
-    shape["batch_size"] = 6
+    shape["batch_size"] = 3
     trained = train_victim(x, y, **shape)
     assert torch.equal(torch.get_rng_state(), before)
     assert not trained.model.training
@@ -643,7 +647,7 @@ def test_victims_take_small_images_and_learn(name):
 
 def test_a_constant_learning_rate_is_not_a_cycle():
     x, y = pictures(12, 0), np.arange(12) % CLASSES
-    shape: Json = {"classes": CLASSES, "width": 4, "epochs": 2, "batch_size": 6, "lr": 0.01}
+    shape: Json = {"classes": CLASSES, "width": 4, "epochs": 2, "batch_size": 6, "lr": 0.01, "bfloat16": False}
     constant, cycle = (train_victim(x, y, **shape, warmup=w).model for w in (None, 0.2))
     again = train_victim(x, y, **shape, warmup=None).model
     weights = [next(m.parameters()) for m in (constant, cycle, again)]

@@ -44,7 +44,7 @@ from purifyloader.recipes.registry import describe
 from tests import processes
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 
-COUNT, SIZE, BATCH = 19, 12, 8
+COUNT, SIZE, BATCH = 18, 12, 8
 
 
 class Case(NamedTuple):
@@ -206,23 +206,22 @@ def test_an_image_does_not_depend_on_its_batch(purifier):
     whole = purifier(x, SEEDS)
     assert whole.dtype == torch.float32
     assert whole.is_contiguous()
-    for size in range(1, COUNT):
+    for size in (1, BATCH + 1, 16, 17):  # on the CPU 16 images at least are one call
         assert torch.equal(purifier(x[:size], SEEDS[:size]), whole[:size]), f"batch size {size}"
-    for seed in range(2):
-        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(purifier(x[order], SEEDS[order]), whole[order])
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(purifier(x[order], SEEDS[order]), whole[order])
     assert torch.equal(purifier(x[-1:], SEEDS[-1:]), whole[-1:])
     assert torch.equal(purifier(x.contiguous(memory_format=torch.channels_last), SEEDS), whole)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_an_image_does_not_depend_on_the_number_of_threads(purifier, threads):
+def test_an_image_does_not_depend_on_the_number_of_threads(purifier):
+    """Of three threads two are used."""
     x = images(purifier)
     whole = purifier(x, SEEDS)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(3)
     try:
-        for few in (slice(COUNT), slice(BATCH + 1), slice(COUNT - 1, COUNT)):
+        for few in (slice(COUNT), slice(COUNT - 1, COUNT)):
             assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
     finally:
         torch.set_num_threads(before)

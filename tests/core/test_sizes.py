@@ -21,6 +21,9 @@ from tests.conftest import random_images, tiny_denoiser, tiny_network
 SIZES = [(16, 16), (5, 7), (40, 23), (16, 16), (3, 33), (16, 17), (1, 1), (23, 40), (40, 23), (16, 16)]
 
 
+FEW = [(16, 16), (5, 7), (20, 13), (3, 17), (1, 1), (16, 16)]  # of those, for networks
+
+
 def pictures(shapes: Sequence[tuple[int, int]] = SIZES, channels: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (channels, h, w), generator=generator).float() / 255 for h, w in shapes]
@@ -79,20 +82,17 @@ def purifiers() -> dict[str, Purifier]:
 
 @pytest.mark.parametrize("name", purifiers())
 def test_an_image_does_not_depend_on_the_others(name):
-    purifier, images, seeds = purifiers()[name], pictures(), keys()
+    purifier, images, seeds = purifiers()[name], pictures(FEW), keys(len(FEW))
     whole = purifier.purify_images(images, seeds)
     assert [tuple(x.shape) for x in whole] == [purifier.output_shape(tuple(x.shape)) for x in images]
     before = torch.get_num_threads()
     try:
+        for i, image in enumerate(images[:5]):
+            assert torch.equal(purifier(image[None], seeds[i : i + 1])[0], whole[i]), f"image {i} alone"
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for i, image in enumerate(images):
-                assert torch.equal(purifier(image[None], seeds[i : i + 1])[0], whole[i]), f"image {i} alone"
-                if threads == 1:
-                    (alone,) = purifier.purify_images([image], seeds[i : i + 1])
-                    assert torch.equal(alone, whole[i]), f"list of image {i}"
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(threads)).tolist()
-            for rows in (order, order[:4]):
+            for rows in (order[:4], order[4:5]):
                 got = purifier.purify_images([images[i] for i in rows], seeds[rows])
                 assert all(torch.equal(x, whole[i]) for x, i in zip(got, rows, strict=True))
     finally:
@@ -102,9 +102,9 @@ def test_an_image_does_not_depend_on_the_others(name):
 @pytest.mark.parametrize("name", purifiers())
 def test_a_batch_is_its_images(name):
     purifier, seeds = purifiers()[name], keys(18)
-    x = torch.stack(pictures([(20, 27)] * 18))
+    x = torch.stack(pictures([(14, 17)] * 18))
     whole = purifier(x, seeds)
-    assert whole.shape[1:] == purifier.output_shape((3, 20, 27))
+    assert whole.shape[1:] == purifier.output_shape((3, 14, 17))
     assert all(torch.equal(a, b) for a, b in zip(whole, purifier.purify_images(list(x), seeds), strict=True))
     empty = purifier(x[:0], seeds[:0])
     assert empty.shape == (0, *whole.shape[1:])
@@ -153,7 +153,7 @@ def test_no_images():
 @pytest.mark.parametrize("size", [1, 7, 32, 33])
 def test_resize_is_torchvision_and_says_its_shape(size):
     generator = torch.Generator().manual_seed(size)
-    shapes = [(size, size), (size, 2 * size + 1), (1, 1), (1, 9), *torch.randint(1, 120, (150, 2), generator=generator)]
+    shapes = [(size, size), (size, 2 * size + 1), (1, 1), (1, 9), *torch.randint(1, 120, (40, 2), generator=generator)]
     for crop in (None, size, max(size - 3, 1)):
         purifier = Resize(size, crop)
         for h, w in shapes:
@@ -168,7 +168,7 @@ def test_resize_is_torchvision_and_says_its_shape(size):
 
 
 def test_every_shape_is_rounded_as_torchvision_rounds_it():
-    for height, width in [(h, w) for h in range(1, 700, 13) for w in range(1, 700, 7)]:
+    for height, width in [(h, w) for h in range(1, 700, 29) for w in range(1, 700, 17)]:
         image = torch.empty(3, height, width, device="meta")
         assert sizes.resized_shape((3, height, width), 224)[1:] == transforms.resize(image, [224]).shape[1:]
 

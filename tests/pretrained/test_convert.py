@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import types
 import zipfile
@@ -43,6 +42,7 @@ from purifyloader.pretrained.plausibility import (
     levels,
     measure,
 )
+from tests import processes
 
 GOLDEN = Path(__file__).parents[1] / "golden/convert"
 TRAINED = GOLDEN.parent / "plausibility/trained.safetensors"
@@ -185,11 +185,11 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tenso
     torch.save(openai_names(trained_network()), tmp_path / "ema.pt")
     put_images(images, tmp_path / "pictures")
     out = tmp_path / "model"
-    command = [sys.executable, "-m", "purifyloader", "convert", str(tmp_path / "ema.pt"), str(out)]
+    command = ["purifyloader", "convert", str(tmp_path / "ema.pt"), str(out)]
     command += ["--format", "improved-diffusion", "--schedule", "cosine", "--timesteps", "4000", "--rescale-timesteps"]
     command += ["--qkv-order", "heads-first", "--heads", "2", "--norm-groups", "4"]
     command += ["--licence", "CC0", "--name", "tiny", "--data", "pictures"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = processes.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "converted from improved-diffusion" in done.stdout
     assert "warning" not in done.stdout
@@ -218,22 +218,23 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tenso
     assert "doubtful" not in card
     for text in (card, (out / "config.json").read_text()):
         assert str(tmp_path) not in text  # the card travels
-    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    again = processes.run(*command, cwd=tmp_path)
     assert again.returncode == 2
-    assert "--overwrite" in again.stderr
+    assert "--overwrite must be set" in again.stderr
     assert again.stderr.count("\n") == 1
-    assert subprocess.run([*command, "--overwrite"], capture_output=True, check=False, cwd=tmp_path).returncode == 0
+    assert processes.run(*command, "--overwrite", cwd=tmp_path).returncode == 0
 
 
 def test_the_command_says_on_standard_error_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "purifyloader", "convert", str(GOLDEN / "improved.pt")]
-    options = ["--format", "eclipse", "--heads", "2", "--norm-groups", "2"]
-    done = subprocess.run([*command, "file/out", *options], capture_output=True, text=True, check=False, cwd=tmp_path)
+    put_images(dead_leaves(2, 8), tmp_path / "pictures")
+    command = ["purifyloader", "convert", str(GOLDEN / "improved.pt")]
+    options = ["--format", "eclipse", "--heads", "2", "--norm-groups", "2", "--data", "pictures"]
+    done = processes.run(*command, "file/out", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("purifyloader: error: A checkpoint must be written to file/out. Got: ")
     assert done.stderr.count("\n") == 1
-    done = subprocess.run([*command, "out", *options], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = processes.run(*command, "out", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert lines

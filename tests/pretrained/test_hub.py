@@ -1,6 +1,6 @@
 """Models of the hub: asked for by an id and not otherwise, from a server that speaks as the hub does.
 
-The client reads its settings when it is imported, so each test is a process of its own.
+The client reads its settings when it is imported, so each test is a process that imports it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from purifyloader import pretrained
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.pretrained import hub
+from tests import processes
 from tests.conftest import tiny_denoiser
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -119,34 +120,33 @@ def server() -> Iterator[Hub]:
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+
+
 def run(code: str, endpoint: str, home: Path, **environment: str) -> str:
     """What a process prints that looks at a hub at `endpoint`; its working directory is empty."""
     home.mkdir(exist_ok=True)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
-        env={
-            **kept,
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            **environment,
-        },
-        cwd=home,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    variables = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = processes.run(processes.Code(PRELUDE + code), env={**variables, **environment}, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+# the server of the processes has the client, and with it the settings of that moment
 PRELUDE = """
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
 from purifyloader import pretrained
 from purifyloader.files.weights import weights_sha256
 from purifyloader.errors import CheckpointError
@@ -333,8 +333,10 @@ def test_a_broken_hub(server: Hub, tmp_path: Path) -> None:
 def test_nothing_but_an_id_asks_the_hub(server: Hub, tmp_path: Path) -> None:
     """Names, paths and typing errors in them stay on this machine; so does importing everything."""
     code = """
+import sys
 from pathlib import Path
 import purifyloader.recipes, purifyloader.energy, purifyloader.commands.convert
+assert "huggingface_hub" not in sys.modules
 for name in ("cifar10-sprase", "./models/mine", "/models/mine", "a/b/c", "models/mine.pt", Path("models/mine"), "a b/c",
              "../mine/x", "mine/", ""):
     fails(name)
@@ -342,7 +344,15 @@ pretrained.load("cifar10-sparse")
 pretrained.list()
 assert "huggingface_hub" not in sys.modules
 """
-    run(code, address(server), tmp_path / "home")
+    fresh = subprocess.run(  # the one interpreter that imports all this itself
+        [sys.executable, "-c", PRELUDE.replace("del sys.modules[name]", "raise AssertionError(name)") + code],
+        env={**os.environ, "HF_ENDPOINT": address(server), "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert fresh.returncode == 0, fresh.stderr
     assert server.asked == []
 
 
