@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -45,7 +45,9 @@ class Schedule:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Describe it as JSON: its kind, and the fields that are given."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {"kind": self.kind, **{name: value for name, value in values.items() if value is not None}}
 
     def _check(self, name: str, value: ArrayLike, high: float) -> Float64:
         array = np.asarray(value, np.float64)
@@ -96,9 +98,6 @@ class _BetaSchedule(Schedule):
         low = self.sigmas[1]
         above = np.interp(np.log(np.maximum(sigma_, low)), np.log(self.sigmas[1:]), steps)
         return np.where(sigma_ < low, sigma_ / low, above)
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "timesteps": self.timesteps}
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,6 @@ class LinearSchedule(_BetaSchedule):
         last = 0.02 * scale if self.beta_end is None else self.beta_end
         return np.linspace(first, last, self.timesteps, dtype=np.float64)
 
-    def config(self) -> dict[str, Any]:
-        own = {} if self.beta_start is None else {"beta_start": self.beta_start, "beta_end": self.beta_end}
-        return {**super().config(), **own}
-
 
 @dataclass(frozen=True)
 class ScaledLinearSchedule(_BetaSchedule):
@@ -176,9 +171,6 @@ class ScaledLinearSchedule(_BetaSchedule):
         roots = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.timesteps, dtype=np.float64)
         squares: Float64 = roots**2
         return squares
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "beta_start": self.beta_start, "beta_end": self.beta_end}
 
 
 @dataclass(frozen=True)
@@ -211,9 +203,6 @@ class ContinuousVP(Schedule):
         # the positive root of k1 u^2 + k2 u = log_alpha, in the form that does not cancel near 0
         u = -2 * log_alpha / (-self.k2 + np.sqrt(self.k2**2 + 4 * self.k1 * log_alpha))
         return np.minimum(u, 1.0) * self.timesteps
-
-    def config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "timesteps": self.timesteps, "k1": self.k1, "k2": self.k2}
 
 
 _KINDS: dict[str, type[Schedule]] = {

@@ -165,7 +165,7 @@ def test_an_empty_batch_stays_one():
     ],
 )
 def test_bad_numbers_are_named(options, word):
-    with pytest.raises(ConfigError, match=f"^{word} is .* Got "):
+    with pytest.raises(ConfigError, match=f"^{word} must be .* Got "):
         langevin(network(), images(), **{"steps": 2, "noise": None, **options})
 
 
