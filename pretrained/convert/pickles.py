@@ -28,6 +28,7 @@ from purifyloader.pretrained.registry import listed
 __all__ = ["read_file", "state_dict"]
 
 _AGAIN = "Download it again."
+_WHOLE = "a whole file of torch.save"
 
 # Names that torch's reader takes: they are no reason for a refusal and not named as one.
 _PLAIN = re.compile(
@@ -57,39 +58,24 @@ def read_file(path: Path) -> Any:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise CheckpointError(f"{path} must be a file that can be read. Got: {error}. Check its rights.") from None
+        raise _error(path, "a file that can be read", str(error), "Check its rights.") from None
     if not head:
-        raise CheckpointError(f"{path} must be a file of weights. Got an empty file. {_AGAIN}")
+        raise _error(path, "a file of weights", "an empty file")
     if path.suffix.lower() == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27):
-        return _read_safetensors(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError) as error:
+            got = f"{path.stat().st_size:,} bytes that are not ({error}): damaged, cut short or of another format"
+            raise _error(path, "a whole safetensors file", got) from None
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} must be a file of weights. Got the note that git keeps in place of a large file: fetch the file "
-            "itself with `git lfs pull`, or download it."
-        )
+        got, advice = "the note that git keeps in place of a large file", "Fetch the file itself with `git lfs pull`."
+        raise _error(path, "a file of weights", got, advice)
     if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} must be a file of weights. Got a web page. {_AGAIN}")
-    return _read_pickle(path, head)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} must be a whole safetensors file. Got {path.stat().st_size:,} bytes that are not ({error}): "
-            f"damaged, cut short or of another format. {_AGAIN}"
-        ) from None
-
-
-def _read_pickle(path: Path, head: bytes) -> Any:
+        raise _error(path, "a file of weights", "a web page")
     if zipfile.is_zipfile(path):
         _check_archive(path)
     elif head.startswith(b"PK\x03\x04"):
-        raise CheckpointError(
-            f"{path} must be a whole file of torch.save. Got {path.stat().st_size:,} bytes of an archive whose end is "
-            f"missing: cut short. {_AGAIN}"
-        )
+        raise _error(path, _WHOLE, f"{path.stat().st_size:,} bytes of an archive whose end is missing: cut short")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols that it may not know: it says so in an error, too
@@ -98,31 +84,27 @@ def _read_pickle(path: Path, head: bytes) -> Any:
         raise _refusal(path, error) from None
 
 
+def _error(path: Path, wanted: str, got: str, advice: str = _AGAIN) -> CheckpointError:
+    return CheckpointError(f"{path} must be {wanted}. Got {got}. {advice}")
+
+
 def _check_archive(path: Path) -> None:
     """Check an archive of torch.save, every byte of it: torch itself does not look at the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names):
-                raise CheckpointError(
-                    f"{path} must be a file of weights. Got a TorchScript archive, which holds the code of a network. "
-                    "Load it where you trust it, and save its state_dict() with torch.save."
-                )
+                got = "a TorchScript archive, which holds the code of a network"
+                advice = "Load it where you trust it, and save its state_dict() with torch.save."
+                raise _error(path, "a file of weights", got, advice)
             if not any(name.endswith("/data.pkl") for name in names):
-                raise CheckpointError(
-                    f"{path} must be a file of torch.save. Got another archive, with {listed(names)}. Unpack it and "
-                    "give the file of weights."
-                )
+                advice = "Unpack it and give the file of weights."
+                raise _error(path, "a file of torch.save", f"another archive, with {listed(names)}", advice)
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} must be a whole file of torch.save. Got an archive that cannot be read ({error}). {_AGAIN}"
-        ) from None
+        raise _error(path, _WHOLE, f"an archive that cannot be read ({error})") from None
     if damaged is not None:
-        raise CheckpointError(
-            f"{path} must be a whole file of torch.save. Got {damaged} in it with another checksum than was stored: "
-            f"damaged. {_AGAIN}"
-        )
+        raise _error(path, _WHOLE, f"{damaged} in it with another checksum than was stored: damaged")
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
@@ -142,15 +124,8 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
         )
     text = " ".join(str(error).split()) or type(error).__name__
     short = isinstance(error, EOFError) or "EOF" in text or "Ran out of input" in text
-    return CheckpointError(
-        f"{path} must be a whole file of torch.save. Got {path.stat().st_size:,} bytes "
-        + (
-            "that end too early: cut short."
-            if short
-            else "that torch cannot read as weights: damaged, or another format."
-        )
-        + f" {_AGAIN}"
-    )
+    what = "that end too early: cut short" if short else "that torch cannot read as weights: damaged, or another format"
+    return _error(path, _WHOLE, f"{path.stat().st_size:,} bytes {what}")
 
 
 def _wanted(path: Path) -> Iterator[str]:
