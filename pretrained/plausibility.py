@@ -58,11 +58,6 @@ class Plausibility:
     energy: float | None = None
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def gain(self) -> float:
-        """Mean over the levels, in dB."""
-        return sum(row.gain for row in self.rows) / len(self.rows) if self.rows else math.nan
-
     def to_dict(self) -> dict[str, Any]:
         rows = [{key: round(value, 3) for key, value in asdict(row).items()} for row in self.rows]
         return {

@@ -41,7 +41,36 @@ class Resolver(Protocol):
     def __call__(self, entry: Mapping[str, Any], kind: str = "denoiser") -> Any: ...
 
 
-class Purifier(nn.Module):
+class Described(nn.Module):
+    """A purifier or a condition: frozen, never in training mode, and described as plain data."""
+
+    kind: ClassVar[str]
+    image_channels: int | None = None
+    """Channels it takes, None for any."""
+
+    options: ClassVar[tuple[str, ...] | None] = None
+    """Arguments that are attributes and make up the configuration; None for a class with a `config` of its own."""
+
+    def config(self) -> dict[str, Any]:
+        """Describe it as plain data, its `kind` and the attributes of `options`; `from_config` builds it back."""
+        if self.options is None:
+            raise NotImplementedError(f"{type(self).__name__} needs options or a config of its own")
+        values = {name: getattr(self, name) for name in self.options}
+        parts = {name: part.config() for name, part in values.items() if isinstance(part, Described)}
+        return {"kind": self.kind, **values, **parts}
+
+    @classmethod
+    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
+        """Build it from its `config`, whose `kind` is gone from `values`."""
+        if "purifier" in (cls.options or ()):
+            values["purifier"] = from_config(values["purifier"], resolve)
+        return cls(**values)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+
+class Purifier(Described):
     """Base of all purifiers: `purifier(x_BCHW, seeds_B) -> x_BCHW`.
 
     Args of a call:
@@ -62,13 +91,6 @@ class Purifier(nn.Module):
     >>> purifier(torch.rand(2, 3, 8, 8), torch.tensor([1, 2])).shape, isinstance(purifier, Purifier)
     (torch.Size([2, 3, 8, 8]), True)
     """
-
-    kind: ClassVar[str]
-    image_channels: int | None = None
-    """Channels it takes, None for any."""
-
-    options: ClassVar[tuple[str, ...]] = ()
-    """Arguments of the constructor that are attributes and make up the configuration."""
 
     selects: ClassVar[bool] = False
     """True where it treats images differently because of how they look."""
@@ -94,19 +116,6 @@ class Purifier(nn.Module):
         As `noise_first`, it is not believed of a subclass.
         """
         yield self
-
-    def config(self) -> dict[str, Any]:
-        """Describe it as plain data, its `kind` and the attributes of `options`; `from_config` builds it back."""
-        values = {name: getattr(self, name) for name in self.options}
-        parts = {name: part.config() for name, part in values.items() if isinstance(part, Purifier | Condition)}
-        return {"kind": self.kind, **values, **parts}
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        """Build a purifier from its `config`, whose `kind` is gone from `values`."""
-        if "purifier" in cls.options:
-            values["purifier"] = from_config(values["purifier"], resolve)
-        return cls(**values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         """Purify checked float32 input; values may leave [0, 1] between stages."""
@@ -208,10 +217,6 @@ class Purifier(nn.Module):
         """Pack weights for another process: see `purifyloader.purifiers.packing`."""
         return reduced(self) or super().__reduce_ex__(protocol)
 
-    def train(self, mode: bool = True) -> Self:
-        """Purifiers are never in training mode, whatever module holds them."""
-        return super().train(False)
-
 
 def _described(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -231,7 +236,7 @@ def pixels(sigma: float) -> float:
     return float(f"{255 * sigma:.5g}")
 
 
-def common_channels(taker: str, *parts: Purifier | Condition) -> int | None:
+def common_channels(taker: str, *parts: Described) -> int | None:
     """Return the image channels that all parts take, None for any; `ConfigError` where they differ."""
     channels = {part.image_channels for part in parts if part.image_channels is not None}
     if len(channels) > 1:
@@ -253,7 +258,7 @@ def _deciding(value: Any) -> Any:
     return [_deciding(v) for v in value] if isinstance(value, list) else value
 
 
-class Condition(nn.Module):
+class Condition(Described):
     """Base of all conditions, which hold for an image or not. Frozen, and stateless but for its plan.
 
     Attributes:
@@ -264,23 +269,12 @@ class Condition(nn.Module):
     True
     """
 
-    kind: ClassVar[str]
-    image_channels: int | None = None
     planned: dict[str, Any] | None = None
 
     @property
     def needs_plan(self) -> bool:
         """True for a statement about the whole dataset, planned by now or not."""
         return False
-
-    def config(self) -> dict[str, Any]:
-        """Describe it as plain data, with its `kind`; `condition_from_config` builds it back."""
-        raise NotImplementedError
-
-    @classmethod
-    def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        """Build a condition from its `config`, whose `kind` is gone from `values`."""
-        raise NotImplementedError
 
     def measure(self, x_BCHW: Tensor) -> Tensor:
         """Measure the number that decides about each image, float32 (B,), which a plan collects."""
@@ -312,10 +306,6 @@ class Condition(nn.Module):
             holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
             found += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
         return sorted(found)
-
-    def train(self, mode: bool = True) -> Self:
-        """Never in training mode, as purifiers."""
-        return super().train(False)
 
 
 def conditions_of(purifier: nn.Module) -> Iterator[Condition]:

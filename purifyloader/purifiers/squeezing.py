@@ -22,6 +22,8 @@ class Squeeze(Purifier):
     ('quality',)
     """
 
+    options = ()
+
 
 class Jpeg(Squeeze):
     """Compress as JPEG (image shortcut squeezing, ISS-J; Liu et al. 2023), the baseline to try first.
