@@ -259,11 +259,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
     """Name the settings that this library's network does not have."""
-    for name, value in config.items():
-        if name in _ONLY and value not in _ONLY[name]:
-            yield f"{name}={value!r}"
-        elif name not in _KNOWN and not name.startswith("_") and value is not None:
-            yield f"{name}={value!r} (unknown)"
+    yield from (f"{name}={config[name]!r}" for name in _ONLY if name in config and config[name] not in _ONLY[name])
+    unknown = (name for name in config if name not in _KNOWN and not name.startswith("_"))
+    yield from (f"{name}={config[name]!r} (unknown)" for name in unknown if config[name] is not None)
     downs, ups = values["down_block_types"], values["up_block_types"]
     others = [
         f"{way.lower()}_block_types with {kind}"

@@ -253,7 +253,8 @@ class _Own(Defence):
     def models(self, models: Models) -> list[str]:
         from purifyloader.files.weights import weights_sha256
 
-        config, names = self._purifier(models).config(), []
+        config = self._purifier(models).config()
+        names: list[str] = []
         for kind in KINDS:
             of_weights = {weights_sha256(as_model(name, kind)): name for name in models.of_kind(kind)}
             entries = [value for value in _values(config, kind) if isinstance(value, dict)]

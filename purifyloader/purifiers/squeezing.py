@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Squeeze(Purifier):
     ('quality',)
     """
 
-    options = ()
+    options: ClassVar[tuple[str, ...] | None] = ()
 
 
 class Jpeg(Squeeze):
