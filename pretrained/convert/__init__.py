@@ -193,11 +193,6 @@ def convert(
 # -- settings ----------------------------------------------------------------------------------------
 
 
-def _option(setting: str) -> str:
-    pairs = {"heads": "--heads or --head-channels", "schedule": "--schedule and --timesteps"}
-    return pairs.get(setting, f"--{setting.replace('_', '-')}")
-
-
 def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
     """The settings object of a format; None where it has none."""
     layout = FORMATS[format]
@@ -222,10 +217,12 @@ def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
     if layout.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(given):
         missing.append("heads")
     if missing:
+        pairs = {"heads": "--heads or --head-channels", "schedule": "--schedule and --timesteps"}
+        words = [pairs.get(name, f"--{name.replace('_', '-')}") for name in missing]
         raise ConfigError(
             f"A file of {format} does not say how its weights are to be read: give --preset "
             f"({', '.join(layout.presets)}), or what it was trained with. Got neither a preset nor "
-            f"{', '.join(map(_option, missing))}."
+            f"{', '.join(words)}."
         )
     return layout.settings(**given)
 

@@ -106,6 +106,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "num_class_embeds": (None,),
 }
 
+# attention layers before diffusers 0.15, and after it
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(_RENAMED)})\.")
+
 _KNOWN = {*_DEFAULTS, *_ONLY, "time_embedding_dim", "sample_size", "num_train_timesteps"}
 
 
@@ -128,7 +132,8 @@ def denoiser_from_folder_parts(
     """
     settings = settings or DiffusersSettings()
     schedule, parameterization = _reconcile(scheduler_config, settings)
-    state = _modern_names(tensors_only(state, f"The state dict of {_WHAT[0].lower()}{_WHAT[1:]}"))
+    state = tensors_only(state, f"The state dict of {_WHAT[0].lower()}{_WHAT[1:]}")
+    state = {_OLD.sub(lambda m: f"{m[1]}{_RENAMED[m[2]]}.", name): tensor for name, tensor in state.items()}
     ours = _read_config(config)
     if ours["blocks"] > len(state):
         raise CheckpointError(
@@ -282,15 +287,6 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) -> Iterat
         yield "resnet_time_scale_shift='scale_shift' without attn_norm_num_groups (middle attention has no norm)"
     if values["out_channels"] not in (values["in_channels"], 2 * values["in_channels"]):
         yield f"in_channels={values['in_channels']} with out_channels={values['out_channels']}"
-
-
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the attention layers from before diffusers 0.15 as they were after it."""
-    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
-    return {pattern.sub(lambda m: f"{m[1]}{_RENAMED[m[2]]}.", name): tensor for name, tensor in state.items()}
 
 
 _LAYOUT = Layout(

@@ -68,7 +68,10 @@ class BlindDenoiser(Denoiser):
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, None]:
         """Estimate x0, without a variance fraction; `InputError` also for a network that changes the shape."""
         self.check_call(x_BCHW, sigma_B)
-        out = self.network(x_BCHW.to(self._network_dtype(x_BCHW.dtype)))
+        # the dtype of the first weights that a cast of the network would change
+        weights = itertools.chain(self.network.parameters(), self.network.buffers())
+        dtype = next((tensor.dtype for tensor in weights if tensor.is_floating_point()), x_BCHW.dtype)
+        out = self.network(x_BCHW.to(dtype))
         if out.shape != x_BCHW.shape:
             raise InputError(
                 f"The network must keep the shape of its images, {tuple(x_BCHW.shape)}. Got {tuple(out.shape)}: pad "
@@ -76,8 +79,3 @@ class BlindDenoiser(Denoiser):
             )
         out = out.to(x_BCHW.dtype)
         return (x_BCHW - out if self.residual else out), None
-
-    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        """Return the dtype of the first weights that a cast would change; `default` where there are none."""
-        weights = itertools.chain(self.network.parameters(), self.network.buffers())
-        return next((tensor.dtype for tensor in weights if tensor.is_floating_point()), default)

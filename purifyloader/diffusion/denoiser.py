@@ -30,28 +30,20 @@ SIGMA_DATA = 0.5
 """Standard deviation of image data in [-1, 1], as EDM and the consistency models take it."""
 
 
-def _epsilon(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ones_like(s), -s, (1 + s**2).rsqrt()
-
-
-def _velocity(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return 1 / (1 + s**2), -s * (1 + s**2).rsqrt(), (1 + s**2).rsqrt()
-
-
-def _x0(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros_like(s), torch.ones_like(s), (1 + s**2).rsqrt()
-
-
 def _edm(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = s**2 + SIGMA_DATA**2
     return SIGMA_DATA**2 / total, s * SIGMA_DATA * total.rsqrt(), total.rsqrt()
 
 
 PARAMETERIZATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "epsilon": _epsilon,  # the noise (Ho et al. 2020)
-    "v": _velocity,  # alpha * noise - sigma_vp * x0 (Salimans & Ho 2022)
-    "x0": _x0,  # the image itself
-    "edm": _edm,  # unit variance in, unit variance out (Karras et al. 2022)
+    # the noise (Ho et al. 2020)
+    "epsilon": lambda s: (torch.ones_like(s), -s, (1 + s**2).rsqrt()),
+    # alpha * noise - sigma_vp * x0 (Salimans & Ho 2022)
+    "v": lambda s: (1 / (1 + s**2), -s * (1 + s**2).rsqrt(), (1 + s**2).rsqrt()),
+    # the image itself
+    "x0": lambda s: (torch.zeros_like(s), torch.ones_like(s), (1 + s**2).rsqrt()),
+    # unit variance in, unit variance out (Karras et al. 2022)
+    "edm": _edm,
 }
 """Output of the network: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
 
@@ -187,21 +179,18 @@ class NetworkDenoiser(Denoiser):
         s = 2 * sigma_B.to("cpu", torch.float64)[:, None, None, None]
         c_skip, c_out, c_in = (c.to(x_BCHW.device, x_BCHW.dtype) for c in PARAMETERIZATIONS[self.parameterization](s))
         y = 2 * x_BCHW - 1
-        dtype = self.network.stem.weight.dtype
-        out = self._network_any_size((c_in * y).to(dtype), time_B.to(x_BCHW.device, torch.float32))
+        # sizes that the levels of the network do not divide are padded by repeating the border
+        h, w = x_BCHW.shape[-2:]
+        multiple = self.network.config.size_multiple
+        scaled = (c_in * y).to(self.network.stem.weight.dtype)
+        padded = F.pad(scaled, (0, -w % multiple, 0, -h % multiple), mode="replicate")
+        out = self.network(padded, time_B.to(x_BCHW.device, torch.float32))[..., :h, :w]
         out = out.to(x_BCHW.dtype)
         fraction = None
         if self.learned_variance:
             out, raw = out.chunk(2, dim=1)
             fraction = (raw + 1) / 2
         return (c_skip * y + c_out * out + 1) / 2, fraction
-
-    def _network_any_size(self, x_BCHW: Tensor, time_B: Tensor) -> Tensor:
-        """Pad sizes that the levels of the network do not divide, by repeating the border."""
-        h, w = x_BCHW.shape[-2:]
-        multiple = self.network.config.size_multiple
-        padded = F.pad(x_BCHW, (0, -w % multiple, 0, -h % multiple), mode="replicate")
-        return self.network(padded, time_B)[..., :h, :w]
 
 
 def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:

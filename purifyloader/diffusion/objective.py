@@ -32,11 +32,6 @@ def posterior_log_variance_bounds(sigma: Tensor, sigma_below: Tensor) -> tuple[T
     return lower, upper
 
 
-def _normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    """KL(N(mean1, var1) || N(mean2, var2)), elementwise, in nats."""
-    return 0.5 * (log_var2 - log_var1 - 1 + (log_var1 - log_var2).exp() + (mean1 - mean2) ** 2 * (-log_var2).exp())
-
-
 def _log_cdf_difference(low: Tensor, high: Tensor) -> Tensor:
     """log(Phi(high) - Phi(low)) for low < high, without cancelling in either tail."""
     flip = low > 0
@@ -82,7 +77,10 @@ def vlb_terms(
     ratio = (below / sigma) ** 2
     x_t = x0_BCHW + sigma.to(dtype) * noise_BCHW
     true_mean, mean = (x0 + ratio.to(dtype) * (x_t - x0) for x0 in (x0_BCHW, x0_hat_BCHW))
-    kl = _normal_kl(true_mean, lower.to(dtype), mean, log_variance)
+    # KL(N(true_mean, e^lower) || N(mean, e^log_variance)), elementwise, in nats
+    low = lower.to(dtype)
+    distance = (true_mean - mean) ** 2 * (-log_variance).exp()
+    kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance)
     decoder = -_discretized_log_likelihood(x0_BCHW, mean, log_variance / 2)
     nats = torch.where((t_B == 1)[:, None, None, None].to(device), decoder, kl)
     return nats.mean(dim=(1, 2, 3)) / math.log(2.0)

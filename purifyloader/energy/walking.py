@@ -91,17 +91,12 @@ def walk(
             x = x + step_size * noise(step)
         yield x
     if not bool((x.detach() - 0.5).abs().max() <= FAR if x.numel() else True):
+        values = f"from {float(x.min()):.3g} to {float(x.max()):.3g}" if not bool(x.isnan().any()) else "that are NaN"
         raise PurifyError(
-            f"Langevin steps must leave images about [0, 1]. Got values {_extremes(x)} after {steps} of "
+            f"Langevin steps must leave images about [0, 1]. Got values {values} after {steps} of "
             f"{255 * step_size:.3g} px at temperature {temperature:g}: the energy is not one that images were trained "
             "into. Give another energy model, smaller steps or a higher temperature."
         )
-
-
-def _extremes(x: Tensor) -> str:
-    if bool(x.isnan().any()):
-        return "that are NaN"
-    return f"from {float(x.min()):.3g} to {float(x.max()):.3g}"
 
 
 def langevin(
