@@ -37,9 +37,6 @@ _AT_ONCE = 256  # images held while those of an older card are hashed, which may
 Hashes = NDArray[np.uint64]
 
 
-# -- what checkpoints say ----------------------------------------------------------------------------
-
-
 def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the details of a checkpoint's training, by name or folder; {} where it has none."""
     try:
@@ -124,9 +121,6 @@ def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = N
 def _own_hashes(details: Mapping[str, Any]) -> Hashes | None:
     text = details.get("image_hashes")
     return hashes_of_text(text) if isinstance(text, str) else None
-
-
-# -- what a dataset has of them ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,9 +231,6 @@ def _recovered(
             each.append(image_hashes(images.permute(0, 2, 3, 1).contiguous().numpy()))
             bar.update(len(chosen))
     return np.concatenate(each) if sha256 in (None, whole.hexdigest()) else None
-
-
-# -- sets that must have no image in common ----------------------------------------------------------
 
 
 def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:

@@ -296,8 +296,6 @@ def _values(config: Any, key: str) -> Iterator[Any]:
             yield from _values(value, key)
 
 
-# -- presets ---------------------------------------------------------------------------------------------
-
 ROWS_FILE, TABLE_FILE = "rows.jsonl", "README.md"
 ATTACK_SEED = 1000
 DENOISERS = {"tiny-imagenet": "tiny-imagenet-sparse"}  # of a data set's own kind

@@ -104,8 +104,6 @@ class Bench:
             rest = {"hashes": self._hashes["rest"].tolist(), "labels": self.rest.train_labels.tolist()}
             self._extractor = {"data": rows.fingerprint(rest), "training": asdict(EXTRACTOR)}
 
-    # -- what a row is ---------------------------------------------------------------------------------
-
     def _find(self, defence: str) -> tuple[Defence, float | None]:
         if defence not in self._found:
             self._found[defence] = find(defence)
@@ -226,8 +224,6 @@ class Bench:
             "settings": settings,
             "versions": rows.versions(),
         }
-
-    # -- parts of a row --------------------------------------------------------------------------------
 
     def _batch_transform(self, made: Made, seed: int) -> BatchTransform | None:
         if made.per_epoch is not None:

@@ -161,9 +161,6 @@ def _left_out(data: Data, models: Models, defences: Iterable[str]) -> Data:
     return data.only(~np.isin(image_hashes(data.train), np.concatenate(learned)))
 
 
-# -- rows ------------------------------------------------------------------------------------------------
-
-
 def make_rows(session: Session) -> None:
     """Make every row that is not there yet; leave to other processes what they are making."""
     bench, path = session.bench, session.settings.out / ROWS_FILE
@@ -216,9 +213,6 @@ def _in_words(row: rows.Row) -> str:
     also = "".join(f", {name} {row[name]:.1f} %" for name in ("success", "flipped") if name in row and not clean)
     attack = "clean" if clean else row["attack"]
     return f"{attack:<18} {row['defence']:<18} seed {row['seed']}: accuracy {row['accuracy']:.1f} %{also}"
-
-
-# -- results ---------------------------------------------------------------------------------------------
 
 
 def picture_images(session: Session) -> None:

@@ -36,7 +36,7 @@ def check_quality(quality: int) -> None:
 
 def check_bits(bits: int) -> None:
     """Raise `InputError` unless this is a number of bits of an 8-bit channel."""
-    check_integer("bits", bits, 1, 8, unit="of a channel's 8", error=InputError)
+    check_integer("bits", bits, 1, 8, error=InputError)
 
 
 def check_alpha(alpha: float) -> None:

@@ -46,9 +46,6 @@ def check_tiles(size: Any, overlap: Any) -> None:
     check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
 
 
-# -- resizing ----------------------------------------------------------------------------------------
-
-
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
     """Scale the shorter side to `size`, the longer one rounded down, as torchvision does."""
     if height <= width:
@@ -71,9 +68,6 @@ def resize(image_CHW: Tensor, size: int, crop: int | None = None) -> Tensor:
     out = transforms.resize(image_CHW.contiguous(), list(_scaled(height, width, size)), antialias=True)
     # contiguous: a crop that is a view would keep the whole image alive
     return out if crop is None else transforms.center_crop(out, [crop, crop]).contiguous()
-
-
-# -- tiles -------------------------------------------------------------------------------------------
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:

@@ -324,8 +324,6 @@ def refuse_plans(taker: str, purifier: nn.Module) -> None:
         )
 
 
-# -- from JSON -----------------------------------------------------------------------------------------
-
 Named = TypeVar("Named", Purifier, Condition)
 
 KINDS: dict[str, type[Purifier]] = {}

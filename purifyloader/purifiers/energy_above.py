@@ -20,7 +20,8 @@ __all__ = ["EnergyAbove"]
 
 def check_share(k: Any) -> None:
     """Raise `ConfigError` unless k is a share of a dataset, in (0, 1]."""
-    check_number("k", k, above=0, high=1, unit="the share of the images to purify")
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= 1:
+        raise ConfigError(f"k is the share of the images to purify, above 0 and at most 1. Got {k!r}.")
 
 
 class EnergyAbove(Condition):

@@ -308,7 +308,7 @@ def test_the_list_is_ranked_with_names_and_percentiles():
         ({"poisoned": [7]}, "indices of images that were audited"),
         ({"poisoned": []}, "one or more. Got 0"),
         ({"top": [1, 101]}, "at most 100. Got 101"),
-        ({"temperature": 0}, "temperature is what the energy is divided by"),
+        ({"temperature": 0}, "temperature must be a finite number above 0"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -451,5 +451,5 @@ def test_images_that_a_blind_denoiser_does_not_take():
     with pytest.raises(InputError, match=r"0\.001 to 0\.3 .*Got"):
         denoiser(torch.zeros(2, 3, 8, 8), torch.tensor([0.1, 0.4]))
     shrinks = BlindDenoiser(nn.Conv2d(3, 3, 3), RANGE)
-    with pytest.raises(InputError, match=r"keeps the shape.*\(2, 3, 8, 8\)\. Got \(2, 3, 6, 6\): pad"):
+    with pytest.raises(InputError, match=r"keep the shape.*\(2, 3, 8, 8\)\. Got \(2, 3, 6, 6\): pad"):
         shrinks(torch.zeros(2, 3, 8, 8), one)

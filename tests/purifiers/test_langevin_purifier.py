@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import pickle
 
 import pytest
@@ -42,9 +43,11 @@ def purifier(**options) -> Langevin:
 # -- the same pixels ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_give_the_same_pixels(context):
+    # a worker of the server is there in a tenth of a second, and unpickles the dataset as a spawned one does
+    multiprocessing.set_forkserver_preload(["tests.conftest", "purifyloader.purified.dataset"])
     dataset = PurifiedDataset(PictureDataset(random_images(9, 8)), purifier(dtype="bfloat16"))
     expected = dataset.__getitems__(range(9))
     loader = DataLoader(dataset, 2, num_workers=2, multiprocessing_context=context, collate_fn=list)

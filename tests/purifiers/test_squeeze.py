@@ -173,7 +173,7 @@ def test_bad_bits(bits):
 @pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf, True, "2", None])
 def test_bad_alpha(alpha):
     for make in (Coin, recipes.coin):
-        with pytest.raises(InputError, match=r"positive number\. Got"):
+        with pytest.raises(InputError, match=r"alpha must be a finite number above 0.*\. Got"):
             make(alpha)
 
 

@@ -104,21 +104,13 @@ def test_a_condition_that_always_holds_is_the_bare_purifier(purifier, x, seeds):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_image_does_not_depend_on_its_batch(threads, x, seeds, energies):
+def test_an_image_does_not_depend_on_its_batch(x, seeds, energies):
     where = Where(EnergyAbove(tiny_energy(), float(energies.median())), Langevin(tiny_energy(), 2))
     whole = where(x, seeds)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(where(x[order], seeds[order]), whole[order])
-        for size in (1, 5, 16, 17):
-            assert torch.equal(where(x[:size], seeds[:size]), whole[:size])
-        for i in range(COUNT):
-            assert torch.equal(where(x[i : i + 1], seeds[i : i + 1]), whole[i : i + 1])
-    finally:
-        torch.set_num_threads(before)
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(where(x[order], seeds[order]), whole[order])
+    for rows in (*map(slice, (1, 5, 17)), *(slice(i, i + 1) for i in range(1, COUNT, 4))):
+        assert torch.equal(where(x[rows], seeds[rows]), whole[rows])
     assert where(x[:0], seeds[:0]).shape == x[:0].shape
 
 
@@ -465,7 +457,7 @@ def test_a_threshold_does_not_depend_on_how_weights_and_numbers_are_held():
         (lambda e: Where(EnergyAbove(e, 1.0), e), ConfigError, "Got EnergyAbove and EnergyNetwork"),
         (lambda e: Where(EnergyAbove(e, 1.0), Resize(8)), ConfigError, "put the Resize before"),
         (lambda e: Where(EnergyAbove(e, 1.0), Chain(Resize(32, 32), Jpeg())), ConfigError, "put the Resize before"),
-        (lambda e: Where(EnergyAbove(e, 1.0), DenoiseOnce(tiny_denoiser(1), 0.1)), ConfigError, "Got 3 and 1"),
+        (lambda e: Where(EnergyAbove(e, 1.0), DenoiseOnce(tiny_denoiser(1), 0.1)), ConfigError, r"Got \[1, 3\]"),
         (lambda e: Where(EnergyAbove(e, 1.0), half()), ConfigError, "Another Where takes no condition"),
         (lambda e: Repeat(half(), 2), ConfigError, "Repeat takes no condition with a share k"),
         (lambda e: Tiles(half(), 8), ConfigError, "Tiles takes no condition with a share k"),
