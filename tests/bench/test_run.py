@@ -137,10 +137,28 @@ def test_the_same_command_does_nothing_more(whole, folder, monkeypatch):
 def test_two_processes_make_the_same_rows(whole, folder, tmp_path):
     _, found = whole
     words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path, "--attack", "lsp", *QUICK, "--seeds", 0]
-    done = processes.run("purifyloader", "bench", *words, "--processes", 2)
-    assert done.returncode == 0, done.stderr
+    children = [processes.start("purifyloader", "bench", *words) for _ in range(2)]
+    for done in [child.wait() for child in children]:
+        assert done.returncode == 0, done.stderr
     first = [row for row in found if row["seed"] == 0]
     assert without_times(rows.read(tmp_path / "rows.jsonl")) == without_times(first)
+
+
+def test_the_processes_of_a_command_share_its_rows(whole, folder, tmp_path, monkeypatch):
+    """What starts them is tested in tests/commands/test_processes.py."""
+    started = []
+
+    def one_after_another(work, count):
+        started.extend(range(count))
+        for number in started:
+            work(number)
+            assert len(rows.read(tmp_path / "rows.jsonl")) == 2
+
+    monkeypatch.setattr("purifyloader.commands.processes.run_many", one_after_another)
+    found = run(folder, tmp_path, "--defence", "none", "--processes", 2)
+    assert started == [0, 1]
+    wanted = [row for row in whole[1] if row["seed"] == 0 and row["defence"] == "none"]
+    assert without_times(found) == without_times(wanted)
 
 
 def test_a_process_does_not_wait_for_a_poison_while_there_is_other_work(folder, tmp_path):
