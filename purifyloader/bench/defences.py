@@ -257,7 +257,7 @@ class _Own(Defence):
         names: list[str] = []
         for kind in KINDS:
             of_weights = {weights_sha256(as_model(name, kind)): name for name in models.of_kind(kind)}
-            entries = [value for value in _values(config, kind) if isinstance(value, dict)]
+            entries: list[dict[str, str]] = [value for value in _values(config, kind) if isinstance(value, dict)]
             names += [of_weights.get(entry["weights_sha256"], entry["name"]) for entry in entries]
         return list(dict.fromkeys(names))
 
