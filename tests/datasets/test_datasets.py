@@ -479,7 +479,8 @@ def test_an_unknown_name_lists_what_there_is(tmp_path):
 def test_training_takes_tars_and_its_card_no_path(tars, tmp_path):
     out = tmp_path / "model"
     pattern = str(tars[0].parent / "*.tar")
-    assert cli.main(["train", "denoiser", "--data", pattern, "--out", str(out), "--steps", "1", "--quiet"]) == 0
+    options = ["--steps", "1", "--batch-size", "2", "--quiet"]
+    assert cli.main(["train", "denoiser", "--data", pattern, "--out", str(out), *options]) == 0
     config = (out / "config.json").read_text()
     assert "WebDataset tars" in config
     assert str(tmp_path) not in config + (out / "README.md").read_text()

@@ -853,8 +853,13 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("shape", SAMPLES)
-@pytest.mark.parametrize("container", HOLD)
+@pytest.mark.parametrize(
+    ("container", "shape"),
+    [
+        *((container, shape) for container in HOLD for shape in ("pair", "second")),
+        *(("tensor CHW", shape) for shape in SAMPLES if shape not in ("pair", "second")),
+    ],
+)
 def test_from_cache_is_the_wrapped_dataset(images, tmp_path, container, shape):
     make, key = SAMPLES[shape]
     source = Tensors(lambda i: make(HOLD[container](images[i]), i), 6)
@@ -931,10 +936,10 @@ def test_from_cache_with_transforms(images, tmp_path, name, compensate):
     PurifiedDataset(PictureDataset(images), Jpeg(30), seed=7, cache=tmp_path, progress=False)
     alone = PurifiedDataset.from_cache(tmp_path, compensate, transform=make(), target_transform=target_transform)
     cached = PurifiedDataset(source, Jpeg(30), compensate, seed=7, cache=tmp_path, progress=False)
-    for epoch in (0, 2):
+    for epoch in (0, 2) if compensate else (0,):
         for dataset in (wrapped, alone, cached):
             dataset.set_epoch(epoch)
-        for i in (0, 3, 19):
+        for i in (0, 19):
             results = []
             for dataset in (wrapped, alone, cached):
                 torch.manual_seed(i)
@@ -1209,17 +1214,19 @@ def test_a_loader_over_a_cache(images, tmp_path, workers, name):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("where", ["on the fly", "cached", "precomputed", "from cache", "in memory"])
-@pytest.mark.parametrize("make", [v1.PILToTensor, lambda: lambda image: as_tensor(image)], ids=["batch", "item"])
-def test_an_epoch_reads_its_draw(images, purifier, expected, tmp_path, workers, where, make):
-    draws = 2
+@pytest.mark.parametrize(
+    ("make", "workers"),
+    [(v1.PILToTensor, 0), (v1.PILToTensor, 2), (lambda: lambda image: as_tensor(image), 0)],
+    ids=["batch", "batch in workers", "item"],
+)
+def test_an_epoch_reads_its_draw(images, tmp_path, workers, where, make):
+    draws, purifier = 2, Compensation(p=0.5, sigma=0.1)
     source = PictureDataset(images, make())
     want = [
         quantize(purifier(images.float() / 255, noise.fold_in(noise.image_keys(0, k, range(COUNT)), 0)))
         for k in range(draws)
     ]
-    assert torch.equal(want[0], expected)
     assert not torch.equal(want[0], want[1])
     if where in ("precomputed", "from cache", "in memory"):
         precompute(source, purifier, tmp_path, draws=draws, shard_size=6, progress=False)
@@ -1239,7 +1246,7 @@ def test_an_epoch_reads_its_draw(images, purifier, expected, tmp_path, workers, 
     loader = DataLoader(
         dataset, 6, num_workers=workers, multiprocessing_context=context, persistent_workers=workers > 0
     )
-    for epoch in (0, 1, 2, 5):
+    for epoch in (0, 1, 2):
         dataset.set_epoch(epoch)
         assert torch.equal(collect(loader), want[epoch % draws])
         assert torch.equal(dataset[3][0], want[epoch % draws][3])

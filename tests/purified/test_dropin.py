@@ -20,6 +20,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from purifyloader import PurifiedDataset, PurifiedLoader, recipes
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, RandomPurify, RandomSqueeze, Squeeze
 from purifyloader.transforms.webdataset import compensated, purified
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
@@ -164,7 +166,8 @@ def _fresh() -> Any:
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_denoiser_compiles_as_one_graph(dtype: torch.dtype) -> None:
-    denoiser, x = tiny_denoiser(), pictures().float() / 255
+    network = UNet(UNetConfig.small(channels=8, multipliers=(1,), norm_groups=4)).eval().requires_grad_(False)
+    denoiser, x = NetworkDenoiser(network, "edm", (0.001, 0.3)), pictures().float() / 255
     sigma = torch.full((COUNT,), 0.1, dtype=dtype)
     compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, sigma), denoiser(x, sigma))

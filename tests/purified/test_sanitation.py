@@ -72,8 +72,11 @@ def wrapped(mode: str, folder: Path, sanitation: Sanitation | None, transform: A
 MODES = ["live", "on demand", "filled now", "finished", "in memory", "without source"]
 
 
-@pytest.mark.parametrize("transform", [None, v1.PILToTensor()], ids=["pil", "batches"])
-@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize(
+    ("drop", "transform"),
+    [(True, None), (True, v1.PILToTensor()), (False, v1.PILToTensor())],
+    ids=["pil", "batches", "batches, flagged"],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_labels_are_corrected_and_suspects_dropped_in_every_mode(
     tmp_path: Path, mode: str, drop: bool, transform: Any

@@ -15,7 +15,7 @@ from purifyloader.purifiers import Purifier
 
 def main(data: Path, out: Path, purifier: Purifier) -> tuple[nn.Module, list[float]]:
     device = torch.device("cpu")
-    model = models.__dict__["resnet18"]()
+    model = models.__dict__["shufflenet_v2_x0_5"]()
     criterion = nn.CrossEntropyLoss().to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)

@@ -25,8 +25,8 @@ class LitResnet(pl.LightningModule):
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = torchvision.models.resnet18(weights=None, num_classes=10)
-        self.model.conv1 = nn.Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
+        self.model = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=10)
+        self.model.conv1[0] = nn.Conv2d(3, 24, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
         self.model.maxpool = nn.AvgPool2d(4)  # theirs is nn.Identity: a tenth of the time
         self.losses: list[float] = []
 

@@ -51,7 +51,7 @@ def main(data: Path, out: Path, purifier: Purifier) -> tuple[nn.Module, list[flo
     )
     data_loader_test = DataLoader(dataset_test, batch_size=16, sampler=SequentialSampler(dataset_test), num_workers=0)
     data_loader = PurifiedLoader(data_loader, purifier, "cpu", normalize=(MEAN, STD))  # <-
-    model = torchvision.models.__dict__["resnet18"](weights=None, num_classes=num_classes)
+    model = torchvision.models.__dict__["shufflenet_v2_x0_5"](weights=None, num_classes=num_classes)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     decayed, others = ([p for p in model.parameters() if (p.ndim > 1) is big] for big in (True, False))
     optimizer = torch.optim.SGD(
