@@ -104,9 +104,8 @@ class PurifiedLoader:
     ) -> None:
         if not hasattr(loader, "__iter__") or isinstance(loader, Iterator):
             raise InputError(
-                f"A {type(loader).__name__} cannot be iterated"
-                + (" more than once." if isinstance(loader, Iterator) else ".")
-                + " Give a loader, which gives its batches in every epoch."
+                f"The loader, of type {type(loader).__name__}, cannot be iterated in every epoch"
+                + (", but is used up after one." if isinstance(loader, Iterator) else ".")
             )
         if purifier is not None:
             check_applicable(purifier)

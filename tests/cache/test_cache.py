@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import textwrap
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from purifyloader.cache.format import OtherVersionError, read_shard_header
 from purifyloader.cache.reader import Targets
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files.locks import Lock
+from tests import processes
 
 CONFIG: dict[str, Any] = {"recipe": {"name": "eclipse", "steps": 4, "sigma": 0.025}, "source": "abc"}
 LENGTH, SIZE = 23, 5
@@ -541,24 +541,14 @@ def test_finishing_a_finished_cache_writes_nothing(cache: Path) -> None:
 # -- interruption ------------------------------------------------------------------------------------
 
 
+def fill_of_this_process(folder: Path) -> None:
+    fill(folder)
+
+
 def test_kill_and_resume(cache: Path, tmp_path: Path) -> None:
     """SIGKILL while the third shard stands beside its place, written but not renamed."""
     folder = tmp_path / "killed"
-    script = f"""
-        import os, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_cache import Path, fill
-        rename, seen = os.replace, []
-        def replace(a, b):
-            if len(seen) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen.append(b)
-            rename(a, b)
-        os.replace = replace
-        fill(Path({str(folder)!r}))
-    """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120)
+    result = processes.run(fill_of_this_process, folder, kill_at="os:replace", kill_call=3)
     assert result.returncode == -signal.SIGKILL
     names = sorted(os.listdir(folder))
     assert [n for n in names if not n.startswith(".")] == ["shard-00000.safetensors", "shard-00001.safetensors"]

@@ -86,7 +86,10 @@ def run(code: str, *arguments: object) -> int:
 
 @pytest.mark.parametrize(
     ("encoding", "kind"),
-    [*(("png", kind) for kind in KINDS), *(("raw", kind) for kind in KINDS if kind not in ("sizes", "modes"))],
+    [
+        *(("png", kind) for kind in KINDS),
+        *(("raw", kind) for kind in ("ints", "grey", "grey+alpha", "alpha", "arrays")),
+    ],
 )
 def test_a_round_trip_gives_the_same_files(tmp_path: Path, kind: str, encoding: str) -> None:
     reader = cache(tmp_path / "a", KINDS[kind], encoding=encoding)

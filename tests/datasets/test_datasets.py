@@ -323,7 +323,7 @@ def test_other_files_are_refused(tars, tmp_path):
     (tmp_path / "text.tar").write_text("hello " * 1000)
     with pytest.raises(InputError, match=r"text\.tar must be a whole tar file"):
         TarDataset([tmp_path / "text.tar"])
-    with pytest.raises(InputError, match=r"none\.tar: No such file"):
+    with pytest.raises(InputError, match=r"none\.tar cannot be read as a tar file: No such file"):
         TarDataset([tmp_path / "none.tar"])
     with pytest.raises(InputError, match="list of one or more"):
         TarDataset([])
@@ -368,7 +368,7 @@ def test_a_shard_that_is_not_there_is_named(tars, tmp_path):
         open_dataset(str(tars[0].parent / "train-{0000..0003}.tar"))
     with pytest.raises(InputError, match=r"no \.tar files in .*val-\*\.tar\. Check"):
         open_dataset(str(tars[0].parent / "val-*.tar"))
-    with pytest.raises(InputError, match=r"Got .*\{0000\.\.\.tar"):
+    with pytest.raises(InputError, match=r"\{0000\.\.\.tar' is no pattern"):
         open_dataset(str(tars[0].parent / "train-{0000...tar"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \.tar files in .*empty\. Check"):

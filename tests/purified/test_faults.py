@@ -399,8 +399,12 @@ def read_by_all_ways(folder: Path, right: Right, task: Task = SMALL) -> str:
 
     def samples(dataset: PurifiedDataset) -> str:
         assert len(dataset) == n
-        one = each(n, lambda i: np.array_equal(np.asarray(dataset[i][0]), pixels[i]) and dataset[i][1] == targets[i])
-        return max(one, each(n, lambda i: np.array_equal(np.asarray(dataset.__getitems__([i])[0][0]), pixels[i])))
+
+        def is_right(sample: tuple[Any, Any], i: int) -> bool:
+            return np.array_equal(np.asarray(sample[0]), pixels[i]) and sample[1] == targets[i]
+
+        one = each(n, lambda i: is_right(dataset[i], i))
+        return max(one, each(n, lambda i: is_right(dataset.__getitems__([i])[0], i)))
 
     ways: list[Callable[[], str]] = [
         lambda: rows(CacheReader(folder)),

@@ -465,7 +465,7 @@ def test_bad_arguments() -> None:
     for make, message in {
         lambda: PurifiedLoader(loader, "eclipse"): "A str is no purifier",
         lambda: PurifiedLoader(loader, None): "without either",
-        lambda: PurifiedLoader(7, Counting()): "Got int",
+        lambda: PurifiedLoader(7, Counting()): "of type int",
         lambda: PurifiedLoader(iter(loader), Counting()): "used up after one",
         lambda: PurifiedLoader(loader, Counting(), "tpu9"): "device of this machine",
         lambda: PurifiedLoader(loader, Counting(), compensate=0.4): "Compensate",
