@@ -71,9 +71,9 @@ def compensated(
         wds.WebDataset(urls).decode("pil").compose(purified(purifier)).map_dict(png=crop_and_flip).compose(compensated())
 
     Put it after crop and flip, and before what normalises and before `to_tuple`. Every pass draws afresh, from (seed,
-    epoch, base name of the shard's file, key): the epoch counts the passes of each worker by itself, also where
-    workers end with each of them, and `set_epoch` of the stage sets it. Arguments and errors are as in `purified`;
-    `compensate` is `Compensate()`, or anything with its `apply`.
+    epoch, base name of the shard's file, key): each worker counts its passes as epochs, also where it ends with each of
+    them, and `set_epoch` sets the epoch. `compensate` is `Compensate()`, or anything with its `apply`; the rest is as
+    in `purified`.
 
     >>> import torch
     >>> from purifyloader.transforms.webdataset import compensated
@@ -210,9 +210,7 @@ def _name(sample: Any) -> str:
 
 
 def _index(sample: Sample) -> int:
-    """Hash what names the sample in its data set to 64 bits, and no pixel: a certificate needs noise that the data does
-    not choose.
-    """
+    """Hash what names the sample to 64 bits, and no pixel: a certificate needs noise that data do not choose."""
     name = f"{_shard(sample)}\0{sample['__key__']}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 

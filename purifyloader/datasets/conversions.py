@@ -1,8 +1,6 @@
-"""Apply transforms that only change an image's type to a whole batch of bytes at once.
+"""Apply transforms that only change an image's type to a whole batch of bytes at once, to the very same bits.
 
-A cache gives a batch of 128 images of 32 x 32 in a tenth of a millisecond; converting them one by one takes
-thirty times as long. What is recognised here does the same arithmetic to every element, so that a batch has
-the very bits of its images converted one by one.
+A cache gives a batch of 128 images of 32 x 32 in 0.1 ms; converting them one by one takes thirty times as long.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Get in front of a dataset's own transform.
+"""Get in front of a dataset's own transform: a poison sits in the stored image, before crop, flip and normalisation.
 
-A poison sits in the stored image, so purification must come before the crop, flip and normalisation
-that the user already has. A torchvision dataset keeps these as attributes: a shallow copy without them
-hands out the raw images, and they are applied after purification. The user's object is never changed.
+A torchvision dataset keeps its transforms as attributes: a shallow copy without them hands out the raw images, and they
+are applied after purification. The user's object is never changed.
 """
 
 from __future__ import annotations
@@ -238,9 +237,8 @@ class _Nothing(Dataset[Any]):
 def take_over(dataset: Dataset[Any], transform: Callable[[Any], Any] | None = None) -> Source:
     """Get in front of a dataset's transforms.
 
-    Torchvision datasets give up their `transform`, `target_transform` or `transforms`, also inside
-    `Subset`, `random_split` and `ConcatDataset`. Any other dataset is read as it is, and `transform` is
-    applied after purification. `InputError` where it is given for a dataset that already has one.
+    Torchvision datasets give up theirs, also inside `Subset`, `random_split` and `ConcatDataset`. Any other dataset is
+    read as it is, and `transform` is applied after purification; `InputError` where the dataset already has one.
     """
     if type(dataset) is Subset:
         return _SubsetSource(dataset, take_over(dataset.dataset, transform))

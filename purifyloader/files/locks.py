@@ -1,8 +1,7 @@
 """Say who works on which file: advisory locks on hidden files beside it.
 
-A lock only saves work. Shards are the same bytes whoever makes them and are renamed into place, so two
-processes that both make one, on a file system without locks, do no harm. The system takes a lock away
-from a process that dies.
+A lock only saves work. Shards are the same bytes whoever makes them and are renamed into place, so two processes that
+both make one, on a file system without locks, do no harm. The system takes the lock away from a process that dies.
 """
 
 from __future__ import annotations

@@ -69,9 +69,8 @@ def precompute(
 ) -> CacheReader:
     """Purify a dataset into a cache. Call it again after a stop, and it goes on.
 
-    Any number of processes may do this at once, started by `accelerate launch`, `torchrun` or by hand, on one
-    machine or on several that share the folder: the files are the same bytes. Each returns when the cache
-    is finished.
+    Any number of processes may do this at once, started by `accelerate launch`, `torchrun` or by hand, on one machine
+    or on several that share the folder: the files are the same bytes. Each returns when the cache is finished.
 
     Args:
         dataset, purifier, seed, image_key: as in `PurifiedDataset`.

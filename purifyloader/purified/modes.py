@@ -1,7 +1,4 @@
-"""Read a purified dataset live, with pixels out of a cache, or wholly out of a finished cache.
-
-Each mode gives samples with their purified images, before the user's transform; `PurifiedDataset` is their face.
-"""
+"""Read a purified dataset live, with pixels out of a cache, or wholly out of one, for `PurifiedDataset`."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ class Filling:
 class ShardsOnDemand:
     """An unfinished cache as `CacheReader` gives a finished one: a shard is made when it is first read.
 
-    Any number of workers may read at once: a lock keeps two from making the same shard. Whoever makes the last
-    one writes the index.
+    A lock keeps two workers from making the same shard. Whoever makes the last one writes the index.
     """
 
     def __init__(self, filling: Filling) -> None:
