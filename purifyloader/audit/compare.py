@@ -35,17 +35,17 @@ _BINS = 60
 Floats = NDArray[np.float64]
 
 
-def threshold(reference: Floats, share: float = _TAIL) -> float:
-    """Compute what a new draw like the reference's exceeds with probability `share`, whatever their distribution.
+def threshold(reference: Floats) -> float:
+    """Compute what a new draw like the reference's exceeds with probability 0.01, whatever their distribution.
 
     That is the quantile at p = k / (n + 1) (Weibull's plotting position); the largest, where n is too small for it.
     """
-    return float(np.quantile(reference, 1 - share, method="weibull"))
+    return float(np.quantile(reference, 1 - _TAIL, method="weibull"))
 
 
-def expected_share(count: int, share: float = _TAIL) -> float:
-    """Compute the probability that a new draw exceeds `threshold` of `count`: `share`, or 1 / (n + 1) for few."""
-    return max(share, 1 / (count + 1))
+def expected_share(count: int) -> float:
+    """Compute the probability that a new draw exceeds `threshold` of `count`: 0.01, or 1 / (n + 1) for few."""
+    return max(_TAIL, 1 / (count + 1))
 
 
 def percentiles(values: Floats, reference: Floats) -> Floats:
@@ -76,9 +76,9 @@ def halves(reference: Floats, count: int, seed: int = 0) -> dict[str, Any] | Non
     audited = min(count, len(reference) - half)
     shares, aucs = [], []
     for order in noise.uniform(noise.image_keys(seed, 0, range(_SPLITS)), (len(reference),)).argsort(dim=1).numpy():
-        known, new = reference[order[:half]], reference[order[half : half + audited]]
-        shares.append(float((new > threshold(known)).mean()))
-        aucs.append(auc(known.tolist(), new.tolist()))
+        clean, new = reference[order[:half]], reference[order[half : half + audited]]
+        shares.append(float((new > threshold(clean)).mean()))
+        aucs.append(auc(clean.tolist(), new.tolist()))
     ranges = {"share_above": _mean_and_range(shares), "auc": _mean_and_range(aucs)}
     return {"images": audited, "against": half, "splits": _SPLITS, **ranges}
 
@@ -140,10 +140,10 @@ def _truth(values: Floats, poisoned: NDArray[np.bool_], top: Sequence[float]) ->
                 "of_poisoned": six_digits(hits / count),
             }
         )
-    known = count < len(values)
+    has_others = count < len(values)
     return {
         "poisoned": count,
-        "auc": six_digits(auc(values[~poisoned].tolist(), values[poisoned].tolist())) if known else None,
+        "auc": six_digits(auc(values[~poisoned].tolist(), values[poisoned].tolist())) if has_others else None,
         "top": flagged,
         "energy": _spread(values[poisoned]),
     }
@@ -209,8 +209,8 @@ def audit_energy(
         clean = _checked(reference, temperature, "the reference")
         sets["reference"] = clean
         comparison = _comparison(values, clean, temperature, seed)
-        known = set(reference.sha256)
-        comparison["same_images"] = sum(digest in known for digest in data.sha256)
+        digests = set(reference.sha256)
+        comparison["same_images"] = sum(digest in digests for digest in data.sha256)
     return {
         "format": FORMAT,
         "version": VERSION,

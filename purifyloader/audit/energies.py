@@ -185,35 +185,35 @@ def _energies(energy: EnergyNetwork, images: Tensor, places: Sequence[int], comp
         raise
 
 
-def read_poisoned(path: Path, dataset: Dataset[Any], what: str = "the data") -> list[int]:
+def read_poisoned(path: Path, dataset: Dataset[Any]) -> list[int]:
     """Read rising indices of `dataset`, from a JSON list of indices or of file names, or from a file name a line."""
     length = len(dataset)  # type: ignore[arg-type]
     if (named := _names(path)) is None:
         indices = read_indices(path)
         if indices[-1] >= length:
             raise InputError(
-                f"must be indices of the {length:,} images in {what}. Got {indices[-1]}.", argument="poisoned"
+                f"must be indices of the {length:,} images in the data. Got {indices[-1]}.", argument="poisoned"
             )
         return indices
     if image_name(dataset, 0) is None:
         raise InputError(
-            f"may name files where {what} is a folder of images. Got {named[0]!r:.80}, and images without "
+            f"may name files where the data is a folder of images. Got {named[0]!r:.80}, and images without "
             "file names: give a JSON list of indices from 0.",
             argument="poisoned",
         )
-    known = {image_name(dataset, index): index for index in range(length)}
-    if missing := [name for name in named if name not in known]:
+    index_of = {image_name(dataset, index): index for index in range(length)}
+    if missing := [name for name in named if name not in index_of]:
         more = f", and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise InputError(
-            f"must name images of {what} by their paths below its folder, as the ranked list does, such as "
-            f"{next(iter(known))!r}. Got {missing[0]!r:.80}, which is none of them{more}.",
+            f"must name images of the data by their paths below its folder, as the ranked list does, such as "
+            f"{next(iter(index_of))!r}. Got {missing[0]!r:.80}, which is none of them{more}.",
             argument="poisoned",
         )
     if twice := [name for name, count in Counter(named).items() if count > 1]:
         raise InputError(
             f"must name each image once. Got {twice[0]!r} more than once: leave it out.", argument="poisoned"
         )
-    return sorted(known[name] for name in named)
+    return sorted(index_of[name] for name in named)
 
 
 def _names(path: Path) -> list[str] | None:

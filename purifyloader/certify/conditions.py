@@ -21,6 +21,8 @@ from purifyloader.purifiers import Compensation, Purifier
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
 
+Hashes = NDArray[np.uint64]
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -98,12 +100,7 @@ class Knowledge:
 
 
 def reasons(
-    condition: Condition,
-    known: Knowledge,
-    train: NDArray[np.uint64],
-    test: NDArray[np.uint64],
-    models: int,
-    alpha: float,
+    condition: Condition, knowledge: Knowledge, train: Hashes, test: Hashes, models: int, alpha: float
 ) -> tuple[str, ...]:
     """List why a condition has no certificate; empty where it may have one.
 
@@ -117,16 +114,16 @@ def reasons(
     own = False
     for kind, name, weights in _models(condition.purifier.config()):
         try:
-            source = _source(kind, name, weights, known.model)
+            source = _source(kind, name, weights, knowledge.model)
             if source is None:
                 raise InputError(
                     f"Expected to know what the models of {condition.name} have learned from. Got the {kind} {name!r}, "
                     "of which none with its weights is found by that name: load it from a folder with its config.json, "
                     "or say learned_elsewhere if you know it."
                 )
-            in_test, in_train = shared_images(source, test, known.size), shared_images(source, train, known.size)
+            in_test, in_train = (shared_images(source, hashes, knowledge.size) for hashes in (test, train))
         except InputError:
-            if known.learned_elsewhere:  # the user's word stands for what is not known, and for nothing else
+            if knowledge.learned_elsewhere:  # the user's word stands for what is not known, and for nothing else
                 continue
             raise
         own = own or in_train > 0
@@ -136,12 +133,12 @@ def reasons(
                 "take others, or another model."
             )
     paths = Paths(
-        draws=known.draws,
+        draws=knowledge.draws,
         secret_noise=True,  # `votes.new_seed`
         selected=condition.noised.selected,
-        warm_start=known.warm_start,
+        warm_start=knowledge.warm_start,
         own_denoiser=own,
-        triggered=known.triggered,
+        triggered=knowledge.triggered,
     )
     return (*condition.noised.reasons, *reasons_against(paths, models, alpha))
 
@@ -156,9 +153,9 @@ def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
             yield from _models(value)
 
 
-def _source(kind: str, name: str | None, weights: str, given: str | None) -> str | None:
+def _source(kind: str, name: str | None, weights: str, model: str | None) -> str | None:
     """Find a model with these weights: the one given, or one by its name; None where neither is it."""
-    for candidate in (given, name):
+    for candidate in (model, name):
         try:
             if candidate is not None and weights_of(candidate, kind) == weights:
                 return candidate

@@ -173,8 +173,8 @@ def prepare(settings: Settings) -> Run:
         )
     train, warm_start = _training(settings), _warm_start(settings, data)
     own, size = warm_start is not None and warm_start.own, (data.train.shape[1], data.train.shape[2])
-    known = Knowledge(settings.draws, own, settings.triggered, settings.learned_elsewhere, settings.model, size)
-    why = {c.folder: reasons(c, known, *hashes, settings.models, settings.alpha) for c in asked}
+    knowledge = Knowledge(settings.draws, own, settings.triggered, settings.learned_elsewhere, settings.model, size)
+    why = {c.folder: reasons(c, knowledge, *hashes, settings.models, settings.alpha) for c in asked}
     if any(why.values()) and not (settings.empirical or settings.only_estimate):
         against = [f"{c.name}: {reason}" for c in asked for reason in why[c.folder]]
         raise ConfigError(

@@ -153,11 +153,11 @@ class VoteFolder:
         if len(data) != self.inputs * self._type.itemsize:
             raise ValueError("cut off")
         # the settings and the number are in the checksum, so that a file from elsewhere is no vote here
-        known = canonical_json([self.settings, self.seed, model]).encode()
+        scope = canonical_json([self.settings, self.seed, model]).encode()
         entry = {
             "model": model,
             "votes": base64.b64encode(data).decode("ascii"),
-            "sha256": hashlib.sha256(known + data).hexdigest(),
+            "sha256": hashlib.sha256(scope + data).hexdigest(),
         }
         return canonical_json(entry) + "\n"
 

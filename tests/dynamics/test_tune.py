@@ -19,7 +19,6 @@ from purifyloader.dynamics.report import reasons
 from purifyloader.dynamics.tune import compare_unpaired
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
-from tests import processes
 from tests.audit.test_audit import brightness
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.dynamics.test_dynamics import Towards
@@ -273,19 +272,19 @@ def lines(text: str) -> tuple[str, list[str]]:
     return python, shlex.split(next(line for line in found if line.startswith("purifyloader precompute")))
 
 
-def test_the_command_as_a_process_on_real_images(tmp_path):
+def test_the_command_on_real_images(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-sparse", "--count", "8", "--device", "cpu"]
-    options += ["--sigma-px", "3", "6.37", "10", "20"]
-    done = processes.run("purifyloader", "tune", *options, "--poisoned", "ar", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    options += ["--sigma-px", "3", "20", "--batch-size", "16"]
+    assert main([*options, "--poisoned", "ar", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == ["tune.json", "tune.png"]
     results = json.loads((out / "tune.json").read_text())
     proposal = results["proposal"]
     # AR: 6.37 to 20 px are enough for half of the images
-    assert 6 < proposal["sigma_px"] < 21
+    assert 19 < proposal["sigma_px"] < 21
     assert proposal["attacks"]["ar"]["closer_to_clean"] >= 0.5 > results["before"]["attacks"]["ar"]["closer_to_clean"]
-    python, command = lines(done.stdout)
+    python, command = lines(printed)
     assert python == results["pasted"]
     purifier = eval(python, {"recipes": recipes})
     assert isinstance(purifier, Diffuse)
@@ -293,10 +292,10 @@ def test_the_command_as_a_process_on_real_images(tmp_path):
     parsed = parse(command[1:])[2]
     assert purifier_of(parsed).to_json() == purifier.to_json()
     assert (parsed.data, str(parsed.out)) == (POISONED, "cache/purified")
-    assert "Your data and the clean images" in done.stdout
+    assert "Your data and the clean images" in printed
     assert results["pasted_with_compensation"] is None
     assert str(tmp_path) not in (out / "tune.json").read_text()
-    assert max(len(line) for line in done.stdout.splitlines()[:-2] if "precompute" not in line) <= 120
+    assert max(len(line) for line in printed.splitlines()[:-2] if "precompute" not in line) <= 120
 
 
 @pytest.mark.parametrize(
