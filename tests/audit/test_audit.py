@@ -430,7 +430,7 @@ def empty():
         (["--size", "99999"], "at most 4096 pixels. Got 99999"),
         (["--overwrite"], "^overwrite is about files in the output folder"),
         (["--device", "abacus"], "Expected a device"),
-        (["--data", "nothing at all"], "Got 'nothing at all'"),
+        (["--data", "nothing at all"], "There is no dataset 'nothing at all'"),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(options, message, model, tmp_path):
@@ -478,7 +478,7 @@ def test_images_trained_on_stay_in_the_list_and_out_of_the_reference(tmp_path, c
     said = capsys.readouterr()
     assert json.loads(said.out)["reference"]["count"] == 6
     assert "left out 4 of the 10" in said.err
-    with pytest.raises(InputError, match=r"The reference: .* it was trained on all"):
+    with pytest.raises(InputError, match=r"The reference: .* was trained on all"):
         run(trained_on(tmp_path / "all", list(range(40)), clean_sample()), "--clean", CLEAN)
 
 

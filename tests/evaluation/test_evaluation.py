@@ -743,7 +743,7 @@ def test_images_trained_on_are_left_out(tmp_path, capsys):
     assert run(model, "--indices", str(tmp_path / "i.json"), "--json") == 0
     found = json.loads(capsys.readouterr().out)["data"]
     assert (found["indices"], found["trained_on_left_out"]) == ([3, 9], 0)
-    with pytest.raises(InputError, match="trained on all of them"):
+    with pytest.raises(InputError, match="trained on all of these"):
         run(trained_on(tmp_path / "all", list(range(40)), clean_sample()))
 
 
