@@ -6,7 +6,6 @@ model's density up to a constant, so that a difference of U means something, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from purifyloader.audit.energies import DatasetEnergies
 from purifyloader.core import noise
+from purifyloader.core.checks import check_number
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.results.ranks import auc
@@ -189,8 +189,7 @@ def audit_energy(
     >>> results["truth"]["auc"]  # the poisoned image has the higher energy
     1.0
     """
-    if not math.isfinite(temperature) or temperature <= 0:
-        raise InputError(f"temperature is what the energy is divided by, a positive number. Got {temperature!r}.")
+    check_number("temperature", temperature, above=0, error=InputError)
     check_top(top)
     values = _checked(data, temperature, "the data")
     sets = {"data": values}

@@ -16,19 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from purifyloader.certify import statistics
 from purifyloader.certify.guards import Paths, reasons_against
-from purifyloader.certify.statistics import (
-    ABSTAIN,
-    best_lower_bound,
-    best_radius,
-    certified_accuracy,
-    certify,
-    counts,
-    fixed_draws,
-    linf_epsilon,
-    predict,
-    radius_per_image,
-)
 from purifyloader.core.checks import check_flag
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
@@ -85,7 +74,7 @@ def results(
 
         Where no reason is given, too few models for any certificate are a reason here.
     """
-    best_lower_bound(1, alpha)  # refuses what is no alpha
+    statistics.best_lower_bound(1, alpha)  # refuses what is no alpha
     given: object = outcomes
     if not isinstance(given, Sequence) or not given or not all(isinstance(condition, Outcome) for condition in given):
         raise InputError(f"Expected one or more outcomes. Got {given!r:.80}: give a list of Outcome.")
@@ -143,13 +132,13 @@ def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha:
         return 100 * int(right.sum()) / inputs
 
     single = [percent(right) for right in every == labels]
-    voted = counts(every, classes)
-    predicted = predict(voted, alpha)
+    voted = statistics.counts(every, classes)
+    predicted = statistics.predict(voted, alpha)
     reasons = _reasons(outcome, len(selection), len(estimation), alpha)
     certificate, curve, certified_sigma = None, None, None
     if sigma is not None and not reasons:
-        certified_sigma = fixed_draws(sigma, outcome.draws)
-        votes = counts(selection, classes), counts(estimation, classes)
+        certified_sigma = statistics.fixed_draws(sigma, outcome.draws)
+        votes = statistics.counts(selection, classes), statistics.counts(estimation, classes)
         certificate, curve = _certified(*votes, labels, certified_sigma, alpha)
     return {
         "name": outcome.name,
@@ -164,7 +153,7 @@ def _condition(outcome: Outcome, labels: NDArray[np.int64], classes: int, alpha:
         "vote": {
             "accuracy": percent(voted.argmax(axis=1) == labels),
             "predicted": percent(predicted == labels),
-            "abstained": percent(predicted == ABSTAIN),
+            "abstained": percent(predicted == statistics.ABSTAIN),
         },
         "certificate": certificate,
         "curve": curve,
@@ -188,14 +177,14 @@ def _certified(
     selection: NDArray[np.int64], estimation: NDArray[np.int64], labels: NDArray[np.int64], sigma: float, alpha: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute the certificate and its curve."""
-    certificates = certify(selection, estimation, sigma, alpha)
-    predictions, best = certificates.predictions, best_radius(sigma, certificates.models, alpha)
+    certificates = statistics.certify(selection, estimation, sigma, alpha)
+    predictions, best = certificates.predictions, statistics.best_radius(sigma, certificates.models, alpha)
     # The bound where all agree is computed in two ways, which every SciPy need not round alike. A smaller radius is
     # as true.
     radii = np.minimum(certificates.radii, best)
     right = (predictions == labels) & (radii > 0)
     at = np.unique([0.0, *radii[right], best])
-    accuracy = [100 * share for share in certified_accuracy(certificates, labels, at).tolist()]
+    accuracy = [100 * share for share in statistics.certified_accuracy(certificates, labels, at).tolist()]
     accuracy[-1] = 0.0  # for the same reason
     certificate = {
         "predictions": predictions.tolist(),
@@ -325,7 +314,7 @@ def _in_other_words(
         shares[hundredth] = f"each of {hundredth:,} images, 1 %"
     for images, name in shares.items():
         head.append(name)
-        cells.append([f"{radius:.3g}" for radius in radius_per_image(radii, images).tolist()])
+        cells.append([f"{radius:.3g}" for radius in statistics.radius_per_image(radii, images).tolist()])
     words = (
         "How large a change may be, of l2 norm, where one image is changed, or where several are changed alike. The "
         f"last line is the largest radius that can be had here, {table.escaped(best['name'])} with all models in "
@@ -333,7 +322,7 @@ def _in_other_words(
     )
     if values is not None:
         head.append("one image, each value, levels of 255")
-        cells.append([f"{255 * epsilon:.3g}" for epsilon in linf_epsilon(radii, 1, values).tolist()])
+        cells.append([f"{255 * epsilon:.3g}" for epsilon in statistics.linf_epsilon(radii, 1, values).tolist()])
         words += (
             f" The last column is an l-infinity norm: each of an image's {values:,} values may change by less than so "
             "many levels of 255."
@@ -383,7 +372,7 @@ def _labels(labels: ArrayLike, classes: int) -> NDArray[np.int64]:
     if true.dtype.kind not in "iu" or true.ndim != 1 or not len(true):
         raise InputError(f"labels must be integers (T,): one a test input. Got {true.dtype} {true.shape}.")
     try:
-        counts(true[None], classes)  # refuses what is no class number
+        statistics.counts(true[None], classes)  # refuses what is no class number
     except InputError as error:
         raise InputError(f"labels: {error}") from error
     return true.astype(np.int64)
@@ -399,7 +388,9 @@ def _checked_sigma(outcome: Outcome) -> float | None:
         raise InputError(
             "Expected a reason where there is no noise of one sigma, for that leaves no certificate. Got none: say why."
         )
-    fixed_draws(1.0 if outcome.sigma is None else outcome.sigma, outcome.draws)  # refuses what is no sigma or draws
+    statistics.fixed_draws(
+        1.0 if outcome.sigma is None else outcome.sigma, outcome.draws
+    )  # refuses what is no sigma or draws
     return None if outcome.sigma is None else float(outcome.sigma)
 
 
@@ -411,7 +402,7 @@ def _checked_votes(votes: ArrayLike, what: str, inputs: int, classes: int) -> ND
             f"labels. Got {array.dtype} {array.shape}."
         )
     if len(array):
-        counts(array, classes)  # refuses what is no class number
+        statistics.counts(array, classes)  # refuses what is no class number
     return array.astype(np.int64, copy=False)
 
 

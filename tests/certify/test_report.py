@@ -177,13 +177,13 @@ def test_where_all_agree_and_where_none_is_right():
 
 def test_a_radius_that_is_rounded_above_the_best_is_none(monkeypatch):
     """Another SciPy may round the two ways to compute it apart."""
-    from purifyloader.certify import report
+    from purifyloader.certify import statistics
 
     def rounded(*args):
         found = certify(*args)
         return dataclasses.replace(found, radii=np.nextafter(found.radii, 9))
 
-    monkeypatch.setattr(report, "certify", rounded)
+    monkeypatch.setattr(statistics, "certify", rounded)
     right = np.tile(LABELS, (40, 1))
     found = only(selection=right[:5], estimation=right[5:])
     best = found["certificate"]["best_radius"]

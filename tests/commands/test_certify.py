@@ -857,7 +857,7 @@ BAD_BUILT_IN: dict[str, tuple[tuple[object, ...], str]] = {
     "no such network": (("--victim", "resnet10"), "one of 'resnet9'.*Got 'resnet10'"),
     "a network and a width": (("--victim", "resnet9", "--width", 3), "--width is of the ResNet-9"),
     "a warm start that is not there": (("--warm-start", "certified_module:no"), "'no' of a module"),
-    "no warm start": (("--warm-start", "nowhere"), "Got 'nowhere'"),
+    "no warm start": (("--warm-start", "nowhere"), "There is no dataset 'nowhere'"),
 }
 
 CASES = [
