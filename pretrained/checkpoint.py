@@ -32,17 +32,8 @@ if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import NetworkDenoiser
     from purifyloader.energy.network import EnergyNetwork
 
-__all__ = [
-    "VERSION",
-    "Summary",
-    "check_folder",
-    "kind_of_folder",
-    "load",
-    "model_facts",
-    "read_config",
-    "save",
-    "summary",
-]
+__all__ = ["VERSION", "Summary", "check_folder", "kind_of_folder", "load", "model_facts", "read_config", "save"]
+__all__ += ["summary"]
 
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order
@@ -90,7 +81,7 @@ def save(
     folder = Path(path)
     check_folder(folder, overwrite)
     weights = {key: tensor.float() for key, tensor in named_weights(kind.network(model)).items()}
-    if bad := _not_finite(weights):
+    if bad := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
         raise InputError(f"Weights must be finite to be saved. Got NaN or infinity in {listed(bad)}.")
     try:
         details = json.loads(canonical_json(dict(details or {})))
@@ -195,7 +186,12 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
             f"Got: {error}. {_AGAIN}, or update purifyloader."
         ) from None
     network = what.network(model)
-    _check_fit(file, network.state_dict(), weights)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if wrong := misfits(expected, weights, torch.float32):
+        raise CheckpointError(
+            f"{file} must hold the finite float32 weights of the network in {CONFIG_FILE}. Got {len(weights)} tensors, "
+            f"{wrong}. {_AGAIN}."
+        )
     network.load_state_dict(weights, assign=True)
     model.name = config["name"]
     return model.eval().requires_grad_(False)
@@ -298,32 +294,32 @@ def _header(data: bytes) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def _check_fit(file: Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
-    complaints = []
-    if missing := sorted(set(expected) - set(got)):
-        complaints.append(f"without {listed(missing)}")
-    if unexpected := sorted(set(got) - set(expected)):
-        complaints.append(f"with the unknown {listed(unexpected)}")
-    both = [key for key in sorted(expected) if key in got]
-    if shapes := [
-        f"{key} (expected {tuple(expected[key].shape)}, got {tuple(got[key].shape)})"
-        for key in both
-        if expected[key].shape != got[key].shape
-    ]:
-        complaints.append(f"with other shapes: {listed(shapes)}")
-    if dtypes := [f"{key} ({got[key].dtype})" for key in both if got[key].dtype != torch.float32]:
-        complaints.append(f"not in float32: {listed(dtypes)}")
-    if bad := _not_finite(got):
-        complaints.append(f"with NaN or infinity in {listed(bad)}")
-    if complaints:
-        raise CheckpointError(
-            f"{file} must hold the finite float32 weights of the network in {CONFIG_FILE}. "
-            f"Got weights {'; '.join(complaints)}. {_AGAIN}."
-        )
+def misfits(
+    expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """List the weights that are missing, left over, of another shape or type, or not finite; "" where all fit.
 
-
-def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    return [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    Args:
+        expected: names to shapes.
+        dtype: of all of them; None for any floating type.
+    """
+    there = {name: got[name] for name in expected if name in got}
+    floating = {name: tensor for name, tensor in there.items() if tensor.is_floating_point()}
+    typed = floating if dtype is None else {name for name, tensor in there.items() if tensor.dtype == dtype}
+    complaints = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in got],
+        "left over": [f"{name} {tuple(tensor.shape)}" for name, tensor in got.items() if name not in expected],
+        "of another shape": [
+            f"{name} (expected {expected[name]}, got {tuple(tensor.shape)})"
+            for name, tensor in there.items()
+            if tuple(tensor.shape) != expected[name]
+        ],
+        f"not {'of a floating type' if dtype is None else f'in {dtype}'.replace('torch.', '')}": [
+            f"{name} ({tensor.dtype})" for name, tensor in there.items() if name not in typed
+        ],
+        "with NaN or infinity": [name for name in floating if not bool(floating[name].float().isfinite().all())],
+    }
+    return "; ".join(f"{len(names)} {kind}: {listed(names, 20)}" for kind, names in complaints.items() if names)
 
 
 def model_facts(model: NetworkDenoiser | EnergyNetwork) -> dict[str, str]:

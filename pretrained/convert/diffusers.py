@@ -18,18 +18,8 @@ from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet
 from purifyloader.errors import CheckpointError, ConfigError
-from purifyloader.pretrained.convert.mapping import (
-    Layout,
-    Piece,
-    check_schedule,
-    copies,
-    fill,
-    make_denoiser,
-    make_network,
-    multipliers,
-    places,
-    tensors_only,
-)
+from purifyloader.pretrained.convert import mapping
+from purifyloader.pretrained.convert.mapping import Layout, Piece
 from purifyloader.pretrained.registry import listed
 
 __all__ = ["PRESETS", "DiffusersSettings", "denoiser_from_folder_parts", "schedule_from_scheduler"]
@@ -51,7 +41,7 @@ class DiffusersSettings:
     source: str = ""
 
     def __post_init__(self) -> None:
-        check_schedule(self.schedule, self.max_timestep, none=True)
+        mapping.check_schedule(self.schedule, self.max_timestep, none=True)
         if self.parameterization is not None:
             check_choice("parameterization", self.parameterization, PARAMETERIZATIONS)
 
@@ -132,7 +122,7 @@ def denoiser_from_folder_parts(
     """
     settings = settings or DiffusersSettings()
     schedule, parameterization = _reconcile(scheduler_config, settings)
-    state = tensors_only(state, f"The state dict of {_WHAT[0].lower()}{_WHAT[1:]}")
+    state = mapping.tensors_only(state, f"The state dict of {_WHAT[0].lower()}{_WHAT[1:]}")
     state = {_OLD.sub(lambda m: f"{m[1]}{_RENAMED[m[2]]}.", name): tensor for name, tensor in state.items()}
     ours = _read_config(config)
     if ours["blocks"] > len(state):
@@ -140,13 +130,13 @@ def denoiser_from_folder_parts(
             f"{_WHAT} has more tensors than layers in a block. Got layers_per_block={ours['blocks']} and {len(state)} "
             "tensors: the files do not belong together, or are not whole."
         )
-    network = make_network(ours, _WHAT)
-    network = fill(network, _pieces(network), state, _WHAT)
+    network = mapping.make_network(ours, _WHAT)
+    network = mapping.fill(network, _pieces(network), state, _WHAT)
     try:
-        check_schedule(schedule, settings.max_timestep)
+        mapping.check_schedule(schedule, settings.max_timestep)
     except ConfigError as error:
         raise CheckpointError(f"The folder's schedule does not go with the settings. {error}") from None
-    return make_denoiser(network, parameterization, schedule, "timestep", settings.max_timestep)
+    return mapping.make_denoiser(network, parameterization, schedule, "timestep", settings.max_timestep)
 
 
 def schedule_from_scheduler(config: Mapping[str, Any]) -> tuple[Schedule, str]:
@@ -226,7 +216,7 @@ def _read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     widths = values["block_out_channels"]
     return {
         "channels": widths[0],
-        "multipliers": multipliers(widths, widths[0]),
+        "multipliers": mapping.multipliers(widths, widths[0]),
         "blocks": values["layers_per_block"],
         "attention_levels": tuple(i for i, kind in enumerate(values["down_block_types"]) if kind.startswith("Attn")),
         "middle_attention": bool(values["add_attention"]),
@@ -290,6 +280,13 @@ def _unsupported(config: Mapping[str, Any], values: Mapping[str, Any]) -> Iterat
 
 
 _LAYOUT = Layout(
+    outside={
+        "stem": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+    },
     residual={
         "norm1": "norm1",
         "conv1": "conv1",
@@ -303,19 +300,12 @@ _LAYOUT = Layout(
     proj="to_out.0",
     resample={"down": "downsamplers.0.conv", "up": "upsamplers.0.conv"},
 )
-_OUTSIDE = {
-    "stem": "conv_in",
-    "norm_out": "conv_norm_out",
-    "conv_out": "conv_out",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-}
 
 
 def _pieces(network: UNet) -> list[Piece]:
-    pieces = [piece for ours, theirs in _OUTSIDE.items() for piece in copies(ours, theirs, network.get_submodule(ours))]
+    pieces = _LAYOUT.outer_pieces(network)
     levels = len(network.config.multipliers)
-    for place in places(network):
+    for place in mapping.places(network):
         theirs, number = {
             "down": (f"down_blocks.{place.level}", place.block),
             "middle": ("mid_block", int(place.position == len(network.middle) - 1)),

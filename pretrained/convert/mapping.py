@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, Schedule
 from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, UNet, UNetConfig
 from purifyloader.errors import CheckpointError, ConfigError
+from purifyloader.pretrained.checkpoint import misfits
 from purifyloader.pretrained.registry import listed
 
 __all__ = ["Layout", "Piece", "Place", "check_schedule", "copies", "fill", "make_denoiser", "make_network"]
@@ -92,6 +93,7 @@ class Layout:
     """Foreign names of a network's layers, by the names of `UNet`.
 
     Attributes:
+        outside: layers outside the blocks.
         residual: layers of a residual block.
         norm, qkv, proj: layers of an attention block; `qkv` is one, or one each for q, k and v.
         resample: side "down" or "up" → the convolution that changes the resolution.
@@ -109,6 +111,12 @@ class Layout:
     leaves: tuple[str, str] = ("weight", "bias")
     stacked: bool = True
     skip: str = ""
+    outside: Mapping[str, str] = field(default_factory=dict)
+
+    def outer_pieces(self, network: UNet) -> list[Piece]:
+        """Say where the tensors outside the blocks come from."""
+        named = self.outside.items()
+        return [piece for ours, theirs in named for piece in copies(ours, theirs, network.get_submodule(ours))]
 
     def pieces(self, place: Place, theirs: str) -> list[Piece]:
         """Say where the tensors of a block come from, whose foreign name is `theirs`."""
@@ -216,28 +224,14 @@ def fill(network: Network, pieces: Sequence[Piece], state: Mapping[str, Tensor],
     targets = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     assert sorted(piece.target for piece in pieces) == sorted(targets), "a converter must name each tensor once"
     expected = {source: piece.shape for piece in pieces for source in piece.sources}
-    there = {name: state[name] for name in expected if name in state}
-    floating = {name: tensor for name, tensor in there.items() if tensor.is_floating_point()}
-    complaints = {
-        "missing": [f"{name} {expected[name]}" for name in expected if name not in state],
-        "left over": [f"{name} {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected],
-        "of another shape": [
-            f"{name} (expected {expected[name]}, got {tuple(tensor.shape)})"
-            for name, tensor in there.items()
-            if tuple(tensor.shape) != expected[name]
-        ],
-        "not of a floating type": [f"{name} ({there[name].dtype})" for name in there if name not in floating],
-        "with NaN or infinity": [name for name in floating if not bool(floating[name].float().isfinite().all())],
-    }
-    if any(complaints.values()):
-        got = "; ".join(f"{len(names)} {kind}: {listed(names, 20)}" for kind, names in complaints.items() if names)
+    if wrong := misfits(expected, state):
         raise CheckpointError(
-            f"{what} must hold the {len(expected)} tensors of the network that its shapes and settings describe. "
-            f"Got {len(state)}, {got}. Check that the file is whole, in this format, and that the settings are its own."
+            f"{what} must hold the {len(expected)} tensors of the network that its shapes and settings describe. Got "
+            f"{len(state)}, {wrong}. Check that the file is whole, in this format, and that the settings are its own."
         )
     weights = {}
     for piece in pieces:
-        made = piece.make(*(there[source].detach().to("cpu", torch.float32) for source in piece.sources))
+        made = piece.make(*(state[source].detach().to("cpu", torch.float32) for source in piece.sources))
         assert tuple(made.shape) == targets[piece.target], piece.target
         weights[piece.target] = made.contiguous().clone()
     network.load_state_dict(weights, assign=True)

@@ -18,19 +18,8 @@ from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNet
 from purifyloader.errors import CheckpointError, ConfigError
-from purifyloader.pretrained.convert.mapping import (
-    Layout,
-    Piece,
-    check_schedule,
-    copies,
-    fill,
-    make_denoiser,
-    make_network,
-    multipliers,
-    places,
-    read_width,
-    tensors_only,
-)
+from purifyloader.pretrained.convert import mapping
+from purifyloader.pretrained.convert.mapping import Layout, Piece
 
 __all__ = ["PRESETS", "QKV_ORDERS", "OpenAISettings", "denoiser_from_state"]
 
@@ -62,7 +51,7 @@ class OpenAISettings:
     source: str = ""
 
     def __post_init__(self) -> None:
-        check_schedule(self.schedule, self.max_timestep)
+        mapping.check_schedule(self.schedule, self.max_timestep)
         check_flag("rescale_timesteps", self.rescale_timesteps)
         check_choice("qkv_order", self.qkv_order, QKV_ORDERS)
         if (self.heads is None) == (self.head_channels is None):
@@ -115,11 +104,11 @@ def denoiser_from_state(state: Mapping[str, Tensor], settings: OpenAISettings) -
     Widths, levels, blocks, attention, resampling, how the time enters and whether it learned the variance are read off
     names and shapes. `CheckpointError` if it is of another network, or conditional, or tensors do not fit.
     """
-    state = tensors_only(state, _WHAT)
-    network = make_network(_read_config(state, settings), _WHAT)
-    network = fill(network, _pieces(network, settings), state, _WHAT)
+    state = mapping.tensors_only(state, _WHAT)
+    network = mapping.make_network(_read_config(state, settings), _WHAT)
+    network = mapping.fill(network, _pieces(network, settings), state, _WHAT)
     time = "rescaled" if settings.rescale_timesteps else "timestep"
-    return make_denoiser(network, settings.parameterization, settings.schedule, time, settings.max_timestep)
+    return mapping.make_denoiser(network, settings.parameterization, settings.schedule, time, settings.max_timestep)
 
 
 def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[str, Any]:
@@ -136,7 +125,7 @@ def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[
         )
 
     def width(*names: str) -> int:
-        return read_width(state, names, _WHAT)
+        return mapping.read_width(state, names, _WHAT)
 
     def stage(level: int, block: int) -> str:
         return f"input_blocks.{1 + level * (blocks + 1) + block}"
@@ -169,7 +158,7 @@ def _read_config(state: Mapping[str, Tensor], settings: OpenAISettings) -> dict[
     embedded = width("input_blocks.1.0.emb_layers.1.weight", "input_blocks.1.0.emb_layers.1.bias")
     return {
         "channels": channels,
-        "multipliers": multipliers(widths, channels),
+        "multipliers": mapping.multipliers(widths, channels),
         "blocks": blocks,
         "attention_levels": tuple(attended),
         "heads": settings.heads or 1,
@@ -211,6 +200,7 @@ def _read_levels(state: Mapping[str, Tensor]) -> tuple[int, int, str]:
 
 
 _LAYOUT = Layout(
+    outside={"stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2", "time_embed": "time_embed"},
     residual={
         "norm1": "in_layers.0",
         "conv1": "in_layers.2",
@@ -225,13 +215,12 @@ _LAYOUT = Layout(
     resample={"down": "op", "up": "conv"},
     matrices="conv1d",
 )
-_OUTSIDE = {"stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2", "time_embed": "time_embed"}
 
 
 def _pieces(network: UNet, settings: OpenAISettings) -> list[Piece]:
     layout = replace(_LAYOUT, stacked=settings.qkv_order == "channels-first")
-    pieces = [piece for ours, theirs in _OUTSIDE.items() for piece in copies(ours, theirs, network.get_submodule(ours))]
-    for place in places(network):
+    pieces = layout.outer_pieces(network)
+    for place in mapping.places(network):
         theirs = {
             "down": f"input_blocks.{place.stage + 1}.{place.position}",
             "middle": f"middle_block.{place.position}",

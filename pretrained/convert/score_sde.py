@@ -22,19 +22,8 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import ContinuousVP, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import AttentionBlock, UNet
 from purifyloader.errors import CheckpointError
-from purifyloader.pretrained.convert.mapping import (
-    Layout,
-    Piece,
-    Place,
-    check_schedule,
-    copies,
-    fill,
-    make_denoiser,
-    make_network,
-    multipliers,
-    places,
-    tensors_only,
-)
+from purifyloader.pretrained.convert import mapping
+from purifyloader.pretrained.convert.mapping import Layout, Piece, Place
 from purifyloader.pretrained.registry import listed
 
 __all__ = ["PRESETS", "ScoreSDESettings", "denoiser_from_shadow"]
@@ -68,7 +57,7 @@ class ScoreSDESettings:
         check_number("beta_max", self.beta_max, above=self.beta_min)
         check_integer("timesteps", self.timesteps, 1)
         check_integer("norm_groups", self.norm_groups, 1)
-        check_schedule(self.schedule, self.max_timestep)
+        mapping.check_schedule(self.schedule, self.max_timestep)
 
     @property
     def schedule(self) -> Schedule:
@@ -113,14 +102,14 @@ def denoiser_from_shadow(
         got = f"a list of {kinds or 'nothing, an empty one'}" if several else type(params).__name__
         raise CheckpointError(f"{_WHAT} must be a list of tensors, ['ema']['shadow_params'] of the file. Got {got}.")
     config, ddpm_blocks = _read_config([tuple(p.shape) for p in params], settings)
-    network = make_network(config, _WHAT)
+    network = mapping.make_network(config, _WHAT)
     pieces, names = _pieces(network, _DDPM if ddpm_blocks else _BIGGAN)
     left_over = [f"shadow_params[{i}]" for i in range(len(names), len(params))]
     if model_state is not None:
-        _compare(params, tensors_only(model_state, "score_sde's model state"))
-    network = fill(network, pieces, dict(zip(names + left_over, params, strict=False)), _WHAT)
+        _compare(params, mapping.tensors_only(model_state, "score_sde's model state"))
+    network = mapping.fill(network, pieces, dict(zip(names + left_over, params, strict=False)), _WHAT)
     time = "continuous" if settings.continuous else "timestep"
-    return make_denoiser(network, "epsilon", settings.schedule, time, settings.max_timestep)
+    return mapping.make_denoiser(network, "epsilon", settings.schedule, time, settings.max_timestep)
 
 
 def _compare(params: Sequence[Tensor], model_state: Mapping[str, Tensor]) -> None:
@@ -214,7 +203,7 @@ def _read_config(shapes: Sequence[Shape], settings: ScoreSDESettings) -> tuple[d
     ddpm_blocks = any(size == 2 for *_, size in tokens) or "resample" in marks
     config = {
         "channels": channels,
-        "multipliers": multipliers((level[0][1] for level in levels if level), channels),
+        "multipliers": mapping.multipliers((level[0][1] for level in levels if level), channels),
         "blocks": sum(kind == "residual" for kind, _ in levels[0]),
         "attention_levels": tuple(i for i, level in enumerate(levels) if any(k == "attention" for k, _ in level)),
         "heads": 1,
@@ -249,7 +238,14 @@ _DDPM = replace(_BIGGAN, residual=_RESIDUAL, skip="NIN_0")
 
 def _pieces(network: UNet, layout: Layout) -> tuple[list[Piece], list[str]]:
     """Say where each tensor comes from; also the names of score_sde's parameters in their order."""
-    modules: list[str | Place] = ["time_embed.0", "time_embed.2", "stem", *places(network), "norm_out", "conv_out"]
+    modules: list[str | Place] = [
+        "time_embed.0",
+        "time_embed.2",
+        "stem",
+        *mapping.places(network),
+        "norm_out",
+        "conv_out",
+    ]
     pieces: list[Piece] = []
     names: list[str] = []
     for number, module in enumerate(modules):
@@ -257,7 +253,7 @@ def _pieces(network: UNet, layout: Layout) -> tuple[list[Piece], list[str]]:
         if isinstance(module, Place):
             new = layout.pieces(module, theirs)
         else:
-            new = copies(module, theirs, network.get_submodule(module))
+            new = mapping.copies(module, theirs, network.get_submodule(module))
         sources = [source for piece in new for source in piece.sources]
         if isinstance(module, Place) and isinstance(module.module, AttentionBlock):
             sources.sort(key=lambda name: name.split(".")[2])  # layer by layer, not all weights of q, k, v first

@@ -13,7 +13,7 @@ the entry point group `purifyloader.purifiers`: the README of this folder shows 
 
 from __future__ import annotations
 
-from purifyloader.purifiers import composition, energy_above, langevin, networks, shapes, squeezing
+from purifyloader.purifiers import composition, energy_above, langevin, networks, squeezing
 from purifyloader.purifiers.base import (
     CONDITIONS,
     KINDS,
@@ -28,7 +28,6 @@ from purifyloader.purifiers.composition import *  # noqa: F403
 from purifyloader.purifiers.energy_above import *  # noqa: F403
 from purifyloader.purifiers.langevin import *  # noqa: F403
 from purifyloader.purifiers.networks import *  # noqa: F403
-from purifyloader.purifiers.shapes import *  # noqa: F403
 from purifyloader.purifiers.squeezing import *  # noqa: F403
 
 __all__ = ["SCHEMA", "Condition", "Purifier", "Resolver", "from_config", "from_json"]
@@ -36,7 +35,6 @@ __all__ += composition.__all__
 __all__ += energy_above.__all__
 __all__ += langevin.__all__
 __all__ += networks.__all__
-__all__ += shapes.__all__
 __all__ += squeezing.__all__
 
 _classes = [value for value in map(globals().get, __all__) if isinstance(value, type)]

@@ -317,8 +317,8 @@ def test_weights_that_do_not_fit(case: Case, kind: ModelKind, saved: Path) -> No
     fails(
         kind,
         saved,
-        f"without {first}",
-        "unknown other.weight",
+        f"1 missing: {first}",
+        "1 left over: other.weight",
         f"{name} (expected {shape}, got (5, 4))",
         f"{second} (torch.float64)",
         "model.safetensors",
@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite(case: Case, kind: ModelKind, saved: Path, t
         pretrained.save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     put_weights(saved, weights_of(kind, model))
-    fails(kind, saved, f"NaN or infinity in {name}")
+    fails(kind, saved, f"NaN or infinity: {name}")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
