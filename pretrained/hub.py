@@ -50,15 +50,12 @@ def warn(hub_id: str) -> None:
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     """Return a folder with those of the files `names` that the repository has; its own name is the commit.
 
-    Without a network, what an earlier download left is used.
+    Without a network, what an earlier download left is used. `InputError` for no possible revision; `CheckpointError`
+    for no such repository or revision, no access, or no network and nothing there from before.
 
     Args:
         repository: `owner/name`.
         revision: a branch, tag or commit; None for the main branch.
-
-    Raises:
-        InputError: no possible revision.
-        CheckpointError: no such repository or revision, no access, or no network and nothing there from before.
     """
     _check_revision(revision)
     from huggingface_hub import snapshot_download  # half a second, for those who use the hub

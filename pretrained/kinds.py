@@ -22,24 +22,16 @@ __all__ = ["KINDS", "ModelKind", "kind_of", "kind_of_format"]
 
 
 class ModelKind:
-    """A kind of model.
+    """A kind of model. Classes and functions are named as "module:name"."""
 
-    Attributes:
-        name: the field of config.json that describes the model, and `kind=` of `pretrained.load`.
-        noun: for messages, with `article` before it.
-        used_by: purifiers and recipes that take it, for messages.
-        base_class, saved_class, builder, judged_by: "module:name" of the class that purifiers take, of the one that
-            can be saved, of what builds that back from `config`, and of what `judge` calls.
-    """
-
-    name: str
-    noun: str
+    name: str  # the field of config.json that describes the model, and `kind=` of `pretrained.load`
+    noun: str  # for messages, with `article` before it
     article: str = "a"
-    used_by: str
-    base_class: str
-    saved_class: str
-    builder: str
-    judged_by: str
+    used_by: str  # purifiers and recipes that take it, for messages
+    base_class: str  # that purifiers take
+    saved_class: str  # that can be saved
+    builder: str  # builds it back from `config`
+    judged_by: str  # what `judge` calls
 
     @property
     def format(self) -> str:

@@ -91,14 +91,9 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
 def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Hashes:
     """Return the hashes of all images that a model and its ancestors learned from: uint64 (N,), each once, rising.
 
-    Args:
-        model: name, folder or hub id, of a denoiser or an energy model.
-        size: (H, W) of the images that these will be compared with. A model that learned from images resized to
-            another size is then refused, as it cannot be told whether they are the same. None compares nothing.
-
-    Raises:
-        InputError: the model does not say, it learned from images of another size, or an ancestor is not found.
-        CheckpointError: no such model.
+    `InputError` where the model does not say, or an ancestor is not found. With `size`, (H, W) of the images that these
+    will be compared with, a model that learned from images resized to another size is refused too: it cannot be told
+    whether they are the same.
     """
     parts = []
     for name, details in _lineage(model):
@@ -125,21 +120,13 @@ def _own_hashes(details: Mapping[str, Any]) -> Hashes | None:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """The images that some models learned from, as far as their checkpoints tell.
+    """The images that some models learned from, as far as their checkpoints tell."""
 
-    Attributes:
-        hashes: of the images as they were trained on.
-        sides: that images were resized to for training: an image is compared at each of them too.
-        channels: of the images that the models take; a grey image is compared as they see it.
-        doubtful: indices of the dataset that a model may have learned from, as far as numbers go.
-        silent: the models that do not say, or not all.
-    """
-
-    hashes: frozenset[int] = frozenset()
-    sides: frozenset[int] = frozenset()
-    channels: int = 3
-    doubtful: frozenset[int] = frozenset()
-    silent: tuple[str, ...] = ()
+    hashes: frozenset[int] = frozenset()  # of the images as they were trained on
+    sides: frozenset[int] = frozenset()  # of images resized for training: compared at each of them too
+    channels: int = 3  # of the images that the models take; a grey image is compared as they see it
+    doubtful: frozenset[int] = frozenset()  # indices that a model may have learned from, as far as numbers go
+    silent: tuple[str, ...] = ()  # the models that do not say, or not all
 
     def has(self, sample: Any, size: int | None = None) -> bool:
         """Tell whether a model learned from the image of a sample, as it is or as it was resized for training.
@@ -171,13 +158,9 @@ def learned_images(
     """Find out, as far as can be told, what these models learned from, to compare the images of a dataset with it.
 
     A checkpoint with `image_hashes` tells all. An older one names indices, and perhaps one hash of all those images
-    together. Where `dataset` has that hash at these indices, or is the named torchvision dataset of the checkpoint and
-    as long, its images there are hashed. The same length alone may be chance, or the same data with JPEG or resized
-    images that come out otherwise here.
-
-    Args:
-        spec: names the dataset, as `open_dataset` takes it.
-        channels: of the images that the models take.
+    together. Where `dataset` has that hash at these indices, or is the named torchvision dataset of the checkpoint
+    (`spec`) and as long, its images there are hashed. The same length alone may be chance, or the same data with JPEG
+    or resized images that come out otherwise here. `channels` are those of the images that the models take.
     """
     hashes: set[int] = set()
     sides: set[int] = set()
@@ -234,15 +217,12 @@ def _recovered(
 
 
 def check_disjoint(train: Hashes, test: Hashes, learned: Mapping[str, Hashes]) -> dict[str, int]:
-    """Raise `InputError` where an image is in two sets, which would make a result dishonest.
+    """Return how many images of each set were compared; `InputError` where one is in two, which would be dishonest.
 
     Args:
         train: hashes of the training images: of the clean ones, and of what a poison made of them.
         test: of the test images.
         learned: model → of the images that it learned from. Two models may have learned from the same.
-
-    Returns:
-        how many images of each were compared.
     """
     hashes = {"the training set": train, "the test set": test}
     hashes |= {f"what {model} learned from": values for model, values in learned.items()}

@@ -44,19 +44,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plausibility:
-    """Measurements of a converted model.
+    """Measurements of a converted model."""
 
-    Attributes:
-        images: describes and counts the images.
-        rows: of a denoiser, one a noise level.
-        energy: of an energy model, the share of images whose energy rises when noise is added.
-        warnings: sentences that speak against the conversion.
-    """
-
-    images: str
-    rows: list[Row] = field(default_factory=list)
-    energy: float | None = None
-    warnings: list[str] = field(default_factory=list)
+    images: str  # describes and counts them
+    rows: list[Row] = field(default_factory=list)  # of a denoiser, one a noise level
+    energy: float | None = None  # share of images whose energy rises when noise is added
+    warnings: list[str] = field(default_factory=list)  # sentences that speak against the conversion
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{key: round(value, 3) for key, value in asdict(row).items()} for row in self.rows]

@@ -42,15 +42,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "modul
 
 
 def read_file(path: Path) -> Any:
-    """Read a file of weights to the CPU: for safetensors a dict of tensors, for a pickle whatever it is.
+    """Read a file of weights to the CPU: for safetensors a dict of tensors, for a file of torch.save whatever it is.
 
-    Args:
-        path: .safetensors, or a file of torch.save of any version (.pt, .pth, .bin, .ckpt).
-
-    Raises:
-        InputError: no such file.
-        CheckpointError: it is empty, damaged, cut short or no file of weights, or it needs more than tensors and
-            plain values: then these are named, and nothing of it was run.
+    `CheckpointError` if it is empty, damaged, cut short or no file of weights, or needs more than tensors and plain
+    values: then these are named, and nothing of it was run.
     """
     if not path.is_file():
         raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")

@@ -45,40 +45,26 @@ class Models:
 
 
 class Made(NamedTuple):
-    """A defence that is ready.
+    """A defence that is ready."""
 
-    Attributes:
-        purifier: of the training images, beforehand.
-        compensate: drawn anew in every epoch, after the crop and flip.
-        sigma_px: standard deviation of the noise that a network takes off, in levels of 0 to 255, if there is just one.
-        per_epoch: a purifier of the images in training, drawn anew in every epoch, after the crop and flip.
-    """
-
-    purifier: Purifier | None
-    compensate: Compensate | None
-    sigma_px: float | None
-    per_epoch: Purifier | None = None
+    purifier: Purifier | None  # of the training images, beforehand
+    compensate: Compensate | None  # drawn anew in every epoch, after the crop and flip
+    sigma_px: float | None  # standard deviation of the noise that a network takes off, in levels, if there is just one
+    per_epoch: Purifier | None = None  # of images in training, drawn anew in every epoch, after the crop and flip
 
 
 @dataclass(frozen=True)
 class Defence:
-    """A recipe with its options, and what follows it in every epoch.
-
-    Attributes:
-        recipe: None where nothing is purified.
-        grayscale, noise: ECLIPSE's compensation, half by half.
-        per_epoch: the purifier is drawn anew in every epoch, and nothing is purified beforehand.
-        slow: it takes many network calls an image, and is left out where nobody asks for it.
-    """
+    """A recipe with its options, and what follows it in every epoch."""
 
     name: str
     description: str
-    recipe: Recipe | None = None
+    recipe: Recipe | None = None  # None where nothing is purified
     options: Mapping[str, Any] = field(default_factory=dict)
-    grayscale: bool = False
+    grayscale: bool = False  # ECLIPSE's compensation, half by half
     noise: bool = False
-    per_epoch: bool = False
-    slow: bool = False
+    per_epoch: bool = False  # the purifier is drawn anew in every epoch, and nothing is purified beforehand
+    slow: bool = False  # many network calls an image: left out where nobody asks for it
 
     @property
     def takes_sigma(self) -> bool:

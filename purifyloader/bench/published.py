@@ -33,15 +33,11 @@ _CAPTIONS = {
 
 
 class Published(NamedTuple):
-    """Figures of one source.
+    """Figures of one source."""
 
-    Attributes:
-        caption: the source, the data, the victim, the bounds, and the unit of a figure.
-        figures: defence → attack → the numbers of a cell: (accuracy,), or (success, accuracy), in percent. The attack
-            "none" is clean data; a word after the name and a space tells two figures of one attack apart.
-    """
-
-    caption: str
+    caption: str  # the source, the data, the victim, the bounds, and the unit of a figure
+    # defence → attack → (accuracy,) or (success, accuracy), in percent. The attack "none" is clean data; a word after
+    # the name and a space tells two figures of one attack apart.
     figures: Mapping[str, Mapping[str, tuple[float, ...]]]
 
 

@@ -24,24 +24,15 @@ CLEAN = "none"
 
 
 class Cell(NamedTuple):
-    """Results of an attack and a defence over all seeds.
-
-    Attributes:
-        seeds: of the victims.
-        accuracy: of each seed, in percent.
-        success, flipped: of each seed whose row has it, in percent.
-        clean_success: of clean data, attack → how often its trigger has images called its class anyway, in percent.
-        seconds: of purifying one image, the least that was measured of this purifier.
-        calls: of networks, an image.
-    """
+    """Results of an attack and a defence over all seeds, in percent."""
 
     seeds: list[int]
     accuracy: list[float]
-    success: list[float]
+    success: list[float]  # of each seed whose row has it, as flipped
     flipped: list[float]
-    clean_success: dict[str, list[float]]
-    seconds: float
-    calls: int
+    clean_success: dict[str, list[float]]  # attack → how often its trigger takes clean victims anyway
+    seconds: float  # of purifying one image, the least that was measured of this purifier
+    calls: int  # of networks, an image
     sigma_px: float | None
 
 

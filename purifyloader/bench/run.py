@@ -48,25 +48,17 @@ class Bench:
     """Make rows of one setting, one for each (attack, defence, seed).
 
     With a training of transfer learning the training images are split (`transfer.split`). An extractor learns from the
-    larger part, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
+    larger part, `rest`, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
     poisoned, purified and trained on. An attack that takes networks is given the extractor that the victim starts from.
 
     Args:
         data: clean. A poison file is of all the images that there were before some were chosen.
-        victim: of `victims.presets.VICTIMS`.
-        training: of `TRAININGS`.
+        victim, training: of `victims.presets.VICTIMS` and `TRAININGS`.
         work: folder of poisoned sets, purified caches and extractors, which rows share and a stopped run goes on in.
         attack_seed: of an attack's draws. The poison, the purification and the test images are the same for all seeds
             of a row; the seed is the victim's, and that of compensation. A targeted attack has a target and a poison
             for each seed, and so has an attack on the extractor of a seed.
         fast: bfloat16 in purifiers and victims, in place of float32.
-
-    Attributes:
-        data: of poisons, training and tests.
-        rest: for transfer learning, with the training images of extractors; else None.
-
-    Raises:
-        InputError: no such training, or a class with too few images to transfer to.
     """
 
     def __init__(
@@ -158,13 +150,9 @@ class Bench:
         return {"name": attack.name, "options": _plain(attacks.resolved(attacks.find(attack.name), attack.options))}
 
     def row(self, attack: AttackSpec, defence: str, seed: int, backdoors: Sequence[AttackSpec] = ()) -> rows.Row:
-        """Measure one row.
+        """Measure one row, with how often triggers of `backdoors` have victims of clean data err by chance.
 
         `InputError` where an image is in two sets (`check`), and for whatever attacks and purifiers refuse.
-
-        Args:
-            backdoors: attacks whose triggers a victim of clean data is shown. A back door's success is compared with
-                how often that happens by chance.
         """
         settings = self.settings(attack, defence, seed)
         made = self.makes(defence)

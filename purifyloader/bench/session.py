@@ -31,35 +31,23 @@ _SHOWN = 4  # images of a picture, for each attack
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a bench.
-
-    Attributes:
-        data, root: a name of `DATA`, and where it is.
-        train, test: so many images of each split; None for all.
-        leave_out: leave the images that models learned from out of the training set.
-        attacks: as `poisons.spec.parse` reads them; clean data are always among them.
-        preset: of attacks with presets.
-        defences: as `bench.defences.find` reads them.
-        seeds: of victims; `attack_seed` of attacks, for all rows.
-        victim, training: names of `VICTIMS` and `TRAININGS`.
-        work: folder of poisoned and purified sets, kept for other runs.
-    """
+    """Settings of a bench."""
 
     out: Path
-    data: str
+    data: str  # a name of `DATA`, and its `root`
     root: Path
-    train: int | None
+    train: int | None  # so many images of each split; None for all
     test: int | None
-    leave_out: bool
-    attacks: Sequence[str]
-    preset: str
-    defences: Sequence[str]
-    seeds: Sequence[int]
-    attack_seed: int
+    leave_out: bool  # leave the images that models learned from out of the training set
+    attacks: Sequence[str]  # as `poisons.spec.parse` reads them; clean data are always among them
+    preset: str  # of attacks with presets
+    defences: Sequence[str]  # as `bench.defences.find` reads them
+    seeds: Sequence[int]  # of victims
+    attack_seed: int  # for all rows
     victim: str
     training: str
     models: Models
-    work: Path
+    work: Path  # folder of poisoned and purified sets, kept for other runs
     device: str
     fast: bool
     progress: bool

@@ -40,11 +40,7 @@ def check_options(attack: Attack, given: Mapping[str, Any]) -> None:
 def target_of(data: Data, attack_seed: int, seed: int) -> Target:
     """Choose the target of a seed: a test image, another for each seed until all have been one, and a wrong class.
 
-    `InputError` where the training images are all of the target's class.
-
-    Args:
-        attack_seed: decides which image belongs to which seed.
-        seed: of a row.
+    `attack_seed` decides which image belongs to which seed. `InputError` where all training images are of its class.
     """
     # an order of all images and not a draw of one, so that no two seeds meet
     order = noise.uniform(_key(attack_seed, _IMAGE, 0), (len(data.test),))[0].argsort(stable=True)

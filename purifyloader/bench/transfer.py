@@ -49,10 +49,7 @@ def split(data: Data) -> tuple[Data, Data]:
 def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, bfloat16: bool) -> nn.Module:
     """Return a network that has learned from clean images, in evaluation mode: trained once and kept in a file.
 
-    Args:
-        path: of its weights, a .safetensors file, named after all that decides them.
-        data: whose training images it learns from.
-        network: one of `victims.presets.VICTIMS`.
+    `path` is that .safetensors file, named after all that decides the weights.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

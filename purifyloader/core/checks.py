@@ -29,10 +29,7 @@ def check_number(
 ) -> None:
     """Raise an error unless `value` is a finite Python number (no bool) within the limits.
 
-    Args:
-        low, above: the lowest number allowed, or a number that it must exceed.
-        high, below: the highest number allowed, or a number that it must stay under.
-        unit: words that follow the limits in the message, such as "in image units".
+    `above` and `below` are not allowed themselves; `unit` follows the limits in the message, such as "in image units".
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     if number and not (

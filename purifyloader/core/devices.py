@@ -94,15 +94,10 @@ _CPU_BATCH = 16
 
 
 def in_batches(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
-    """Call `function` with exactly `size` rows at a time; the last are filled up with copies.
+    """Call `function` with exactly `size` rows of all tensors at a time; the last are filled up with copies.
 
     So a result is independent of the rest of its batch: kernels pick their arithmetic by the size of the batch (in
-    bfloat16 3 % of 8-bit levels differ between batch sizes).
-
-    Args:
-        function: takes as many tensors as are given and gives one row for each of theirs.
-        size: on the CPU at least 16 are taken, whatever is asked for.
-        tensors: of one length, at least one row, on one device.
+    bfloat16 3 % of 8-bit levels differ between batch sizes). On the CPU `size` is at least 16, whatever is asked for.
     """
     if tensors[0].device.type == "cpu":
         size = max(size, _CPU_BATCH)

@@ -61,21 +61,13 @@ def to_unit(x: Tensor, what: str = "image") -> Tensor:
 
 @dataclass(frozen=True)
 class ImageKind:
-    """The type of an image, which `from_engine` needs to give the same back.
+    """The type of an image, which `from_engine` needs to give the same back."""
 
-    Attributes:
-        container: "pil", "numpy", "tensor" or "tv_tensor".
-        channels: 1 grey, 2 grey + alpha, 3 colour, 4 colour + alpha.
-        planar: a 2-dimensional image, without a channel axis.
-        dtype: of the array or tensor.
-        alpha: the alpha plane, (1, H, W) in the image's own type, handed through untouched.
-    """
-
-    container: str
-    channels: int
-    planar: bool
-    dtype: torch.dtype
-    alpha: Tensor | None = None
+    container: str  # "pil", "numpy", "tensor" or "tv_tensor"
+    channels: int  # 1 grey, 2 grey + alpha, 3 colour, 4 colour + alpha
+    planar: bool  # 2-dimensional, without a channel axis
+    dtype: torch.dtype  # of the array or tensor
+    alpha: Tensor | None = None  # (1, H, W) in the image's own type, handed through untouched
 
 
 def is_image(value: Any) -> bool:

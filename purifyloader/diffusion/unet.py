@@ -46,57 +46,36 @@ _FIRST_FIELDS = (
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that fixes the shape of a `UNet`.
+    """Everything that fixes the shape of a `UNet`. Each level after the first halves the resolution.
 
-    Args:
-        channels: width of the first level.
-        multipliers: width of each level over `channels`, fractions where that gives a whole width; each further
-            level halves the resolution.
-        blocks: residual blocks a level on the way down (one more on the way up).
-        attention_levels: levels (0 is full resolution) whose blocks are followed by self-attention.
-        middle_attention: self-attention between the two blocks at the lowest resolution.
-        heads: attention heads, where `head_channels` does not say.
-        norm_groups: groups of each group normalisation.
-        dropout: probability inside the residual blocks, while training.
-        image_channels: channels of the image, 3 for RGB.
-        learned_variance: predict the variance fraction in as many further output channels.
-        scale_shift: the time scales and shifts the second normalisation of a residual block; False adds it before.
-        head_channels: width of an attention head, for as many heads as fit; None means `heads` of them.
-        up_attention: on the way up, attention after "each" block of its levels, or after the "last" one only.
-        resample: how a level is left:
-            "conv"        a convolution of stride 2 with one pixel of padding on each side; nearest, then convolution
-            "conv-right"  the same, with the padding of the way down at the right and the bottom only
-            "plain"       mean of 2 x 2, nearest; nothing to learn
-            "block"       a residual block with "plain" inside, in both branches
-            "block-skip"  the same with a 1 x 1 convolution in its skip
-        rescale_sums: divide each residual sum by the square root of 2.
-        norm_eps: what a group normalisation adds to the variance.
-        norm_group_channels: at least as many channels in a group, so that narrow layers have fewer groups.
-        sines_first: the embedding of time holds sines, then cosines.
-        frequency_shift: the frequencies run from 1 to 10000^-((h - 1) / (h - frequency_shift)), h = channels // 2.
-        stem_channels: width of the first convolution; None means `channels`.
+    `resample` is how a level is left:
+        "conv"        a convolution of stride 2 with one pixel of padding on each side; nearest, then convolution
+        "conv-right"  the same, with the padding of the way down at the right and the bottom only
+        "plain"       mean of 2 x 2, nearest; nothing to learn
+        "block"       a residual block with "plain" inside, in both branches
+        "block-skip"  the same with a 1 x 1 convolution in its skip
     """
 
-    channels: int = 128
-    multipliers: tuple[float, ...] = (1, 2, 2, 2)
-    blocks: int = 3
-    attention_levels: tuple[int, ...] = (1, 2)
-    middle_attention: bool = True
-    heads: int = 4
-    norm_groups: int = 32
-    dropout: float = 0.0
+    channels: int = 128  # width of the first level
+    multipliers: tuple[float, ...] = (1, 2, 2, 2)  # width of each level over `channels`, where that gives a whole width
+    blocks: int = 3  # residual blocks a level on the way down, one more on the way up
+    attention_levels: tuple[int, ...] = (1, 2)  # 0 is full resolution; blocks followed by self-attention
+    middle_attention: bool = True  # between the two blocks at the lowest resolution
+    heads: int = 4  # of attention, where `head_channels` does not say
+    norm_groups: int = 32  # of each group normalisation
+    dropout: float = 0.0  # inside the residual blocks, while training
     image_channels: int = 3
-    learned_variance: bool = True
-    scale_shift: bool = True
-    head_channels: int | None = None
-    up_attention: str = "each"
+    learned_variance: bool = True  # predict the variance fraction in as many further output channels
+    scale_shift: bool = True  # the time scales and shifts the second normalisation of a block, or is added before it
+    head_channels: int | None = None  # width of a head, for as many heads as fit; None for `heads` of them
+    up_attention: str = "each"  # on the way up, after "each" block of its levels or the "last" only
     resample: str = "conv"
-    rescale_sums: bool = False
-    norm_eps: float = 1e-5
-    norm_group_channels: int | None = None
-    sines_first: bool = False
-    frequency_shift: float = 0.0
-    stem_channels: int | None = None
+    rescale_sums: bool = False  # divide each residual sum by the square root of 2
+    norm_eps: float = 1e-5  # what a group normalisation adds to the variance
+    norm_group_channels: int | None = None  # at least; narrow layers have fewer groups
+    sines_first: bool = False  # the embedding of time holds sines, then cosines
+    frequency_shift: float = 0.0  # frequencies from 1 to 10000^-((h - 1) / (h - shift)), h = channels // 2
+    stem_channels: int | None = None  # of the first convolution; None for `channels`
 
     def __post_init__(self) -> None:
         for name in ("channels", "blocks", "heads", "norm_groups", "image_channels"):

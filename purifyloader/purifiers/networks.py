@@ -42,13 +42,10 @@ def check_model(taker: str, model: Any, kind: str) -> None:
 
 
 class NetworkPurifier(Purifier):
-    """A purifier around a network, run in chunks of exactly `compute_batch` images.
+    """A purifier around a network, run in chunks of exactly `compute_batch` images (at least 16 on the CPU).
 
-    Args:
-        model: copied in `dtype`, frozen, as the attribute `role`, which is also its key in the configuration and the
-            kind of model that it must be.
-        compute_batch: images of every network call (at least 16 on the CPU), which decides what kernels run.
-        memory_format: of the weights. There is one, for another would choose other kernels, and so other bits.
+    The model is copied in `dtype` and one memory format, as another would choose other kernels, and so other bits.
+    `role` is the attribute that has it, its key in the configuration, and the kind of model that it must be.
     """
 
     role: ClassVar[str]
