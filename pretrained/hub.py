@@ -1,11 +1,8 @@
 """Models on the Hugging Face hub, through huggingface_hub, which is imported when one is asked for.
 
-A hub id is `owner/name`, or `owner/name@revision` for a branch, a tag or a commit. The hub's own cache,
-environment variables (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) and login apply. What was downloaded once
-loads without a network.
-
-A mistyped path may look like an id, so callers `warn` before anything is asked. The client makes a path of the
-revision when it looks into its cache, so one that could lead out of the cache is refused.
+A hub id is `owner/name`, or `owner/name@revision` for a branch, a tag or a commit. The hub's own cache, environment
+variables (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) and login apply. What was downloaded once loads without a network. A
+mistyped path may look like an id, so callers `warn` before anything is asked.
 """
 
 from __future__ import annotations
@@ -50,12 +47,9 @@ def warn(hub_id: str) -> None:
 def download(repository: str, revision: str | None, names: Sequence[str]) -> Path:
     """Return a folder with those of the files `names` that the repository has; its own name is the commit.
 
-    Without a network, what an earlier download left is used. `InputError` for no possible revision; `CheckpointError`
-    for no such repository or revision, no access, or no network and nothing there from before.
-
-    Args:
-        repository: `owner/name`.
-        revision: a branch, tag or commit; None for the main branch.
+    Without a network, what an earlier download left is used. `InputError` for no possible revision (None is the main
+    branch); `CheckpointError` for no such repository or revision, no access, or no network and nothing there from
+    before.
     """
     _check_revision(revision)
     from huggingface_hub import snapshot_download  # half a second, for those who use the hub

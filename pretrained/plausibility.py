@@ -1,9 +1,7 @@
 """Measure whether a converted model does what it should: a wrong setting shows in the pixels.
 
-A denoiser is given noised clean images and must give back better ones; an energy model must give noised images a
-higher energy. Without images of the user's they are tried on dead leaves (Matheron 1968; Lee, Mumford & Huang 2001):
-overlapping discs, of whose radius r the density falls as r^-3, which gives them the edges, flat parts and power
-spectrum of photographs.
+Without images of the user's it is tried on dead leaves (Matheron 1968; Lee, Mumford & Huang 2001): overlapping discs,
+of whose radius r the density falls as r^-3, which gives them the edges, flat parts and power spectrum of photographs.
 """
 
 from __future__ import annotations
@@ -98,12 +96,7 @@ def levels(sigma_range: tuple[float, float]) -> list[float]:
 
 
 def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], batch_size: int = 8) -> list[Row]:
-    """Measure PSNR, with peak 1 and both images clamped to [0, 1], before and after one network call.
-
-    Args:
-        images_NCHW: uint8, clean.
-        sigmas: in image units, in the range of the denoiser.
-    """
+    """Measure PSNR, with peak 1, before and after one network call on clean uint8 images, all clamped to [0, 1]."""
     rows = []
     for sigma in sigmas:
         denoised = psnr(denoiser, images_NCHW, sigma, batch_size=batch_size)

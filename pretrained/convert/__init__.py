@@ -43,23 +43,16 @@ _MIT = "MIT, that of the code it was published with"
 class Format:
     """A layout of checkpoints that others publish.
 
-    Attributes:
-        words: describes it, for people.
-        settings: class of the settings that its files do not hold; None where they hold everything.
-        presets: such settings by the name of what was published.
-        preset: the one that is taken where none is given.
-        licences: of each preset, where it is known.
-
     >>> from purifyloader.pretrained.convert import FORMATS
     >>> FORMATS["score-sde"].needs
     ['beta_min', 'beta_max', 'continuous', 'skip_rescale']
     """
 
-    words: str
-    settings: type | None = None
-    presets: Mapping[str, Any] = field(default_factory=dict)
-    preset: str | None = None
-    licences: Mapping[str, str] = field(default_factory=dict)
+    words: str  # describes it
+    settings: type | None = None  # class of the settings that its files do not hold; None if they hold all
+    presets: Mapping[str, Any] = field(default_factory=dict)  # such settings by the name of what was published
+    preset: str | None = None  # taken where none is given
+    licences: Mapping[str, str] = field(default_factory=dict)  # of each preset, where it is known
 
     @property
     def takes(self) -> list[str]:
@@ -145,8 +138,8 @@ def convert(
         the measurements of the plausibility check. Its warnings are also logged and in the card.
 
     Raises:
-        InputError: no such format, preset, setting, source or file.
-        ConfigError: settings that are missing, all of them named, or contradict each other.
+        InputError, ConfigError: no such format, preset, setting, source or file, or settings that are missing, all
+            named.
         CheckpointError: files that are damaged, refused, of another format or do not fit; a checkpoint in `out`.
 
     >>> from purifyloader.pretrained.convert import convert

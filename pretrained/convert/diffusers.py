@@ -111,14 +111,10 @@ def denoiser_from_folder_parts(
 ) -> NetworkDenoiser:
     """Make a denoiser, in eval mode, frozen, float32 on the CPU, from a copy of the parts of a diffusers folder.
 
-    `CheckpointError` if it is of another class or has a setting that this library's network does not have; without a
-    schedule, or with one that contradicts the settings; or if tensors do not fit.
-
-    Args:
-        config: config.json, of a `UNet2DModel`.
-        scheduler_config: scheduler_config.json; None where the folder has none, then `settings` must say the schedule.
-        state: the weights, of any floating type, with today's names of the attention layers or those before 0.15
-            (`query`, `key`, `value`, `proj_attn`).
+    `scheduler_config` is None where the folder has none; then `settings` must say the schedule. The attention layers of
+    `state` have today's names or those before 0.15 (`query`, `key`, `value`, `proj_attn`). `CheckpointError` if it is
+    of another class, has a setting that this library's network does not have, has no schedule or one that contradicts
+    the settings, or if tensors do not fit.
     """
     settings = settings or DiffusersSettings()
     schedule, parameterization = _reconcile(scheduler_config, settings)

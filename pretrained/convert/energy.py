@@ -32,14 +32,10 @@ NAMES = {
 
 
 def convert_energy(weights: Mapping[str, Tensor], what: str, config: Mapping[str, Any] | None = None) -> EnergyNetwork:
-    """Make the network with these weights, in eval mode, frozen, float32.
+    """Make the network with these weights, by their published names, in eval mode, frozen, float32.
 
+    `what` names them in messages. `config`, `{"nf": width, "patch_size": 1}` of a hub folder, is checked against them.
     `CheckpointError` if tensors do not fit, or it is one of the published variants that the paper does not have.
-
-    Args:
-        weights: by their published names.
-        what: they are of, for messages.
-        config: of the hub folder, `{"nf": width, "patch_size": 1}`; checked against the weights.
     """
     if any(name.startswith("f.") for name in weights) and "l5.weight" not in weights:
         raise CheckpointError(

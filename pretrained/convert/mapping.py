@@ -1,8 +1,7 @@
 """Map foreign names and shapes to a `UNet`'s state dict: the part that the converters of networks share.
 
 A converter reads a `UNetConfig` off the foreign shapes and names the foreign layers in a `Layout`, which says for each
-tensor of the network where it comes from (`Piece`). `fill` compares everything before it copies anything, so that one
-message names all that does not fit.
+tensor where it comes from (`Piece`). `fill` compares everything before it copies anything.
 """
 
 from __future__ import annotations
@@ -34,16 +33,13 @@ FIRST_TRAINED = 1e-5
 
 @dataclass(frozen=True)
 class Place:
-    """A block: its `side` "down", "middle" or "up", its stage there, and its position in the stage.
-
-    `level` counts resolutions from the full one, `block` the stages of that level on that side.
-    """
+    """A block: its `side` "down", "middle" or "up", its stage there, and its position in the stage."""
 
     side: str
     stage: int
     position: int
-    level: int
-    block: int
+    level: int  # counts resolutions from the full one
+    block: int  # stages of that level on that side
     module: nn.Module
 
     @property
@@ -90,28 +86,18 @@ _MATRICES: dict[str, tuple[Callable[[int, int], tuple[int, ...]], Callable[[Tens
 
 @dataclass(frozen=True)
 class Layout:
-    """Foreign names of a network's layers, by the names of `UNet`.
+    """Foreign names of a network's layers, by the names of `UNet`."""
 
-    Attributes:
-        outside: layers outside the blocks.
-        residual: layers of a residual block.
-        norm, qkv, proj: layers of an attention block; `qkv` is one, or one each for q, k and v.
-        resample: side "down" or "up" → the convolution that changes the resolution.
-        matrices: how matrices are stored, a key of `_MATRICES`, and `leaves` what weight and bias of these are called.
-        stacked: all of q, then k, then v; otherwise q, k, v of each head in turn, as `UNet` has them.
-        skip: a matrix that is the skip of a residual block; "" where that is a convolution in `residual`.
-    """
-
-    residual: Mapping[str, str]
-    norm: str
-    qkv: tuple[str, ...]
+    residual: Mapping[str, str]  # layers of a residual block
+    norm: str  # of an attention block, as qkv and proj
+    qkv: tuple[str, ...]  # one layer, or one each for q, k and v
     proj: str
-    resample: Mapping[str, str]
-    matrices: str = "linear"
-    leaves: tuple[str, str] = ("weight", "bias")
-    stacked: bool = True
-    skip: str = ""
-    outside: Mapping[str, str] = field(default_factory=dict)
+    resample: Mapping[str, str]  # side "down" or "up" → the convolution that changes the resolution
+    matrices: str = "linear"  # how they are stored, a key of `_MATRICES`
+    leaves: tuple[str, str] = ("weight", "bias")  # what weight and bias of a matrix are called
+    stacked: bool = True  # all of q, then k, then v; else q, k, v of each head in turn, as `UNet` has them
+    skip: str = ""  # of a residual block, where it is a matrix
+    outside: Mapping[str, str] = field(default_factory=dict)  # layers outside the blocks
 
     def outer_pieces(self, network: UNet) -> list[Piece]:
         """Say where the tensors outside the blocks come from."""
@@ -217,10 +203,7 @@ def make_network(config: Mapping[str, Any], what: str) -> UNet:
 
 
 def fill(network: Network, pieces: Sequence[Piece], state: Mapping[str, Tensor], what: str) -> Network:
-    """Give a network its weights as float32, and set it to eval mode, frozen.
-
-    `CheckpointError` names all tensors that are missing, left over, of another shape, not floating or not finite.
-    """
+    """Give a network its weights as float32, and set it to eval mode, frozen; `CheckpointError` names all `misfits`."""
     targets = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     assert sorted(piece.target for piece in pieces) == sorted(targets), "a converter must name each tensor once"
     expected = {source: piece.shape for piece in pieces for source in piece.sources}
@@ -254,7 +237,7 @@ def make_denoiser(
 
 
 def check_schedule(schedule: Any, max_timestep: Any, *, none: bool = False) -> None:
-    """Raise `ConfigError` unless this is a schedule, and a cap that leaves a range within it, or None."""
+    """Raise `ConfigError` unless this is a schedule (or None where `none`), and a cap that leaves a range within it."""
     if not isinstance(schedule, Schedule) and not (none and schedule is None):
         raise ConfigError(f"schedule must be a Schedule, such as LinearSchedule(1000). Got {schedule!r}.")
     if max_timestep is None:

@@ -1,8 +1,7 @@
 """Weights out of files that others wrote: safetensors, and pickles without running what they hold.
 
-A pickle is a program. torch's reader for weights (`weights_only=True`) runs none of it: it knows tensors,
-numbers, strings and containers, and stops at anything else. The error names what it stops at, from the
-text of the pickle, which is only looked at.
+A pickle is a program. torch's reader for weights (`weights_only=True`) runs none of it, and stops at anything but
+tensors, numbers, strings and containers. The error names these, from the text of the pickle, which is only looked at.
 """
 
 from __future__ import annotations
@@ -164,13 +163,10 @@ def _globals(file: BinaryIO | Any) -> Iterator[str]:
 
 
 def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Find the weights by name in what `read_file` returned.
+    """Find the weights by name in what `read_file` returned; `path` is for messages.
 
-    A dict of tensors is taken as it is, or the only one below a usual name (`state_dict`, `model`, `ema`, ...).
-
-    Args:
-        path: for messages.
-        key: the name below which they lie, with dots for one in another.
+    A dict of tensors is taken as it is, or the only one below a usual name (`state_dict`, `model`, `ema`, ...), or the
+    one below `key`, with dots for one in another.
     """
     what = path.name
     if key is not None:

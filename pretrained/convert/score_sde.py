@@ -88,13 +88,10 @@ def denoiser_from_shadow(
 ) -> NetworkDenoiser:
     """Make a denoiser, in eval mode, frozen, float32 on the CPU, from a copy of score_sde's EMA parameters.
 
-    `CheckpointError` if it is no such list, a network with Fourier features of the noise, progressive growing or no
-    time (NCSN++ and the variance-exploding ones), or tensors do not fit.
-
-    Args:
-        params: `file["ema"]["shadow_params"]`, of any floating type.
-        model_state: `file["model"]`, whose names and shapes are compared with the list; its weights are no averages and
-            are not used.
+    `params` are `file["ema"]["shadow_params"]`, of any floating type. `model_state` is `file["model"]`, whose names and
+    shapes are compared with the list; its weights are no averages and are not used. `CheckpointError` if it is no such
+    list, a network with Fourier features of the noise, progressive growing or no time (NCSN++ and the
+    variance-exploding ones), or tensors do not fit.
     """
     if not isinstance(params, list | tuple) or not params or not all(isinstance(p, Tensor) for p in params):
         several = isinstance(params, list | tuple)

@@ -171,8 +171,7 @@ def images(
 ) -> None:
     """Draw some images before and after a defence, with the poison's change and the rest of it.
 
-    Args:
-        shown: attack → the same few images (clean, poisoned, purified), uint8 (N, H, W, 3).
+    `shown` has the same few images (clean, poisoned, purified), uint8 (N, H, W, 3), for each attack.
     """
     figure = new_figure((10.2, 1.95 * len(shown) + 0.4))
     titles = ("clean", "poisoned", f"poison × {_GAIN}", f"after {defence}", f"after - clean, × {_GAIN}")

@@ -31,9 +31,7 @@ def as_device(device: str | torch.device) -> torch.device:
 def device_of_process(name: str | None, rank: int) -> torch.device:
     """Return the device of one of several processes: for "cuda" and None each has a GPU of its own, while there are.
 
-    Args:
-        name: None for a GPU where there is one, else the CPU.
-        rank: of the process, where no launcher has set LOCAL_RANK.
+    None is a GPU where there is one, else the CPU; `rank` counts where no launcher has set LOCAL_RANK.
     """
     gpus = torch.cuda.device_count()
     if name is None:

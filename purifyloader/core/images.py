@@ -154,13 +154,8 @@ def as_stored(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKin
 def to_engine(image: Any, channels: int | None = None) -> tuple[Tensor, ImageKind]:
     """Convert an image to float32 (channels, H, W) in [0, 1], and its kind.
 
-    Args:
-        image: PIL (L, LA, RGB, RGBA), numpy (H, W[, C]) or tensor ([C,] H, W); uint8 or float in [0, 1].
-        channels: of the purifier, None for the image's own. Grey images are repeated for 3; an alpha plane is set
-            aside.
-
-    Raises:
-        InputError: another type, mode, shape, layout or range, or colour for a grey purifier.
+    It takes PIL (L, LA, RGB, RGBA), numpy (H, W[, C]) and tensor ([C,] H, W); uint8 or float in [0, 1]. `channels` are
+    the purifier's, None for the image's own: grey images are repeated for 3, and an alpha plane is set aside.
     """
     x, kind = as_stored(image, channels)
     return (x.float() / 255 if x.dtype == torch.uint8 else x), kind

@@ -97,8 +97,8 @@ def _pad(image_CHW: Tensor, size: int) -> Tensor:
 def cut(image_CHW: Tensor, size: int, overlap: int) -> list[Tensor]:
     """Cut an image into tiles (C, size, size), row by row from the top left.
 
-    Neighbours share `overlap` pixels, the last of a row or column more, for it ends with the image. A side shorter than
-    a tile is padded at both ends.
+    Neighbours share `overlap` pixels, the last of a row or column more, as it ends with the image. A short side is
+    padded.
     """
     padded = _pad(image_CHW, size)
     rows, columns = (_starts(length, size, overlap) for length in padded.shape[-2:])
@@ -106,10 +106,7 @@ def cut(image_CHW: Tensor, size: int, overlap: int) -> list[Tensor]:
 
 
 def join(tiles: Sequence[Tensor], shape: Sequence[int], size: int, overlap: int) -> Tensor:
-    """Join the tiles of `cut` to the image (C, H, W) of `shape`: blended where they overlap, and the padding off.
-
-    A pixel that one tile covers is exactly that tile's.
-    """
+    """Join the tiles of `cut` to the image (C, H, W) of `shape`: blended where they overlap, and the padding off."""
     _, height, width = shape
     (top, bottom), (left, right) = _padding(height, size), _padding(width, size)
     rows = _starts(top + height + bottom, size, overlap)

@@ -19,16 +19,10 @@ __all__ = ["BlindDenoiser"]
 class BlindDenoiser(Denoiser):
     """A denoiser around a network that works on images in [0, 1] and has no input for the noise level.
 
-    Such as DnCNN (Zhang et al. 2017, arXiv:1608.03981), which predicts the noise (`residual=True`). sigma decides only
-    whether an image is refused. It stays in this process: `pretrained.save` takes a `NetworkDenoiser` alone, as the
-    code of this network is yours. Caches know it by its weights and by `residual`, not by that code.
-
-    Args:
-        network: `network(x_BCHW) -> x_BCHW`, float images in units of [0, 1], noised and neither scaled nor clamped.
-            Cast to another dtype, it gets its input in that.
-        sigma_range: noise levels it was trained for, in image units; both ends alike for one level.
-        image_channels: of the images that it takes.
-        residual: the network gives the noise, x - x0, in place of the image.
+    Such as DnCNN (Zhang et al. 2017, arXiv:1608.03981), which predicts the noise, x - x0 (`residual=True`). sigma
+    decides only whether an image is refused; `sigma_range` may be one level. The network sees images noised and neither
+    scaled nor clamped, in its own dtype. It stays in this process: `pretrained.save` takes a `NetworkDenoiser` alone,
+    as the code of this network is yours. Caches know it by its weights and by `residual`, not by that code.
     """
 
     def __init__(

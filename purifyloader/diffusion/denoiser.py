@@ -104,16 +104,11 @@ class Denoiser(nn.Module):
 class NetworkDenoiser(Denoiser):
     """A denoiser around a network that predicts noise, v, x0 or the EDM target.
 
-    Args:
-        network: `network(x_BCHW, time_B)`, twice the image's channels where it learned the variance.
-        parameterization: a name of `PARAMETERIZATIONS`.
-        sigma_range: noise levels it was trained for, in image units.
-        schedule: for a network trained on timesteps, which then sees `time`; without one it sees 250 ln(2 sigma). The
-            noise itself is never rounded.
-        time: the time input for timestep t of T:
-            "rescaled"    the nearest trained timestep, counted from 0, on the scale 0..1000: (t - 1) * 1000/T
-            "timestep"    the nearest trained timestep, counted from 0: t - 1
-            "continuous"  999 t/T, not rounded (Song et al. 2021, arXiv:2011.13456, whose t is this t/T)
+    The network is `network(x_BCHW, time_B)`, with twice the image's channels where it learned the variance. Without a
+    schedule its time is 250 ln(2 sigma); the noise itself is never rounded. With one it is, for timestep t of T,
+        "rescaled"    the nearest trained timestep, counted from 0, on the scale 0..1000: (t - 1) * 1000/T
+        "timestep"    the nearest trained timestep, counted from 0: t - 1
+        "continuous"  999 t/T, not rounded (Song et al. 2021, arXiv:2011.13456, whose t is this t/T)
     """
 
     def __init__(

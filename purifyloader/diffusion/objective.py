@@ -97,16 +97,9 @@ def hybrid_loss(
 ) -> Tensor:
     """L_simple + gamma * sum over t of L_t, estimated from one timestep an image, (B,) (ECLIPSE, Eq. 8).
 
-    L_simple is the squared error of the noise, whatever the network predicts. Eq. 8 sums over all timesteps, so the
-    term of the one drawn is multiplied by their number. A network without learned variance has L_simple only.
-
-    Args:
-        x0_BCHW: clean images in [0, 1].
-        t_B: timesteps from 1 to `timesteps`.
-        noise_BCHW: standard normal.
-        gamma: weight of the variational sum.
-        schedule: of the timesteps; None for the denoiser's.
-        timesteps: how many there are to draw from; None for all of the schedule.
+    L_simple is the squared error of the noise, whatever the network predicts; a network without learned variance has no
+    other term. Eq. 8 sums over all timesteps, so the term of the one drawn, in 1..`timesteps`, is multiplied by their
+    number. schedule and timesteps are the denoiser's if None.
     """
     schedule = denoiser.schedule if schedule is None else schedule
     if schedule is None:
