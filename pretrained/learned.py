@@ -30,19 +30,11 @@ from purifyloader.pretrained.checkpoint import load, read_config
 from purifyloader.pretrained.kinds import kind_of_format
 from purifyloader.pretrained.registry import find
 
-__all__ = ["Learned", "check_disjoint", "learned_from", "learned_images", "training_details", "weights_of"]
+__all__ = ["Learned", "check_disjoint", "learned_from", "learned_images", "weights_of"]
 
 _AT_ONCE = 256  # images held while those of an older card are hashed, which may be millions
 
 Hashes = NDArray[np.uint64]
-
-
-def training_details(model: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the details of a checkpoint's training, by name or folder; {} where it has none."""
-    try:
-        return _details(read_config(find(model), None))
-    except CheckpointError:  # a model from elsewhere, which `load` has taken all the same
-        return {}
 
 
 def weights_of(model: str | os.PathLike[str], kind: str) -> str:

@@ -21,6 +21,7 @@ from purifyloader.victims.training import BatchTransform
 
 __all__ = ["Purified", "compensation", "per_epoch_transform", "purify_array"]
 
+_AT_ONCE = 256  # images
 _AFRESH = 0x61667273  # "afrs": purpose of the keys drawn here
 
 
@@ -30,21 +31,15 @@ class Purified(NamedTuple):
 
 
 def purify_array(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    purifier: Purifier,
-    *,
-    seed: int = 0,
-    batch_size: int = 256,
-    progress: str | None = None,
+    images: NDArray[np.uint8], labels: NDArray[np.int64], purifier: Purifier, *, progress: str | None = None
 ) -> Purified:
     """Purify uint8 images (N, H, W, C) through a `PurifiedDataset`; `progress` is the text of a bar, None for none."""
-    dataset = PurifiedDataset(ArrayDataset(images, labels), purifier, seed=seed)
+    dataset = PurifiedDataset(ArrayDataset(images, labels), purifier, seed=0)
     rows: list[Any] = []
     start = time.perf_counter()
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None, leave=False) as bar:
-        for first in range(0, len(images), batch_size):
-            batch = dataset.__getitems__(range(first, min(first + batch_size, len(images))))
+        for first in range(0, len(images), _AT_ONCE):
+            batch = dataset.__getitems__(range(first, min(first + _AT_ONCE, len(images))))
             rows += [image for image, _ in batch]
             bar.update(len(batch))
     return Purified(np.stack(rows), time.perf_counter() - start)

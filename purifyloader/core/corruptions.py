@@ -44,6 +44,18 @@ def check_alpha(alpha: float) -> None:
     check_number("alpha", alpha, above=0, unit="the furthest that a pixel moves, in pixels", error=InputError)
 
 
+def _check_images(taker: str, x_BCHW: Tensor) -> None:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
+        raise InputError(f"{taker} takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
+
+
+def _check_drawn(taker: str, x_BCHW: Tensor, keys_B: Tensor) -> None:
+    if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
+        raise InputError(f"{taker} takes float images (B, C, H, W). Got {x_BCHW.dtype} {tuple(x_BCHW.shape)}.")
+    if keys_B.shape != x_BCHW.shape[:1]:
+        raise InputError(f"{taker} needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
+
+
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
     """ECLIPSE's lightweight corruption, C(x; p, sigma) of Eq. 13: grayscale, then noise, then clamp to [0, 1].
 
@@ -60,13 +72,8 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
     torch.Size([2, 3, 32, 32])
     """
     check_compensation(p, sigma)
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3) or not x_BCHW.is_floating_point():
-        raise InputError(
-            "compensate takes float images of shape (B, 3, H, W) or (B, 1, H, W). "
-            f"Got {x_BCHW.dtype} {tuple(x_BCHW.shape)}."
-        )
-    if keys_B.shape != x_BCHW.shape[:1]:
-        raise InputError(f"compensate needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
+    _check_images("compensate", x_BCHW)
+    _check_drawn("compensate", x_BCHW, keys_B)
     grey_B = noise.uniform(keys_B, (1,), _GRAY)[:, 0] < p
     return grey_and_noise(x_BCHW, grey_B, noise.normal(keys_B, x_BCHW.shape[1:], _NOISE), sigma)
 
@@ -88,8 +95,7 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     torch.Size([2, 3, 32, 32])
     """
     check_quality(quality)
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
-        raise InputError(f"JPEG takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
+    _check_images("JPEG", x_BCHW)
     out = torch.empty_like(x_BCHW)
     for row, image in zip(out, quantize(x_BCHW).cpu().numpy(), strict=True):
         file = io.BytesIO()
@@ -110,8 +116,7 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
     >>> torch.equal(grey[:, 0], grey[:, 1])
     True
     """
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
-        raise InputError(f"grayscale takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
+    _check_images("grayscale", x_BCHW)
     if x_BCHW.shape[1] == 1:
         return x_BCHW
     return luma(x_BCHW).expand(-1, 3, -1, -1).contiguous()
@@ -151,10 +156,7 @@ def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
     torch.Size([2, 3, 32, 32])
     """
     check_alpha(alpha)
-    if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
-        raise InputError(f"coin takes float images of shape (B, C, H, W). Got {x_BCHW.dtype} {tuple(x_BCHW.shape)}.")
-    if keys_B.shape != x_BCHW.shape[:1]:
-        raise InputError(f"coin needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
+    _check_drawn("coin", x_BCHW, keys_B)
     height, width = x_BCHW.shape[2:]
     offset_B2HW = alpha * (2 * noise.uniform(keys_B, (2, height, width)) - 1)
     rows = torch.arange(height, device=x_BCHW.device)[:, None]

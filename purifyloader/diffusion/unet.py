@@ -155,12 +155,10 @@ def _whole(value: float) -> bool:
     return math.isfinite(value) and abs(value - round(value)) < 1e-6 and round(value) >= 1
 
 
-def timestep_embedding(
-    t_B: Tensor, width: int, max_period: float = 10000.0, *, sines_first: bool = False, frequency_shift: float = 0.0
-) -> Tensor:
+def timestep_embedding(t_B: Tensor, width: int, *, sines_first: bool = False, frequency_shift: float = 0.0) -> Tensor:
     """Sinusoidal embedding of a (fractional) time, (B,) → (B, width): cosines, then sines, or the other way."""
     half = width // 2
-    spacing = -math.log(max_period) / (half - frequency_shift)
+    spacing = -math.log(10000.0) / (half - frequency_shift)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t_B.device) * spacing)
     angles = t_B.float()[:, None] * frequencies
     halves = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]

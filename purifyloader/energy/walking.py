@@ -100,13 +100,7 @@ def walk(
 
 
 def langevin(
-    energy: Energy,
-    x_BCHW: Tensor,
-    steps: int,
-    noise: Callable[[int], Tensor] | None,
-    *,
-    step_size: float = STEP_SIZE,
-    temperature: float = TEMPERATURE,
+    energy: Energy, x_BCHW: Tensor, steps: int, noise: Callable[[int], Tensor] | None, **dynamics: float
 ) -> Tensor:
     """Return the images at the end of a `walk`, which has the same arguments.
 
@@ -116,6 +110,6 @@ def langevin(
     >>> langevin(EnergyNetwork(EnergyConfig(channels=4)), images, 2, lambda step: torch.randn(1, 3, 8, 8)).shape
     torch.Size([1, 3, 8, 8])
     """
-    for x in walk(energy, x_BCHW, steps, noise, step_size=step_size, temperature=temperature):
+    for x in walk(energy, x_BCHW, steps, noise, **dynamics):
         x_BCHW = x
     return x_BCHW

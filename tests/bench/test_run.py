@@ -26,7 +26,9 @@ from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons.attacks import em
 from purifyloader.poisons.spec import AttackSpec
-from purifyloader.pretrained.learned import check_disjoint, learned_from, training_details
+from purifyloader.pretrained.checkpoint import read_config
+from purifyloader.pretrained.learned import check_disjoint, learned_from
+from purifyloader.pretrained.registry import find as find_model
 from purifyloader.purifiers import Coin
 from purifyloader.results import rows
 from purifyloader.victims.networks import victim
@@ -323,7 +325,7 @@ def test_every_shipped_model_says_what_it_learned_from(name):
     known: set[int] = set()
     start: str | None = name
     while start is not None:
-        details = training_details(start)
+        details = read_config(find_model(start), None)["details"]
         own = hashes_of_text(details["image_hashes"]).tolist()
         assert len(own) == len(details["indices"]) == len(set(own))
         known |= set(own)
