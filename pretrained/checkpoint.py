@@ -236,11 +236,7 @@ def summary(folder: Path) -> Summary:
 
 
 def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
-    """Read config.json of a checkpoint folder and check its format, version and fields.
-
-    Args:
-        kind: of model that it must be, a key of `KINDS`; None for any.
-    """
+    """Read config.json of a checkpoint folder of a kind, None for any, and check its format, version and fields."""
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -299,9 +295,7 @@ def misfits(
 ) -> str:
     """List the weights that are missing, left over, of another shape or type, or not finite; "" where all fit.
 
-    Args:
-        expected: names to shapes.
-        dtype: of all of them; None for any floating type.
+    `expected` maps names to shapes. All must be of `dtype`, or of any floating type if None.
     """
     there = {name: got[name] for name in expected if name in got}
     floating = {name: tensor for name, tensor in there.items() if tensor.is_floating_point()}

@@ -36,10 +36,7 @@ def listed(names: Sequence[str], limit: int = 6) -> str:
 
 
 def available(kind: str | None = None) -> list[str]:
-    """Name the models that ship with this installation, sorted; `load(name, kind)` takes each.
-
-    Args:
-        kind: only the models of this kind, "denoiser" or "energy"; None for all.
+    """Name the models that ship with this installation, of one kind or all, sorted; `load(name, kind)` takes each.
 
     >>> from purifyloader import pretrained
     >>> pretrained.available("energy")
@@ -107,8 +104,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 def check_not_foreign(folder: Path, config: Any = None) -> None:
     """Raise `CheckpointError` about somebody else's model, and how to convert it, not about a missing file or field.
 
-    Args:
-        config: the folder's config.json, where that is JSON; None to look.
+    `config` is the folder's config.json, where that is JSON; None to look.
     """
     if config is None:
         try:
@@ -130,9 +126,7 @@ def check_not_foreign(folder: Path, config: Any = None) -> None:
 def foreign(names: list[str], config: Any) -> tuple[str, str] | None:
     """Recognise the files of a folder or repository that are not of this library: a description, and their format.
 
-    Args:
-        names: of the files; below the folder with their path.
-        config: content of its config.json, None where there is none.
+    `names` are paths in it, and `config` is the content of its config.json, None where there is none.
     """
     fields = config if isinstance(config, dict) else {}
     if "model_index.json" in names or "_class_name" in fields or "unet" in names or "unet/config.json" in names:

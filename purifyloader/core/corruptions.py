@@ -59,11 +59,8 @@ def _check_drawn(taker: str, x_BCHW: Tensor, keys_B: Tensor) -> None:
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
     """ECLIPSE's lightweight corruption, C(x; p, sigma) of Eq. 13: grayscale, then noise, then clamp to [0, 1].
 
-    Args:
-        x_BCHW: float images in [0, 1]; C = 3, or 1 (already grey).
-        keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
-        p: probability of grayscale, an image.
-        sigma: standard deviation of the Gaussian noise, in image units (0.05 is 12.75 px).
+    An image, of 3 channels or 1 (already grey), becomes grey with probability p; sigma is the standard deviation of the
+    noise, in image units (0.05 is 12.75 px). The draws are a function of its int64 key (`purifyloader.core.noise`).
 
     >>> import torch
     >>> from purifyloader.core.noise import image_keys
@@ -141,13 +138,9 @@ def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
 def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
     """Read each pixel at a place up to `alpha` pixels away along each side (COIN; Wang et al. 2023 at alpha 2).
 
-    The places are uniform and independent, one for all channels of a pixel; between pixels the image is read
-    bilinearly, and beyond its border it is its border. (The published code goes on at the opposite border.)
-
-    Args:
-        x_BCHW: float images in [0, 1]; the result is within the range of each.
-        keys_B: int64 keys of `purifyloader.core.noise`; the draws of an image are a function of its key.
-        alpha: in pixels.
+    The places are uniform and independent, one for all channels of a pixel, and a function of the image's int64 key;
+    between pixels the image is read bilinearly, and beyond its border it is its border. (The published code goes on at
+    the opposite border.) So the result is within the range of each image.
 
     >>> import torch
     >>> from purifyloader.core.noise import image_keys

@@ -97,12 +97,7 @@ def key_from_seed(seed: int) -> Tensor:
 
 
 def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Tensor:
-    """Compute the key of each image, int64 (B,): a pure function of (seed, epoch, index).
-
-    Args:
-        seed, epoch: integers of at most 64 bits.
-        index: position of each image in its dataset, (B,) or one integer.
-    """
+    """Compute the key of each image, int64 (B,): a pure function of (seed, epoch, index), integers of 64 bits."""
     if not isinstance(index, Tensor):
         index = [_as_int("index", i) for i in (index if isinstance(index, Iterable) else (index,))]
         if any(not -(2**63) <= i < 2**63 for i in index):

@@ -75,10 +75,8 @@ def _mean_psnr(
 def psnr(denoiser: Denoiser, images_NCHW: Tensor, sigma: float, seed: int = 0, batch_size: int | None = None) -> float:
     """Measure a denoiser: the mean PSNR, in dB with peak 1, of images noised with `sigma` and denoised in one call.
 
-    Args:
-        images_NCHW: uint8, clean, not trained on.
-        sigma: in image units, in the denoiser's range.
-        batch_size: images of a network call; by their size if None, 100 or fewer.
+    The images are uint8 (N, C, H, W), clean and not trained on; sigma is in image units, in the denoiser's range. A
+    call has `batch_size` images, by their size if None, 100 or fewer.
 
     >>> import torch
     >>> from purifyloader.evaluation import psnr

@@ -29,16 +29,12 @@ _SIZE_MIN = 4  # two halvings must leave a pixel
 class EnergyConfig:
     """The shape of an `EnergyNetwork`. The default is the published one, 1,053,824 parameters.
 
-    Args:
-        channels: width of every block.
-        image_channels: channels of the image, 3 for RGB.
-
     >>> from purifyloader.energy import EnergyConfig
     >>> EnergyConfig(channels=4).to_dict()
     {'channels': 4, 'image_channels': 3}
     """
 
-    channels: int = 128
+    channels: int = 128  # width of every block
     image_channels: int = 3
 
     def __post_init__(self) -> None:
@@ -59,9 +55,8 @@ class EnergyConfig:
 class EnergyBlock(nn.Module):
     """Two 3x3 convolutions beside a skip; halves the resolution by a 2x2 mean where `down`.
 
-    Args:
-        first: the block that sees the image: no activation before its first convolution, and its skip takes
-            the mean before its 1x1 convolution.
+    The `first` sees the image: no activation before its first convolution, and its skip takes the mean before its 1x1
+    convolution.
     """
 
     def __init__(self, c_in: int, c_out: int, *, down: bool = False, first: bool = False) -> None:

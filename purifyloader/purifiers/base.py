@@ -73,17 +73,10 @@ class Described(nn.Module):
 class Purifier(Described):
     """Base of all purifiers: `purifier(x_BCHW, seeds_B) -> x_BCHW`.
 
-    Args of a call:
-        x_BCHW: float images in [0, 1].
-        seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
-
-    Returns:
-        float32 images, nominally in [0, 1] and not clamped, of the same shape for all purifiers but `Resize`.
-
-    Raises:
-        InputError: another type, shape or range, NaN, or seeds that do not match the batch.
-
-    `purify_images` does the same to a list of images of different sizes.
+    It takes float images in [0, 1] and int64 seeds, one an image (`noise.image_keys(seed, epoch, index)`), and gives
+    float32 images, nominally in [0, 1] and not clamped, of the same shape for all purifiers but `Resize`. `InputError`
+    for another type, shape or range, NaN, or seeds that do not match the batch. `purify_images` takes images of
+    different sizes.
 
     >>> import torch
     >>> from purifyloader.purifiers import Jpeg, Purifier
@@ -103,10 +96,9 @@ class Purifier(Described):
     def noise_first(self) -> float | str:
         """For a certificate: the noise that a purifier begins with, or why there is none.
 
-        Returns:
-            the standard deviation, in units of [0, 1] images, of Gaussian noise that is added to every value of an
-            image, independent, before anything else is done to it; otherwise a reason that continues "Jpeg, ...". A
-            subclass may do anything first, so it must say this again by itself.
+        The standard deviation, in units of [0, 1] images, of Gaussian noise that is added to every value of an image,
+        independent, before anything else is done to it; otherwise a reason that continues "Jpeg, ...". A subclass may
+        do anything first, so it must say this again by itself.
         """
         return UNKNOWN_FIRST
 
@@ -165,21 +157,12 @@ class Purifier(Described):
             return self.run(x_BCHW.float(), seeds_B.to(x_BCHW.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
-        """Purify images of different sizes at once: each is, bit for bit, what the purifier makes of it alone.
+        """Purify float images (C, H, W) of different sizes: each is, bit for bit, the one that is purified alone.
 
         Images of one shape are one batch; a purifier with a network pads each shape's to `compute_batch`, so many sizes
         are cheap only where a `Resize` (with a crop) or `Tiles` makes them one. All images, results and tiles are held
-        in memory at once: give a data set in batches. Images of one shape may come back as views of one tensor.
-
-        Args:
-            images: float (C, H, W) in [0, 1], of any sizes, on one device.
-            seeds_B: int64, one an image: `noise.image_keys(seed, epoch, index)`.
-
-        Returns:
-            float32 images in the order they came, of the shapes of `output_shape`.
-
-        Raises:
-            InputError: another type, shape, range or device, NaN, or seeds that do not match the images.
+        in memory at once: give a data set in batches. Images of one shape may come back as views of one tensor. All are
+        in [0, 1], on one device; otherwise `InputError`, as for a call.
         """
         if not isinstance(images, Sequence):
             raise InputError(

@@ -26,10 +26,7 @@ class Squeeze(Purifier):
 
 
 class Jpeg(Squeeze):
-    """Compress as JPEG (image shortcut squeezing, ISS-J; Liu et al. 2023), the baseline to try first.
-
-    Args:
-        quality: 1 to 100.
+    """Compress as JPEG of a `quality` from 1 to 100 (image shortcut squeezing, ISS-J; Liu et al. 2023): try it first.
 
     >>> import torch
     >>> from purifyloader.purifiers import Jpeg
@@ -72,12 +69,9 @@ class Grayscale(Squeeze):
 
 
 class BitDepth(Squeeze):
-    """Keep the first bits of each channel (image shortcut squeezing, ISS-BDR; Liu et al. 2023, arXiv:2301.13838).
+    """Keep the first `bits` of each channel, 1 to 8 (ISS-BDR; Liu et al. 2023, arXiv:2301.13838).
 
     White becomes darker by it, as published: 192 of 255 with 2 bits.
-
-    Args:
-        bits: of the 8 of a channel, 1 to 8.
 
     >>> import torch
     >>> from purifyloader.purifiers import BitDepth
@@ -101,12 +95,9 @@ class BitDepth(Squeeze):
 
 
 class Coin(Squeeze):
-    """Move every pixel at random by a little (COIN; Wang et al. 2023, arXiv:2311.18403).
+    """Move every pixel at random, by `alpha` pixels at most along each side (COIN; Wang et al. 2023, arXiv:2311.18403).
 
     It is one fixed draw an image; the published training script draws anew in every epoch, after the crop and flip.
-
-    Args:
-        alpha: the furthest that a pixel moves along each side, in pixels.
 
     >>> import torch
     >>> from purifyloader.purifiers import Coin
@@ -132,12 +123,8 @@ class Coin(Squeeze):
 class Compensation(Purifier):
     """Apply one fixed draw of ECLIPSE's corruption, as Algorithm 1 prints it (Eq. 13).
 
-    The published training script draws anew in every epoch, as `purifyloader.transforms.Compensate` does, which defends
-    better.
-
-    Args:
-        p: probability that an image becomes grey.
-        sigma: standard deviation of the noise that every image gets, in image units.
+    An image becomes grey with probability p, and gets noise of standard deviation sigma, in image units. The published
+    training script draws anew in every epoch, as `purifyloader.transforms.Compensate` does, which defends better.
 
     >>> from purifyloader.purifiers import Compensation
     >>> Compensation().config()
