@@ -42,11 +42,6 @@ def weights_of(model: str | os.PathLike[str], kind: str) -> str:
     return weights_sha256(load(model, kind))
 
 
-def _details(config: Mapping[str, Any]) -> dict[str, Any]:
-    details = config.get("details")
-    return details if isinstance(details, dict) else {}
-
-
 def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and details of a model, of the model that its training started from, and so on.
 
@@ -57,7 +52,9 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
     while name not in visited:
         visited.add(name)
         config = read_config(find(name), None)
-        details = _details(config)
+        details = config.get("details")
+        if not isinstance(details, dict):
+            details = {}
         yield name, details
         train = details.get("train")
         start = train.get("start_from") if isinstance(train, dict) else None

@@ -7,7 +7,7 @@ networks know t < 250 only) are `DiffusersSettings`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,20 +150,16 @@ def schedule_from_scheduler(config: Mapping[str, Any]) -> tuple[Schedule, str]:
             )
     kind, timesteps = config["beta_schedule"], config["num_train_timesteps"]
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    schedule: Schedule
+    own = () if (timesteps, first, last) == (1000, 1e-4, 0.02) else (first, last)  # as it is published
+    makers: dict[Any, Callable[[], Schedule]] = {
+        "linear": lambda: LinearSchedule(timesteps, *own),
+        "scaled_linear": lambda: ScaledLinearSchedule(timesteps, first, last),
+        "squaredcos_cap_v2": lambda: CosineSchedule(timesteps),
+    }
+    if kind not in list(makers):
+        raise CheckpointError(f"A scheduler's beta_schedule must be one of {list(makers)}. Got {kind!r}.")
     try:
-        if kind == "linear":
-            published = (timesteps, first, last) == (1000, 1e-4, 0.02)
-            schedule = LinearSchedule(1000) if published else LinearSchedule(timesteps, first, last)
-        elif kind == "scaled_linear":
-            schedule = ScaledLinearSchedule(timesteps, first, last)
-        elif kind == "squaredcos_cap_v2":
-            schedule = CosineSchedule(timesteps)
-        else:
-            raise CheckpointError(
-                "A scheduler's beta_schedule must be 'linear', 'scaled_linear' or 'squaredcos_cap_v2'. "
-                f"Got {kind!r}. Other tables are not supported."
-            )
+        schedule = makers[kind]()
     except ConfigError as error:
         raise CheckpointError(f"A scheduler's configuration must give a schedule. Got: {error}") from None
     prediction = config.get("prediction_type", "epsilon")

@@ -59,21 +59,16 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
             accuracy=[row["accuracy"] for row in group],
             success=[row["success"] for row in group if "success" in row],
             flipped=[row["flipped"] for row in group if "flipped" in row],
-            clean_success=_clean_success(group),
+            clean_success={
+                name: [row["clean_success"][name] for row in group if name in row.get("clean_success", {})]
+                for name in {name for row in group for name in row.get("clean_success", {})}
+            },
             seconds=fastest[_purifier(group[0])],
             calls=max(row["calls"] for row in group),
             sigma_px=group[0]["sigma_px"],
         )
         for key, group in found.items()
     }
-
-
-def _clean_success(rows: Iterable[Row]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        for attack, value in row.get("clean_success", {}).items():
-            found.setdefault(attack, []).append(value)
-    return found
 
 
 def _purifier(row: Row) -> str:

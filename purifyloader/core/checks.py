@@ -12,8 +12,7 @@ from typing import Any
 
 from purifyloader.errors import ConfigError, InputError, PurifyError
 
-__all__ = ["as_integer", "check_choice", "check_compute_batch", "check_flag", "check_integer", "check_number"]
-__all__ += ["check_seed"]
+__all__ = ["as_integer", "check_choice", "check_flag", "check_integer", "check_number", "check_seed"]
 
 
 def check_number(
@@ -80,11 +79,6 @@ def check_seed(seed: Any) -> None:
     """Raise `ConfigError` unless `seed` is a Python integer of 64 bits."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ConfigError(f"seed must be an integer of 64 bits. Got {seed!r}.")
-
-
-def check_compute_batch(compute_batch: Any) -> None:
-    """Raise `ConfigError` unless this number of images in every network call is a positive integer."""
-    check_integer("compute_batch", compute_batch, 1)
 
 
 def as_integer(name: str, value: Any, low: int) -> int:

@@ -84,10 +84,6 @@ def _pass_on(block: nn.Module) -> None:
     skip.weight[:, :width, 0, 0] = torch.eye(width)
 
 
-def _copy(new: nn.Module, old: nn.Module) -> None:
-    new.load_state_dict(old.state_dict())
-
-
 @torch.no_grad()
 def take_over(new: UNet, old: UNet) -> None:
     """Give `new`, as it was initialised, the function of `old`.
@@ -106,8 +102,8 @@ def take_over(new: UNet, old: UNet) -> None:
         had_attention = any(isinstance(block, AttentionBlock) for block in blocks)
         for block in stage:
             if not isinstance(block, AttentionBlock) or had_attention:
-                _copy(block, blocks.pop(0))
+                block.load_state_dict(blocks.pop(0).state_dict())
     for name in ("time_embed", "stem", "norm_out"):
-        _copy(getattr(new, name), getattr(old, name))
+        getattr(new, name).load_state_dict(getattr(old, name).state_dict())
     for grown, small in zip(new.conv_out.parameters(), old.conv_out.parameters(), strict=True):
         grown[: len(small)].copy_(small)  # rows of a learned variance stay zeros

@@ -13,29 +13,16 @@ the entry point group `purifyloader.purifiers`: the README of this folder shows 
 
 from __future__ import annotations
 
-from purifyloader.purifiers import composition, energy_above, langevin, networks, squeezing
-from purifyloader.purifiers.base import (
-    CONDITIONS,
-    KINDS,
-    SCHEMA,
-    Condition,
-    Purifier,
-    Resolver,
-    from_config,
-    from_json,
-)
-from purifyloader.purifiers.composition import *  # noqa: F403
-from purifyloader.purifiers.energy_above import *  # noqa: F403
-from purifyloader.purifiers.langevin import *  # noqa: F403
-from purifyloader.purifiers.networks import *  # noqa: F403
-from purifyloader.purifiers.squeezing import *  # noqa: F403
+from purifyloader.purifiers.base import CONDITIONS, KINDS, SCHEMA, Condition, Purifier, Resolver, from_config, from_json
+from purifyloader.purifiers.composition import Chain, Repeat, Resize, Tiles, Where
+from purifyloader.purifiers.energy_above import EnergyAbove
+from purifyloader.purifiers.langevin import Langevin
+from purifyloader.purifiers.networks import DenoiseOnce, Diffuse
+from purifyloader.purifiers.squeezing import BitDepth, Coin, Compensation, Grayscale, Jpeg, Squeeze
 
-__all__ = ["SCHEMA", "Condition", "Purifier", "Resolver", "from_config", "from_json"]
-__all__ += composition.__all__
-__all__ += energy_above.__all__
-__all__ += langevin.__all__
-__all__ += networks.__all__
-__all__ += squeezing.__all__
+__all__ = ["BitDepth", "Chain", "Coin", "Compensation", "Condition", "DenoiseOnce", "Diffuse", "EnergyAbove"]
+__all__ += ["Grayscale", "Jpeg", "Langevin", "Purifier", "Repeat", "Resize", "Resolver", "SCHEMA", "Squeeze", "Tiles"]
+__all__ += ["Where", "from_config", "from_json"]
 
 _classes = [value for value in map(globals().get, __all__) if isinstance(value, type)]
 KINDS.update({cls.kind: cls for cls in _classes if issubclass(cls, Purifier) and "kind" in vars(cls)})

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purifyloader.core.checks import check_compute_batch, check_number
+from purifyloader.core.checks import check_integer, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Condition, Resolver
@@ -65,7 +65,7 @@ class EnergyAbove(Condition):
             check_number("threshold", threshold)
         else:
             check_share(k)
-        check_compute_batch(compute_batch)
+        check_integer("compute_batch", compute_batch, 1)
         self._threshold = None if threshold is None else float(threshold)
         self.k = None if k is None else float(k)
         self.compute_batch = compute_batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core import noise
-from purifyloader.core.checks import check_choice, check_compute_batch, check_number
+from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.core.devices import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
@@ -61,7 +61,7 @@ class NetworkPurifier(Purifier):
         check_model(type(self).__name__, model, self.role)
         super().__init__()
         check_choice("dtype", dtype, DTYPES)
-        check_compute_batch(compute_batch)
+        check_integer("compute_batch", compute_batch, 1)
         self.dtype = dtype
         self.compute_batch = compute_batch
         self._entry = entry(model)  # before any cast
