@@ -51,12 +51,7 @@ class Plausibility:
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{key: round(value, 3) for key, value in asdict(row).items()} for row in self.rows]
-        return {
-            "images": self.images,
-            "psnr": rows,
-            "share_with_rising_energy": self.energy,
-            "warnings": self.warnings,
-        }
+        return {"images": self.images, "psnr": rows, "share_with_rising_energy": self.energy, "warnings": self.warnings}
 
 
 def dead_leaves(count: int, size: int, channels: int = 3, seed: int = 0) -> Tensor:

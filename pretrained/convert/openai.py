@@ -86,8 +86,7 @@ PRESETS: dict[str, OpenAISettings] = {
     "imagenet64_uncond_vlb_100M": _IMPROVED,
     "lsun_uncond_100M": replace(_IMPROVED, schedule=LinearSchedule(1000), rescale_timesteps=False, heads=1),
     "eclipse-cifar10": replace(
-        _IMPROVED,
-        source="ECLIPSE (Wang et al. 2024): improved-diffusion's settings, T = 4000 cosine, four heads",
+        _IMPROVED, source="ECLIPSE (Wang et al. 2024): improved-diffusion's settings, T = 4000 cosine, four heads"
     ),
     "256x256_diffusion_uncond": _GUIDED,
     "lsun_bedroom": replace(_GUIDED, dropout=0.1),

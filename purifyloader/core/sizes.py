@@ -85,10 +85,7 @@ def _padding(length: int, size: int) -> tuple[int, int]:
 def _pad(image_CHW: Tensor, size: int) -> Tensor:
     """Make each side at least `size` long: mirrored, or its border repeated where it is too short to mirror."""
     height, width = image_CHW.shape[-2:]
-    for length, sides in (
-        (width, (*_padding(width, size), 0, 0)),
-        (height, (0, 0, *_padding(height, size))),
-    ):
+    for length, sides in ((width, (*_padding(width, size), 0, 0)), (height, (0, 0, *_padding(height, size)))):
         if any(sides):
             image_CHW = F.pad(image_CHW, sides, mode="reflect" if max(sides) < length else "replicate")
     return image_CHW

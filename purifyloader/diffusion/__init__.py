@@ -2,13 +2,7 @@
 
 from purifyloader.diffusion.blind import BlindDenoiser
 from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
-from purifyloader.diffusion.schedule import (
-    ContinuousVP,
-    CosineSchedule,
-    LinearSchedule,
-    ScaledLinearSchedule,
-    Schedule,
-)
+from purifyloader.diffusion.schedule import ContinuousVP, CosineSchedule, LinearSchedule, ScaledLinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 
 __all__ = ["BlindDenoiser", "ContinuousVP", "CosineSchedule", "Denoiser", "LinearSchedule", "NetworkDenoiser"]

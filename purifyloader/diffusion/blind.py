@@ -26,11 +26,7 @@ class BlindDenoiser(Denoiser):
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        sigma_range: tuple[float, float],
-        image_channels: int = 3,
-        residual: bool = False,
+        self, network: nn.Module, sigma_range: tuple[float, float], image_channels: int = 3, residual: bool = False
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):

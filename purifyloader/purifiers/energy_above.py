@@ -48,12 +48,7 @@ class EnergyAbove(Condition):
     kind = "energy-above"
 
     def __init__(
-        self,
-        energy: EnergyNetwork,
-        threshold: float | None = None,
-        *,
-        k: float | None = None,
-        compute_batch: int = 32,
+        self, energy: EnergyNetwork, threshold: float | None = None, *, k: float | None = None, compute_batch: int = 32
     ) -> None:
         super().__init__()
         check_model("EnergyAbove", energy, "energy")

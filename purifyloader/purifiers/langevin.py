@@ -47,6 +47,7 @@ class Langevin(NetworkPurifier):
     kind = "langevin"
     role = "energy"
     asks = ("energy",)
+    memory_format = torch.channels_last  # like the images: 1.45 times as fast in float32, more in bfloat16
     energy: EnergyNetwork
 
     def __init__(
@@ -64,8 +65,7 @@ class Langevin(NetworkPurifier):
         temperature = energy.temperature if temperature is None else temperature
         check_dynamics(steps, step_size, temperature)
         check_flag("compile", compile)
-        # channels last, like the images in run_chunk: 1.45 times as fast in float32, more in bfloat16
-        super().__init__(energy, dtype, compute_batch, torch.channels_last)
+        super().__init__(energy, dtype, compute_batch)
         self.steps, self.step_size, self.temperature = steps, float(step_size), float(temperature)
         self.compiles = compile
         self.image_channels = energy.config.image_channels

@@ -51,13 +51,9 @@ class NetworkPurifier(Purifier):
     role: ClassVar[str]
     asks: ClassVar[tuple[str, ...]] = ()  # the role for a `Resolver`; one of denoisers alone takes the entry alone
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dtype: str,
-        compute_batch: int,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> None:
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
+
+    def __init__(self, model: nn.Module, dtype: str, compute_batch: int) -> None:
         check_model(type(self).__name__, model, self.role)
         super().__init__()
         check_choice("dtype", dtype, DTYPES)
@@ -67,7 +63,7 @@ class NetworkPurifier(Purifier):
         self._entry = entry(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own: Any = copy.deepcopy(model)
-        setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=memory_format).requires_grad_(False))
+        setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False))
         self.eval()
 
     def network_config(self) -> dict[str, Any]:
