@@ -183,9 +183,6 @@ def convert(
     return judged
 
 
-# -- settings ----------------------------------------------------------------------------------------
-
-
 def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
     """The settings object of a format; None where it has none."""
     layout = FORMATS[format]
@@ -257,8 +254,6 @@ def in_words(value: Any) -> str:
         return f"{value['kind']} ({rest})"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
-
-# -- files -------------------------------------------------------------------------------------------
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _USUAL = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -342,8 +337,6 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} must be JSON. Got {error}. Download it again.") from None
 
 
-# -- models ------------------------------------------------------------------------------------------
-
 _TRIED_PX = 128  # at most: what a network does with noise shows on a part of a large image
 
 
@@ -395,9 +388,6 @@ def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tenso
         )
     model = read.get("model")
     return ema["shadow_params"], model if isinstance(model, Mapping) else None
-
-
-# -- the card ----------------------------------------------------------------------------------------
 
 
 def _card(name: str, kind: ModelKind, model: NetworkDenoiser | EnergyNetwork, details: Mapping[str, Any]) -> str:

@@ -27,8 +27,7 @@ __all__ += ["multipliers", "places", "qkv_rows", "read_width", "tensors_only", "
 
 Network = TypeVar("Network", bound=nn.Module)
 
-FIRST_TRAINED = 1e-5
-"""Where the continuous time of score_sde's training begins, as a share of its end."""
+FIRST_TRAINED = 1e-5  # where the continuous time of score_sde's training begins, as a share of its end
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from purifyloader.results.rows import Row
 
 __all__ = ["BITES", "Cell", "Setting", "bites", "cells", "in_order", "markdown", "recovered", "settings_of"]
 
-BITES = 15.0
-"""Points of accuracy that a poison must take from an undefended victim to be in the table of what is given back."""
-
+BITES = 15.0  # points of accuracy that a poison must take from an undefended victim to be in the table of gains
 CLEAN = "none"
 
 

@@ -51,14 +51,11 @@ class Bench:
     larger part, `rest`, which stays clean: one for each seed, which all attacks and defences share. The smaller part is
     poisoned, purified and trained on. An attack that takes networks is given the extractor that the victim starts from.
 
-    Args:
-        data: clean. A poison file is of all the images that there were before some were chosen.
-        victim, training: of `victims.presets.VICTIMS` and `TRAININGS`.
-        work: folder of poisoned sets, purified caches and extractors, which rows share and a stopped run goes on in.
-        attack_seed: of an attack's draws. The poison, the purification and the test images are the same for all seeds
-            of a row; the seed is the victim's, and that of compensation. A targeted attack has a target and a poison
-            for each seed, and so has an attack on the extractor of a seed.
-        fast: bfloat16 in purifiers and victims, in place of float32.
+    The poison, the purification and the test images are the same for all seeds of a row: the attack draws from
+    `attack_seed`, the victim and compensation from the row's. A targeted attack has a target and a poison for each
+    seed, and so has an attack on the extractor of a seed. `data` are clean, and a poison file is of all the images that
+    there were before some were chosen. Rows share the folder `work`, of poisoned sets, purified caches and extractors,
+    in which a stopped run goes on. `fast` is bfloat16 in purifiers and victims.
     """
 
     def __init__(

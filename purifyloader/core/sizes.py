@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 
-__all__ = ["Shape", "check_resize", "check_tiles", "cut", "join", "resize", "resized_shape"]
+__all__ = ["Shape", "check_resize", "cut", "join", "resize", "resized_shape"]
 
 Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
@@ -38,12 +38,6 @@ def check_resize(size: Any, crop: Any) -> None:
             f"crop must be an integer from 1 to size={size}, in pixels, or None. Got {crop!r}: "
             "resize to at least what is cropped."
         )
-
-
-def check_tiles(size: Any, overlap: Any) -> None:
-    """Raise `ConfigError` unless the tile is a positive integer and neighbours share at most half of it."""
-    check_integer("The size of a tile", size, 1, unit="in pixels")
-    check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
 
 
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:

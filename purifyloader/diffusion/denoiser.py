@@ -26,8 +26,7 @@ from purifyloader.errors import ConfigError, InputError
 
 __all__ = ["PARAMETERIZATIONS", "TIMES", "Denoiser", "NetworkDenoiser", "denoiser_from_config"]
 
-SIGMA_DATA = 0.5
-"""Standard deviation of image data in [-1, 1], as EDM and the consistency models take it."""
+SIGMA_DATA = 0.5  # standard deviation of image data in [-1, 1], as EDM and the consistency models take it
 
 
 def _edm(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +46,7 @@ PARAMETERIZATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] 
 }
 """Output of the network: s -> (c_skip, c_out, c_in), for data in [-1, 1]."""
 
-
-TIMES = ("rescaled", "timestep", "continuous")
-"""Time input of a network with a schedule; see `NetworkDenoiser`."""
+TIMES = ("rescaled", "timestep", "continuous")  # input of a network with a schedule; see `NetworkDenoiser`
 
 
 class Denoiser(nn.Module):

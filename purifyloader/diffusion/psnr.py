@@ -22,12 +22,10 @@ _BATCH_VALUES = 100 * 3 * 64 * 64  # bounds the memory of a batch of large image
 
 def check_images(images_NCHW: Tensor, what: str = "PSNR takes") -> None:
     """Raise `InputError` unless these are images to measure on; `what` begins the message, such as "PSNR takes"."""
-    if not isinstance(images_NCHW, Tensor):
-        raise InputError(f"{what} uint8 images (N, C, H, W), as a tensor. Got {type(images_NCHW).__name__}.")
-    if images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.numel() == 0:
-        raise InputError(
-            f"{what} uint8 images (N, C, H, W), at least one. Got {images_NCHW.dtype} {tuple(images_NCHW.shape)}."
-        )
+    is_tensor = isinstance(images_NCHW, Tensor)
+    if not is_tensor or images_NCHW.dtype != torch.uint8 or images_NCHW.ndim != 4 or images_NCHW.numel() == 0:
+        got = f"{images_NCHW.dtype} {tuple(images_NCHW.shape)}" if is_tensor else type(images_NCHW).__name__
+        raise InputError(f"{what} uint8 images (N, C, H, W), at least one, as a tensor. Got {got}.")
 
 
 def psnr_of(x_BCHW: Tensor, clean_BCHW: Tensor) -> Tensor:

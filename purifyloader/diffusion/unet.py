@@ -30,18 +30,8 @@ UP_ATTENTION = ("each", "last")
 
 # What the first checkpoints wrote down. A field that came later is written only where it is not its default,
 # so that their configurations, and the fingerprints of the caches made with them, stay what they were.
-_FIRST_FIELDS = (
-    "channels",
-    "multipliers",
-    "blocks",
-    "attention_levels",
-    "middle_attention",
-    "heads",
-    "norm_groups",
-    "dropout",
-    "image_channels",
-    "learned_variance",
-)
+_FIRST_FIELDS = {"channels", "multipliers", "blocks", "attention_levels", "middle_attention", "heads", "norm_groups"}
+_FIRST_FIELDS |= {"dropout", "image_channels", "learned_variance"}
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,9 @@ from purifyloader.errors import PurifyError
 
 __all__ = ["FAR", "STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energy_gradient", "langevin", "walk"]
 
-STEP_SIZE = 0.00625
-"""PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step."""
-
-TEMPERATURE = 1e-4
-"""PureGen's: the number that an energy is divided by."""
-
-FAR = 10.0
-"""Image units from the middle grey: no image is out there, and a walk that gets there has run away."""
+STEP_SIZE = 0.00625  # PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step
+TEMPERATURE = 1e-4  # PureGen's: the number that an energy is divided by
+FAR = 10.0  # image units from the middle grey: no image is out there, and a walk that gets there has run away
 
 Energy = Callable[[Tensor], Tensor]
 """`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""

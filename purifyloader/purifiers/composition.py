@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core import noise, sizes
+from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import (
     Condition,
@@ -25,9 +26,7 @@ __all__ = ["Chain", "Repeat", "Resize", "Tiles", "Where"]
 
 
 class Chain(Purifier):
-    """Apply one purifier after another; stage i draws from `fold_in(seed, i)`.
-
-    So a purifier alone and in a chain, even as its only stage, draws other noise for the same seed.
+    """Apply one purifier after another; stage i draws from `fold_in(seed, i)`, even if it is the only one.
 
     >>> from purifyloader.purifiers import BitDepth, Chain, Jpeg
     >>> [stage["kind"] for stage in Chain(Jpeg(50), BitDepth(4)).config()["stages"]]
@@ -133,11 +132,9 @@ class Repeat(Purifier):
 class Resize(Purifier):
     """Bring images of any size to the size that a model was trained for: the one purifier that changes shapes.
 
-    Antialiased bilinear, image by image; an image that has the size already passes unchanged. It draws nothing.
-
-    Args:
-        size: of the shorter side, in pixels. The aspect is kept, the longer side rounded down (torchvision).
-        crop: also cut out the central crop x crop pixels, so that all images have one shape; at most `size`.
+    Antialiased bilinear, image by image; an image that has the size already passes unchanged. `size` is that of the
+    shorter side, in pixels; the aspect is kept, the longer side rounded down (torchvision). `crop`, at most `size`,
+    also cuts out the central crop x crop pixels, so that all images have one shape.
 
     >>> from purifyloader.purifiers import Resize
     >>> Resize(32, crop=32).output_shape((3, 100, 80))
@@ -182,11 +179,10 @@ class Tiles(Purifier):
 
     All tiles of all images that come together are purified together, in full batches. Tile j of an image (row by row
     from the top left) draws from `fold_in(seed, j)`. Where tiles overlap they are averaged, each weighted by a ramp
-    that falls linearly towards its edge; a pixel that one tile covers is exactly that tile's.
-
-    The last tile of a row or column ends with the image, and so may overlap its neighbours by more. An image smaller
-    than a tile is mirrored at its borders (its border repeated where it is too small for that) and cut back. Decisions
-    about a whole image, such as whether `Compensation` makes it grey, belong after the tiles, not in them.
+    that falls linearly towards its edge; a pixel that one tile covers is exactly that tile's. The last tile of a row or
+    column ends with the image, and so may overlap more. An image smaller than a tile is mirrored at its borders (its
+    border repeated where it is too small for that) and cut back. Decisions about a whole image, such as whether
+    `Compensation` makes it grey, belong after the tiles, not in them.
 
     Args:
         purifier: one that keeps shapes and has no condition over the dataset; put a `Resize` before the tiles.
@@ -207,7 +203,8 @@ class Tiles(Purifier):
             raise ConfigError(f"Tiles takes a purifier. Got {type(purifier).__name__}.")
         if overlap is None and isinstance(size, int):
             overlap = size // 4
-        sizes.check_tiles(size, overlap)
+        check_integer("The size of a tile", size, 1, unit="in pixels")
+        check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
         if not keeps_shape(purifier, (purifier.image_channels or 3, size, size)):
             raise ConfigError(
                 "Tiles takes a purifier that keeps the shape of a tile. Got one that resizes: "

@@ -85,12 +85,7 @@ class NetworkPurifier(Purifier):
 class DenoiseOnce(NetworkPurifier):
     """Add noise of exactly sigma and denoise in one network call (Hong et al. 2024; Carlini et al. 2023).
 
-    `InputError` for no denoiser, or one that was not trained for this noise.
-
-    Args:
-        denoiser: see `purifyloader.pretrained.load`; copied and frozen.
-        sigma: noise level in image units, within `denoiser.sigma_range`.
-        dtype, compute_batch: see `Diffuse`.
+    sigma is in image units, within `denoiser.sigma_range`, or `InputError`. See `Diffuse` for dtype and compute_batch.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import DenoiseOnce
