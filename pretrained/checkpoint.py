@@ -106,10 +106,10 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a file in place of a folder, and a checkpoint that must not be overwritten."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"A checkpoint is saved to a folder. Got the file {folder}. Give another path.")
-    found = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / file)]
-    if found and not overwrite:
+    files = [file for file in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if os.path.exists(folder / file)]
+    if files and not overwrite:
         raise CheckpointError(
-            f"must be set to replace a checkpoint. Got {folder}, which has {', '.join(found)}. Give another folder, or "
+            f"must be set to replace a checkpoint. Got {folder}, which has {', '.join(files)}. Give another folder, or "
             "replace these files.",
             argument="overwrite",
         )
@@ -250,11 +250,11 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
         raise _unreadable(file, error) from None
     except ValueError as error:  # also text that is not UTF-8
         raise CheckpointError(f"{file} must be JSON. Got {error}. {_AGAIN}.") from None
-    found = config.get("format") if isinstance(config, dict) else None
-    other = kind_of_format(found)
+    named = config.get("format") if isinstance(config, dict) else None
+    other = kind_of_format(named)
     if other is None:
         check_not_foreign(folder, config)
-        got = repr(found) if isinstance(config, dict) else type(config).__name__
+        got = repr(named) if isinstance(config, dict) else type(config).__name__
         wanted = KINDS.values() if kind is None else [KINDS[kind]]
         formats = " or ".join(repr(one.format) for one in wanted)
         raise CheckpointError(
@@ -265,7 +265,7 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
     if other.name != kind:
         words = KINDS[kind].words
         raise CheckpointError(
-            f"{folder} must hold {words}. Got {other.words} (format {found!r}). Give {words} here; "
+            f"{folder} must hold {words}. Got {other.words} (format {named!r}). Give {words} here; "
             f"purifyloader.pretrained.load(..., kind={other.name!r}) reads this one."
         )
     version = config.get("version")

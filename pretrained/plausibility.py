@@ -103,15 +103,15 @@ def measure(denoiser: Denoiser, images_NCHW: Tensor, sigmas: Sequence[float], ba
 def judge_denoiser(denoiser: NetworkDenoiser, images_NCHW: Tensor, images: str) -> Plausibility:
     """Measure whether a denoiser denoises clean uint8 images, which `images` describes."""
     rows = measure(denoiser, images_NCHW, levels(denoiser.sigma_range))
-    found = Plausibility(f"{len(images_NCHW)} {images}", rows)
+    judged = Plausibility(f"{len(images_NCHW)} {images}", rows)
     if bad := [row for row in rows if not row.gain >= _GAIN_DB]:
         text = ", ".join(f"{row.sigma_px:.3g} px: {row.noisy:.1f} → {row.denoised:.1f} dB" for row in bad)
-        found.warnings.append(
+        judged.warnings.append(
             f"The converted model does not denoise ({text}). Likely causes: another schedule or T, rescaled timesteps "
             "or not, another number of heads or order of qkv than the weights were trained with; weights of an "
             "untrained or other model; or images unlike those it was trained on (give it images of its kind)."
         )
-    return found
+    return judged
 
 
 @torch.no_grad()
@@ -120,11 +120,11 @@ def judge_energy(network: EnergyNetwork, images_NCHW: Tensor, images: str) -> Pl
     clean = images_NCHW.float() / 255
     noised = clean + _ENERGY_PX / 255 * noise.normal(noise.image_keys(0, 0, range(len(clean))), clean.shape[1:])
     share = float((network(noised) > network(clean)).float().mean())
-    found = Plausibility(f"{len(images_NCHW)} {images}", energy=share)
+    judged = Plausibility(f"{len(images_NCHW)} {images}", energy=share)
     if share < 0.5:
-        found.warnings.append(
+        judged.warnings.append(
             f"Noise of {_ENERGY_PX} px raises the energy of only {100 * share:.0f} % of clean images, so steps down "
             "the energy would not remove it. Likely causes: an energy of the other sign, weights of an untrained or "
             "other model, or images unlike those it was trained on (give it images of its kind)."
         )
-    return found
+    return judged

@@ -115,8 +115,8 @@ def check_not_foreign(folder: Path, config: Any = None) -> None:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder} must be a folder that can be read. Got: {error}. Check its rights.") from None
-    if (found := foreign(names, config)) is not None:
-        what, format_ = found
+    if (described := foreign(names, config)) is not None:
+        what, format_ = described
         raise CheckpointError(
             f"A checkpoint folder holds {CONFIG_FILE} and {MODEL_FILE}. Got {folder} with {what}. "
             f"{_CONVERT.format(source=folder, format=format_)}"

@@ -153,8 +153,8 @@ def convert(
     checkpoint.check_folder(folder, overwrite)  # before anything is read, downloaded or measured
     preset = FORMATS[format].preset if preset is None else preset
     values = _values(format, preset, dict(settings or {}))
-    found = _find(source, format, file)
-    model, size = _build(format, found, key, values)
+    located = _find(source, format, file)
+    model, size = _build(format, located, key, values)
     kind = kind_of(model)
     assert kind is not None
     if licence is None and preset is not None:
@@ -170,7 +170,7 @@ def convert(
             "format": format,
             "preset": preset,
             "settings": as_json(values),
-            "source": found.provenance(),
+            "source": located.provenance(),
             "licence": licence,
             "plausibility": judged.to_dict(),
         },
@@ -183,7 +183,7 @@ def convert(
     return judged
 
 
-def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
+def _values(format: str, preset: str | None, chosen: dict[str, Any]) -> Any:
     """The settings object of a format; None where it has none."""
     layout = FORMATS[format]
     if preset is not None and preset not in layout.presets:
@@ -191,8 +191,8 @@ def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
         raise InputError(f"The presets of {format} are: {known}. Got {preset!r}.")
     base = None if preset is None else layout.presets[preset]
     if "timesteps" not in layout.takes:
-        _read_schedule(given, base)
-    if unknown := sorted(set(given) - set(layout.takes)):
+        _read_schedule(chosen, base)
+    if unknown := sorted(set(chosen) - set(layout.takes)):
         known, got = (", ".join(f"--{name.replace('_', '-')}" for name in names) for names in (layout.takes, unknown))
         raise InputError(f"The settings of {format} are: {known or 'none: its files say everything'}. Got {got}.")
     if layout.settings is None:
@@ -200,11 +200,11 @@ def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
     if base is not None:
         # one of two that exclude each other replaces the other
         for one, other in (("heads", "head_channels"), ("head_channels", "heads")):
-            if given.get(one) is not None and other in layout.takes:
-                given.setdefault(other, None)
-        return replace(base, **given)
-    missing = [name for name in layout.needs if name not in given]
-    if layout.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(given):
+            if chosen.get(one) is not None and other in layout.takes:
+                chosen.setdefault(other, None)
+        return replace(base, **chosen)
+    missing = [name for name in layout.needs if name not in chosen]
+    if layout.settings is openai.OpenAISettings and not {"heads", "head_channels"} & set(chosen):
         missing.append("heads")
     if missing:
         pairs = {"heads": "--heads or --head-channels", "schedule": "--schedule and --timesteps"}
@@ -214,29 +214,29 @@ def _values(format: str, preset: str | None, given: dict[str, Any]) -> Any:
             f"({', '.join(layout.presets)}), or what it was trained with. Got neither a preset nor "
             f"{', '.join(words)}."
         )
-    return layout.settings(**given)
+    return layout.settings(**chosen)
 
 
 _SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
 
 
-def _read_schedule(given: dict[str, Any], base: Any) -> None:
+def _read_schedule(chosen: dict[str, Any], base: Any) -> None:
     """Put a `Schedule` in the place of its kind and T. T alone keeps the kind of the preset's."""
-    if "timesteps" in given and "schedule" not in given:
+    if "timesteps" in chosen and "schedule" not in chosen:
         if (schedule := getattr(base, "schedule", None)) is None:
             raise ConfigError(
-                f"--timesteps is the T of a schedule. Got {given['timesteps']!r} without --schedule: give it too."
+                f"--timesteps is the T of a schedule. Got {chosen['timesteps']!r} without --schedule: give it too."
             )
-        given["schedule"] = schedule.kind
-    if not isinstance(kind := given.get("schedule"), str):
+        chosen["schedule"] = schedule.kind
+    if not isinstance(kind := chosen.get("schedule"), str):
         return
     if kind not in _SCHEDULES:
         raise ConfigError(f"--schedule must be one of {', '.join(_SCHEDULES)}. Got {kind!r}.")
-    if (timesteps := given.pop("timesteps", None)) is None:
+    if (timesteps := chosen.pop("timesteps", None)) is None:
         raise ConfigError(
             f"A schedule has a number of timesteps, T. Got --schedule {kind} alone: give --timesteps too."
         )
-    given["schedule"] = _SCHEDULES[kind](timesteps)
+    chosen["schedule"] = _SCHEDULES[kind](timesteps)
 
 
 def as_json(values: Any) -> dict[str, Any] | None:

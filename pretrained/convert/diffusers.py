@@ -298,14 +298,14 @@ def _pieces(network: UNet) -> list[Piece]:
     pieces = _LAYOUT.outer_pieces(network)
     levels = len(network.config.multipliers)
     for place in mapping.places(network):
-        theirs, number = {
+        prefix, number = {
             "down": (f"down_blocks.{place.level}", place.block),
             "middle": ("mid_block", int(place.position == len(network.middle) - 1)),
             "up": (f"up_blocks.{levels - 1 - place.level}", place.block),
         }[place.side]
         if isinstance(place.module, ResidualBlock):
-            theirs += f".resnets.{number}"
+            prefix += f".resnets.{number}"
         elif isinstance(place.module, AttentionBlock):
-            theirs += f".attentions.{number}"
-        pieces += _LAYOUT.pieces(place, theirs)
+            prefix += f".attentions.{number}"
+        pieces += _LAYOUT.pieces(place, prefix)
     return pieces

@@ -16,15 +16,15 @@ from purifyloader.pretrained.registry import listed
 __all__ = ["NAMES", "convert_energy"]
 
 _LAYERS = {"readout": "l5"} | {
-    f"blocks.{block}.{ours}": f"block{block + 1}.{theirs}"
+    f"blocks.{block}.{ours}": f"block{block + 1}.{published}"
     for block in range(4)
-    for ours, theirs in (("conv1", "c1"), ("conv2", "c2"), ("skip", "c_sc"))
+    for ours, published in (("conv1", "c1"), ("conv2", "c2"), ("skip", "c_sc"))
     if ours != "skip" or block < 2
 }
 
 NAMES = {
-    f"{theirs}.{leaf}": f"{ours}.{leaf}"
-    for ours, theirs in _LAYERS.items()
+    f"{published}.{leaf}": f"{ours}.{leaf}"
+    for ours, published in _LAYERS.items()
     for leaf in ("weight", "bias")
     if (ours, leaf) != ("readout", "bias")
 }
@@ -57,5 +57,5 @@ def convert_energy(weights: Mapping[str, Tensor], what: str, config: Mapping[str
         )
     with torch.device("meta"):
         network = EnergyNetwork(EnergyConfig(width, channels))
-    pieces = [p for ours, theirs in _LAYERS.items() for p in copies(ours, theirs, network.get_submodule(ours))]
+    pieces = [p for ours, published in _LAYERS.items() for p in copies(ours, published, network.get_submodule(ours))]
     return fill(network, pieces, weights, what)

@@ -67,10 +67,10 @@ def places(network: UNet) -> Iterator[Place]:
                 yield Place(side, index, position, level, index % per_level, module)
 
 
-def copies(ours: str, theirs: str, module: nn.Module) -> list[Piece]:
+def copies(ours: str, prefix: str, module: nn.Module) -> list[Piece]:
     """Copy weight and bias of a layer that both have in the same shape. A layer without weights gives nothing."""
     return [
-        Piece(f"{ours}.{name}", (f"{theirs}.{name}",), tuple(tensor.shape), lambda tensor: tensor)
+        Piece(f"{ours}.{name}", (f"{prefix}.{name}",), tuple(tensor.shape), lambda tensor: tensor)
         for name, tensor in module.named_parameters()
     ]
 
@@ -101,33 +101,33 @@ class Layout:
     def outer_pieces(self, network: UNet) -> list[Piece]:
         """Say where the tensors outside the blocks come from."""
         named = self.outside.items()
-        return [piece for ours, theirs in named for piece in copies(ours, theirs, network.get_submodule(ours))]
+        return [piece for ours, prefix in named for piece in copies(ours, prefix, network.get_submodule(ours))]
 
-    def pieces(self, place: Place, theirs: str) -> list[Piece]:
-        """Say where the tensors of a block come from, whose foreign name is `theirs`."""
+    def pieces(self, place: Place, prefix: str) -> list[Piece]:
+        """Say where the tensors of a block come from, whose foreign name is `prefix`."""
         module, ours = place.module, place.ours
         if isinstance(module, AttentionBlock):
             return [
-                *copies(f"{ours}.norm", f"{theirs}.{self.norm}", module.norm),
-                *self._matrices(f"{ours}.qkv", theirs, self.qkv, module.qkv, module.heads if self.stacked else 1),
-                *self._matrices(f"{ours}.proj", theirs, (self.proj,), module.proj),
+                *copies(f"{ours}.norm", f"{prefix}.{self.norm}", module.norm),
+                *self._matrices(f"{ours}.qkv", prefix, self.qkv, module.qkv, module.heads if self.stacked else 1),
+                *self._matrices(f"{ours}.proj", prefix, (self.proj,), module.proj),
             ]
         if not isinstance(module, ResidualBlock):
             conv, name = getattr(module, "conv", None), self.resample[place.side]
-            return [] if conv is None else copies(f"{ours}.conv", f"{theirs}.{name}", conv)
+            return [] if conv is None else copies(f"{ours}.conv", f"{prefix}.{name}", conv)
         pieces: list[Piece] = []
         for own, foreign in self.residual.items():
-            pieces += copies(f"{ours}.{own}", f"{theirs}.{foreign}", module.get_submodule(own))
+            pieces += copies(f"{ours}.{own}", f"{prefix}.{foreign}", module.get_submodule(own))
         if self.skip and isinstance(module.skip, nn.Conv2d):
-            pieces += self._matrices(f"{ours}.skip", theirs, (self.skip,), module.skip)
+            pieces += self._matrices(f"{ours}.skip", prefix, (self.skip,), module.skip)
         return pieces
 
     def _matrices(
-        self, ours: str, theirs: str, layers: tuple[str, ...], conv: nn.Conv2d, heads: int = 1
+        self, ours: str, prefix: str, layers: tuple[str, ...], conv: nn.Conv2d, heads: int = 1
     ) -> list[Piece]:
         """A 1 x 1 convolution of ours from linear layers of theirs, one after another along the output."""
         stored_shape, read = _MATRICES[self.matrices]
-        weights, biases = (tuple(f"{theirs}.{layer}.{leaf}" for layer in layers) for leaf in self.leaves)
+        weights, biases = (tuple(f"{prefix}.{layer}.{leaf}" for layer in layers) for leaf in self.leaves)
         c_out = conv.out_channels // len(layers)
 
         def weight(*parts: Tensor) -> Tensor:

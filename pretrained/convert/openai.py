@@ -220,10 +220,10 @@ def _pieces(network: UNet, settings: OpenAISettings) -> list[Piece]:
     layout = replace(_LAYOUT, stacked=settings.qkv_order == "channels-first")
     pieces = layout.outer_pieces(network)
     for place in mapping.places(network):
-        theirs = {
+        prefix = {
             "down": f"input_blocks.{place.stage + 1}.{place.position}",
             "middle": f"middle_block.{place.position}",
             "up": f"output_blocks.{place.stage}.{place.position}",
         }[place.side]
-        pieces += layout.pieces(place, theirs)
+        pieces += layout.pieces(place, prefix)
     return pieces

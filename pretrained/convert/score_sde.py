@@ -246,11 +246,11 @@ def _pieces(network: UNet, layout: Layout) -> tuple[list[Piece], list[str]]:
     pieces: list[Piece] = []
     names: list[str] = []
     for number, module in enumerate(modules):
-        theirs = f"all_modules.{number}"
+        prefix = f"all_modules.{number}"
         if isinstance(module, Place):
-            new = layout.pieces(module, theirs)
+            new = layout.pieces(module, prefix)
         else:
-            new = mapping.copies(module, theirs, network.get_submodule(module))
+            new = mapping.copies(module, prefix, network.get_submodule(module))
         sources = [source for piece in new for source in piece.sources]
         if isinstance(module, Place) and isinstance(module.module, AttentionBlock):
             sources.sort(key=lambda name: name.split(".")[2])  # layer by layer, not all weights of q, k, v first

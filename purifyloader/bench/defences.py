@@ -202,18 +202,18 @@ def find(spec: str) -> tuple[Defence, float | None]:
 def _with_options(defence: Defence, text: str) -> Defence:
     """Put the options `a=1,b=2` over those of the defence's row."""
     options = {} if defence.recipe is None else {k: v for k, v in defence.recipe.options.items() if k != "fast"}
-    given: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         key = name.strip().replace("-", "_")
         if not equals or key not in options:
             known = ", ".join(options) or "none"
             raise InputError(f"The options of the defence {defence.name} are: {known}. Got {part!r}.")
-        given[key] = options[key].parse(value.strip())
+        parsed[key] = options[key].parse(value.strip())
     # t and sigma are two names of one level: the one given replaces the row's own
     level = {"t", "sigma"}
-    own = {k: v for k, v in defence.options.items() if not (k in level and level & set(given))}
-    return replace(defence, name=f"{defence.name}:{text}", options={**own, **given})
+    own = {k: v for k, v in defence.options.items() if not (k in level and level & set(parsed))}
+    return replace(defence, name=f"{defence.name}:{text}", options={**own, **parsed})
 
 
 def _of_file(path: Path, grey: bool, noise: bool) -> Defence:

@@ -41,10 +41,10 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
 
     The colour is the accuracy: the darker, the nearer to that of clean data without a defence.
     """
-    found = cells(rows)
-    attacks, defences = in_order(found)
+    results = cells(rows)
+    attacks, defences = in_order(results)
     levels = np.full((len(defences), len(attacks)), np.nan)
-    for (attack, defence), cell in found.items():
+    for (attack, defence), cell in results.items():
         levels[defences.index(defence), attacks.index(attack)] = statistics.fmean(cell.accuracy)
     names = ["\n".join(textwrap.wrap("clean" if attack == CLEAN else attack, _NAME)) for attack in attacks]
     notes = _setting(rows), "accuracy on clean test images in %, by training data and defence; white: not measured"
@@ -57,7 +57,7 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
     height = above + _LINE * len(defences) + below
     figure = new_figure((width, height))
     axis = figure.add_axes((left / width, below / height, _CELL * len(attacks) / width, 1 - (above + below) / height))
-    top = levels[0, 0] if (CLEAN, CLEAN) in found else np.nanmax(levels)
+    top = levels[0, 0] if (CLEAN, CLEAN) in results else np.nanmax(levels)
     axis.imshow(levels, cmap="YlGnBu", vmin=0, vmax=1.15 * top, aspect="auto")
     for (line, column), level in np.ndenumerate(levels):
         if not np.isnan(level):
@@ -78,14 +78,14 @@ def costs(rows: Sequence[Row], path: str | Path) -> None:
     The poisons are those that bite, where some do, and that most defences were measured with; the defences are those
     that were measured with all of these: a mean over others would not compare.
     """
-    found = cells(rows)
-    biting = {a for a, _ in found if bites(found, a)} or {a for a, _ in found if a != CLEAN}
-    counts = {a: sum(key[0] == a for key in found) for a in biting or {CLEAN}}
+    results = cells(rows)
+    biting = {a for a, _ in results if bites(results, a)} or {a for a, _ in results if a != CLEAN}
+    counts = {a: sum(key[0] == a for key in results) for a in biting or {CLEAN}}
     every = {a for a, count in counts.items() if count >= _MANY * max(counts.values())}
-    defences = in_order(found)[1]
+    defences = in_order(results)[1]
     measured: dict[str, tuple[float, float]] = {}
     for defence in defences:
-        measured_cells = {a: found[a, defence] for a in every if (a, defence) in found}
+        measured_cells = {a: results[a, defence] for a in every if (a, defence) in results}
         if measured_cells.keys() == every:
             level = statistics.fmean(statistics.fmean(cell.accuracy) for cell in measured_cells.values())
             measured[defence] = max(1e-6, statistics.median(cell.seconds for cell in measured_cells.values())), level
@@ -111,14 +111,14 @@ def noise_levels(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, l
 
     The defences are those that were measured at two levels of noise or more, with `NAME@PX`.
     """
-    found: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
+    results: dict[str, dict[str, list[tuple[float, list[float]]]]] = {}
     for (attack, defence), cell in cells(rows).items():
         if cell.sigma_px is not None:
             base = re.sub(r"@[\d.]+", "", defence)
-            found.setdefault(base, {}).setdefault(attack, []).append((cell.sigma_px, cell.accuracy))
+            results.setdefault(base, {}).setdefault(attack, []).append((cell.sigma_px, cell.accuracy))
     curves = {
         base: {attack: sorted(points) for attack, points in by_attack.items() if len(points) > 1}
-        for base, by_attack in found.items()
+        for base, by_attack in results.items()
     }
     return {base: by_attack for base, by_attack in curves.items() if by_attack}
 

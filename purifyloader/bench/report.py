@@ -39,13 +39,13 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
 
     `InputError` for rows of one name that differ in more than their seed, whose mean would mean nothing.
     """
-    found: dict[tuple[str, str], list[Row]] = {}
+    results: dict[tuple[str, str], list[Row]] = {}
     fastest: dict[str, float] = {}  # of a purifier: what other work on the machine cannot have made longer
     for row in rows:
-        found.setdefault((row["attack"], row["defence"]), []).append(row)
+        results.setdefault((row["attack"], row["defence"]), []).append(row)
         seconds = row["seconds"]["purify_an_image"]
         fastest[_purifier(row)] = min(seconds, fastest.get(_purifier(row), seconds))
-    for (attack, defence), group in found.items():
+    for (attack, defence), group in results.items():
         if len({canonical_json({**row["settings"], "seed": None}) for row in group}) > 1:
             raise InputError(
                 f"Expected rows of {attack} and {defence} that differ in their seed alone. Got others too, such as a "
@@ -65,7 +65,7 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str], Cell]:
             calls=max(row["calls"] for row in group),
             sigma_px=group[0]["sigma_px"],
         )
-        for key, group in found.items()
+        for key, group in results.items()
     }
 
 
@@ -93,23 +93,23 @@ def settings_of(row: Row) -> Setting:
     return Setting(*shown, settings["data"]["sha"], settings["attack_seed"], settings["fast"], settings["device"])
 
 
-def bites(found: Mapping[tuple[str, str], Cell], attack: str) -> bool:
+def bites(results: Mapping[tuple[str, str], Cell], attack: str) -> bool:
     """Tell whether an attack takes `BITES` points from undefended victims, by all seeds of either."""
-    clean, bare = found.get((CLEAN, CLEAN)), found.get((attack, CLEAN))
+    clean, bare = results.get((CLEAN, CLEAN)), results.get((attack, CLEAN))
     if clean is None or bare is None:
         return False
     return statistics.fmean(clean.accuracy) - statistics.fmean(bare.accuracy) >= BITES
 
 
-def recovered(found: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
+def recovered(results: Mapping[tuple[str, str], Cell], attack: str, defence: str) -> float | None:
     """Compute the share of the lost accuracy that a defence gives back, in percent, over the seeds of all three cells.
 
     100 is the undefended victim's accuracy on clean data, 0 its accuracy on the poisoned. None for a poison that does
     not bite, and where there is no seed to compare.
     """
-    if not bites(found, attack) or (attack, defence) not in found:
+    if not bites(results, attack) or (attack, defence) not in results:
         return None
-    if (means := _compared(found[CLEAN, CLEAN], found[attack, CLEAN], found[attack, defence])) is None:
+    if (means := _compared(results[CLEAN, CLEAN], results[attack, CLEAN], results[attack, defence])) is None:
         return None
     top, bottom, reached = means
     return 100 * (reached - bottom) / (top - bottom) if top > bottom else None  # of these few seeds it may take nothing
@@ -133,21 +133,21 @@ def markdown(rows: Sequence[Row]) -> str:
         groups.setdefault(settings_of(row), []).append(row)
     parts = []
     for at, group in groups.items():
-        found = cells(group)
-        parts += [_header(at, group, found), *_tables(found)]
+        results = cells(group)
+        parts += [_header(at, group, results), *_tables(results)]
         if at.data in published.DATA:
-            attacks, defences = in_order(found)
+            attacks, defences = in_order(results)
             parts += [text for source in published.tables().values() for text in _published(source, attacks, defences)]
     return "\n\n".join(parts) + "\n"
 
 
-def _header(at: Setting, rows: Sequence[Row], found: Mapping[tuple[str, str], Cell]) -> str:
+def _header(at: Setting, rows: Sequence[Row], results: Mapping[tuple[str, str], Cell]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     names = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     victims = (
         f"mean and standard deviation over victims of the {names}; where they are fewer than elsewhere their number is "
         "in brackets, and a figure without ± is of one victim"
-        if _most(found) > 1
+        if _most(results) > 1
         else f"of one victim each, of the {names}"
     )
     clean = rows[0].get("extractor_images")
@@ -169,8 +169,8 @@ def _header(at: Setting, rows: Sequence[Row], found: Mapping[tuple[str, str], Ce
     return f"{title}\n\n{' '.join(parts)}"
 
 
-def _most(found: Mapping[tuple[str, str], Cell]) -> int:
-    return max(len(cell.seeds) for cell in found.values())
+def _most(results: Mapping[tuple[str, str], Cell]) -> int:
+    return max(len(cell.seeds) for cell in results.values())
 
 
 def _unlike(what: str, values: Sequence[str]) -> list[str]:
@@ -182,46 +182,46 @@ def _unlike(what: str, values: Sequence[str]) -> list[str]:
     return [f"{what}: {first} ({count} rows) and {', '.join(f'{value} ({n})' for value, n in others)}."]
 
 
-def _tables(found: Mapping[tuple[str, str], Cell]) -> list[str]:
-    attacks, defences = in_order(found)
-    most = _most(found)
+def _tables(results: Mapping[tuple[str, str], Cell]) -> list[str]:
+    attacks, defences = in_order(results)
+    most = _most(results)
     accuracies = table.markdown(
         ["defence", *(_shown(a) for a in attacks), "noise", "calls", "s / 1,000 images"],
         [
             [
                 defence,
-                *(_mean(found[a, defence].accuracy, most) if (a, defence) in found else "–" for a in attacks),
-                *_cost(next(found[a, defence] for a in attacks if (a, defence) in found)),
+                *(_mean(results[a, defence].accuracy, most) if (a, defence) in results else "–" for a in attacks),
+                *_cost(next(results[a, defence] for a in attacks if (a, defence) in results)),
             ]
             for defence in defences
         ],
     )
     success = _won(
-        found,
+        results,
         "success",
         "Test images of other classes that the trigger, as strong as in training, has called its class (clean: by "
         "victims of clean data with the same defence, where it was measured)",
-        lambda attack, defence: _success(found, attack, defence, most),
+        lambda attack, defence: _success(results, attack, defence, most),
     )
     flipped = _won(
-        found,
+        results,
         "flipped",
         "Targets that are called what the attacker wants, one a seed (an attack has another for each seed, a file "
         "the same; clean is how often those of the attacks are called so by victims of clean data)",
-        lambda attack, defence: _share(found[attack, defence].flipped),
+        lambda attack, defence: _share(results[attack, defence].flipped),
     )
-    return [accuracies, *_given_back(found), *success, *flipped]
+    return [accuracies, *_given_back(results), *success, *flipped]
 
 
-def _given_back(found: Mapping[tuple[str, str], Cell]) -> list[str]:
-    attacks, defences = in_order(found)
-    biting = [a for a in attacks if bites(found, a)]
+def _given_back(results: Mapping[tuple[str, str], Cell]) -> list[str]:
+    attacks, defences = in_order(results)
+    biting = [a for a in attacks if bites(results, a)]
     lines = []
     for defence in defences:
-        shares = [recovered(found, a, defence) for a in biting]
+        shares = [recovered(results, a, defence) for a in biting]
         if defence != CLEAN and any(share is not None for share in shares):
             keys = (CLEAN, defence), (CLEAN, CLEAN)
-            means = _compared(*(found[key] for key in keys)) if all(key in found for key in keys) else None
+            means = _compared(*(results[key] for key in keys)) if all(key in results for key in keys) else None
             change = "–" if means is None else f"{means[0] - means[1]:+.1f}"
             lines.append([defence, *("–" if s is None else f"{round(s)} %" for s in shares), change])
     if not lines:
@@ -233,16 +233,16 @@ def _given_back(found: Mapping[tuple[str, str], Cell]) -> list[str]:
     return [title, table.markdown(["defence", *biting, "on clean data"], lines)]
 
 
-def _won(found: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Callable[[str, str], str]) -> list[str]:
+def _won(results: Mapping[tuple[str, str], Cell], name: str, title: str, shown: Callable[[str, str], str]) -> list[str]:
     """Write the table of a field of `Cell` that some attacks have, with clean data where these have it too."""
-    attacks, defences = in_order(found)
-    having = [a for a in attacks if any(getattr(found[key], name) for key in found if key[0] == a)]
+    attacks, defences = in_order(results)
+    having = [a for a in attacks if any(getattr(results[key], name) for key in results if key[0] == a)]
     if not set(having) - {CLEAN}:
         return []
     lines = [
-        [d, *(shown(a, d) if (a, d) in found else "–" for a in having)]
+        [d, *(shown(a, d) if (a, d) in results else "–" for a in having)]
         for d in defences
-        if any((a, d) in found for a in having if a != CLEAN)
+        if any((a, d) in results for a in having if a != CLEAN)
     ]
     return [f"{title}, in %:", table.markdown(["defence", *(_shown(a) for a in having)], lines)]
 
@@ -271,9 +271,9 @@ def _published(source: published.Published, attacks: Sequence[str], defences: Se
     ]
 
 
-def in_order(found: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+def in_order(results: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """Order the attacks and the defences of some cells: clean data first, defences as `DEFENCES` has them."""
-    keys = list(found)
+    keys = list(results)
     return _order({attack for attack, _ in keys}, [CLEAN]), _order({defence for _, defence in keys}, list(DEFENCES))
 
 
@@ -300,10 +300,10 @@ def _mean(values: Sequence[float], most: int) -> str:
     return f"{statistics.fmean(values):.1f}{spread}{number}"
 
 
-def _success(found: Mapping[tuple[str, str], Cell], attack: str, defence: str, most: int) -> str:
-    clean = found.get((CLEAN, defence))
+def _success(results: Mapping[tuple[str, str], Cell], attack: str, defence: str, most: int) -> str:
+    clean = results.get((CLEAN, defence))
     control = clean.clean_success.get(attack) if clean is not None else None
-    shown = _mean(found[attack, defence].success, most)
+    shown = _mean(results[attack, defence].success, most)
     return f"{shown} (clean {statistics.fmean(control):.1f})" if control else shown
 
 

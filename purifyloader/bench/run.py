@@ -101,16 +101,16 @@ class Bench:
     def makes(self, defence: str) -> Made:
         """Return a defence by its spec, with its models loaded."""
         if defence not in self._made:
-            found, px = self._find(defence)
-            self._made[defence] = found.ready(self.models, px, self.fast)
+            definition, px = self._find(defence)
+            self._made[defence] = definition.ready(self.models, px, self.fast)
         return self._made[defence]
 
     def label(self, defence: str) -> str:
         """Name a defence for tables: never by a path, and with its models where they are not the shipped ones."""
-        found, px = self._find(defence)
-        name = found.name if px is None else f"{found.name}@{px:g}"
+        definition, px = self._find(defence)
+        name = definition.name if px is None else f"{definition.name}@{px:g}"
         others = [
-            _model_label(m) for field in found.uses if (m := getattr(self.models, field)) != getattr(Models, field)
+            _model_label(m) for field in definition.uses if (m := getattr(self.models, field)) != getattr(Models, field)
         ]
         return f"{name} [{', '.join(others)}]" if others else name
 
@@ -168,11 +168,11 @@ class Bench:
             device=self.device,
             bfloat16=self.fast,
         )
-        found = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
+        measured = {"accuracy": 100 * accuracy(trained.model, self.data.test, self.data.test_labels)}
         target = poisoned.target
         if attack.name == CLEAN and self.data.classes > 1:  # how often the targets of attacks are called so anyway
             target = targeted.target_of(self.data, self.attack_seed, seed)
-        found |= self._success(trained.model, poisoned, target)
+        measured |= self._success(trained.model, poisoned, target)
         shown_target = target and {"index": target.index, "true": target.true_label, "wanted": target.label}
         by_chance: dict[str, float] = {}
         if attack.name == CLEAN:
@@ -197,7 +197,7 @@ class Bench:
             "seed": seed,
             "victim": self.victim,
             "training": self.training,
-            **{name: round(value, 2) for name, value in found.items()},
+            **{name: round(value, 2) for name, value in measured.items()},
             **({"clean_success": by_chance} if by_chance else {}),
             **({} if target is None else {"target": shown_target}),
             "seconds": {
@@ -245,38 +245,38 @@ class Bench:
             if not path.exists():
                 made = self._attacked(attack, seed) if attack.file is None else self._read(attack)
                 write_npz(made, path)
-        found = reading.read(path)
-        if len(found) != len(data.train):
+        poisoned = reading.read(path)
+        if len(poisoned) != len(data.train):
             raise InputError(
-                f"Expected a poison of the {len(data.train)} training images in {path}. Got one of {len(found)}: "
+                f"Expected a poison of the {len(data.train)} training images in {path}. Got one of {len(poisoned)}: "
                 "delete it, and it is made again."
             )
         # the file may be another by now; how far an attack without a bound moves images was looked at where it was read
-        if found.bound is not None and found.settings.get("checked", True):
-            checks.check(found, (data.train, data.train_labels), signed=False)
-        return found
+        if poisoned.bound is not None and poisoned.settings.get("checked", True):
+            checks.check(poisoned, (data.train, data.train_labels), signed=False)
+        return poisoned
 
     def _read(self, attack: AttackSpec) -> Poisoned:
         """Read the chosen training images of a poison file, which has all of them."""
         whole = self.data.whole or (self.data.train, self.data.train_labels)
         assert attack.file is not None
-        found = reading.read(attack.file, clean=whole, **attack.options)
-        if len(found) != len(whole[0]):
+        poison = reading.read(attack.file, clean=whole, **attack.options)
+        if len(poison) != len(whole[0]):
             raise InputError(
-                f"Expected a poison of the {len(whole[0])} training images. Got one of {len(found)}: give the data "
+                f"Expected a poison of the {len(whole[0])} training images. Got one of {len(poison)}: give the data "
                 "that it was made from, whole."
             )
         if self.data.chosen is None:
-            return found
+            return poison
         chosen = self.data.chosen
-        some = np.flatnonzero(np.isin(chosen, found.poisoned))
+        some = np.flatnonzero(np.isin(chosen, poison.poisoned))
         if not len(some):
             raise InputError(
-                f"Expected poisoned images among the {len(chosen)} training images of {len(found)} that were chosen. "
-                f"Got none of the {len(found.poisoned)} of {attack.file}: choose more images, or take models that "
+                f"Expected poisoned images among the {len(chosen)} training images of {len(poison)} that were chosen. "
+                f"Got none of the {len(poison.poisoned)} of {attack.file}: choose more images, or take models that "
                 "have learned from others."
             )
-        return replace(found, images=found.images[chosen], labels=found.labels[chosen], poisoned=some)
+        return replace(poison, images=poison.images[chosen], labels=poison.labels[chosen], poisoned=some)
 
     def is_being_made(self, attack: AttackSpec, seed: int = 0) -> bool:
         """Tell whether another process is making the poison or the extractor: this one would only wait."""
@@ -289,14 +289,14 @@ class Bench:
         data, known = self.data, attacks.find(attack.name)
         targeted.check_options(known, attack.options)
         here = {"device": self.device, "progress": self.progress, "model": self.models.denoiser}
-        given = {name: value for name, value in here.items() if name in known.options}
+        options = {name: value for name, value in here.items() if name in known.options}
         attack_seed = self.attack_seed
         if known.kind == "targeted":
-            given["target"] = targeted.target_of(data, self.attack_seed, seed)
+            options["target"] = targeted.target_of(data, self.attack_seed, seed)
             attack_seed = targeted.seed_of(self.attack_seed, seed)
         if self._knows_extractor(attack):
-            given["networks"] = [Normalised(self.extractor(seed))]
-        return attacks.make(attack.name, (data.train, data.train_labels), attack_seed, **{**given, **attack.options})
+            options["networks"] = [Normalised(self.extractor(seed))]
+        return attacks.make(attack.name, (data.train, data.train_labels), attack_seed, **{**options, **attack.options})
 
     def _knows_extractor(self, attack: AttackSpec) -> bool:
         return self.rest is not None and attack.file is None and "networks" in attacks.find(attack.name).options
@@ -348,15 +348,15 @@ class Bench:
 
     def _success(self, model: torch.nn.Module, poisoned: Poisoned, target: Target | None) -> dict[str, float]:
         """Measure a back door's share of other classes' test images, and whether a targeted attack won, in percent."""
-        found = {}
+        shares = {}
         if poisoned.trigger is not None and poisoned.target_class is not None:
             others = self.data.test_labels != poisoned.target_class
             shown = add_trigger(self.data.test[others], torch.from_numpy(poisoned.trigger))
             wanted = np.full(len(shown), poisoned.target_class)
-            found["success"] = 100 * accuracy(model, shown, wanted)
+            shares["success"] = 100 * accuracy(model, shown, wanted)
         if target is not None:
-            found["flipped"] = 100 * accuracy(model, target.image[None], [target.label])
-        return found
+            shares["flipped"] = 100 * accuracy(model, target.image[None], [target.label])
+        return shares
 
     def _seconds_an_image(self, purifier: Purifier | None, defence: str) -> float:
         """Time a full network batch after a first one, once per process: the median of three, or one of many calls."""

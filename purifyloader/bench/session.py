@@ -225,15 +225,15 @@ def picture_images(session: Session) -> None:
 
 def report(out: Path) -> list[Path]:
     """Write the table and the pictures of the rows, and return the paths; `InputError` where there are no rows."""
-    found = rows.read(out / ROWS_FILE)
-    if not found:
+    measured = rows.read(out / ROWS_FILE)
+    if not measured:
         raise InputError(f"Expected rows in {out / ROWS_FILE}. Got none: run a bench into {out} first.")
     with writing(out / TABLE_FILE):
-        write_text(out / TABLE_FILE, markdown(found))
+        write_text(out / TABLE_FILE, markdown(measured))
     # the setting with most rows: bars of two would not compare
-    settings = [settings_of(row) for row in found]
+    settings = [settings_of(row) for row in measured]
     most = max(dict.fromkeys(settings), key=settings.count)
-    alike = [row for row in found if settings_of(row) == most]
+    alike = [row for row in measured if settings_of(row) == most]
     pictures.accuracies(alike, out / ACCURACY_FILE)
     pictures.costs(alike, out / COST_FILE)
     files = [ROWS_FILE, TABLE_FILE, ACCURACY_FILE, COST_FILE]

@@ -54,9 +54,9 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
-        found = _read(path, network, data.classes)
-        if found is None:
-            found = train_victim(
+        model = _read(path, network, data.classes)
+        if model is None:
+            model = train_victim(
                 data.train,
                 data.train_labels,
                 classes=data.classes,
@@ -66,10 +66,10 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
                 device=device,
                 bfloat16=bfloat16,
             ).model
-            weights = {name: value.detach().cpu().contiguous() for name, value in found.state_dict().items()}
+            weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
             with writing(path), replacing(path) as temporary:
                 temporary.write_bytes(save(weights))
-    return found.to(device)
+    return model.to(device)
 
 
 def _read(path: Path, network: str, classes: int) -> nn.Module | None:

@@ -19,13 +19,13 @@ __all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact
 def as_device(device: str | torch.device) -> torch.device:
     """Return a device of this machine, with its index; `InputError` if it or this build of torch does not have it."""
     try:
-        found = torch.empty(0, device=torch.device(device)).device  # "cuda" with its index
+        actual = torch.empty(0, device=torch.device(device)).device  # "cuda" with its index
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"Expected a device of this machine, such as 'cpu' or 'cuda'. Got {device!r}: {reason}"
         ) from None
-    return found
+    return actual
 
 
 def device_of_process(name: str | None, rank: int) -> torch.device:

@@ -284,11 +284,11 @@ class Condition(Described):
 
     def holds_images(self, images: Sequence[Tensor]) -> list[int]:
         """Return the positions of those images (C, H, W), of any sizes, for which it holds."""
-        found: list[int] = []
+        positions: list[int] = []
         for rows in by_shape(images):
             holds = self.holds(torch.stack([images[row] for row in rows])).tolist()
-            found += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
-        return sorted(found)
+            positions += [row for row, it_does in zip(rows, holds, strict=True) if it_does]
+        return sorted(positions)
 
 
 def conditions_of(purifier: nn.Module) -> Iterator[Condition]:

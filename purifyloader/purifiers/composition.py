@@ -64,8 +64,8 @@ class Chain(Purifier):
     def to_plan(self, images: Sequence[Tensor], seeds_B: Tensor) -> tuple[Condition, list[Tensor]] | None:
         for i, stage in enumerate(self._stages()):
             keys_B = noise.fold_in(seeds_B, i)
-            if (found := stage.to_plan(images, keys_B)) is not None:
-                return found
+            if (waiting := stage.to_plan(images, keys_B)) is not None:
+                return waiting
             images = stage.run_images(images, keys_B)
         return None
 

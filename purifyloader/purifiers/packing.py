@@ -43,32 +43,32 @@ def reduced(module: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | N
     """Return the result of `__reduce_ex__` for a module that is sent to a new process; None where nothing is packed."""
     if get_spawning_popen() is None or _packing.get():
         return None
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    shared: dict[int, tuple[list[str], Tensor]] = {}
     parameters, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     for name, tensor in chain(parameters, buffers):
         channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
         if tensor.device.type == "cpu" and tensor.numel() and (tensor.is_contiguous() or channels_last):
-            found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    if not found:
+            shared.setdefault(id(tensor), ([], tensor))[0].append(name)
+    if not shared:
         return None
-    tensors = [tensor for _, tensor in found.values()]
+    tensors = [tensor for _, tensor in shared.values()]
     as_they_are = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     known = _kept.get(module)
     if known is None or known[0] != as_they_are:
-        known = _kept[module] = (as_they_are, *_packed(list(found.values())))
+        known = _kept[module] = (as_they_are, *_packed(list(shared.values())))
     return _unpacked, (_skeleton(module, tensors), *known[1:])
 
 
-def _packed(found: list[tuple[list[str], Tensor]]) -> tuple[dict[torch.dtype, Tensor], list[_Place]]:
+def _packed(shared: list[tuple[list[str], Tensor]]) -> tuple[dict[torch.dtype, Tensor], list[_Place]]:
     places, sizes = [], dict[torch.dtype, int]()
-    for names, tensor in found:
+    for names, tensor in shared:
         offset = sizes.get(tensor.dtype, 0)
         shape, stride = tuple(tensor.shape), tensor.stride()
         places.append(_Place(names, tensor.dtype, shape, stride, offset, isinstance(tensor, nn.Parameter)))
         unit = max(1, _ALIGNED // tensor.element_size())
         sizes[tensor.dtype] = offset + unit * math.ceil(tensor.numel() / unit)
     pieces = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
-    for place, (_, tensor) in zip(places, found, strict=True):
+    for place, (_, tensor) in zip(places, shared, strict=True):
         _view(pieces, place).copy_(tensor.detach())
     return pieces, places
 
