@@ -80,7 +80,7 @@ def test_images_trained_on_are_left_out_and_said_to_be(command, folder, models, 
     # of nothing but these there is nothing to measure
     all_seen = pngs(models / "seen", load_sample(SAMPLE, "test")[0][5:9])
     assert cli.main([*words, str(all_seen), *QUICK]) == 2
-    assert "was trained on all of them" in capsys.readouterr().err
+    assert "was trained on all of these" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", MEASURING)
