@@ -528,10 +528,12 @@ def test_within_goes_furthest_of_all_changes_in_whole_levels():
 def test_the_example_runs(tmp_path, capsys, monkeypatch):
     """At the smallest size, with a small denoiser in float32; and again from the votes that it has kept."""
     in_float32 = recipes.denoise_once
-    monkeypatch.setattr(EXAMPLE.recipes, "denoise_once", lambda model, sigma, fast: in_float32(model, sigma))
+    monkeypatch.setattr(
+        EXAMPLE.recipes, "denoise_once", lambda model, sigma, fast: in_float32(model, sigma, compute_batch=24)
+    )
     learned = image_hashes(pictures(4, 0)[0])
     pretrained.save(tiny_denoiser(), tmp_path / "m", details={"image_hashes": hashes_as_text(learned)})
-    words = "--train 30 --test 10 --selection 2 --models 12 --alpha 0.1 --again 4 --candidates 5 --proxy-draws 2"
+    words = "--train 24 --test 10 --selection 2 --models 10 --alpha 0.1 --again 3 --candidates 5 --proxy-draws 2"
     words += f" --slopes 1 --quantiles 0.5 --model {tmp_path / 'm'} --work {tmp_path / 'w'} --out {tmp_path / 'o.json'}"
     EXAMPLE.main(words.split())
     found, said = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
