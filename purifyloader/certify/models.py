@@ -103,7 +103,10 @@ class Voting:
                     "Expected a predictor of the training function, which gives class numbers or logits for images. "
                     f"Got {type(predictor).__name__}: return the trained network."
                 )
-            device = device_of(predictor.eval()) if isinstance(predictor, nn.Module) else None
+            device = None
+            if isinstance(predictor, nn.Module):
+                predictor.eval()
+                device = device_of(predictor)
             with torch.no_grad():
                 votes = [_classes_of(predictor(x), len(x), self.classes) for _, x in _batches(self.test_images, device)]
         return np.concatenate(votes)
