@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -528,6 +528,7 @@ def test_within_goes_furthest_of_all_changes_in_whole_levels():
 def test_the_example_runs(tmp_path, capsys, monkeypatch):
     """At the smallest size, with a small denoiser in float32; and again from the votes that it has kept."""
     in_float32 = recipes.denoise_once
+    monkeypatch.setattr(EXAMPLE, "load", cache(EXAMPLE.load))
     monkeypatch.setattr(
         EXAMPLE.recipes, "denoise_once", lambda model, sigma, fast: in_float32(model, sigma, compute_batch=24)
     )
