@@ -79,8 +79,8 @@ def bench(folder: Path, work: Path, **changes: Any) -> Bench:
     )
 
 
-def run(folder: Path, out: Path, *more: object) -> list[rows.Row]:
-    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", out, "--attack", "lsp", *more]
+def run(folder: Path, out: Path, *more: object, attack: str = "lsp") -> list[rows.Row]:
+    words = ["bench", "--data", "imagefolder", "--root", folder, "--out", out, "--attack", attack, *more]
     assert main([str(word) for word in words]) == 0
     return rows.read(out / "rows.jsonl")
 
@@ -192,17 +192,17 @@ def test_a_killed_bench_goes_on(whole, folder, tmp_path):
 
 
 def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
-    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model)
+    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model, attack="none")
     by = {(row["attack"], row["defence"]): row for row in found}
-    assert by["lsp", "A@20 [tiny]"]["sigma_px"] == 20
-    assert by["lsp", "eclipse [tiny]"]["sigma_px"] == 12.75
-    assert by["lsp", "A@20 [tiny]"]["calls"] == 1
-    assert by["lsp", "A@20 [tiny]"]["seconds"]["purify_an_image"] > 0
-    assert by["lsp", "A@20 [tiny]"]["disjoint"]["what tiny learned from"] == 5
-    assert by["lsp", "A@20 [tiny]"]["settings"]["compensate"] is None
+    assert by["none", "A@20 [tiny]"]["sigma_px"] == 20
+    assert by["none", "eclipse [tiny]"]["sigma_px"] == 12.75
+    assert by["none", "A@20 [tiny]"]["calls"] == 1
+    assert by["none", "A@20 [tiny]"]["seconds"]["purify_an_image"] > 0
+    assert by["none", "A@20 [tiny]"]["disjoint"]["what tiny learned from"] == 5
+    assert by["none", "A@20 [tiny]"]["settings"]["compensate"] is None
     assert str(model) not in json.dumps(found)
-    assert by["lsp", "eclipse [tiny]"]["settings"]["compensate"] == [0.4, 0.05]
-    assert by["lsp", "A@20 [tiny]"]["settings"]["fast"] is False
+    assert by["none", "eclipse [tiny]"]["settings"]["compensate"] == [0.4, 0.05]
+    assert by["none", "A@20 [tiny]"]["settings"]["fast"] is False
 
 
 def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
@@ -231,7 +231,7 @@ def test_what_is_drawn_afresh_is_of_the_seed_the_epoch_and_the_image():
 
 def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path):
     words = ["--defence", "coin", "--defence", "coin-afresh"]
-    by = {(row["attack"], row["defence"]): row for row in run(folder, tmp_path / "out", *words)}
+    by = {(row["attack"], row["defence"]): row for row in run(folder, tmp_path / "out", *words, attack="none")}
     bare, fixed, fresh = (by["none", defence] for defence in ("none", "coin", "coin-afresh"))
     assert fresh["distance_px"] == bare["distance_px"] == 0 < fixed["distance_px"]
     assert fresh["settings"]["afresh"] == fixed["settings"]["purifier"]
@@ -252,7 +252,7 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
         name: ["--attack", f"narcissus:trigger={tmp_path / f'{name}.npy'},target_class={target},share=0.3"]
         for name, target in (("one", 1), ("two", 2))
     }
-    (label,) = {row["attack"] for row in run(folder, tmp_path / "out", *QUICK, *words["one"])} - {"none", "lsp"}
+    (label,) = {row["attack"] for row in run(folder, tmp_path / "out", *QUICK, *words["one"], attack="none")} - {"none"}
 
     def clean() -> list[Json]:
         return [row for row in rows.read(tmp_path / "out" / "rows.jsonl") if row["attack"] == "none"]
@@ -272,11 +272,11 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
     assert bare["clean_success"][label] == pytest.approx(by_hand, abs=0.01)
     assert its.row(AttackSpec("none"), "none", 0)["accuracy"] == bare["accuracy"]
     # another back door later: both are known, and nothing is done a third time
-    run(folder, tmp_path / "out", *QUICK, *words["two"])
+    run(folder, tmp_path / "out", *QUICK, *words["two"], attack="none")
     assert all(len(row["clean_success"]) == 2 for row in clean())
     assert bare["clean_success"].items() <= clean()[1]["clean_success"].items()
     monkeypatch.setattr(Bench, "row", None)
-    run(folder, tmp_path / "out", *QUICK, *words["two"])
+    run(folder, tmp_path / "out", *QUICK, *words["two"], attack="none")
     assert len({row["fingerprint"] for row in clean()}) == 2
 
 
@@ -299,7 +299,9 @@ def test_what_a_model_learned_from_is_in_no_set(folder, tmp_path):
         with pytest.raises(InputError, match=rf"(?i)the {split} set and what .* no image in common\. Got 4 of 4"):
             bench(folder, tmp_path, models=Models(denoiser=str(path))).check("eclipse")
         bench(folder, tmp_path, models=Models(denoiser=str(path))).check("jpeg-10")
-    found = run(folder, tmp_path / "out", "--defence", "A", "--denoiser", tmp_path / "training", "--leave-out")
+    found = run(
+        folder, tmp_path / "out", "--defence", "A", "--denoiser", tmp_path / "training", "--leave-out", attack="none"
+    )
     assert {row["images"] for row in found} == {TRAIN - 4}
     words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path / "no", "--defence", "A", "--leave-out"]
     assert main(["bench", *map(str, words), "--denoiser", str(tmp_path / "test")]) == 2
@@ -344,7 +346,7 @@ def test_what_a_model_started_from_is_in_no_set(folder, tmp_path):
     with pytest.raises(InputError, match=r"The training set and what second learned .* Got 3 of 8"):
         bench(folder, tmp_path, models=models).check("eclipse")
     words = ["--defence", "eclipse", "--denoiser", tmp_path / "second", "--leave-out"]
-    assert {row["images"] for row in run(folder, tmp_path / "out", *words)} == {TRAIN - 3}
+    assert {row["images"] for row in run(folder, tmp_path / "out", *words, attack="none")} == {TRAIN - 3}
 
 
 def test_a_model_of_images_resized_to_another_size_does_not_say(folder, tmp_path):
@@ -401,7 +403,7 @@ def test_a_file_is_of_all_training_images_whichever_are_chosen(form, chosen, fol
     )
     assert some.whole is not None
     assert all(np.array_equal(a, b) for a, b in zip(some.whole, whole, strict=True))
-    made = run(folder, tmp_path / "out", *words, "--attack", path)
+    made = run(folder, tmp_path / "out", *words, attack=str(path))
     assert {row["images"] for row in made} == {len(some.train)}
     (row,) = [row for row in made if row["attack"] == "p" and row["defence"] == "none"]
     assert row["attack_moves"]["images"] == len(found.poisoned)
@@ -439,9 +441,9 @@ def test_what_is_left_out_does_not_hang_on_the_defences(folder, tmp_path):
     pretrained.save(tiny_denoiser(), tmp_path / "m", details=hashes_of(data.train[3:7]))
     pretrained.save(tiny_denoiser(), tmp_path / "silent")
     out, models = tmp_path / "out", ["--denoiser", tmp_path / "m", "--ddpm", tmp_path / "silent", "--leave-out"]
-    first = run(folder, out, *models, "--defence", "jpeg-10")
+    first = run(folder, out, *models, "--defence", "jpeg-10", attack="none")
     assert {row["images"] for row in first} == {TRAIN - 4}
-    again = run(folder, out, *models, "--defence", "jpeg-10", "--defence", "A")
+    again = run(folder, out, *models, "--defence", "jpeg-10", "--defence", "A", attack="none")
     assert {row["fingerprint"] for row in first} < {row["fingerprint"] for row in again}
     assert len({row["images"] for row in again}) == 1
 
