@@ -123,7 +123,7 @@ def test_adp_is_easy_to_learn_through_compensation(monkeypatch):
             found.append(self.network)
 
     monkeypatch.setattr(inspect.getmodule(em), "Training", Recorded)
-    images, labels = faint = patterns(64, strength=2)
+    images, labels = faint = patterns(64, size=16, strength=2)
     options = {"rounds": 6, "train_steps": 15, "steps": 4, "batch_size": 16, "lr": 0.05, "bfloat16": False}
     poisoned = adp(faint, network="resnet9", width=4, **options)
     (network,) = found
@@ -177,7 +177,7 @@ def test_a_step_goes_the_way_that_survives_the_defence(monkeypatch):
 @pytest.mark.slow
 def test_more_of_it_survives_the_defence_than_of_tap(monkeypatch):
     """The same bound, network and steps; the judge learned behind the defence, and sees draws that nobody knew."""
-    images, labels = patterns(64)
+    images, labels = patterns(64, size=16)
     networks = record(monkeypatch, inspect.getmodule(adaptive))
     options = {**SMALL, "epochs": 12, "steps": 8, "step": 0.3}
     denoiser = pretrained.load("cifar10-sparse")

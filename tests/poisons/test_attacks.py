@@ -166,7 +166,7 @@ def test_the_options_of_an_attack_with_presets_are_those_of_its_settings():
 
 
 def test_the_functions_on_arrays_give_the_same():
-    given = {"classes": 5, "seed": 3}
+    given = {"classes": 5, "seed": 1}
     pairs = {
         "urp": urp(IMAGES, LABELS, **given, distribution="gaussian"),
         "lsp": lsp(IMAGES, LABELS, **given, norm=0.7),
@@ -182,7 +182,7 @@ def test_the_functions_on_arrays_give_the_same():
         "ops": {"objective": "code"},
     }
     for name, want in pairs.items():
-        np.testing.assert_array_equal(made(name, seed=3, **options.get(name, {})).images, want, err_msg=name)
+        np.testing.assert_array_equal(made(name, seed=1, **options.get(name, {})).images, want, err_msg=name)
 
 
 @pytest.mark.parametrize("function", [urp, ops, cuda])
@@ -340,7 +340,7 @@ def test_a_black_image_stays_black():
 
 
 def test_published_coefficients_are_named_by_their_hash(tmp_path):
-    coefficients = ar_coefficients(5, seed=8)
+    coefficients = ar_coefficients(5, seed=1)
     torch.save(list(coefficients), tmp_path / "ar.pt")
     by_file, by_tensor = made("ar", coefficients=str(tmp_path / "ar.pt")), made("ar", coefficients=coefficients)
     np.testing.assert_array_equal(by_file.images, by_tensor.images)
@@ -414,7 +414,7 @@ N = OPTIONS["narcissus"]
         (lambda: make("narcissus", X, **{**N, "count": 13}), InputError, "the 12 images of class 2"),
         (lambda: make("narcissus", X, **{**N, "share_of": "test"}), InputError, "share_of must be set or class"),
         (lambda: make("lsp", (IMAGES[..., :1], LABELS)), InputError, "An attack poisons colour images"),
-        (lambda: make("lsp", 3), InputError, "Expected a map-style dataset"),
+        (lambda: make("lsp", 3), InputError, "no map-style dataset"),
         (lambda: urp(IMAGES, LABELS, classes=4), InputError, r"labels must lie in \[0, 4\)"),
         (lambda: ops(IMAGES, LABELS[:3]), InputError, "one label an image"),
         (lambda: ops(IMAGES.astype(float), LABELS), InputError, "images must be uint8"),

@@ -26,8 +26,10 @@ from purifyloader.poisons.attacks.presets import choose
 from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Bound, Target
 from purifyloader.victims.networks import last_features
-from tests.poisons.test_surrogate_attacks import SMALL, as_batch, patterns
+from tests.poisons import test_surrogate_attacks
+from tests.poisons.test_surrogate_attacks import SMALL, as_batch
 
+patterns = partial(test_surrogate_attacks.patterns, size=16)  # where features tell the classes apart
 ATTACKS = {"poison-frogs": poison_frogs, "bullseye": bullseye}
 MODULES = {"poison-frogs": frogs_module, "bullseye": bullseye_module}
 COUNTS = {"poison-frogs": 10, "bullseye": 5}

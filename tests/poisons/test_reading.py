@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import struct
@@ -642,13 +643,18 @@ ATTACKS = {
 }
 
 
+@functools.cache
+def attacked(attack: str, kind: str) -> np.ndarray:
+    return ATTACKS[attack](KINDS[kind], np.arange(MANY) % K)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("few", [1, 5, MANY])
 def test_no_attack_without_a_bound_is_refused(attack, kind, few):
     clean, labels = KINDS[kind], np.arange(MANY) % K
     images = clean.copy()
-    images[-few:] = ATTACKS[attack](clean, labels)[-few:]
+    images[-few:] = attacked(attack, kind)[-few:]
     poisoned = Poisoned.of(images, labels, attack, np.arange(MANY - few, MANY))
     assert check(poisoned, (clean, labels)) == poisoned.moved(clean)
 
@@ -657,7 +663,7 @@ def test_no_attack_without_a_bound_is_refused(attack, kind, few):
 @pytest.mark.parametrize("attack", ["noise of 32 levels", "a patch", "cuda", "ops"])
 def test_another_order_or_another_set_is_refused_whatever_the_attack(attack, kind):
     clean, labels = KINDS[kind], np.zeros(MANY, np.int64)
-    images = ATTACKS[attack](clean, np.arange(MANY) % K)
+    images = attacked(attack, kind)
     with pytest.raises(InputError, match="the order is another"):
         check(Poisoned.of(images[::-1], labels, attack), (clean, labels))
     few = clean.copy()

@@ -28,7 +28,7 @@ def whole():
     return IMAGES, LABELS
 
 
-def poisoned(text: str, positions=SOME, seed: int = 5) -> np.ndarray:
+def poisoned(text: str, positions=SOME, seed: int = 0) -> np.ndarray:
     return poison_part(parse(text), part(positions), whole, seed).images
 
 
@@ -91,7 +91,7 @@ def test_datasets_are_told_from_poisons(tmp_path):
 
 @pytest.mark.parametrize("name", ["urp", "lsp", "ar", "cuda"])
 def test_a_part_is_poisoned_as_it_would_be_among_all(name):
-    want = make(name, (IMAGES, LABELS), 5).images[SOME]
+    want = make(name, (IMAGES, LABELS), 0).images[SOME]
     np.testing.assert_array_equal(poisoned(name), want)
     np.testing.assert_array_equal(poisoned(name, SOME[::-1]), want[::-1])
 
@@ -105,7 +105,7 @@ def test_functions_on_arrays_take_positions():
 
 def test_more_classes_than_ten_repeat_the_patterns():
     many = Part(IMAGES, np.arange(N), np.arange(N), N, N)
-    np.testing.assert_array_equal(poison_part(parse("lsp"), many, whole, 5).images, poisoned("lsp", np.arange(N)))
+    np.testing.assert_array_equal(poison_part(parse("lsp"), many, whole, 0).images, poisoned("lsp", np.arange(N)))
 
 
 def test_any_file_that_read_takes_is_taken(tmp_path):

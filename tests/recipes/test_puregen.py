@@ -23,6 +23,7 @@ from purifyloader.purifiers import Chain, Diffuse, EnergyAbove, Langevin, Purifi
 from tests.conftest import PictureDataset, random_images, tiny_energy, tiny_network
 
 COUNT = 5
+FEW = {"compute_batch": 4}  # images a network call, for they are few
 SCHEDULE = LinearSchedule()
 
 
@@ -67,18 +68,18 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def test_ebm_and_ddpm(x, seeds):
-    close(recipes.puregen_ebm(4, energy=tiny_energy())(x, seeds), walked(x, seeds, 4))
-    close(recipes.puregen_ddpm(5, model=ddpm())(x, seeds), diffused(x, seeds, 5))
-    close(recipes.puregen_ddpm(75, model=ddpm(), calls=3)(x, seeds), diffused(x, seeds, 75, 3))
+    close(recipes.puregen_ebm(4, energy=tiny_energy(), **FEW)(x, seeds), walked(x, seeds, 4))
+    close(recipes.puregen_ddpm(5, model=ddpm(), **FEW)(x, seeds), diffused(x, seeds, 5))
+    close(recipes.puregen_ddpm(75, model=ddpm(), calls=3, **FEW)(x, seeds), diffused(x, seeds, 75, 3))
 
 
 def test_naive_is_one_after_the_other(x, seeds):
-    got = recipes.puregen_naive(3, 2, **MODELS)(x, seeds)
+    got = recipes.puregen_naive(3, 2, **MODELS, **FEW)(x, seeds)
     close(got, diffused(walked(x, noise.fold_in(seeds, 0), 3), noise.fold_in(seeds, 1), 2))
 
 
 def test_reps_is_the_loop_written_out(x, seeds):
-    got = recipes.puregen_reps(2, 3, 3, **MODELS)(x, seeds)
+    got = recipes.puregen_reps(2, 3, 3, **MODELS, **FEW)(x, seeds)
     for i in range(COUNT):  # image for image, with its own noise at every stage and repetition
         image, key = x[i : i + 1], seeds[i : i + 1]
         for repetition in range(3):
@@ -98,7 +99,7 @@ def test_no_two_stages_and_repetitions_share_noise(x, seeds, monkeypatch):
         return drawn[-1].expand(len(keys_B), *shape).clone()
 
     monkeypatch.setattr(noise, "normal", noted)
-    recipes.puregen_reps(3, 2, 4, **MODELS)(x[:1], seeds[:1])
+    recipes.puregen_reps(3, 2, 4, **MODELS, **FEW)(x[:1], seeds[:1])
     assert len(drawn) == 4 * (3 + 2)  # the last diffusion step draws nothing, the noising does
     numbers = torch.stack(drawn).flatten(1)
     correlation = torch.corrcoef(numbers) - torch.eye(len(drawn))
@@ -108,10 +109,10 @@ def test_no_two_stages_and_repetitions_share_noise(x, seeds, monkeypatch):
 
 def test_filt_purifies_the_share_and_leaves_the_others(x, seeds):
     images = PictureDataset(random_images(COUNT, 8))
-    purifier = plans.plan(recipes.puregen_filt(0.4, ddpm_steps=3, **MODELS), images, progress=False)
+    purifier = plans.plan(recipes.puregen_filt(0.4, ddpm_steps=3, **MODELS, **FEW), images, progress=False)
     assert isinstance(purifier, Where)
     got = purifier(x, seeds)
-    bare = recipes.puregen_ddpm(3, model=ddpm())(x, seeds)
+    bare = recipes.puregen_ddpm(3, model=ddpm(), **FEW)(x, seeds)
     high = set(tiny_energy()(x).topk(2).indices.tolist())
     for i in range(COUNT):
         assert torch.equal(got[i], bare[i] if i in high else x[i])
@@ -158,11 +159,11 @@ def test_a_stage_of_no_steps_is_left_out_and_its_model_not_asked_for():
 
 
 RECIPES = {
-    "ebm": lambda **o: recipes.puregen_ebm(2, energy=tiny_energy(), **o),
-    "ddpm": lambda **o: recipes.puregen_ddpm(4, model=ddpm(), **o),
-    "naive": lambda **o: recipes.puregen_naive(2, 4, **MODELS, **o),
-    "reps": lambda **o: recipes.puregen_reps(2, 4, 2, **MODELS, **o),
-    "filt": lambda **o: recipes.puregen_filt(0.5, ddpm_steps=4, **MODELS, **o),
+    "ebm": lambda **o: recipes.puregen_ebm(2, energy=tiny_energy(), **{**FEW, **o}),
+    "ddpm": lambda **o: recipes.puregen_ddpm(3, model=ddpm(), **{**FEW, **o}),
+    "naive": lambda **o: recipes.puregen_naive(2, 3, **MODELS, **{**FEW, **o}),
+    "reps": lambda **o: recipes.puregen_reps(2, 3, 2, **MODELS, **{**FEW, **o}),
+    "filt": lambda **o: recipes.puregen_filt(0.5, ddpm_steps=3, **MODELS, **{**FEW, **o}),
 }
 
 
@@ -177,7 +178,8 @@ def test_options(name, x, seeds):
     assert '"dtype":"float32"' in plain
     assert '"dtype":"bfloat16"' in fast
     assert '"dtype":"float32"' not in fast
-    assert '"compute_batch":32' not in fast
+    assert '"compute_batch":16' in fast
+    assert '"compute_batch":4' not in fast
     big = random_images(2, 20).float() / 255
     sized = planned(make(resize=10, crop=8))
     assert sized(big, seeds[:2]).shape == (2, 3, 8, 8)
@@ -231,8 +233,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_models_by_folder(folders, x, seeds):
     for by_folder in (folders, {key: str(path) for key, path in folders.items()}):
-        purifier = recipes.puregen_naive(2, 2, **by_folder)
-        assert torch.equal(purifier(x, seeds), recipes.puregen_naive(2, 2, **MODELS)(x, seeds))
+        purifier = recipes.puregen_naive(2, 2, **by_folder, **FEW)
+        assert torch.equal(purifier(x, seeds), recipes.puregen_naive(2, 2, **MODELS, **FEW)(x, seeds))
         again = recipes.from_json(purifier.to_json(), list(by_folder.values()))
         assert again.to_json() == purifier.to_json()
     # the other one by its name, which this machine does not know
