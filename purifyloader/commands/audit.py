@@ -10,7 +10,7 @@ from purifyloader.commands.options import (
     add_clean,
     add_data,
     add_device,
-    add_models,
+    add_model,
     add_results,
     add_size,
     add_split,
@@ -21,8 +21,7 @@ from purifyloader.commands.options import (
 
 __all__ = ["DESCRIPTION", "add_options", "run"]
 
-_CSV = "audit.csv"
-_FILES = ("audit.json", "audit.png")
+_JSON, _CSV, _PNG = "audit.json", "audit.csv", "audit.png"
 
 DESCRIPTION = (
     "Rank the images of a dataset by an energy model, and compare them with clean images. High energy: "
@@ -38,11 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_choice(parser, "all")
     add_size(parser)
     add_clean(parser, "images known to be clean")
-    add("--clean-split", choices=("train", "test"), default="test", help="of cifar10 and cifar100 (default: test)")
+    add_split(parser, "--clean-split", "test")
     add("--clean-count", type=positive, metavar="N", help="use N clean images, drawn at random (default: 2000)")
-    add_models(parser, energy="it ranks the images", default_energy="cifar10-energy")
+    add_model(parser, "it ranks the images", energy=True, default="cifar10-energy")
     add(
-        "--poisoned",
+        "--truth",
+        dest="poisoned",  # elsewhere --poisoned is poison to try
         type=Path,
         metavar="FILE",
         help="the images known to be poisoned, to judge by: a JSON list of their indices or, in a folder, of their "
@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="among which highest energies the poisoned are counted (default: 1 5 10 50)",
     )
     add_device(parser)
-    add_results(parser, _FILES[0], _CSV, _FILES[1])
+    add_results(parser, _JSON, _CSV, _PNG)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.results.folder import check_out
 
     device = device_of_process(options.device, 0)
-    check_out(options.out, (_FILES[0], _CSV, _FILES[1]), options.overwrite, "an audit")
-    settings = settings_of(options, Settings)
-    results, data, reference, _ = done = audit(settings, device, progress=shows_progress(options))
+    check_out(options.out, (_JSON, _CSV, _PNG), options.overwrite, "an audit")
+    results, data, reference, _ = done = audit(settings_of(options, Settings), device, progress=shows_progress(options))
     texts = {_CSV: done.csv()} if options.out is not None else {}
-    report(options, results, table(results, data, reference), _FILES, lambda path: picture(results, path), texts)
+    lines = table(results, data, reference)
+    report(options, results, lines, (_JSON, _PNG), lambda path: picture(results, path), texts)
     return 0

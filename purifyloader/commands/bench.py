@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.bench.defences import ATTACK_SEED, DEFENCES, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE, Models
-from purifyloader.commands.options import add_device, add_dtype, is_fast
+from purifyloader.commands.options import add_device, add_dtype, add_processes, add_sets, root_of, settings_of
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 from purifyloader.poisons.attacks.registry import ATTACKS
@@ -34,9 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
     add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
     add("--data", choices=DATA, help="(default: of the scale: sample, or cifar10)")
-    add("--root", type=Path, help="where the data are (default: examples/data for the sample, else data)")
-    add("--train", type=int, metavar="N", help="so many training images, drawn at random (default: all)")
-    add("--test", type=int, metavar="N", help="so many test images (default: all)")
+    add_sets(parser)
     add(
         "--leave-out",
         action="store_true",
@@ -71,14 +68,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="transfer-...: on a few images of each class, which are poisoned, from an extractor that has learned from "
         "the others, which are clean; attacks that take networks know it (default: of the scale: short, or paper)",
     )
-    its_own = ", ".join(f"{model} for {data}" for data, model in DENOISERS.items())
-    add("--denoiser", help=f"ECLIPSE's (default: {Models.denoiser}; {its_own})")
+    others = ", ".join(f"{model} for {data}" for data, model in DENOISERS.items())
+    add("--denoiser", help=f"ECLIPSE's (default: {Models.denoiser}; {others})")
     for field, what in (("energy", "PureGen's energy model"), ("ddpm", "PureGen's diffusion model")):
         add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
     add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
     add_device(parser)
     add_dtype(parser, "purifiers and victims")
-    add("--processes", type=int, default=1, metavar="N", help="so many on this machine (default: 1)")
+    add_processes(parser)
     add("--report", action="store_true", help="write the table and pictures of the rows there are, and stop")
     add("--list", action="store_true", help="list attacks and defences, and stop")
 
@@ -90,8 +87,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise ConfigError("--out is required, or --list.")
-    if options.processes < 1:
-        raise ConfigError(f"--processes must be at least 1. Got {options.processes}.")
     from purifyloader.bench.session import make_rows, picture_images, prepare, report
     from purifyloader.commands.processes import run_many
 
@@ -109,28 +104,28 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace, number: int) -> Settings:
-    """The settings of a process, by its number: of several GPUs each has one."""
+    """Make the settings of a process, by its number: of several GPUs each has one."""
     from purifyloader.bench.session import Settings
     from purifyloader.core.devices import device_of_process
 
     scale = SCALES[options.scale]
     data = options.data or scale.data
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings) if hasattr(options, f.name)}
-    own = {
-        "data": data,
-        "root": options.root or Path("examples/data" if data == "sample" else "data"),
-        "attacks": options.attack or ("lsp", "ar"),
-        "preset": scale.preset,
-        "defences": options.defence or scale.defences,
-        "victim": options.victim or scale.victim,
-        "training": options.training or scale.training,
-        "models": Models(options.denoiser or DENOISERS.get(data, Models.denoiser), options.energy, options.ddpm),
-        "work": options.work or options.out / "work",
-        "device": str(device_of_process(options.device, number)),
-        "fast": is_fast(options),
-        "progress": options.processes == 1 and sys.stderr.isatty(),
-    }
-    return Settings(**{**values, **own})
+    return settings_of(
+        options,
+        Settings,
+        data=data,
+        root=root_of(options, data),
+        attacks=options.attack or ("lsp", "ar"),
+        preset=scale.preset,
+        defences=options.defence or scale.defences,
+        victim=options.victim or scale.victim,
+        training=options.training or scale.training,
+        models=Models(options.denoiser or DENOISERS.get(data, Models.denoiser), options.energy, options.ddpm),
+        work=options.work or options.out / "work",
+        device=str(device_of_process(options.device, number)),
+        fast=options.dtype == "bfloat16",
+        progress=options.processes == 1 and sys.stderr.isatty(),
+    )
 
 
 def _work(options: argparse.Namespace, threads: int, number: int) -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from purifyloader.commands.options import add_device, add_dtype, add_models, add_processes, add_quiet, given, is_fast
+from purifyloader.commands.options import (
+    add_device,
+    add_dtype,
+    add_model,
+    add_processes,
+    add_quiet,
+    add_sets,
+    add_threads,
+    given,
+    root_of,
+    settings_of,
+)
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 
@@ -31,21 +41,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="folder of the results: JSON, a page, a picture, and the votes")
     add("--estimate", action="store_true", help="measure one model, say what all will take and could give, and stop")
 
-    data = parser.add_argument_group("what is certified").add_argument
-    data(
+    data = parser.add_argument_group("what is certified")
+    data.add_argument(
         "--data",
         default="sample",
         metavar="NAME",
         help=f"{', '.join(DATA)}, or package.module:function that returns a training and a test set (default: sample)",
     )
-    data("--root", type=Path, help="where the data are (default: examples/data for the sample, else data)")
-    data("--train", type=int, metavar="N", help="so many training images, drawn at random (default: all)")
-    data("--test", type=int, metavar="N", help="so many test images (default: all)")
+    add_sets(data)
 
     noise_group = parser.add_argument_group("noise")
     noise = noise_group.add_argument
     noise("--sigma", type=float, nargs="+", help="levels, in units of [0, 1] images (default: 0.25, which is 63.75 px)")
-    add_models(noise_group, model="it takes the noise off", default_model="cifar10-sparse-wide")
+    add_model(noise_group, "it takes the noise off", default="cifar10-sparse-wide")
     noise("--plain", action="store_true", help="each level without denoising, too")
     noise("--recipe", type=Path, action="append", default=[], metavar="FILE", help="JSON of a purifier of your own")
     noise(
@@ -89,13 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     add_device(where)
     add_processes(where)
-    where.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        metavar="N",
-        help="of the CPU, for each process; decides the last bit of a model (default: 1)",
-    )
+    add_threads(where, "1; it decides the last bit of a model", 1)
     add_quiet(where)
 
 
@@ -131,10 +133,16 @@ def run(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace, device: str) -> Settings:
     from purifyloader.certify.session import BUILT_IN, Settings
 
-    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings) if hasattr(options, f.name)}
-    own = {"fast": is_fast(options), "built_in": given(options, BUILT_IN), "only_estimate": options.estimate}
-    values["sigma"] = options.sigma or ([] if options.recipe else [0.25])
-    return Settings(**{**values, **own, "device": device})
+    return settings_of(
+        options,
+        Settings,
+        root=root_of(options, options.data),
+        sigma=options.sigma or ([] if options.recipe else [0.25]),
+        fast=options.dtype == "bfloat16",
+        built_in=given(options, BUILT_IN),
+        only_estimate=options.estimate,
+        device=device,
+    )
 
 
 def _work(options: argparse.Namespace, number: int) -> None:

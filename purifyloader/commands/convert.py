@@ -7,12 +7,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import add_data, add_size
+from purifyloader.commands.options import add_data, add_size, given
 from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from purifyloader.pretrained.plausibility import Plausibility
 
 __all__ = ["DESCRIPTION", "add_options", "run"]
@@ -78,46 +76,36 @@ def run(options: argparse.Namespace) -> int:
     required = {"SOURCE": options.source, "OUT": options.out, "--format": options.format}
     if missing := [name for name, value in required.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)} must be given.")
-    settings = {name: value for name in sorted(_SETTINGS) if (value := getattr(options, name)) is not None}
-    images = _images(options)
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")  # those of the result among them
     judged = convert(
         options.source,
         options.out,
         options.format,
         preset=options.preset,
-        settings=settings,
+        settings=given(options, sorted(_SETTINGS)),
         key=options.key,
         file=options.file,
         name=options.name,
         licence=options.licence,
-        images=images,
-        images_are=_described(options.data),
+        **_images(options),
         overwrite=options.overwrite,
     )
     print("\n".join([f"{options.out}: converted from {options.format}", *_judged_lines(judged)]))
     return 0
 
 
-def _images(options: argparse.Namespace) -> Tensor | None:
+def _images(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
-        return None
-    from purifyloader.datasets.named import open_dataset
+        return {}
+    from purifyloader.datasets.named import describe, open_dataset
     from purifyloader.datasets.select import load_images
 
     dataset = open_dataset(options.data, options.root, train=False)
     length = len(dataset)  # type: ignore[arg-type]
     # spread over the set, which may be sorted by class
     chosen = [i * length // _IMAGES for i in range(_IMAGES)] if length > _IMAGES else range(length)
-    return load_images(dataset, chosen, size=options.size)
-
-
-def _described(images: str | None) -> str:
-    if images is None:
-        return ""
-    from purifyloader.datasets.named import describe
-
-    return f"images of {describe(images)}"
+    images = load_images(dataset, chosen, size=options.size)
+    return {"images": images, "images_are": f"images of {describe(options.data)}"}
 
 
 def _judged_lines(judged: Plausibility) -> list[str]:

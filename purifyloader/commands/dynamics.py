@@ -11,7 +11,7 @@ from purifyloader.commands.options import (
     add_choice,
     add_data,
     add_device,
-    add_models,
+    add_model,
     add_poisons,
     add_results,
     add_seed,
@@ -39,7 +39,7 @@ _TIMESTEPS = {
 SCHEDULES = tuple(_TIMESTEPS)  # of `purifyloader.dynamics.paths`, which needs torch
 
 DESCRIPTION = (
-    "How far purification moves clean and poisoned images, level by level, as in Figure 2 of the "
+    "Measure how far purification moves clean and poisoned images, level by level, as in Figure 2 of the "
     "PureGen paper: along a Langevin walk (--energy), or by diffusion from one timestep or noise level after "
     "another (--model; with --energy too, the energies on the way). Prints a table."
 )
@@ -75,11 +75,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add what `dynamics` and `tune` share: which images of the option `of`, the attacks on them, and the models."""
+    """Add the options that `dynamics` and `tune` share: images of the option `of`, attacks on them, and models."""
     add_choice(parser, str(_COUNT))
     add_size(parser)
     add_poisons(parser, of)
-    add_models(parser, model="diffusion", energy="Langevin steps, or only energies where there is a --model")
+    add_model(parser, "diffusion")
+    add_model(parser, "Langevin steps, or only energies where there is a --model", energy=True)
     add_seed(parser, "the noise and the attacks")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="images of a network call; decides the last bit"
@@ -115,8 +116,8 @@ def clean_images(models: Models, options: argparse.Namespace, spec: str, root: s
     """Read the images that the options of `add_measuring` choose, and poison them; `what` is the option of `spec`."""
     from purifyloader.evaluation.inputs import Choice, read_images
 
-    choice, bars = settings_of(options, Choice), shows_progress(options)
-    return read_images(models, spec, choice, root=root, default=_COUNT, what=what, progress=bars)
+    choice = settings_of(options, Choice)
+    return read_images(models, spec, choice, root=root, default=_COUNT, what=what, progress=shows_progress(options))
 
 
 def langevin_path(

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="noise levels on the 0-255 scale (default: spread over the denoiser's range)",
     )
     add_poisons(parser, "--data")
-    add("--steps", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
+    add("--calls", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
     add("--sampler", choices=SAMPLERS, default="ancestral", help="of several calls (default: ancestral)")
     add("--no-calibration", action="store_true", help="leave out the calibration, half of the network calls")
     add_seed(parser, "the noise and the attacks")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
             images,
             sigmas,
             poisoned=poisoned,
-            steps=options.steps,
+            steps=options.calls,
             sampler=options.sampler,
             calibrate=not options.no_calibration,
             seed=options.seed,

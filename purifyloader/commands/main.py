@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from purifyloader.commands.exit_status import exit_status
+from purifyloader.commands.processes import exit_status
 from purifyloader.core.version import __version__
 from purifyloader.errors import InputError, PurifyError
 
@@ -23,13 +23,7 @@ __all__ = ["COMMANDS", "Command", "execute", "main", "parse"]
 
 
 class Command(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        name: one word or two, as they are typed.
-        help: what it does, in a line.
-        module: of `purifyloader.commands`.
-    """
+    """A row of the table: a name of one word or two, a line of help, and a module of `purifyloader.commands`."""
 
     name: str
     help: str
@@ -57,7 +51,7 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises its errors, as all other code does, and takes no shortened options."""
+    """A parser that raises its errors, as all other code does, and takes no shortened options, nor do its commands."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -88,9 +82,7 @@ def _overview(arguments: Sequence[str]) -> NoReturn:
 def parse(arguments: Sequence[str]) -> tuple[Any, argparse.ArgumentParser, argparse.Namespace]:
     """Find the command's module and parse its options: (module, parser, options).
 
-    Raises:
-        SystemExit: 0, after a help text or the version.
-        InputError: no such command, or options that it does not take.
+    It exits after a help text or the version, and raises an `InputError` for another command or option.
     """
     for command in COMMANDS:
         words = command.name.split()

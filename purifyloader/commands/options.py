@@ -1,6 +1,6 @@
 """Add options that several commands have: each says its name, meaning and default once.
 
-    data        --data, --root, --split, --count, --indices, --choose-seed, --size, --poisoned
+    data        --data, --root, --split, --count, --indices, --choose-seed, --size, --poisoned, --train, --test
     models      --model is always a denoiser, --energy an energy model
     running     --device, --dtype, --seed, --batch-size, --processes, --threads, --quiet
     results     --out, --overwrite, --json
@@ -17,35 +17,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = [
-    "DTYPES",
-    "SAMPLERS",
-    "add_choice",
-    "add_clean",
-    "add_data",
-    "add_device",
-    "add_dtype",
-    "add_models",
-    "add_poisons",
-    "add_processes",
-    "add_quiet",
-    "add_results",
-    "add_seed",
-    "add_size",
-    "add_split",
-    "add_threads",
-    "given",
-    "is_fast",
-    "positive",
-    "settings_of",
-    "shows_progress",
-]
-
 T = TypeVar("T")
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("ancestral", "ddim")  # of `purifyloader.diffusion.samplers`, which needs torch
+_SPLITS = ("train", "test")
+_ROOT = "data"
 _DATASETS = "cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function"
 
 
@@ -57,15 +35,26 @@ def positive(text: str) -> int:
 
 
 def add_data(group: Group, what: str, *, required: bool = True) -> None:
-    """Add --data, of which `what` says what its images are for, and --root."""
+    """Add --data, whose images are for `what`, and --root."""
     group.add_argument("--data", "--dataset", required=required, help=f"{what}: {_DATASETS}")
-    group.add_argument("--root", default="data", help="folder of a dataset given by name (default: data)")
+    group.add_argument("--root", default=_ROOT, help=f"folder of a dataset given by name (default: {_ROOT})")
 
 
-def add_split(group: Group, default: str = "train") -> None:
-    """Add --split."""
-    splits = ("train", "test")
-    group.add_argument("--split", choices=splits, default=default, help=f"of cifar10 and cifar100 (default: {default})")
+def add_sets(group: Group) -> None:
+    """Add --root, --train and --test, of a dataset with two splits; read --root by `root_of`."""
+    words = f"folder of the data (default: examples/data for the sample, else {_ROOT})"
+    group.add_argument("--root", default=_ROOT, help=words)
+    group.add_argument("--train", type=int, metavar="N", help="so many training images, drawn at random (default: all)")
+    group.add_argument("--test", type=int, metavar="N", help="so many test images (default: all)")
+
+
+def root_of(options: argparse.Namespace, data: str) -> Path:
+    """Return the folder of the data: the sample of this repository is in examples/data, unless --root is another."""
+    return Path("examples/data" if data == "sample" and options.root == _ROOT else options.root)
+
+
+def add_split(group: Group, name: str = "--split", default: str = "train") -> None:
+    group.add_argument(name, choices=_SPLITS, default=default, help=f"of cifar10 and cifar100 (default: {default})")
 
 
 def add_clean(group: Group, what: str, *, required: bool = False) -> None:
@@ -75,29 +64,22 @@ def add_clean(group: Group, what: str, *, required: bool = False) -> None:
 
 
 def add_choice(group: Group, default: str) -> None:
-    """Add what chooses among the images: --count or --indices, and --choose-seed."""
+    """Add the choice among the images: --count or --indices, and --choose-seed."""
     either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--count", type=positive, metavar="N", help=f"use N images, drawn at random (default: {default})"
-    )
-    either.add_argument(
-        "--indices",
-        type=Path,
-        metavar="FILE",
-        help="use the images listed in this JSON file, or checkpoint's config.json",
-    )
+    words = f"use N images, drawn at random (default: {default})"
+    either.add_argument("--count", type=positive, metavar="N", help=words)
+    words = "use the images listed in this JSON file, or checkpoint's config.json"
+    either.add_argument("--indices", type=Path, metavar="FILE", help=words)
     group.add_argument("--choose-seed", type=int, default=0, metavar="N", help="decides which are drawn (default: 0)")
 
 
 def add_size(group: Group) -> None:
-    """Add --size."""
-    group.add_argument(
-        "--size", type=positive, metavar="PX", help="resize the shorter side of each image to this, and crop the centre"
-    )
+    words = "resize the shorter side of each image to this, and crop the centre"
+    group.add_argument("--size", type=positive, metavar="PX", help=words)
 
 
 def add_poisons(group: Group, of: str) -> None:
-    """Add --poisoned, which says what attacks are tried on the images of the option `of`."""
+    """Add --poisoned, the attacks that are tried on the images of the option `of`."""
     group.add_argument(
         "--poisoned",
         nargs="+",
@@ -107,70 +89,47 @@ def add_poisons(group: Group, of: str) -> None:
     )
 
 
-def add_models(
-    group: Group,
-    *,
-    model: str | None = None,
-    energy: str | None = None,
-    default_model: str | None = None,
-    default_energy: str | None = None,
-) -> None:
-    """Add --model and --energy; `model` and `energy` say what each is used for, None that it is not."""
-    denoiser = ("model", "the name or folder of a denoiser", model, default_model)
-    network = ("energy", "the name or folder of an energy model", energy, default_energy)
-    for flag, text, use, default in (denoiser, network):
-        if use is not None:
-            more = f" (default: {default})" if default else ""
-            group.add_argument(f"--{flag}", default=default, metavar="MODEL", help=f"{text}; {use}{more}")
+def add_model(group: Group, use: str, *, energy: bool = False, default: str | None = None) -> None:
+    """Add --model, a denoiser, or with `energy` --energy, an energy model; `use` says what for."""
+    flag, kind = ("--energy", "an energy model") if energy else ("--model", "a denoiser")
+    more = f" (default: {default})" if default else ""
+    group.add_argument(flag, default=default, metavar="MODEL", help=f"the name or folder of {kind}; {use}{more}")
 
 
 def add_device(group: Group) -> None:
-    """Add --device."""
     group.add_argument("--device", help="such as cpu or cuda (default: a GPU for each process, else the CPU)")
 
 
 def add_dtype(group: Group, what: str) -> None:
     """Add --dtype, of the arithmetic of `what`."""
+    words = f"arithmetic of {what} (default: float32; bfloat16 is faster and gives other pixels)"
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help=words)
+
+
+def add_seed(group: Group, what: str, *, of_config: bool = False) -> None:
+    """Add --seed, of `what`; with `of_config` it is None where it is not given, for a --config may say it."""
     group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help=f"arithmetic of {what} (default: float32; bfloat16 is faster and gives other pixels)",
+        "--seed", type=int, default=None if of_config else 0, metavar="N", help=f"of {what} (default: 0)"
     )
 
 
-def is_fast(options: argparse.Namespace) -> bool:
-    """Read --dtype as the `fast=` of recipes."""
-    return bool(options.dtype == "bfloat16")
-
-
-def add_seed(group: Group, what: str) -> None:
-    """Add --seed, of `what`."""
-    group.add_argument("--seed", type=int, default=0, metavar="N", help=f"of {what} (default: 0)")
-
-
-def add_processes(group: Group, *, threads: str | None = None) -> None:
-    """Add --processes, and --threads where `threads` is its default, as words."""
+def add_processes(group: Group) -> None:
     group.add_argument("--processes", type=positive, default=1, metavar="N", help="on this machine (default: 1)")
-    if threads is not None:
-        add_threads(group, threads)
 
 
-def add_threads(group: Group, default: str) -> None:
-    """Add --threads."""
-    group.add_argument(
-        "--threads", type=positive, metavar="N", help=f"of the CPU, for each process (default: {default})"
-    )
+def add_threads(group: Group, words: str, default: int | None = None) -> None:
+    """Add --threads; `words` say the default."""
+    words = f"of the CPU, for each process (default: {words})"
+    group.add_argument("--threads", type=positive, default=default, metavar="N", help=words)
 
 
 def add_quiet(group: Group) -> None:
-    """Add --quiet."""
     group.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def add_results(group: Group, *files: str) -> None:
-    """Add what becomes of the results: --out, --overwrite, --json, and --quiet."""
-    names = f"{', '.join(files[:-1])} and {files[-1]}" if len(files) > 1 else files[0]
+    """Add --out, where the `files` are written, --overwrite, --json and --quiet."""
+    names = f"{', '.join(files[:-1])} and {files[-1]}"
     group.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {names} there")
     group.add_argument("--overwrite", action="store_true", help="replace these files")
     group.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -182,9 +141,10 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-def settings_of(options: argparse.Namespace, kind: Callable[..., T]) -> T:
-    """Make a dataclass from the options that have the names of its fields."""
-    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+def settings_of(options: argparse.Namespace, kind: Callable[..., T], **own: Any) -> T:
+    """Make a dataclass from the options that have the names of its fields, and from `own` fields before these."""
+    names = [field.name for field in fields(kind) if hasattr(options, field.name)]  # type: ignore[arg-type]
+    return kind(**{**{name: getattr(options, name) for name in names}, **own})
 
 
 def shows_progress(options: argparse.Namespace) -> bool:

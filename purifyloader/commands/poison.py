@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_size, add_split
+from purifyloader.commands.options import (
+    add_data,
+    add_device,
+    add_quiet,
+    add_seed,
+    add_size,
+    add_split,
+    shows_progress,
+)
 from purifyloader.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -68,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.device is not None or "device" in attack.options:
         given.setdefault("device", str(device_of_process(options.device, 0)))
     if "progress" in attack.options:
-        given.setdefault("progress", _progress(options))
+        given.setdefault("progress", shows_progress(options))
     check_options(attack, given)  # before images are read
     if options.layout is not None and is_npz(options.out):
         raise ConfigError(f"--layout is of a folder of images. Got --out {options.out}: leave it out.")
@@ -85,10 +92,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(options: argparse.Namespace) -> bool:
-    return not options.quiet and sys.stderr.isatty()
-
-
 def _clean(options: argparse.Namespace) -> tuple[Any, Any]:
     """Read uint8 (N, H, W, 3) and labels (N,); grey images are repeated."""
     from purifyloader.datasets.named import open_dataset
@@ -98,7 +101,7 @@ def _clean(options: argparse.Namespace) -> tuple[Any, Any]:
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
         raise InputError("Expected images in --data. Got an empty dataset.")
-    images, labels = load(dataset, range(count), 3, options.size, _progress(options), "--data")
+    images, labels = load(dataset, range(count), 3, options.size, shows_progress(options), "--data")
     if labels is None:
         raise InputError(
             "An attack needs a class, from 0, for each image in --data. Got images without one: give an imagefolder, "
@@ -107,14 +110,11 @@ def _clean(options: argparse.Namespace) -> tuple[Any, Any]:
     return images.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy()
 
 
-# -- what is printed ---------------------------------------------------------------------------------
-
-
 def listed() -> Iterator[str]:
     """Yield a few lines for each attack."""
     from purifyloader.poisons.attacks.registry import ATTACKS
 
-    yield "Attacks, for testing defences; all are clean-label: what an image is called stays right."
+    yield "Attacks, for testing defences; all are clean-label: the label of an image stays right."
     for attack in ATTACKS.values():
         yield f"{attack.name:<18} {attack.kind:<13} {attack.description} ({attack.paper})"
         yield f"{'':<18} {'options':<13} {', '.join(_attack_options(attack))}"

@@ -22,7 +22,6 @@ DESCRIPTION = (
     "Purify a dataset once, into a cache. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader.precompute, or torchrun, with the same options."
 )
-_CHECKED = 16  # `purifyloader.purified.ondemand.CHECKED`, which needs torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +42,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_device(cache)
     cache.add_argument("--workers", type=int, help="processes that read, for each that purifies")
     add_threads(cache, "its share of the cores")
-    cache.add_argument(
-        "--check-source",
-        default=str(_CHECKED),
-        metavar="N|all",
-        help=f"images of each finished shard that are compared with the source when going on (default: {_CHECKED})",
-    )
+    words = "images of each finished shard that are compared with the source when going on (default: 16)"
+    cache.add_argument("--check-source", metavar="N|all", help=words)
     cache.add_argument("--rank", type=int, help="number of this process, where no launcher says so")
     cache.add_argument("--world-size", type=int, help="number of all processes")
     cache.add_argument("--allow-mixed-devices", action="store_true", help="go on with another kind of device's shards")
@@ -61,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     from purifyloader.core.devices import device_of_process
     from purifyloader.datasets.named import open_dataset
-    from purifyloader.purified.filling import place, precompute
+    from purifyloader.purified.filling import CHECKED, place, precompute
 
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
     rank, world_size = place(options.rank, options.world_size)
@@ -84,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         encoding=options.encoding,
         device=device,
         workers=(0 if device.type == "cpu" else min(8, share - 1)) if options.workers is None else options.workers,
-        check_source=_amount(options.check_source),
+        check_source=CHECKED if options.check_source is None else _amount(options.check_source),
         image_key=_key(options.image_key),
         rank=rank,
         world_size=world_size,
@@ -105,7 +100,7 @@ def _summary(reader: CacheReader, seconds: float) -> str:
 
 
 def _cores() -> int:
-    """Return what this process may use, which only Linux says, else what the machine has."""
+    """Count the cores that this process may use, which only Linux says, else those of the machine."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

@@ -1,4 +1,4 @@
-"""A command in several processes of this machine, which end when it does."""
+"""Run a command in several processes of this machine, which end when it does, and turn how each ends into a status."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ import sys
 import threading
 from collections.abc import Callable
 
-from purifyloader.commands.exit_status import exit_status
 from purifyloader.errors import PurifyError
 
-__all__ = ["run_many"]
+__all__ = ["exit_status", "run_many"]
+
+_USER_ERROR, _INTERRUPTED = 2, 130
+
+
+def exit_status(work: Callable[[], int], in_words: Callable[[PurifyError], str] = str) -> int:
+    """Call `work` and return its exit status; after an error of the user's print `in_words(error)` and return 2."""
+    try:
+        return work()
+    except PurifyError as error:
+        print(f"purifyloader: error: {in_words(error)}", file=sys.stderr)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        print("purifyloader: interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def run_many(work: Callable[[int], object], processes: int) -> None:
     """Call `work(0)`, `work(1)`, ... each in a process of its own, and wait for all of them.
 
     Args:
-        work: a function of a module, with its arguments bound (`functools.partial`), for it is pickled. An error of the
-            user's that it raises is said on standard error.
+        work: is pickled: a function of a module, with its arguments bound by `functools.partial`. An error of the
+            user's that it raises is printed on standard error.
 
     Raises:
         PurifyError: one of them stopped; the others have been waited for.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader import recipes
+from purifyloader.commands.options import DTYPES, given
 from purifyloader.errors import ConfigError
 from purifyloader.pretrained.kinds import KINDS
 from purifyloader.recipes.registry import Option, Recipe, describe
@@ -44,7 +45,7 @@ def add_recipe_options(group: Any) -> None:
         elif option.type is not bool:
             flag["metavar"] = _METAVARS[option.type]
         _add(group, option.name, _help(texts, len(described)), **flag)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="arithmetic of networks (default: float32)")
+    group.add_argument("--dtype", choices=DTYPES, help="arithmetic of networks (default: float32)")
 
 
 def _add(group: Any, name: str, text: str, **options: Any) -> None:
@@ -57,16 +58,18 @@ def _add(group: Any, name: str, text: str, **options: Any) -> None:
 
 
 def _options(described: dict[str, Recipe]) -> list[tuple[Option, list[tuple[str, Recipe]]]]:
-    """Each option once, with the recipes that take it; `fast` is --dtype."""
-    found: dict[str, Option] = {}
+    """List each option once, with the recipes that take it; `fast` is --dtype."""
+    options: dict[str, Option] = {}
     for recipe in described.values():
-        found = {**recipe.options, **found}
-    ordered = dict.fromkeys(name for recipe in described.values() for name in recipe.options if name != "fast")
-    return [(found[name], [(key, each) for key, each in described.items() if name in each.options]) for name in ordered]
+        options |= {name: option for name, option in recipe.options.items() if name not in (*options, "fast")}
+    return [
+        (option, [(key, each) for key, each in described.items() if name in each.options])
+        for name, option in options.items()
+    ]
 
 
 def _help(texts: Sequence[tuple[str, str]], recipes_there: int) -> str:
-    """The texts of an option, each once, with the recipes that it is of unless all have it."""
+    """Join the texts of an option, each once, with the recipes that it is of unless all have it."""
     by_text: dict[str, list[str]] = {}
     for name, text in texts:
         by_text.setdefault(text.rstrip("."), []).append(name)
@@ -82,20 +85,19 @@ def purifier_of(options: argparse.Namespace) -> Purifier:
         ConfigError: an option that the recipe does not take, one that it needs, or no such recipe or file.
     """
     described = _described()
-    given = {option.name: getattr(options, option.name) for option, _ in _options(described)}
-    given = {name: value for name, value in given.items() if value is not None}
-    models = {name: getattr(options, name) for recipe in described.values() for name in recipe.models}
-    models = {name: value for name, value in models.items() if value is not None}
+    values = given(options, (option.name for option, _ in _options(described)))
+    models = given(options, dict.fromkeys(name for recipe in described.values() for name in recipe.models))
     recipe = described.get(options.recipe)
     if recipe is None:
-        return _from_file(options, given, models, described)
+        return _from_file(options, values, models, described)
     takes = [name for name in (*recipe.models, *recipe.options) if name != "fast"]
-    if not recipe.models and (models or options.dtype is not None):
+    dtype = given(options, ["dtype"])
+    if not recipe.models and (models or dtype):
         raise ConfigError(
-            f"The recipe {recipe.name} has no network. Got {_flags([*models, *_dtype(options)])}: the options "
-            "--energy, --model or --dtype are of those that have one. Leave it out."
+            f"The recipe {recipe.name} has no network. Got {_flags([*models, *dtype])}: the options --energy, --model "
+            "or --dtype are of those that have one. Leave it out."
         )
-    if foreign := sorted({*given, *models} - set(takes)):
+    if foreign := sorted({*values, *models} - set(takes)):
         known = _flags([*takes, *(["dtype"] if recipe.takes_fast else [])])
         raise ConfigError(f"The recipe {recipe.name} takes {known}. Got {_flags(foreign)}: leave it out.")
     for name in recipe.models:
@@ -104,21 +106,17 @@ def purifier_of(options: argparse.Namespace) -> Purifier:
                 f"The recipe {recipe.name} needs {_flag(name)}, a name of `purifyloader models` or a folder."
             )
     for option in recipe.options.values():
-        if option.required and option.name not in given:
+        if option.required and option.name not in values:
             raise ConfigError(f"The recipe {recipe.name} needs {_flag(option.name)}: {option.help} Got none.")
-    if "t" in given and float(given["t"]).is_integer():
-        given["t"] = int(given["t"])
+    if "t" in values and float(values["t"]).is_integer():
+        values["t"] = int(values["t"])
     if recipe.takes_fast:
-        given["fast"] = options.dtype == "bfloat16"
-    return recipe.make(**models, **given)
-
-
-def _dtype(options: argparse.Namespace) -> list[str]:
-    return [] if options.dtype is None else ["dtype"]
+        values["fast"] = options.dtype == "bfloat16"
+    return recipe.make(**models, **values)
 
 
 def _from_file(
-    options: argparse.Namespace, given: dict[str, Any], models: dict[str, str], known: Iterable[str]
+    options: argparse.Namespace, values: dict[str, Any], models: dict[str, str], known: Iterable[str]
 ) -> Purifier:
     path = Path(options.recipe)
     if not path.is_file():
@@ -126,7 +124,7 @@ def _from_file(
             f"--recipe must be one of {', '.join(known)}, or a file with what Purifier.to_json gives. "
             f"Got {options.recipe!r}, which is neither."
         )
-    if extra := [*given, *_dtype(options)]:
+    if extra := [*values, *given(options, ["dtype"])]:
         raise ConfigError(f"A recipe from a file says all of itself. Got {_flags(extra)}: edit the file.")
     return recipes.from_json(path.read_text(encoding="utf-8"), list(models.values()))
 

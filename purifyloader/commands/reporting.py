@@ -19,7 +19,7 @@ __all__ = ["calls_bar", "report"]
 
 @contextmanager
 def calls_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of network calls; the function that it yields takes the calls just made, and those of all work."""
+    """Show a bar of network calls; the function that it yields takes the calls just made, and the calls of all work."""
     with tqdm(unit="calls", disable=not shown, leave=False) as bar:
 
         def progress(calls: int, total: int) -> None:
@@ -39,12 +39,8 @@ def report(
 ) -> None:
     """Write results to --out, and print them: as JSON with --json, else as the lines of a table.
 
-    The files come first, for results may be printed to a pipe that was closed.
-
-    Args:
-        files: names of the JSON file and of the picture.
-        draw: writes the picture to a path.
-        texts: name and content of other files.
+    `files` name the JSON file and the picture, which `draw` writes to a path; `texts` are other files by name. Files
+    come first, for results may be printed to a pipe that was closed.
     """
     text, (json_file, picture_file) = to_json(results), files
     lines = []

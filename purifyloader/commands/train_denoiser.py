@@ -5,26 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import given
-from purifyloader.commands.training import (
-    CleanSet,
-    Place,
-    add_card,
-    add_how,
-    add_images,
-    add_run,
-    details,
-    fields_of,
-    held_out_images,
-    machine,
-    print_estimate,
-    run_training,
-    start_name,
-)
-from purifyloader.errors import ConfigError
+from purifyloader.commands.training import Kind, Trained, add_training_options, beginning, changes_of, run_training
 
 if TYPE_CHECKING:
     import torch
@@ -40,18 +23,6 @@ DESCRIPTION = (
     "On several GPUs: accelerate launch -m purifyloader train denoiser, with the same options."
 )
 
-_FIELDS = (
-    "steps",
-    "decay_steps",
-    "batch_size",
-    "learning_rate",
-    "replicate",
-    "patch_size",
-    "augment",
-    "seed",
-    "dtype",
-    "compile",
-)
 _COMPILE_STEPS = 2_000  # on a GPU compilation has paid for itself by then
 # Where PSNR is measured for the card, in px: the literature's levels, ECLIPSE's, and the certified sigmas.
 _CARD_PX = (6.37, 10, 25, 50, 63.75, 127.5, 255)
@@ -60,79 +31,53 @@ _ON_THE_WAY = 200  # of the held-out images, for the measurements during trainin
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    add_images(parser, "measure PSNR on")
-    how = add_how(
+    how, run = add_training_options(
         parser,
-        "light: a small network for the noise that purification uses, an hour of two CPU cores (default); eclipse: the "
-        "paper's; puregen: PureGen-DDPM's, t <= 250",
-        "optimiser steps",
-        "images a step, over all processes",
+        validation="measure PSNR on",
+        presets="light: a small network for the noise that purification uses, an hour of two CPU cores (default); "
+        "eclipse: the paper's; puregen: PureGen-DDPM's, t <= 250",
+        steps="optimiser steps",
+        batch="images a step, over all processes",
     )
     how.add_argument("--decay-steps", type=int, help="last steps, over which the learning rate falls to zero")
     how.add_argument("--replicate", type=int, metavar="M", help="further copies of each image in an epoch")
     how.add_argument("--augment", nargs="*", metavar="HOW", help="flip, crop, rotate, mixup; nothing for none")
     how.add_argument("--patch-size", type=int, metavar="PX", help="train on random squares of this side")
-    run = add_run(parser)
     run.add_argument("--micro-batch", type=int, help="images in memory at a time, if a batch does not fit")
     run.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the run)")
-    add_card(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, or estimate what it would cost."""
     from purifyloader.train.curves import CURVES_PNG
+    from purifyloader.train.denoiser.card import card
     from purifyloader.train.denoiser.curves import SAMPLES_PNG
-
-    run_training(options, (CURVES_PNG, SAMPLES_PNG), lambda clean, place: _train(options, clean, place))
-    return 0
-
-
-def _train(options: argparse.Namespace, clean: CleanSet, place: Place) -> None:
-    from purifyloader.train import plan
     from purifyloader.train.denoiser.task import build_denoiser, train_denoiser
-    from purifyloader.train.state import STATE_FILE, writing
 
-    config, start = configuration(options, clean.images.shape[1:], place.device)
-    if options.estimate:
-        more: dict[str, Any] = {"start": start, "micro_batch": options.micro_batch, "device": place.device}
-        print_estimate(plan.measure(build_denoiser, train_denoiser, clean.images, config, **more), config, place)
-        return
-    validation, held_out_name = held_out_images(options, clean, place.quiet)
-    denoiser, record = train_denoiser(
-        clean.images,
-        options.out,
-        config,
-        start=start,
-        validation=validation[:: -(-len(validation) // _ON_THE_WAY)] if validation is not None else None,
-        validate_every=options.validate_every,
-        micro_batch=options.micro_batch,
-        device=place.device,
-        save_every=options.save_every,
-        progress=not place.quiet,
+    kind = Kind(
+        configuration, build_denoiser, train_denoiser, _arguments, _judge, card, _captions, (CURVES_PNG, SAMPLES_PNG)
     )
-    if place.rank > 0:
-        return
-    results = _measure(denoiser, validation) if validation is not None else []
-    about = details(options, clean, held_out_name, config, record, machine(place.device)) | {"psnr": results}
-    with writing(options.out):
-        _save(denoiser, options.out, options.name or options.out.resolve().name, about)
-    (options.out / STATE_FILE).unlink(missing_ok=True)
-    print(f"{options.out}: {record['steps']:,} steps, {record['seconds']:.0f} s")
-    for row in results:
-        print(
-            f"  {row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
-            f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"
-        )
+    return run_training(options, kind)
 
 
-def _measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]]:
+def _arguments(options: argparse.Namespace, held_out: Tensor | None) -> dict[str, Any]:
+    shown = None if held_out is None else held_out[:: -(-len(held_out) // _ON_THE_WAY)]
+    return {"validation": shown, "validate_every": options.validate_every, "micro_batch": options.micro_batch}
+
+
+def _judge(options: argparse.Namespace, trained: Trained) -> list[str]:
     """Measure PSNR of the denoiser, of JPEG-10 and of doing nothing, at the levels of the card that it knows."""
     from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
     from purifyloader.train.denoiser.curves import validation_levels
 
+    denoiser, images = trained.model, trained.held_out
     low, high = denoiser.sigma_range
-    levels = [px for px in _CARD_PX if low <= px / 255 <= high]
-    return [
+    levels: Sequence[float] = [px for px in _CARD_PX if low <= px / 255 <= high]
+    if images is None:
+        levels = []
+    elif len(levels) < 2:
+        levels = validation_levels((low, high))
+    trained.details["psnr"] = rows = [
         {
             "sigma_px": px,
             "denoiser": round(psnr(denoiser, images, px / 255), 3),
@@ -140,27 +85,24 @@ def _measure(denoiser: NetworkDenoiser, images: Tensor) -> list[dict[str, float]
             "noised": round(noised_psnr(images, px / 255), 3),
             "images": len(images),
         }
-        for px in (levels if len(levels) >= 2 else validation_levels((low, high)))
+        for px in levels
+    ]
+    return [
+        f"{row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
+        f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"
+        for row in rows
     ]
 
 
-def _save(denoiser: NetworkDenoiser, out: Path, name: str, about: Mapping[str, Any]) -> None:
-    """Write the checkpoint with its card, over whatever a killed save left there."""
-    from purifyloader import pretrained
+def _captions(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> dict[str, str]:
     from purifyloader.train.curves import CURVES_PNG
-    from purifyloader.train.denoiser.card import card
     from purifyloader.train.denoiser.curves import SAMPLES_PNG, validation_levels
 
     levels = ", ".join(f"{px:g}" for px in validation_levels(denoiser.sigma_range))
-    captions = {
+    return {
         CURVES_PNG: "Loss and PSNR over the run.",
         SAMPLES_PNG: f"Clean images; then, for {levels} px each, noised and denoised in one network call.",
     }
-    text = card(name, denoiser, about, {p: c for p, c in captions.items() if (out / p).exists()})
-    pretrained.save(denoiser, out, name=name, card=text, details=about, overwrite=True)
-
-
-# -- the configuration ---------------------------------------------------------------------------------
 
 
 def configuration(
@@ -168,53 +110,33 @@ def configuration(
 ) -> tuple[TrainConfig, NetworkDenoiser | None]:
     """Build what to train from a preset, fields of a file over it, and options over both.
 
-    Args:
-        options: of `purifyloader train denoiser`.
-        image_shape: (C, H, W) of the images.
-        device: where the training will be.
-
     Returns:
-        The configuration, and the denoiser to start from or None.
+        The configuration for images of this shape (C, H, W), and the denoiser to start from or None.
 
     Raises:
         InputError: --config is no such file.
         ConfigError: fields that are unknown or contradict each other, or a start that is not here.
     """
-    from purifyloader import pretrained
     from purifyloader.train.denoiser.config import TrainConfig, recipe
-    from purifyloader.train.fields import check_start_from, started_from
+    from purifyloader.train.fields import started_from
 
     side = min(image_shape[-2:])
     base = recipe(options.preset, side, image_shape[0])
     if base.patch_size is not None and base.patch_size > side:
         base = dataclasses.replace(base, patch_size=None)
-    fields = fields_of(options.config, _fields_of_card) if options.config is not None else {}
-    named = fields.pop("start_from", None)
-    check_start_from(named)
-    name = start_name(options, named)
-    start = None if name is None else pretrained.load(name)
+    fields, start = beginning(options, "denoiser", _fields_of_card)
     if start is not None:
         _follow(start, base, fields)
     if type(fields.get("steps")) is int:
         fields |= _lengths(base, fields["steps"], fields)
     config = TrainConfig.from_dict(fields, base)
-    changes = given(options, _FIELDS)
+    changes = changes_of(options, TrainConfig)
     if "steps" in changes:
         changes |= _lengths(config, options.steps, changes)
-    if "augment" in changes:
-        changes["augment"] = tuple(options.augment)
     if not {"compile"} & {*changes, *fields}:
         changes["compile"] = device.type == "cuda" and changes.get("steps", config.steps) >= _COMPILE_STEPS
-    config = dataclasses.replace(config, **changes)
-    if start is None:
-        return config, None
-    config = started_from(config, start)
-    if named is not None and options.start_from is None and config.start_from != named:
-        raise ConfigError(
-            f"{options.config} starts from weights {named['weights_sha256'][:16]} of {named['name']!r}. Got others "
-            "by that name: give the right folder as --start-from."
-        )
-    return config, start
+    config = TrainConfig.from_dict(changes, config)
+    return (config, None) if start is None else (started_from(config, start), start)
 
 
 def _fields_of_card(config: Mapping[str, Any]) -> Any:
@@ -224,7 +146,7 @@ def _fields_of_card(config: Mapping[str, Any]) -> Any:
     if not isinstance(values, dict):
         return values
     if isinstance(network := values.get("network"), dict):
-        # whole: what it leaves out is at its default there, whatever the preset has
+        # whole: a field that it leaves out is at its default there, whatever the preset has
         values["network"] = {**dataclasses.asdict(UNetConfig()), **network}
     denoiser = config.get("denoiser")  # an energy model's flip is its own
     if "flip" in values and isinstance(denoiser, dict) and {"parameterization", "schedule"} <= denoiser.keys():
@@ -247,11 +169,9 @@ def _follow(start: NetworkDenoiser, base: TrainConfig, fields: dict[str, Any]) -
         if isinstance(start.schedule, CosineSchedule | LinearSchedule):
             fields.setdefault("schedule", start.schedule.kind)
             fields.setdefault("timesteps", start.schedule.timesteps)
-    network = fields.get("network", {})
-    if not isinstance(network, Mapping):
-        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
     learned = start.learned_variance or (hybrid and base.network.learned_variance)
-    fields["network"] = {**dataclasses.asdict(start.network.config), "learned_variance": learned, **network}
+    network = {**dataclasses.asdict(start.network.config), "learned_variance": learned}
+    fields["network"] = {**network, **fields.get("network", {})}
 
 
 def _lengths(base: TrainConfig, steps: int, known: Mapping[str, Any]) -> dict[str, Any]:

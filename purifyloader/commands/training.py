@@ -1,9 +1,10 @@
-"""Share what the training commands have in common: their options, their processes, and the clean images."""
+"""Run a training from a folder of clean images to a checkpoint with its card, whatever kind of model is trained."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
@@ -12,67 +13,53 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import DTYPES, add_choice, add_data, add_device, add_quiet, add_size
+from purifyloader.commands.options import (
+    DTYPES,
+    add_choice,
+    add_data,
+    add_device,
+    add_quiet,
+    add_seed,
+    add_size,
+    given,
+    positive,
+)
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "CleanSet",
-    "Place",
-    "add_card",
-    "add_how",
-    "add_images",
-    "add_run",
-    "clean_set",
-    "details",
-    "fields_of",
-    "held_out_images",
-    "machine",
-    "print_estimate",
-    "processes",
-    "run_training",
-    "start_name",
-]
+__all__ = ["CleanSet", "Kind", "Trained", "add_training_options", "beginning", "fields_of", "run_training"]
 
 log = logging.getLogger("purifyloader")
 
 _NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
 
 
-class Place(NamedTuple):
-    """One process of a training: its rank, its device, and whether it is to print no progress."""
+def add_training_options(
+    parser: argparse.ArgumentParser, *, validation: str, presets: str, steps: str, batch: str
+) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Add the options that every kind of training has; return the groups "how" and "the run", for those of one kind.
 
-    rank: int
-    device: torch.device
-    quiet: bool
-
-
-def add_images(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add the options that say which images; `purpose` is what the held-out ones are for."""
+    Args:
+        validation: what becomes of the held-out images.
+        presets: a few words on each.
+        steps, batch: the help of --steps and --batch-size.
+    """
     data = parser.add_argument_group("the clean images")
     add_data(data, "clean images")
     add_choice(data, "all")
     add_size(data)
     data.add_argument(
         "--validation",
-        help=f"clean images to {purpose}: like --data, where cifar10 and cifar100 mean the test split, or none "
+        help=f"clean images to {validation}: like --data, where cifar10 and cifar100 mean the test split, or none "
         "(default: images of --data that are not trained on; a twentieth of them if all were chosen)",
     )
-    data.add_argument("--validation-count", type=int, default=1000, help="at most (default: 1000)")
+    data.add_argument("--validation-count", type=positive, default=1000, help="at most (default: 1000)")
 
-
-def add_how(parser: argparse.ArgumentParser, presets: str, steps: str, batch: str) -> argparse._ArgumentGroup:
-    """Add the options of the optimisation that every kind of model has.
-
-    Args:
-        presets: a few words on each.
-        steps, batch: the help of --steps and --batch-size.
-    """
     how = parser.add_argument_group("how")
     how.add_argument("--preset", default="light", metavar="NAME", help=presets)
     how.add_argument(
@@ -85,7 +72,7 @@ def add_how(parser: argparse.ArgumentParser, presets: str, steps: str, batch: st
     how.add_argument("--steps", type=int, help=steps)
     how.add_argument("--batch-size", type=int, help=batch)
     how.add_argument("--learning-rate", type=float, help="of the optimiser (default: of the preset)")
-    how.add_argument("--seed", type=int, help="of the weights and of all noise (default: 0)")
+    add_seed(how, "the weights and all noise", of_config=True)
     how.add_argument("--dtype", choices=DTYPES, help="arithmetic of the network (default: of the preset)")
     how.add_argument(
         "--compile",
@@ -93,44 +80,69 @@ def add_how(parser: argparse.ArgumentParser, presets: str, steps: str, batch: st
         default=None,
         help="compile the network (default: on a GPU, where it pays)",
     )
-    return how
 
-
-def add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say where and how it runs."""
     run = parser.add_argument_group("the run")
     run.add_argument("--out", type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
     run.add_argument("--estimate", action="store_true", help="print what it would cost on this machine, and stop")
     add_device(run)
     run.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between states (default: 60)")
     add_quiet(run)
-    return run
 
-
-def add_card(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the card repeats."""
     about = parser.add_argument_group("the card")
     about.add_argument("--name", help="of the model (default: the folder's)")
     about.add_argument("--description", help="what the images are (default: --data)")
     about.add_argument("--validation-description", help="what the held-out images are (default: --validation)")
     about.add_argument("--licence", help="of the images and so of the weights")
     about.add_argument("--note", help="what else the card should say")
+    return how, run
 
 
-def run_training(
-    options: argparse.Namespace, pictures: Sequence[str], train: Callable[[CleanSet, Place], None]
-) -> None:
-    """Call `train` in this process of a launcher's, with the images, while --out is this run's alone.
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training as its command runs it; the library's part of it is `train`.
 
-    Args:
-        options: those of `add_images` and `add_run`.
-        pictures: names of the pictures that the command writes.
-        train: what is to be done.
+    Attributes:
+        configuration: makes of the options, the shape (C, H, W) of an image and the device what to train, and the model
+            to start from or None.
+        build, train: such as `build_denoiser` and `train_denoiser`.
+        arguments: the further arguments of `train`, from the options and the held-out images or None.
+        judge: measures the trained model, adds the results to its details, and returns lines to print.
+        card: writes the text of the card from the name, the model, its details, and captions of pictures.
+        captions: file name of each picture -> its caption, from the model and its details.
+        pictures: the names of all pictures.
+        unit: a step of the training, in the plural.
+    """
+
+    configuration: Callable[[argparse.Namespace, Sequence[int], torch.device], tuple[Any, Any]]
+    build: Callable[..., Any]
+    train: Callable[..., tuple[Any, dict[str, Any]]]
+    arguments: Callable[[argparse.Namespace, Tensor | None], dict[str, Any]]
+    judge: Callable[[argparse.Namespace, Trained], list[str]]
+    card: Callable[[str, Any, Mapping[str, Any], Mapping[str, str]], str]
+    captions: Callable[[Any, Mapping[str, Any]], dict[str, str]]
+    pictures: Sequence[str]
+    unit: str = "steps"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, its configuration and details, and uint8 images (N, C, H, W) that it has and has not seen."""
+
+    model: Any
+    config: Any
+    details: dict[str, Any]
+    images: Tensor
+    held_out: Tensor | None
+    device: torch.device
+
+
+def run_training(options: argparse.Namespace, kind: Kind) -> int:
+    """Train in this process of a launcher's while --out is this run's alone, or estimate the cost; return 0.
 
     Raises:
-        InputError, CheckpointError, TrainingError: --out is not fit for it.
+        PurifyError: --out is not fit for it, or what the options ask for cannot be trained.
     """
-    with processes(options.device) as (rank, device):
+    with _processes(options.device) as (rank, device):
         quiet: bool = options.quiet or rank > 0
         logging.basicConfig(format="%(message)s")
         logging.getLogger("purifyloader").setLevel(logging.WARNING if quiet else logging.INFO)
@@ -138,8 +150,43 @@ def run_training(
             if options.out is None:
                 raise InputError("Give --out, a folder for the checkpoint, or --estimate.")
             _check_out(options.out)
-        with _alone(options, rank, pictures):
-            train(clean_set(options, quiet), Place(rank, device, quiet))
+        with _alone(options, rank, kind.pictures):
+            _train(options, kind, rank, device, quiet)
+    return 0
+
+
+def _train(options: argparse.Namespace, kind: Kind, rank: int, device: torch.device, quiet: bool) -> None:
+    from purifyloader import pretrained
+    from purifyloader.train import plan
+    from purifyloader.train.state import STATE_FILE, writing
+
+    clean = _clean_set(options, quiet)
+    config, start = kind.configuration(options, clean.images.shape[1:], device)
+    common = {"start": start, "device": device}
+    if options.estimate:
+        more = kind.arguments(options, None)
+        measured = plan.measure(kind.build, kind.train, clean.images, config, **common, **more)
+        if rank == 0:
+            print(plan.report(measured, config, _machine(device), datetime.datetime.now()))
+        return
+    held_out, held_out_is = _held_out_images(options, clean, quiet)
+    more = kind.arguments(options, held_out)
+    run = {"save_every": options.save_every, "progress": not quiet}
+    model, record = kind.train(clean.images, options.out, config, **common, **run, **more)
+    if rank > 0:
+        return
+    details = _details(options, clean, held_out_is, config, record, device)
+    name = options.name or options.out.resolve().name
+    with writing(options.out):
+        lines = kind.judge(options, Trained(model, config, details, clean.images, held_out, device))
+        captions = {p: c for p, c in kind.captions(model, details).items() if (options.out / p).exists()}
+        text = kind.card(name, model, details, captions)
+        # over whatever a killed save left there
+        pretrained.save(model, options.out, name=name, card=text, details=details, overwrite=True)
+    (options.out / STATE_FILE).unlink(missing_ok=True)
+    print(f"{options.out}: {record['steps']:,} {kind.unit}, {record['seconds']:.0f} s")
+    for line in lines:
+        print(f"  {line}")
 
 
 def _check_out(out: Path) -> None:
@@ -152,26 +199,26 @@ def _check_out(out: Path) -> None:
 
     if out.exists() and not out.is_dir():
         raise InputError(f"Expected a folder as --out. Got the file {out}.")
-    found = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
-    if CONFIG_FILE in found or (found and not (out / STATE_FILE).exists()):
+    there = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
+    if CONFIG_FILE in there or (there and not (out / STATE_FILE).exists()):
         raise CheckpointError(
-            f"Expected a folder without a checkpoint. Got {out} with {', '.join(found)}: give another --out."
+            f"Expected a folder without a checkpoint. Got {out} with {', '.join(there)}: give another --out."
         )
 
 
 @contextlib.contextmanager
-def processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
+def _processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
     """Yield (rank, device), joined with the other processes where a launcher started several."""
     import torch
 
     from purifyloader.core.devices import as_device
 
+    on_cpu = name == "cpu" or (name is None and not torch.cuda.is_available())
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        yield 0, as_device(name or ("cpu" if on_cpu else "cuda"))
         return
     from accelerate import PartialState
 
-    on_cpu = name == "cpu" or (name is None and not torch.cuda.is_available())
     if name not in (None, "cpu", "cuda"):
         raise InputError(f"With several processes --device must be cpu or cuda, one GPU for each. Got {name!r}.")
     state = PartialState(cpu=on_cpu)
@@ -181,35 +228,11 @@ def processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
         state.destroy_process_group()
 
 
-def start_name(options: argparse.Namespace, named: Mapping[str, Any] | None) -> str | None:
-    """Return the model to start from: --start-from, else the one that a --config names; None for random weights.
-
-    Raises:
-        ConfigError: the configuration names one that is not here.
-    """
-    from purifyloader.pretrained.registry import is_local
-
-    if options.start_from is not None or named is None:
-        start: str | None = options.start_from
-        return start
-    # a name in somebody's file must not lead to a download
-    if named["name"] is None or not is_local(named["name"]):
-        raise ConfigError(
-            f"{options.config} starts from the weights {named['weights_sha256'][:16]} of {named['name'] or 'a model'}. "
-            "Got no such model here: give its folder as --start-from."
-        )
-    return str(named["name"])
-
-
 @contextlib.contextmanager
 def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> Iterator[None]:
-    """Lock --out while the run lasts: two that write to one folder would undo each other's work.
+    """Lock --out while the run lasts, and remove what killed saves of its files have left.
 
-    Args:
-        pictures: names of those that the command writes. What killed saves have left of all files is removed.
-
-    Raises:
-        TrainingError: another process trains into it.
+    Two runs that write to one folder would undo each other's work: the second one raises a `TrainingError`.
     """
     from purifyloader.files.locks import Lock, lock_path
     from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE
@@ -219,7 +242,7 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
     if options.estimate or rank > 0:
         yield
         return
-    made = not options.out.exists()
+    created = not options.out.exists()
     with writing(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     lock = Lock(options.out, STATE_FILE)
@@ -237,9 +260,89 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
             lock_path(options.out, STATE_FILE).unlink(missing_ok=True)
             lock.release()
     finally:
-        if made:
+        if created:
             with contextlib.suppress(OSError):  # not empty: a state, or a checkpoint
                 options.out.rmdir()
+
+
+# -- the configuration ---------------------------------------------------------------------------------
+
+
+def beginning(
+    options: argparse.Namespace, kind: str, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Read the fields of --config, and load the model to start from: of --start-from, else the one that they name.
+
+    Args:
+        kind: of model, as `pretrained.load` takes it.
+        of_checkpoint: see `fields_of`.
+
+    Returns:
+        The fields without `start_from`, and the model or None.
+
+    Raises:
+        InputError: --config is no such file.
+        ConfigError: it starts from a model that is not here, or whose weights are others here.
+    """
+    from purifyloader import pretrained
+    from purifyloader.files.weights import weights_sha256
+    from purifyloader.pretrained.registry import is_local
+    from purifyloader.train.fields import check_start_from
+
+    fields = fields_of(options.config, of_checkpoint) if options.config is not None else {}
+    if not isinstance(network := fields.get("network", {}), Mapping):
+        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
+    named = fields.pop("start_from", None)
+    check_start_from(named)
+    if options.start_from is not None:
+        return fields, pretrained.load(options.start_from, kind=kind)
+    if named is None:
+        return fields, None
+    of_weights = f"{options.config} starts from the weights {named['weights_sha256'][:16]} of"
+    # a name in somebody's file must not lead to a download
+    if named["name"] is None or not is_local(named["name"]):
+        raise ConfigError(
+            f"{of_weights} {named['name'] or 'a model'}. Got no such model here: give its folder as --start-from."
+        )
+    start = pretrained.load(named["name"], kind=kind)
+    if weights_sha256(start) != named["weights_sha256"]:
+        raise ConfigError(
+            f"{of_weights} {named['name']!r}. Got others by that name: give the right folder as --start-from."
+        )
+    return fields, start
+
+
+def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None) -> dict[str, Any]:
+    """Read fields of a configuration from JSON: the fields themselves, or a checkpoint's config.json.
+
+    Args:
+        of_checkpoint: takes the fields out of a checkpoint's configuration; by default its "details", "train".
+
+    Raises:
+        InputError: no such file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"must be a JSON file of training fields. Got {path}: {error}.", argument="config") from None
+    if isinstance(values, dict) and isinstance(values.get("details"), dict):
+        values = values["details"].get("train") if of_checkpoint is None else of_checkpoint(values)
+    if not isinstance(values, dict):
+        raise InputError(
+            "must be a JSON object of training fields, or the config.json of a model trained here. "
+            f"Got {path}, which is neither.",
+            argument="config",
+        )
+    return values
+
+
+def changes_of(options: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    """Collect the fields of a configuration that options set."""
+    names = {each.name for each in dataclasses.fields(config)} - {"start_from"}
+    return given(options, names & vars(options).keys())
+
+
+# -- the images ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -259,8 +362,7 @@ class CleanSet:
     held_out: list[int] = field(default_factory=list)
 
 
-def clean_set(options: argparse.Namespace, quiet: bool) -> CleanSet:
-    """Read the images that the options of `add_images` name."""
+def _clean_set(options: argparse.Namespace, quiet: bool) -> CleanSet:
     from purifyloader.datasets.named import open_dataset
     from purifyloader.datasets.select import choose, hold_out, load_images, read_indices
 
@@ -277,44 +379,42 @@ def clean_set(options: argparse.Namespace, quiet: bool) -> CleanSet:
     return CleanSet(dataset, length, indices, images, held_out)
 
 
-def held_out_images(options: argparse.Namespace, clean: CleanSet, quiet: bool) -> tuple[Tensor | None, str]:
-    """Return the held-out images, and what they are, for the card."""
+def _held_out_images(options: argparse.Namespace, clean: CleanSet, quiet: bool) -> tuple[Tensor | None, str]:
+    """Return the held-out images, and words on them for the card."""
     from purifyloader.datasets.named import describe, open_dataset
     from purifyloader.datasets.select import choose, load_images
 
     if options.validation == "none" or (options.validation is None and not clean.held_out):
         return None, ""
-    chosen: Sequence[int]
+    chosen: Sequence[int] = clean.held_out
     if options.validation is None:
-        what, source, chosen = "images of the same data that it was not trained on", clean.dataset, clean.held_out
+        words, source = "images of the same data that it was not trained on", clean.dataset
     else:
         source = open_dataset(options.validation, options.root, train=False)
-        if options.validation_count < 1:
-            raise InputError(f"must be at least 1. Got {options.validation_count}.", argument="validation_count")
         length = len(source)  # type: ignore[arg-type]
         count = min(options.validation_count, length)
         # a folder may be sorted by class; the named test splits are shuffled, and their first images comparable
         chosen = range(count) if options.validation in _NAMED else choose(length, count, options.choose_seed)
-        what = f"images of {describe(options.validation)}" + (", test split" if options.validation in _NAMED else "")
-    what = options.validation_description or what
+        words = f"images of {describe(options.validation)}" + (", test split" if options.validation in _NAMED else "")
+    words = options.validation_description or words
     loaded = load_images(source, chosen, size=options.size, channels=clean.images.shape[1], progress=not quiet)
     trained = {image.numpy().tobytes() for image in clean.images}
     apart = [i for i, image in enumerate(loaded) if image.numpy().tobytes() not in trained]
     if len(apart) == len(loaded):
-        return loaded, what
+        return loaded, words
     if options.validation is not None:
         raise InputError(
             f"Expected validation images apart from those trained on. Got {len(loaded) - len(apart)} of {len(loaded)} "
             "that are among them: give other images as --validation, or leave it out."
         )
     log.info("%d held-out images are copies of ones trained on, and left out", len(loaded) - len(apart))
-    return (loaded[apart], what) if apart else (None, "")
+    return (loaded[apart], words) if apart else (None, "")
 
 
-def details(
-    options: argparse.Namespace, clean: CleanSet, held_out: str, config: Any, record: Any, where: str
+def _details(
+    options: argparse.Namespace, clean: CleanSet, held_out: str, config: Any, record: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Collect what a checkpoint says of its training, whatever was trained."""
+    """Collect what a checkpoint says of its training, whatever was trained; never a path, for the card travels."""
     from purifyloader.core.version import __version__
     from purifyloader.datasets.named import describe
     from purifyloader.files.hashes import hashes_as_text, image_hashes
@@ -322,7 +422,6 @@ def details(
 
     return {
         "purifyloader": __version__,
-        # never a path: the card travels
         "data": options.description or describe(options.data),
         "data_length": clean.length,
         "image_size": list(clean.images.shape[-2:]),
@@ -334,49 +433,16 @@ def details(
         "held_out": held_out,
         "train": config.to_dict(),
         "record": record,
-        "machine": where,
+        "machine": _machine(device),
         "licence": options.licence,
         "note": options.note,
     }
 
 
-def machine(device: torch.device) -> str:
+def _machine(device: torch.device) -> str:
     """Name the machine, for a card: its GPU, or its CPU's threads and kind."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU thread{'s' * (torch.get_num_threads() > 1)} ({platform.machine()})"
-
-
-def print_estimate(measured: Any, config: Any, place: Place) -> None:
-    """Print what a training will cost, once for all processes."""
-    from purifyloader.train import plan
-
-    if place.rank == 0:
-        print(plan.report(measured, config, machine(place.device), datetime.datetime.now()))
-
-
-def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None) -> dict[str, Any]:
-    """Read fields of a configuration from JSON: the fields themselves, or a checkpoint's config.json.
-
-    Args:
-        path: of --config.
-        of_checkpoint: takes the fields out of a checkpoint's configuration; by default its "details", "train".
-
-    Raises:
-        InputError: no such file.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"must be a JSON file of training fields. Got {path}: {error}.", argument="config") from None
-    if isinstance(values, dict) and isinstance(values.get("details"), dict):
-        values = values["details"].get("train") if of_checkpoint is None else of_checkpoint(values)
-    if not isinstance(values, dict):
-        raise InputError(
-            "must be a JSON object of training fields, or the config.json of a model trained here. "
-            f"Got {path}, which is neither.",
-            argument="config",
-        )
-    return values

@@ -23,10 +23,8 @@ __all__ = ["DESCRIPTION", "RECIPES", "add_options", "pasted", "run"]
 
 _FILES = ("tune.json", "tune.png")
 
-RECIPES = ("eclipse", "puregen-ddpm")
-"""What a denoiser is tuned for: noise of a level and one call, or PureGen's timesteps."""
-
-_STEPS = tuple(range(10, 301, 10))  # what is looked at on one walk is free
+RECIPES = ("eclipse", "puregen-ddpm")  # of a denoiser: noise of a level and one call, or PureGen's timesteps
+_STEPS = tuple(range(10, 301, 10))  # more levels of one walk cost nothing
 _TIMESTEPS = (10, 20, 30, 40, 50, 60, 75, 90, 100, 125, 150, 175, 200)
 _SIGMA_PX = (2, 3, 4, 5, 6.37, 8, 10, 12.75, 16, 20, 25, 32, 40, 50, 63.75, 80, 100)
 
@@ -90,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         )
     results["curves"] = {**results["curves"], "device": device.type, "data": images.data}
     results = {**results, "data": described, "reasons": list(reasons(results))}
-    # a path stays out of what may travel; the printed proposal names it
+    # a path stays out of the results, which may travel; the printed proposal names it
     full = {"energy": options.energy, "model": options.model}
     short = {kind: _without_path(spec) for kind, spec in full.items()}
     printed = {}
@@ -126,7 +124,7 @@ def _path(models: Models, options: argparse.Namespace) -> Purification:
             "eclipse takes --sigma-px, noise levels. Got --steps: leave it out, or give --recipe puregen-ddpm."
         )
     px = options.sigma_px or [px for px in _SIGMA_PX if 255 * low <= px <= 255 * high]
-    # four digits, for what is pasted is what was measured
+    # four digits, for the level that is pasted is the one that was measured
     sigmas = sorted({float(f"{level / 255:.4g}") for level in px})
     return DiffusionPath(models.denoiser, sigmas=sigmas, calls=options.calls, compute_batch=options.batch_size)
 

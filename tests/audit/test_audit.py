@@ -345,7 +345,7 @@ def test_the_command_as_a_process_on_real_images(model, tmp_path):
     (tmp_path / "poisoned.json").write_text("[20, 3]")
     out = tmp_path / "out"
     options = ["--data", data, "--clean", reference, "--energy", str(model), "--device", "cpu", "--out", str(out)]
-    done = processes.run("purifyloader", "audit", "energy", *options, "--poisoned", str(tmp_path / "poisoned.json"))
+    done = processes.run("purifyloader", "audit", "energy", *options, "--truth", str(tmp_path / "poisoned.json"))
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.iterdir()) == ["audit.csv", "audit.json", "audit.png"]
     results = read(out)
@@ -422,9 +422,9 @@ def empty():
         (["--clean", "tests.audit.test_audit:empty"], "^clean must have images. Got an empty dataset"),
         (["--count", "41"], "^count must be from 1 to 40"),
         (["--clean", POISONED, "--clean-count", "41"], "^clean_count must be from 1 to 40"),
-        (["--poisoned", "{tmp}/far.json"], "^poisoned must be indices of the 40 images in the data. Got 40"),
-        (["--poisoned", "{tmp}/none.json"], "must be a JSON list of one or more indices"),
-        (["--poisoned", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
+        (["--truth", "{tmp}/far.json"], "^poisoned must be indices of the 40 images in the data. Got 40"),
+        (["--truth", "{tmp}/none.json"], "must be a JSON list of one or more indices"),
+        (["--truth", "{tmp}/near.json", "--indices", "{tmp}/other.json"], "indices of images that were audited"),
         (["--top", "0"], "^top must be percentages above 0"),
         (["--size", "0"], "size"),
         (["--size", "99999"], "at most 4096 pixels. Got 99999"),
@@ -517,12 +517,12 @@ def test_files_known_to_be_poisoned_may_be_named(model, tmp_path, capsys):
     found = []
     for text in ("[1, 4]", '["a b/004.png", "a b/001.png"]', "a b/001.png\r\n\na b/004.png\n"):
         truth.write_text(text, newline="")
-        assert run(model, "--poisoned", str(truth), "--json", data=str(tmp_path / "d")) == 0
+        assert run(model, "--truth", str(truth), "--json", data=str(tmp_path / "d")) == 0
         found.append(json.loads(capsys.readouterr().out)["truth"])
     assert found[0] == found[1] == found[2]
     assert found[0]["poisoned"] == 2
     # the same files by class
-    assert run(model, "--poisoned", str(truth), "--root", str(tmp_path / "d"), "--json", data="imagefolder") == 0
+    assert run(model, "--truth", str(truth), "--root", str(tmp_path / "d"), "--json", data="imagefolder") == 0
     assert json.loads(capsys.readouterr().out)["truth"] == found[0]
 
 
@@ -545,5 +545,5 @@ def test_a_bad_truth_says_what_it_is(text, data, message, model, tmp_path):
     folder = folder_of(tmp_path / "d", sample(3)[0])
     (tmp_path / "truth").write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        run(model, "--poisoned", str(tmp_path / "truth"), data=data or folder)
+        run(model, "--truth", str(tmp_path / "truth"), data=data or folder)
     assert "--replicate" not in str(error.value)

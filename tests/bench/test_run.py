@@ -700,7 +700,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--defence", "A@0"), "a noise level above 0"),
         (("--seeds", "1", "1"), "different numbers from 0"),
         (("--train", "1000"), "36 train images. Got 1000"),
-        (("--processes", "0"), "--processes must be at least 1"),
+        (("--processes", "0"), "--processes: must be an integer of 1 or more"),
         (("--device", "tpu"), "tpu"),
         (("--report",), "Expected rows in"),
         (("--defence", "A", "--denoiser", "no-such-model"), "no-such-model"),

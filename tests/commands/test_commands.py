@@ -111,9 +111,15 @@ def test_an_option_has_one_default_and_one_type_everywhere():
     seen: dict[str, tuple[str, argparse.Action]] = {}
     for name in NAMES:
         for flag, action in options_of(name).items():
-            if flag in ("--device", "--quiet", "--json", "--overwrite", "--choose-seed"):
+            if flag in ("--device", "--quiet", "--json", "--overwrite", "--choose-seed", "--root", "--size"):
                 first, other = seen.setdefault(flag, (name, action))
                 assert (action.default, action.type) == (other.default, other.type), f"{flag} of {name} and {first}"
+
+
+def test_a_default_that_torch_keeps_is_the_one_of_the_help():
+    from purifyloader.purified.filling import CHECKED
+
+    assert options_of("precompute")["--check-source"].help.endswith(f"(default: {CHECKED})")
 
 
 DOORS = {

@@ -132,7 +132,7 @@ def configured(tmp_path: Path, fields: Any, *options: str) -> EnergyTrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
     arguments = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *options]
-    return command.configuration(cli.parse(["train", "energy", *arguments])[2], 3, torch.device("cpu"))[0]
+    return command.configuration(cli.parse(["train", "energy", *arguments])[2], (3, 32, 32), torch.device("cpu"))[0]
 
 
 def test_fields_and_options_are_judged_together(tmp_path):
