@@ -44,6 +44,7 @@ from purifyloader.files.atomic import replacing, write_text
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.transforms import Compensate
+from purifyloader.victims.presets import TRAININGS
 from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
@@ -288,8 +289,8 @@ class Study:
         poison, defence = cell.split()
         images = self.sample[poison] if name == "none" else self.purified(name, poison)
         fresh = compensation(Compensate(), seed) if defence == "ECLIPSE" else None
-        shape = {"width": self.options.width, "epochs": self.options.epochs}
-        victim, seconds = train_victim(images, self.labels, **shape, seed=seed, batch_transform=fresh)
+        how, width = replace(TRAININGS["short"], epochs=self.options.epochs), self.options.width
+        victim, seconds = train_victim(images, self.labels, how, width=width, seed=seed, batch_transform=fresh)
         done[str(seed)] = round(100 * accuracy(victim, self.test_images, self.test_labels), 2)
         row["victim_seconds"] = round(row.get("victim_seconds", 0.0) + seconds, 1)
         self.write(name, row)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from purifyloader.core import noise
 from purifyloader.datasets.splits import load_sample
 from purifyloader.poisons import autoregressive, lsp
 from purifyloader.transforms import Compensate
+from purifyloader.victims.presets import TRAININGS
 from purifyloader.victims.training import accuracy, train_victim
 
 Images = NDArray[np.uint8]
@@ -72,8 +74,8 @@ def main() -> None:
             victim, seconds = train_victim(
                 data,
                 labels,
+                replace(TRAININGS["short"], epochs=options.epochs),
                 width=options.width,
-                epochs=options.epochs,
                 seed=options.seed,
                 batch_transform=fresh,
             )

@@ -159,10 +159,9 @@ class Bench:
         trained = train_victim(
             images,
             poisoned.labels,
+            self.how,
             classes=self.data.classes,
-            network=self.victim if self.rest is None else None,
-            start=None if self.rest is None else self.extractor(seed),
-            **asdict(self.how),
+            network=self.victim if self.rest is None else self.extractor(seed),
             batch_transform=self._batch_transform(made, seed),
             seed=seed,
             device=self.device,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +58,9 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
             model = train_victim(
                 data.train,
                 data.train_labels,
+                EXTRACTOR,
                 classes=data.classes,
                 network=network,
-                **asdict(EXTRACTOR),
                 seed=seed,
                 device=device,
                 bfloat16=bfloat16,

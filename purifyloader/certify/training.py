@@ -7,7 +7,7 @@ right (two seeds), where images in full give 62 % in three times the time.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.errors import InputError
 from purifyloader.files.weights import weights_sha256
 from purifyloader.victims.networks import resnet9, victim
-from purifyloader.victims.presets import VICTIMS
+from purifyloader.victims.presets import TRAININGS, VICTIMS
 from purifyloader.victims.training import Normalised, train_victim
 
 __all__ = ["SmallNetwork", "Training", "with_classes"]
@@ -95,14 +95,11 @@ class Training:
         trained = train_victim(
             images,
             labels,
+            replace(TRAININGS["short"], epochs=self.epochs, batch_size=self.batch_size, lr=self.lr),
             classes=classes,
-            network=None if self.start is not None else self.network,
+            network=self.network or "resnet9" if self.start is None else self.start,
             width=self.width,
-            start=self.start,
             keep_head=self.keep_head,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
             pad=self.pad,
             # averaged after the crop, so that a crop of whole pixels is one of half pixels
             batch_transform=lambda x_BCHW, index_B, epoch: _averaged(x_BCHW, self.pool),
@@ -120,7 +117,7 @@ class Training:
 
     def empty(self, classes: int) -> nn.Module:
         """Make a network of this kind for weights to be loaded into."""
-        return resnet9(classes, self.width) if self.network is None else victim(self.network, classes)
+        return resnet9(classes, self.width) if self.network in (None, "resnet9") else victim(self.network, classes)
 
     def settings(self) -> dict[str, Any]:
         """Collect all that decides a network beside the training set and the seed, as JSON."""

@@ -25,8 +25,7 @@ They are named here, and not imported, so that a help text needs no torch."""
 class Training:
     """Training of a victim by SGD with momentum 0.9, crops and flips.
 
-    Attributes:
-        warmup: share of a one-cycle schedule in which the learning rate rises; None is a constant learning rate.
+    `lr` is the highest learning rate of one cycle, in whose share `warmup` it rises; None is a constant learning rate.
     """
 
     epochs: int
@@ -41,8 +40,7 @@ class Training:
 class Transfer(Training):
     """Training of a victim on a few images, from an extractor whose last linear layer is made anew.
 
-    Attributes:
-        head_only: train that layer alone, with the features frozen.
+    With `head_only` that layer alone is trained, and the features stay those of evaluation mode.
     """
 
     head_only: bool = False
@@ -60,4 +58,3 @@ TRAININGS: dict[str, Training] = {
 }
 
 EXTRACTOR = TRAININGS["short"]
-"""Training of an extractor."""

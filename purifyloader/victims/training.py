@@ -1,8 +1,4 @@
-"""Train a victim: SGD on arrays in memory, the same weights again for the same seed.
-
-The order of a batch is crop, flip, `batch_transform`, normalise: a defence that draws something fresh in
-each epoch (ECLIPSE's compensation) gets the augmented images in [0, 1] and each one's index.
-"""
+"""Train a victim: SGD on arrays in memory, the same weights again for the same seed."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ from purifyloader.core import noise
 from purifyloader.errors import InputError, TrainingError
 from purifyloader.victims.augment import crop_and_flip
 from purifyloader.victims.networks import resnet9, victim
+from purifyloader.victims.presets import TRAININGS, Training, Transfer
 
 __all__ = ["CIFAR_MEAN", "CIFAR_STD", "BatchTransform", "Images", "Normalised", "Trained", "accuracy", "train_victim"]
 
@@ -35,6 +32,7 @@ BatchTransform = Callable[[Tensor, Tensor, int], Tensor]
 """(x_BCHW float32 in [0, 1], index_B int64, epoch) -> x_BCHW, called after crop and flip."""
 
 _AUGMENT = 0x61756774  # "augt": purpose of the keys drawn here
+_MOMENTUM = 0.9
 
 
 class Trained(NamedTuple):
@@ -43,7 +41,7 @@ class Trained(NamedTuple):
 
 
 def _as_images(images: Images, count: int | None = None) -> Tensor:
-    """Checked images as a tensor (N, C, H, W), uint8 or float32, not copied."""
+    """Check images, and return them as a tensor (N, C, H, W), uint8 or float32, not copied."""
     if isinstance(images, np.ndarray) and not images.flags.writeable:
         images = images.copy()  # torch warns about sharing memory that it must not write
     x = given = torch.as_tensor(images)
@@ -98,7 +96,7 @@ class Normalised(nn.Module):
 
 
 def _learning_rate(progress: float, peak: float, warmup: float | None) -> float:
-    """One cycle: linear from 0 to `peak` over the share `warmup` of the steps, then linear to 0; None is constant."""
+    """Rise from 0 to `peak` over the share `warmup` of the steps, then fall to 0, linearly; None is constant."""
     if warmup is None:
         return peak
     return peak * min(progress / warmup if warmup else 1.0, (1 - progress) / (1 - warmup))
@@ -110,7 +108,7 @@ def _going_on(start: nn.Module, classes: int, head_only: bool, keep_head: bool) 
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].out_features != classes:
         got = f"{linear[-1].out_features} outputs" if linear else "no linear layer"
-        raise InputError(f"start must end in a linear layer with an output for each of {classes} classes. Got {got}.")
+        raise InputError(f"network must end in a linear layer with an output for each of {classes} classes. Got {got}.")
     model.requires_grad_(not head_only)
     linear[-1].requires_grad_(True)
     if not keep_head:
@@ -122,20 +120,12 @@ def _going_on(start: nn.Module, classes: int, head_only: bool, keep_head: bool) 
 def train_victim(
     images: Images | Callable[[int], Images],
     labels: Tensor | NDArray | Sequence[int],
+    training: Training = TRAININGS["short"],
     *,
     classes: int = 10,
-    network: str | None = None,
+    network: str | nn.Module = "resnet9",
     width: int = 16,
-    start: nn.Module | None = None,
-    head_only: bool = False,
     keep_head: bool = False,
-    epochs: int = 10,
-    batch_size: int = 64,
-    lr: float = 0.2,
-    warmup: float | None = 0.2,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0,
     pad: int = 4,
     flip: bool = True,
     batch_transform: BatchTransform | None = None,
@@ -145,24 +135,19 @@ def train_victim(
 ) -> Trained:
     """Train a network with SGD, and time it.
 
-    What an epoch draws (order, crop, flip) is a function of (seed, epoch, index); on the CPU with one
-    number of threads the same arguments give the same weights.
+    Its draws in an epoch (order, crop, flip) are a function of (seed, epoch, index); on the CPU with one number of
+    threads the same arguments give the same weights.
 
     Args:
         images: uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1]; or a function of the epoch that gives
             them, always N in the same order, for a training set that changes.
         labels: integers (N,) in [0, classes).
-        network: one of `victims.VICTIMS`; by default a `resnet9` of this width.
-        width: of that.
-        start: a network to go on from, in place of a new one; it is copied, and its last linear layer made anew.
-        head_only: train that layer alone, and leave all else of `start` as it is in evaluation mode.
-        keep_head: go on with that layer too.
-        batch_size: images a step; what is left over at the end of an epoch is left out of it.
-        lr: highest learning rate of the cycle, reached after the share `warmup` of all steps; with warmup=None the
-            learning rate throughout.
+        training: its steps; images that are left over at the end of an epoch are left out of it.
+        network: one of `victims.VICTIMS`, a "resnet9" of this `width`; or a network to go on from, which is copied, and
+            its last linear layer made anew unless `keep_head`.
         pad: pixels of black border for the random crop, 0 for none; flip: mirror half of the images.
-        batch_transform: called after crop and flip with the float batch in [0, 1], the indices of its
-            images and the epoch; its result, clamped by nobody, is normalised and trained on.
+        batch_transform: called after crop and flip with the float batch in [0, 1], the indices of its images and the
+            epoch; its result, clamped by nobody, is normalised and trained on.
         bfloat16: autocast the network's arithmetic; weights stay float32.
 
     Returns:
@@ -173,27 +158,32 @@ def train_victim(
         TrainingError: the loss is not finite.
     """
     y = _as_labels(labels, classes)
-    if epochs < 1 or batch_size < 1 or not lr > 0 or not (warmup is None or 0 <= warmup < 1) or pad < 0:
+    epochs, lr, warmup = training.epochs, training.lr, training.warmup
+    if epochs < 1 or training.batch_size < 1 or not lr > 0 or not (warmup is None or 0 <= warmup < 1) or pad < 0:
         raise InputError(
             "epochs and batch_size must be at least 1, lr above 0, warmup in [0, 1) or None, pad at least 0. "
-            f"Got {epochs}, {batch_size}, {lr}, {warmup}, {pad}."
+            f"Got {epochs}, {training.batch_size}, {lr}, {warmup}, {pad}."
         )
-    if (head_only and start is None) or (network is not None and start is not None):
+    head_only = isinstance(training, Transfer) and training.head_only
+    if head_only and isinstance(network, str):
         raise InputError(
-            "head_only needs start, the network whose features it leaves as they are, and start is in place of "
-            f"network. Got head_only={head_only}, network={network!r} and {'no ' if start is None else 'a '}start."
+            "head_only leaves the features of a network as they are: network must be one that has learned. "
+            f"Got the name {network!r}."
         )
     device = torch.device(device)
-    # what a network draws by itself, as dropout does, comes from the seed too
+    # numbers that a network draws by itself, as dropout does, come from the seed too
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if start is None:
-            model = (resnet9(classes, width) if network is None else victim(network, classes)).to(device)
+        if not isinstance(network, str):
+            model = _going_on(network, classes, head_only, keep_head)
         else:
-            model = _going_on(start, classes, head_only, keep_head).to(device)
+            model = resnet9(classes, width) if network == "resnet9" else victim(network, classes)
+        model = model.to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-        batches = _Batches(min(batch_size, len(y)), pad, flip, batch_transform, seed, device)
+        optimiser = torch.optim.SGD(
+            trained, lr=lr, momentum=_MOMENTUM, weight_decay=training.weight_decay, nesterov=True
+        )
+        batches = _Batches(min(training.batch_size, len(y)), pad, flip, batch_transform, seed, device)
         steps = epochs * (len(y) // batches.size)
         y = y.to(device)
         began = time.perf_counter()
@@ -205,7 +195,7 @@ def train_victim(
                     group["lr"] = _learning_rate((taken + 0.5) / steps, lr, warmup)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model(_normalise(batch))
-                loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=label_smoothing)
+                loss = F.cross_entropy(logits.float(), y[index_B], label_smoothing=training.label_smoothing)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -217,7 +207,7 @@ def train_victim(
 
 @dataclass(frozen=True)
 class _Batches:
-    """Shuffled, cropped and flipped batches of an epoch, drawn from (seed, epoch, index)."""
+    """Shuffle, crop and flip the images of an epoch, as a function of (seed, epoch, index)."""
 
     size: int
     pad: int

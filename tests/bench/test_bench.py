@@ -15,6 +15,7 @@ from purifyloader.core import noise
 from purifyloader.datasets.splits import load_sample
 from purifyloader.errors import ConfigError, InputError, TrainingError
 from purifyloader.victims.networks import resnet9
+from purifyloader.victims.presets import Training
 from purifyloader.victims.training import _learning_rate, accuracy, train_victim
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
@@ -131,7 +132,7 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.state_dict().values()])
 
 
-SMALL = {"width": 4, "epochs": 2, "batch_size": 32, "bfloat16": False}  # which a CPU may only emulate
+SMALL = {"training": Training(2, 32, 0.2, 0.2), "width": 4, "bfloat16": False}  # which a CPU may only emulate
 
 
 def test_training_is_reproducible(train):
@@ -162,7 +163,7 @@ def test_arrays_tensors_floats_and_functions_train_alike(train):
 
 def test_training_overfits_a_tiny_set(train):
     x, y = train[0][:32, ::2, ::2], train[1][:32]
-    trained = train_victim(x, y, width=8, epochs=30, batch_size=8, pad=0, flip=False, bfloat16=False)
+    trained = train_victim(x, y, Training(30, 8, 0.2, 0.2), width=8, pad=0, flip=False, bfloat16=False)
     assert accuracy(trained.model, x, y) == 1.0
     assert trained.seconds > 0
     assert not trained.model.training
@@ -222,7 +223,7 @@ def test_bad_training_input():
         (lambda: train_victim(x, [0, 1, 2, 10]), r"Labels must lie in \[0, 10\)"),
         (lambda: train_victim(x, [0.5, 1, 2, 3]), "Labels must be integers"),
         (lambda: train_victim(x, []), "Labels must be integers"),
-        (lambda: train_victim(x, y, epochs=0), "epochs and batch_size"),
+        (lambda: train_victim(x, y, Training(0, 64, 0.2, 0.2)), "epochs and batch_size"),
         (lambda: train_victim(lambda epoch: x[:2], y), "one label per image"),
         (lambda: accuracy(resnet9(), x, [0]), "one label per image"),
     ]

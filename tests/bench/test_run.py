@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from purifyloader.pretrained.registry import find as find_model
 from purifyloader.purifiers import Coin
 from purifyloader.results import rows
 from purifyloader.victims.networks import victim
-from purifyloader.victims.presets import TRAININGS, VICTIMS
+from purifyloader.victims.presets import VICTIMS, Training
 from purifyloader.victims.training import accuracy, train_victim
 from tests import processes
 from tests.conftest import tiny_denoiser
@@ -237,8 +237,7 @@ def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path)
     assert fresh["settings"]["afresh"] == fixed["settings"]["purifier"]
     assert fresh["settings"]["purifier"] is None
     assert "afresh" not in fixed["settings"]
-    data, how = load("imagefolder", folder), {**asdict(TRAININGS["short"]), "network": "resnet9", "classes": CLASSES}
-    how["bfloat16"] = fresh["settings"]["fast"]
+    data, how = load("imagefolder", folder), {"classes": CLASSES, "bfloat16": fresh["settings"]["fast"]}
     model = train_victim(data.train, data.train_labels, batch_transform=per_epoch_transform(Coin()), **how).model
     assert fresh["accuracy"] == pytest.approx(100 * accuracy(model, data.test, data.test_labels), abs=0.01)
 
@@ -263,8 +262,7 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
     data = load("imagefolder", folder)
     fast = clean()[0]["settings"]["fast"]
     its = bench(folder, tmp_path / "hand", attack_seed=1000, fast=fast)
-    how: Json = {**asdict(TRAININGS["short"]), "network": "resnet9", "bfloat16": fast}
-    model = train_victim(data.train, data.train_labels, classes=CLASSES, seed=0, **how).model
+    model = train_victim(data.train, data.train_labels, classes=CLASSES, seed=0, bfloat16=fast).model
     others = data.test[data.test_labels != 1]
     others[:, :5, :5] = 255
     by_hand = 100 * accuracy(model, others, np.full(len(others), 1))
@@ -656,22 +654,22 @@ def test_victims_take_small_images_and_learn(name):
     x = np.repeat(np.repeat(x, 2, 1), 2, 2)
     before = torch.get_rng_state()
     # bfloat16 takes ten times as long on a CPU that only emulates it
-    shape: Json = {"classes": CLASSES, "network": name, "epochs": 1, "warmup": None, "lr": 0.01, "bfloat16": False}
-    shape["batch_size"] = 3
-    trained = train_victim(x, y, **shape)
+    how, shape = Training(1, 3, 0.01, None), {"classes": CLASSES, "network": name, "bfloat16": False}
+    trained = train_victim(x, y, how, **shape)
     assert torch.equal(torch.get_rng_state(), before)
     assert not trained.model.training
     if name == "mobilenet-v2":  # its dropout draws too
         torch.manual_seed(5)
-        again = train_victim(x, y, **shape).model
+        again = train_victim(x, y, how, **shape).model
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trained.model.parameters(), strict=True))
 
 
 def test_a_constant_learning_rate_is_not_a_cycle():
     x, y = pictures(12, 0), np.arange(12) % CLASSES
-    shape: Json = {"classes": CLASSES, "width": 4, "epochs": 2, "batch_size": 6, "lr": 0.01, "bfloat16": False}
-    constant, cycle = (train_victim(x, y, **shape, warmup=w).model for w in (None, 0.2))
-    again = train_victim(x, y, **shape, warmup=None).model
+    constant, cycle, again = (
+        train_victim(x, y, Training(2, 6, 0.01, warmup), classes=CLASSES, width=4, bfloat16=False).model
+        for warmup in (None, 0.2, None)
+    )
     weights = [next(m.parameters()) for m in (constant, cycle, again)]
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1])

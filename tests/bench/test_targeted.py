@@ -29,7 +29,7 @@ from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.spec import AttackSpec
 from purifyloader.results import rows
 from purifyloader.victims.networks import resnet9
-from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
+from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Training, Transfer
 from purifyloader.victims.training import Normalised, train_victim
 from tests.conftest import tiny_denoiser
 
@@ -208,8 +208,7 @@ def test_rows_and_poisons_that_are_there_keep_their_names(tmp_path):
 
 def test_training_from_nothing_gives_the_weights_that_it_gave():
     images, its = load_sample(ROOT / "examples" / "data", "train")
-    small: Json = {"width": 4, "epochs": 1, "batch_size": 32, "lr": 0.05, "bfloat16": False}
-    model = train_victim(images[:100], its[:100], **small).model
+    model = train_victim(images[:100], its[:100], Training(1, 32, 0.05, 0.2), width=4, bfloat16=False).model
     # measured before there was anything to start from; another seed is off by a tenth, another machine by 1e-5
     assert model.linear.weight[0, :4].tolist() == pytest.approx([0.13962, 0.14496, -0.12348, -0.05248], abs=1e-3)
 
@@ -245,10 +244,10 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
 
 @pytest.fixture(scope="module")
 def start() -> torch.nn.Module:
-    return train_victim(DATA.train, DATA.train_labels, classes=CLASSES, network="resnet9", epochs=2).model
+    return train_victim(DATA.train, DATA.train_labels, Training(2, 64, 0.2, 0.2), classes=CLASSES).model
 
 
-SHORT: Json = {"classes": CLASSES, "epochs": 2, "batch_size": 6, "lr": 0.05}
+HEAD, ALL = (Transfer(2, 6, 0.05, 0.2, head_only=head_only) for head_only in (True, False))
 
 
 def states(*models: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
@@ -261,7 +260,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str
 
 def test_linear_transfer_trains_the_last_layer_and_nothing_else(start):
     before = states(start)[0]
-    model = train_victim(DATA.train, DATA.train_labels, start=start, head_only=True, **SHORT).model
+    model = train_victim(DATA.train, DATA.train_labels, HEAD, network=start, classes=CLASSES).model
     assert differing(before, states(start)[0]) == set(), "the extractor is copied"
     assert differing(before, states(model)[0]) == {"linear.weight"}, "nor do the statistics of a batch count"
     assert not model.training
@@ -269,18 +268,15 @@ def test_linear_transfer_trains_the_last_layer_and_nothing_else(start):
 
 def test_fine_tuning_trains_all(start):
     before = states(start)[0]
-    model = train_victim(DATA.train, DATA.train_labels, start=start, **SHORT).model
+    model = train_victim(DATA.train, DATA.train_labels, ALL, network=start, classes=CLASSES).model
     assert differing(before, states(start)[0]) == set()
     assert differing(before, states(model)[0]) == set(before)
 
 
 def test_the_last_layer_is_new_and_of_the_seed(start):
-    still = {**SHORT, "lr": 1e-12}
+    how, data = replace(HEAD, lr=1e-12), (DATA.train, DATA.train_labels)
     first, again, other = states(
-        *(
-            train_victim(DATA.train, DATA.train_labels, start=start, head_only=True, seed=s, **still).model
-            for s in (0, 0, 1)
-        )
+        *(train_victim(*data, how, network=start, classes=CLASSES, seed=seed).model for seed in (0, 0, 1))
     )
     assert differing(first, states(start)[0]) == {"linear.weight"}
     assert differing(first, again) == set()
@@ -288,17 +284,16 @@ def test_the_last_layer_is_new_and_of_the_seed(start):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("network", "message"),
     [
-        ({"head_only": True}, "head_only needs start.*and no start"),
-        ({"start": resnet9(CLASSES), "network": "resnet9"}, "in place of network. Got .*network='resnet9' and a start"),
-        ({"start": resnet9(4)}, "an output for each of 3 classes. Got 4 outputs"),
-        ({"start": torch.nn.Conv2d(3, 3, 1)}, "Got no linear layer"),
+        ("resnet9", "head_only leaves the features .* Got the name 'resnet9'"),
+        (resnet9(4), "an output for each of 3 classes. Got 4 outputs"),
+        (torch.nn.Conv2d(3, 3, 1), "Got no linear layer"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(given, message):
+def test_a_start_that_does_not_fit_is_refused(network, message):
     with pytest.raises(InputError, match=message):
-        train_victim(DATA.train, DATA.train_labels, **SHORT, **given)
+        train_victim(DATA.train, DATA.train_labels, HEAD, network=network, classes=CLASSES)
 
 
 def test_an_attacker_sees_the_network_as_the_victim_is_tested(start):

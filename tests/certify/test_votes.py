@@ -43,6 +43,7 @@ from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, Grayscale, Purifier, Resize
 from purifyloader.victims.networks import resnet9
+from purifyloader.victims.presets import Training as VictimTraining
 from purifyloader.victims.training import train_victim
 from tests.purified.faults import Run, assert_same, contents
 
@@ -993,7 +994,7 @@ def test_the_last_layer_is_kept_or_drawn_anew() -> None:
     start = resnet9(CLASSES, 2).eval()
     kept, anew, again = (
         train_victim(
-            *TRAIN, classes=CLASSES, start=start, epochs=1, batch_size=8, lr=1e-9, pad=0, seed=seed, **more
+            *TRAIN, VictimTraining(1, 8, 1e-9, 0.2), classes=CLASSES, network=start, pad=0, seed=seed, **more
         ).model
         for seed, more in ((0, {"keep_head": True}), (0, {}), (1, {}))
     )
