@@ -20,17 +20,11 @@ def make_missing(
     make: Callable[[Item], object],
     is_busy: Callable[[Item], bool] = lambda item: False,
 ) -> None:
-    """Make every item that is missing; returns when all are there, made here or by another process.
+    """Make every item that is missing, in this order; returns when all are there, made here or by another process.
 
-    Items that another process is making are put off to a second round. There this process waits for each, and makes
-    it where the other one died.
-
-    Args:
-        items: in the order in which they are made.
-        is_done: tells whether an item is there, whole.
-        lock: gives the lock of an item. It only saves work: two processes that make one item must do no harm.
-        make: makes an item and writes it whole.
-        is_busy: tells whether an item would at once wait for something that another process is making.
+    Items that another process is making, or would at once wait for (`is_busy`), are put off to a second round. There
+    this process waits for each, and makes it where the other one died. `make` writes an item whole, and `lock` only
+    saves work: two processes that make one item must do no harm.
     """
     left, wait = list(items), False
     while left:

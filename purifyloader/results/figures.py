@@ -20,15 +20,7 @@ def has_matplotlib() -> bool:
 
 
 def new_figure(size: tuple[float, float], *, dpi: int = 110, **more: Any) -> Any:
-    """Make a matplotlib `Figure`, which needs no display and no global state.
-
-    Args:
-        size: width and height in inches.
-        more: of `Figure`.
-
-    Raises:
-        PurifyError: matplotlib is not installed.
-    """
+    """Make a matplotlib `Figure` of a size in inches, which needs no display and no global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -39,14 +31,7 @@ def new_figure(size: tuple[float, float], *, dpi: int = 110, **more: Any) -> Any
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure as a PNG, whole or not at all.
-
-    Returns:
-        `path`, replaced where it was.
-
-    Raises:
-        PurifyError: the file cannot be written.
-    """
+    """Write a figure as a PNG, whole or not at all, and return its path."""
     path = Path(path)
     with writing(path), replacing(path) as temporary:
         # no version of matplotlib in the file: the same results are the same bytes

@@ -16,16 +16,9 @@ __all__ = ["Written", "check_out", "write_files", "writing"]
 
 
 def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: str) -> None:
-    """Refuse before minutes of work what could not be written after them.
+    """Refuse before minutes of work a folder (None for none) that could not be written to after them.
 
-    Args:
-        folder: of the results, None for none.
-        files: names of all that will be written there.
-        what: the files are, with its article, such as "an audit".
-
-    Raises:
-        InputError: the folder holds one of the files and they are not to be replaced, or is none.
-        PurifyError: it cannot be looked into, or not be written to.
+    It must be writable, and without the `files`, which are `what`, such as "an audit", unless these may be replaced.
     """
     if folder is None:
         if overwrite:
@@ -46,7 +39,7 @@ def check_out(folder: Path | None, files: Sequence[str], overwrite: bool, what: 
 
 
 def _try_writing(folder: Path) -> None:
-    """Create the folder and a file in it, and leave nothing behind that was not there."""
+    """Create the folder and a file in it, and leave nothing behind."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,12 +51,7 @@ def _try_writing(folder: Path) -> None:
 
 
 class Written(NamedTuple):
-    """Files that were written.
-
-    Attributes:
-        paths: of the files, the picture last.
-        note: why there is no picture, where one was wanted; else empty.
-    """
+    """Files that were written, the picture last, and a note where one was wanted and there is none."""
 
     paths: list[Path]
     note: str
@@ -72,16 +60,10 @@ class Written(NamedTuple):
 def write_files(
     folder: Path, texts: Mapping[str, str], picture_file: str, draw: Callable[[Path], object] | None
 ) -> Written:
-    """Write the files of one result, each whole or not at all; files of these names are replaced.
+    """Write the files of one result to a folder, each whole or not at all, over those of these names.
 
-    Args:
-        folder: created where it is not there.
-        texts: name and content of each file but the picture.
-        draw: writes the picture to a path; None for no picture. It is not called without matplotlib, which the note
-            says then.
-
-    Raises:
-        PurifyError: a file cannot be written.
+    `texts` are all files but the picture, which `draw` writes to a path; None for no picture. Without matplotlib it is
+    not called, and the note says so.
     """
     for name in (*texts, picture_file):  # none of an older result may stay beside these
         with writing(folder / name):

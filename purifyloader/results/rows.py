@@ -40,11 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def read(path: Path) -> list[Row]:
-    """Read the rows of a file, in their order; none if there is no such file.
-
-    Raises:
-        InputError: it holds something else.
-    """
+    """Read the rows of a file, in their order; none if there is no such file."""
     if not path.exists():
         return []
     rows = []

@@ -19,21 +19,9 @@ def escaped(name: str) -> str:
 
 
 def plain(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_last: bool = False) -> list[str]:
-    """Align columns with spaces: all to the right, each as wide as its widest cell.
-
-    Args:
-        head: names of the columns.
-        rows: cells, as many as names.
-        text_last: the last column is text of any length; it is aligned left.
-
-    Returns:
-        One line per row, the head first.
-    """
-    lines = [list(head), *(list(row) for row in rows)]
+    """Align columns with spaces, one line a row, the head first; all to the right, or with `text_last` all but the last."""
+    lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    out = []
-    for cells in lines:
-        text = cells.pop() if text_last else None
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
-        out.append("  ".join([" ", *aligned, *([] if text is None else [text])]).rstrip())
-    return out
+    if text_last:
+        widths[-1] = 0
+    return ["  ".join([" ", *map(str.rjust, cells, widths)]).rstrip() for cells in lines]

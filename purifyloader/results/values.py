@@ -41,18 +41,7 @@ def attack_label(name: str, longest: int = 32) -> str:
 
 
 def check_format(results: Any, formats: Sequence[tuple[str, int]], what: str) -> str:
-    """Refuse results that are not of one of these formats.
-
-    Args:
-        formats: (format, version) of each that is taken.
-        what: makes such results, such as "evaluate".
-
-    Returns:
-        The format.
-
-    Raises:
-        InputError: results of something else, or of another version.
-    """
+    """Return the format of results of `what`, such as "evaluate", and refuse all but these (format, version)."""
     got = {k: results.get(k) for k in ("format", "version")} if isinstance(results, Mapping) else type(results)
     for name, version in formats:
         if got == {"format": name, "version": version}:

@@ -9,7 +9,6 @@ __all__ = ["average", "card", "length", "start_words"]
 
 
 def start_words(train: Mapping[str, Any]) -> str:
-    """Say what a training started from."""
     start = train["start_from"]
     if start is None:
         return "random weights"
@@ -17,7 +16,7 @@ def start_words(train: Mapping[str, Any]) -> str:
 
 
 def length(details: Mapping[str, Any], steps: str, what: str) -> str:
-    """Say how long a training took: `steps` and `what` name its steps and the rows of a batch."""
+    """Describe how long a training took; `steps` and `what` name its steps and the rows of a batch."""
     train, record = details["train"], details["record"]
     text = (
         f"{record['steps']:,} {steps} of {train['batch_size']} {what}, {record['epochs']:,g} epochs, "
@@ -43,12 +42,11 @@ def card(
     """Return the text of README.md.
 
     Args:
-        name: of the model.
-        kind: what it is, such as "A denoiser", and the name of its command, such as "denoiser".
+        kind: such as "A denoiser", and the name of its command, such as "denoiser".
         facts: rows of the first table; the licence is added.
         results: lines of Markdown after it.
-        details: what is saved with the model, by `purifyloader.commands.training`.
-        pictures: names of files beside the card, with what they show.
+        details: saved with the model by `purifyloader.commands.training`.
+        pictures: names of files beside the card, with their captions.
     """
     what, command = kind
     text = [f"# {name}", "", f"{what} for `purifyloader`, trained by `purifyloader train {command}`.", ""]
@@ -64,16 +62,13 @@ def card(
 
 
 def _again(command: str, details: Mapping[str, Any]) -> list[str]:
-    """How to train the model again, and on which images."""
-    own = "config.json"
-    again = f"purifyloader train {command} --data DATA --config {own} --indices {own} --out again"
-    if size := details.get("resized"):
-        again = f"purifyloader train {command} --data DATA --config {own} --indices {own} --size {size} --out again"
+    size = f" --size {details['resized']}" if details.get("resized") else ""
+    images = f"--data DATA --config config.json --indices config.json{size}"
     return [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        again,
+        f"purifyloader train {command} {images} --out again",
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",

@@ -23,12 +23,10 @@ _SIDE = 64  # pixels of an image in a picture, at least
 
 
 class Curves:
-    """The rows of a training, one for each step that is written down.
+    """The rows of a training, one for each step that is written down, with columns in this order.
 
-    They are kept in its state, so that curves.csv never holds more steps than a resumed run has done.
-
-    Args:
-        columns: in their order; others follow by noise level, as in held_out_10px.
+    They are kept in its state, so that curves.csv never holds more steps than a resumed run has done. Other columns
+    follow by noise level, as in held_out_10px.
     """
 
     def __init__(self, columns: Sequence[str], rows: Sequence[dict[str, Any]] = ()) -> None:
@@ -42,7 +40,7 @@ class Curves:
             self.rows.append(row)
 
     def with_prefix(self, prefix: str) -> list[dict[str, Any]]:
-        """The rows with a column that begins so."""
+        """Return the rows with a column that begins so."""
         return [row for row in self.rows if any(name.startswith(prefix) for name in row)]
 
     def write_csv(self, folder: Path) -> None:

@@ -42,12 +42,7 @@ def measure(
     """Train for a few steps of the very configuration, and estimate the cost of all of it.
 
     Args:
-        build: builds the model from a configuration and the images' channels, such as `build_denoiser`.
-        train: trains it, such as `train_denoiser`.
-        images: uint8 (N, C, H, W).
-        config: the whole training.
-        device: where to train.
-        options: of `train`.
+        build, train: such as `build_denoiser` and `train_denoiser`, which takes the `options`.
 
     Returns:
         parameters; model_bytes and state_bytes, of the files; images; epochs; first_step_seconds (with compilation);

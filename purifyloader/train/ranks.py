@@ -27,11 +27,7 @@ class Ranks:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def own(self, batch_size: int) -> slice:
-        """The positions of a batch that this process takes.
-
-        Raises:
-            ConfigError: the batch cannot be divided evenly.
-        """
+        """Return the positions of a batch that this process takes."""
         if batch_size % self.world_size:
             raise ConfigError(
                 f"batch_size must be a multiple of the number of processes, {self.world_size}, which share each batch. "
@@ -41,11 +37,11 @@ class Ranks:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """True where `flag` is in at least one process."""
+        """Return True where `flag` is in at least one process."""
         return flag if self.world_size == 1 else self.mean({"flag": float(flag)}, device)["flag"] > 0
 
     def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
-        """The mean of each value over all processes, so that all of them judge, and stop, alike."""
+        """Return the mean of each value over all processes, so that all of them judge, and stop, alike."""
         if self.world_size == 1:
             return values
         sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
@@ -64,7 +60,7 @@ class Ranks:
             gradient.copy_(mean.view_as(gradient))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks."""
+        """Return the rows of all processes, in the order of their ranks."""
         if self.world_size == 1:
             return rows
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.world_size)]

@@ -1,9 +1,8 @@
-"""Train any kind of model: resume, save, watch, stop, and share each step among processes.
+"""Train any kind of model: resume, save, watch, stop, and share each step of a `Task` among processes.
 
-`train` takes the steps; a `Task` says what a step is. Everything random is a function of (seed, step, position in the
-batch), so a run that was stopped goes on with the step it would have taken, to the same weights (bit for bit with the
-same number of threads), and several processes share the very batches that one would take (the same weights up to the
-order of a sum).
+Everything random is a function of (seed, step, position in the batch), so a run that was stopped goes on with the step
+it would have taken, to the same weights (bit for bit with the same number of threads), and several processes share the
+very batches that one would take (the same weights up to the order of a sum).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from purifyloader.core.checks import check_number
+from purifyloader.diffusion.psnr import check_images
 from purifyloader.errors import InputError, PurifyError, TrainingError
 from purifyloader.train.curves import CURVES_CSV, Curves
 from purifyloader.train.fields import TrainingFields
@@ -31,7 +31,7 @@ from purifyloader.train.state import STATE_FILE, Groups, identity, load_state, s
 from purifyloader.train.watch import Watch
 from purifyloader.train.weights import Weights
 
-__all__ = ["Task", "check_images", "peak_memory", "seeded", "train"]
+__all__ = ["Task", "peak_memory", "seeded", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,15 @@ class Task(ABC, Generic[Network]):
     shown: ClassVar[str] = "loss"
     advice: ClassVar[str] = "Lower the learning rate, or use float32"
 
-    def __init__(self, images: Tensor, device: torch.device) -> None:
+    def __init__(self, images: Tensor, device: torch.device, held_out: Tensor | None) -> None:
+        check_images(images, "Training takes")
+        if held_out is not None:
+            check_images(held_out, "Validation takes")
+            if held_out.shape[1] != images.shape[1]:
+                raise InputError(
+                    f"Validation takes images with the channels of those trained on, {images.shape[1]}. "
+                    f"Got {held_out.shape[1]}."
+                )
         self.ranks = Ranks.here()
         self.images, self.device = images.to(device), device
         self.warnings: list[str] = []
@@ -78,20 +86,17 @@ class Task(ABC, Generic[Network]):
 
     @abstractmethod
     def gradients(self, step: int, own: slice) -> dict[str, float]:
-        """Add to the gradients those of the positions `own` of the step's batch; return what was measured on them.
+        """Add to the gradients those of the positions `own` of the step's batch; return the values measured on them.
 
-        It must change nothing else that a state holds, and not communicate with other processes.
-
-        Raises:
-            PurifyError: the run is broken, in this process at least: all of them stop.
+        It must change nothing else that a state holds, and not communicate with other processes. A `PurifyError` is a
+        run that is broken, in this process at least: all of them stop.
         """
 
     @abstractmethod
     def row(self, measured: dict[str, float], norm: float) -> dict[str, float]:
         """Return the columns of curves.csv after an update, beside step, seconds and learning rate.
 
-        Raises:
-            PurifyError: the run is broken, in all processes alike.
+        A `PurifyError` is a run that is broken, in all processes alike.
         """
 
     def update(self, rate: float) -> None:
@@ -101,12 +106,11 @@ class Task(ABC, Generic[Network]):
     def validate(self, folder: Path, last: bool) -> None:
         """Measure the average so far, in the first process alone: add a row to the curves, write pictures to `folder`.
 
-        Raises:
-            PurifyError: what it gives at the end (`last`) is broken.
+        A `PurifyError` says at the end (`last`) that the model is broken.
         """
 
     def groups(self) -> Groups:
-        """The tensors of a state."""
+        """Return the tensors of a state."""
         return self.weights.groups()
 
     def restore(self, step: int, groups: Groups) -> None:
@@ -117,7 +121,7 @@ class Task(ABC, Generic[Network]):
         """Write pictures, each time that a state is saved."""
 
     def record(self) -> dict[str, Any]:
-        """What the checkpoint's card says of the run, beside its length and cost."""
+        """Return values for the checkpoint's card, beside length and cost of the run."""
         return {}
 
 
@@ -129,24 +133,7 @@ def train(
     on_step: Callable[[int, float], None] | None = None,
     progress: bool = True,
 ) -> tuple[Network, dict[str, Any]]:
-    """Take the steps of a task, from the state in `out` where there is one.
-
-    Args:
-        task: what to train.
-        out: folder for the state of the run, its curves and pictures.
-        save_every: seconds between two states; a killed run loses at most these.
-        on_step: called after each step, in each process, with the number of steps done and the value `task.shown`.
-        progress: show a bar.
-
-    Returns:
-        The network with averaged weights, and a record: steps, seconds, epochs, processes, peak memory, `warnings`, and
-        what the task adds.
-
-    Raises:
-        InputError: save_every is no number of seconds.
-        TrainingError: the run broke, or `out` holds the state of another one.
-        CheckpointError: the state in `out` is damaged.
-    """
+    """Take the steps of a task, from the state in the folder `out` where there is one; see `train_denoiser`."""
     if save_every != float("inf"):
         check_number("save_every", save_every, low=0, unit="in seconds", error=InputError)
     return _Run(task, Path(out), save_every, on_step, progress).finish()
@@ -177,13 +164,8 @@ class _Run(Generic[Network]):
         self.save_every, self.on_step = save_every, on_step
         self.begun = self.last = self.saved = time.monotonic()
         self.saving = 0.0
-        self.bar = tqdm(
-            total=self.steps,
-            initial=self.weights.step,
-            disable=not progress or not self.first,
-            unit="step",
-            desc="training",
-        )
+        hidden = not progress or not self.first
+        self.bar = tqdm(total=self.steps, initial=self.weights.step, disable=hidden, unit="step", desc="training")
 
     def finish(self) -> tuple[Network, dict[str, Any]]:
         task, weights = self.task, self.weights
@@ -219,7 +201,7 @@ class _Run(Generic[Network]):
             raise self._stopped(reason, step + 1)
         now = time.monotonic()
         self.seconds, self.last = self.seconds + now - self.last, now
-        # The weights that gave these finite values are what is saved, so that a state is never a broken one.
+        # these finite values are of the weights that are saved, so that a state is never a broken one
         due = step > 0 and now - self.saved >= max(self.save_every, self.saving / _SAVING_SHARE)
         if self.first and due and self._save_if_sound():
             self.saved = time.monotonic()
@@ -237,7 +219,7 @@ class _Run(Generic[Network]):
         self.bar.set_postfix({task.shown: f"{task.watch.values[task.shown]:.4g}"}, refresh=False)
 
     def _gradients(self, step: int) -> tuple[dict[str, float], float]:
-        """What a step has measured, and the norm of its gradient: the same in all processes."""
+        """Return the values that a step has measured, and the norm of its gradient: the same in all processes."""
         task, failure, measured = self.task, "", dict[str, float]()
         try:
             measured = task.gradients(step, self.own)
@@ -334,36 +316,13 @@ def _in_words(plan: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Set torch's generators of the CPU and of `device` to `seed`, and put them back afterwards.
-
-    Other GPUs keep theirs, which torch.manual_seed would set too.
-    """
+    """Set torch's generators of the CPU and of `device` to `seed`, and put them back; other GPUs keep theirs."""
     gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if gpu else []):
         torch.default_generator.manual_seed(seed)
         if gpu:
             torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
-
-
-def check_images(images: Tensor, what: str, channels: int | None = None) -> None:
-    """
-    Args:
-        what: begins the message: whose images they are.
-        channels: of the images trained on, where these are others.
-
-    Raises:
-        InputError: another type or shape than uint8 (N, C, H, W), no image, or other channels.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-        raise InputError(
-            f"{what} takes a uint8 tensor of shape (N, C, H, W) with at least one image. "
-            f"Got {images.dtype} {tuple(images.shape)}."
-        )
-    if channels is not None and images.shape[1] != channels:
-        raise InputError(
-            f"{what} takes images with the channels of those trained on, {channels}. Got {images.shape[1]}."
-        )
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -28,7 +28,7 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def images_sha256(images_NCHW: Tensor) -> str:
-    """SHA-256, in hex, of the bytes of the images in their order."""
+    """Hash the bytes of the images in their order: SHA-256, in hex."""
     return hashlib.sha256(images_NCHW.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -50,29 +50,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def save_state(path: Path, header: dict[str, Any], groups: Groups) -> None:
-    """Write the tensors of each group, and a JSON header.
-
-    Raises:
-        TrainingError: no room; the state that stood there is kept.
-    """
+    """Write the tensors of each group, and a JSON header; without room the state that stands there is kept."""
     tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, d in groups.items() for k, v in d.items()}
-    with writing(path), _hidden_folder(path) as folder:
-        # in a folder of its own: save_file writes to a temporary file beside, which a kill leaves under a random name
-        with replacing(folder / path.name) as temporary:
-            save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
-        os.replace(folder / path.name, path)
-
-
-@contextmanager
-def _hidden_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, named as `replacing` names its files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as name:
-        yield Path(name)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # in a folder of its own, named as `replacing` names its files: save_file writes to a temporary file beside,
+        # which a kill leaves under a random name
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            with replacing(whole) as temporary:
+                save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
+            os.replace(whole, path)
 
 
 def tidy(folder: Path, files: Iterable[str]) -> None:
-    """Remove what killed saves of these files have left; nobody may be writing them."""
+    """Remove the leftovers of killed saves of these files; nobody may be writing them."""
     for name in files:
         for path in folder.glob(f".{name}.*.tmp"):
             with suppress(OSError):  # no reason not to train
@@ -80,16 +72,7 @@ def tidy(folder: Path, files: Iterable[str]) -> None:
 
 
 def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Groups]:
-    """Read the header and the tensors of each group.
-
-    Args:
-        path: of the file.
-        expected: the `identity` of the run that wants to go on.
-
-    Raises:
-        CheckpointError: the file is damaged.
-        TrainingError: it belongs to a run with another identity.
-    """
+    """Read the header and the tensors of each group, of a run whose `identity` is the expected one."""
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["purifyloader"])

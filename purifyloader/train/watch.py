@@ -14,11 +14,9 @@ SETTLED = 100  # steps before a running mean is worth stopping for
 
 
 class Watch(ABC):
-    """Running means over the steps of one training.
+    """Keep running means of the measured `names` over the steps of one training.
 
-    Attributes:
-        names: the measured values whose running means are kept.
-        values: the running means, and whatever else a subclass keeps; all of it goes into the state file.
+    `values` are these, and whatever else a subclass keeps; all of it goes into the state file.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -27,11 +25,7 @@ class Watch(ABC):
         self.values: dict[str, float] = {}
 
     def see(self, step: int, measured: Mapping[str, float], norm: float) -> str | None:
-        """Take in the values that a step has measured, and the norm of its gradient.
-
-        Returns:
-            A reason to stop the training, or None.
-        """
+        """Take in the values of a step, and the norm of its gradient; return a reason to stop, or None."""
         for name in self.names:
             if not (math.isfinite(measured[name]) and math.isfinite(norm)):
                 return f"The {name} became {measured[name]} with a gradient of norm {norm}"
@@ -42,14 +36,14 @@ class Watch(ABC):
 
     @abstractmethod
     def broken(self, step: int) -> str | None:
-        """A reason to stop, from the running means after `step`; None for a sound training."""
+        """Return a reason to stop, from the running means after `step`; None for a sound training."""
 
     @abstractmethod
     def suspicion(self) -> str | None:
-        """A reason not to save the present state over an older one; None for a sound training."""
+        """Return a reason not to save the present state over an older one; None for a sound training."""
 
     def header(self) -> dict[str, Any]:
-        """The values as fields of the header of a state file."""
+        """Return the values as fields of the header of a state file."""
         return {"watch": dict(self.values)}
 
     def restore(self, header: Mapping[str, Any]) -> None:

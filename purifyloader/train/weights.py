@@ -60,7 +60,7 @@ class Weights(Generic[Network]):
         return all(bool(p.isfinite().all()) for p in self.average.parameters())
 
     def groups(self) -> Groups:
-        """Everything that a state file holds of the weights."""
+        """Return everything that a state file holds of the weights."""
         states = {name: self.optimizer.state.get(p, {}) for name, p in self.parameters.items()}
         moments = {m: {name: state[m] for name, state in states.items() if m in state} for m in _MOMENTS}
         return {"model": self.network.state_dict(), "average": self.average.state_dict(), **moments}

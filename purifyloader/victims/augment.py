@@ -12,21 +12,15 @@ __all__ = ["crop_and_flip", "uniforms"]
 
 
 def uniforms(seed: int, purpose: int, turn: int, index_B: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Draw float32 (B, *shape) in [0, 1], a function of (seed, purpose, turn, index) alone.
-
-    They are drawn on the CPU, so that every device gets the same.
-    """
+    """Draw float32 (B, *shape) in [0, 1] on the CPU, a function of (seed, purpose, turn, index) on every device."""
     key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), purpose), turn)
     return noise.uniform(noise.fold_in(key, index_B.cpu()), shape).float().to(index_B.device)
 
 
 def crop_and_flip(x_BCHW: Tensor, uniform_B3: Tensor, pad: int, flip: bool = True) -> Tensor:
-    """Pad with black, cut a window of the old size at random, mirror half of the images; a gradient goes through.
+    """Pad with `pad` pixels of black, cut a window of the old size, mirror half of the images; a gradient goes through.
 
-    Args:
-        uniform_B3: uniforms in [0, 1] that decide row, column and flip of each image.
-        pad: pixels of black border, 0 for no crop.
-        flip: mirror the images whose third uniform is below a half.
+    Uniforms in [0, 1] decide row, column and flip of each image.
     """
     count, channels, height, width = x_BCHW.shape
     if pad:

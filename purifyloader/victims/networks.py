@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
+from purifyloader.core.checks import check_integer
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError
 from purifyloader.victims.presets import VICTIMS
 
-__all__ = [
-    "ResNet9",
-    "UNetClassifier",
-    "densenet121",
-    "last_features",
-    "mobilenet_v2",
-    "resnet9",
-    "resnet18",
-    "unet",
-    "vgg19",
-    "victim",
-]
+__all__ = ["last_features", "resnet9", "victim"]
 
-# Keeps the softmax soft at the start of training, so that a high learning rate is stable.
-_OUTPUT_SCALE = 0.125
+_OUTPUT_SCALE = 0.125  # a soft softmax at the start of training, so that a high learning rate is stable
 
 
 def _conv(in_channels: int, out_channels: int, pool: bool = False) -> nn.Sequential:
@@ -44,11 +35,8 @@ class _Residual(nn.Module):
         return x_BCHW + self.branch(x_BCHW)
 
 
-class ResNet9(nn.Module):
-    """ResNet-9 of the DAWNBench CIFAR-10 entries (Page 2018): `resnet9` makes one.
-
-    Args of `forward`: normalised images (B, C, H, W), H and W at least 8. Returns logits (B, classes).
-    """
+class _ResNet9(nn.Module):
+    """ResNet-9 of the DAWNBench CIFAR-10 entries (Page 2018); images (B, C, H, W) of 8 x 8 pixels or more."""
 
     def __init__(self, classes: int, width: int, image_channels: int) -> None:
         super().__init__()
@@ -69,23 +57,15 @@ class ResNet9(nn.Module):
         return logits
 
 
-def resnet9(classes: int = 10, width: int = 16, image_channels: int = 3) -> ResNet9:
-    """Make a ResNet-9 with channels (w, 2w, 4w, 8w); the original is width 64.
-
-    With the defaults it has 412,944 parameters, small enough to train on two CPU cores.
-
-    Raises:
-        ConfigError: a size below 1.
-    """
+def resnet9(classes: int = 10, width: int = 16, image_channels: int = 3) -> _ResNet9:
+    """Make a ResNet-9 with channels (w, 2w, 4w, 8w); the original is width 64, width 16 has 412,944 parameters."""
     for name, value in (("classes", classes), ("width", width), ("image_channels", image_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"resnet9: {name} must be an integer of 1 or more. Got {value!r}.")
-    return ResNet9(classes, width, image_channels).to(memory_format=torch.channels_last)
+        check_integer(name, value, 1)
+    return _ResNet9(classes, width, image_channels).to(memory_format=torch.channels_last)
 
 
-def resnet18(classes: int = 10) -> nn.Module:
+def _resnet18(classes: int) -> nn.Module:
     """Make torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1, and no pooling."""
-    _check_classes(classes)
     model = models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -93,18 +73,16 @@ def resnet18(classes: int = 10) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def vgg19(classes: int = 10) -> nn.Module:
+def _vgg19(classes: int) -> nn.Module:
     """Make torchvision's VGG-19 with batch norm, and one linear layer in place of three: 20 million parameters."""
-    _check_classes(classes)
     model = models.vgg19_bn(num_classes=1)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Linear(512, classes)
     return model.to(memory_format=torch.channels_last)
 
 
-def densenet121(classes: int = 10) -> nn.Module:
+def _densenet121(classes: int) -> nn.Module:
     """Make torchvision's DenseNet-121 with the stem for small images."""
-    _check_classes(classes)
     model = models.densenet121(num_classes=classes)
     model.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
@@ -112,22 +90,19 @@ def densenet121(classes: int = 10) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def mobilenet_v2(classes: int = 10) -> nn.Module:
+def _mobilenet_v2(classes: int) -> nn.Module:
     """Make torchvision's MobileNetV2 with its first two strides 1, for small images."""
-    _check_classes(classes)
     model = models.mobilenet_v2(num_classes=classes)
     model.features[0][0].stride = (1, 1)
     model.features[2].conv[1][0].stride = (1, 1)
     return model.to(memory_format=torch.channels_last)
 
 
-class UNetClassifier(nn.Module):
-    """U-Net of a diffusion model turned into a classifier (ECLIPSE, sec. 4.4): `unet` makes one.
+class _UNetClassifier(nn.Module):
+    """U-Net of a diffusion model turned into a classifier (ECLIPSE, sec. 4.4), at time 0.
 
     In the place of its last layer are global average pooling and a linear layer, which are a 1 x 1 convolution and
-    the pooling in the other order. Its time is 0.
-
-    Args of `forward`: normalised images (B, 3, H, W). Returns logits (B, classes).
+    the pooling in the other order.
     """
 
     def __init__(self, classes: int, config: UNetConfig) -> None:
@@ -146,11 +121,20 @@ class UNetClassifier(nn.Module):
         return logits
 
 
-def unet(classes: int = 10, channels: int = 16) -> UNetClassifier:
+def _unet(classes: int, channels: int = 16) -> _UNetClassifier:
     """Make a U-Net classifier with so many channels; 128 gives the published network of ECLIPSE."""
-    _check_classes(classes)
     config = UNetConfig() if channels == 128 else UNetConfig.small(channels=channels)
-    return UNetClassifier(classes, config).to(memory_format=torch.channels_last)
+    return _UNetClassifier(classes, config).to(memory_format=torch.channels_last)
+
+
+_MAKERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet9": resnet9,
+    "resnet18": _resnet18,
+    "vgg19": _vgg19,
+    "densenet121": _densenet121,
+    "mobilenet_v2": _mobilenet_v2,
+    "unet": _unet,
+}
 
 
 def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
@@ -166,18 +150,9 @@ def last_features(network: nn.Module, x_BCHW: Tensor) -> Tensor:
 
 
 def victim(name: str, classes: int = 10) -> nn.Module:
-    """Make a network of `VICTIMS`, initialised from torch's global generator.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """Make a network of `VICTIMS` for images (B, 3, H, W), initialised from torch's global generator."""
     if name not in VICTIMS:
         raise ConfigError(f"A victim is one of {', '.join(VICTIMS)}. Got {name!r}.")
-    function, arguments = VICTIMS[name]
-    network: nn.Module = globals()[function](classes, *arguments)
-    return network
-
-
-def _check_classes(classes: int) -> None:
-    if not isinstance(classes, int) or classes < 1:
-        raise ConfigError(f"classes must be an integer of 1 or more. Got {classes!r}.")
+    check_integer("classes", classes, 1)
+    maker, arguments = VICTIMS[name]
+    return _MAKERS[maker](classes, *arguments)

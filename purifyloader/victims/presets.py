@@ -17,7 +17,6 @@ VICTIMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "unet-128": ("unet", (128,)),
 }
 """Networks for colour images of about 32 x 32, by name: a function of `victims.networks`, its arguments after classes.
-
 They are named here, and not imported, so that a help text needs no torch."""
 
 

@@ -28,7 +28,7 @@ from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.denoiser.curves import COLUMNS, Validation, overfitting, validated, write_picture, write_samples
 from purifyloader.train.denoiser.examples import draw_examples
 from purifyloader.train.fields import check_channels, check_start
-from purifyloader.train.run import Task, check_images, seeded, train
+from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.watch import SETTLED, Watch
 from purifyloader.train.weights import Weights
 
@@ -46,13 +46,7 @@ def build_denoiser(
 ) -> NetworkDenoiser:
     """Build the denoiser before training. Random weights are a function of `config.seed`.
 
-    Args:
-        config: its `start_from` must be that of `start`.
-        image_channels: of the images, which the network must have.
-        start: begin as the function of this denoiser. It may be smaller: see `purifyloader.diffusion.growth`.
-
-    Raises:
-        ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
+    It begins as the function of `start`, the one that `config.start_from` names, which may be smaller.
     """
     check_channels(config, image_channels)
     with seeded(config.seed, torch.device("cpu")):
@@ -78,16 +72,16 @@ def _check_meaning(denoiser: NetworkDenoiser, start: NetworkDenoiser) -> None:
             f"A denoiser that predicts {denoiser.parameterization!r} cannot start from one that predicts "
             f"{start.parameterization!r}. Set parameterization={start.parameterization!r}."
         )
-    if (theirs := _time_input(start)) != (ours := _time_input(denoiser)):
+    if (started := _time_input(start)) != (wanted := _time_input(denoiser)):
         raise ConfigError(
-            f"A network that takes {ours} as its time cannot start from one that takes {theirs}. Set time= and "
+            f"A network that takes {wanted} as its time cannot start from one that takes {started}. Set time= and "
             "objective=: 'log-sigma' goes with both objectives, timesteps go, with their schedule, with 'hybrid' (the "
             "recipes eclipse and puregen)."
         )
 
 
 def _time_input(denoiser: NetworkDenoiser) -> str:
-    """The same words only for the same time input."""
+    """Describe the time input: the same words only for the same one."""
     if denoiser.schedule is None:
         return "the logarithm of sigma"
     time = denoiser.time_input
@@ -139,16 +133,19 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         validate_every: int | None,
         micro_batch: int | None,
     ) -> None:
-        super().__init__(images, device)
+        super().__init__(images, device, validation)
+        check_integer("micro_batch", micro_batch, 1, none=True, error=InputError)
+        check_integer("validate_every", validate_every, 1, none=True, error=InputError)
+        if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
+            side = min(images.shape[-2:])
+            raise ConfigError(f"patch_size must be at most the side of the images, {side}. Got {config.patch_size}.")
         self.config, self.micro_batch, self.clip_norm = config, micro_batch, config.clip_norm
         gpu = device.type == "cuda"
         denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
         if gpu:
             denoiser.to(memory_format=torch.channels_last)
-        adamw = functools.partial(
-            torch.optim.AdamW, lr=config.learning_rate, weight_decay=config.weight_decay, fused=gpu
-        )
-        self.weights = Weights(denoiser, adamw, config.ema_decay, fused=gpu)
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": gpu}
+        self.weights = Weights(denoiser, functools.partial(torch.optim.AdamW, **options), config.ema_decay, fused=gpu)
         if config.compile:
             denoiser.network.compile()
         self.schedule = config.noise_schedule()
@@ -174,18 +171,17 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         return {"loss": float(value)}
 
     def _loss(self, x0_BCHW: Tensor, level_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """The mean over the images; `level_B` holds timesteps or sigmas."""
+        """Return the mean loss of the images; `level_B` holds timesteps or sigmas."""
         config, denoiser = self.config, self.weights.network
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             if config.objective == "sigma":
                 return sigma_loss(denoiser, x0_BCHW, level_B, noise_BCHW).mean()
-            return hybrid_loss(
-                denoiser, x0_BCHW, level_B, noise_BCHW, config.gamma, self.schedule, config.top_timestep
-            ).mean()
+            more = (config.gamma, self.schedule, config.top_timestep)
+            return hybrid_loss(denoiser, x0_BCHW, level_B, noise_BCHW, *more).mean()
 
     @contextlib.contextmanager
     def _dropout_seed(self, step: int, first: int) -> Iterator[None]:
-        """torch's generator as a function of (seed, step, first position), where the network draws from it at all."""
+        """Make torch's generator a function of (seed, step, first position), where the network draws from it at all."""
         if not self.config.network.dropout:
             yield
             return
@@ -215,13 +211,8 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         if message is not None and (not warned or last):  # once, and how it ended
             self.warnings.append(f"step {step}: {message}")
             best = max(rows, key=lambda row: judge.means(row)[0])["step"]
-            log.warning(
-                "step %d: %s. More images, fewer steps or the augmentation flip would help; the best so far was at "
-                "step %d.",
-                step,
-                message,
-                best,
-            )
+            advice = "More images, fewer steps or the augmentation flip would help"
+            log.warning("step %d: %s. %s; the best so far was at step %d.", step, message, advice, best)
         write_picture(self.curves, judge, folder)
         write_samples(self.weights.average, judge, folder)
 
@@ -251,32 +242,26 @@ def train_denoiser(
 ) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """Train a denoiser on clean images; call again with the same arguments to go on after a stop.
 
-    Where torch.distributed is initialised, its processes share each batch; the first one writes. Otherwise
-    this is one process.
+    Where torch.distributed is initialised, its processes share each batch; the first one writes.
 
     Args:
         images: uint8, (N, C, H, W): the sparse clean set.
         out: folder for the state of the run, its curves and its samples.
-        config: what to train and how.
+        config: the network and its training.
         start: the denoiser that `config.start_from` names.
         validation: uint8, (V, C, H, W), clean and not among `images`: PSNR is measured on them on the way.
         validate_every: steps between two measurements; by default a twentieth of the run.
-        micro_batch: images whose activations are in memory at once, in each process; a batch is taken in
-            several parts where it is larger. By default all of them.
-        device: where to train.
+        micro_batch: images whose activations are in memory at once, in each process; by default all.
         save_every: seconds between two states; a killed run loses at most these.
         on_step: called after each step, in each process, with the number of steps done and the loss.
-        progress: show a bar.
 
     Returns:
-        The denoiser with averaged weights, and a record: steps, seconds, epochs, running mean of the loss,
-        processes, peak memory in bytes, `tf32` (whether its convolutions ran in TF32), and `warnings`.
+        The denoiser with averaged weights, and a record: steps, seconds, epochs, running mean of the loss, processes,
+        peak memory in bytes, `tf32` (its convolutions ran in TF32), and `warnings`.
 
     Raises:
-        InputError: images of another type or shape.
-        ConfigError: images or processes that the configuration does not fit.
-        TrainingError: the loss or its gradient is not finite, or the loss has run away; or `out` holds the
-            state of another run.
+        InputError, ConfigError: images, options or processes that do not fit.
+        TrainingError: the loss is not finite or has run away; or `out` holds the state of another run.
         CheckpointError: the state in `out` is damaged.
 
     >>> import tempfile, torch
@@ -289,14 +274,5 @@ def train_denoiser(
     >>> record["steps"], denoiser(images[:1] / 255, torch.tensor([0.1])).shape
     (2, torch.Size([1, 3, 8, 8]))
     """
-    check_images(images, "Training")
-    if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
-        raise ConfigError(
-            f"patch_size must be at most the side of the images, {min(images.shape[-2:])}. Got {config.patch_size}."
-        )
-    if validation is not None:
-        check_images(validation, "Validation", images.shape[1])
-    check_integer("micro_batch", micro_batch, 1, none=True, error=InputError)
-    check_integer("validate_every", validate_every, 1, none=True, error=InputError)
     task = _DenoiserTask(config, images, as_device(device), start, validation, validate_every, micro_batch)
     return train(task, out, save_every=save_every, on_step=on_step, progress=progress)

@@ -27,7 +27,7 @@ from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positio
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, float32_arithmetic, mean_energy, write_pictures
 from purifyloader.train.fields import check_channels, check_start
-from purifyloader.train.run import Task, check_images, seeded, train
+from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.state import Groups
 from purifyloader.train.watch import SETTLED, Watch
 from purifyloader.train.weights import Weights
@@ -45,11 +45,7 @@ _SUSPECT = 0.3  # of any of these: not a state worth keeping
 def build_energy(
     config: EnergyTrainConfig, image_channels: int = 3, start: EnergyNetwork | None = None
 ) -> EnergyNetwork:
-    """Build the energy model before training. Random weights are a function of `config.seed`.
-
-    Raises:
-        ConfigError: the images have other channels, or `start` is missing, another one, or of another shape.
-    """
+    """Build the energy model before training, with weights of `start`, or random ones: a function of `config.seed`."""
     check_channels(config, image_channels)
     with seeded(config.seed, torch.device("cpu")):
         energy = EnergyNetwork(config.network, config.temperature)
@@ -98,7 +94,7 @@ class _EnergyWatch(Watch):
         return reason if share > _SUSPECT else None
 
     def _dangers(self) -> list[tuple[float, str]]:
-        """How near each of the ways to go wrong is, 1 being too near, and its description."""
+        """Measure how near each of the ways to go wrong is, 1 being too near, and describe it."""
         means = self.values
         scale = max(means["spread"], means.get("least", math.inf))
         return [
@@ -132,7 +128,7 @@ class _EnergyTask(Task[EnergyNetwork]):
         start: EnergyNetwork | None,
         held_out: Tensor | None,
     ) -> None:
-        super().__init__(images, device)
+        super().__init__(images, device, held_out)
         self.config = config
         self.clip_norm = math.inf if config.clip_norm is None else config.clip_norm
         energy = build_energy(config, images.shape[1], start).to(device).to(memory_format=torch.channels_last)
@@ -211,7 +207,7 @@ def _arithmetic(config: EnergyTrainConfig, device: torch.device) -> AbstractCont
 
 
 def _walked(walker: EnergyNetwork, samples: Tensor, keys_B: Tensor, config: EnergyTrainConfig) -> tuple[Tensor, float]:
-    """The samples K steps on, and how far the last step moved them downhill (root mean square, image units)."""
+    """Walk K steps; return the samples, and how far the last step moved them downhill (RMS, in image units)."""
     shape = samples.shape[1:]
     before, z = samples, samples
 
@@ -229,7 +225,7 @@ def _walked(walker: EnergyNetwork, samples: Tensor, keys_B: Tensor, config: Ener
 
 
 def _gradients(energy: EnergyNetwork, x: Tensor, samples: Tensor, config: EnergyTrainConfig) -> dict[str, float]:
-    """Leave the gradient of Algorithm 2's step 3 in the weights; return the energies that it came from."""
+    """Leave the gradient of Algorithm 2's step 3 in the weights; return the energies that it comes from."""
     both = torch.cat([x, samples]).contiguous(memory_format=torch.channels_last)
     with torch.autocast(both.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         energies = energy(both).float() / config.temperature
@@ -259,22 +255,19 @@ def train_energy(
     Args:
         images: uint8, (N, C, H, W).
         out: folder for the state of the run, with its bank, its curves and pictures.
-        config: what to train and how.
+        config: the network and its training.
         start: the energy model that `config.start_from` names.
         held_out: uint8, (V, C, H, W), clean and not among `images`: their energies are followed too.
-        device: where to train.
         save_every: seconds between two states; a killed run loses at most these.
         on_step: called after each step, in each process, with the number of steps done and the difference of the
             energies of images and samples, in units of the temperature.
-        progress: show a bar.
 
     Returns:
-        The energy model with averaged weights, and a record: steps, seconds, epochs, `watch` (the running means that
-        were watched), processes, peak memory in bytes, and `warnings`.
+        The energy model with averaged weights, and a record: steps, seconds, epochs, `watch` (running means of what was
+        watched), processes, peak memory in bytes, and `warnings`.
 
     Raises:
-        InputError: images, or held-out ones, of another type or shape.
-        ConfigError: images or processes that the configuration does not fit.
+        InputError, ConfigError: images or processes that do not fit.
         TrainingError: the energies ran apart, exploded or became NaN, or the samples left the images; or `out` holds
             the state of another run.
         CheckpointError: the state in `out` is damaged.
@@ -288,9 +281,6 @@ def train_energy(
     >>> record["steps"], energy(images / 255).shape
     (2, torch.Size([4]))
     """
-    check_images(images, "Training")
-    if held_out is not None:
-        check_images(held_out, "held_out", images.shape[1])
     task = _EnergyTask(config, images, as_device(device), start, held_out)
     energy, record = train(task, out, save_every=save_every, on_step=on_step, progress=progress)
     return energy.to(memory_format=torch.contiguous_format), record
