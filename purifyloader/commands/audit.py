@@ -19,8 +19,6 @@ from purifyloader.commands.options import (
     shows_progress,
 )
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 _JSON, _CSV, _PNG = "audit.json", "audit.csv", "audit.png"
 
 DESCRIPTION = (
@@ -30,7 +28,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     add_data(parser, "images to look at")
     add_split(parser)
@@ -61,7 +58,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Audit the dataset, and report it."""
     from purifyloader.audit.pictures import picture
     from purifyloader.audit.report import table
     from purifyloader.audit.session import Settings, audit

@@ -19,8 +19,6 @@ from purifyloader.victims.presets import TRAININGS, VICTIMS
 if TYPE_CHECKING:
     from purifyloader.bench.session import Settings
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = (
     "Train victims on poisoned data, with and without defences, and test them on clean images. Rows "
     "are kept as they are done: the same command goes on, and any number of processes may run it at once."
@@ -28,7 +26,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
     add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
@@ -81,7 +78,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the bench, or list or report."""
     if options.list:
         print("\n".join(_listed()))
         return 0

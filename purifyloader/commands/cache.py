@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = "Look after purified caches."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="say what a cache is, finished or not; reads no images")
@@ -49,7 +46,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command; the exit status is 1 for a cache that `verify` finds unfinished or damaged."""
     return _COMMANDS[options.command](options)
 
 

@@ -25,8 +25,6 @@ from purifyloader.errors import ConfigError
 if TYPE_CHECKING:
     from purifyloader.certify.session import Settings
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = (
     "Noise and denoise the training set once for each of many models, let them vote on test images, "
     "and say how far the training images could be changed without changing the vote (Hong, Carlini & Kurakin). "
@@ -36,7 +34,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     add("--out", type=Path, help="folder of the results: JSON, a page, a picture, and the votes")
     add("--estimate", action="store_true", help="measure one model, say what all will take and could give, and stop")

@@ -13,8 +13,6 @@ from purifyloader.errors import ConfigError
 if TYPE_CHECKING:
     from purifyloader.pretrained.plausibility import Plausibility
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = (
     "Convert a published checkpoint into a folder that pretrained.load reads, and try whether the "
     "result denoises. Pickles are read without running what they hold."
@@ -42,7 +40,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     where = "a file (.pt, .pth, .bin, .safetensors), a folder, or owner/name on the Hugging Face hub"
     add("source", nargs="?", metavar="SOURCE", help=where)

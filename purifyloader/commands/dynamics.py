@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from purifyloader.dynamics.paths import DiffusionPath, LangevinPath, Path
     from purifyloader.evaluation.inputs import Images, Models
 
-__all__ = ["DESCRIPTION", "SCHEDULES", "add_measuring", "add_options", "clean_images", "langevin_path", "run"]
-
 _FILES = ("dynamics.json", "dynamics.png")
 _COUNT = 100
 _STEPS = (10, 20, 30, 40, 50, 75, 100, 125, 150, 175, 200, 250, 300)
@@ -46,7 +44,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_data(parser, "clean images (cifar10 and cifar100: their test split)")
     add_measuring(parser, "--data")
     add = parser.add_argument
@@ -89,7 +86,6 @@ def add_measuring(parser: argparse.ArgumentParser, of: str) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the levels, and report them."""
     from purifyloader.commands.reporting import calls_bar, report
     from purifyloader.core.devices import device_of_process
     from purifyloader.dynamics.measure import dynamics

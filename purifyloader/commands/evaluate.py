@@ -17,8 +17,6 @@ from purifyloader.commands.options import (
     shows_progress,
 )
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 _FILES = ("evaluation.json", "evaluation.png")
 _COUNT = 500
 
@@ -29,7 +27,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="a shipped denoiser, a checkpoint's folder, or owner/name on the hub")
     add_data(parser, "clean images (cifar10 and cifar100: their test split)")
@@ -53,7 +50,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate the denoiser, and report it."""
     import torch
 
     from purifyloader import pretrained

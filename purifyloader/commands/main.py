@@ -19,8 +19,6 @@ from purifyloader.commands.processes import exit_status
 from purifyloader.core.version import __version__
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["COMMANDS", "Command", "execute", "main", "parse"]
-
 
 class Command(NamedTuple):
     """A row of the table: a name of one word or two, a line of help, and a module of `purifyloader.commands`."""

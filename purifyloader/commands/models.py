@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 from purifyloader.errors import PurifyError
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = (
     "List the models that ship with the library: their names, sizes, and the noise that they were trained for."
 )
@@ -19,7 +17,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a line for each model."""
     for line in _lines():
         print(line)
     return 0

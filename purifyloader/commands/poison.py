@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from purifyloader.poisons.attacks.registry import Attack
     from purifyloader.poisons.poisoned import Bound, Moved, Poisoned
 
-__all__ = ["DESCRIPTION", "add_options", "listed", "run", "summary"]
-
 DESCRIPTION = (
     "Poison a dataset, for testing defences: what is written here is of no use to train a good model. "
     "The same data, attack, options and seed give the same images. --list says which attacks there are, and what "
@@ -34,7 +32,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add = parser.add_argument
     add("--list", action="store_true", help="list the attacks and their options, and stop")
     add(

@@ -16,8 +16,6 @@ from purifyloader.errors import InputError
 if TYPE_CHECKING:
     from purifyloader.cache.reader import CacheReader
 
-__all__ = ["DESCRIPTION", "add_options", "run"]
-
 DESCRIPTION = (
     "Purify a dataset once, into a cache. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader.precompute, or torchrun, with the same options."

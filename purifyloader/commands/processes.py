@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 from purifyloader.errors import PurifyError
 
-__all__ = ["exit_status", "run_many"]
-
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 

@@ -16,8 +16,6 @@ from purifyloader.recipes.registry import Option, Recipe, describe
 if TYPE_CHECKING:
     from purifyloader.purifiers import Purifier
 
-__all__ = ["add_recipe_options", "purifier_of"]
-
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 

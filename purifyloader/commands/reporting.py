@@ -14,8 +14,6 @@ from tqdm.auto import tqdm
 from purifyloader.results.folder import write_files
 from purifyloader.results.values import to_json
 
-__all__ = ["calls_bar", "report"]
-
 
 @contextmanager
 def calls_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import NetworkDenoiser
     from purifyloader.train.denoiser.config import TrainConfig
 
-__all__ = ["DESCRIPTION", "add_options", "configuration", "run"]
-
 DESCRIPTION = (
     "Train a denoiser from a few clean images. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader train denoiser, with the same options."
@@ -30,7 +28,6 @@ _ON_THE_WAY = 200  # of the held-out images, for the measurements during trainin
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     how, run = add_training_options(
         parser,
         validation="measure PSNR on",
@@ -48,7 +45,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, or estimate what it would cost."""
     from purifyloader.train.curves import CURVES_PNG
     from purifyloader.train.denoiser.card import card
     from purifyloader.train.denoiser.curves import SAMPLES_PNG

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from purifyloader.energy.network import EnergyNetwork
     from purifyloader.train.energy.config import EnergyTrainConfig
 
-__all__ = ["DESCRIPTION", "add_options", "configuration", "run"]
-
 DESCRIPTION = (
     "Train an energy model from clean images (PureGen-EBM). Run the same command again after a stop: "
     "it goes on. On several GPUs: accelerate launch -m purifyloader train energy, with the same options."
@@ -27,7 +25,6 @@ _CHAIN_STEPS = (10, 50, 150, 500, 1500)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     how, _ = add_training_options(
         parser,
         validation="follow the energies of",
@@ -49,7 +46,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, or estimate what it would cost."""
     from purifyloader.train.curves import CURVES_PNG
     from purifyloader.train.energy.card import energy_card
     from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["CleanSet", "Kind", "Trained", "add_training_options", "beginning", "fields_of", "run_training"]
-
 log = logging.getLogger("purifyloader")
 
 _NAMED = ("cifar10", "cifar100")  # whose --validation is their test split

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from purifyloader.dynamics.paths import Path as Purification
     from purifyloader.evaluation.inputs import Models
 
-__all__ = ["DESCRIPTION", "RECIPES", "add_options", "pasted", "run"]
-
 _FILES = ("tune.json", "tune.png")
 
 RECIPES = ("eclipse", "puregen-ddpm")  # of a denoiser: noise of a level and one call, or PureGen's timesteps
@@ -36,7 +34,6 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
     add_clean(parser, "clean images", required=True)
     add_measuring(parser, "--clean")
     add_data(parser, "the dataset to be purified", required=False)

@@ -19,7 +19,7 @@ def escaped(name: str) -> str:
 
 
 def plain(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_last: bool = False) -> list[str]:
-    """Align columns with spaces, one line a row, the head first; all to the right, or with `text_last` all but the last."""
+    """Align columns with spaces, one line a row, the head first: to the right, or with `text_last` all but the last."""
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if text_last:

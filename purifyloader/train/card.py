@@ -5,36 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["average", "card", "length", "start_words"]
+__all__ = ["Fact", "card", "origin", "rate", "run"]
 
-
-def start_words(train: Mapping[str, Any]) -> str:
-    start = train["start_from"]
-    if start is None:
-        return "random weights"
-    return f"the weights of `{start['name'] or 'an unnamed model'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
-
-
-def length(details: Mapping[str, Any], steps: str, what: str) -> str:
-    """Describe how long a training took; `steps` and `what` name its steps and the rows of a batch."""
-    train, record = details["train"], details["record"]
-    text = (
-        f"{record['steps']:,} {steps} of {train['batch_size']} {what}, {record['epochs']:,g} epochs, "
-        f"{record['seconds'] / 60:,.0f} minutes on {details['machine']}"
-    )
-    if record["processes"] > 1:
-        text += f" in {record['processes']} processes"
-    return text + (f", {record['peak_memory'] / 1e9:.1f} GB of memory at most" if record["peak_memory"] else "")
-
-
-def average(train: Mapping[str, Any]) -> str:
-    return f"EMA {train['ema_decay']}" if train["ema_decay"] else "none"
+Fact = tuple[str, str]
+"""A row of a card's first table: a name and Markdown."""
 
 
 def card(
     name: str,
     kind: tuple[str, str],
-    facts: Sequence[tuple[str, str]],
+    facts: Sequence[Fact],
     results: Sequence[str],
     details: Mapping[str, Any],
     pictures: Mapping[str, str],
@@ -58,17 +38,12 @@ def card(
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    return "\n".join([*text, *_again(command, details)])
-
-
-def _again(command: str, details: Mapping[str, Any]) -> list[str]:
     size = f" --size {details['resized']}" if details.get("resized") else ""
-    images = f"--data DATA --config config.json --indices config.json{size}"
-    return [
+    text += [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        f"purifyloader train {command} {images} --out again",
+        f"purifyloader train {command} --data DATA --config config.json --indices config.json{size} --out again",
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",
@@ -78,3 +53,38 @@ def _again(command: str, details: Mapping[str, Any]) -> list[str]:
         "</details>",
         "",
     ]
+    return "\n".join(text)
+
+
+def origin(details: Mapping[str, Any], more: str = "") -> list[Fact]:
+    """Describe the images, and the weights that the training started from."""
+    start, started = details["train"]["start_from"], "random weights"
+    if start is not None:
+        started = f"the weights of `{start['name'] or 'an unnamed model'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
+    images = f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}{more}"
+    return [("Trained on", images), ("Started from", started)]
+
+
+def run(details: Mapping[str, Any], optimiser: str, steps: str, rows: str) -> list[Fact]:
+    """Describe the length and arithmetic of a training; `steps` and `rows` name its steps and the rows of a batch."""
+    train, record = details["train"], details["record"]
+    length = (
+        f"{record['steps']:,} {steps} of {train['batch_size']} {rows}, {record['epochs']:,g} epochs, "
+        f"{record['seconds'] / 60:,.0f} minutes on {details['machine']}"
+    )
+    if record["processes"] > 1:
+        length += f" in {record['processes']} processes"
+    if record["peak_memory"]:
+        length += f", {record['peak_memory'] / 1e9:.1f} GB of memory at most"
+    arithmetic = f"{train['dtype']}{' with convolutions in TF32' if record.get('tf32') else ''}"
+    return [
+        ("Length", length),
+        ("Optimiser", optimiser),
+        ("Average", f"EMA {train['ema_decay']}" if train["ema_decay"] else "none"),
+        ("Arithmetic", f"{arithmetic}{', compiled' if train['compile'] else ''}, seed {train['seed']}"),
+    ]
+
+
+def rate(train: Mapping[str, Any], optimiser: str) -> str:
+    warmup = f", warm-up {train['warmup']:,} steps" if train["warmup"] else ""
+    return f"{optimiser} {train['learning_rate']:g}{warmup}"

@@ -25,42 +25,31 @@ def _noise(train: Mapping[str, Any], low: float, high: float) -> str:
     return f"{text}: timesteps 1 to {top:,} of the {train['schedule']} schedule with T = {train['timesteps']:,}"
 
 
+def _objective(train: Mapping[str, Any], learned_variance: bool) -> str:
+    text = train["objective"]
+    if text == "hybrid":  # its variational terms train the variance, and are nothing without one
+        of_both = f"hybrid (Eq. 8, gamma = {train['gamma']:g})"
+        text = of_both if learned_variance else "the error of the noise (Eq. 8 without its second term)"
+    text += f"; augmentation: {', '.join(train['augment']) or 'none'}; M = {train['replicate']}"
+    return text + (f"; patches of {train['patch_size']} px" if train["patch_size"] else "")
+
+
 def _rate(train: Mapping[str, Any]) -> str:
-    text = f"AdamW {train['learning_rate']:g}"
-    if train["warmup"]:
-        text += f", warm-up {train['warmup']:,} steps"
+    text = common.rate(train, "AdamW")
     if train["decay_steps"]:
         text += f", {train['decay']} decay over the last {train['decay_steps']:,}"
     return f"{text}, weight decay {train['weight_decay']:g}, gradient norm at most {train['clip_norm']:g}"
 
 
-def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[tuple[str, str]]:
-    train, record = details["train"], details["record"]
-    low, high = denoiser.sigma_range
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    objective = train["objective"]
-    if objective == "hybrid":  # its variational terms train the variance, and are nothing without one
-        of_both = f"hybrid (Eq. 8, gamma = {train['gamma']:g})"
-        objective = of_both if denoiser.learned_variance else "the error of the noise (Eq. 8 without its second term)"
+def _facts(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> list[common.Fact]:
+    train, learned = details["train"], denoiser.learned_variance
     return [
-        ("Parameters", f"{parameters:,}"),
-        ("Predicts", f"{denoiser.parameterization}, {'learned' if denoiser.learned_variance else 'fixed'} variance"),
-        ("Noise it was trained for", _noise(train, low, high)),
-        ("Trained on", f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}"),
-        ("Started from", common.start_words(train)),
-        (
-            "Objective",
-            f"{objective}; augmentation: {', '.join(train['augment']) or 'none'}; M = {train['replicate']}"
-            + (f"; patches of {train['patch_size']} px" if train["patch_size"] else ""),
-        ),
-        ("Length", common.length(details, "steps", "images")),
-        ("Optimiser", _rate(train)),
-        ("Average", common.average(train)),
-        (
-            "Arithmetic",
-            f"{train['dtype']}{' with convolutions in TF32' if record['tf32'] else ''}"
-            f"{', compiled' if train['compile'] else ''}, seed {train['seed']}",
-        ),
+        ("Parameters", f"{sum(p.numel() for p in denoiser.parameters()):,}"),
+        ("Predicts", f"{denoiser.parameterization}, {'learned' if learned else 'fixed'} variance"),
+        ("Noise it was trained for", _noise(train, *denoiser.sigma_range)),
+        *common.origin(details),
+        ("Objective", _objective(train, learned)),
+        *common.run(details, _rate(train), "steps", "images"),
     ]
 
 

@@ -25,36 +25,28 @@ class TrainConfig(TrainingFields):
     """A `TrainConfig` holds everything that decides the weights of a denoiser, beside the images.
 
     Args:
-        objective: "hybrid" (ECLIPSE, Eq. 8: timesteps of a schedule, the noise's error, and the
-            variational terms where the network learns its variance) or "sigma" (continuous noise level
-            over `sigma_range`, EDM weights).
-        parameterization: what the network predicts: "epsilon" (noise), "v", "x0" or "edm".
-        time: the network's time input: "timestep" (of the schedule, rescaled to 0..1000) or "log-sigma".
-            "sigma" has no timesteps and takes "log-sigma" only.
-        schedule: of "hybrid": "cosine" or "linear".
-        timesteps: T of the schedule.
-        max_timestep: train on 1..max_timestep only (PureGen: 250 of 1000); None is all of them.
-        sigma_range: lowest and highest noise of "sigma", in image units.
-        sigma_center, sigma_spread: "sigma" draws ln(sigma) from a normal distribution with this
-            median (image units) and standard deviation, cut off at `sigma_range`.
+        objective: "hybrid" (ECLIPSE, Eq. 8: timesteps of a schedule, the noise's error, and the variational terms where
+            the network learns its variance) or "sigma" (continuous noise level over `sigma_range`, EDM weights).
+        parameterization: the network predicts "epsilon" (noise), "v", "x0" or "edm".
+        time: the network's time input: "timestep" (rescaled to 0..1000) or, for "sigma" the only one, "log-sigma".
+        schedule, timesteps, max_timestep: of "hybrid": "cosine" or "linear", its T, and the last timestep to train on
+            (PureGen: 250 of 1000).
+        sigma_range, sigma_center, sigma_spread: "sigma" draws ln(sigma) from a normal distribution with this median and
+            standard deviation, cut off at the range, in image units.
         gamma: weight of the variational sum of "hybrid".
-        network: shape of the U-Net.
-        start_from: None for random weights, or `{"name": ..., "weights_sha256": ...}` of the denoiser
-            that training starts from.
-        steps: optimiser steps.
+        start_from: None for random weights, or `{"name": ..., "weights_sha256": ...}` of a denoiser.
         batch_size: images a step, over all processes.
         learning_rate: AdamW's, reached linearly over `warmup` steps and let down to zero over the last
             `decay_steps`, as `decay` says ("linear" or "cosine").
-        ema_decay: of the averaged weights, which are the result; (1 + step) / (10 + step) while that
-            is smaller. 0 for no average.
+        ema_decay: of the averaged weights, which are the result; (1 + step) / (10 + step) while that is smaller. 0
+            for no average.
         clip_norm: gradients with a larger norm are scaled down to it.
-        replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of
-            steps it changes only which images meet in a batch.
+        replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of steps it changes
+            only which images meet in a batch.
         augment: any of "flip", "crop", "rotate", "mixup"; see `purifyloader.train.denoiser.augment`.
         patch_size: train on random squares of this side, in pixels; None trains on whole images.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
         compile: compile the network (pays on a GPU after a few thousand steps; never on two CPU cores).
-        seed: of the initial weights and of all that is drawn.
 
     >>> from purifyloader.train import TrainConfig
     >>> TrainConfig(steps=1000, decay_steps=250).top_timestep
@@ -105,14 +97,11 @@ class TrainConfig(TrainingFields):
             or not 0 < self.sigma_range[0] < self.sigma_range[1] < math.inf
         ):
             raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {self.sigma_range!r}.")
-        for name, allowed in {
-            "objective": ("hybrid", "sigma"),
-            "parameterization": tuple(PARAMETERIZATIONS),
-            "time": ("timestep", "log-sigma"),
-            "schedule": tuple(_SCHEDULES),
-            "decay": ("linear", "cosine"),
-        }.items():
-            check_choice(name, getattr(self, name), allowed)
+        check_choice("objective", self.objective, ("hybrid", "sigma"))
+        check_choice("parameterization", self.parameterization, tuple(PARAMETERIZATIONS))
+        check_choice("time", self.time, ("timestep", "log-sigma"))
+        check_choice("schedule", self.schedule, tuple(_SCHEDULES))
+        check_choice("decay", self.decay, ("linear", "cosine"))
         for name, low in {"timesteps": 2, "replicate": 0, "decay_steps": 0}.items():
             check_integer(name, getattr(self, name), low)
         check_integer("max_timestep", self.max_timestep, 2, self.timesteps, none=True, unit="a timestep")
@@ -178,9 +167,8 @@ def _light(size: int) -> TrainConfig:
 def _puregen(size: int) -> TrainConfig:
     """PureGen-DDPM: only t <= 250 of the linear schedule, diffusers' network, no average.
 
-    One network for every size, its attention at the fifth of six levels: 2 x 2 for 32 pixels. 29,297 steps are
-    the published 150 epochs of 50,000 images; on a sparse set they are more epochs. The weight decay is
-    torch's default for AdamW, which the published settings do not name.
+    One network for every size, its attention at the fifth of six levels: 2 x 2 for 32 pixels. 29,297 steps are the
+    published 150 epochs of 50,000 images. The weight decay is torch's default; the published settings do not name it.
     """
     return TrainConfig(
         schedule="linear",
@@ -210,15 +198,7 @@ RECIPES: dict[str, Callable[[int], TrainConfig]] = {"eclipse": _eclipse, "light"
 
 
 def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainConfig:
-    """Return the configuration of a recipe for images of this size.
-
-    Args:
-        name: a key of `RECIPES`.
-        image_size: side in pixels; what is not 32, 64 or 128 gets the nearest of these (by ratio).
-        image_channels: of the images.
-
-    Raises:
-        ConfigError: no such recipe.
+    """Return the configuration of `RECIPES` for the side in pixels, 32, 64 or 128, that is nearest by ratio.
 
     >>> from purifyloader.train import recipe
     >>> recipe("light", image_size=64).patch_size

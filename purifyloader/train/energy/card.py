@@ -20,9 +20,7 @@ def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pi
 
 
 def _rate(train: Mapping[str, Any]) -> str:
-    text = f"{train['optimizer'].upper() if train['optimizer'] == 'sgd' else 'Adam'} {train['learning_rate']:g}"
-    if train["warmup"]:
-        text += f", warm-up {train['warmup']:,} steps"
+    text = common.rate(train, {"sgd": "SGD", "adam": "Adam"}[train["optimizer"]])
     if train["decay_at"]:
         text += f", a tenth from the steps {', '.join(f'{step:,}' for step in train['decay_at'])} on"
     return text + (f", gradient norm at most {train['clip_norm']:g}" if train["clip_norm"] is not None else "")
@@ -37,26 +35,19 @@ def _bank(train: Mapping[str, Any]) -> str:
     return text + ("; each compared with its own image" if train["paired"] else "")
 
 
-def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(energy: EnergyNetwork, details: Mapping[str, Any]) -> list[common.Fact]:
     train = details["train"]
+    mirrored = " and their mirror images" if train["flip"] else ""
+    walk = (
+        f"{train['langevin_steps']} an update, of {255 * train['step_size']:.3g} px of noise, at temperature "
+        f"{train['temperature']:g}"
+    )
     return [
         ("Parameters", f"{sum(p.numel() for p in energy.parameters()):,} (width {energy.config.channels})"),
-        (
-            "Trained on",
-            f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}"
-            f"{' and their mirror images' if train['flip'] else ''}, with {255 * train['data_noise']:.3g} px of noise",
-        ),
-        ("Started from", common.start_words(train)),
-        (
-            "Langevin steps",
-            f"{train['langevin_steps']} an update, of {255 * train['step_size']:.3g} px of noise, "
-            f"at temperature {train['temperature']:g}",
-        ),
+        *common.origin(details, f"{mirrored}, with {255 * train['data_noise']:.3g} px of noise"),
+        ("Langevin steps", walk),
         ("Bank", _bank(train)),
-        ("Length", common.length(details, "updates", "images and samples")),
-        ("Optimiser", _rate(train)),
-        ("Average", common.average(train)),
-        ("Arithmetic", f"{train['dtype']}{', compiled' if train['compile'] else ''}, seed {train['seed']}"),
+        *common.run(details, _rate(train), "updates", "images and samples"),
     ]
 
 

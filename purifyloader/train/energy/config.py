@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from purifyloader.core.checks import check_choice, check_flag, check_number
+from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
 from purifyloader.energy.network import EnergyConfig
 from purifyloader.energy.walking import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError
@@ -23,10 +23,7 @@ class EnergyTrainConfig(TrainingFields):
     """An `EnergyTrainConfig` holds everything that decides the weights, beside the images (PureGen, Algorithm 2).
 
     Args:
-        network: shape of the energy network.
-        start_from: None for random weights, or `{"name": ..., "weights_sha256": ...}` of the energy model that
-            training starts from.
-        steps: updates of the weights.
+        start_from: None for random weights, or `{"name": ..., "weights_sha256": ...}` of an energy model.
         batch_size: images a step, and as many samples, over all processes.
         langevin_steps: K, of each sample in each step.
         step_size: noise a Langevin step adds, in image units (half of the paper's eps, which is for [-1, 1]).
@@ -35,9 +32,8 @@ class EnergyTrainConfig(TrainingFields):
         bank: where the persistent samples begin: "noise" (uniform) or "data" (images plus `data_noise`).
         bank_size: samples in the bank; None for one an image.
         rejuvenation: probability that a sample begins anew, as the bank began, before it walks on.
-        paired: compare each sample with the image that it began at. Both are still drawn uniformly, so that the
-            gradient has the same mean; its variance is far smaller, because most of an energy is the image's own.
-            Only with a bank of "data".
+        paired: compare each sample with the image that it began at, in a bank of "data". Both are drawn uniformly all the
+            same, so the gradient has the same mean; its variance is far smaller, for most of an energy is the image's own.
         optimizer: "adam" or "sgd".
         learning_rate: divided by ten at each of the steps `decay_at`; reached linearly over `warmup` steps.
         clip_norm: gradients with a larger norm are scaled down to it; None leaves them.
@@ -46,7 +42,6 @@ class EnergyTrainConfig(TrainingFields):
         flip: train on the mirror image of each image too.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights and samples stay float32.
         compile: compile the network that the samples walk with.
-        seed: of the initial weights and of all that is drawn.
 
     >>> from purifyloader.energy import EnergyConfig
     >>> from purifyloader.train.energy import EnergyTrainConfig
@@ -87,11 +82,7 @@ class EnergyTrainConfig(TrainingFields):
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_flag("paired", self.paired)
         check_flag("flip", self.flip)
-        if self.bank_size is not None and (type(self.bank_size) is not int or self.bank_size < self.batch_size):
-            raise ConfigError(
-                f"bank_size must be an integer of at least batch_size, {self.batch_size}, or None for one an image. "
-                f"Got {self.bank_size!r}."
-            )
+        check_integer("bank_size", self.bank_size, self.batch_size, none=True, unit="at least batch_size")
         if not isinstance(self.decay_at, tuple) or any(type(step) is not int or step < 1 for step in self.decay_at):
             raise ConfigError(f"decay_at must be a tuple of steps from 1. Got {self.decay_at!r}.")
         if self.clip_norm is not None:
@@ -135,7 +126,7 @@ def _published() -> EnergyTrainConfig:
 
 
 def _light() -> EnergyTrainConfig:
-    """What a CPU core manages in an hour or two: a narrow network, short chains, each compared with its own image."""
+    """For a CPU core and an hour or two: a narrow network, short chains, each compared with its own image."""
     return EnergyTrainConfig(
         network=EnergyConfig(channels=48),
         steps=5_000,
@@ -156,18 +147,11 @@ ENERGY_RECIPES: dict[str, Callable[[], EnergyTrainConfig]] = {
     "paper": _paper,
     "published": _published,
 }
-"""Name -> configuration: PureGen's paper, PureGen's published code, and what a CPU manages."""
+"""Name -> configuration: PureGen's paper, PureGen's published code, and one for a CPU."""
 
 
 def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
-    """Return the configuration of a recipe.
-
-    Args:
-        name: a key of `ENERGY_RECIPES`.
-        image_channels: of the images.
-
-    Raises:
-        ConfigError: no such recipe.
+    """Return the configuration of `ENERGY_RECIPES` for images of so many channels.
 
     >>> from purifyloader.train.energy import energy_recipe
     >>> energy_recipe("published").langevin_steps
