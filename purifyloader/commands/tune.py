@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -108,14 +109,13 @@ def _path(models: Models, options: argparse.Namespace) -> Purification:
     if models.denoiser is None:
         return langevin_path(models, options, ("sigma_px", "calls", "recipe"), _STEPS)
     low, high = models.denoiser.sigma_range
+    more = {"calls": options.calls, "compute_batch": options.batch_size}
     if options.recipe == "puregen-ddpm":
         if options.sigma_px is not None:
             raise ConfigError("puregen-ddpm takes --steps, timesteps of its schedule. Got --sigma-px: leave it out.")
         schedule = SCHEDULES["linear"]
         steps = sorted(set(options.steps or [t for t in _TIMESTEPS if float(schedule.sigma(t)) <= high]))
-        return DiffusionPath(
-            models.denoiser, t=steps, schedule=schedule, calls=options.calls, compute_batch=options.batch_size
-        )
+        return DiffusionPath(models.denoiser, t=steps, schedule=schedule, **more)
     if options.steps is not None:
         raise ConfigError(
             "eclipse takes --sigma-px, noise levels. Got --steps: leave it out, or give --recipe puregen-ddpm."
@@ -123,7 +123,7 @@ def _path(models: Models, options: argparse.Namespace) -> Purification:
     px = options.sigma_px or [px for px in _SIGMA_PX if 255 * low <= px <= 255 * high]
     # four digits, for the level that is pasted is the one that was measured
     sigmas = sorted({float(f"{level / 255:.4g}") for level in px})
-    return DiffusionPath(models.denoiser, sigmas=sigmas, calls=options.calls, compute_batch=options.batch_size)
+    return DiffusionPath(models.denoiser, sigmas=sigmas, **more)
 
 
 def _data(options: argparse.Namespace, models: Models, count: int) -> tuple[Tensor | None, dict[str, Any] | None]:
@@ -148,12 +148,8 @@ def _data(options: argparse.Namespace, models: Models, count: int) -> tuple[Tens
             "--data, which it purifies better than others.",
             file=sys.stderr,
         )
-    return images, {
-        "description": describe(options.data, options.split),
-        "length": length,
-        "indices": indices,
-        "trained_on": trained_on,
-    }
+    description = describe(options.data, options.split)
+    return images, {"description": description, "length": length, "indices": indices, "trained_on": trained_on}
 
 
 def pasted(level: Mapping[str, Any], options: argparse.Namespace, names: Mapping[str, str | None]) -> tuple[str, str]:
@@ -162,32 +158,24 @@ def pasted(level: Mapping[str, Any], options: argparse.Namespace, names: Mapping
     Args:
         names: the model under "model" or "energy", as it is to be written.
     """
-    size = "" if options.size is None else f", resize={options.size}, crop={options.size}"
-    if options.model is None:
-        recipe, steps = "puregen-ebm", int(level["level"])
-        python = f"recipes.puregen_ebm(steps={steps}, energy={names['energy']!r}{size})"
-        arguments = ["--energy", names["energy"], "--steps", str(steps)]
-    elif options.recipe == "puregen-ddpm":
-        recipe, steps = "puregen-ddpm", int(level["level"])
-        fewer = level["calls"] < steps
-        calls = f", calls={level['calls']}" if fewer else ""
-        python = f"recipes.puregen_ddpm(steps={steps}, model={names['model']!r}{calls}{size})"
-        arguments = ["--model", names["model"], "--steps", str(steps)]
-        arguments += ["--calls", str(level["calls"])] if fewer else []
-    else:
-        recipe, several = "eclipse", level["calls"] > 1
-        calls = f", steps={level['calls']}" if several else ""
-        python = f"recipes.eclipse({names['model']!r}, sigma={level['level']:.4g}{calls}{size})"
-        arguments = ["--model", names["model"], "--sigma", f"{level['level']:.4g}"]
-        arguments += ["--steps", str(level["calls"])] if several else []
-    if options.size is not None:
-        arguments += ["--resize", str(options.size), "--crop", str(options.size)]
     from purifyloader.datasets.named import TORCHVISION
 
-    data = ["--dataset", options.data or "YOUR_DATA"]
+    values: dict[str, Any]
+    calls = level["calls"]
+    if options.model is None:
+        recipe, values = "puregen-ebm", {"energy": names["energy"], "steps": int(level["level"])}
+    elif options.recipe == "puregen-ddpm":
+        recipe, values = "puregen-ddpm", {"model": names["model"], "steps": int(level["level"])}
+        values |= {"calls": calls} if calls < values["steps"] else {}
+    else:
+        recipe, values = "eclipse", {"model": names["model"], "sigma": float(f"{level['level']:.4g}")}
+        values |= {"steps": calls} if calls > 1 else {}
+    values |= {} if options.size is None else {"resize": options.size, "crop": options.size}
+    arguments = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+    words = ["purifyloader", "precompute", "--dataset", options.data or "YOUR_DATA"]
     if options.data in (*TORCHVISION, "imagefolder", "webdataset"):
-        data += ["--root", options.root]
+        words += ["--root", options.root]
     if options.data in TORCHVISION and options.split != "train":
-        data += ["--split", options.split]
-    command = ["purifyloader", "precompute", *data, "--recipe", recipe, *arguments, "--out", "cache/purified"]
-    return python.replace("'", '"'), shlex.join(str(word) for word in command)
+        words += ["--split", options.split]
+    words += ["--recipe", recipe, *(str(word) for name, value in values.items() for word in (f"--{name}", value))]
+    return f"recipes.{recipe.replace('-', '_')}({arguments})", shlex.join([*words, "--out", "cache/purified"])

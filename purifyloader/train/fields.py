@@ -18,8 +18,7 @@ __all__ = ["TrainingFields", "check_channels", "check_start", "check_start_from"
 class TrainingFields:
     """Base of the frozen dataclasses that decide, with the images, the weights of a training.
 
-    A subclass has at least the fields annotated here, and names in `length_fields` those of its fields that a run which
-    was stopped may go on with other values of.
+    A subclass has at least the fields annotated here; a stopped run may go on with other values of its `length_fields`.
     """
 
     network_type: ClassVar[type[Any]]
@@ -39,8 +38,8 @@ class TrainingFields:
     def check_shared_fields(self) -> None:
         """Raise `ConfigError` for a bad value in one of the fields that every training has."""
         if not isinstance(self.network, self.network_type):
-            wanted = self.network_type.__name__
-            raise ConfigError(f"network must be of type {wanted}, or an object of its fields. Got {self.network!r}.")
+            kind = self.network_type.__name__
+            raise ConfigError(f"network must be of type {kind}, or an object of its fields. Got {self.network!r}.")
         check_start_from(self.start_from)
         check_seed(self.seed)
         for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
@@ -51,20 +50,20 @@ class TrainingFields:
         check_flag("compile", self.compile)
 
     def length(self) -> dict[str, Any]:
-        """The values that say how long the training is, as JSON has them."""
+        """Return the values that say how long the training is, as JSON has them."""
         values = self.to_dict()
         return {name: values[name] for name in self.length_fields}
 
     def identity(self) -> dict[str, Any]:
-        """The values that must be the same for a stopped run to go on, as JSON has them."""
+        """Return the values that must be the same for a stopped run to go on, as JSON has them."""
         return {k: v for k, v in self.to_dict().items() if k not in (*self.length_fields, "compile")}
 
     def more_state_bytes(self, images: Tensor) -> int:
-        """The size of what a state file holds beside the weights."""
+        """Return the size of a state file beside the weights."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain data, ready for JSON."""
+        """Return the configuration as plain data, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         values["network"] = self.network.to_dict()
         if self.start_from is not None:
@@ -73,28 +72,19 @@ class TrainingFields:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
-        """Build a configuration from the result of `to_dict`, or from some of its fields over `base`.
-
-        Raises:
-            ConfigError: an unknown field, or a value that its field does not take.
-        """
+        """Build a configuration from the result of `to_dict`, or from some of its fields over `base`."""
         known = sorted(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"Known fields of {cls.__name__}: {', '.join(known)}. Got {', '.join(unknown)}.")
         start = (base or cls()).to_dict()
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in {**start, **values}.items()}
         network = arguments["network"]
-        if isinstance(network, Mapping):
-            try:
-                arguments["network"] = cls.network_type.from_dict({**start["network"], **network})
-            except TypeError as error:
-                raise ConfigError(
-                    f"A field of the network has a value of another kind. Got {network} ({error})."
-                ) from None
         try:
+            if isinstance(network, Mapping):
+                arguments["network"] = cls.network_type.from_dict({**start["network"], **network})
             return cls(**arguments)
         except TypeError as error:
-            raise ConfigError(f"A field of the training configuration has a value of another kind ({error}).") from None
+            raise ConfigError(f"A field has a value of another kind ({error}). Got {dict(values)}.") from None
 
 
 Config = TypeVar("Config", bound=TrainingFields)

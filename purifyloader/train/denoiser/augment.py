@@ -24,7 +24,7 @@ __all__ = ["AUGMENTATIONS", "MIXUP_ALPHA", "geometric", "mixup", "patches"]
 
 MIXUP_ALPHA = 0.2
 
-# What each number drawn for an image of a step is for; 0 and 1 are the noise level and the noise.
+# The purpose of each number drawn for an image of a step; 0 and 1 are the noise level and the noise.
 _FLIP, _CROP, _ROTATE, _MIXUP, _PATCH = 2, 3, 4, 5, 6
 
 
@@ -38,7 +38,7 @@ def _flip(x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
 
 
 def _offsets(keys_B: Tensor, step: int, limits: Sequence[int]) -> list[list[int]]:
-    """For each image an integer in [0, limit] for each limit, uniformly."""
+    """Draw for each image an integer in [0, limit] for each limit, uniformly."""
     u = noise.uniform(keys_B, (len(limits),), step)
     return (u * (torch.tensor(limits, dtype=torch.float64) + 1)).floor().to(torch.int64).tolist()
 
@@ -63,7 +63,7 @@ def _rotate(x_BCHW: Tensor, keys_B: Tensor) -> Tensor:
 
 
 def _beta(keys_B: Tensor) -> Tensor:
-    """Beta(a, a) for a < 1 by Johnk's method, which needs nothing but uniforms: (B,) float64.
+    """Draw Beta(a, a) for a < 1 by Johnk's method, which needs nothing but uniforms: (B,) float64.
 
     Of eight tries an image takes the first that is accepted; none is with probability 4e-11.
     """
@@ -74,7 +74,7 @@ def _beta(keys_B: Tensor) -> Tensor:
 
 
 def mixup(x_BCHW: Tensor, other_BCHW: Tensor, keys_B: Tensor) -> Tensor:
-    """A convex combination of two images, the share of the first from Beta(0.2, 0.2)."""
+    """Combine two images, the share of the first from Beta(0.2, 0.2)."""
     share = _per_image(_beta(keys_B), x_BCHW).to(x_BCHW.dtype)
     return share * x_BCHW + (1 - share) * other_BCHW
 
@@ -85,7 +85,7 @@ AUGMENTATIONS = (*_GEOMETRIC, "mixup")
 
 
 def geometric(x_BCHW: Tensor, keys_B: Tensor, names: Sequence[str]) -> Tensor:
-    """Those of flip, crop and rotate that are named, in this order; images in [0, 1] stay there."""
+    """Apply those of flip, crop and rotate that are named, in this order; images in [0, 1] stay there."""
     for name, function in _GEOMETRIC.items():
         if name in names:
             x_BCHW = function(x_BCHW, keys_B)
@@ -93,7 +93,7 @@ def geometric(x_BCHW: Tensor, keys_B: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def patches(x_BCHW: Tensor, keys_B: Tensor, size: int) -> Tensor:
-    """A random square of side `size` out of each image, (B, C, size, size)."""
+    """Cut a random square of side `size` out of each image, (B, C, size, size)."""
     h, w = x_BCHW.shape[-2:]
     where = _offsets(keys_B, _PATCH, (h - size, w - size))
     return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(x_BCHW, where, strict=True)])

@@ -15,24 +15,11 @@ from purifyloader.diffusion.psnr import jpeg_psnr, noised, psnr
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG, Curves, write_grid
 
-__all__ = [
-    "COLUMNS",
-    "SAMPLES_PNG",
-    "Validation",
-    "overfitting",
-    "validated",
-    "validation_levels",
-    "write_picture",
-    "write_samples",
-]
-
 log = logging.getLogger(__name__)
 
 SAMPLES_PNG = "samples.png"
 
-CLASSIC_PX = (10.0, 25.0, 50.0)
-"""The noise levels at which the denoising literature reports PSNR."""
-
+_CLASSIC_PX = (10.0, 25.0, 50.0)  # noise levels at which the denoising literature reports PSNR
 # then held_out_10px, trained_10px, ...
 COLUMNS = ("step", "epoch", "seconds", "learning_rate", "loss", "gradient_norm")
 
@@ -43,28 +30,21 @@ _FALLEN, _APART = 0.1, 0.5
 def validation_levels(sigma_range: tuple[float, float]) -> tuple[float, ...]:
     """Return 10, 25 and 50 px where the range (image units) holds two of them, else three levels spread over it."""
     low, high = (255 * s for s in sigma_range)
-    classic = tuple(px for px in CLASSIC_PX if low <= px <= high)
+    classic = tuple(px for px in _CLASSIC_PX if low <= px <= high)
     if len(classic) >= 2:
         return classic
     return tuple(round(low * (high / low) ** share, 2) for share in (0.25, 0.5, 0.75))
 
 
 def validated(curves: Curves) -> list[dict[str, Any]]:
-    """The rows with a PSNR on held-out images."""
+    """Return the rows with a PSNR on held-out images."""
     return curves.with_prefix("held_out_")
 
 
 class Validation:
-    """PSNR on held-out clean images and, to see memorising, on as many of those trained on.
+    """Measure PSNR on held-out clean images and, to see memorising, on as many of those trained on.
 
-    Args:
-        held_out: uint8 (N, C, H, W), not trained on.
-        trained: uint8 (M, C, H, W).
-        sigma_range: of the denoiser, in image units.
-
-    Attributes:
-        levels: of noise, in px.
-        jpeg: PSNR of JPEG-10 at each level, to compare with.
+    Images are uint8 (N, C, H, W), `levels` of noise in px; `jpeg` is the PSNR of JPEG-10 at each, to compare with.
     """
 
     def __init__(self, held_out: Tensor, trained: Tensor, sigma_range: tuple[float, float]) -> None:
@@ -74,7 +54,7 @@ class Validation:
         self.jpeg = {px: jpeg_psnr(held_out, px / 255) for px in self.levels}
 
     def measure(self, denoiser: NetworkDenoiser) -> dict[str, float]:
-        """One row: `held_out_10px` and `trained_10px` for each level, in dB."""
+        """Return one row: `held_out_10px` and `trained_10px` for each level, in dB."""
         row = {}
         for px in self.levels:
             row[f"held_out_{px:g}px"] = round(psnr(denoiser, self.held_out, px / 255), 4)
@@ -82,7 +62,7 @@ class Validation:
         return row
 
     def means(self, row: dict[str, Any]) -> tuple[float, float]:
-        """The mean over the levels: on held-out images, and on those trained on."""
+        """Return the mean over the levels: on held-out images, and on those trained on."""
         held_out, trained = (
             sum(row[f"{which}_{px:g}px"] for px in self.levels) / len(self.levels) for which in ("held_out", "trained")
         )

@@ -14,7 +14,7 @@ from purifyloader.train.denoiser.config import TrainConfig
 
 __all__ = ["batch_indices", "draw_examples", "draw_sigma"]
 
-# What each number drawn for an image of a step is for; augmentations have the ones above.
+# The purpose of each number drawn for an image of a step; augmentations have the ones above.
 _TIME, _NOISE = 0, 1
 
 
@@ -48,11 +48,9 @@ def draw_sigma(config: TrainConfig, keys_B: Tensor) -> Tensor:
 
 
 def draw_examples(config: TrainConfig, images: Tensor, step: int, own: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw the positions `own` of a step's batch.
+    """Draw the positions `own` of a step's batch: clean images in [0, 1], noise levels (B,), and standard normal noise.
 
-    Returns:
-        Clean images in [0, 1]; noise levels (B,), timesteps for the objective "hybrid" and sigmas for "sigma"; and
-        standard normal noise of the images' shape.
+    The levels are timesteps for the objective "hybrid" and sigmas for "sigma".
     """
     chosen_B = batch_indices(config, len(images), step)
     device = images.device

@@ -17,7 +17,7 @@ from purifyloader.train.energy.config import EnergyTrainConfig
 
 __all__ = ["DATA_NOISE", "WALK", "Bank", "image_positions", "outside", "step_keys"]
 
-# What each number drawn for a position of a step is for; the Langevin steps have the words from `WALK` on.
+# The purpose of each number drawn for a position of a step; the Langevin steps have the words from `WALK` on.
 DATA_NOISE, FRESH, WALK = 0, 1, 2  # normals; FRESH uniforms too, where the bank is of noise
 _ANEW = 0  # uniform: whether a sample begins anew
 
@@ -36,7 +36,7 @@ def _order(seed: int, purpose: int, turn: int, length: int) -> Tensor:
 
 
 def _drawn(seed: int, purpose: int, step: int, batch_size: int, length: int) -> Tensor:
-    """A batch without repetition: all are drawn, in a new order each time around, but for a last part of a batch."""
+    """Draw a batch without repetition: all in a new order each time around, but for a last part of a batch."""
     batches = length // batch_size
     turn, batch = divmod(step, batches)
     return _order(seed, purpose, turn, length)[batch * batch_size : (batch + 1) * batch_size]
@@ -56,15 +56,9 @@ def outside(x_BCHW: Tensor, config: EnergyTrainConfig) -> float:
 
 
 class Bank:
-    """A `Bank` holds the samples, float32 (M, C, H, W), on the device of the images.
+    """Hold the `samples`, float32 (M, C, H, W), on the device of the uint8 images (N, C, H, W).
 
-    Args:
-        config: of the training.
-        images: uint8 (N, C, H, W) on the device.
-
-    Attributes:
-        samples: where they are now.
-        origin: the image at which each began, and begins anew; int64 (M,), on the CPU.
+    `origin` is the image at which each began, and begins anew; int64 (M,), on the CPU.
     """
 
     def __init__(self, config: EnergyTrainConfig, images: Tensor) -> None:
@@ -90,11 +84,11 @@ class Bank:
         return x + self.config.data_noise * noise.normal(keys_B, shape, FRESH)
 
     def slots(self, step: int) -> Tensor:
-        """Which samples a step walks with; int64 (batch_size,), none twice."""
+        """Choose the samples that a step walks with; int64 (batch_size,), none twice."""
         return _drawn(self.config.seed, _SLOTS, step, self.config.batch_size, len(self.samples))
 
     def take(self, slots_B: Tensor, keys_B: Tensor) -> Tensor:
-        """The samples at `slots_B`, those of them that begin anew from there."""
+        """Return the samples at `slots_B`, those of them that begin anew from their origin."""
         x = self.samples[slots_B.to(self.samples.device)]
         anew_B = noise.uniform(keys_B, (1,), _ANEW)[:, 0] < self.config.rejuvenation
         if bool(anew_B.any()):

@@ -32,8 +32,8 @@ class EnergyTrainConfig(TrainingFields):
         bank: where the persistent samples begin: "noise" (uniform) or "data" (images plus `data_noise`).
         bank_size: samples in the bank; None for one an image.
         rejuvenation: probability that a sample begins anew, as the bank began, before it walks on.
-        paired: compare each sample with the image that it began at, in a bank of "data". Both are drawn uniformly all the
-            same, so the gradient has the same mean; its variance is far smaller, for most of an energy is the image's own.
+        paired: compare each sample with the image that it began at, in a bank of "data". Both are still drawn
+            uniformly: the gradient has the same mean and far less variance, for most of an energy is the image's own.
         optimizer: "adam" or "sgd".
         learning_rate: divided by ten at each of the steps `decay_at`; reached linearly over `warmup` steps.
         clip_norm: gradients with a larger norm are scaled down to it; None leaves them.

@@ -20,17 +20,6 @@ from purifyloader.train.curves import CURVES_PNG, Curves, write_grid
 from purifyloader.train.energy.bank import outside
 from purifyloader.train.energy.config import EnergyTrainConfig
 
-__all__ = [
-    "BANK_PNG",
-    "CHAINS_PNG",
-    "COLUMNS",
-    "FOLLOWED",
-    "float32_arithmetic",
-    "long_chains",
-    "mean_energy",
-    "write_pictures",
-]
-
 log = logging.getLogger(__name__)
 
 BANK_PNG, CHAINS_PNG = "bank.png", "chains.png"
@@ -63,10 +52,9 @@ def mean_energy(energy: EnergyNetwork, images: Tensor, temperature: float) -> fl
 
 
 def write_pictures(curves: Curves, samples: Tensor, step_size: float, folder: Path) -> None:
-    """Write bank.png, a picture of some samples (float, (M, C, H, W)), and curves.png where matplotlib is installed.
+    """Write bank.png, some samples (float, (M, C, H, W)), and curves.png where matplotlib is installed.
 
-    Args:
-        step_size: noise of a Langevin step, in image units, to compare its slope with.
+    The slope is compared with `step_size`, the noise of a Langevin step in image units.
     """
     every = max(1, len(samples) // _SHOWN)
     write_grid(samples[::every][:_SHOWN], 16, folder / BANK_PNG)
@@ -113,17 +101,15 @@ def long_chains(
     """Walk from images on, far beyond purification, to see whether the model holds or its samples stop being images.
 
     Args:
-        energy: on the device of the images, float32.
-        images: uint8 (N, C, H, W); the first 64 are used.
-        config: step size and temperature of the walk.
+        energy: float32, on the device of the uint8 images (N, C, H, W), of which the first 64 are used.
         steps: at which to look, rising.
         path: of the picture: the images above, then their chains at each of `steps`.
 
     Returns:
-        A row for each of `steps`: `moved_px` (root mean square from the start), `energy` (mean change, in
-        temperatures, over the standard deviation of the images' own energies), `contrast` (mean standard deviation of
-        an image over that at its start), and `outside` (share of pixels out of [0, 1] by more than `config.margin`).
-        And a sentence where the chains ran away, with the rows before that; else None.
+        A row for each of `steps`: `moved_px` (root mean square from the start), `energy` (mean change over the standard
+        deviation of the images' own energies), `contrast` (mean standard deviation of an image over that at its start),
+        and `outside` (share of pixels out of [0, 1] by more than `config.margin`). And a sentence where the chains ran
+        away, with the rows before that; else None.
     """
     start = images[:_MEASURED].to(torch.float32) / 255
     keys = noise.image_keys(config.seed, 0, torch.arange(len(start))).to(start.device)
