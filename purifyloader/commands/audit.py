@@ -5,19 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from purifyloader.commands.options import (
-    add_choice,
-    add_clean,
-    add_data,
-    add_device,
-    add_model,
-    add_results,
-    add_size,
-    add_split,
-    positive,
-    settings_of,
-    shows_progress,
-)
+from purifyloader.commands import options as shared
 
 _JSON, _CSV, _PNG = "audit.json", "audit.csv", "audit.png"
 
@@ -29,14 +17,14 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_data(parser, "images to look at")
-    add_split(parser)
-    add_choice(parser, "all")
-    add_size(parser)
-    add_clean(parser, "images known to be clean")
-    add_split(parser, "--clean-split", "test")
-    add("--clean-count", type=positive, metavar="N", help="use N clean images, drawn at random (default: 2000)")
-    add_model(parser, "it ranks the images", energy=True, default="cifar10-energy")
+    shared.add_data(parser, "images to look at")
+    shared.add_split(parser)
+    shared.add_choice(parser, "all")
+    shared.add_size(parser)
+    shared.add_clean(parser, "images known to be clean")
+    shared.add_split(parser, "--clean-split", "test")
+    add("--clean-count", type=shared.positive, metavar="N", help="use N clean images, drawn at random (default: 2000)")
+    shared.add_model(parser, "it ranks the images", energy=True, default="cifar10-energy")
     add(
         "--truth",
         dest="poisoned",  # elsewhere --poisoned is poison to try
@@ -45,16 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the images known to be poisoned, to judge by: a JSON list of their indices or, in a folder, of their "
         "file names below it, or such a name a line",
     )
-    add(
-        "--top",
-        type=float,
-        nargs="+",
-        default=[1, 5, 10, 50],
-        metavar="PERCENT",
-        help="among which highest energies the poisoned are counted (default: 1 5 10 50)",
-    )
-    add_device(parser)
-    add_results(parser, _JSON, _CSV, _PNG)
+    words = "among which highest energies the poisoned are counted (default: 1 5 10 50)"
+    add("--top", type=float, nargs="+", default=[1, 5, 10, 50], metavar="PERCENT", help=words)
+    shared.add_device(parser)
+    shared.add_results(parser, _JSON, _CSV, _PNG)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,7 +49,9 @@ def run(options: argparse.Namespace) -> int:
 
     device = device_of_process(options.device, 0)
     check_out(options.out, (_JSON, _CSV, _PNG), options.overwrite, "an audit")
-    results, data, reference, _ = done = audit(settings_of(options, Settings), device, progress=shows_progress(options))
+    results, data, reference, _ = done = audit(
+        shared.settings_of(options, Settings), device, progress=shared.shows_progress(options)
+    )
     texts = {_CSV: done.csv()} if options.out is not None else {}
     lines = table(results, data, reference)
     report(options, results, lines, (_JSON, _PNG), lambda path: picture(results, path), texts)

@@ -31,40 +31,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
     add("--data", choices=DATA, help="(default: of the scale: sample, or cifar10)")
     add_sets(parser)
-    add(
-        "--leave-out",
-        action="store_true",
-        help="leave the images that the models learned from out of the training set, rather than to refuse it",
+    words = "leave the images that the models learned from out of the training set, rather than to refuse it"
+    add("--leave-out", action="store_true", help=words)
+    words = (
+        f"none, {', '.join(ATTACKS)}, or a poison file; with options, NAME:OPTION=VALUE,...; several "
+        "times (default: none, lsp, ar). none, the clean data, is always among them"
     )
-    add(
-        "--attack",
-        action="append",
-        metavar="ATTACK",
-        help=f"none, {', '.join(ATTACKS)}, or a poison file; with options, NAME:OPTION=VALUE,...; several "
-        "times (default: none, lsp, ar). none, the clean data, is always among them",
+    add("--attack", action="append", metavar="ATTACK", help=words)
+    words = (
+        "with another noise level, in levels of 0 to 255; or FILE.json, a purifier of your own, and FILE.json+B, "
+        "+C, +B+C with compensation; several times (default: of the scale; --list)"
     )
-    add(
-        "--defence",
-        action="append",
-        metavar="NAME[@PX]",
-        help="with another noise level, in levels of 0 to 255; or FILE.json, a purifier of your own, and FILE.json+B, "
-        "+C, +B+C with compensation; several times (default: of the scale; --list)",
-    )
+    add("--defence", action="append", metavar="NAME[@PX]", help=words)
     add("--seeds", type=int, nargs="+", default=[0], help="of victims (default: 0)")
-    add(
-        "--attack-seed",
-        type=int,
-        default=ATTACK_SEED,
-        help="of what an attack draws, for all rows; a targeted one has another target for each of --seeds (default: "
-        f"{ATTACK_SEED}, so that no attacker's network starts as a victim of --seeds does)",
+    words = (
+        "of what an attack draws, for all rows; a targeted one has another target for each of --seeds (default: "
+        f"{ATTACK_SEED}, so that no attacker's network starts as a victim of --seeds does)"
     )
+    add("--attack-seed", type=int, default=ATTACK_SEED, help=words)
     add("--victim", choices=tuple(VICTIMS), help="(default: of the scale: resnet9, or resnet18)")
-    add(
-        "--training",
-        choices=tuple(TRAININGS),
-        help="transfer-...: on a few images of each class, which are poisoned, from an extractor that has learned from "
-        "the others, which are clean; attacks that take networks know it (default: of the scale: short, or paper)",
+    words = (
+        "transfer-...: on a few images of each class, which are poisoned, from an extractor that has learned from "
+        "the others, which are clean; attacks that take networks know it (default: of the scale: short, or paper)"
     )
+    add("--training", choices=tuple(TRAININGS), help=words)
     others = ", ".join(f"{model} for {data}" for data, model in DENOISERS.items())
     add("--denoiser", help=f"ECLIPSE's (default: {Models.denoiser}; {others})")
     for field, what in (("energy", "PureGen's energy model"), ("ddpm", "PureGen's diffusion model")):

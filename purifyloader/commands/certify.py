@@ -7,18 +7,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from purifyloader.commands.options import (
-    add_device,
-    add_dtype,
-    add_model,
-    add_processes,
-    add_quiet,
-    add_sets,
-    add_threads,
-    given,
-    root_of,
-    settings_of,
-)
+from purifyloader.commands import options as shared
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 
@@ -39,24 +28,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--estimate", action="store_true", help="measure one model, say what all will take and could give, and stop")
 
     data = parser.add_argument_group("what is certified")
-    data.add_argument(
-        "--data",
-        default="sample",
-        metavar="NAME",
-        help=f"{', '.join(DATA)}, or package.module:function that returns a training and a test set (default: sample)",
-    )
-    add_sets(data)
+    words = f"{', '.join(DATA)}, or package.module:function that returns a training and a test set (default: sample)"
+    data.add_argument("--data", default="sample", metavar="NAME", help=words)
+    shared.add_sets(data)
 
     noise_group = parser.add_argument_group("noise")
     noise = noise_group.add_argument
     noise("--sigma", type=float, nargs="+", help="levels, in units of [0, 1] images (default: 0.25, which is 63.75 px)")
-    add_model(noise_group, "it takes the noise off", default="cifar10-sparse-wide")
+    shared.add_model(noise_group, "it takes the noise off", default="cifar10-sparse-wide")
     noise("--plain", action="store_true", help="each level without denoising, too")
     noise("--recipe", type=Path, action="append", default=[], metavar="FILE", help="JSON of a purifier of your own")
-    noise(
-        "--draws", type=int, default=1, metavar="K", help="fixed draws of each image a model; costs sqrt(K) of a radius"
-    )
-    add_dtype(noise_group, "the denoiser and the built-in training")
+    words = "fixed draws of each image a model; costs sqrt(K) of a radius"
+    noise("--draws", type=int, default=1, metavar="K", help=words)
+    shared.add_dtype(noise_group, "the denoiser and the built-in training")
 
     votes = parser.add_argument_group("votes").add_argument
     votes("--models", type=int, default=100, metavar="M", help="whose votes are counted for the radius (default: 100)")
@@ -68,34 +52,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     votes("--empirical", action="store_true", help="train and vote where there is no certificate to be had, too")
 
     training = parser.add_argument_group("training").add_argument
-    training(
-        "--train-function",
-        metavar="FUNCTION",
-        help="yours, package.module:function of (training set, seed) that returns a predictor (default: built in)",
-    )
-    training(
-        "--victim", metavar="NAME", help="a network of `purifyloader bench --list` (default: a ResNet-9 of --width)"
-    )
+    words = "yours, package.module:function of (training set, seed) that returns a predictor (default: built in)"
+    training("--train-function", metavar="FUNCTION", help=words)
+    words = "a network of `purifyloader bench --list` (default: a ResNet-9 of --width)"
+    training("--victim", metavar="NAME", help=words)
     training("--width", type=int, help="channels of its first layer (default: 16)")
     training("--pool", type=int, metavar="PX", help="average squares of so many pixels (default: 2)")
     training("--pad", type=int, metavar="PX", help="furthest that a random crop moves (default: 1)")
     training("--epochs", type=int, help="of a model's training (default: 10)")
     training("--batch-size", type=int, help="of a model's training (default: 64)")
     training("--learning-rate", type=float, help="highest learning rate of the cycle (default: 0.2)")
-    training(
-        "--warm-start",
-        metavar="DATA",
-        help="go on from a network that has learned from this: other images, as --data of precompute names them, or "
-        "train, the training images themselves without noise, which leaves no certificate",
+    words = (
+        "go on from a network that has learned from this: other images, as --data of precompute names them, or "
+        "train, the training images themselves without noise, which leaves no certificate"
     )
+    training("--warm-start", metavar="DATA", help=words)
     training("--warm-start-root", type=Path, default=Path("data"), help="where these are (default: data)")
     training("--warm-start-epochs", type=int, default=8, help="of that network's training (default: 8)")
 
     where = parser.add_argument_group("where")
-    add_device(where)
-    add_processes(where)
-    add_threads(where, "1; it decides the last bit of a model", 1)
-    add_quiet(where)
+    shared.add_device(where)
+    shared.add_processes(where)
+    shared.add_threads(where, "1; it decides the last bit of a model", 1)
+    shared.add_quiet(where)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -130,13 +109,13 @@ def run(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace, device: str) -> Settings:
     from purifyloader.certify.session import BUILT_IN, Settings
 
-    return settings_of(
+    return shared.settings_of(
         options,
         Settings,
-        root=root_of(options, options.data),
+        root=shared.root_of(options, options.data),
         sigma=options.sigma or ([] if options.recipe else [0.25]),
         fast=options.dtype == "bfloat16",
-        built_in=given(options, BUILT_IN),
+        built_in=shared.given(options, BUILT_IN),
         only_estimate=options.estimate,
         device=device,
     )

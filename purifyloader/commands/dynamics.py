@@ -6,29 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from purifyloader.commands.options import (
-    SAMPLERS,
-    add_choice,
-    add_data,
-    add_device,
-    add_model,
-    add_poisons,
-    add_results,
-    add_seed,
-    add_size,
-    given,
-    settings_of,
-    shows_progress,
-)
+from purifyloader.commands import options as shared
 from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import Denoiser
     from purifyloader.dynamics.paths import DiffusionPath, LangevinPath, Path
-    from purifyloader.evaluation.inputs import Images, Models
+    from purifyloader.evaluation.inputs import Models
 
 _FILES = ("dynamics.json", "dynamics.png")
-_COUNT = 100
+COUNT = 100
 _STEPS = (10, 20, 30, 40, 50, 75, 100, 125, 150, 175, 200, 250, 300)
 _TIMESTEPS = {
     "cosine": (10, 25, 50, 75, 100, 150, 200, 300, 400),
@@ -44,49 +31,38 @@ DESCRIPTION = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_data(parser, "clean images (cifar10 and cifar100: their test split)")
+    shared.add_data(parser, "clean images (cifar10 and cifar100: their test split)")
     add_measuring(parser, "--data")
     add = parser.add_argument
-    add(
-        "--steps",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="Langevin steps, or timesteps of diffusion, to look at (default: up to 300 steps, or timesteps up to 150 "
-        "of the linear schedule, as far as the denoiser was trained)",
+    words = (
+        "Langevin steps, or timesteps of diffusion, to look at (default: up to 300 steps, or timesteps up to 150 "
+        "of the linear schedule, as far as the denoiser was trained)"
     )
+    add("--steps", type=int, nargs="+", metavar="N", help=words)
     add("--sigma-px", type=float, nargs="+", metavar="PX", help="or noise levels of diffusion, on the 0-255 scale")
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        help="what a timestep means: linear, T = 1000 (PureGen), or cosine, T = 4000 (ECLIPSE) (default: linear)",
-    )
-    add(
-        "--calls",
-        type=int,
-        metavar="N",
-        help="at most N network calls for each level of diffusion (default: one a timestep; one with --sigma-px)",
-    )
-    add("--sampler", choices=SAMPLERS, help="of diffusion (default: ancestral)")
-    add_results(parser, *_FILES)
+    words = "what a timestep means: linear, T = 1000 (PureGen), or cosine, T = 4000 (ECLIPSE) (default: linear)"
+    add("--schedule", choices=SCHEDULES, help=words)
+    words = "at most N network calls for each level of diffusion (default: one a timestep; one with --sigma-px)"
+    add("--calls", type=int, metavar="N", help=words)
+    add("--sampler", choices=shared.SAMPLERS, help="of diffusion (default: ancestral)")
+    shared.add_results(parser, *_FILES)
 
 
 def add_measuring(parser: argparse.ArgumentParser, of: str) -> None:
     """Add the options that `dynamics` and `tune` share: images of the option `of`, attacks on them, and models."""
-    add_choice(parser, str(_COUNT))
-    add_size(parser)
-    add_poisons(parser, of)
-    add_model(parser, "diffusion")
-    add_model(parser, "Langevin steps, or only energies where there is a --model", energy=True)
-    add_seed(parser, "the noise and the attacks")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="images of a network call; decides the last bit"
-    )
-    add_device(parser)
+    shared.add_choice(parser, str(COUNT))
+    shared.add_size(parser)
+    shared.add_poisons(parser, of)
+    shared.add_model(parser, "diffusion")
+    shared.add_model(parser, "Langevin steps, or only energies where there is a --model", energy=True)
+    shared.add_seed(parser, "the noise and the attacks")
+    words = "images of a network call; decides the last bit"
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help=words)
+    shared.add_device(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    from purifyloader.commands.reporting import calls_bar, report
+    from purifyloader.commands.reporting import calls_bar, clean_images, report
     from purifyloader.core.devices import device_of_process
     from purifyloader.dynamics.measure import dynamics
     from purifyloader.dynamics.pictures import picture
@@ -98,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     check_out(options.out, _FILES, options.overwrite, "dynamics")
     models = load_models(options.energy, options.model, device)
     path = _path(models, options)  # before images are read
-    images = clean_images(models, options, options.data, options.root, "--data")
-    with calls_bar(shows_progress(options)) as progress:
+    images = clean_images(models, options, COUNT)
+    with calls_bar(shared.shows_progress(options)) as progress:
         results = dynamics(
             path, images.clean, images.poisoned, energy=models.energy, seed=options.seed, progress=progress
         )
@@ -108,21 +84,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def clean_images(models: Models, options: argparse.Namespace, spec: str, root: str, what: str) -> Images:
-    """Read the images that the options of `add_measuring` choose, and poison them; `what` is the option of `spec`."""
-    from purifyloader.evaluation.inputs import Choice, read_images
-
-    choice = settings_of(options, Choice)
-    return read_images(models, spec, choice, root=root, default=_COUNT, what=what, progress=shows_progress(options))
-
-
 def langevin_path(
     models: Models, options: argparse.Namespace, of_diffusion: Sequence[str], steps: Sequence[int]
 ) -> LangevinPath:
     """Make the walk of --steps, by default `steps`, and refuse the options `of_diffusion`."""
     from purifyloader.dynamics.paths import LangevinPath
 
-    if extra := list(given(options, of_diffusion)):
+    if extra := list(shared.given(options, of_diffusion)):
         raise ConfigError(
             f"Langevin steps take --steps. Got --{extra[0].replace('_', '-')}, which is about diffusion: leave it "
             "out, or give a denoiser as --model."

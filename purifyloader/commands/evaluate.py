@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from purifyloader.commands.options import (
-    SAMPLERS,
-    add_choice,
-    add_data,
-    add_device,
-    add_poisons,
-    add_results,
-    add_seed,
-    add_size,
-    settings_of,
-    shows_progress,
-)
+from purifyloader.commands import options as shared
 
 _FILES = ("evaluation.json", "evaluation.png")
 _COUNT = 500
@@ -29,34 +18,29 @@ DESCRIPTION = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a shipped denoiser, a checkpoint's folder, or owner/name on the hub")
-    add_data(parser, "clean images (cifar10 and cifar100: their test split)")
-    add_choice(parser, str(_COUNT))
-    add_size(parser)
-    add(
-        "--sigma-px",
-        type=float,
-        nargs="+",
-        metavar="PX",
-        help="noise levels on the 0-255 scale (default: spread over the denoiser's range)",
-    )
-    add_poisons(parser, "--data")
+    shared.add_data(parser, "clean images (cifar10 and cifar100: their test split)")
+    shared.add_choice(parser, str(_COUNT))
+    shared.add_size(parser)
+    words = "noise levels on the 0-255 scale (default: spread over the denoiser's range)"
+    add("--sigma-px", type=float, nargs="+", metavar="PX", help=words)
+    shared.add_poisons(parser, "--data")
     add("--calls", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
-    add("--sampler", choices=SAMPLERS, default="ancestral", help="of several calls (default: ancestral)")
+    add("--sampler", choices=shared.SAMPLERS, default="ancestral", help="of several calls (default: ancestral)")
     add("--no-calibration", action="store_true", help="leave out the calibration, half of the network calls")
-    add_seed(parser, "the noise and the attacks")
+    shared.add_seed(parser, "the noise and the attacks")
     add("--batch-size", type=int, help="images of a network call (default: by their size, at most 100)")
-    add_device(parser)
-    add_results(parser, *_FILES)
+    shared.add_device(parser)
+    shared.add_results(parser, *_FILES)
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
 
     from purifyloader import pretrained
-    from purifyloader.commands.reporting import calls_bar, report
+    from purifyloader.commands.reporting import calls_bar, clean_images, report
     from purifyloader.core.devices import device_of_process
     from purifyloader.evaluation.evaluate import default_sigmas, evaluate
-    from purifyloader.evaluation.inputs import Choice, Models, read_images
+    from purifyloader.evaluation.inputs import Models
     from purifyloader.evaluation.pictures import examples, picture
     from purifyloader.evaluation.report import table
     from purifyloader.results.folder import check_out
@@ -66,16 +50,8 @@ def run(options: argparse.Namespace) -> int:
     denoiser = pretrained.load(options.model).to(device)
     sigmas = default_sigmas(denoiser) if options.sigma_px is None else [px / 255 for px in options.sigma_px]
     denoiser.check_sigma(torch.tensor(sigmas, dtype=torch.float64))  # before images are read
-    images, poisoned, data = read_images(
-        Models(None, denoiser, (options.model,)),
-        options.data,
-        settings_of(options, Choice),
-        root=options.root,
-        default=_COUNT,
-        what="--data",
-        progress=shows_progress(options),
-    )
-    with calls_bar(shows_progress(options)) as progress:
+    images, poisoned, data = clean_images(Models(None, denoiser, (options.model,)), options, _COUNT)
+    with calls_bar(shared.shows_progress(options)) as progress:
         results = evaluate(
             denoiser,
             images,

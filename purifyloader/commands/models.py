@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 
 from purifyloader.errors import PurifyError
 
@@ -17,20 +16,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for line in _lines():
-        print(line)
-    return 0
-
-
-def _lines() -> Iterator[str]:
-    """Yield a line for each model that ships, also for one that cannot be read; no weights are loaded."""
+    """Print a line for each model that ships, also for one that cannot be read; no weights are loaded."""
     from purifyloader.pretrained.checkpoint import summary
     from purifyloader.pretrained.registry import available, find
 
     for name in available():
         try:
             model = summary(find(name))
+            words = f"{model.parameters / 1e6:>6.2f} M parameters, {model.words}"
         except PurifyError as error:
-            yield f"{name:<23} cannot be read: {' '.join(str(error).split())}"
-            continue
-        yield f"{name:<23} {model.parameters / 1e6:>6.2f} M parameters, {model.words}"
+            words = f"cannot be read: {' '.join(str(error).split())}"
+        print(f"{name:<23} {words}")
+    return 0

@@ -80,13 +80,11 @@ def add_size(group: Group) -> None:
 
 def add_poisons(group: Group, of: str) -> None:
     """Add --poisoned, the attacks that are tried on the images of the option `of`."""
-    group.add_argument(
-        "--poisoned",
-        nargs="+",
-        metavar="WHAT",
-        help=f"attacks, poison files, or the images of {of} poisoned, given like it; none for none. Options of an "
-        "attack or a file follow a colon: lsp:norm=2, or FILE.npy:units=bytes (default: lsp ar, for colour images)",
+    words = (
+        f"attacks, poison files, or the images of {of} poisoned, given like it; none for none. Options of an "
+        "attack or a file follow a colon: lsp:norm=2, or FILE.npy:units=bytes (default: lsp ar, for colour images)"
     )
+    group.add_argument("--poisoned", nargs="+", metavar="WHAT", help=words)
 
 
 def add_model(group: Group, use: str, *, energy: bool = False, default: str | None = None) -> None:
@@ -108,9 +106,8 @@ def add_dtype(group: Group, what: str) -> None:
 
 def add_seed(group: Group, what: str, *, of_config: bool = False) -> None:
     """Add --seed, of `what`; with `of_config` it is None where it is not given, for a --config may say it."""
-    group.add_argument(
-        "--seed", type=int, default=None if of_config else 0, metavar="N", help=f"of {what} (default: 0)"
-    )
+    words = f"of {what} (default: 0)"
+    group.add_argument("--seed", type=int, default=None if of_config else 0, metavar="N", help=words)
 
 
 def add_processes(group: Group) -> None:

@@ -9,15 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import (
-    add_data,
-    add_device,
-    add_quiet,
-    add_seed,
-    add_size,
-    add_split,
-    shows_progress,
-)
+from purifyloader.commands import options as shared
 from purifyloader.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -34,24 +26,20 @@ DESCRIPTION = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--list", action="store_true", help="list the attacks and their options, and stop")
-    add(
-        "--attack",
-        metavar="NAME[:OPTION=VALUE,...]",
-        help="an attack of --list with its options, such as lsp:norm=2,count=500, tap:preset=full or "
-        "narcissus:trigger=FILE.npy,target_class=2",
+    words = (
+        "an attack of --list with its options, such as lsp:norm=2,count=500, tap:preset=full or "
+        "narcissus:trigger=FILE.npy,target_class=2"
     )
-    add_data(parser, "clean images with a class each", required=False)
-    add_split(parser)
-    add_size(parser)
+    add("--attack", metavar="NAME[:OPTION=VALUE,...]", help=words)
+    shared.add_data(parser, "clean images with a class each", required=False)
+    shared.add_split(parser)
+    shared.add_size(parser)
     add("--out", type=Path, metavar="WHERE", help="a new file that ends in .npz, or a folder of PNGs, new or empty")
-    add(
-        "--layout",
-        choices=("flat", "class"),
-        help="of a folder: <index>.png, in the order of the data, or <class>/<index>.png (default: flat)",
-    )
-    add_seed(parser, "all that is random")
-    add_device(parser)
-    add_quiet(parser)
+    words = "of a folder: <index>.png, in the order of the data, or <class>/<index>.png (default: flat)"
+    add("--layout", choices=("flat", "class"), help=words)
+    shared.add_seed(parser, "all that is random")
+    shared.add_device(parser)
+    shared.add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.device is not None or "device" in attack.options:
         given.setdefault("device", str(device_of_process(options.device, 0)))
     if "progress" in attack.options:
-        given.setdefault("progress", shows_progress(options))
+        given.setdefault("progress", shared.shows_progress(options))
     check_options(attack, given)  # before images are read
     if options.layout is not None and is_npz(options.out):
         raise ConfigError(f"--layout is of a folder of images. Got --out {options.out}: leave it out.")
@@ -98,7 +86,7 @@ def _clean(options: argparse.Namespace) -> tuple[Any, Any]:
     count = len(dataset)  # type: ignore[arg-type]
     if not count:
         raise InputError("Expected images in --data. Got an empty dataset.")
-    images, labels = load(dataset, range(count), 3, options.size, shows_progress(options), "--data")
+    images, labels = load(dataset, range(count), 3, options.size, shared.shows_progress(options), "--data")
     if labels is None:
         raise InputError(
             "An attack needs a class, from 0, for each image in --data. Got images without one: give an imagefolder, "

@@ -1,4 +1,4 @@
-"""Show how far a measurement is, write its results to --out, and print them."""
+"""Read the images of a measurement, show how far it is, write its results to --out, and print them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from purifyloader.commands.options import settings_of, shows_progress
 from purifyloader.results.folder import write_files
 from purifyloader.results.values import to_json
+
+if TYPE_CHECKING:
+    from purifyloader.evaluation.inputs import Images, Models
 
 
 @contextmanager
@@ -25,6 +29,17 @@ def calls_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
             bar.update(calls)
 
         yield progress
+
+
+def clean_images(models: Models, options: argparse.Namespace, count: int, kind: str = "data") -> Images:
+    """Read the images of --data or --clean that the options choose, by default `count`, and poison them."""
+    from purifyloader.evaluation.inputs import Choice, read_images
+
+    root = options.root if kind == "data" or options.clean_root is None else options.clean_root
+    choice, bars = settings_of(options, Choice), shows_progress(options)
+    return read_images(
+        models, getattr(options, kind), choice, root=root, default=count, what=f"--{kind}", progress=bars
+    )
 
 
 def report(

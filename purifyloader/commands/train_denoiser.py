@@ -50,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.train.denoiser.curves import SAMPLES_PNG
     from purifyloader.train.denoiser.task import build_denoiser, train_denoiser
 
-    kind = Kind(
-        configuration, build_denoiser, train_denoiser, _arguments, _judge, card, _captions, (CURVES_PNG, SAMPLES_PNG)
+    pictures = (CURVES_PNG, SAMPLES_PNG)
+    return run_training(
+        options, Kind(configuration, build_denoiser, train_denoiser, _arguments, _judge, card, pictures)
     )
-    return run_training(options, kind)
 
 
 def _arguments(options: argparse.Namespace, held_out: Tensor | None) -> dict[str, Any]:
@@ -61,18 +61,20 @@ def _arguments(options: argparse.Namespace, held_out: Tensor | None) -> dict[str
     return {"validation": shown, "validate_every": options.validate_every, "micro_batch": options.micro_batch}
 
 
-def _judge(options: argparse.Namespace, trained: Trained) -> list[str]:
+def _judge(options: argparse.Namespace, trained: Trained) -> tuple[list[str], dict[str, str]]:
     """Measure PSNR of the denoiser, of JPEG-10 and of doing nothing, at the levels of the card that it knows."""
     from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
-    from purifyloader.train.denoiser.curves import validation_levels
+    from purifyloader.train.curves import CURVES_PNG
+    from purifyloader.train.denoiser.curves import SAMPLES_PNG, validation_levels
 
     denoiser, images = trained.model, trained.held_out
     low, high = denoiser.sigma_range
+    shown = validation_levels((low, high))
     levels: Sequence[float] = [px for px in _CARD_PX if low <= px / 255 <= high]
     if images is None:
         levels = []
     elif len(levels) < 2:
-        levels = validation_levels((low, high))
+        levels = shown
     trained.details["psnr"] = rows = [
         {
             "sigma_px": px,
@@ -83,36 +85,22 @@ def _judge(options: argparse.Namespace, trained: Trained) -> list[str]:
         }
         for px in levels
     ]
-    return [
+    lines = [
         f"{row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
         f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"
         for row in rows
     ]
-
-
-def _captions(denoiser: NetworkDenoiser, details: Mapping[str, Any]) -> dict[str, str]:
-    from purifyloader.train.curves import CURVES_PNG
-    from purifyloader.train.denoiser.curves import SAMPLES_PNG, validation_levels
-
-    levels = ", ".join(f"{px:g}" for px in validation_levels(denoiser.sigma_range))
-    return {
+    at = ", ".join(f"{px:g}" for px in shown)
+    return lines, {
         CURVES_PNG: "Loss and PSNR over the run.",
-        SAMPLES_PNG: f"Clean images; then, for {levels} px each, noised and denoised in one network call.",
+        SAMPLES_PNG: f"Clean images; then, for {at} px each, noised and denoised in one network call.",
     }
 
 
 def configuration(
     options: argparse.Namespace, image_shape: Sequence[int], device: torch.device
 ) -> tuple[TrainConfig, NetworkDenoiser | None]:
-    """Build what to train from a preset, fields of a file over it, and options over both.
-
-    Returns:
-        The configuration for images of this shape (C, H, W), and the denoiser to start from or None.
-
-    Raises:
-        InputError: --config is no such file.
-        ConfigError: fields that are unknown or contradict each other, or a start that is not here.
-    """
+    """Build a configuration from a preset, fields of a file over it, and options over both; load its start or None."""
     from purifyloader.train.denoiser.config import TrainConfig, recipe
     from purifyloader.train.fields import started_from
 

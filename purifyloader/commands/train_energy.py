@@ -37,12 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--channels", type=int, help="width of the network (published: 128)")
     how.add_argument("--bank-size", type=int, help="persistent samples (default: one an image)")
     how.add_argument("--rejuvenation", type=float, metavar="P", help="probability that a sample begins anew")
-    how.add_argument(
-        "--chain-steps",
-        type=int,
-        metavar="N",
-        help="length of the long chains at the end (default: 1500; 500 on the CPU; 0 for none)",
-    )
+    words = "length of the long chains at the end (default: 1500; 500 on the CPU; 0 for none)"
+    how.add_argument("--chain-steps", type=int, metavar="N", help=words)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,9 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.chain_steps is not None and options.chain_steps < 0:
         raise InputError(f"must be 0 or more. Got {options.chain_steps}.", argument="chain_steps")
     pictures = (CURVES_PNG, BANK_PNG, CHAINS_PNG)
-    kind = Kind(
-        configuration, build_energy, train_energy, _arguments, _judge, energy_card, _captions, pictures, "updates"
-    )
+    kind = Kind(configuration, build_energy, train_energy, _arguments, _judge, energy_card, pictures, "updates")
     return run_training(options, kind)
 
 
@@ -64,9 +58,10 @@ def _arguments(options: argparse.Namespace, held_out: Tensor | None) -> dict[str
     return {"held_out": held_out}
 
 
-def _judge(options: argparse.Namespace, trained: Trained) -> list[str]:
+def _judge(options: argparse.Namespace, trained: Trained) -> tuple[list[str], dict[str, str]]:
     """Walk long chains from held-out images, or without them from those trained on."""
-    from purifyloader.train.energy.curves import CHAINS_PNG, long_chains
+    from purifyloader.train.curves import CURVES_PNG
+    from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG, long_chains
 
     config, about = trained.config, trained.details
     about["held_out"] = about["held_out"] or "images trained on"
@@ -81,31 +76,24 @@ def _judge(options: argparse.Namespace, trained: Trained) -> list[str]:
         about |= {"chains": rows, "chain_images": len(images)}
         if failure is not None:  # of the chains, and no reason to lose what was trained
             about["record"]["warnings"].append(failure)
-    return [
-        f"{row['steps']:,} steps on: moved {row['moved_px']:.1f} px, energy {row['energy']:+.2f}, "
-        f"contrast {row['contrast']:.2f}, {row['outside']:.1%} outside by more than {about['margin_px']:.3g} px"
-        for row in about["chains"]
-    ]
-
-
-def _captions(energy: EnergyNetwork, details: Mapping[str, Any]) -> dict[str, str]:
-    from purifyloader.train.curves import CURVES_PNG
-    from purifyloader.train.energy.curves import BANK_PNG, CHAINS_PNG
-
     captions = {
         CURVES_PNG: "Energies of images and samples, their difference, and the slope, over the run.",
         BANK_PNG: "Samples of the bank at the end.",
     }
-    if details["chains"]:
-        at = ", ".join(f"{row['steps']:,}" for row in details["chains"])
+    if about["chains"]:
+        at = ", ".join(f"{row['steps']:,}" for row in about["chains"])
         captions[CHAINS_PNG] = f"Images, and chains from them after {at} steps."
-    return captions
+    return [
+        f"{row['steps']:,} steps on: moved {row['moved_px']:.1f} px, energy {row['energy']:+.2f}, "
+        f"contrast {row['contrast']:.2f}, {row['outside']:.1%} outside by more than {about['margin_px']:.3g} px"
+        for row in about["chains"]
+    ], captions
 
 
 def configuration(
     options: argparse.Namespace, image_shape: Sequence[int], device: torch.device
 ) -> tuple[EnergyTrainConfig, EnergyNetwork | None]:
-    """Build what to train from a preset, fields of a file over it, and options over both; see `train_denoiser`."""
+    """Build a configuration from a preset, fields of a file over it, and options over both; load its start or None."""
     from purifyloader.train.energy.config import EnergyTrainConfig, energy_recipe
     from purifyloader.train.fields import started_from
 

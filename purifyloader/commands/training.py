@@ -15,17 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.options import (
-    DTYPES,
-    add_choice,
-    add_data,
-    add_device,
-    add_quiet,
-    add_seed,
-    add_size,
-    given,
-    positive,
-)
+from purifyloader.commands import options as shared
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 
 if TYPE_CHECKING:
@@ -48,43 +38,35 @@ def add_training_options(
         steps, batch: the help of --steps and --batch-size.
     """
     data = parser.add_argument_group("the clean images")
-    add_data(data, "clean images")
-    add_choice(data, "all")
-    add_size(data)
+    shared.add_data(data, "clean images")
+    shared.add_choice(data, "all")
+    shared.add_size(data)
     data.add_argument(
         "--validation",
         help=f"clean images to {validation}: like --data, where cifar10 and cifar100 mean the test split, or none "
         "(default: images of --data that are not trained on; a twentieth of them if all were chosen)",
     )
-    data.add_argument("--validation-count", type=positive, default=1000, help="at most (default: 1000)")
+    data.add_argument("--validation-count", type=shared.positive, default=1000, help="at most (default: 1000)")
 
     how = parser.add_argument_group("how")
     how.add_argument("--preset", default="light", metavar="NAME", help=presets)
-    how.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="JSON of fields that replace the preset's, or a checkpoint's config.json: all of them",
-    )
+    words = "JSON of fields that replace the preset's, or a checkpoint's config.json: all of them"
+    how.add_argument("--config", type=Path, metavar="FILE", help=words)
     how.add_argument("--start-from", metavar="MODEL", help="a model whose weights to start from, with its network")
     how.add_argument("--steps", type=int, help=steps)
     how.add_argument("--batch-size", type=int, help=batch)
     how.add_argument("--learning-rate", type=float, help="of the optimiser (default: of the preset)")
-    add_seed(how, "the weights and all noise", of_config=True)
-    how.add_argument("--dtype", choices=DTYPES, help="arithmetic of the network (default: of the preset)")
-    how.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="compile the network (default: on a GPU, where it pays)",
-    )
+    shared.add_seed(how, "the weights and all noise", of_config=True)
+    how.add_argument("--dtype", choices=shared.DTYPES, help="arithmetic of the network (default: of the preset)")
+    words = "compile the network (default: on a GPU, where it pays)"
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help=words)
 
     run = parser.add_argument_group("the run")
     run.add_argument("--out", type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
     run.add_argument("--estimate", action="store_true", help="print what it would cost on this machine, and stop")
-    add_device(run)
+    shared.add_device(run)
     run.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between states (default: 60)")
-    add_quiet(run)
+    shared.add_quiet(run)
 
     about = parser.add_argument_group("the card")
     about.add_argument("--name", help="of the model (default: the folder's)")
@@ -104,10 +86,9 @@ class Kind:
             to start from or None.
         build, train: such as `build_denoiser` and `train_denoiser`.
         arguments: the further arguments of `train`, from the options and the held-out images or None.
-        judge: measures the trained model, adds the results to its details, and returns lines to print.
-        card: writes the text of the card from the name, the model, its details, and captions of pictures.
-        captions: file name of each picture -> its caption, from the model and its details.
-        pictures: the names of all pictures.
+        judge: measures the trained model, adds the results to its details, and returns lines to print, and the captions
+            of `pictures` by name.
+        card: writes the text of the card from the name, the model, its details, and captions.
         unit: a step of the training, in the plural.
     """
 
@@ -115,9 +96,8 @@ class Kind:
     build: Callable[..., Any]
     train: Callable[..., tuple[Any, dict[str, Any]]]
     arguments: Callable[[argparse.Namespace, Tensor | None], dict[str, Any]]
-    judge: Callable[[argparse.Namespace, Trained], list[str]]
+    judge: Callable[[argparse.Namespace, Trained], tuple[list[str], dict[str, str]]]
     card: Callable[[str, Any, Mapping[str, Any], Mapping[str, str]], str]
-    captions: Callable[[Any, Mapping[str, Any]], dict[str, str]]
     pictures: Sequence[str]
     unit: str = "steps"
 
@@ -135,11 +115,7 @@ class Trained:
 
 
 def run_training(options: argparse.Namespace, kind: Kind) -> int:
-    """Train in this process of a launcher's while --out is this run's alone, or estimate the cost; return 0.
-
-    Raises:
-        PurifyError: --out is not fit for it, or what the options ask for cannot be trained.
-    """
+    """Train in this process of a launcher's while --out is this run's alone, or estimate the cost; return 0."""
     with _processes(options.device) as (rank, device):
         quiet: bool = options.quiet or rank > 0
         logging.basicConfig(format="%(message)s")
@@ -176,15 +152,13 @@ def _train(options: argparse.Namespace, kind: Kind, rank: int, device: torch.dev
     details = _details(options, clean, held_out_is, config, record, device)
     name = options.name or options.out.resolve().name
     with writing(options.out):
-        lines = kind.judge(options, Trained(model, config, details, clean.images, held_out, device))
-        captions = {p: c for p, c in kind.captions(model, details).items() if (options.out / p).exists()}
-        text = kind.card(name, model, details, captions)
+        lines, captions = kind.judge(options, Trained(model, config, details, clean.images, held_out, device))
+        drawn = {picture: caption for picture, caption in captions.items() if (options.out / picture).exists()}
+        text = kind.card(name, model, details, drawn)
         # over whatever a killed save left there
         pretrained.save(model, options.out, name=name, card=text, details=details, overwrite=True)
     (options.out / STATE_FILE).unlink(missing_ok=True)
-    print(f"{options.out}: {record['steps']:,} {kind.unit}, {record['seconds']:.0f} s")
-    for line in lines:
-        print(f"  {line}")
+    print("\n  ".join([f"{options.out}: {record['steps']:,} {kind.unit}, {record['seconds']:.0f} s", *lines]))
 
 
 def _check_out(out: Path) -> None:
@@ -269,18 +243,9 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
 def beginning(
     options: argparse.Namespace, kind: str, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Read the fields of --config, and load the model to start from: of --start-from, else the one that they name.
+    """Read the fields of --config, and load the model to start from or None: of --start-from, else the one they name.
 
-    Args:
-        kind: of model, as `pretrained.load` takes it.
-        of_checkpoint: see `fields_of`.
-
-    Returns:
-        The fields without `start_from`, and the model or None.
-
-    Raises:
-        InputError: --config is no such file.
-        ConfigError: it starts from a model that is not here, or whose weights are others here.
+    `kind` is of the model, as `pretrained.load` takes it; of `of_checkpoint` see `fields_of`.
     """
     from purifyloader import pretrained
     from purifyloader.files.weights import weights_sha256
@@ -313,11 +278,7 @@ def beginning(
 def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None) -> dict[str, Any]:
     """Read fields of a configuration from JSON: the fields themselves, or a checkpoint's config.json.
 
-    Args:
-        of_checkpoint: takes the fields out of a checkpoint's configuration; by default its "details", "train".
-
-    Raises:
-        InputError: no such file.
+    `of_checkpoint` takes them out of the latter; by default they are its "details", "train".
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -337,7 +298,7 @@ def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | No
 def changes_of(options: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
     """Collect the fields of a configuration that options set."""
     names = {each.name for each in dataclasses.fields(config)} - {"start_from"}
-    return given(options, names & vars(options).keys())
+    return shared.given(options, names & vars(options).keys())
 
 
 # -- the images ----------------------------------------------------------------------------------------

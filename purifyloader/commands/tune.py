@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.commands.dynamics import add_measuring, clean_images, langevin_path
+from purifyloader.commands.dynamics import COUNT, add_measuring, langevin_path
 from purifyloader.commands.options import add_clean, add_data, add_results, add_split, shows_progress
 from purifyloader.errors import ConfigError, InputError
 
@@ -40,24 +40,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "the dataset to be purified", required=False)
     add_split(parser)
     add = parser.add_argument
-    add(
-        "--recipe", choices=RECIPES, help="of a denoiser: noise and one call, or PureGen's timesteps (default: eclipse)"
-    )
+    words = "of a denoiser: noise and one call, or PureGen's timesteps (default: eclipse)"
+    add("--recipe", choices=RECIPES, help=words)
     add("--steps", type=int, nargs="+", metavar="N", help="Langevin steps or, with puregen-ddpm, timesteps to try")
     add("--sigma-px", type=float, nargs="+", metavar="PX", help="noise levels to try with eclipse, on the 0-255 scale")
     add("--calls", type=int, metavar="N", help="at most N network calls of diffusion (default: one; puregen-ddpm: all)")
-    add(
-        "--share",
-        type=float,
-        default=0.5,
-        help="of the images of every attack that must have come closer to clean (default: 0.5)",
-    )
+    words = "of the images of every attack that must have come closer to clean (default: 0.5)"
+    add("--share", type=float, default=0.5, help=words)
     add_results(parser, *_FILES)
 
 
 def run(options: argparse.Namespace) -> int:
     """Propose a level, and report why. Returns 0, also without a proposal."""
-    from purifyloader.commands.reporting import calls_bar, report
+    from purifyloader.commands.reporting import calls_bar, clean_images, report
     from purifyloader.core.devices import device_of_process
     from purifyloader.dynamics.pictures import picture
     from purifyloader.dynamics.report import proposal_table, reasons
@@ -70,8 +65,7 @@ def run(options: argparse.Namespace) -> int:
     choose_level({"": [0.0]}, options.share)
     models = load_models(options.energy, options.model, device)
     path = _path(models, options)  # before images are read
-    root = options.root if options.clean_root is None else options.clean_root
-    images = clean_images(models, options, options.clean, root, "--clean")
+    images = clean_images(models, options, COUNT, "clean")
     data, described = _data(options, models, len(images.clean))
     with calls_bar(shows_progress(options)) as progress:
         results = tune(

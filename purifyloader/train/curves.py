@@ -39,10 +39,6 @@ class Curves:
         else:
             self.rows.append(row)
 
-    def with_prefix(self, prefix: str) -> list[dict[str, Any]]:
-        """Return the rows with a column that begins so."""
-        return [row for row in self.rows if any(name.startswith(prefix) for name in row)]
-
     def write_csv(self, folder: Path) -> None:
         used = {name for row in self.rows for name in row}
         # a resumed run has its rows from JSON, where names are sorted

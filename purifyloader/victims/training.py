@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -183,14 +182,16 @@ def train_victim(
         optimiser = torch.optim.SGD(
             trained, lr=lr, momentum=_MOMENTUM, weight_decay=training.weight_decay, nesterov=True
         )
-        batches = _Batches(min(training.batch_size, len(y)), pad, flip, batch_transform, seed, device)
-        steps = epochs * (len(y) // batches.size)
+        size = min(training.batch_size, len(y))
+        steps = epochs * (len(y) // size)
         y = y.to(device)
         began = time.perf_counter()
         taken = 0
         for epoch in range(epochs):
             x = _as_images(images(epoch) if callable(images) else images, len(y)).to(device)
-            for index_B, batch in batches.of(x, epoch):
+            for index_B, batch in _batches(x, size, pad, flip, seed, epoch):
+                if batch_transform is not None:
+                    batch = batch_transform(batch, index_B, epoch)
                 for group in optimiser.param_groups:
                     group["lr"] = _learning_rate((taken + 0.5) / steps, lr, warmup)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -205,28 +206,16 @@ def train_victim(
     return Trained(model.requires_grad_(True).eval(), time.perf_counter() - began)
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """Shuffle, crop and flip the images of an epoch, as a function of (seed, epoch, index)."""
-
-    size: int
-    pad: int
-    flip: bool
-    transform: BatchTransform | None
-    seed: int
-    device: torch.device
-
-    def of(self, x_NCHW: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(x_NCHW)
-        # drawn on the CPU, so that every device trains on the same crops
-        key = noise.fold_in(noise.fold_in(noise.key_from_seed(self.seed), _AUGMENT), epoch)
-        uniform = noise.uniform(noise.fold_in(key, torch.arange(count)), (4,))
-        order = uniform[:, 0].argsort(stable=True).to(self.device)
-        uniform = uniform[:, 1:].to(self.device)
-        for step in range(count // self.size):
-            index_B = order[step * self.size : (step + 1) * self.size]
-            batch = crop_and_flip(_to_float(x_NCHW[index_B]), uniform[index_B], self.pad, self.flip)
-            yield index_B, batch if self.transform is None else self.transform(batch, index_B, epoch)
+def _batches(x_NCHW: Tensor, size: int, pad: int, flip: bool, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffle, crop and flip the images of an epoch, as a function of (seed, epoch, index): (indices, float batch)."""
+    count, device = len(x_NCHW), x_NCHW.device
+    # drawn on the CPU, so that every device trains on the same crops
+    key = noise.fold_in(noise.fold_in(noise.key_from_seed(seed), _AUGMENT), epoch)
+    uniform = noise.uniform(noise.fold_in(key, torch.arange(count)), (4,))
+    order, uniform = uniform[:, 0].argsort(stable=True).to(device), uniform[:, 1:].to(device)
+    for step in range(count // size):
+        index_B = order[step * size : (step + 1) * size]
+        yield index_B, crop_and_flip(_to_float(x_NCHW[index_B]), uniform[index_B], pad, flip)
 
 
 @torch.no_grad()
