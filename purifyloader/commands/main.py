@@ -95,22 +95,17 @@ def parse(arguments: Sequence[str]) -> tuple[Any, argparse.ArgumentParser, argpa
 def execute(arguments: Sequence[str]) -> int:
     """Run a command and return its exit status. An error of the user's is raised, as a `PurifyError`."""
     module, _, options = parse(arguments)
-    status: int = module.run(options)
-    return status
+    return int(module.run(options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status.
-
-    An error of the user's is one line on standard error and status 2; an interruption is one, too, and 130.
-    """
+    """Run a command and return the exit status; an error of the user's is one line on standard error, and status 2."""
     flags: dict[str, str] = {}
 
     def work() -> int:
         module, parser, options = parse(sys.argv[1:] if arguments is None else arguments)
         flags.update({action.dest: action.option_strings[0] for action in parser._actions if action.option_strings})
-        status: int = module.run(options)
-        return status
+        return int(module.run(options))
 
     def in_words(error: PurifyError) -> str:
         # the library names its argument, a command line its option

@@ -26,14 +26,9 @@ def exit_status(work: Callable[[], int], in_words: Callable[[PurifyError], str] 
 
 
 def run_many(work: Callable[[int], object], processes: int) -> None:
-    """Call `work(0)`, `work(1)`, ... each in a process of its own, and wait for all of them.
+    """Call `work(0)`, `work(1)`, ... each in a process of its own, and wait for all, also where one of them stopped.
 
-    Args:
-        work: is pickled: a function of a module, with its arguments bound by `functools.partial`. An error of the
-            user's that it raises is printed on standard error.
-
-    Raises:
-        PurifyError: one of them stopped; the others have been waited for.
+    `work` is pickled: a function of a module, with its arguments bound by `functools.partial`.
     """
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_one, args=(work, number)) for number in range(processes)]

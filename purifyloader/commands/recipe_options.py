@@ -77,11 +77,7 @@ def _help(texts: Sequence[tuple[str, str]], recipes_there: int) -> str:
 
 
 def purifier_of(options: argparse.Namespace) -> Purifier:
-    """Make the purifier that --recipe and the options of `add_recipe_options` ask for.
-
-    Raises:
-        ConfigError: an option that the recipe does not take, one that it needs, or no such recipe or file.
-    """
+    """Make the purifier that --recipe and the options of `add_recipe_options` ask for."""
     described = _described()
     values = given(options, (option.name for option, _ in _options(described)))
     models = given(options, dict.fromkeys(name for recipe in described.values() for name in recipe.models))

@@ -30,13 +30,7 @@ _NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
 def add_training_options(
     parser: argparse.ArgumentParser, *, validation: str, presets: str, steps: str, batch: str
 ) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
-    """Add the options that every kind of training has; return the groups "how" and "the run", for those of one kind.
-
-    Args:
-        validation: what becomes of the held-out images.
-        presets: a few words on each.
-        steps, batch: the help of --steps and --batch-size.
-    """
+    """Add the options of every training, with these words in their help; return the groups "how" and "the run"."""
     data = parser.add_argument_group("the clean images")
     shared.add_data(data, "clean images")
     shared.add_choice(data, "all")
@@ -306,12 +300,9 @@ def changes_of(options: argparse.Namespace, config: type[Any]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class CleanSet:
-    """The images to train on.
+    """The images to train on, uint8 (N, C, H, W) at the rising `indices` of the dataset.
 
-    Attributes:
-        dataset: all there are, of which there are `length`.
-        indices: those to train on, and the `held_out` ones where no other dataset is for that; rising.
-        images: uint8 (N, C, H, W) at `indices`.
+    Those at `held_out` are not trained on; none where another dataset is for that.
     """
 
     dataset: Any

@@ -19,17 +19,13 @@ def card(
     details: Mapping[str, Any],
     pictures: Mapping[str, str],
 ) -> str:
-    """Return the text of README.md.
+    """Return the text of README.md: facts in a table, lines of results, and the captions of pictures beside it.
 
-    Args:
-        kind: such as "A denoiser", and the name of its command, such as "denoiser".
-        facts: rows of the first table; the licence is added.
-        results: lines of Markdown after it.
-        details: saved with the model by `purifyloader.commands.training`.
-        pictures: names of files beside the card, with their captions.
+    `kind` is such as ("A denoiser", "denoiser"), the name of its command; `purifyloader.commands.training` makes the
+    details.
     """
-    what, command = kind
-    text = [f"# {name}", "", f"{what} for `purifyloader`, trained by `purifyloader train {command}`.", ""]
+    model, command = kind
+    text = [f"# {name}", "", f"{model} for `purifyloader`, trained by `purifyloader train {command}`.", ""]
     if details["note"]:
         text += [details["note"], ""]
     facts = [*facts, ("Licence", details["licence"] or "not stated")]

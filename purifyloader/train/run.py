@@ -42,20 +42,14 @@ _LOGGED = 500  # rows of curves.csv, at most, beside those of validation
 
 
 class Task(ABC, Generic[Network]):
-    """One kind of training, for images of one dataset: see the README of this folder.
+    """One kind of training, for images of one dataset, uint8 (N, C, H, W): see the README of this folder.
 
     Attributes:
-        config: what decides the weights, beside the images.
-        images: uint8 (N, C, H, W), on the device.
-        ranks: of the processes that train together.
-        weights: the network in training, its average and its optimiser.
-        watch: tells a sound run from a broken one.
-        curves: rows of curves.csv.
         warnings: sentences for the card.
         validate_every: steps between two calls of `validate`; None for no call.
         clip_norm: the largest norm of a gradient that is not scaled down.
         shown: the measured value that the progress bar shows and `on_step` is given.
-        advice: what may help a run that has broken.
+        advice: a remedy for a run that has broken.
     """
 
     config: TrainingFields

@@ -19,13 +19,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW; plain gradient descen
 
 
 class Weights(Generic[Network]):
-    """A network after `step` steps.
+    """A network after `step` steps, its average, and its optimiser: Adam, AdamW, or plain gradient descent.
 
-    Args:
-        network: to train, on its device.
-        optimizer: makes the optimiser of its parameters: Adam, AdamW, or plain gradient descent.
-        ema_decay: of the average; (1 + step) / (10 + step) while that is smaller. 0 for no average.
-        fused: the optimiser keeps its count of steps beside the parameters, as its fused kernels do.
+    `ema_decay` is of the average, (1 + step) / (10 + step) while that is smaller, 0 for none. A `fused` optimiser keeps
+    its count of steps beside the parameters.
     """
 
     def __init__(
@@ -53,7 +50,7 @@ class Weights(Generic[Network]):
         self.step += 1
 
     def clip(self, norm: float) -> float:
-        """Scale the gradients down to `norm` where theirs is larger; return the norm that they had."""
+        """Scale the gradients down to `norm` where they are larger; return the norm that they had."""
         return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), norm))
 
     def finite(self) -> bool:

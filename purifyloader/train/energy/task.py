@@ -248,19 +248,14 @@ def train_energy(
     on_step: Callable[[int, float], None] | None = None,
     progress: bool = True,
 ) -> tuple[EnergyNetwork, dict[str, Any]]:
-    """Train an energy model on clean images; call again with the same arguments to go on after a stop.
+    """Train an energy model on clean images, as `purifyloader.train.train_denoiser` trains a denoiser.
 
-    Where torch.distributed is initialised, its processes share each batch; the first one writes.
+    The state in `out` holds the bank too, and `on_step` gets the difference of the energies of images and samples, in
+    units of the temperature.
 
     Args:
         images: uint8, (N, C, H, W).
-        out: folder for the state of the run, with its bank, its curves and pictures.
-        config: the network and its training.
-        start: the energy model that `config.start_from` names.
         held_out: uint8, (V, C, H, W), clean and not among `images`: their energies are followed too.
-        save_every: seconds between two states; a killed run loses at most these.
-        on_step: called after each step, in each process, with the number of steps done and the difference of the
-            energies of images and samples, in units of the temperature.
 
     Returns:
         The energy model with averaged weights, and a record: steps, seconds, epochs, `watch` (running means of what was
