@@ -70,21 +70,20 @@ def _judge(options: argparse.Namespace, trained: Trained) -> tuple[list[str], di
     denoiser, images = trained.model, trained.held_out
     low, high = denoiser.sigma_range
     shown = validation_levels((low, high))
-    levels: Sequence[float] = [px for px in _CARD_PX if low <= px / 255 <= high]
-    if images is None:
-        levels = []
-    elif len(levels) < 2:
-        levels = shown
-    trained.details["psnr"] = rows = [
-        {
-            "sigma_px": px,
-            "denoiser": round(psnr(denoiser, images, px / 255), 3),
-            "jpeg10": round(jpeg_psnr(images, px / 255), 3),
-            "noised": round(noised_psnr(images, px / 255), 3),
-            "images": len(images),
-        }
-        for px in levels
-    ]
+    rows: list[dict[str, float]] = []
+    if images is not None:
+        known = [px for px in _CARD_PX if low <= px / 255 <= high]
+        rows = [
+            {
+                "sigma_px": px,
+                "denoiser": round(psnr(denoiser, images, px / 255), 3),
+                "jpeg10": round(jpeg_psnr(images, px / 255), 3),
+                "noised": round(noised_psnr(images, px / 255), 3),
+                "images": len(images),
+            }
+            for px in (known if len(known) >= 2 else shown)
+        ]
+    trained.details["psnr"] = rows
     lines = [
         f"{row['sigma_px']:g} px: {row['denoiser']:.2f} dB "
         f"(JPEG-10 {row['jpeg10']:.2f}, doing nothing {row['noised']:.2f})"

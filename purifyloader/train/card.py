@@ -34,12 +34,15 @@ def card(
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    size = f" --size {details['resized']}" if details.get("resized") else ""
+    again = f"purifyloader train {command} --data DATA --config config.json --indices config.json --out again"
+    if size := details.get("resized"):
+        own = "config.json"
+        again = f"purifyloader train {command} --data DATA --config {own} --indices {own} --size {size} --out again"
     text += [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        f"purifyloader train {command} --data DATA --config config.json --indices config.json{size} --out again",
+        again,
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",

@@ -144,7 +144,7 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
         if gpu:
             denoiser.to(memory_format=torch.channels_last)
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": gpu}
+        options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": gpu}
         self.weights = Weights(denoiser, functools.partial(torch.optim.AdamW, **options), config.ema_decay, fused=gpu)
         if config.compile:
             denoiser.network.compile()
