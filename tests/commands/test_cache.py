@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from purifyloader.cache.inspect import describe
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.commands import main as cli
+from tests import processes
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
 
@@ -227,12 +225,11 @@ def test_verify_a_damaged_index(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_verify_in_a_process(folder: Path) -> None:
-    command = [sys.executable, "-m", "purifyloader", "cache", "verify", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    good = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    command = ("purifyloader", "cache", "verify", folder)
+    good = processes.run(*command)
     assert (good.returncode, good.stderr) == (0, "")
     flip(folder / "shard-00001.safetensors", -1)
-    bad = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    bad = processes.run(*command)
     assert (bad.returncode, bad.stderr) == (1, "")
     assert "shard-00001.safetensors: damaged" in bad.stdout
 

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from purifyloader.commands.main import main
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import Chain, Compensation, DenoiseOnce, EnergyAbove, Jpeg, Langevin, Purifier, Where
+from tests import processes
 from tests.conftest import tiny_denoiser, tiny_energy
 
 ROOT = Path(__file__).parents[2]
@@ -391,24 +393,6 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CERTIFY_LOG": str(tmp_path / "log"), **more}
 
 
-def started(tmp_path: Path, *command: object, **more: str) -> subprocess.Popen[str]:
-    """A command in a session of its own, so that all of it can be killed."""
-    return subprocess.Popen(
-        words(sys.executable, "-m", *command),
-        env=environment(tmp_path, **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    out, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
-    return out
-
-
 def assert_same_run(out: Path, expected: Path) -> None:
     """All but the picture, whose bytes are matplotlib's affair, and which another test looks at."""
     found, wanted = everything(out), everything(expected, locks=False)
@@ -420,6 +404,19 @@ def run_slowly(*options: object) -> None:
     """In a child."""
     os.environ["CERTIFY_DELAY"] = "0.2"
     run(*options)
+
+
+def with_forked_workers(*command: object) -> int:
+    """In a child: a command whose own processes are forked, for a new interpreter imports torch for four seconds."""
+    fork = multiprocessing.get_context("fork")
+
+    class Context:
+        @staticmethod
+        def Process(target: Any, args: tuple[Any, ...]) -> Any:
+            return fork.Process(target=target, args=pickle.loads(pickle.dumps(args)))
+
+    multiprocessing.get_context = lambda method: Context  # type: ignore[assignment,return-value]
+    return main(words(*command))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -437,8 +434,9 @@ def test_a_killed_run_goes_on_in_two_processes(noise_alone: Path, tmp_path: Path
     assert 3 <= len(done) < SELECTION + MODELS
     assert not (out / "certificates.json").exists()
     before = {path: path.stat().st_mtime_ns for path in done}
-    command = ("purifyloader", "certify", *NOISE, "--out", out, "--processes", 2)
-    finished(started(tmp_path, *command, CERTIFY_DELAY="0.3"))
+    command = ("certify", *NOISE, "--out", out, "--processes", 2)
+    child = processes.run(with_forked_workers, *command, cwd=Path.cwd(), env={"CERTIFY_DELAY": 0.05})
+    assert child.value == 0, child.stderr
     assert before == {path: path.stat().st_mtime_ns for path in done}, "what was done is kept"
     assert_same_run(out, noise_alone)
     seeds = trainings(tmp_path)
@@ -450,22 +448,18 @@ def test_a_killed_run_goes_on_in_two_processes(noise_alone: Path, tmp_path: Path
 def test_processes_that_a_launcher_starts(noise_alone: Path, tmp_path: Path) -> None:
     """Two, which learn from their environment who they are, as torchrun and accelerate launch tell it."""
     out = with_secrets(tmp_path / "out", "recipe-noise")
-    processes = [
-        started(
-            tmp_path,
-            "purifyloader",
-            "certify",
-            *NOISE,
-            "--out",
-            out,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            CERTIFY_DELAY="0.2",
+    environment = {"WORLD_SIZE": 2, "CERTIFY_DELAY": 0.05}
+    children = [
+        processes.start(
+            *("purifyloader", "certify", *NOISE, "--out", out),
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=Path.cwd(),
         )
         for rank in (1, 0)
     ]
-    second, first = map(finished, processes)
+    ended = [child.wait() for child in children]
+    assert [done.returncode for done in ended] == [0, 0], ended
+    second, first = (done.stdout for done in ended)
     assert second == "", "one of them writes"
     assert "certificates.json" in first
     found = everything(out, locks=False)
@@ -475,11 +469,14 @@ def test_processes_that_a_launcher_starts(noise_alone: Path, tmp_path: Path) -> 
     assert sorted(trainings(tmp_path)) == sorted(set(trainings(tmp_path)))
 
 
+@pytest.mark.slow
 def test_accelerate_launch(noise_alone: Path, tmp_path: Path) -> None:
     """The command that people are told."""
     out = with_secrets(tmp_path / "out", "recipe-noise")
     launch = ("accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "purifyloader", "certify")
-    finished(started(tmp_path, *launch, *NOISE, "--out", out))
+    command = words(sys.executable, "-m", *launch, *NOISE, "--out", out)
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
     assert_same_run(out, noise_alone)
 
 
@@ -808,7 +805,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "no selection": (("--selection", 0), "--selection must be at least 1"),
     "no draws": (("--draws", 0), "--draws must be at least 1"),
     "no processes": (("--processes", 0), "--processes: must be an integer of 1 or more"),
-    "no threads": (("--threads", -1), "--threads must be at least 1. Got -1"),
+    "no threads": (("--threads", -1), "--threads: must be an integer of 1 or more. Got '-1'"),
     "no epochs of a warm start": (("--warm-start-epochs", 0), "--warm-start-epochs must be at least 1"),
     "alpha 0": (("--alpha", 0), "--alpha must be above 0 and below 1"),
     "alpha 1": (("--alpha", 1), "--alpha must be above 0 and below 1"),

@@ -6,9 +6,6 @@ import csv
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from purifyloader.datasets.named import open_dataset
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.poisons import make, read_trigger, write, write_images, write_npz
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
+from tests import processes
 
 RNG = np.random.default_rng(1)
 COUNT = 33
@@ -340,23 +338,18 @@ def test_a_folder_that_somebody_fills_meanwhile_stays_theirs(tmp_path, monkeypat
     assert everything(tmp_path) == ["out", "out/theirs"]
 
 
-KILLED = """
-import sys
-import numpy as np
-from purifyloader.poisons import write_images
-from purifyloader.poisons.poisoned import Poisoned
-images = np.zeros((100_000, 4, 4, 3), np.uint8)
-write_images(Poisoned.of(images, np.arange(100_000) % 3, "mine"), sys.argv[1])
-"""
+def write_many(out: Path) -> None:
+    """In a child."""
+    images = np.zeros((100_000, 4, 4, 3), np.uint8)
+    write_images(Poisoned.of(images, np.arange(100_000) % 3, "mine"), out)
 
 
 def test_a_killed_writer_leaves_no_folder_that_looks_whole(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=Path(__file__).parents[2])
+    child = processes.start(write_many, tmp_path / "out")
     deadline = time.monotonic() + 120
     while len(everything(tmp_path)) < 50 and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert child.kill().returncode == -9
     assert not (tmp_path / "out").exists()
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 1
