@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
 
     from purifyloader.core.devices import device_of_process
     from purifyloader.datasets.named import open_dataset
-    from purifyloader.purified.filling import CHECKED, place, precompute
+    from purifyloader.purified.filling import place, precompute
+    from purifyloader.purified.ondemand import CHECKED
 
     logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
     rank, world_size = place(options.rank, options.world_size)

@@ -117,7 +117,7 @@ def test_an_option_has_one_default_and_one_type_everywhere():
 
 
 def test_a_default_that_torch_keeps_is_the_one_of_the_help():
-    from purifyloader.purified.filling import CHECKED
+    from purifyloader.purified.ondemand import CHECKED
 
     assert options_of("precompute")["--check-source"].help.endswith(f"(default: {CHECKED})")
 
