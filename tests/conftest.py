@@ -123,6 +123,16 @@ class PictureDataset(VisionDataset):
 
 
 @pytest.fixture
+def blank_figures(monkeypatch) -> None:
+    """Write a blank PNG for each figure of matplotlib: drawing one takes longer than a tiny training."""
+
+    def blank(self, path, **_) -> None:
+        Image.new("RGB", (400, 400)).save(path, format="png")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", blank)
+
+
+@pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Write results without a picture: drawing takes longer than measuring."""
     monkeypatch.setattr("purifyloader.results.folder.has_matplotlib", lambda: False)

@@ -32,13 +32,14 @@ from purifyloader.train import run as training
 from purifyloader.train.denoiser import task as loop
 from purifyloader.train.denoiser.card import card as card_of
 from purifyloader.train.state import STATE_FILE
+from tests import processes
 from tests.conftest import random_images, tiny_denoiser
 from tests.purified.faults import REPOSITORY, Run
 from tests.train.tiny import blowing_up_after, distance, free_port, rows, same, state_of, weights
 
 # What makes a recipe a matter of seconds; all else stays the recipe's.
 SMALL = {
-    "network": {"channels": 8, "multipliers": [1, 2], "norm_groups": 4},
+    "network": {"channels": 8, "multipliers": [1], "norm_groups": 4},
     "steps": 4,
     "batch_size": 4,
     "warmup": 0,
@@ -88,6 +89,7 @@ def names(folder: Path) -> list[str]:
 # -- a checkpoint with its card ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_makes_a_checkpoint_with_its_card(folder, small, tmp_path, capsys):
     out = tmp_path / "model"
     arguments = ["--data", folder, "--out", out, "--config", small, "--count", 20, "--choose-seed", 3]
@@ -345,7 +347,7 @@ def test_grey_images_among_rgb_ones_whichever_comes_first(small, tmp_path):
     assert (
         run(
             *("--data", data, "--indices", tmp_path / "grey.json", "--out", out, "--validation", "none"),
-            *("--steps", 1, "--batch-size", 2),
+            *("--steps", 1, "--batch-size", 2, "--dtype", "float32"),
         )
         == 0
     )
@@ -526,8 +528,8 @@ def test_a_plan_says_what_it_will_cost_and_writes_nothing(folder, small, tmp_pat
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     assert run("--data", folder, "--config", small, "--steps", 5000, "--count", 20, "--estimate") == 0
     said = dict(re.findall(r"^([a-z ]+?)  +(.*)$", capsys.readouterr().out, flags=re.MULTILINE))
-    assert said["parameters"] == "44,211"
-    assert said["files"].startswith("0.2 MB the checkpoint; until it is done 1.4 MB")
+    assert said["parameters"] == "11,899"
+    assert said["files"].startswith("0.0 MB the checkpoint; until it is done 0.4 MB")
     assert said["images"] == "20, each seen 1,000 times"
     assert said["steps"] == "5,000 of 4 images"
     seconds = float(re.search(r"^(\S+) s \(median of 5; the first took \S+ s\) on \d+ CPU thread", said["a step"])[1])
@@ -634,7 +636,7 @@ def test_what_a_broken_run_has_kept_becomes_a_checkpoint(how, folder, tmp_path, 
         config.write_text(json.dumps({**SMALL, "steps": 40, "clip_norm": 1e30}))
         arguments += ["--config", config]
     else:
-        arguments += ["--count", 4]
+        arguments += ["--count", 4, "--dtype", "float32"]
     assert run(*arguments, "--steps", 60) == 2
     said = capsys.readouterr().err
     assert re.search(r"loss .*at step \d+\..*last good state is kept in .*training-state\.safetensors", said)
@@ -653,6 +655,7 @@ def test_what_a_broken_run_has_kept_becomes_a_checkpoint(how, folder, tmp_path, 
 def test_a_run_can_be_made_longer(folder, tmp_path):
     """The length may change until the rate is let down, says the state of a run: for a recipe's too."""
     arguments = ["--data", folder, "--batch-size", 2, "--count", 4, "--validation", "none", "--decay-steps", 0]
+    arguments += ["--dtype", "float32"]
     out = tmp_path / "model"
     seen: list[TrainConfig] = []
     # the state as a kill leaves it, by the configuration that the command makes
@@ -730,12 +733,26 @@ def accelerate(count: int) -> list[str]:
     return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
 
 
+def as_ranks(*arguments: Any) -> processes.Done:
+    """Two processes that learn from their environment who they are, as a launcher tells it; as if they were one."""
+    command = ("purifyloader", "train", "denoiser", "--quiet", *arguments)
+    joined = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    children = [processes.start(*command, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)]
+    first, second = (child.wait(200) for child in children)
+    return processes.Done(first.returncode or second.returncode, first.stdout + second.stdout, first.stderr)
+
+
 @pytest.mark.parametrize(
-    "launcher", [torchrun, pytest.param(accelerate, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+    "launcher",
+    [
+        as_ranks,
+        pytest.param(lambda *a: launched(torchrun(2), *a), marks=pytest.mark.slow, id="torchrun"),
+        pytest.param(lambda *a: launched(accelerate(2), *a), marks=pytest.mark.slow, id="accelerate"),
+    ],
 )
 def test_two_launched_processes_give_the_weights_of_one_and_one_card(launcher, folder, small, tmp_path):
     arguments = ["--data", folder, "--config", small, "--count", 20, "--augment", "flip", "mixup", "--device", "cpu"]
-    done = launched(launcher(2), *arguments, "--out", tmp_path / "two")
+    done = launcher(*arguments, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 steps") == 1
     assert run(*arguments, "--out", tmp_path / "one") == 0

@@ -54,6 +54,7 @@ def details_of(path: Path) -> dict[str, Any]:
     return details
 
 
+@pytest.mark.usefixtures("drawn")
 def test_from_a_folder_to_a_model_with_its_card(folder, small, tmp_path, capsys):
     out = tmp_path / "energy"
     arguments = ("--data", folder, "--config", small, "--count", 16, "--licence", "mine", "--note", "A note.")
@@ -164,8 +165,15 @@ def test_the_steps_at_which_the_rate_falls_move_along(fields, options, wanted, t
 STRANGE = [None, True, 3, -1, 0, 2.5, 1e400, "x", [], [1], ["x"], [[1]], {}, {"x": 1}, {"channels": "x"}, 10**30]
 
 
-@pytest.mark.parametrize("options", [[], ["--channels", "4"], ["--steps", "5"], ["--batch-size", "4"]], ids=str)
-@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(EnergyTrainConfig)), "nonsense"])
+FIELDS = [field.name for field in dataclasses.fields(EnergyTrainConfig)]
+# the fields that an option has to do with
+TOUCHED = [
+    *(("network", ["--channels", "4"]), ("steps", ["--steps", "5"]), ("decay_at", ["--steps", "5"])),
+    *(("batch_size", ["--batch-size", "4"]), ("bank_size", ["--batch-size", "4"])),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, []) for name in [*FIELDS, "nonsense"]), *TOUCHED], ids=str)
 def test_any_file_is_taken_or_refused(name, options, tmp_path):
     for value in STRANGE:
         for fields in ({name: value}, {"details": {"train": {name: value}}}):

@@ -29,8 +29,16 @@ def configured(tmp_path: Path, fields: Any, *arguments: str) -> TrainConfig:
     return configuration(parse(["train", "denoiser", *given])[2], (3, 32, 32), torch.device("cpu"))[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--steps", "5"], ["--preset", "eclipse"]], ids=str)
-@pytest.mark.parametrize("name", [*(field.name for field in dataclasses.fields(TrainConfig)), "flip", "nonsense"])
+FIELDS = [*(field.name for field in dataclasses.fields(TrainConfig)), "flip", "nonsense"]
+# the fields that an option has to do with
+LENGTHS, OBJECTIVE = ["steps", "warmup", "decay_steps"], ["objective", "time", "network", "patch_size"]
+TOUCHED = [
+    *((name, ["--steps", "5"]) for name in LENGTHS),
+    *((name, ["--preset", "eclipse"]) for name in OBJECTIVE),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [*((name, []) for name in FIELDS), *TOUCHED], ids=str)
 def test_any_file_is_taken_or_refused(name, arguments, tmp_path):
     for value in STRANGE:
         train = {name: value}

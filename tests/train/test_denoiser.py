@@ -341,10 +341,10 @@ def test_the_noise_is_normal_and_new_at_each_step_and_position(tmp_path, monkeyp
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
     """A run that learns."""
     folder = tmp_path_factory.mktemp("healthy")
-    config = dataclasses.replace(SIGMA, steps=120, batch_size=8, learning_rate=3e-3, ema_decay=0.9)
+    config = dataclasses.replace(SIGMA, steps=48, batch_size=8, learning_rate=5e-3, ema_decay=0.9)
     held_out = smooth_images(24, seed=1)
     denoiser, record = train_denoiser(
-        smooth_images(64), folder, config, validation=held_out, validate_every=40, progress=False
+        smooth_images(64), folder, config, validation=held_out, validate_every=16, progress=False
     )
     return denoiser, record, folder
 
@@ -355,23 +355,23 @@ def test_training_lowers_the_error_of_unseen_images_without_a_warning(healthy):
     untrained = build_denoiser(dataclasses.replace(SIGMA)).eval()
     assert psnr(denoiser, unseen, 0.1) > psnr(untrained, unseen, 0.1) + 1.5
     assert record["warnings"] == []
-    assert record["steps"] == 120
-    assert record["epochs"] == 15.0
+    assert record["steps"] == 48
+    assert record["epochs"] == 6.0
 
 
 def test_the_curves_hold_what_was_measured(healthy):
     denoiser, record, folder = healthy
     found = rows(folder)
-    assert [int(r["step"]) for r in found] == list(range(1, 121))
+    assert [int(r["step"]) for r in found] == list(range(1, 49))
     checks = [r for r in found if r["held_out_10px"]]
-    assert [int(r["step"]) for r in checks] == [40, 80, 120]
+    assert [int(r["step"]) for r in checks] == [16, 32, 48]
     held_out, trained = smooth_images(24, seed=1), smooth_images(64)[::2][:24]
     for px in (10, 25, 50):
         assert float(checks[-1][f"held_out_{px}px"]) == pytest.approx(psnr(denoiser, held_out, px / 255), abs=1e-3)
         assert float(checks[-1][f"trained_{px}px"]) == pytest.approx(psnr(denoiser, trained, px / 255), abs=1e-3)
     assert float(checks[-1]["held_out_50px"]) > float(checks[0]["held_out_50px"]) + 1
     assert float(found[-1]["loss"]) == pytest.approx(record["loss"], abs=1e-6)
-    assert float(found[-1]["epoch"]) == 15
+    assert float(found[-1]["epoch"]) == 6
     with Image.open(folder / CURVES_PNG) as image:
         assert min(image.size) > 300
     with Image.open(folder / SAMPLES_PNG) as image:

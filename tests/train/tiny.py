@@ -22,7 +22,7 @@ from purifyloader.train.energy import EnergyTrainConfig
 from purifyloader.train.state import STATE_FILE, Groups
 from tests.conftest import random_images
 
-TINY = UNetConfig.small(channels=8, multipliers=(1, 2), norm_groups=4)
+TINY = UNetConfig.small(channels=8, multipliers=(1,), norm_groups=4)
 SIGMA = TrainConfig(
     objective="sigma",
     parameterization="edm",
