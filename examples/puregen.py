@@ -42,7 +42,7 @@ from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import add_trigger, autoregressive, backdoor, lsp, read_trigger
 from purifyloader.purifiers import Purifier
-from purifyloader.results.ranks import auc
+from purifyloader.results.values import auc
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import accuracy, train_victim
 

@@ -17,8 +17,7 @@ from purifyloader.core import noise
 from purifyloader.core.checks import check_number
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
-from purifyloader.results.ranks import auc
-from purifyloader.results.values import six_digits
+from purifyloader.results.values import auc, six_digits
 
 __all__ = ["FORMAT", "VERSION", "audit_energy", "check_top", "halves", "percentiles", "ranking", "threshold"]
 

@@ -47,11 +47,9 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.core.devices import device_of_process
     from purifyloader.results.folder import check_out
 
-    device = device_of_process(options.device, 0)
+    device, settings = device_of_process(options.device, 0), shared.settings_of(options, Settings)
     check_out(options.out, (_JSON, _CSV, _PNG), options.overwrite, "an audit")
-    results, data, reference, _ = done = audit(
-        shared.settings_of(options, Settings), device, progress=shared.shows_progress(options)
-    )
+    results, data, reference, _ = done = audit(settings, device, progress=shared.shows_progress(options))
     texts = {_CSV: done.csv()} if options.out is not None else {}
     lines = table(results, data, reference)
     report(options, results, lines, (_JSON, _PNG), lambda path: picture(results, path), texts)

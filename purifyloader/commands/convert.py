@@ -74,19 +74,9 @@ def run(options: argparse.Namespace) -> int:
     if missing := [name for name, value in required.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)} must be given.")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")  # those of the result among them
-    judged = convert(
-        options.source,
-        options.out,
-        options.format,
-        preset=options.preset,
-        settings=given(options, sorted(_SETTINGS)),
-        key=options.key,
-        file=options.file,
-        name=options.name,
-        licence=options.licence,
-        **_images(options),
-        overwrite=options.overwrite,
-    )
+    same = {name: getattr(options, name) for name in ("preset", "key", "file", "name", "licence", "overwrite")}
+    settings = given(options, sorted(_SETTINGS))
+    judged = convert(options.source, options.out, options.format, settings=settings, **same, **_images(options))
     print("\n".join([f"{options.out}: converted from {options.format}", *_judged_lines(judged)]))
     return 0
 

@@ -11,7 +11,7 @@ from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import Denoiser
-    from purifyloader.dynamics.paths import DiffusionPath, LangevinPath, Path
+    from purifyloader.dynamics.paths import LangevinPath, Path
     from purifyloader.evaluation.inputs import Models
 
 _FILES = ("dynamics.json", "dynamics.png")
@@ -100,14 +100,10 @@ def langevin_path(
 
 
 def _path(models: Models, options: argparse.Namespace) -> Path:
-    if models.denoiser is None:
-        return langevin_path(models, options, ("sigma_px", "schedule", "calls", "sampler"), _STEPS)
-    return _diffusion(models.denoiser, options)
-
-
-def _diffusion(denoiser: Denoiser, options: argparse.Namespace) -> DiffusionPath:
     from purifyloader.dynamics.paths import SCHEDULES, DiffusionPath
 
+    if (denoiser := models.denoiser) is None:
+        return langevin_path(models, options, ("sigma_px", "schedule", "calls", "sampler"), _STEPS)
     more = {"calls": options.calls, "sampler": options.sampler or "ancestral", "compute_batch": options.batch_size}
     if options.sigma_px is not None:
         if options.steps is not None or options.schedule is not None:

@@ -22,6 +22,10 @@ DESCRIPTION = (
 )
 
 
+# options that are arguments of `purifyloader.precompute` by the same names
+_SAME = ("seed", "draws", "batch_size", "shard_size", "encoding", "allow_mixed_devices")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command, those of all recipes among them."""
     data = parser.add_argument_group("what to purify")
@@ -71,19 +75,14 @@ def run(options: argparse.Namespace) -> int:
         dataset,
         purifier,
         options.out,
-        seed=options.seed,
-        draws=options.draws,
-        batch_size=options.batch_size,
-        shard_size=options.shard_size,
-        encoding=options.encoding,
         device=device,
         workers=(0 if device.type == "cpu" else min(8, share - 1)) if options.workers is None else options.workers,
         check_source=CHECKED if options.check_source is None else _amount(options.check_source),
         image_key=_key(options.image_key),
         rank=rank,
         world_size=world_size,
-        allow_mixed_devices=options.allow_mixed_devices,
         progress=not options.quiet,
+        **{name: getattr(options, name) for name in _SAME},
     )
     if rank == 0:
         print(_summary(reader, time.monotonic() - begun))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -13,10 +14,10 @@ from purifyloader.errors import PurifyError
 _USER_ERROR, _INTERRUPTED = 2, 130
 
 
-def exit_status(work: Callable[[], int], in_words: Callable[[PurifyError], str] = str) -> int:
-    """Call `work` and return its exit status; after an error of the user's print `in_words(error)` and return 2."""
+def exit_status(work: Callable[[], int | None], in_words: Callable[[PurifyError], str] = str) -> int:
+    """Call `work` and return its status, or 0; after an error of the user's print `in_words(error)` and return 2."""
     try:
-        return work()
+        return work() or 0
     except PurifyError as error:
         print(f"purifyloader: error: {in_words(error)}", file=sys.stderr)
         return _USER_ERROR
@@ -25,7 +26,7 @@ def exit_status(work: Callable[[], int], in_words: Callable[[PurifyError], str] 
         return _INTERRUPTED
 
 
-def run_many(work: Callable[[int], object], processes: int) -> None:
+def run_many(work: Callable[[int], None], processes: int) -> None:
     """Call `work(0)`, `work(1)`, ... each in a process of its own, and wait for all, also where one of them stopped.
 
     `work` is pickled: a function of a module, with its arguments bound by `functools.partial`.
@@ -48,14 +49,9 @@ def run_many(work: Callable[[int], object], processes: int) -> None:
         )
 
 
-def _one(work: Callable[[int], object], number: int) -> None:
+def _one(work: Callable[[int], None], number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def done() -> int:
-        work(number)
-        return 0
-
-    sys.exit(exit_status(done))
+    sys.exit(exit_status(functools.partial(work, number)))
 
 
 def _end_with_parent() -> None:

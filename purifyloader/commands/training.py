@@ -306,7 +306,6 @@ class CleanSet:
     """
 
     dataset: Any
-    length: int
     indices: list[int]
     images: Tensor
     held_out: list[int] = field(default_factory=list)
@@ -326,7 +325,7 @@ def _clean_set(options: argparse.Namespace, quiet: bool) -> CleanSet:
     if options.validation is None:
         indices, held_out = hold_out(length, indices, options.choose_seed, options.validation_count)
     images = load_images(dataset, indices, size=options.size, progress=not quiet)
-    return CleanSet(dataset, length, indices, images, held_out)
+    return CleanSet(dataset, indices, images, held_out)
 
 
 def _held_out_images(options: argparse.Namespace, clean: CleanSet, quiet: bool) -> tuple[Tensor | None, str]:
@@ -373,7 +372,7 @@ def _details(
     return {
         "purifyloader": __version__,
         "data": options.description or describe(options.data),
-        "data_length": clean.length,
+        "data_length": len(clean.dataset),
         "image_size": list(clean.images.shape[-2:]),
         "resized": options.size,
         "indices": clean.indices,

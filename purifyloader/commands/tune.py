@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     results = {**results, "data": described, "reasons": list(reasons(results))}
     # a path stays out of the results, which may travel; the printed proposal names it
     full = {"energy": options.energy, "model": options.model}
-    short = {kind: _without_path(spec) for kind, spec in full.items()}
+    short = {kind: Path(spec).name if spec and Path(spec).is_dir() else spec for kind, spec in full.items()}
     printed = {}
     for key, level in (("pasted", "proposal"), ("pasted_with_compensation", "with_compensation")):
         results[key] = None
@@ -91,10 +91,6 @@ def run(options: argparse.Namespace) -> int:
             printed[level] = pasted(results[level], options, full)
     report(options, results, proposal_table(results, printed), _FILES, lambda file: picture(results, file))
     return 0
-
-
-def _without_path(spec: str | None) -> str | None:
-    return None if spec is None else Path(spec).name if Path(spec).is_dir() else spec
 
 
 def _path(models: Models, options: argparse.Namespace) -> Purification:

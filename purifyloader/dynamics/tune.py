@@ -21,8 +21,7 @@ from purifyloader.dynamics.measure import Floats, dynamics, energies_of, tempera
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
-from purifyloader.results.ranks import auc
-from purifyloader.results.values import six_digits
+from purifyloader.results.values import auc, six_digits
 
 __all__ = ["COMPENSATED", "FORMAT", "VERSION", "Choice", "choose_level", "compare_unpaired", "tune"]
 

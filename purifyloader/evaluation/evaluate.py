@@ -21,8 +21,7 @@ from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
 from purifyloader.purifiers.networks import check_model
-from purifyloader.results.ranks import auc
-from purifyloader.results.values import images_sha256, model_facts, six_digits
+from purifyloader.results.values import auc, images_sha256, model_facts, six_digits
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import itertools
 import statistics
@@ -50,7 +49,7 @@ def measure(
         process.
     """
     with torch.device("meta"):
-        model = build(_replace(config, start_from=None), images.shape[1])
+        model = build(config.from_dict({"start_from": None}, config), images.shape[1])
     parameters = sum(p.numel() for p in model.parameters())
     moments = [time.monotonic()]
 
@@ -63,7 +62,7 @@ def measure(
             raise _Enough
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        few = _replace(config, steps=max(config.steps, _LONG))
+        few = config.from_dict({"steps": max(config.steps, _LONG)}, config)
         never = float("inf")
         train(images, folder, few, device=device, save_every=never, on_step=on_step, progress=False, **options)
     taken = [b - a for a, b in itertools.pairwise(moments)]
@@ -82,10 +81,6 @@ def measure(
     }
 
 
-def _replace(config: TrainingFields, **changes: Any) -> TrainingFields:
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
-
-
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
@@ -99,24 +94,15 @@ def _duration(seconds: float) -> str:
 def report(plan: dict[str, Any], config: TrainingFields, machine: str, now: datetime.datetime) -> str:
     """Return the result of `measure` as lines for people."""
     end = now + datetime.timedelta(seconds=plan["seconds"])
-    rows = [
-        ("parameters", f"{plan['parameters']:,}"),
-        (
-            "files",
-            f"{plan['model_bytes'] / 1e6:,.1f} MB the checkpoint; until it is done "
-            f"{2 * plan['state_bytes'] / 1e6:,.1f} MB, for the state is replaced as a whole",
-        ),
-        ("images", f"{plan['images']:,}, each seen {plan['epochs']:,.0f} times"),
-        ("steps", f"{config.steps:,} of {config.batch_size} images"),
-        (
-            "a step",
-            f"{plan['seconds_per_step']:.3g} s (median of {plan['timed_steps']}; the first took "
-            f"{plan['first_step_seconds']:.3g} s) on {machine}",
-        ),
-        ("memory", f"{plan['peak_memory'] / 1e9:.2f} GB at most" if plan["peak_memory"] else "not known here"),
-        (
-            "in all",
-            f"{_duration(plan['seconds'])}, without validation; started now it ends about {end:%Y-%m-%d %H:%M}",
-        ),
-    ]
-    return "\n".join(f"{name:<12}{text}" for name, text in rows)
+    checkpoint, state = plan["model_bytes"] / 1e6, 2 * plan["state_bytes"] / 1e6
+    step, first = f"{plan['seconds_per_step']:.3g} s", f"{plan['first_step_seconds']:.3g} s"
+    rows = {
+        "parameters": f"{plan['parameters']:,}",
+        "files": f"{checkpoint:,.1f} MB the checkpoint; until it is done {state:,.1f} MB, replaced as a whole",
+        "images": f"{plan['images']:,}, each seen {plan['epochs']:,.0f} times",
+        "steps": f"{config.steps:,} of {config.batch_size} images",
+        "a step": f"{step} (median of {plan['timed_steps']}; the first took {first}) on {machine}",
+        "memory": f"{plan['peak_memory'] / 1e9:.2f} GB at most" if plan["peak_memory"] else "not known here",
+        "in all": f"{_duration(plan['seconds'])}, without validation; started now it ends about {end:%Y-%m-%d %H:%M}",
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in rows.items())

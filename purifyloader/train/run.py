@@ -258,8 +258,8 @@ class _Run(Generic[Network]):
         task.watch.restore(header)
         task.curves.rows = header["curves"]
         if (planned := header["plan"]) != (plan := task.config.length()):
-            words = f"planned {_in_words(planned)}, now {_in_words(plan)}"
-            task.warnings.append(f"the length was changed at step {header['step']:,}: {words}")
+            before, now = (", ".join(f"{k}={v}" for k, v in sorted(length.items())) for length in (planned, plan))
+            task.warnings.append(f"the length was changed at step {header['step']:,}: planned {before}, now {now}")
         task.restore(header["step"], groups)
         log.info("going on from step %d of %d in %s", self.weights.step, self.steps, self.path)
 
@@ -302,10 +302,6 @@ class _Run(Generic[Network]):
         return TrainingError(
             f"{reason} at step {step}.{kept} {self.task.advice}, and start again with another output folder."
         )
-
-
-def _in_words(plan: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(plan.items()))
 
 
 @contextlib.contextmanager

@@ -39,25 +39,20 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def _as_images(images: Images, count: int | None = None) -> Tensor:
+def _as_images(images: Images, count: int) -> Tensor:
     """Check images, and return them as a tensor (N, C, H, W), uint8 or float32, not copied."""
     if isinstance(images, np.ndarray) and not images.flags.writeable:
         images = images.copy()  # torch warns about sharing memory that it must not write
-    x = given = torch.as_tensor(images)
-    if x.ndim != 4 or len(x) == 0 or not (x.dtype == torch.uint8 or x.dtype.is_floating_point):
+    x = torch.as_tensor(images)
+    bytes_ = x.dtype == torch.uint8
+    if x.ndim != 4 or len(x) == 0 or not (bytes_ or x.dtype.is_floating_point) or x.shape[3 if bytes_ else 1] != 3:
         raise InputError(
-            "Images must be uint8 (N, H, W, C) or float (N, C, H, W) in [0, 1], at least one. "
+            "Images must be uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1], at least one, of 3 channels. "
             f"Got {x.dtype} {tuple(x.shape)}."
         )
-    x = x.permute(0, 3, 1, 2) if x.dtype == torch.uint8 else x.to(torch.float32)
-    if x.shape[1] != 3:
-        raise InputError(
-            "Images must have 3 channels, last in uint8 (N, H, W, C), second in float (N, C, H, W). "
-            f"Got {given.dtype} {tuple(given.shape)}."
-        )
-    if count is not None and len(x) != count:
+    if len(x) != count:
         raise InputError(f"There must be one label per image. Got {len(x)} images and {count} labels.")
-    return x
+    return x.permute(0, 3, 1, 2) if bytes_ else x.to(torch.float32)
 
 
 def _as_labels(labels: Tensor | NDArray | Sequence[int], classes: int) -> Tensor:

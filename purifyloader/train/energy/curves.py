@@ -24,20 +24,9 @@ log = logging.getLogger(__name__)
 
 BANK_PNG, CHAINS_PNG = "bank.png", "chains.png"
 
-COLUMNS = (
-    "step",
-    "seconds",
-    "learning_rate",
-    "gradient_norm",
-    "data",
-    "samples",
-    "difference",
-    "spread",
-    "drift",
-    "outside",
-    "trained",
-    "held_out",
-)
+WATCHED = ("difference", "spread", "drift", "outside")
+_BEFORE = ("step", "seconds", "learning_rate", "gradient_norm", "data", "samples")
+COLUMNS = (*_BEFORE, *WATCHED, "trained", "held_out")
 
 FOLLOWED = 200  # images, trained on and held out, whose energies are followed
 _SHOWN = 64  # samples of the bank in its picture

@@ -25,7 +25,7 @@ from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.train.curves import Curves
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
-from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, float32_arithmetic, mean_energy, write_pictures
+from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, WATCHED, float32_arithmetic, mean_energy, write_pictures
 from purifyloader.train.fields import check_channels, check_start
 from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.state import Groups
@@ -67,14 +67,14 @@ def energy_learning_rate(config: EnergyTrainConfig, step: int) -> float:
 
 
 class _EnergyWatch(Watch):
-    """Running means of four values.
+    """Keep running means of four values.
 
     `difference` (mean energy of images less that of samples) and `spread` (standard deviation over the images), in
     units of the temperature; `drift` of a Langevin step without its noise, root mean square in image units; `outside`,
     share of the samples' pixels outside [0, 1] by more than `config.margin`.
     """
 
-    names = ("difference", "spread", "drift", "outside")
+    names = WATCHED
 
     def __init__(self, config: EnergyTrainConfig) -> None:
         super().__init__()
