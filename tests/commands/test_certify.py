@@ -324,6 +324,7 @@ def test_no_secret_and_no_path_is_published(whole: Path, place: Path) -> None:
     assert str(whole.parent).encode() not in published
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_command_changes_nothing(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = everything(whole)
     times = {path: path.stat().st_mtime_ns for path in (whole / "votes").rglob("*.json")}
