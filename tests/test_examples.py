@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -14,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from purifyloader import recipes
 from purifyloader.datasets import splits
+from purifyloader.victims import training
 from tests import processes
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +30,17 @@ def run(script: str, *arguments: object, warnings: str | None = "error") -> str:
 
 
 def on_few_images(script: str, *arguments: str) -> None:
-    """In a child: a script whose sample is 128 images of noise, for the real one takes seconds to decode."""
+    """In a child: a script in which nothing takes seconds.
+
+    Its sample is 128 images of noise, purified as JPEG, and victims train in float32, for a CPU may emulate bfloat16.
+    """
     path = ROOT / "examples" / script
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (128, 32, 32, 3), np.uint8), np.arange(128) % 10
     few = {"train": (images, labels), "test": (images[:20], labels[:20])}
     splits.load_sample = lambda folder, split: few[split]  # type: ignore[assignment]
+    recipes.eclipse = lambda *_, **__: recipes.jpeg(50)  # type: ignore[assignment]
+    training.train_victim = functools.partial(training.train_victim, bfloat16=False)  # type: ignore[assignment]
     sys.path.insert(0, str(path.parent))
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")

@@ -344,19 +344,19 @@ def test_a_run_is_killed_thirty_times(tmp_path):
 
 @EVERY
 @pytest.mark.parametrize("place", ["save_file", "replacing"])
-def test_a_full_disk_is_an_error_that_keeps_the_state_before(kind, place, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_that_keeps_the_state_before(kind, place, tmp_path):
     train(kind, tmp_path, replaced(kind.config, steps=3))
     before = (tmp_path / STATE_FILE).read_bytes()
 
     def full(target: Any, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
-    monkeypatch.setattr(state, place, full)
-    with pytest.raises(TrainingError, match=r"(?s)Could not write .*No space left.*make room"):
-        train(kind, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, place, full)
+        with pytest.raises(TrainingError, match=r"(?s)Could not write .*No space left.*make room"):
+            train(kind, tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == before
     assert not list(tmp_path.glob(".*"))
-    monkeypatch.undo()
     assert same(weights(train(kind, tmp_path)[0]), weights(train(kind, tmp_path / "whole")[0]))
 
 
