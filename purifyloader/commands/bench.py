@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--training", choices=tuple(TRAININGS), help=words)
     others = ", ".join(f"{model} for {data}" for data, model in DENOISERS.items())
-    add("--denoiser", help=f"ECLIPSE's (default: {Models.denoiser}; {others})")
+    add("--model", help=f"ECLIPSE's (default: {Models.denoiser}; {others})")
     for field, what in (("energy", "PureGen's energy model"), ("ddpm", "PureGen's diffusion model")):
         add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
     add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
@@ -106,7 +106,7 @@ def _settings(options: argparse.Namespace, number: int) -> Settings:
         defences=options.defence or scale.defences,
         victim=options.victim or scale.victim,
         training=options.training or scale.training,
-        models=Models(options.denoiser or DENOISERS.get(data, Models.denoiser), options.energy, options.ddpm),
+        models=Models(options.model or DENOISERS.get(data, Models.denoiser), options.energy, options.ddpm),
         work=options.work or options.out / "work",
         device=str(device_of_process(options.device, number)),
         fast=options.dtype == "bfloat16",

@@ -192,7 +192,7 @@ def test_a_killed_bench_goes_on(whole, folder, tmp_path):
 
 
 def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
-    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--denoiser", model, attack="none")
+    found = run(folder, tmp_path, "--defence", "A@20", "--defence", "eclipse", "--model", model, attack="none")
     by = {(row["attack"], row["defence"]): row for row in found}
     assert by["none", "A@20 [tiny]"]["sigma_px"] == 20
     assert by["none", "eclipse [tiny]"]["sigma_px"] == 12.75
@@ -298,11 +298,11 @@ def test_what_a_model_learned_from_is_in_no_set(folder, tmp_path):
             bench(folder, tmp_path, models=Models(denoiser=str(path))).check("eclipse")
         bench(folder, tmp_path, models=Models(denoiser=str(path))).check("jpeg-10")
     found = run(
-        folder, tmp_path / "out", "--defence", "A", "--denoiser", tmp_path / "training", "--leave-out", attack="none"
+        folder, tmp_path / "out", "--defence", "A", "--model", tmp_path / "training", "--leave-out", attack="none"
     )
     assert {row["images"] for row in found} == {TRAIN - 4}
     words = ["--data", "imagefolder", "--root", folder, "--out", tmp_path / "no", "--defence", "A", "--leave-out"]
-    assert main(["bench", *map(str, words), "--denoiser", str(tmp_path / "test")]) == 2
+    assert main(["bench", *map(str, words), "--model", str(tmp_path / "test")]) == 2
     assert not (tmp_path / "no" / "rows.jsonl").exists(), "refused before any work"
 
 
@@ -343,7 +343,7 @@ def test_what_a_model_started_from_is_in_no_set(folder, tmp_path):
     models = Models(denoiser=str(tmp_path / "second"))
     with pytest.raises(InputError, match=r"The training set and what second learned .* Got 3 of 8"):
         bench(folder, tmp_path, models=models).check("eclipse")
-    words = ["--defence", "eclipse", "--denoiser", tmp_path / "second", "--leave-out"]
+    words = ["--defence", "eclipse", "--model", tmp_path / "second", "--leave-out"]
     assert {row["images"] for row in run(folder, tmp_path / "out", *words, attack="none")} == {TRAIN - 3}
 
 
@@ -388,7 +388,7 @@ def test_a_file_is_of_all_training_images_whichever_are_chosen(form, chosen, fol
         learned = [3, 7, 8]
         pretrained.save(tiny_denoiser(), tmp_path / "m", details=hashes_of(data.train[learned]))
         some = data.only(np.setdiff1d(np.arange(TRAIN), learned))
-        words = ["--leave-out", "--denoiser", tmp_path / "m", "--defence", "A"]
+        words = ["--leave-out", "--model", tmp_path / "m", "--defence", "A"]
     else:
         some, words = data.some(20, None), ["--train", 20, "--defence", "jpeg-10"]
     assert some.chosen is not None
@@ -438,7 +438,7 @@ def test_what_is_left_out_does_not_hang_on_the_defences(folder, tmp_path):
     data = load("imagefolder", folder)
     pretrained.save(tiny_denoiser(), tmp_path / "m", details=hashes_of(data.train[3:7]))
     pretrained.save(tiny_denoiser(), tmp_path / "silent")
-    out, models = tmp_path / "out", ["--denoiser", tmp_path / "m", "--ddpm", tmp_path / "silent", "--leave-out"]
+    out, models = tmp_path / "out", ["--model", tmp_path / "m", "--ddpm", tmp_path / "silent", "--leave-out"]
     first = run(folder, out, *models, "--defence", "jpeg-10", attack="none")
     assert {row["images"] for row in first} == {TRAIN - 4}
     again = run(folder, out, *models, "--defence", "jpeg-10", "--defence", "A", attack="none")
@@ -701,7 +701,7 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--processes", "0"), "--processes: must be an integer of 1 or more"),
         (("--device", "tpu"), "tpu"),
         (("--report",), "Expected rows in"),
-        (("--defence", "A", "--denoiser", "no-such-model"), "no-such-model"),
+        (("--defence", "A", "--model", "no-such-model"), "no-such-model"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(words, message, folder, tmp_path, capsys):
@@ -745,7 +745,7 @@ def test_tiny_imagenet_has_a_denoiser_of_its_kind():
 
     for data, name in (("tiny-imagenet", "tiny-imagenet-sparse"), ("cifar10", "cifar10-sparse")):
         assert _settings(parse(["bench", "--out", "o", "--data", data])[2], 0).models.denoiser == name
-    given = parse(["bench", "--out", "o", "--data", "tiny-imagenet", "--denoiser", "cifar10-sparse"])[2]
+    given = parse(["bench", "--out", "o", "--data", "tiny-imagenet", "--model", "cifar10-sparse"])[2]
     assert _settings(given, 0).models.denoiser == "cifar10-sparse"
     assert all("eclipse@25" in scale.defences for scale in SCALES.values())
 

@@ -113,7 +113,7 @@ def test_bench_and_certify_refuse_images_trained_on(images, models, tmp_path, ca
             pngs(tmp_path / "set" / split / str(label), some[label::2])
     words = ["--data", "imagefolder", "--root", str(tmp_path / "set")]
     out = ["--out", str(tmp_path / "out")]
-    assert cli.main(["bench", *words, *out, "--defence", "A", "--denoiser", str(models / "denoiser")]) == 2
+    assert cli.main(["bench", *words, *out, "--defence", "A", "--model", str(models / "denoiser")]) == 2
     assert "must have no image in common" in capsys.readouterr().err
     more = ["--model", str(models / "denoiser"), "--sigma", "0.1", "--estimate"]
     assert cli.main(["certify", *words, *out, *more]) == 2
