@@ -512,7 +512,7 @@ def test_other_weights_by_the_name_that_was_started_from_are_refused(
     assert same(weights(pretrained.load("again")), weights(pretrained.load("model")))
     pretrained.save(tiny_denoiser(seed=1), "base", name="base", overwrite=True)
     assert run(*common, "--out", "third", "--config", "model/config.json") == 2
-    assert re.search(r"model/config\.json starts from weights .* of 'base'\. Got others", capsys.readouterr().err)
+    assert re.search(r"model/config\.json starts from the weights .* of 'base'\. Got others", capsys.readouterr().err)
     shutil.rmtree("base")
     assert run(*common, "--out", "third", "--config", "model/config.json") == 2
     assert "base" in capsys.readouterr().err
