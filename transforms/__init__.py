@@ -1,4 +1,4 @@
-"""What a training script imports: transforms for the pipelines people already have."""
+"""Transforms for the pipelines that training scripts already have."""
 
 from __future__ import annotations
 

@@ -408,11 +408,11 @@ def _find_tars(spec: str) -> list[Path]:
         return _some([p for p in files if _TAR.search(p.name) and p.with_suffix("") not in files], spec)
     if path.exists():
         return [path]
-    found: list[Path] = []
+    tars: list[Path] = []
     for name in _expand(spec):
         matches = sorted(glob.glob(name, recursive=True)) if any(c in name for c in "*?[") else [name]
-        found += _some([Path(match) for match in matches], name)
-    return found
+        tars += _some([Path(match) for match in matches], name)
+    return tars
 
 
 def _some(tars: list[Path], spec: str) -> list[Path]:

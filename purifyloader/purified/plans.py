@@ -205,33 +205,33 @@ def agreed(
     return findings
 
 
-def check_sanitation(folder: Path, there: Sanitation | None, given: Sanitation | None) -> None:
+def check_sanitation(folder: Path, there: Sanitation | None, wanted: Sanitation | None) -> None:
     """Refuse a sanitation other than the one that the cache has."""
-    if there is not None and given is not None and there != given:
+    if there is not None and wanted is not None and there != wanted:
         raise CacheError(
             f"The cache {folder} has another sanitation (there → given):\n"
-            f"{fmt.differences(there.to_dict(), given.to_dict())}\nGive none to use the one that is there, or "
+            f"{fmt.differences(there.to_dict(), wanted.to_dict())}\nGive none to use the one that is there, or "
             "precompute into another folder."
         )
 
 
-def sanitation_of(reader: CacheReader, given: Sanitation | None) -> Sanitation | None:
-    """Return the sanitation by which a finished cache is read: its own, or the one given.
+def sanitation_of(reader: CacheReader, wanted: Sanitation | None) -> Sanitation | None:
+    """Return the sanitation by which a finished cache is read: its own, or the one wanted.
 
     Raises `CacheError` where it has another, or was made from another dataset than the one that was sanitized.
     """
     findings = of_index(reader.plan)
     there = None if findings is None else findings.sanitation
-    check_sanitation(reader.folder, there, given)
-    if there is None and given is not None:
-        given.check_length(len(reader))
+    check_sanitation(reader.folder, there, wanted)
+    if there is None and wanted is not None:
+        wanted.check_length(len(reader))
         source = reader.identity["source"]
-        if given.source is not None and source is not None and given.source != source:
+        if wanted.source is not None and source is not None and wanted.source != source:
             raise CacheError(
                 f"The sanitation was found in another dataset than the one that the cache {reader.folder} was made "
                 "from. Sanitize this one."
             )
-    return given if there is None else there
+    return wanted if there is None else there
 
 
 def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
@@ -242,9 +242,9 @@ def of_index(index_plan: Mapping[str, Any] | None) -> Findings | None:
     return Findings.from_dict(values)
 
 
-def with_plan(writer: CacheWriter, given: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
+def with_plan(writer: CacheWriter, plan: Mapping[str, Any] | None, findings: Findings | None) -> dict[str, Any] | None:
     """Join the user's plan and the findings for the index. None keeps the plan that is there."""
-    whole = None if given is None else fmt.plain("A plan", given)
+    whole = None if plan is None else fmt.plain("A plan", plan)
     if findings is None:
         return whole
     if whole is not None and fmt.WHERE in whole:

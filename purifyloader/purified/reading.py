@@ -134,7 +134,7 @@ def converted(
 
 def check_source(
     reader: SampleReader,
-    known: NDArray[np.uint64],
+    recorded: NDArray[np.uint64],
     amount: bool | int,
     folder: Path,
     *,
@@ -147,7 +147,7 @@ def check_source(
     `amount` is True for all of them, else how many, drawn at random; `seen` is called after each batch with how many
     were compared. Raises `CacheError` of the cache in `folder`, which names the first sample that differs.
     """
-    length = len(known)
+    length = len(recorded)
     count = length if amount is True else min(as_integer("check_source", amount, 0), length)
     # from the system's entropy: who tampers with a source must not know where one looks
     drawn = range(length) if count == length else sorted(np.random.default_rng().choice(length, count, False).tolist())
@@ -156,7 +156,7 @@ def check_source(
         for at in range(0, count, batch_size):
             part = list(drawn[at : at + batch_size])
             hashes = np.stack([read.hashes for read in reader.read([start + i for i in part])])
-            differing.update({i: w for i, w in zip(part, hashes != known[part], strict=True) if w.any()})
+            differing.update({i: w for i, w in zip(part, hashes != recorded[part], strict=True) if w.any()})
             seen(len(part))
     if differing:
         first, wrong = next(iter(differing.items()))
