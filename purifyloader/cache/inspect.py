@@ -75,7 +75,7 @@ def read_folder(path: Path) -> Folder:
     """
     path = path.absolute()
     if not path.is_dir():
-        raise CacheError(f"There is no folder {path} with a cache in it. Check the path.")
+        raise CacheError(f"A cache is a folder. Got {path}, which is none. Check the path.")
     folder = Folder(path)
     other: CacheError | None = None
     names = folder.names()

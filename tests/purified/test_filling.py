@@ -431,22 +431,22 @@ def late(bad: Any, at: int = 100, count: int = 150) -> Items:
     return Items([(bad if i == at else Image.new("RGB", (8, 8)), i) for i in range(count)])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_is_one_error_that_names_it(tmp_path: Path, workers: int) -> None:
     with pytest.raises(InputError) as caught:
-        filled(tmp_path, late(Image.new("P", (8, 8))), workers=workers)
+        filled(tmp_path, late(Image.new("P", (8, 8))), workers=workers, shard_size=16)
     message = str(caught.value)
     assert message.startswith("Item 100 of the dataset: A PIL image's mode must be one of")
     assert "Traceback" not in message
     assert "worker" not in message
     assert not [path for path in tmp_path.glob(".*.lock") if is_held(path)]
     done = {path.name for path in tmp_path.glob("shard-*")}
-    assert "shard-00025.safetensors" not in done
-    filled(tmp_path, late(Image.new("RGB", (8, 8))), workers=workers)  # the rest goes on
+    assert "shard-00006.safetensors" not in done
+    filled(tmp_path, late(Image.new("RGB", (8, 8))), workers=workers, shard_size=16)  # the rest goes on
     assert len(CacheReader(tmp_path)) == 150
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_dataset_is_handed_on(tmp_path: Path, workers: int) -> None:
     class Broken(Items):
         def __getitem__(self, index: int) -> Any:
@@ -463,7 +463,7 @@ def test_an_error_of_the_dataset_is_handed_on(tmp_path: Path, workers: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "workers"), [(KeyboardInterrupt, 0), (MemoryError, 0), (SystemExit, 2), (InputError, 2)]
+    ("error", "workers"), [(KeyboardInterrupt, 0), (MemoryError, 0), (SystemExit, 1), (InputError, 2)]
 )
 def test_a_purifier_that_is_interrupted(tmp_path: Path, whole: dict[str, bytes], error: type, workers: int) -> None:
     """It leaves no lock behind, nor a thread or process that reads: the same call goes on in the same process."""
@@ -488,7 +488,7 @@ def test_a_purifier_that_is_interrupted(tmp_path: Path, whole: dict[str, bytes],
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_the_random_state_is_untouched(tmp_path: Path, workers: int) -> None:
     class Noisy(Items):
         def __getitem__(self, index: int) -> Any:
