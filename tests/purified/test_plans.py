@@ -259,8 +259,7 @@ filled(folder, rank=rank, world_size=world_size)
 """
 
 
-@pytest.mark.parametrize("has_locks", [True, False])
-@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize(("order", "has_locks"), [([0, 1], True), ([1, 0], False)])
 def test_processes_agree_without_a_group(
     tmp_path: Path, whole: dict[str, bytes], order: list[int], has_locks: bool
 ) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.purifiers import DenoiseOnce
-from tests.conftest import tiny_denoiser
 from tests.scripts.data import TRAIN, write_folder
 
 # What these packages warn of, of few images and few workers too, is theirs.
@@ -48,7 +49,8 @@ def test_a_script_with_one_line_changed(script, main, purified, batches, tmp_pat
     write_folder(tmp_path / "data")
     (out := tmp_path / "out").mkdir()
     Witness.seen = 0
-    purifier = Witness(tiny_denoiser(), 0.1, compute_batch=8)
+    network = UNet(UNetConfig.small(channels=8, multipliers=(1,), norm_groups=4))
+    purifier = Witness(NetworkDenoiser(network, "edm", (0.001, 0.3)), 0.1, compute_batch=8)
     before = [value.clone() for value in purifier.state_dict().values()]
     torch.manual_seed(0)
     # timm and Lightning take seconds to import, so each script is imported when it runs
