@@ -925,8 +925,26 @@ CONVERSIONS_WITHOUT_FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize("compensate", [None, Compensate(p=0.5, sigma=0.1)], ids=["", "compensated"])
-@pytest.mark.parametrize("name", {**RANDOM, **CONVERSIONS, "none": None})
+def compensated_or_not(names, compensated):
+    """Parametrize a test by a transform of each name, and by compensation behind some of them."""
+    corruption = Compensate(p=0.5, sigma=0.1)
+    cases = [pytest.param(name, None, id=name) for name in names]
+    cases += [pytest.param(name, corruption, id=f"{name}, compensated") for name in compensated]
+    return pytest.mark.parametrize(("name", "compensate"), cases)
+
+
+# With and without a normalisation behind the compensation, in both versions of torchvision, opened and not.
+COMPENSATED = (
+    "ToTensor",
+    "ToTensor, Normalize",
+    "nested",
+    "PILToTensor",
+    "ToImage, ToDtype, Normalize, ToPureTensor",
+    "ToImage, ToPureTensor, ToDtype",
+)
+
+
+@compensated_or_not({**RANDOM, **CONVERSIONS, "none": None}, (*RANDOM, *COMPENSATED, "none"))
 def test_from_cache_with_transforms(images, tmp_path, name, compensate):
     """Of the same random state the same crops, of the same seed the same compensation."""
     make = {**RANDOM, **CONVERSIONS}.get(name, lambda: None)
@@ -1115,8 +1133,7 @@ def test_whole_batches_are_converted_at_once(images, tmp_path):
         assert calls == want
 
 
-@pytest.mark.parametrize("compensate", [None, Compensate(p=0.5, sigma=0.1)], ids=["", "compensated"])
-@pytest.mark.parametrize("name", {**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32})
+@compensated_or_not({**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32}, (*COMPENSATED, *CONVERSIONS_WITHOUT_FLOAT32))
 def test_whole_batches_have_the_bits_of_single_items(images, tmp_path, name, compensate):
     make = {**CONVERSIONS, **CONVERSIONS_WITHOUT_FLOAT32}[name]
     dataset = PurifiedDataset(PictureDataset(images, make()), Jpeg(30), compensate, cache=tmp_path, progress=False)
