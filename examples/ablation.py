@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader import recipes
-from purifyloader.bench.defence import compensation, purify_array
+from purifyloader.bench.applying import compensation, purify_array
 from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons import autoregressive, lsp

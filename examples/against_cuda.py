@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader.bench.defence import per_epoch_transform
+from purifyloader.bench.applying import per_epoch_transform
 from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
 from purifyloader.poisons.attacks import registry as attacks

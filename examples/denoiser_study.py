@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader import __version__, recipes
-from purifyloader.bench.defence import compensation, purify_array
+from purifyloader.bench.applying import compensation, purify_array
 from purifyloader.core import noise
 from purifyloader.datasets.named import describe, open_dataset
 from purifyloader.datasets.select import load_images

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.audit import dataset_energies
-from purifyloader.bench.defence import compensation
+from purifyloader.bench.applying import compensation
 from purifyloader.core import noise
 from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.splits import load_sample

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader import pretrained, recipes
-from purifyloader.bench.defence import compensation, purify_array
+from purifyloader.bench.applying import compensation, purify_array
 from purifyloader.core import noise
 from purifyloader.datasets.splits import load_sample
 from purifyloader.poisons import autoregressive, lsp

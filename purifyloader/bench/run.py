@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from purifyloader.bench import targeted, transfer
-from purifyloader.bench.defence import compensation, per_epoch_transform
+from purifyloader.bench.applying import compensation, per_epoch_transform
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
 from purifyloader.datasets.splits import Data

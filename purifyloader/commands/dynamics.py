@@ -64,7 +64,7 @@ def add_measuring(parser: argparse.ArgumentParser, of: str) -> None:
 def run(options: argparse.Namespace) -> int:
     from purifyloader.commands.reporting import calls_bar, clean_images, report
     from purifyloader.core.devices import device_of_process
-    from purifyloader.dynamics.measure import dynamics
+    from purifyloader.dynamics.measuring import dynamics
     from purifyloader.dynamics.pictures import picture
     from purifyloader.dynamics.report import table
     from purifyloader.evaluation.inputs import load_models

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader import pretrained
     from purifyloader.commands.reporting import calls_bar, clean_images, report
     from purifyloader.core.devices import device_of_process
-    from purifyloader.evaluation.evaluate import default_sigmas, evaluate
+    from purifyloader.evaluation.evaluating import default_sigmas, evaluate
     from purifyloader.evaluation.inputs import Models
     from purifyloader.evaluation.pictures import examples, picture
     from purifyloader.evaluation.report import table

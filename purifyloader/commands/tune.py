@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.core.devices import device_of_process
     from purifyloader.dynamics.pictures import picture
     from purifyloader.dynamics.report import proposal_table, reasons
-    from purifyloader.dynamics.tune import choose_level, tune
+    from purifyloader.dynamics.tuning import choose_level, tune
     from purifyloader.evaluation.inputs import load_models
     from purifyloader.results.folder import check_out
 

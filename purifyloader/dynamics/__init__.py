@@ -4,10 +4,10 @@
 line they are `purifyloader dynamics` and `purifyloader tune`.
 """
 
-from purifyloader.dynamics.measure import Measured, dynamics, measure
+from purifyloader.dynamics.measuring import Measured, dynamics, measure
 from purifyloader.dynamics.paths import DiffusionPath, LangevinPath, Path
 from purifyloader.dynamics.pictures import picture
-from purifyloader.dynamics.tune import Choice, choose_level, tune
+from purifyloader.dynamics.tuning import Choice, choose_level, tune
 
 __all__ = [
     "Choice",

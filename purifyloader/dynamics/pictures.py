@@ -11,9 +11,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from purifyloader.dynamics.measure import FORMAT, VERSION
-from purifyloader.dynamics.tune import FORMAT as TUNE_FORMAT
-from purifyloader.dynamics.tune import VERSION as TUNE_VERSION
+from purifyloader.dynamics.measuring import FORMAT, VERSION
+from purifyloader.dynamics.tuning import FORMAT as TUNE_FORMAT
+from purifyloader.dynamics.tuning import VERSION as TUNE_VERSION
 from purifyloader.results.figures import new_figure, save_figure
 from purifyloader.results.values import attack_label, check_format
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from purifyloader.dynamics.tune import COMPENSATED
+from purifyloader.dynamics.tuning import COMPENSATED
 from purifyloader.results.table import plain
 
 __all__ = ["proposal_table", "reasons", "table"]

@@ -5,7 +5,7 @@ from the command line.
 """
 
 from purifyloader.diffusion.psnr import jpeg_psnr, noised_psnr, psnr
-from purifyloader.evaluation.evaluate import default_sigmas, evaluate
+from purifyloader.evaluation.evaluating import default_sigmas, evaluate
 from purifyloader.evaluation.measures import calibration, removed_energy
 from purifyloader.evaluation.pictures import Examples, examples, picture
 from purifyloader.results.values import auc

@@ -16,7 +16,7 @@ from purifyloader.core import noise
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.psnr import check_images, estimate
 from purifyloader.errors import InputError
-from purifyloader.evaluation.evaluate import FORMAT, VERSION
+from purifyloader.evaluation.evaluating import FORMAT, VERSION
 from purifyloader.results.figures import new_figure, save_figure
 from purifyloader.results.values import attack_label, check_format
 

@@ -99,6 +99,8 @@ class Sanitation:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` gives; `ConfigError` where it is damaged, or of a newer schema."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"A sanitation is a JSON object. Got {values!r:.80}. Make it again.")
         if values.get("schema") != _SCHEMA:
             raise ConfigError(
                 f"The sanitation has schema {values.get('schema')!r}, and this purifyloader reads {_SCHEMA}. Use the "

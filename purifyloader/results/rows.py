@@ -50,9 +50,10 @@ def read(path: Path) -> list[Row]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or "fingerprint" not in row or row.get("schema") != SCHEMA:
+            got = f"schema {row.get('schema')!r}" if isinstance(row, dict) else repr(line[:80])
             raise InputError(
-                f"{path} must hold rows of a bench, one a line, of schema {SCHEMA}. Got another line {number}: move "
-                "the file away, or give another folder."
+                f"{path} must hold rows of a bench, one a line, of schema {SCHEMA}. Line {number} has {got}. Move the "
+                "file away, or give another folder."
             )
         rows.append(row)
     return rows

@@ -15,7 +15,7 @@ from PIL import Image
 
 from purifyloader import poisons, pretrained
 from purifyloader.bench import report
-from purifyloader.bench.defence import per_epoch_transform
+from purifyloader.bench.applying import per_epoch_transform
 from purifyloader.bench.defences import DEFENCES, Models, find
 from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main, parse
@@ -637,7 +637,7 @@ def test_rows_are_kept_in_order_and_once(tmp_path):
         rows.add(path, row)
     assert [row["accuracy"] for row in rows.read(path)] == [2.0, 3.0]
     path.write_text(path.read_text() + '{"cut": ')
-    with pytest.raises(InputError, match=r"rows of a bench, one a line.*Got another line 3"):
+    with pytest.raises(InputError, match=r"rows of a bench, one a line.*Line 3 has"):
         rows.read(path)
 
 

@@ -18,7 +18,7 @@ from purifyloader.core import noise
 from purifyloader.core.images import quantize
 from purifyloader.diffusion.schedule import LinearSchedule
 from purifyloader.dynamics import DiffusionPath, LangevinPath, dynamics, measure, picture
-from purifyloader.dynamics.measure import crossing
+from purifyloader.dynamics.measuring import crossing
 from purifyloader.dynamics.paths import Piece
 from purifyloader.energy import EnergyConfig, EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError, InputError, PurifyError

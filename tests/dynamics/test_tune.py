@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from purifyloader import pretrained, recipes
 from purifyloader.commands.main import execute, parse
 from purifyloader.commands.recipe_options import purifier_of
-from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune
+from purifyloader.dynamics import DiffusionPath, LangevinPath, choose_level, picture, tune, tuning
 from purifyloader.dynamics.report import reasons
-from purifyloader.dynamics.tune import compare_unpaired
+from purifyloader.dynamics.tuning import compare_unpaired
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purifiers import Diffuse, Langevin
 from tests.audit.test_audit import brightness
@@ -309,14 +308,13 @@ def test_the_command_on_real_images(tmp_path, capsys):
 )
 def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_path, capsys, monkeypatch):
     """A share that any purification reaches, so that there is a proposal."""
-    module = importlib.import_module("purifyloader.dynamics.tune")  # the room has a function of that name
-    real = module.tune
+    real = tuning.tune
 
     def proposing(*arguments, **more):
         results = real(*arguments, **more)
         return {**results, "proposal": results["best"]}
 
-    monkeypatch.setattr(module, "tune", proposing)
+    monkeypatch.setattr(tuning, "tune", proposing)
     options = [option.format(tmp=tmp_path) for option in options]
     assert run(*options, "--poisoned", "ar") == 0
     python, command = lines(capsys.readouterr().out)
@@ -336,15 +334,14 @@ def test_what_is_pasted_is_what_was_measured(options, kind, want, models, tmp_pa
 @pytest.mark.usefixtures("undrawn")
 def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_path, capsys, monkeypatch):
     """The measurement is the fixture's own: which levels do is not decided by a network with random weights."""
-    module = importlib.import_module("purifyloader.dynamics.tune")  # the room has a function of that name
-    real = module.tune
+    real = tuning.tune
 
     def known(*arguments, **more):
         results = real(*arguments, **more)
         low, high = ({**results["best"], "level": sigma, "sigma_px": 255 * sigma} for sigma in (0.02, 0.2))
         return {**results, "proposal": high, "best": high, "with_compensation": low}
 
-    monkeypatch.setattr(module, "tune", known)
+    monkeypatch.setattr(tuning, "tune", known)
     options = ("--model", str(models / "denoiser"), "--sigma-px", "5.1", "51", "--poisoned", "ar")
     assert run(*options, "--out", str(tmp_path / "out")) == 0
     said = capsys.readouterr().out

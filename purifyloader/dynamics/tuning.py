@@ -17,7 +17,7 @@ from torch import Tensor
 from purifyloader.audit.compare import halves, threshold
 from purifyloader.core import noise
 from purifyloader.diffusion.psnr import check_images
-from purifyloader.dynamics.measure import Floats, dynamics, energies_of, temperature_of
+from purifyloader.dynamics.measuring import Floats, dynamics, energies_of, temperature_of
 from purifyloader.dynamics.paths import Path
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
