@@ -211,8 +211,8 @@ def test_a_model_is_told_by_name_and_weights_and_never_by_path(tmp_path):
 
 
 def test_the_full_presets_take_the_published_networks():
-    images, labels = patterns(8, size=8)
-    poisoned = adaptive((images, labels), model=TINY, preset="full", epochs=1, steps=1, batch_size=8, sigma=0.02)
+    images, labels = patterns(4, size=8)
+    poisoned = adaptive((images, labels), model=TINY, preset="full", epochs=1, steps=1, batch_size=4, sigma=0.02)
     assert poisoned.settings["network"] == "resnet18"
     poisoned = adp((images, labels), preset="full", rounds=1, train_steps=1, steps=1, batch_size=4)
     assert poisoned.settings["network"] == "unet-128"
