@@ -470,6 +470,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_transfers_and_goes_on(folder, tmp_path, monkeypatch, capsys):
     trained = counted(monkeypatch)
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path, "--training", "transfer-linear"]
