@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from purifyloader.datasets.splits import Data, load
+
+
+@pytest.fixture(scope="session")
+def sample() -> Data:
+    """The sample of CIFAR-10 that ships, which takes a second to read; tests leave it as it is."""
+    return load("sample", Path(__file__).parents[2] / "examples" / "data")
 
 
 @pytest.fixture

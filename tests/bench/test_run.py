@@ -85,7 +85,7 @@ def run(folder: Path, out: Path, *more: object, attack: str = "lsp") -> list[row
     return rows.read(out / "rows.jsonl")
 
 
-QUICK = ("--defence", "none", "--defence", "jpeg-10")
+NONE, QUICK = ("--defence", "none"), ("--defence", "none", "--defence", "jpeg-10")
 
 
 def without_times(found: list[rows.Row]) -> list[Json]:
@@ -251,12 +251,11 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
         name: ["--attack", f"narcissus:trigger={tmp_path / f'{name}.npy'},target_class={target},share=0.3"]
         for name, target in (("one", 1), ("two", 2))
     }
-    (label,) = {row["attack"] for row in run(folder, tmp_path / "out", *QUICK, *words["one"], attack="none")} - {"none"}
+    (label,) = {row["attack"] for row in run(folder, tmp_path / "out", *NONE, *words["one"], attack="none")} - {"none"}
 
     def clean() -> list[Json]:
         return [row for row in rows.read(tmp_path / "out" / "rows.jsonl") if row["attack"] == "none"]
 
-    assert len(clean()) == 2, "of both defences"
     assert all({*row["clean_success"]} == {label} for row in clean())
     # by hand, of the victim without a defence
     data = load("imagefolder", folder)
@@ -270,12 +269,12 @@ def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, t
     assert bare["clean_success"][label] == pytest.approx(by_hand, abs=0.01)
     assert its.row(AttackSpec("none"), "none", 0)["accuracy"] == bare["accuracy"]
     # another back door later: both are known, and nothing is done a third time
-    run(folder, tmp_path / "out", *QUICK, *words["two"], attack="none")
+    run(folder, tmp_path / "out", *NONE, *words["two"], attack="none")
     assert all(len(row["clean_success"]) == 2 for row in clean())
-    assert bare["clean_success"].items() <= clean()[1]["clean_success"].items()
+    assert bare["clean_success"].items() <= clean()[0]["clean_success"].items()
     monkeypatch.setattr(Bench, "row", None)
-    run(folder, tmp_path / "out", *QUICK, *words["two"], attack="none")
-    assert len({row["fingerprint"] for row in clean()}) == 2
+    run(folder, tmp_path / "out", *NONE, *words["two"], attack="none")
+    assert len(clean()) == 1
 
 
 def test_a_poison_file_beside_an_attack(folder, tmp_path):
@@ -354,9 +353,8 @@ def test_a_model_of_images_resized_to_another_size_does_not_say(folder, tmp_path
         bench(folder, tmp_path, models=Models(denoiser=str(tmp_path / "m"))).check("eclipse")
 
 
-def test_the_sample_is_apart_from_what_shipped_models_learned_from(tmp_path):
-    root = Path(__file__).parents[2] / "examples" / "data"
-    found = Bench(load("sample", root), Models(), "resnet9", "short", tmp_path)
+def test_the_sample_is_apart_from_what_shipped_models_learned_from(sample, tmp_path):
+    found = Bench(sample, Models(), "resnet9", "short", tmp_path)
     assert found.check("eclipse")["what cifar10-sparse learned from"] == 2000
     assert len(found.check("puregen-reps")) == 4
 
@@ -517,9 +515,8 @@ def test_a_row_is_known_by_all_that_decides_it(folder, tmp_path, model):
     assert name(fewer) not in names
 
 
-def test_some_of_the_data_are_always_the_same():
-    root = Path(__file__).parents[2] / "examples" / "data"
-    data = load("sample", root)
+def test_some_of_the_data_are_always_the_same(sample):
+    data = sample
     some = data.some(50, 20, seed=1)
     again = data.some(50, 20, seed=1)
     assert np.array_equal(some.train, again.train)
@@ -654,7 +651,7 @@ def test_victims_take_small_images_and_learn(name):
     x = np.repeat(np.repeat(x, 2, 1), 2, 2)
     before = torch.get_rng_state()
     # bfloat16 takes ten times as long on a CPU that only emulates it
-    how, shape = Training(1, 3, 0.01, None), {"classes": CLASSES, "network": name, "bfloat16": False}
+    how, shape = Training(1, 6, 0.01, None), {"classes": CLASSES, "network": name, "bfloat16": False}
     trained = train_victim(x, y, how, **shape)
     assert torch.equal(torch.get_rng_state(), before)
     assert not trained.model.training

@@ -20,7 +20,7 @@ from purifyloader.bench import report, targeted, transfer
 from purifyloader.bench.defences import Models
 from purifyloader.bench.run import Bench
 from purifyloader.commands.main import main
-from purifyloader.datasets.splits import Data, load, load_sample
+from purifyloader.datasets.splits import Data
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.locks import Lock
@@ -198,16 +198,16 @@ def test_a_poison_that_is_the_target_byte_for_byte_is_refused(tmp_path):
 # what was measured before stays what it is
 
 
-def test_rows_and_poisons_that_are_there_keep_their_names(tmp_path):
-    its = Bench(load("sample", ROOT / "examples" / "data"), Models(), "resnet9", "short", tmp_path, fast=True)
+def test_rows_and_poisons_that_are_there_keep_their_names(sample, tmp_path):
+    its = Bench(sample, Models(), "resnet9", "short", tmp_path, fast=True)
     lsp = AttackSpec("lsp", {}, None, "lsp")
     assert rows.fingerprint(its.settings(lsp, "none", 0)) == "22e8046da783aa3f"
     assert rows.fingerprint(its.settings(lsp, "jpeg-10", 1)) == "5dc545db62fbe317"
     assert its._poison_path(lsp, 0).name == "351c901b5aec4701.npz"
 
 
-def test_training_from_nothing_gives_the_weights_that_it_gave():
-    images, its = load_sample(ROOT / "examples" / "data", "train")
+def test_training_from_nothing_gives_the_weights_that_it_gave(sample):
+    images, its = sample.train, sample.train_labels
     model = train_victim(images[:100], its[:100], Training(1, 32, 0.05, 0.2), width=4, bfloat16=False).model
     # measured before there was anything to start from; another seed is off by a tenth, another machine by 1e-5
     assert model.linear.weight[0, :4].tolist() == pytest.approx([0.13962, 0.14496, -0.12348, -0.05248], abs=1e-3)
