@@ -116,7 +116,7 @@ CASES = {
             "compute_batch": BATCH,
         },
     ),
-    "diffuse, bf16": Case(lambda: Diffuse(tiny_denoiser(), sigma=0.1, steps=3, dtype="bfloat16", compute_batch=BATCH)),
+    "diffuse, bf16": Case(lambda: Diffuse(tiny_denoiser(), sigma=0.1, steps=2, dtype="bfloat16", compute_batch=BATCH)),
     "diffuse, ddim": Case(lambda: Diffuse(tiny_denoiser(), t=90, steps=3, sampler="ddim", compute_batch=BATCH)),
     "grayscale": Case(Grayscale, {"kind": "grayscale"}, False),
     "jpeg": Case(lambda: Jpeg(7), {"kind": "jpeg", "quality": 7}, False, False),
@@ -221,8 +221,8 @@ def test_an_image_does_not_depend_on_the_number_of_threads(purifier):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        for few in (slice(COUNT), slice(COUNT - 1, COUNT)):
-            assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
+        few = slice(COUNT - BATCH - 1, COUNT)
+        assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
     finally:
         torch.set_num_threads(before)
 
