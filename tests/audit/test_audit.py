@@ -461,13 +461,13 @@ def trained_on(folder: Path, indices: list[int], dataset) -> Path:
 def test_images_trained_on_stay_in_the_list_and_out_of_the_reference(tmp_path, capsys):
     model = trained_on(tmp_path / "m", list(range(10, 40)), clean_sample())
     assert run(model, "--clean", CLEAN, "--json") == 0
-    said = capsys.readouterr()
-    results = json.loads(said.out)
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
     assert (results["data"]["count"], results["data"]["trained_on"]) == (40, 30)
     assert (results["reference"]["count"], results["reference"]["trained_on_left_out"]) == (10, 30)
     assert results["comparison"]["same_images"] == 10
-    assert "left out 30 of the 40 images in the reference" in said.err
-    assert "was trained on 30 of the 40 images in the data" in said.err
+    assert "left out 30 of the 40 images in the reference" in printed.err
+    assert "was trained on 30 of the 40 images in the data" in printed.err
     assert run(model, "--clean", CLEAN) == 0
     assert "10 images of the data are in the reference too" in capsys.readouterr().out
     # copies under another index are left out by content
@@ -475,9 +475,9 @@ def test_images_trained_on_stay_in_the_list_and_out_of_the_reference(tmp_path, c
     data = folder_of(tmp_path / "a", [*images, images[1], images[7]])
     copies = trained_on(tmp_path / "n", [0, 1, 2], ImageFiles(Path(data)))
     assert run(copies, "--clean", data, "--json") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["reference"]["count"] == 6
-    assert "left out 4 of the 10" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["reference"]["count"] == 6
+    assert "left out 4 of the 10" in printed.err
     with pytest.raises(InputError, match=r"The reference: .* was trained on all"):
         run(trained_on(tmp_path / "all", list(range(40)), clean_sample()), "--clean", CLEAN)
 
@@ -497,13 +497,13 @@ def test_other_sizes_than_the_reference_has_are_warned_of(model, tmp_path, capsy
     data = folder_of(tmp_path / "d", images[:6].repeat(2, 1).repeat(2, 2))
     reference = folder_of(tmp_path / "r", images[6:])
     assert run(model, "--clean", reference, data=data) == 0
-    said = capsys.readouterr()
-    assert "in the data have 64 × 64 px, the clean ones 32 × 32 px. Energies of different sizes do not" in said.err
-    assert "give a size" in said.err
-    assert "Caution: the data has 64 × 64 px" in " ".join(said.out.split())
+    printed = capsys.readouterr()
+    assert "in the data have 64 × 64 px, the clean ones 32 × 32 px. Energies of different sizes do not" in printed.err
+    assert "give a size" in printed.err
+    assert "Caution: the data has 64 × 64 px" in " ".join(printed.out.split())
     assert run(model, "--clean", reference, "--size", "32", data=data) == 0
-    said = capsys.readouterr()
-    assert "sizes" not in said.err + said.out
+    printed = capsys.readouterr()
+    assert "sizes" not in printed.err + printed.out
 
 
 # -- what is known to be poisoned --------------------------------------------------------------------

@@ -88,15 +88,15 @@ def test_counts_of_other_classes():
 
 
 def test_the_figures_are_those_of_another_computation():
-    its = outcome(draws=3)
-    found = of(its)
+    item = outcome(draws=3)
+    found = of(item)
     condition = found["conditions"][0]
     assert (found["schema"], found["test_inputs"], found["classes"], found["alpha"]) == (SCHEMA, INPUTS, CLASSES, ALPHA)
     assert found["labels"] == LABELS.tolist()
     assert found["settings"] == SETTINGS
     assert condition["models"] == {"selection": 9, "estimation": 60}
 
-    every = np.concatenate([its.selection, its.estimation]).tolist()
+    every = np.concatenate([item.selection, item.estimation]).tolist()
     single = [100 * statistics.fmean(a == b for a, b in zip(row, LABELS, strict=True)) for row in every]
     assert condition["one_model"]["mean"] == pytest.approx(np.mean(single))
     assert condition["one_model"]["std"] == pytest.approx(np.std(single, ddof=1))
@@ -109,10 +109,10 @@ def test_the_figures_are_those_of_another_computation():
         tallied = tally(every, t)
         first = tallied.index(max(tallied))
         one, two = sorted(tallied)[-1:-3:-1]
-        told = stats.binomtest(one, one + two, 0.5).pvalue <= ALPHA
+        is_told_apart = stats.binomtest(one, one + two, 0.5).pvalue <= ALPHA
         right += first == label
-        predicted += told and first == label
-        abstained += not told
+        predicted += is_told_apart and first == label
+        abstained += not is_told_apart
     assert 0 < abstained < INPUTS
     assert condition["vote"] == {
         "accuracy": pytest.approx(100 * right / INPUTS),
@@ -126,9 +126,9 @@ def test_the_figures_are_those_of_another_computation():
     assert certificate["best_radius"] == pytest.approx(sigma * stats.norm.ppf(ALPHA ** (1 / 60)))
     kept = []
     for t, label in enumerate(LABELS):
-        tallied = tally(its.selection.tolist(), t)
+        tallied = tally(item.selection.tolist(), t)
         chosen = tallied.index(max(tallied))
-        agreeing = tally(its.estimation.tolist(), t)[chosen]
+        agreeing = tally(item.estimation.tolist(), t)[chosen]
         bound = stats.beta.ppf(ALPHA, agreeing, 61 - agreeing) if agreeing else 0
         radius = sigma * stats.norm.ppf(bound) if bound > 0.5 else 0.0
         assert certificate["predictions"][t] == chosen
@@ -142,8 +142,8 @@ def test_the_figures_are_those_of_another_computation():
 
 
 def test_the_curve_is_certified_accuracy_everywhere():
-    its = outcome()
-    condition = of(its)["conditions"][0]
+    item = outcome()
+    condition = of(item)["conditions"][0]
     curve, best = condition["curve"], condition["certificate"]["best_radius"]
     assert curve["radii"][0] == 0
     assert curve["radii"][-1] == best
@@ -151,7 +151,7 @@ def test_the_curve_is_certified_accuracy_everywhere():
     assert curve["accuracy"][-1] == 0
     assert (np.diff(curve["radii"]) > 0).all()
     assert (np.diff(curve["accuracy"]) <= 0).all()
-    found = certify(counts(its.selection, CLASSES), counts(its.estimation, CLASSES), 0.25, ALPHA)
+    found = certify(counts(item.selection, CLASSES), counts(item.estimation, CLASSES), 0.25, ALPHA)
     assert curve["accuracy"] == pytest.approx(100 * certified_accuracy(found, LABELS, curve["radii"]))
     # between its points it is what it is at the one before: every step is in it
     between = np.linspace(0, best, 977)
@@ -208,16 +208,16 @@ def test_the_same_votes_give_the_same_bytes():
     assert texts[0] == texts[1]
     assert json.loads(texts[0]) == made[0]
     # other types of the same numbers, too
-    its = outcome()
+    item = outcome()
     other = dataclasses.replace(
-        its,
+        item,
         sigma=np.float64(0.25),
         draws=np.int64(1),
-        selection=its.selection.astype(np.uint64),
-        estimation=its.estimation.astype(np.int8),
+        selection=item.selection.astype(np.uint64),
+        estimation=item.estimation.astype(np.int8),
     )
     found = results([other], LABELS.astype(np.uint8), np.int64(CLASSES), np.float64(ALPHA), settings=SETTINGS)
-    assert json.dumps(found) == json.dumps(of(its))
+    assert json.dumps(found) == json.dumps(of(item))
 
 
 def test_settings_and_purifiers_are_copies_of_plain_data():
@@ -232,11 +232,11 @@ def test_settings_and_purifiers_are_copies_of_plain_data():
 
 def walk(value, path=()):
     if isinstance(value, dict):
-        for key, its in value.items():
-            yield from walk(its, (*path, key))
+        for key, item in value.items():
+            yield from walk(item, (*path, key))
     elif isinstance(value, list):
-        for its in value:
-            yield from walk(its, path)
+        for item in value:
+            yield from walk(item, path)
     else:
         yield path, value
 
@@ -280,8 +280,8 @@ def check_no_certificate(found):
     ],
 )
 def test_no_number_where_there_is_a_reason(more, why):
-    its = outcome("this one", **more)
-    found = of(its)
+    item = outcome("this one", **more)
+    found = of(item)
     check_no_certificate(found["conditions"][0])
     assert len(found["conditions"][0]["reasons"]) == len(why)
     for reason, words in zip(found["conditions"][0]["reasons"], why, strict=True):
@@ -296,13 +296,13 @@ def test_no_number_where_there_is_a_reason(more, why):
     assert "within " not in line
 
     # beside others that have one, a dash for each of their columns and no more
-    both = of(outcome(), its)
+    both = of(outcome(), item)
     check_no_certificate(both["conditions"][1])
     page = markdown(both)
     head = next(line for line in page.splitlines() if line.startswith("| condition |"))
     line = next(line for line in page.splitlines() if line.startswith("| this one |"))
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
-    assert {its.strip(" |") for name, its in cells.items() if re.match("certified|within|best", name)} == {"–"}
+    assert {item.strip(" |") for name, item in cells.items() if re.match("certified|within|best", name)} == {"–"}
     assert "What a radius allows" in page
 
 
@@ -395,16 +395,16 @@ def test_labels_that_are_none(labels, message, reasons):
 
 @pytest.mark.parametrize("reasons", [(), (REASON,)])
 def test_other_arguments_that_are_none(reasons):
-    its = [outcome(reasons=reasons)]
+    item = [outcome(reasons=reasons)]
     for alpha in (0, 1, math.nan, True, "0.1"):
         with pytest.raises(InputError, match="alpha must be"):
-            results(its, LABELS, CLASSES, alpha, settings=SETTINGS)
+            results(item, LABELS, CLASSES, alpha, settings=SETTINGS)
     for classes in (1, 4.0, True):
         with pytest.raises(InputError, match="classes must be"):
-            results(its, LABELS, classes, ALPHA, settings=SETTINGS)
+            results(item, LABELS, classes, ALPHA, settings=SETTINGS)
     for settings in ({"a": math.nan}, {"a": np.zeros(1)}, None, []):
         with pytest.raises(InputError, match="settings must be"):
-            results(its, LABELS, CLASSES, ALPHA, settings=settings)
+            results(item, LABELS, CLASSES, ALPHA, settings=settings)
 
 
 @pytest.mark.parametrize("bad", [None, [], {}, {"schema": SCHEMA}, {"schema": SCHEMA + 1, "alpha_is": ""}])
@@ -428,19 +428,19 @@ def table(page, first):
 def test_the_page_has_the_figures():
     found = of(outcome(), outcome("sigma 1, plain noise", sigma=1.0, plain=True, skill=0.6, seed=4))
     page = markdown(found)
-    for its, line in zip(found["conditions"], table(page, "condition"), strict=True):
-        assert line["condition"] == its["name"]
+    for item, line in zip(found["conditions"], table(page, "condition"), strict=True):
+        assert line["condition"] == item["name"]
         assert line["models"] == "9 + 60"
-        assert line["one model"] == f"{its['one_model']['mean']:.1f} ± {its['one_model']['std']:.1f}"
-        assert line["vote"] == f"{its['vote']['accuracy']:.1f}"
-        assert line["abstained"] == f"{its['vote']['abstained']:.1f}"
-        assert line["certified"] == f"{its['certificate']['certified']:.1f}"
-        assert line["best radius"] == f"{its['certificate']['best_radius']:.3g}"
+        assert line["one model"] == f"{item['one_model']['mean']:.1f} ± {item['one_model']['std']:.1f}"
+        assert line["vote"] == f"{item['vote']['accuracy']:.1f}"
+        assert line["abstained"] == f"{item['vote']['abstained']:.1f}"
+        assert line["certified"] == f"{item['certificate']['certified']:.1f}"
+        assert line["best radius"] == f"{item['certificate']['best_radius']:.3g}"
         within = {float(name[7:]): cell for name, cell in line.items() if name.startswith("within ")}
         assert list(within) == [0.05, 0.2, 0.3, 1]
-        right = np.array(its["certificate"]["predictions"]) == LABELS
+        right = np.array(item["certificate"]["predictions"]) == LABELS
         for radius, cell in within.items():
-            assert cell == f"{100 * (right & (np.array(its['certificate']['radii']) > radius)).mean():.1f}"
+            assert cell == f"{100 * (right & (np.array(item['certificate']['radii']) > radius)).mean():.1f}"
     assert "draws" not in table(page, "condition")[0]
     assert found["alpha_is"] in page
     assert f"ask for alpha / 120 = {ALPHA / 120:.3g}" in page
@@ -486,7 +486,7 @@ def test_radii_in_columns_are_few_and_within_reach(scale, ratio):
     found = of(outcome("a", sigma=scale), outcome("b", sigma=scale * ratio))
     line = table(markdown(found), "condition")[0]
     radii = [float(name[7:]) for name in line if name.startswith("within ")]
-    best = [its["certificate"]["best_radius"] for its in found["conditions"]]
+    best = [item["certificate"]["best_radius"] for item in found["conditions"]]
     assert 3 <= len(radii) <= 4
     assert radii == sorted(set(radii))
     assert radii[0] < min(best) / 4 * 1.01
@@ -608,20 +608,20 @@ def test_a_picture_shows_what_was_found(tmp_path, monkeypatch):
     panels = figure.axes
     assert [axis.get_title("left") for axis in panels] == ["noise and denoise", "noise alone"]
     lines = {line.get_label().strip(): line for axis in panels for line in axis.get_lines()}
-    shown = {its["name"]: its for its in found["conditions"] if its["certificate"]}
+    shown = {item["name"]: item for item in found["conditions"] if item["certificate"]}
     assert shown.keys() <= lines.keys()
     assert "no noise" not in lines
-    for name, its in shown.items():
+    for name, item in shown.items():
         x, y = lines[name].get_data()
         assert lines[name].get_drawstyle() == "steps-post"
-        assert list(x) == its["curve"]["radii"][: len(x)]
-        assert list(y) == its["curve"]["accuracy"][: len(y)]
+        assert list(x) == item["curve"]["radii"][: len(x)]
+        assert list(y) == item["curve"]["accuracy"][: len(y)]
         assert y[-1] == 0
         assert (lines[name].get_linestyle() == "-") == (name in ("sigma 0.25", "sigma 1"))
     assert lines["sigma 0.25"].get_color() == lines["sigma 0.25, plain noise"].get_color()
     assert lines["sigma 0.25"].get_color() != lines["sigma 1"].get_color()
     dots = [line.get_ydata()[0] for axis in panels for line in axis.get_lines() if line.get_marker() == "o"]
-    assert dots == [its["vote"]["accuracy"] for its in found["conditions"] if its["certificate"]]
+    assert dots == [item["vote"]["accuracy"] for item in found["conditions"] if item["certificate"]]
     low, high = panels[0].get_xlim()
     assert low == 0
     assert max(lines["sigma 1"].get_xdata()) < high < 1.05 * max(lines["sigma 1"].get_xdata())
@@ -629,6 +629,6 @@ def test_a_picture_shows_what_was_found(tmp_path, monkeypatch):
     # nothing is drawn over anything else
     figure.draw_without_rendering()
     apart = [*panels, *(axis.get_legend() for axis in panels), *figure.texts]
-    boxes = [its.get_window_extent() for its in apart]
+    boxes = [item.get_window_extent() for item in apart]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 for box in boxes)

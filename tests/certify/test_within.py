@@ -414,15 +414,15 @@ def random_features(dataset: DenoisedSet, seed: int) -> Predictor:
 
 
 def chosen_directions(
-    data: Data, purifier: Purifier, its: Certificates, estimation: NDArray[np.int64]
+    data: Data, purifier: Purifier, certificates: Certificates, estimation: NDArray[np.int64]
 ) -> Iterator[NDArray[np.float32]]:
     """What somebody might try, for each certified test input and the class that most other models vote for.
 
     The gradient of another training's lead, through the denoiser; the images of a class towards the mean of the other;
     and one of them towards one of that.
     """
-    for test in np.flatnonzero(its.certified).tolist():
-        wins = int(its.predictions[test])
+    for test in np.flatnonzero(certificates.certified).tolist():
+        wins = int(certificates.predictions[test])
         votes = estimation[test].copy()
         votes[wins] = -1
         other = int(votes.argmax())
@@ -431,9 +431,9 @@ def chosen_directions(
         yield EXAMPLE.one_image(data.train, data.train_labels, np.random.default_rng(test))
 
 
-def limit_of(its: Certificates, quantile: float) -> float:
+def limit_of(certificates: Certificates, quantile: float) -> float:
     """A radius that some test input has."""
-    return float(np.quantile(its.radii[its.certified], quantile, method="higher"))
+    return float(np.quantile(certificates.radii[certificates.certified], quantile, method="higher"))
 
 
 def test_no_direction_within_the_radius_changes_a_vote():
@@ -449,26 +449,26 @@ def test_no_direction_within_the_radius_changes_a_vote():
     purifier = recipes.denoise_once(smooth, STRONG, compute_batch=24)
     ask = partial(voted, train=random_features, labels=labels, tests=tests, purifier=purifier, classes=CLASSES)
     first = ask(images, 120, 10)
-    its = certified(first, 20, STRONG, 1e-4, CLASSES)
-    assert its.certified.sum() >= 9
+    certificates = certified(first, 20, STRONG, 1e-4, CLASSES)
+    assert certificates.certified.sum() >= 9
     rng = np.random.default_rng(2)
     data = Data("pictures", images, labels, tests, test_labels, CLASSES)
-    chosen = list(chosen_directions(data, purifier, its, counts(first[20:], CLASSES)))
+    chosen = list(chosen_directions(data, purifier, certificates, counts(first[20:], CLASSES)))
     directions = [rng.standard_normal(images.shape) for _ in range(6)]
     directions += [chosen[i] for i in rng.permutation(len(chosen))[:6]]
 
     def agreeing(poisoned: Images, models: int, secret: int) -> NDArray[np.int64]:
         """Votes for the certified class, of all test inputs."""
-        said = counts(ask(poisoned, models, secret), CLASSES)
-        return said[np.arange(len(tests)), its.predictions]
+        tallies = counts(ask(poisoned, models, secret), CLASSES)
+        return tallies[np.arange(len(tests)), certificates.predictions]
 
     def check(found: NDArray[np.int64], models: int, size: float) -> None:
-        promised = norm.cdf(norm.ppf(its.lower_bounds) - size / STRONG)
+        promised = norm.cdf(norm.ppf(certificates.lower_bounds) - size / STRONG)
         assert (binom.cdf(found, models, promised) > 1e-7).all()
 
     for secret, quantile in ((1000, 0.3), (2000, 0.8)):
-        limit = limit_of(its, quantile)
-        covered = its.radii >= limit
+        limit = limit_of(certificates, quantile)
+        covered = certificates.radii >= limit
         every: list[NDArray[np.int64]] = []
         for direction in directions:
             poisoned, size = within(images, direction, limit)
@@ -484,8 +484,10 @@ def test_no_direction_within_the_radius_changes_a_vote():
         check(found, 40, size)
         assert (found[covered] > 20).mean() > 0.9
     # the last limit twelve times over, for one that it is no promise to
-    nearest = int(np.flatnonzero(its.radii == limit_of(its, 0.8))[0])
-    poisoned, size = within(images, chosen[3 * np.flatnonzero(its.certified).tolist().index(nearest)], 12 * limit)
+    nearest = int(np.flatnonzero(certificates.radii == limit_of(certificates, 0.8))[0])
+    poisoned, size = within(
+        images, chosen[3 * np.flatnonzero(certificates.certified).tolist().index(nearest)], 12 * limit
+    )
     found = agreeing(poisoned, 40, 200)
     check(found, 40, size)
     assert found[nearest] < 10
@@ -537,7 +539,7 @@ def test_the_example_runs(tmp_path, capsys, monkeypatch):
     words = "--train 24 --test 10 --selection 2 --models 10 --alpha 0.1 --again 3 --candidates 5 --proxy-draws 2"
     words += f" --slopes 1 --quantiles 0.5 --model {tmp_path / 'm'} --work {tmp_path / 'w'} --out {tmp_path / 'o.json'}"
     EXAMPLE.main(words.split())
-    found, said = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
+    found, printed = json.loads((tmp_path / "o.json").read_text()), capsys.readouterr().out
     names = ["random", "one image", "class means", "steepest", "worst of 5", "steepest, 8 times as far"]
     assert [row["name"] for row in found["rows"]] == names
     assert found["certified"] > 0
@@ -547,7 +549,7 @@ def test_the_example_runs(tmp_path, capsys, monkeypatch):
         assert row["covered"] > 0
         assert row["against"] == row["below"] == 0
         assert row["promised"] > 0.5
-        assert f"| {row['name']} | {row['norm']:.4f} |" in said
+        assert f"| {row['name']} | {row['norm']:.4f} |" in printed
     assert found["rows"][1]["images"] == 1
     EXAMPLE.main(words.split())
     assert json.loads((tmp_path / "o.json").read_text()) == found

@@ -419,9 +419,9 @@ def test_images_that_either_model_was_trained_on_are_left_out(tmp_path, capsys):
     energy = trained_on(tmp_path / "e", list(range(10, 40)), clean_sample())
     more = ["--data", CLEAN, "--device", "cpu", "--poisoned", "none", "--json"]
     assert main([*more, "--energy", str(energy), "--steps", "1"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["data"]["indices"] == list(range(10))
-    assert "left out 30 of the 40 images in --data" in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["data"]["indices"] == list(range(10))
+    assert "left out 30 of the 40 images in --data" in printed.err
     pretrained.save(tiny_denoiser(), tmp_path / "d")
     assert main([*more, "--model", str(tmp_path / "d"), "--energy", str(energy), "--sigma-px", "9"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["indices"] == list(range(10))

@@ -85,7 +85,7 @@ def test_the_crossing_of_a_known_curve_is_chosen():
     assert results["proposal"]["cost_px"] == 0
     assert results["proposal"]["attacks"]["q"]["to_clean_px"] == pytest.approx(45, abs=0.5)
     assert results["proposal"]["attacks"]["q"]["to_clean_before_px"] == pytest.approx(100)
-    assert {name: its["level"] for name, its in results["alone"].items()} == {"p": 0.55, "q": 0.55}
+    assert {name: record["level"] for name, record in results["alone"].items()} == {"p": 0.55, "q": 0.55}
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     text = " ".join(reasons(results))
     assert "At 0.55 Langevin steps, 100 % of p, 100 % of q images" in text
@@ -99,7 +99,7 @@ def test_the_attack_that_asks_for_most_decides():
     poisoned = {"p": torch.full_like(clean, 140), "q": torch.full_like(clean, 60)}
     results = tune(Towards(*LEVELS, grey=110), clean, poisoned)
     assert results["proposal"]["level"] == 0.7
-    assert {name: its["level"] for name, its in results["alone"].items()} == {"p": 0.7, "q": 0.45}
+    assert {name: record["level"] for name, record in results["alone"].items()} == {"p": 0.7, "q": 0.45}
     assert "It is p that asks for so much: alone, 0.45 Langevin steps for q would do" in " ".join(reasons(results))
     # on the way to 128 what was 140 never is
     results = tune(Towards(*LEVELS, grey=128), clean, poisoned)
@@ -219,8 +219,8 @@ def test_a_picture_shows_what_was_asked_for_and_proposed(tmp_path, monkeypatch):
         at = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
         assert {0.45, 0.7} <= set(at)
     shares = figure.axes[0]
-    said = [text.get_text() for text in shares.get_legend().get_texts()]
-    assert said == ["LSP", "q", "asked for: 80 %", "the proposal: 0.7", "with compensation: 0.45"]
+    printed = [text.get_text() for text in shares.get_legend().get_texts()]
+    assert printed == ["LSP", "q", "asked for: 80 %", "the proposal: 0.7", "with compensation: 0.45"]
     assert shares.lines[0].get_ydata()[-1] == 100
     assert list(shares.lines[2].get_ydata()) == [80, 80]
     picture({**results, "proposal": None}, tmp_path / "3.png")
@@ -344,15 +344,15 @@ def test_the_level_with_compensation_stands_next_to_the_proposal(models, tmp_pat
     monkeypatch.setattr(tuning, "tune", known)
     options = ("--model", str(models / "denoiser"), "--sigma-px", "5.1", "51", "--poisoned", "ar")
     assert run(*options, "--out", str(tmp_path / "out")) == 0
-    said = capsys.readouterr().out
-    where = said.index(
+    printed = capsys.readouterr().out
+    where = printed.index(
         "Or, with compensation in training (PurifiedDataset(..., compensate=Compensate())): 5.1 px of noise"
     )
-    assert said.index("Proposal: 51 px of noise") < where
-    python, command = lines(said[where:])
+    assert printed.index("Proposal: 51 px of noise") < where
+    python, command = lines(printed[where:])
     assert eval(python, {"recipes": recipes}).sigma == 0.02
     assert command[command.index("--sigma") + 1] == "0.02"
-    assert {line.split()[0]: line.split("<-")[1] for line in said.splitlines() if "<-" in line} == {
+    assert {line.split()[0]: line.split("<-")[1] for line in printed.splitlines() if "<-" in line} == {
         "0.02": " with compensation",
         "0.2": "",
     }
@@ -365,10 +365,10 @@ def test_no_proposal_is_said_plainly(models, tmp_path, capsys):
     np.save(tmp_path / "bright.npy", np.full((1, 3, 32, 32), 0.1, np.float32))
     options = ("--energy", str(models / "energy"), "--steps", "1", "2")
     assert run(*options, "--poisoned", f"{tmp_path / 'bright.npy'}:units=unit") == 0
-    said = capsys.readouterr().out
-    assert "No proposal." in said
-    assert "recipes." not in said
-    assert "That is the last level tried" in said
+    printed = capsys.readouterr().out
+    assert "No proposal." in printed
+    assert "recipes." not in printed
+    assert "That is the last level tried" in printed
     assert run(*options, "--poisoned", f"{tmp_path / 'bright.npy'}:units=unit", "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results["proposal"] is results["pasted"] is None

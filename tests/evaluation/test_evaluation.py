@@ -279,14 +279,14 @@ def test_progress_counts_every_call():
         calls += len(inputs[0])
 
     denoiser.network.register_forward_hook(count)
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     images = random_images(9)
     evaluate(
         denoiser, images, [0.1, 0.3], poisoned={"x": images.flip(3)}, steps=2, batch_size=4,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reports.append((done, total)),
     )  # fmt: skip
-    assert {total for _, total in told} == {calls}
-    assert sum(done for done, _ in told) == calls
+    assert {total for _, total in reports} == {calls}
+    assert sum(done for done, _ in reports) == calls
 
 
 def test_the_denoiser_is_left_as_it_was():
@@ -730,10 +730,10 @@ def folder_of(folder: Path, images) -> str:
 def test_images_trained_on_are_left_out(tmp_path, capsys):
     model = trained_on(tmp_path / "m", list(range(10, 40)), clean_sample())
     assert run(model, "--json") == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out)["data"]
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["data"]
     assert (found["indices"], found["trained_on_left_out"]) == (list(range(10)), 30)
-    assert "left out 30 of the 40 images in --data: the model was trained on them" in said.err
+    assert "left out 30 of the 40 images in --data: the model was trained on them" in printed.err
     with pytest.raises(InputError, match=r"from 1 to 10, the images not trained on. Got 11"):
         run(model, "--count", "11")
     (tmp_path / "i.json").write_text("[3, 30, 12]")
@@ -767,12 +767,12 @@ def test_which_images_were_trained_on_is_told_by_content(at_once, resized, tmp_p
     kept = {}
     for data in (a, b, longer, shorter, grey):
         assert run(model, "--json", "--poisoned", "none", data=data) == 0
-        said = capsys.readouterr()
-        found = json.loads(said.out)["data"]
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)["data"]
         kept[Path(data).name] = found["indices"]
         assert found["trained_on_left_out"] == (14 if data in (a, longer) else 0)
-        assert ("left out 14 of the" in said.err) == (data in (a, longer))
-        assert ("cannot be told to be the same" in said.err) == (data in (b, grey))
+        assert ("left out 14 of the" in printed.err) == (data in (a, longer))
+        assert ("cannot be told to be the same" in printed.err) == (data in (b, grey))
     everything = {"b": list(range(15)), "shorter": list(range(14)), "grey": list(range(15))}
     assert kept == {"a": [0], "longer": [0, 15, 16, 17], **everything}
     # under a name of the user's, too
@@ -788,13 +788,13 @@ def test_copies_of_images_trained_on_are_left_out(tmp_path, capsys):
     data = folder_of(tmp_path / "a", [*images, images[1], images[7]])
     model = trained_on(tmp_path / "m", [0, 1, 2], open_dataset(data), data="an image folder", data_length=8)
     assert run(model, "--json", "--poisoned", "ar", data=data) == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
     assert found["data"]["indices"] == [3, 4, 5, 6, 7, 9]
     assert found["images"]["count"] == 6
     assert found["data"]["trained_on_left_out"] == 4
     assert found["levels"][0]["poisoned"]["ar"]["images"] == 6
-    assert "left out 4 of the 10" in said.err
+    assert "left out 4 of the 10" in printed.err
     (tmp_path / "i.json").write_text("[3, 8]")
     with pytest.raises(InputError, match="Got 1 that it was, the first at index 8"):
         run(model, "--indices", str(tmp_path / "i.json"), data=data)
