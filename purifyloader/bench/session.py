@@ -22,6 +22,7 @@ from purifyloader.poisons.spec import CLEAN, AttackSpec, parse
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.results import rows
 from purifyloader.results.claims import make_missing
+from purifyloader.results.folder import check_out
 
 __all__ = ["Session", "Settings", "make_rows", "picture_images", "prepare", "report"]
 
@@ -87,6 +88,9 @@ def prepare(settings: Settings) -> Session:
     seeds = list(settings.seeds)
     if seeds != list(dict.fromkeys(seeds)) or min(seeds) < 0:
         raise ConfigError(f"must be different numbers from 0. Got {seeds}.", argument="seeds")
+    for defence in defences:
+        find(defence)
+    check_out(settings.out, (), False, "results")
     data = load(settings.data, settings.root)
     if settings.leave_out:
         data = _left_out(data, settings.models, defences)
@@ -104,6 +108,7 @@ def prepare(settings: Settings) -> Session:
     if twice := _first_twice([bench.label(defence) for defence in defences]):
         raise ConfigError(f"Expected defences of different names. Got {twice} twice: name files apart.")
     for defence in defences:
+        bench.makes(defence)
         bench.check(defence)
     for spec in specs:
         _check_attack(bench, spec, defences, seeds[0])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from purifyloader.bench.defences import ATTACK_SEED, DEFENCES, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE, Models
+from purifyloader.bench.defences import ATTACK_SEED, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE, Models, table
 from purifyloader.commands.options import add_device, add_dtype, add_processes, add_sets, root_of, settings_of
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
@@ -127,7 +127,7 @@ def _listed() -> list[str]:
     lines = ["attacks (for testing defences), and any poison file that poisons.read knows:"]
     lines += [f"  {name:<18} {attack.description}" for name, attack in ATTACKS.items()]
     lines.append("defences, and a purifier's FILE.json; with @PX another noise level where it says so:")
-    for defence in DEFENCES.values():
+    for defence in table().values():
         more = " (@PX)" if defence.takes_sigma else " (many calls)" if defence.slow else ""
         lines.append(f"  {defence.name:<18} {defence.description}{more}")
     return lines

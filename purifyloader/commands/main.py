@@ -54,6 +54,13 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse unknown options first: argparse names a missing one alone, and hides that it was misspelt."""
+        names = [word.partition("=")[0] for word in args or () if word.startswith("--")]
+        if self._subparsers is None and (unknown := [n for n in names if n not in self._option_string_actions]):
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
 
@@ -73,6 +80,8 @@ def _overview(arguments: Sequence[str]) -> NoReturn:
     parser.add_argument("--version", action="version", version=f"purifyloader {__version__}")
     parser.parse_args(arguments[1:] if group else arguments[:1] if arguments[0:1] and arguments[0][0] == "-" else [])
     names = ", ".join(row.name for row in rows)
+    if group:
+        raise InputError(f"{arguments[0]!r} is the first word of: {names}. Give the second one.")
     got = f"Got {' '.join(arguments[:2])!r}." if arguments else "Got none."
     raise InputError(f"A command is one of {names}. {got}")
 

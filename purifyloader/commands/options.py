@@ -24,6 +24,7 @@ DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("ancestral", "ddim")  # of `purifyloader.diffusion.samplers`, which needs torch
 _SPLITS = ("train", "test")
 _ROOT = "data"
+_MOST_THREADS = 1024
 _DATASETS = "cifar10, cifar100, imagefolder, webdataset, a folder of images, .tar files, or package.module:function"
 
 
@@ -32,6 +33,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of 1 or more. Got {text!r}.")
     return int(text)
+
+
+def thread_count(text: str) -> int:
+    """Read a number of threads. PyTorch crashes without an error where the system cannot start them all."""
+    if (count := positive(text)) > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_THREADS}. Got {text!r}.")
+    return count
 
 
 def add_data(group: Group, what: str, *, required: bool = True) -> None:
@@ -117,7 +125,7 @@ def add_processes(group: Group) -> None:
 def add_threads(group: Group, words: str, default: int | None = None) -> None:
     """Add --threads; `words` say the default."""
     words = f"of the CPU, for each process (default: {words})"
-    group.add_argument("--threads", type=positive, default=default, metavar="N", help=words)
+    group.add_argument("--threads", type=thread_count, default=default, metavar="N", help=words)
 
 
 def add_quiet(group: Group) -> None:

@@ -16,6 +16,8 @@ from purifyloader.errors import InputError
 if TYPE_CHECKING:
     from purifyloader.cache.reader import CacheReader
 
+log = logging.getLogger(__name__)
+
 DESCRIPTION = (
     "Purify a dataset once, into a cache. Run the same command again after a stop: it goes on. "
     "On several GPUs: accelerate launch -m purifyloader.precompute, or torchrun, with the same options."
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from purifyloader.core.devices import device_of_process
-    from purifyloader.datasets.named import open_dataset
+    from purifyloader.datasets.named import ImageFiles, open_dataset
     from purifyloader.purified.filling import place, precompute
     from purifyloader.purified.ondemand import CHECKED
 
@@ -70,6 +72,12 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads or share)
     purifier = purifier_of(options)
     dataset = open_dataset(options.data, options.root, train=options.split == "train")
+    if isinstance(dataset, ImageFiles) and (classes := dataset.subfolders()):
+        names = ", ".join(classes[:3]) + ", ..." * (len(classes) > 3)
+        log.warning(
+            f"The names of the folders in {options.data} ({names}) are not kept. If they are classes, give "
+            f"--dataset imagefolder --root {options.data}."
+        )
     begun = time.monotonic()
     reader = precompute(
         dataset,
@@ -91,8 +99,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _summary(reader: CacheReader, seconds: float) -> str:
     size = sum((reader.folder / entry.file).stat().st_size for entry in reader.index.shards)
+    shards = len(reader.index.shards)
     return (
-        f"{reader.folder}: {len(reader):,} images, {len(reader.index.shards)} shards, {size / 1e6:,.1f} MB, "
+        f"{reader.folder}: {len(reader):,} images, {shards} shard{'s' * (shards != 1)}, {size / 1e6:,.1f} MB, "
         f"{seconds:.0f} s, fingerprint {reader.fingerprint[:12]}"
     )
 

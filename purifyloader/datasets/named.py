@@ -80,6 +80,11 @@ class ImageFiles(Dataset[Image.Image]):
         if not self.files:
             raise InputError(f"There are no image files ({', '.join(SUFFIXES)}) below {folder}. Check the path.")
 
+    def subfolders(self) -> list[str]:
+        """List the names of the folders right below `folder` that images are in."""
+        parts = [file.relative_to(self.folder).parts for file in self.files]
+        return sorted({first for first, *rest in parts if rest})
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -356,12 +361,13 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
         return TarDataset(_find_tars(spec))
     module, _, function = spec.partition(":")
     if not module or not function:
+        what = f"The file {spec} is no dataset" if Path(spec).is_file() else f"There is no dataset {spec!r}"
         raise InputError(
-            f"There is no dataset {spec!r}. Give {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of "
+            f"{what}. Give {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of "
             "images, .tar files (a path, or a pattern such as train-{0000..0009}.tar), or package.module:function."
         )
     dataset = find_named(module, function)()
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if isinstance(dataset, str | bytes) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
     return dataset
 

@@ -127,7 +127,10 @@ def shards(folder: str | Path, split: str) -> list[Path]:
     """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order; `InputError` if one is missing."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"The sample must be a folder of .tar or .tar.gz shards. Got {folder}: no such folder.")
+        raise InputError(
+            f"There is no folder {folder}, where the shards of the sample should be. The sample is in examples/data of "
+            "the project's repository, and not in the installed package: give that folder as root."
+        )
     paths = sorted(path for path in folder.glob(f"{split}-*.tar*") if path.name.endswith((".tar", ".tar.gz")))
     if not paths:
         raise InputError(f"{folder} must hold shards named {split}-000000.tar.gz and on. Got none.")

@@ -90,10 +90,12 @@ class Denoiser(nn.Module):
         low, high = self.sigma_range
         values = torch.as_tensor(sigma, dtype=torch.float64)
         if values.numel() and not bool(((values >= low * (1 - 1e-6)) & (values <= high * (1 + 1e-6))).all()):
+            least, most = float(values.min()), float(values.max())
+            got = f"{least:.4g} ({255 * least:.3g} px)"
+            got = got if least == most or values.numel() == 1 else f"from {got} to {most:.4g} ({255 * most:.3g} px)"
             raise InputError(
                 f"This denoiser was trained for sigma from {low:.4g} to {high:.4g} "
-                f"({255 * low:.3g} to {255 * high:.3g} px). Got sigma from {values.min():.4g} to "
-                f"{values.max():.4g} ({255 * values.min():.3g} to {255 * values.max():.3g} px). "
+                f"({255 * low:.3g} to {255 * high:.3g} px). Got {got}. "
                 "Ask for a sigma in that range, or train a denoiser for yours."
             )
 

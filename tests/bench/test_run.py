@@ -697,6 +697,8 @@ def test_a_constant_learning_rate_is_not_a_cycle():
         (("--train", "1000"), "36 train images. Got 1000"),
         (("--processes", "0"), "--processes: must be an integer of 1 or more"),
         (("--device", "tpu"), "tpu"),
+        (("--defence", "bit-depth:bits=99"), "bits"),
+        (("--out", __file__), "--out must be a folder. Got the file"),
         (("--report",), "Expected rows in"),
         (("--defence", "A", "--model", "no-such-model"), "no-such-model"),
     ],
@@ -707,7 +709,7 @@ def test_bad_options_are_refused_before_any_work(words, message, folder, tmp_pat
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert "Traceback" not in error
-    assert not (tmp_path / "out" / "rows.jsonl").exists()
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
 def test_bad_data_and_names(folder, tmp_path):

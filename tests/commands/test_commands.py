@@ -81,6 +81,23 @@ def test_an_unknown_option_is_one_line(name, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_misspelt_option_is_named_beside_a_missing_one(capsys):
+    assert cli.main(["precompute", "--data", "photos", "--recip=jpeg", "--out", "cache"]) == 2
+    assert "--recip." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("group", ["train", "audit", "denoiser"])
+def test_a_first_word_alone_is_told_the_second(group, capsys):
+    assert cli.main([group]) == 2
+    assert f"{group!r} is the first word of: {group} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "--threads" in options_of(name)])
+def test_threads_that_would_crash_are_refused(name, capsys):
+    assert cli.main([*name.split(), "--threads", "99999999"]) == 2
+    assert "--threads: must be at most 1024. Got '99999999'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_how_a_command_ends(name, monkeypatch, capsys):
     """Three ways, and one place that knows the exit status of each."""

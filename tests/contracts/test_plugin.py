@@ -105,7 +105,7 @@ def test_the_command_line_fills_a_cache_with_it(installed, tmp_path):
     assert np.abs(np.stack([reader[i] for i in range(6)]).astype(float) - want).max() <= 1
 
 
-def test_the_bench_has_its_row_and_its_options(installed):
+def test_the_bench_has_its_row_and_its_options(installed, capsys):
     defence, px = find("fade")
     assert px is None
     assert (defence.name, defence.description) == ("fade", "half of the contrast")
@@ -117,6 +117,8 @@ def test_the_bench_has_its_row_and_its_options(installed):
     assert "fade" not in DEFENCES
     with pytest.raises(InputError, match="options of the defence fade are: amount, resize"):
         find("fade:quality=3")
+    assert main(["bench", "--list"]) == 0
+    assert re.search(r"^  fade +half of the contrast$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_it_keeps_the_contract(installed):

@@ -371,7 +371,7 @@ def test_the_levels_looked_at_lie_in_the_range():
         ({"sigmas": []}, "one or more"),
         ({"sigmas": [-0.1]}, "above 0"),
         ({"sigmas": [math.nan]}, "finite"),
-        ({"sigmas": [0.1, 0.5]}, r"1.28 to 76.5 px\). Got sigma from 0.1"),
+        ({"sigmas": [0.1, 0.5]}, r"1.28 to 76.5 px\). Got from 0.1"),
         ({"poisoned": {"x": random_images(3)}}, "same images in the same order"),
         ({"poisoned": {"x": random_images(2).float()}}, r"\(x\) are uint8"),
         ({"poisoned": {"x": random_images(2)}}, "must differ"),

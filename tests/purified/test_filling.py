@@ -596,12 +596,26 @@ def command(*arguments: Any) -> int:
     return cli.main(["precompute", *map(str, arguments), "--device", "cpu", "--threads", "1"])
 
 
+def test_a_folder_of_images_warns_that_its_classes_are_dropped(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert command("--data", folder, "--recipe", "jpeg", "--out", tmp_path / "out") == 0
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == (
+        f"The names of the folders in {folder} (cat, dog) are not kept. If they are classes, give --dataset "
+        f"imagefolder --root {folder}."
+    )
+    caplog.clear()
+    assert command("--data", folder / "cat", "--recipe", "jpeg", "--out", tmp_path / "cat") == 0
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "imagefolder", "--root", folder, "--recipe", "jpeg", "--out", tmp_path / "out"]
     assert command(*arguments) == 0
     out = capsys.readouterr().out
     reader = CacheReader(tmp_path / "out")
-    assert out.startswith(f"{tmp_path / 'out'}: 10 images, 1 shards, ")
+    assert out.startswith(f"{tmp_path / 'out'}: 10 images, 1 shard, ")
     assert reader.fingerprint[:12] in out
     assert (reader.index.notes or {})["classes"] == ["cat", "dog"]
     assert reader.config["purifier"] == Jpeg(10).identity()

@@ -421,5 +421,5 @@ def test_bad_fields_are_named(changes, word):
 def test_unknown_fields_are_named():
     with pytest.raises(ConfigError, match="Got langevin"):
         EnergyTrainConfig.from_dict({"langevin": 3})
-    with pytest.raises(ConfigError, match="A recipe must be one of light, paper, published"):
+    with pytest.raises(ConfigError, match="A preset must be one of light, paper, published"):
         energy_recipe("eclipse")

@@ -205,6 +205,6 @@ def recipe(name: str, image_size: int = 32, image_channels: int = 3) -> TrainCon
     48
     """
     if name not in RECIPES:
-        raise ConfigError(f"A recipe must be one of {', '.join(sorted(RECIPES))}. Got {name!r}.")
+        raise ConfigError(f"A preset must be one of {', '.join(sorted(RECIPES))}. Got {name!r}.")
     nearest = min((32, 64, 128), key=lambda size: max(size / image_size, image_size / size))
     return TrainConfig.from_dict({"network": {"image_channels": image_channels}}, RECIPES[name](nearest))

@@ -158,5 +158,5 @@ def energy_recipe(name: str, image_channels: int = 3) -> EnergyTrainConfig:
     100
     """
     if name not in ENERGY_RECIPES:
-        raise ConfigError(f"A recipe must be one of {', '.join(sorted(ENERGY_RECIPES))}. Got {name!r}.")
+        raise ConfigError(f"A preset must be one of {', '.join(sorted(ENERGY_RECIPES))}. Got {name!r}.")
     return EnergyTrainConfig.from_dict({"network": {"image_channels": image_channels}}, ENERGY_RECIPES[name]())
