@@ -213,8 +213,10 @@ class _Server:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End the server, which takes notice of it by itself."""
+        """End the server, which takes notice of it by itself where no other process holds the connection."""
         self._connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
 
     def start(self, job: _Job) -> int:
         with self._lock:

@@ -51,7 +51,7 @@ def load_models(energy: str | None, model: str | None, device: torch.device) -> 
     """Load an energy model and a denoiser by their names, or one of them."""
     if energy is None and model is None:
         raise ConfigError(
-            "must name an energy model, for Langevin steps, or model a denoiser, for diffusion. Got neither.",
+            "must name an energy model, for Langevin steps, where no denoiser is given, for diffusion. Got neither.",
             argument="energy",
         )
     network = None if energy is None else pretrained.load(energy, kind="energy").to(device)
