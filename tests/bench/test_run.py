@@ -616,7 +616,7 @@ def test_a_file_where_a_folder_should_be(folder, tmp_path, capsys):
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out", *QUICK]
     assert main(list(map(str, words))) == 2
     error = capsys.readouterr().err
-    assert "Could not write" in error
+    assert "--out must be a folder. Got the file" in error
     assert "Traceback" not in error
 
 

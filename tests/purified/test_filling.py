@@ -737,9 +737,9 @@ def test_the_command_on_mixed_devices(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_quiet(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
     with caplog.at_level(logging.INFO, "purifyloader"):
-        assert command("--dataset", folder, "--recipe", "jpeg", "--out", tmp_path / "out", "--quiet") == 0
+        assert command("--dataset", folder / "cat", "--recipe", "jpeg", "--out", tmp_path / "out", "--quiet") == 0
         assert not caplog.records
-        assert command("--dataset", folder, "--recipe", "jpeg", "--out", tmp_path / "other") == 0
+        assert command("--dataset", folder / "cat", "--recipe", "jpeg", "--out", tmp_path / "other") == 0
         assert len(caplog.records) == 1
     assert capfd.readouterr().err.count("\r") == 0
 

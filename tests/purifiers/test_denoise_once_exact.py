@@ -405,7 +405,7 @@ def test_a_blind_denoiser_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize("sigma", [0.0, -0.1, 0.0009, 0.31, 25.0])
 @pytest.mark.parametrize("make", [tiny_denoiser, lambda: BlindDenoiser(Halving(), (0.001, 0.3))], ids=["own", "blind"])
 def test_a_sigma_that_the_denoiser_does_not_know(make, sigma):
-    with pytest.raises(InputError, match=r"trained for sigma from 0\.001 to 0\.3 .*Got sigma"):
+    with pytest.raises(InputError, match=r"trained for sigma from 0\.001 to 0\.3 .*Got -?[\d.]+ \("):
         recipes.denoise_once(make(), sigma)
 
 
