@@ -34,8 +34,9 @@ _START, _COEFFICIENTS, _TRIAL = 0, 1, 2  # what a key is for
 # A filter is kept if, in the last quarter of fields of this side, pixels differ by neither less nor more
 # than this (root mean square over some fields; the start values differ by 1.4), and are no larger.
 _SIDE, _TRIALS, _CHANGE = 64, 8, (0.1, 10.0)
-_CANDIDATES = 32  # tried together for one filter; one in seventeen is kept
-_CHUNK = 1024  # candidates tried at a time, which bounds memory
+_CANDIDATES = 32  # drawn together for one filter; one in seventeen is kept
+_TRIED = 8  # of them at a time, until one is stable
+_CHUNK = 256  # candidates of all filters tried at a time: their fields fit a CPU's cache
 
 
 def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
         above = torch.zeros_like(field[i, 2:])
         for a in range(2):
             for b in range(3):
-                above = above + coefficients[a, b] * field[i - 2 + a, b : b + width - 2]
+                above += coefficients[a, b] * field[i - 2 + a, b : b + width - 2]
         for j in range(2, width):
             field[i, j] = above[j - 2] + left2 * field[i, j - 2] + left1 * field[i, j - 1]
     return field
@@ -88,22 +89,26 @@ def ar_coefficients(classes: int = 10, seed: int = 0) -> Tensor:
 @functools.lru_cache(maxsize=8)  # seconds of a CPU for ten classes
 def _draw_coefficients(classes: int, seed: int) -> Tensor:
     keys = purpose_keys(seed, _ATTACK, _COEFFICIENTS, torch.arange(3 * classes))
-    found = torch.zeros(3 * classes, 3, 3)
+    filters = torch.zeros(3 * classes, 3, 3)
     pending = torch.arange(3 * classes)
     step = 0
     while len(pending):
-        drawn = noise.normal(keys[pending], (_CANDIDATES, 8), step).to(torch.float64)
+        remaining = pending
+        drawn = noise.normal(keys[remaining], (_CANDIDATES, 8), step).to(torch.float64)
         drawn = drawn / drawn.cumsum(dim=2)[:, :, -1:]
         window = torch.cat([drawn, torch.zeros(*drawn.shape[:2], 1, dtype=torch.float64)], dim=2)
         candidates = window.reshape(-1, _CANDIDATES, 3, 3).to(torch.float32)
-        stable = torch.cat([_is_stable(some) for some in candidates.flatten(0, 1).split(_CHUNK)])
-        stable = stable.reshape(-1, _CANDIDATES)
-        done = stable.any(dim=1)
-        first = stable.to(torch.int64).argmax(dim=1)  # of equals the first
-        found[pending[done]] = candidates[done, first[done]]
-        pending = pending[~done]
+        for tried in candidates.unflatten(1, (-1, _TRIED)).unbind(1):
+            tried = tried[torch.isin(remaining, pending)]
+            stable = torch.cat([_is_stable(some) for some in tried.flatten(0, 1).split(_CHUNK)]).reshape(-1, _TRIED)
+            done = stable.any(dim=1)
+            first = stable.to(torch.int64).argmax(dim=1)  # of equals the first
+            filters[pending[done]] = tried[done, first[done]]
+            pending = pending[~done]
+            if not len(pending):
+                break
         step += 1
-    return found.reshape(classes, 3, 3, 3)
+    return filters.reshape(classes, 3, 3, 3)
 
 
 def _as_coefficients(coefficients: Coefficients, source: str = "coefficients") -> Tensor:
