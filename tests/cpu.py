@@ -143,8 +143,10 @@ class Summary:
         tests = entries.total()
         guard = self._guard
         total, imports, shared = cpu(), guard.imports.seconds, Counter(guard.shared)
-        for other_total, other_imports, other_shared in self._others:
-            total, imports = total + other_total, imports + other_imports
+        if self._others:  # which ended, so that `cpu` counts them among the children; their own servers are running
+            total = resource.getrusage(resource.RUSAGE_SELF).ru_utime + sum(other[0] for other in self._others)
+        for _, other_imports, other_shared in self._others:
+            imports += other_imports
             shared.update(other_shared)
         terminalreporter.section(f"{LISTED} slowest by CPU seconds")
         for name, seconds in (entries + shared).most_common(LISTED):

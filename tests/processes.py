@@ -215,8 +215,11 @@ class _Server:
     def close(self) -> None:
         """End the server, which takes notice of it by itself where no other process holds the connection."""
         self._connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def start(self, job: _Job) -> int:
         with self._lock:

@@ -45,7 +45,7 @@ def pictures(count: int, seed: int) -> np.ndarray:
     """Bright, middling and dark noise by turns: classes that are learned in a few steps."""
     rng = np.random.default_rng(seed)
     level = np.array([40, 120, 200])[np.arange(count) % CLASSES].reshape(-1, 1, 1, 1)
-    return np.clip(level + rng.normal(0, 25, (count, 16, 16, 3)), 0, 255).astype(np.uint8)
+    return np.clip(level + rng.normal(0, 25, (count, 8, 8, 3)), 0, 255).astype(np.uint8)
 
 
 def hashes_of(images: np.ndarray) -> Json:
@@ -206,7 +206,7 @@ def test_a_noise_level_a_network_and_a_model(folder, model, tmp_path):
 
 
 def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
-    trigger = np.zeros((1, 3, 16, 16), np.float32)
+    trigger = np.zeros((1, 3, 8, 8), np.float32)
     trigger[:, :, :5, :5] = 1  # plain to see
     np.save(tmp_path / "trigger.npy", trigger)
     attack = f"narcissus:trigger={tmp_path / 'trigger.npy'},target_class=1,share=0.3"
@@ -243,9 +243,9 @@ def test_a_defence_that_is_drawn_in_training_leaves_the_images(folder, tmp_path)
 
 
 def test_what_a_trigger_does_to_victims_of_clean_data_stands_beside_it(folder, tmp_path, monkeypatch):
-    for name, place in (("one", 0), ("two", 8)):
-        trigger = np.zeros((1, 3, 16, 16), np.float32)
-        trigger[:, :, place : place + 5, :5] = 1
+    for name, place in (("one", 0), ("two", 4)):
+        trigger = np.zeros((1, 3, 8, 8), np.float32)
+        trigger[:, :, place : place + 4, :5] = 1
         np.save(tmp_path / f"{name}.npy", trigger)
     words = {
         name: ["--attack", f"narcissus:trigger={tmp_path / f'{name}.npy'},target_class={target},share=0.3"]
@@ -347,9 +347,9 @@ def test_what_a_model_started_from_is_in_no_set(folder, tmp_path):
 
 
 def test_a_model_of_images_resized_to_another_size_does_not_say(folder, tmp_path):
-    details = {**hashes_of(pictures(5, 3)), "resized": 8, "image_size": [8, 8]}
+    details = {**hashes_of(pictures(5, 3)), "resized": 16, "image_size": [16, 16]}
     pretrained.save(tiny_denoiser(), tmp_path / "m", details=details)
-    with pytest.raises(InputError, match=r"resized to \[8, 8\]"):
+    with pytest.raises(InputError, match=r"resized to \[16, 16\]"):
         bench(folder, tmp_path, models=Models(denoiser=str(tmp_path / "m"))).check("eclipse")
 
 
@@ -467,7 +467,7 @@ def test_a_row_says_what_its_attack_was_made_with(whole):
     assert made
     for its in made:
         assert its["seed"] == 1000
-        assert its["norm"] == pytest.approx(1.304 * 16 / 32, abs=0.01), "for images of this size"
+        assert its["norm"] == pytest.approx(1.304 * 8 / 32, abs=0.01), "for images of this size"
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_tiny_imagenet_as_it_is_distributed(tmp_path):
     assert data.train_labels.tolist() == [0, 1]
     assert data.test_labels.tolist() == [0, 1, 0]
     assert np.array_equal(data.test[0], images[2])
-    assert data.test.shape == (3, 16, 16, 3)
+    assert data.test.shape == (3, 8, 8, 3)
 
 
 # the tables
@@ -648,7 +648,7 @@ def test_victims_take_small_images_and_learn(name):
     if VICTIMS[name][1]:  # another width of one that is in the table too
         return
     x, y = pictures(6, 0), np.arange(6) % CLASSES
-    x = np.repeat(np.repeat(x, 2, 1), 2, 2)
+    x = np.repeat(np.repeat(x, 4, 1), 4, 2)
     before = torch.get_rng_state()
     # bfloat16 takes ten times as long on a CPU that only emulates it
     how, shape = Training(1, 6, 0.01, None), {"classes": CLASSES, "network": name, "bfloat16": False}
