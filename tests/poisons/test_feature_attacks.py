@@ -385,6 +385,7 @@ def test_count_and_share(name):
 @each_attack
 @pytest.mark.parametrize("fails", [False, True])
 def test_given_networks_stay_as_they_are(name, fails, monkeypatch):
+    torch.manual_seed(0)  # of some weights no feature of the target is above 0
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(196, 4)
     )
