@@ -172,7 +172,7 @@ half_space = partial(voted, train=mean_difference, labels=LABELS, tests=TESTS, p
 
 @pytest.fixture(scope="module")
 def votes() -> NDArray[np.int64]:
-    return half_space(IMAGES, 900, 1)
+    return half_space(IMAGES, 1500, 1)
 
 
 def test_votes_are_the_closed_form(votes):
@@ -191,7 +191,7 @@ def test_votes_are_the_closed_form(votes):
 def test_radii_are_too_large_at_rate_alpha_and_not_less(votes):
     """Where half-spaces are, the radius is as large as it may be: the bound is met, and so is alpha.
 
-    The votes of 900 models as those of 15 runs, of 12 models that select and 48 that estimate.
+    The votes of 1,500 models as those of 25 runs, of 12 models that select and 48 that estimate.
     """
     alpha, selection, estimation = 0.2, 12, 48
     truth = distances(IMAGES)
@@ -212,7 +212,7 @@ def test_radii_are_too_large_at_rate_alpha_and_not_less(votes):
     assert rate.max() <= alpha
     runs = len(votes) // (selection + estimation)
     assert abs(false - runs * rate.sum()) < 5.5 * math.sqrt(runs * (rate * (1 - rate)).sum())
-    assert runs * rate.sum() > 25
+    assert runs * rate.sum() > 30
 
 
 ALPHA = 1e-7  # of each statement, so that none is false here
@@ -230,8 +230,8 @@ def test_radii_reach_almost_to_the_boundary(certificates):
     far = np.abs(truth) > 0.8 * SIGMA
     assert far.sum() >= 10
     shares = certificates.radii[far] / np.abs(truth[far])
-    assert shares.min() > 0.65
-    assert shares.mean() > 0.77
+    assert shares.min() > 0.7
+    assert shares.mean() > 0.8
 
 
 def test_no_change_within_the_radius_brings_half_of_the_models_to_the_other_class(certificates):
@@ -244,7 +244,7 @@ def test_no_change_within_the_radius_brings_half_of_the_models_to_the_other_clas
         assert certificates.predictions[test] == (side > 0)
         poisoned, size = within(IMAGES, worst(test), radius)
         assert size == distance(poisoned, IMAGES)
-        assert 0.85 * radius < size < radius
+        assert 0.95 * radius < size < radius
         left = side * distances(poisoned)[test]
         assert left > 0
         if radius > 0.6 * SIGMA:  # of less than a level in each value, rounding leaves too little
