@@ -195,7 +195,7 @@ def test_more_of_it_survives_the_defence_than_of_tap(monkeypatch):
     assert called(images, labels) > 0.8
     assert called(mine.images, target) > called(plain.images, target) + 0.2
     # of 64 images, through one draw and a mean of others
-    assert mine.settings["called_target_purified"] == pytest.approx(called(mine.images, target), abs=0.25)
+    assert mine.settings["called_target_purified"] == pytest.approx(called(mine.images, target), abs=0.2)
     assert mine.moved(images).linf == plain.moved(images).linf == 8
 
 
