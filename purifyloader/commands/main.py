@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -56,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown options first: argparse names a missing one alone, and hides that it was misspelt."""
-        names = [word.partition("=")[0] for word in args or () if word.startswith("--")]
+        words = itertools.takewhile(lambda word: word != "--", args or ())
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
         if self._subparsers is None and (unknown := [n for n in names if n not in self._option_string_actions]):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return super().parse_known_args(args, namespace)

@@ -888,7 +888,7 @@ def test_an_option_that_is_refused(
     [
         (("--out", "x", "--sigma"), "--sigma: expected at least one argument"),
         (("--out", "x", "--models", "many"), "--models: invalid int value"),
-        (("--out", "x", "--seed", "3"), "unrecognized arguments: --seed"),
+        (("--out", "x", "--seed", "3"), "unrecognized arguments: --seed. `purifyloader certify --help`"),
     ],
     ids=str,
 )

@@ -86,6 +86,12 @@ def test_a_misspelt_option_is_named_beside_a_missing_one(capsys):
     assert "--recip." in capsys.readouterr().err
 
 
+def test_what_comes_behind_two_dashes_is_no_option(capsys):
+    assert cli.main(["cache", "info", "--", "--nowhere"]) == 2
+    assert "--nowhere" in (error := capsys.readouterr().err)
+    assert "unrecognized" not in error
+
+
 @pytest.mark.parametrize("group", ["train", "audit", "denoiser"])
 def test_a_first_word_alone_is_told_the_second(group, capsys):
     assert cli.main([group]) == 2
