@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import pickle
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.transforms import Compensate, Purify, RandomCompensate, RandomPurify, RandomSqueeze, Squeeze
 from purifyloader.transforms.webdataset import compensated, purified
-from tests.conftest import PictureDataset, random_images, tiny_denoiser
+from tests.conftest import PictureDataset, random_images, slim_denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -32,7 +31,7 @@ COUNT = 4
 
 
 def once() -> Any:
-    return recipes.denoise_once(tiny_denoiser(), sigma=0.1)
+    return recipes.denoise_once(slim_denoiser(), sigma=0.1)
 
 
 def pictures() -> Tensor:
@@ -166,7 +165,7 @@ def _fresh() -> Any:
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_denoiser_compiles_as_one_graph(dtype: torch.dtype) -> None:
-    network = UNet(UNetConfig.small(channels=8, multipliers=(1,), norm_groups=4)).eval().requires_grad_(False)
+    network = UNet(UNetConfig.small(channels=4, multipliers=(1,), norm_groups=2)).eval().requires_grad_(False)
     denoiser, x = NetworkDenoiser(network, "edm", (0.001, 0.3)), pictures().float() / 255
     sigma = torch.full((COUNT,), 0.1, dtype=dtype)
     compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
@@ -179,9 +178,6 @@ def test_compensation_is_part_of_a_compiled_graph() -> None:
     x = pictures().float() / 255
     torch.manual_seed(0)
     expected = model(x)
-    torch.manual_seed(0)
-    found = torch._dynamo.explain(copy.deepcopy(model))(x)
-    assert (found.graph_count, found.graph_break_count) == (1, 0)
     torch.manual_seed(0)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), expected)

@@ -30,7 +30,7 @@ SCHEDULE = LinearSchedule()
 def ddpm(seed: int = 0) -> NetworkDenoiser:
     """As PureGen's: trained on t < 250 of the linear schedule, with no learned variance."""
     sigma_range = (float(SCHEDULE.sigmas[1]), float(SCHEDULE.sigma(250)))
-    return NetworkDenoiser(tiny_network(seed=seed), "epsilon", sigma_range, SCHEDULE)
+    return NetworkDenoiser(tiny_network(seed=seed, width=4, multipliers=(1,)), "epsilon", sigma_range, SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_an_image_does_not_depend_on_its_batch(name, x, seeds):
     whole = purifier(x, seeds)
     order = [3, 1, 4, 0, 2]
     assert torch.equal(purifier(x[order], seeds[order]), whole[order])
-    for i in range(COUNT):
+    for i in (0, COUNT - 1):
         assert torch.equal(purifier(x[i : i + 1], seeds[i : i + 1]), whole[i : i + 1])
 
 
