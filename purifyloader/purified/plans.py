@@ -11,7 +11,6 @@ run that goes on after a stop, purify the same images.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from purifyloader.purified.reading import read_batches
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Condition, Purifier
 from purifyloader.purifiers.base import conditions_of
+from purifyloader.purifiers.networks import copied
 
 __all__ = ["Sanitation", "plan"]  # the rest is for PurifiedDataset and precompute
 
@@ -284,7 +284,7 @@ def _copied(purifier: Purifier) -> Purifier:
     """Copy it without a plan. Its weights share their memory with the original's, and can move without them."""
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in purifier.parameters()}
     shared |= {id(b): b.detach() for b in purifier.buffers()}
-    out = copy.deepcopy(purifier, shared)
+    out: Purifier = copied(purifier, shared)
     for condition in conditions_of(out):
         condition.planned = None
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from purifyloader.core.checks import check_integer, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import Condition, Resolver
-from purifyloader.purifiers.networks import check_model, entry
+from purifyloader.purifiers.networks import check_model, copied, entry
 
 __all__ = ["EnergyAbove"]
 
@@ -67,7 +66,7 @@ class EnergyAbove(Condition):
         self.image_channels = energy.config.image_channels
         self._entry = entry(energy)
         # in one memory format, or the same weights would have other last bits, and another threshold
-        self.energy = copy.deepcopy(energy).to(dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.energy = copied(energy).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         self.energy.requires_grad_(False)
         self.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,6 +42,19 @@ def check_model(taker: str, model: Any, kind: str) -> None:
     )
 
 
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """Copy a module as `copy.deepcopy` does, in less than half the time.
+
+    Most of the time goes into the dozen collections of a module that are empty, of hooks and the like.
+    """
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        for value in vars(part).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo[id(value)] = type(value)()
+    return copy.deepcopy(module, memo)
+
+
 class NetworkPurifier(Purifier):
     """A purifier around a network, run in chunks of exactly `compute_batch` images (at least 16 on the CPU).
 
@@ -62,7 +76,7 @@ class NetworkPurifier(Purifier):
         self.compute_batch = compute_batch
         self._entry = entry(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
-        own: Any = copy.deepcopy(model)
+        own = copied(model)
         setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False))
         self.eval()
 

@@ -699,8 +699,8 @@ def test_devices_that_meet_in_an_empty_folder(tmp_path: Path) -> None:
 
 def test_targets_too_large_for_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Masks, which a reader would hold all at once: the cache is read with its source."""
-    masks = [np.zeros((1500, 2000), np.uint8)] * LENGTH
-    writer = CacheWriter(tmp_path, CONFIG, LAYOUT, MADE)
+    masks = [np.zeros((1500, 2000), np.uint8)] * 10
+    writer = CacheWriter(tmp_path, CONFIG, Layout(10, 5), MADE)
     with caplog.at_level(logging.WARNING, "purifyloader"):
         for shard in writer.pending():
             write(writer, shard, targets=masks)
@@ -812,7 +812,7 @@ def test_flipped_header(cache: Path) -> None:
     before, good = contents(cache), path.read_bytes()
     offset = read_shard_header(path).offset
     version = good.index(b'version\\":2') + len(b'version\\":')
-    for at in [*range(0, offset, 13), offset - 1, version]:
+    for at in [*range(0, offset, 29), offset - 1, version]:
         path.write_bytes(good)
         flip(path, at)
         with pytest.raises(CacheError, match=r"shard-00001\.safetensors"):
@@ -918,7 +918,7 @@ def test_flipped_index(cache: Path) -> None:
     path = cache / "index.json"
     good = path.read_bytes()
     version = range(good.rindex(b'"version":2'), good.rindex(b'"version":2') + len(b'"version":2'))
-    for at in [*range(0, len(good), 13), len(good) - 1, version[-1]]:
+    for at in [*range(0, len(good), 29), len(good) - 1, version[-1]]:
         path.write_bytes(good)
         flip(path, at)
         with pytest.raises(CacheError, match=r"index\.json"):

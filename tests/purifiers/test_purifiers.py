@@ -30,9 +30,9 @@ from purifyloader.purifiers import (
     from_json,
 )
 from tests import processes
-from tests.conftest import random_images, tiny_denoiser, tiny_energy, tiny_network
+from tests.conftest import random_images, slim_denoiser, tiny_denoiser, tiny_energy, tiny_network
 
-COUNT = 40
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_published_size_of_network_too(seeds):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = UNet(UNetConfig(channels=16, norm_groups=8, heads=2, blocks=1))
+        network = UNet(UNetConfig(channels=8, norm_groups=4, heads=2, blocks=1))
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
@@ -69,7 +69,7 @@ def test_the_published_size_of_network_too(seeds):
 
 
 def test_seeds_decide_the_noise(x, seeds):
-    purifier = DenoiseOnce(tiny_denoiser(), 0.1)
+    purifier = DenoiseOnce(slim_denoiser(), 0.1)
     a = purifier(x[:1].expand(3, -1, -1, -1), seeds[:3])
     assert not torch.equal(a[0], a[1])
     assert torch.equal(purifier(x[:1], seeds[1:2])[0], a[1])
@@ -102,18 +102,23 @@ def fast_process(setting: str) -> tuple[list[Tensor], bool]:
 
 
 def pixels_of_both() -> list[Tensor]:
-    made = [DenoiseOnce(tiny_denoiser(), 0.1, dtype=dtype, compute_batch=16) for dtype in ("float32", "bfloat16")]
+    made = [DenoiseOnce(slim_denoiser(), 0.1, dtype=dtype, compute_batch=16) for dtype in ("float32", "bfloat16")]
     return [purifier(random_images(4, 8).float() / 255, noise.image_keys(0, 0, range(4))) for purifier in made]
 
 
+@pytest.fixture(scope="module")
+def slow_pixels() -> list[Tensor]:
+    return pixels_of_both()
+
+
 @pytest.mark.parametrize("setting", FAST_SETTINGS)
-def test_what_the_training_script_switched_on_does_not_matter(setting):
+def test_what_the_training_script_switched_on_does_not_matter(setting, slow_pixels):
     """In a process of its own: torch does not let every one of these be taken back."""
     done = processes.run(fast_process, setting, warnings="error")
     assert done.returncode == 0, done.stderr
     got, kept = done.value
     assert kept
-    for out, want in zip(got, pixels_of_both(), strict=True):
+    for out, want in zip(got, slow_pixels, strict=True):
         assert torch.equal(out, want)
         assert out.dtype == torch.float32
 
@@ -122,7 +127,7 @@ def test_what_the_training_script_switched_on_does_not_matter(setting):
 
 
 def test_stages_and_repetitions_share_no_noise(x, seeds):
-    once = DenoiseOnce(tiny_denoiser(), 0.1)
+    once = DenoiseOnce(slim_denoiser(), 0.1)
     chained = Chain(once, once)(x[:4], seeds[:4])
     assert torch.equal(chained, Repeat(once, 2)(x[:4], seeds[:4]))
     with torch.no_grad():
@@ -149,7 +154,7 @@ def test_values_between_stages_are_not_clamped():
 
 
 def test_one_step_of_diffusion_is_denoise_once_clipped(x, seeds):
-    denoiser = tiny_denoiser()
+    denoiser = slim_denoiser()
     once = DenoiseOnce(denoiser, 0.1)(x, seeds)
     assert torch.equal(Diffuse(denoiser, sigma=0.1, steps=1)(x, seeds), once.clamp(0, 1))
 
@@ -158,7 +163,7 @@ def test_one_step_of_diffusion_is_denoise_once_clipped(x, seeds):
 
 
 def test_a_purifier_is_frozen_and_leaves_the_denoiser_alone(x, seeds):
-    denoiser = tiny_denoiser().requires_grad_(True).train()
+    denoiser = slim_denoiser().requires_grad_(True).train()
     before = copy.deepcopy(denoiser.state_dict())
     purifier = DenoiseOnce(denoiser, 0.1, dtype="bfloat16")
     holder = nn.Sequential(purifier).train()
@@ -312,7 +317,7 @@ def test_calls_are_those_of_the_network():
             counted.append(len(x_BCHW))
             return super().predict(x_BCHW, sigma_B)
 
-    watched = Watched(tiny_network(), "edm", (0.001, 0.3))
+    watched = Watched(tiny_network(width=4, multipliers=(1,)), "edm", (0.001, 0.3))
     once = DenoiseOnce(watched, 0.1)
     three = Diffuse(watched, sigma=0.1, steps=3)
     x, seeds = random_images(2, 8).float() / 255, noise.image_keys(0, 0, range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import shutil
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from purifyloader.purifiers import Chain, DenoiseOnce, Jpeg, Purifier, Resize
 from purifyloader.transforms import Compensate
 from purifyloader.transforms.webdataset import _index, compensated, purified
 from tests import processes
-from tests.conftest import random_images, tiny_denoiser
+from tests.conftest import random_images, slim_denoiser
 
 COUNT = 10
 SIZES = [(16, 16), (16, 12), (9, 16)]
@@ -38,10 +39,9 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "tars"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tars")
     for shard in range(2):
         with wds.TarWriter(str(folder / f"train-{shard:04}.tar")) as writer:
             for i in range(shard * COUNT // 2, (shard + 1) * COUNT // 2):
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def purifier() -> DenoiseOnce:
-    return DenoiseOnce(tiny_denoiser(), 0.1)
+    return DenoiseOnce(slim_denoiser(), 0.1, compute_batch=16)
 
 
 def pipeline(folder: Path, stage, decode: str = "pil", shards: Iterable[int] = range(2)) -> wds.WebDataset:
@@ -63,7 +63,7 @@ def pixels(samples: Iterable[dict]) -> dict[str, bytes]:
     return {s["__key__"]: np.asarray(s["png"]).tobytes() for s in samples}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(folder, purifier) -> dict[str, bytes]:
     return pixels(pipeline(folder, purified(purifier)))
 
@@ -118,7 +118,7 @@ def test_workers_change_nothing(workers, start, folder, purifier, expected):
 def test_order_and_folder_change_nothing(folder, tmp_path, purifier, expected):
     assert pixels(pipeline(folder, purified(purifier), shards=[1, 0])) == expected
     assert pixels(reversed(list(pipeline(folder, purified(purifier, batch_size=1))))) == expected
-    shutil.move(folder, tmp_path / "elsewhere")
+    shutil.copytree(folder, tmp_path / "elsewhere")
     assert pixels(pipeline(tmp_path / "elsewhere", purified(purifier))) == expected
 
 
@@ -292,7 +292,7 @@ def test_a_gpu_in_a_forked_worker_is_refused(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu(folder, purifier):
-    on_gpu = DenoiseOnce(tiny_denoiser(), 0.1).to("cuda")
+    on_gpu = DenoiseOnce(slim_denoiser(), 0.1).to("cuda")
     a = pixels(pipeline(folder, purified(on_gpu)))
     assert a == pixels(pipeline(folder, purified(on_gpu, batch_size=3)))
     loader = wds.WebLoader(pipeline(folder, purified(on_gpu)), batch_size=None, num_workers=2)
@@ -331,6 +331,7 @@ def compensate_epochs(folder: Path, passes: int, workers: int = 0, **options) ->
     return [pixels(loader) for _ in range(passes)]
 
 
+@functools.cache
 def by_hand(epoch: int) -> dict[str, bytes]:
     found = {}
     for i in range(COUNT):
