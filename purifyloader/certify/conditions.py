@@ -18,6 +18,7 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.pretrained.kinds import KINDS
 from purifyloader.pretrained.learned import weights_of
 from purifyloader.purifiers import Compensation, Purifier
+from purifyloader.recipes.models import from_file
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
 
@@ -62,14 +63,7 @@ def conditions(
         name = f"sigma {sigma:g}, plain noise"
         made.append(Condition(name, f"sigma-{sigma:g}-plain", purifier, noised(purifier), plain=True))
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error if file.is_file() else "no such file"
-            raise ConfigError(
-                f"must be a file with the JSON of a purifier. Got {str(file)!r}: {why}.", argument="recipe"
-            ) from None
-        purifier = recipes.from_json(text, [model])
+        purifier = from_file(file, [model])
         folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip(".") or "recipe"
         made.append(Condition(file.stem, f"recipe-{folder}", purifier, noised(purifier), not models_of(purifier)))
     for names in ([condition.folder for condition in made], [condition.name for condition in made]):

@@ -22,7 +22,14 @@ from purifyloader.certify import output, report
 from purifyloader.certify.conditions import Condition, Knowledge, conditions, reasons
 from purifyloader.certify.functions import Train, named_training, training_settings
 from purifyloader.certify.models import Voting, fill, voting_settings
-from purifyloader.certify.statistics import best_lower_bound, best_radius, fixed_draws, models_needed, radius_per_image
+from purifyloader.certify.statistics import (
+    best_lower_bound,
+    best_radius,
+    fixed_draws,
+    models_needed,
+    radius_per_image,
+    special_functions,
+)
 from purifyloader.certify.training import Training, with_classes
 from purifyloader.certify.votes import START_FILE, VoteFolder, new_seed, tidy
 from purifyloader.core.devices import device_of_process
@@ -163,15 +170,17 @@ class Run:
 
 def prepare(settings: Settings) -> Run:
     """Read the data, load the models, and refuse what could not end in certificates."""
-    data = _data(settings).some(settings.train, settings.test)
+    special_functions()  # missing, it would be missed after all models are trained
     asked = conditions(settings.sigma, settings.model, plain=settings.plain, files=settings.recipe, fast=settings.fast)
+    train = _training(settings)
+    data = _data(settings).some(settings.train, settings.test)
     hashes = image_hashes(data.train), image_hashes(data.test)
     if both := int(np.isin(hashes[1], hashes[0]).sum()):
         raise InputError(
             f"Expected test images that are not trained on. Got {both} of {len(data.test)} that are: leave them out of "
             "one of the two."
         )
-    train, warm_start = _training(settings), _warm_start(settings, data)
+    warm_start = _warm_start(settings, data)
     own, size = warm_start is not None and warm_start.own, (data.train.shape[1], data.train.shape[2])
     knowledge = Knowledge(settings.draws, own, settings.triggered, settings.learned_elsewhere, settings.model, size)
     why = {c.folder: reasons(c, knowledge, *hashes, settings.models, settings.alpha) for c in asked}

@@ -147,7 +147,7 @@ def predict(votes: ArrayLike, alpha: float) -> NDArray[np.int64]:
     votes_TK, _ = _checked_counts(votes, "votes")
     _check_alpha(alpha)
     second, first = np.partition(votes_TK, -2, axis=1)[:, -2:].T
-    p_value = 2 * _special().bdtr(second, first + second, 0.5)
+    p_value = 2 * special_functions().bdtr(second, first + second, 0.5)
     return np.where(p_value <= alpha, votes_TK.argmax(axis=1), ABSTAIN)
 
 
@@ -192,12 +192,12 @@ def certify(selection_votes: ArrayLike, estimation_votes: ArrayLike, sigma: floa
 
 def _lower_bounds(agreeing: NDArray[np.int64], models: int, alpha: float) -> NDArray[np.float64]:
     some = np.maximum(agreeing, 1)
-    bounds = np.minimum(_special().betaincinv(some, models - some + 1, alpha), _BELOW_ONE)
+    bounds = np.minimum(special_functions().betaincinv(some, models - some + 1, alpha), _BELOW_ONE)
     return np.where(agreeing == 0, 0.0, bounds)
 
 
 def _radii(lower_bounds: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
-    return sigma * _special().ndtri(np.maximum(lower_bounds, 0.5))  # Phi^-1(1/2) is 0
+    return sigma * special_functions().ndtri(np.maximum(lower_bounds, 0.5))  # Phi^-1(1/2) is 0
 
 
 def voted_accuracy(certificates: Certificates, labels: ArrayLike) -> float:
@@ -337,7 +337,8 @@ def fixed_draws(sigma: float, draws: int) -> float:
     return float(sigma) / math.sqrt(draws)
 
 
-def _special() -> Any:
+def special_functions() -> Any:
+    """Import SciPy's functions, or raise a `PurifyError` that says how to install them."""
     try:
         from scipy import special
     except ImportError:

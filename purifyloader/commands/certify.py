@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     noise = noise_group.add_argument
     noise("--sigma", type=float, nargs="+", help="levels, in units of [0, 1] images (default: 0.25, which is 63.75 px)")
     shared.add_model(noise_group, "it takes the noise off", default="cifar10-sparse-wide")
-    noise("--plain", action="store_true", help="each level without denoising, too")
+    noise("--plain", action="store_true", help="measure each level without denoising, too")
     noise("--recipe", type=Path, action="append", default=[], metavar="FILE", help="JSON of a purifier of your own")
     words = "fixed draws of each image a model; costs sqrt(K) of a radius"
     noise("--draws", type=int, default=1, metavar="K", help=words)
@@ -48,7 +48,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     votes("--alpha", type=float, default=0.001, help="how often a certificate may be false (default: 0.001)")
     votes("--radius", type=float, help="with --estimate: say how many models such a radius takes at least")
     votes("--triggered", action="store_true", help="test images may be changed too: no certificate covers that")
-    votes("--learned-elsewhere", action="store_true", help="you know it of a model that does not say")
+    votes(
+        "--learned-elsewhere",
+        action="store_true",
+        help="state that no model has learned from these images, where the model does not say",
+    )
     votes("--empirical", action="store_true", help="train and vote where there is no certificate to be had, too")
 
     training = parser.add_argument_group("training").add_argument

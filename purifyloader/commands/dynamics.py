@@ -39,7 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "of the linear schedule, as far as the denoiser was trained)"
     )
     add("--steps", type=int, nargs="+", metavar="N", help=words)
-    add("--sigma-px", type=float, nargs="+", metavar="PX", help="or noise levels of diffusion, on the 0-255 scale")
+    add(
+        "--sigma-px",
+        type=shared.above_zero,
+        nargs="+",
+        metavar="PX",
+        help="or noise levels of diffusion, on the 0-255 scale",
+    )
     words = "what a timestep means: linear, T = 1000 (PureGen), or cosine, T = 4000 (ECLIPSE) (default: linear)"
     add("--schedule", choices=SCHEDULES, help=words)
     words = "at most N network calls for each level of diffusion (default: one a timestep; one with --sigma-px)"

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shared.add_choice(parser, str(_COUNT))
     shared.add_size(parser)
     words = "noise levels on the 0-255 scale (default: spread over the denoiser's range)"
-    add("--sigma-px", type=float, nargs="+", metavar="PX", help=words)
+    add("--sigma-px", type=shared.above_zero, nargs="+", metavar="PX", help=words)
     shared.add_poisons(parser, "--data")
     add("--calls", type=int, default=1, metavar="N", help="network calls an image (default: 1)")
     add("--sampler", choices=shared.SAMPLERS, default="ancestral", help="of several calls (default: ancestral)")

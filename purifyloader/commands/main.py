@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from purifyloader.commands.options import check_data
 from purifyloader.commands.processes import exit_status
 from purifyloader.core.version import __version__
 from purifyloader.errors import InputError, PurifyError
@@ -99,7 +100,9 @@ def parse(arguments: Sequence[str]) -> tuple[Any, argparse.ArgumentParser, argpa
             module = command.load()
             parser = _Parser(prog=f"purifyloader {command.name}", description=module.DESCRIPTION)
             module.add_options(parser)
-            return module, parser, parser.parse_args(arguments[len(words) :])
+            options = parser.parse_args(arguments[len(words) :])
+            check_data(options)
+            return module, parser, options
     _overview(arguments)
 
 

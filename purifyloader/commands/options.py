@@ -11,17 +11,22 @@ Only light modules are imported here: a help text must not wait for torch.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from purifyloader.datasets import DATA
+from purifyloader.errors import ConfigError
 
 T = TypeVar("T")
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("ancestral", "ddim")  # of `purifyloader.diffusion.samplers`, which needs torch
+_SPLIT = ("cifar10", "cifar100")  # datasets that --split is of
 _SPLITS = ("train", "test")
 _ROOT = "data"
 _MOST_THREADS = 1024
@@ -42,10 +47,43 @@ def thread_count(text: str) -> int:
     return count
 
 
+def above_zero(text: str) -> float:
+    """Read an option that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0. Got {text!r}.")
+    return value
+
+
 def add_data(group: Group, what: str, *, required: bool = True) -> None:
     """Add --data, whose images are for `what`, and --root."""
     group.add_argument("--data", "--dataset", required=required, help=f"{what}: {_DATASETS}")
     group.add_argument("--root", default=_ROOT, help=f"folder of a dataset given by name (default: {_ROOT})")
+
+
+def check_data(options: argparse.Namespace) -> None:
+    """Refuse --root and --split where no dataset is given by a name that they are of: they would change nothing."""
+    given = vars(options)
+    named = DATA if "test" in given else (*_SPLIT, "imagefolder", "webdataset")  # commands of two sets have others
+    others = [given.get("clean"), given.get("validation"), *(given.get("poisoned") or ())]
+    _check_goes_with(given, "root", _ROOT, [given.get("data"), *others], named)
+    _check_goes_with(given, "clean_root", None, [given.get("clean")], named)
+    _check_goes_with(given, "split", "train", [given.get("data")], _SPLIT)
+    _check_goes_with(given, "clean_split", "test", [given.get("clean")], _SPLIT)
+
+
+def _check_goes_with(
+    given: Mapping[str, Any], name: str, default: str | None, data: Sequence[str | None], named: Sequence[str]
+) -> None:
+    if given.get(name, default) != default and data[0] is not None and not set(named) & set(data):
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(
+            f"{flag} goes with {', '.join(named[:-1])} or {named[-1]}. Got {flag} {given[name]} with {data[0]}: leave "
+            "it out."
+        )
 
 
 def add_sets(group: Group) -> None:

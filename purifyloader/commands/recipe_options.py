@@ -11,6 +11,7 @@ from purifyloader import recipes
 from purifyloader.commands.options import DTYPES, given
 from purifyloader.errors import ConfigError
 from purifyloader.pretrained.kinds import KINDS
+from purifyloader.recipes.models import from_file
 from purifyloader.recipes.registry import Option, Recipe, describe
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _from_file(
         )
     if extra := [*values, *given(options, ["dtype"])]:
         raise ConfigError(f"A recipe from a file says all of itself. Got {_flags(extra)}: edit the file.")
-    return recipes.from_json(path.read_text(encoding="utf-8"), list(models.values()))
+    return from_file(path, list(models.values()))
 
 
 def _flag(name: str) -> str:

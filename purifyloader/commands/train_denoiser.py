@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from purifyloader.commands.options import positive
 from purifyloader.commands.training import Kind, Trained, add_training_options, beginning, changes_of, run_training
 
 if TYPE_CHECKING:
@@ -31,17 +32,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how, run = add_training_options(
         parser,
         validation="measure PSNR on",
-        presets="light: a small network for the noise that purification uses, an hour of two CPU cores (default); "
-        "eclipse: the paper's; puregen: PureGen-DDPM's, t <= 250",
+        presets={
+            "light": "a small network for the noise that purification uses, an hour of two CPU cores (default)",
+            "eclipse": "the paper's",
+            "puregen": "PureGen-DDPM's, t <= 250",
+        },
         steps="optimiser steps",
         batch="images a step, over all processes",
     )
     how.add_argument("--decay-steps", type=int, help="last steps, over which the learning rate falls to zero")
     how.add_argument("--replicate", type=int, metavar="M", help="further copies of each image in an epoch")
     how.add_argument("--augment", nargs="*", metavar="HOW", help="flip, crop, rotate, mixup; nothing for none")
-    how.add_argument("--patch-size", type=int, metavar="PX", help="train on random squares of this side")
-    run.add_argument("--micro-batch", type=int, help="images in memory at a time, if a batch does not fit")
-    run.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the run)")
+    how.add_argument("--patch-size", type=positive, metavar="PX", help="train on random squares of this side")
+    run.add_argument("--micro-batch", type=positive, help="images in memory at a time, if a batch does not fit")
+    run.add_argument("--validate-every", type=positive, metavar="STEPS", help="(default: a twentieth of the run)")
 
 
 def run(options: argparse.Namespace) -> int:

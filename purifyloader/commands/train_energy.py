@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from purifyloader.commands.options import positive
 from purifyloader.commands.training import Kind, Trained, add_training_options, beginning, changes_of, run_training
 from purifyloader.errors import InputError
 
@@ -28,14 +29,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how, _ = add_training_options(
         parser,
         validation="follow the energies of",
-        presets="light: a narrow network and short chains, an hour or two of a CPU core (default); paper: PureGen's "
-        "Algorithm 2; published: PureGen's code",
+        presets={
+            "light": "a narrow network and short chains, an hour or two of a CPU core (default)",
+            "paper": "PureGen's Algorithm 2",
+            "published": "PureGen's code",
+        },
         steps="updates of the weights; the steps at which the rate falls move along",
         batch="images an update, and as many samples, over all processes",
     )
-    how.add_argument("--langevin-steps", type=int, metavar="K", help="of each sample in each update")
-    how.add_argument("--channels", type=int, help="width of the network (published: 128)")
-    how.add_argument("--bank-size", type=int, help="persistent samples (default: one an image)")
+    how.add_argument("--langevin-steps", type=positive, metavar="K", help="of each sample in each update")
+    how.add_argument("--channels", type=positive, help="width of the network (published: 128)")
+    how.add_argument("--bank-size", type=positive, help="persistent samples (default: one an image)")
     how.add_argument("--rejuvenation", type=float, metavar="P", help="probability that a sample begins anew")
     words = "length of the long chains at the end (default: 1500; 500 on the CPU; 0 for none)"
     how.add_argument("--chain-steps", type=int, metavar="N", help=words)

@@ -28,7 +28,7 @@ _NAMED = ("cifar10", "cifar100")  # whose --validation is their test split
 
 
 def add_training_options(
-    parser: argparse.ArgumentParser, *, validation: str, presets: str, steps: str, batch: str
+    parser: argparse.ArgumentParser, *, validation: str, presets: Mapping[str, str], steps: str, batch: str
 ) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
     """Add the options of every training, with these words in their help; return the groups "how" and "the run"."""
     data = parser.add_argument_group("the clean images")
@@ -43,13 +43,14 @@ def add_training_options(
     data.add_argument("--validation-count", type=shared.positive, default=1000, help="at most (default: 1000)")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--preset", default="light", metavar="NAME", help=presets)
+    words = "; ".join(f"{name}: {text}" for name, text in presets.items())
+    how.add_argument("--preset", default="light", choices=presets, metavar="NAME", help=words)
     words = "JSON of fields that replace the preset's, or a checkpoint's config.json: all of them"
     how.add_argument("--config", type=Path, metavar="FILE", help=words)
     how.add_argument("--start-from", metavar="MODEL", help="a model whose weights to start from, with its network")
-    how.add_argument("--steps", type=int, help=steps)
-    how.add_argument("--batch-size", type=int, help=batch)
-    how.add_argument("--learning-rate", type=float, help="of the optimiser (default: of the preset)")
+    how.add_argument("--steps", type=shared.positive, help=steps)
+    how.add_argument("--batch-size", type=shared.positive, help=batch)
+    how.add_argument("--learning-rate", type=shared.above_zero, help="of the optimiser (default: of the preset)")
     shared.add_seed(how, "the weights and all noise", of_config=True)
     how.add_argument("--dtype", choices=shared.DTYPES, help="arithmetic of the network (default: of the preset)")
     words = "compile the network (default: on a GPU, where it pays)"

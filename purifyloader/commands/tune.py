@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands.dynamics import COUNT, add_measuring, langevin_path
-from purifyloader.commands.options import add_clean, add_data, add_results, add_split, shows_progress
+from purifyloader.commands.options import above_zero, add_clean, add_data, add_results, add_split, shows_progress
 from purifyloader.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     words = "of a denoiser: noise and one call, or PureGen's timesteps (default: eclipse)"
     add("--recipe", choices=RECIPES, help=words)
     add("--steps", type=int, nargs="+", metavar="N", help="Langevin steps or, with puregen-ddpm, timesteps to try")
-    add("--sigma-px", type=float, nargs="+", metavar="PX", help="noise levels to try with eclipse, on the 0-255 scale")
+    add(
+        "--sigma-px",
+        type=above_zero,
+        nargs="+",
+        metavar="PX",
+        help="noise levels to try with eclipse, on the 0-255 scale",
+    )
     add("--calls", type=int, metavar="N", help="at most N network calls of diffusion (default: one; puregen-ddpm: all)")
     words = "of the images of every attack that must have come closer to clean (default: 0.5)"
     add("--share", type=float, default=0.5, help=words)

@@ -206,6 +206,11 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
     def __len__(self) -> int:
         return self._length
 
+    def __repr__(self) -> str:
+        source = "" if self.dataset is None else f" of {type(self.dataset).__name__}"
+        purifier = "" if self.purifier is None else f", {type(self.purifier).__name__}"
+        return f"{type(self).__name__}({len(self):,} images{source}{purifier}, seed={self.seed})"
+
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> Any:
         """Sample `index`, or, of a list of indices, their samples as one collated batch."""
         pairs = self._pairs

@@ -14,6 +14,8 @@ options an image gets other noise than without, whatever its size. With none the
 
 from __future__ import annotations
 
+from typing import Any
+
 from purifyloader.recipes import denoising, puregen, squeezing
 from purifyloader.recipes.denoising import *  # noqa: F403
 from purifyloader.recipes.models import from_json
@@ -29,6 +31,14 @@ RECIPES = Recipes(
     }
 )
 """The functions by name, with dashes, in the order in which people read them; `registry.describe` reads one."""
+
+
+def __getattr__(name: str) -> Any:
+    """Find a plugin's recipe as those of this package are found: `recipes.toy_blur` for "toy-blur"."""
+    if (recipe := RECIPES.get(name.replace("_", "-"))) is None or name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return recipe
+
 
 __all__ = ["RECIPES", "from_json"]
 __all__ += denoising.__all__

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from purifyloader.errors import CheckpointError, InputError
+from purifyloader.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import Denoiser
@@ -110,3 +110,16 @@ def from_json(text: str, model: Any = None) -> Purifier:
 
     given = list(model) if isinstance(model, list | tuple) else [] if model is None else [model]
     return purifiers.from_json(text, _Finder(given))
+
+
+def from_file(path: Path, model: Any = None) -> Purifier:
+    """Build the purifier whose JSON is in the file of the option --recipe; errors name the file."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"), model)
+    except (OSError, UnicodeDecodeError) as error:
+        why = error if path.is_file() else "no such file"
+        raise ConfigError(
+            f"must be a file with the JSON of a purifier. Got {str(path)!r}: {why}.", argument="recipe"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -104,6 +104,97 @@ def test_threads_that_would_crash_are_refused(name, capsys):
     assert "--threads: must be at most 1024. Got '99999999'" in capsys.readouterr().err
 
 
+NOWHERE = {  # each would open what is not there, if its options were not looked at first
+    "precompute": ["--data", "photos", "--recipe", "jpeg", "--out", "cache"],
+    "poison": ["--data", "photos", "--attack", "lsp", "--out", "out.npz"],
+    "tune": ["--data", "photos", "--clean", "photos", "--energy", "nowhere"],
+    "dynamics": ["--data", "photos", "--model", "nowhere"],
+    "denoiser evaluate": ["nowhere", "--data", "photos"],
+    "audit energy": ["--energy", "nowhere", "--data", "photos"],
+    "convert": ["nowhere", "--data", "photos"],
+    "train denoiser": ["--data", "photos", "--out", "model"],
+    "train energy": ["--data", "photos", "--out", "model"],
+    "certify": ["--data", "module:function", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_options_that_would_change_nothing_are_refused(name, capsys):
+    known = options_of(name)
+    assert cli.main([*name.split(), *NOWHERE[name], "--root", "elsewhere"]) == 2
+    error = capsys.readouterr().err
+    assert "--root goes with " in error
+    assert f"Got --root elsewhere with {NOWHERE[name][NOWHERE[name].index('--data') + 1]}" in error
+    for flag in {"--split", "--clean-split"} & known.keys():
+        other = next(choice for choice in known[flag].choices if choice != known[flag].default)
+        words = ["--clean", "photos"] * (flag == "--clean-split")
+        assert cli.main([*name.split(), *NOWHERE[name], flag, other, *words]) == 2
+        assert f"{flag} goes with cifar10 or cifar100. Got {flag} {other} with photos" in capsys.readouterr().err
+
+
+def test_a_root_of_other_images_than_the_data_is_taken():
+    data = ["train", "denoiser", "--data", "photos", "--out", "model", "--root", "elsewhere"]
+    for more in (["--validation", "cifar10"], ["--data", "imagefolder"]):
+        assert cli.parse([*data, *more])[2].root == "elsewhere"
+    assert (
+        cli.parse(["tune", "--data", "photos", "--clean", "photos", "--poisoned", "lsp", "imagefolder", "--root", "x"])[
+            2
+        ].root
+        == "x"
+    )
+
+
+WRONG = [
+    ("train denoiser", ["--steps", "0"], "--steps: must be an integer of 1 or more. Got '0'"),
+    ("train denoiser", ["--preset", "heavy"], "--preset: invalid choice: 'heavy'"),
+    ("train denoiser", ["--learning-rate", "-1"], "--learning-rate: must be a number above 0. Got '-1'"),
+    ("train energy", ["--preset", "heavy"], "--preset: invalid choice: 'heavy'"),
+    ("train energy", ["--channels", "0"], "--channels: must be an integer of 1 or more. Got '0'"),
+    *(
+        (name, ["--sigma-px", value], f"--sigma-px: must be a number above 0. Got '{value}'")
+        for name in ("tune", "dynamics", "denoiser evaluate")
+        for value in ("-3", "nan", "x")
+    ),
+    ("certify", ["--sigma", "-1"], "--sigma must be above 0"),
+    ("certify", ["--victim", "nothing"], "nothing"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "text"), WRONG, ids=[" ".join([n, *w]) for n, w, _ in WRONG])
+def test_values_are_looked_at_before_any_data(name, words, text, monkeypatch, capsys):
+    for opener in ("purifyloader.datasets.named.open_dataset", "purifyloader.certify.session._data"):
+        monkeypatch.setattr(opener, lambda *_, **__: pytest.fail("the data was opened"))
+    assert cli.main([*name.split(), *NOWHERE[name], *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_presets_of_the_command_line_are_those_there_are():
+    from purifyloader.train import RECIPES
+    from purifyloader.train.energy import ENERGY_RECIPES
+
+    assert set(options_of("train denoiser")["--preset"].choices) == set(RECIPES)
+    assert set(options_of("train energy")["--preset"].choices) == set(ENERGY_RECIPES)
+
+
+def test_a_recipe_from_a_file_that_is_none_names_the_file(tmp_path, capsys):
+    for name, content, text in (
+        ("brace.json", b"{bad", "brace.json: A purifier is read from JSON."),
+        ("bytes.json", b"\xff\xfe\xfd", "bytes.json': 'utf-8' codec"),
+        ("other.json", b'{"schema": 9, "purifier": {}}', "other.json: This version of purifyloader reads"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        words = ["precompute", "--data", str(tmp_path), "--recipe", str(tmp_path / name), "--out", str(tmp_path / "c")]
+        assert cli.main(words) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_a_certificate_without_scipy_ends_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert cli.main(["certify", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'purifyloader[certify]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_how_a_command_ends(name, monkeypatch, capsys):
     """Three ways, and one place that knows the exit status of each."""

@@ -59,6 +59,7 @@ def test_a_recipe_by_name(installed):
     described = describe("fade", recipes.RECIPES["fade"])
     assert list(described.options) == ["amount", "resize", "crop", "tile", "overlap"]
     assert described.options["amount"].help == "share of the way, above 0 and at most 1."
+    assert recipes.fade is recipes.RECIPES["fade"]
     purifier = recipes.RECIPES["fade"](0.25, tile=8)
     assert purifier.config()["purifier"] == {"kind": "fade", "amount": 0.25}
 
@@ -74,6 +75,8 @@ def test_json_builds_it_back(installed):
 
 def test_it_is_unknown_where_it_is_not_installed():
     assert "fade" not in recipes.RECIPES
+    with pytest.raises(AttributeError, match="has no attribute 'fade'"):
+        _ = recipes.fade
     with pytest.raises(InputError, match="A defence is one of"):
         find("fade")
     with pytest.raises(ConfigError, match="kind must be one of"):

@@ -83,8 +83,9 @@ def test_the_known_answers_of_random123(counter, key, answer):
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 300])  # few are computed in another way
 def test_philox_against_python_integers(count):
     generator = random.Random(1)
-    values = iter(lambda: generator.choice([0, 2**31, 2**32 - 1, generator.getrandbits(32)]), None)
-    rows = [[next(values) for _ in range(6)] for _ in range(count)]
+    rows = [
+        [generator.choice([0, 2**31, 2**32 - 1, generator.getrandbits(32)]) for _ in range(6)] for _ in range(count)
+    ]
     columns = torch.tensor(rows, dtype=torch.int64).reshape(count, 6).T
     got = torch.stack(noise.philox4x32(columns[:4], columns[4:]), dim=1).tolist()
     assert got == [list(philox(tuple(r[:4]), tuple(r[4:]))) for r in rows]
