@@ -786,10 +786,10 @@ def test_launched_processes_that_cannot_share_a_batch_say_so(folder, small, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "0"], "steps must be"),
-        (["--batch-size", "0"], "batch_size must be"),
-        (["--learning-rate", "-1"], "learning_rate must be"),
-        (["--learning-rate", "inf"], "learning_rate must be"),
+        (["--steps", "0"], "--steps: must be an integer of 1 or more. Got '0'"),
+        (["--batch-size", "0"], "--batch-size: must be an integer of 1 or more. Got '0'"),
+        (["--learning-rate", "-1"], "--learning-rate: must be a number above 0. Got '-1'"),
+        (["--learning-rate", "inf"], "--learning-rate: must be a number above 0. Got 'inf'"),
         (["--patch-size", "13"], "patch_size must be at most"),
         (["--count", "0"], "an integer of 1 or more"),
         (["--count", "31"], "must be from 1 to 30, all that there are"),
@@ -801,7 +801,7 @@ def test_launched_processes_that_cannot_share_a_batch_say_so(folder, small, tmp_
         (["--config", "start2.json"], "start_from"),
         (["--config", "network.json"], "network"),
         (["--size", "0"], "size"),
-        (["--micro-batch", "0"], "micro_batch must be"),
+        (["--micro-batch", "0"], "--micro-batch: must be an integer of 1 or more. Got '0'"),
         (["--validate-every", "0"], "validate"),
         (["--validate-every", "-1"], "validate"),
         (["--validation-count", "-1"], "validation"),

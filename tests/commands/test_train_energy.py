@@ -191,7 +191,7 @@ def test_the_plan(folder, small, capsys):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--langevin-steps", "0"], "steps must be a positive integer, the number of Langevin steps"),
+        (["--langevin-steps", "0"], "--langevin-steps: must be an integer of 1 or more. Got '0'"),
         (["--batch-size", "200"], "bank needs a sample for each image"),
         (["--start-from", "cifar10-sparse"], "an energy model"),
         (["--start-from", "nowhere"], "nowhere"),
