@@ -20,6 +20,11 @@ from purifyloader.energy import EnergyConfig, EnergyNetwork
 pytest_plugins = ["tests.cpu"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures, of modules too: a network is the same whichever tests ran before
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_from_the_start() -> None:
     """Tests share two cores with their own worker processes."""
