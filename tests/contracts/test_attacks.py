@@ -27,7 +27,7 @@ LABELS = np.arange(24) % 3
 TARGET = RNG.integers(0, 256, (8, 8, 3)).astype(np.uint8)
 TRIGGER = (RNG.choice([-1, 1], (8, 8, 3)) * 8 / 255).astype(np.float32)
 
-_NET: dict[str, Any] = {"width": 4, "batch_size": 16}
+_NET: dict[str, Any] = {"width": 4, "batch_size": 16, "bfloat16": False}
 _ONE: dict[str, Any] = {**_NET, "steps": 3, "epochs": 1}
 _AIMED: dict[str, Any] = {**_ONE, "target": TARGET, "target_class": 1}
 
@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "cuda": {},
     "narcissus": {"trigger": TRIGGER, "target_class": 1, "count": 3},
     "em": {**_NET, "steps": 2, "rounds": 2, "train_steps": 2},
-    "tap": {**_ONE, "shift": 1},
+    "tap": {**_ONE, "shift": 1, "bfloat16": True},
     "sep": {**_NET, "steps": 3, "epochs": 2, "shift": 1, "checkpoints": 2},
     "rem": {**_NET, "steps": 2, "train_steps": 2, "views": 1},
     "efp": {**_NET, "steps": 2, "epochs": 1},

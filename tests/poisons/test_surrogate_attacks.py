@@ -22,6 +22,7 @@ from purifyloader.poisons.attacks.surrogate import Surrogate, Training, train, w
 from purifyloader.poisons.attacks.tap import tap
 from purifyloader.poisons.poisoned import Bound
 from purifyloader.victims.augment import crop_and_flip
+from purifyloader.victims.networks import resnet9
 
 rem_module, sep_module, tap_module = (inspect.getmodule(attack) for attack in (rem, sep, tap))
 
@@ -30,15 +31,18 @@ LINF, L2 = Bound("linf", 8 / 255), Bound("l2", 0.5)
 # A network of seconds: no crops, as they would tear the patterns of the images apart.
 SMALL = {"width": 4, "batch_size": 16, "pad": 0, "flip": False, "lr": 0.1, "bfloat16": False}
 ATTACKS = {
-    "em": (em, {"rounds": 10, "train_steps": 10, "steps": 5}),
+    "em": (em, {"rounds": 10, "train_steps": 10, "steps": 3, "step": 0.3}),
     "em, class-wise": (em, {"rounds": 10, "train_steps": 10, "class_wise": True}),
-    "tap": (tap, {"epochs": 10, "steps": 15}),
-    "tap, untargeted": (tap, {"epochs": 10, "steps": 15, "targeted": False}),
-    "sep": (sep, {"epochs": 10, "steps": 8, "step": 0.2, "checkpoints": 3, "shift": 3}),
-    "sep, labels": (sep, {"epochs": 10, "steps": 8, "step": 0.2, "checkpoints": 3, "shift": 3, "align": "labels"}),
-    "rem": (rem, {"train_steps": 60, "steps": 2, "attack_steps": 1, "attack_step": 1.0}),
-    "efp": (efp, {"epochs": 8, "steps": 15, "variant": "push"}),
-    "efp, pull": (efp, {"epochs": 8, "steps": 15, "variant": "pull"}),
+    "tap": (tap, {"epochs": 12, "steps": 10, "step": 0.2}),
+    "tap, untargeted": (tap, {"epochs": 12, "steps": 10, "step": 0.2, "targeted": False}),
+    "sep": (sep, {"epochs": 16, "steps": 7, "step": 0.25, "checkpoints": 3, "shift": 3}),
+    "sep, labels": (sep, {"epochs": 14, "steps": 7, "step": 0.25, "checkpoints": 3, "shift": 3, "align": "labels"}),
+    "rem": (rem, {"train_steps": 35, "steps": 1, "step": 0.5, "attack_steps": 1, "attack_step": 1.0, "lr": 0.2}),
+    "efp": (efp, {"epochs": 10, "steps": 10, "step": 0.2, "attack_steps": 1, "attack_step": 1.0, "variant": "push"}),
+    "efp, pull": (
+        efp,
+        {"epochs": 12, "steps": 10, "step": 0.2, "attack_steps": 1, "attack_step": 1.0, "variant": "pull"},
+    ),
 }
 QUICK = {
     "em": (em, {"rounds": 2, "train_steps": 2, "steps": 2, "stop_accuracy": 1.0}),
@@ -50,7 +54,7 @@ QUICK = {
 }
 
 
-def patterns(count=120, classes=4, size=8, strength=8, channels=3):
+def patterns(count=48, classes=4, size=8, strength=8, channels=3):
     """Images of a faint pattern a class under noise, which 8/255 can turn into another class's."""
     draw = np.random.default_rng(0)
     labels = np.arange(count) % classes
@@ -59,8 +63,9 @@ def patterns(count=120, classes=4, size=8, strength=8, channels=3):
     return images.clip(0, 255).round().astype(np.uint8), labels
 
 
-DATA = patterns(size=16)
-FAINT = patterns(size=16, strength=2)  # which a network learns no faster than the noise of EM
+DATA = patterns(strength=5)
+FAINT = patterns(strength=2)  # which a network learns no faster than the noise of EM
+LARGE = patterns(32, size=16)  # whose noise a network learns at its worst
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def made():
     def get(name):
         if name not in cache:
             attack, options = ATTACKS[name]
-            module, data = inspect.getmodule(attack), FAINT if name.startswith("em") else DATA
+            module, data = inspect.getmodule(attack), {"em": FAINT, "re": LARGE}.get(name[:2], DATA)
             with pytest.MonkeyPatch.context() as patch:
                 networks = record(patch, module)
                 poisoned = attack(data, **{**SMALL, **options})
@@ -83,25 +88,37 @@ def made():
 
 def record(patch, module):
     """A list that gets the networks which an attack of this module trains."""
-    found = []
+    trained = []
 
     class Recorded(Training):
         def __init__(self, *args):
             super().__init__(*args)
-            found.append(self.network)
+            trained.append(self.network)
 
-    def recorded(*args, **known):
-        networks = train(*args, **known)
-        found.extend(networks)
+    def recorded(*args, **options):
+        networks = train(*args, **options)
+        trained.extend(networks)
         return networks
 
     patch.setattr(module, *(("train", recorded) if hasattr(module, "train") else ("Training", Recorded)))
-    return found
+    return trained
+
+
+def small_victims(patch):
+    """A list that gets the names of the victims that surrogates are made of; each is a small network in truth."""
+    names = []
+
+    def small(name, classes):
+        names.append(name)
+        return resnet9(classes, 4)
+
+    patch.setattr("purifyloader.poisons.attacks.surrogate.victim", small)
+    return names
 
 
 def quick(name, data=None, seed=0, **options):
-    attack, its = QUICK[name]
-    return attack(patterns(32) if data is None else data, seed, **{**SMALL, **its, **options})
+    attack, defaults = QUICK[name]
+    return attack(patterns(32) if data is None else data, seed, **{**SMALL, **defaults, **options})
 
 
 def as_batch(images):
@@ -238,10 +255,10 @@ def test_crops_are_windows_of_the_padded_image_and_flips_mirror():
     draw = torch.Generator().manual_seed(0)
     x, u = torch.rand(30, 3, 8, 10, generator=draw), torch.rand(30, 3, generator=draw)
     got = crop_and_flip(x, u, 2)
-    for image, (row, column, flip), its in zip(x, u.tolist(), got, strict=True):
+    for image, (row, column, flip), view in zip(x, u.tolist(), got, strict=True):
         top, left = int(row * 5), int(column * 5)
         window = F.pad(image, (2,) * 4)[:, top : top + 8, left : left + 10]
-        assert torch.equal(its, window.flip(2) if flip < 0.5 else window)
+        assert torch.equal(view, window.flip(2) if flip < 0.5 else window)
     assert torch.equal(crop_and_flip(x, u, 0, flip=False), x)
 
 
@@ -273,12 +290,12 @@ def test_checkpoints_are_equidistant_and_the_last_is_the_end():
     with opened(patterns(32), "sep", 0, "cpu", False) as clean:
         settings = choose(sep_module.PRESETS, "cpu", {**SMALL, "epochs": 3})
         (end,) = train(clean, settings, 0)
-        found = train(clean, settings, 0, checkpoints=3)
-        first = train(clean, settings, 0, checkpoints=6)
-    assert len(found) == 3
-    for network, same in ((found[-1], end), (first[-1], end), (first[1], found[0]), (first[3], found[1])):
-        for ours, its in zip(network.state_dict().values(), same.state_dict().values(), strict=True):
-            assert torch.equal(ours, its)
+        three = train(clean, settings, 0, checkpoints=3)
+        six = train(clean, settings, 0, checkpoints=6)
+    assert len(three) == 3
+    for network, same in ((three[-1], end), (six[-1], end), (six[1], three[0]), (six[3], three[1])):
+        for weight, same_weight in zip(network.state_dict().values(), same.state_dict().values(), strict=True):
+            assert torch.equal(weight, same_weight)
 
 
 # What every attack keeps to
@@ -292,8 +309,8 @@ def test_images_of_8_bits_are_within_the_bound(made, name):
     assert moved.linf == 8
     assert moved.images == len(images)
     assert 0.3 < moved.down < 0.7  # no sign is lost
-    assert np.array_equal(poisoned.labels, DATA[1])
-    assert np.array_equal(poisoned.poisoned, np.arange(len(DATA[0])))
+    assert np.array_equal(poisoned.labels, np.arange(len(images)) % 4)
+    assert np.array_equal(poisoned.poisoned, np.arange(len(images)))
 
 
 def test_grey_images_and_images_of_other_sides():
@@ -346,8 +363,8 @@ def test_class_wise_noise_is_one_a_class(made):
     images, poisoned, _ = made("em, class-wise")
     delta = poisoned.images.astype(int) - images
     for label in range(4):
-        its = delta[label::4]
-        assert (its == its[0]).all()  # these images are nowhere near black or white
+        of_class = delta[label::4]
+        assert (of_class == of_class[0]).all()  # these images are nowhere near black or white
     assert not (delta[0] == delta[1]).all()
 
 
@@ -376,10 +393,10 @@ def test_untargeted_tap_is_called_anything_else(made):
 @pytest.mark.parametrize("name", ["sep", "sep, labels"])
 def test_sep_is_called_the_target_class_by_most_checkpoints(made, name):
     _, poisoned, networks = made(name)
-    found = shares(networks, poisoned.images, (DATA[1] + 3) % 4)
-    assert len(found) == 3
-    assert sum(share > 0.7 for share in found) >= 2
-    assert found == poisoned.settings["called_target"]
+    called_target = shares(networks, poisoned.images, (DATA[1] + 3) % 4)
+    assert len(called_target) == 3
+    assert sum(share > 0.7 for share in called_target) >= 2
+    assert called_target == poisoned.settings["called_target"]
     assert sum(share < 0.1 for share in shares(networks, poisoned.images, DATA[1])) >= 2
 
 
@@ -388,11 +405,11 @@ def test_rem_stays_easy_to_learn_at_worst(made):
     settings = choose(rem_module.PRESETS, "cpu", {**SMALL, **ATTACKS["rem"][1]})
     draw, worst = torch.Generator().manual_seed(9), {}
     for name, x in (("poisoned", as_batch(poisoned.images)), ("clean", as_batch(images))):
-        a = worst_case(network, x, torch.from_numpy(DATA[1]), settings, draw)
+        a = worst_case(network, x, torch.from_numpy(LARGE[1]), settings, draw)
         assert float(a.abs().max()) <= 4 / 255 + 1e-6
         with torch.no_grad():
             plain, worst[name] = (
-                float(F.cross_entropy(network(image), torch.from_numpy(DATA[1]))) for image in (x, x + a)
+                float(F.cross_entropy(network(image), torch.from_numpy(LARGE[1]))) for image in (x, x + a)
             )
         assert worst[name] > plain
     assert worst["poisoned"] < 0.5

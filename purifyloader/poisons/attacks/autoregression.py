@@ -43,18 +43,20 @@ def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
     """Run the recurrence of many fields (H, W, ...) at once, in float64.
 
     The weights (3, 3, ...) are of each pixel of the window, the last unused; of `start` the first two rows and columns
-    are read. The trailing dimensions broadcast.
+    are read. The trailing dimensions broadcast. The pixels of a diagonal, which do not depend on each other, are
+    computed together; each adds up its window in the order of rows and columns.
     """
     height, width = start.shape[:2]
-    field = start.clone()
-    left2, left1 = coefficients[2, 0], coefficients[2, 1]
-    for i in range(2, height):
-        above = torch.zeros_like(field[i, 2:])
-        for a in range(2):
-            for b in range(3):
-                above += coefficients[a, b] * field[i - 2 + a, b : b + width - 2]
-        for j in range(2, width):
-            field[i, j] = above[j - 2] + left2 * field[i, j - 2] + left1 * field[i, j - 1]
+    field = start.contiguous().clone()
+    pixels = field.flatten(0, 1)
+    window = [(width * (2 - a) + 2 - b, coefficients[a, b]) for a in range(3) for b in range(3)][:-1]
+    for diagonal in range(4, height + width - 1):  # pixels of row + column = diagonal lie width - 1 apart
+        top, bottom = max(2, diagonal - width + 1), min(height - 1, diagonal - 2)
+        first, end = diagonal + top * (width - 1), diagonal + bottom * (width - 1) + 1
+        total = torch.zeros_like(pixels[first : end : width - 1])
+        for before, weight in window:
+            total += weight * pixels[first - before : end - before : width - 1]
+        pixels[first : end : width - 1] = total
     return field
 
 

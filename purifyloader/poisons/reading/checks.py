@@ -306,7 +306,8 @@ def _is_elsewhere(sample: _Sample) -> bool:
     apart = np.sqrt(np.maximum(squares, 0))[sample.apart]
     if _length(sample.got - sample.clean) <= _AS_FAR * float(np.median(apart)):
         return False
-    changed = [(sample.others[other] != one).mean() for one, other in zip(sample.got, sample.apart, strict=True)]
+    other_bytes = sample.others.astype(np.uint8)
+    changed = [_share_changed(one, other_bytes, other) for one, other in zip(sample.got, sample.apart, strict=True)]
     if (sample.got != sample.clean).mean() <= _AS_FAR * np.mean(changed):
         return False
     got, clean, others = (_standardised(part) for part in (got, clean, others))
@@ -314,6 +315,13 @@ def _is_elsewhere(sample: _Sample) -> bool:
     # more by a little: clean images that are all alike are no more like than that of the place
     more_like = np.abs(got @ others.T) > own + 1e-3
     return bool(more_like[sample.apart].mean() > 0.25)
+
+
+def _share_changed(one: Levels, others: NDArray[np.uint8], apart: NDArray[np.bool_]) -> np.float64:
+    differs = others != one.astype(np.uint8)  # as bytes, which are compared four times as fast as int16
+    changed = np.count_nonzero(differs) - np.count_nonzero(differs[~apart])
+    share: np.float64 = np.divide(changed, np.count_nonzero(apart) * one.size)
+    return share
 
 
 def _standardised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
