@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from purifyloader import pretrained, recipes
 from purifyloader.core import corruptions
 from purifyloader.core.images import luma
+from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.adaptive import adaptive
 from purifyloader.poisons.attacks.adp import adp
@@ -21,11 +22,12 @@ from purifyloader.poisons.attacks.clean import add, opened
 from purifyloader.poisons.attacks.em import PRESETS as EM_PRESETS
 from purifyloader.poisons.attacks.em import em, min_min
 from purifyloader.poisons.attacks.presets import choose
-from purifyloader.poisons.attacks.surrogate import Surrogate, Training
+from purifyloader.poisons.attacks.surrogate import Surrogate
 from purifyloader.poisons.attacks.tap import tap
 from purifyloader.poisons.attacks.views import compensated, itself, purified
+from purifyloader.victims.networks import victim
 from tests.conftest import tiny_denoiser
-from tests.poisons.test_surrogate_attacks import SMALL, as_batch, patterns, record
+from tests.poisons.test_surrogate_attacks import SMALL, as_batch, patterns, record, small_victims
 
 INDEX = torch.tensor([5, 0, 9, 2])
 QUICK = {
@@ -36,9 +38,9 @@ TINY = tiny_denoiser()
 
 
 def quick(name, data=None, seed=0, **options):
-    attack, its = QUICK[name]
+    attack, defaults = QUICK[name]
     given = {"model": TINY} if name == "adaptive" else {}
-    return attack(patterns(32) if data is None else data, seed, **{**given, **its, **options})
+    return attack(patterns(32) if data is None else data, seed, **{**given, **defaults, **options})
 
 
 def batch(count=4, size=16, seed=0):
@@ -115,18 +117,11 @@ def test_without_a_view_it_is_em():
 
 
 def test_adp_is_easy_to_learn_through_compensation(monkeypatch):
-    found = []
-
-    class Recorded(Training):
-        def __init__(self, *args):
-            super().__init__(*args)
-            found.append(self.network)
-
-    monkeypatch.setattr(inspect.getmodule(em), "Training", Recorded)
-    images, labels = faint = patterns(64, size=16, strength=2)
-    options = {"rounds": 6, "train_steps": 15, "steps": 4, "batch_size": 16, "lr": 0.05, "bfloat16": False}
+    networks = record(monkeypatch, inspect.getmodule(em))
+    images, labels = faint = patterns(32, size=16, strength=2)
+    options = {"rounds": 6, "train_steps": 10, "steps": 3, "batch_size": 16, "lr": 0.1, "bfloat16": False}
     poisoned = adp(faint, network="resnet9", width=4, **options)
-    (network,) = found
+    (network,) = networks
     assert isinstance(network, Surrogate)
     view = compensated(0.4, 0.05, 77)  # draws that the attacker did not see
 
@@ -163,7 +158,7 @@ def test_a_step_goes_the_way_that_survives_the_defence(monkeypatch):
 
     module = inspect.getmodule(adaptive)
     monkeypatch.setattr(module, "purified", lambda purifier, seed: defended)
-    monkeypatch.setattr(module, "train", lambda *_, **known: [network])
+    monkeypatch.setattr(module, "train", lambda *_, **options: [network])
     alone = {"steps": 1, "step": 2.0, "grey": 0.0, "noise": 0.0, "shift": 1}
     delta = quick("adaptive", (images, labels), **alone).images.astype(int) - images
     x = as_batch(images).requires_grad_()
@@ -210,12 +205,16 @@ def test_a_model_is_told_by_name_and_weights_and_never_by_path(tmp_path):
     assert str(tmp_path) not in json.dumps(settings)
 
 
-def test_the_full_presets_take_the_published_networks():
+def test_the_full_presets_take_the_published_networks(monkeypatch):
+    victims = small_victims(monkeypatch)
     images, labels = patterns(4, size=8)
     poisoned = adaptive((images, labels), model=TINY, preset="full", epochs=1, steps=1, batch_size=4, sigma=0.02)
     assert poisoned.settings["network"] == "resnet18"
     poisoned = adp((images, labels), preset="full", rounds=1, train_steps=1, steps=1, batch_size=4)
     assert poisoned.settings["network"] == "unet-128"
+    assert victims == ["resnet18", "unet-128"]
+    with torch.device("meta"):  # without its 53 million weights
+        assert victim("unet-128", 4).unet.config == UNetConfig()
 
 
 def test_class_wise_adp_is_as_class_wise_em():

@@ -27,7 +27,7 @@ from purifyloader.poisons.attacks.surrogate import train
 from purifyloader.poisons.poisoned import Bound, Target
 from purifyloader.victims.networks import last_features
 from tests.poisons import test_surrogate_attacks
-from tests.poisons.test_surrogate_attacks import SMALL, as_batch
+from tests.poisons.test_surrogate_attacks import SMALL, as_batch, small_victims
 
 patterns = partial(test_surrogate_attacks.patterns, size=16)  # where features tell the classes apart
 ATTACKS = {"poison-frogs": poison_frogs, "bullseye": bullseye}
@@ -63,7 +63,8 @@ def made(networks):
 
     def get(name):
         if name not in cache:
-            cache[name] = ATTACKS[name](DATA, target=TARGET, target_class=WANTED, networks=networks, **SMALL)
+            given = {"target": TARGET, "target_class": WANTED, "networks": networks, "steps": 80, "step": 0.2}
+            cache[name] = ATTACKS[name](DATA, **given, **SMALL)
         return cache[name]
 
     return get
@@ -71,9 +72,9 @@ def made(networks):
 
 def quick(name, data=None, seed=0, **options):
     """Of moments: a barely trained network, two steps."""
-    its = {"epochs": 1, "steps": 2, **({"surrogates": 2} if name == "bullseye" else {})}
+    brief = {"epochs": 1, "steps": 2, **({"surrogates": 2} if name == "bullseye" else {})}
     data = patterns(32) if data is None else data
-    return ATTACKS[name](data, seed, **{"target": TARGET, "target_class": WANTED, **SMALL, **its, **options})
+    return ATTACKS[name](data, seed, **{"target": TARGET, "target_class": WANTED, **SMALL, **brief, **options})
 
 
 def linear_network(seed, features=6, values=768):
@@ -166,11 +167,11 @@ def test_poison_frogs_is_the_formula_on_linear_networks():
     base, target = rows(DATA[0][poisoned.poisoned]), rows(TARGET[None])
     w = [network[1].weight.detach().double().numpy().T for network in networks]
     gradient, start = lambda x: sum(2 * (x - target) @ each @ each.T for each in w) / 2, 0.2 * target + 0.8 * base
-    known = {"steps": 12, "lr": 0.1 * 0.06, "bound": Bound("linf", 0.06)}
-    want = by_hand(gradient, base, start, **known, pull=1e5 * ((6 / 768) ** 2 + (9 / 768) ** 2) / 2)
+    descent = {"steps": 12, "lr": 0.1 * 0.06, "bound": Bound("linf", 0.06)}
+    want = by_hand(gradient, base, start, **descent, pull=1e5 * ((6 / 768) ** 2 + (9 / 768) ** 2) / 2)
     apart = np.abs(rows(poisoned.images[poisoned.poisoned]) - want) * 255
     assert apart.max() < 0.51  # rounding to the nearest level
-    assert np.abs(want - by_hand(gradient, base, start, **known)).max() * 255 > 4  # beta counts here
+    assert np.abs(want - by_hand(gradient, base, start, **descent)).max() * 255 > 4  # beta counts here
 
 
 def test_bullseye_is_the_formula_on_linear_networks():
@@ -211,7 +212,7 @@ def test_the_objectives_by_hand():
 @pytest.mark.parametrize(("name", "epsilon"), [("poison-frogs", 16 / 255), ("bullseye", 8 / 255)])
 def test_poisons_are_near_the_target_in_features(networks, name, epsilon):
     poisoned = ATTACKS[name](
-        DATA, target=TARGET, target_class=WANTED, networks=networks, epsilon=epsilon, **SMALL, steps=60
+        DATA, target=TARGET, target_class=WANTED, networks=networks, epsilon=epsilon, **SMALL, steps=30
     )
     x = as_batch(np.concatenate([DATA[0][poisoned.poisoned], poisoned.images[poisoned.poisoned], TARGET[None]]))
     for number, network in enumerate(networks):
@@ -271,12 +272,12 @@ def test_a_last_layer_trained_on_the_poisons_takes_the_target_for_their_class(ne
 def test_surrogates_are_trained_where_none_are_given(name, monkeypatch):
     seeds = []
 
-    def recorded(clean, settings, seed, **known):
+    def recorded(clean, settings, seed):
         seeds.append(seed)
-        return train(clean, settings, seed, **known)
+        return train(clean, settings, seed)
 
     monkeypatch.setattr(few_module, "train", recorded)
-    settings = quick(name, DATA, seed=4, epochs=8, steps=40).settings
+    settings = quick(name, DATA, seed=4, epochs=5, steps=20).settings
     assert seeds == ([4, 5] if name == "bullseye" else [4])
     assert settings["networks"] is None
     assert settings["target_called"] == [TRUE] * len(seeds)
@@ -340,7 +341,7 @@ def test_images_of_8_bits_are_within_the_bound(made, name):
 
 @each_attack
 def test_an_l2_bound(networks, name):
-    given = {"target": TARGET, "target_class": WANTED, "networks": networks, "steps": 30}
+    given = {"target": TARGET, "target_class": WANTED, "networks": networks, "steps": 15, "step": 0.2}
     poisoned = ATTACKS[name](DATA, norm="l2", **given)
     assert poisoned.bound == Bound("l2", 1.0)
     assert poisoned.settings["epsilon"] == 1.0
@@ -433,7 +434,8 @@ def test_settings_are_json_and_tell_everything(name):
 
 
 @each_attack
-def test_the_full_preset_trains_a_resnet18(name):
+def test_the_full_preset_trains_a_resnet18(name, monkeypatch):
+    victims = small_victims(monkeypatch)
     more = {"surrogates": 1} if name == "bullseye" else {}
     images, labels = patterns(8, size=8)
     poisoned = ATTACKS[name](
@@ -447,7 +449,7 @@ def test_the_full_preset_trains_a_resnet18(name):
         count=2,
         **more,
     )
-    assert poisoned.settings["network"] == "resnet18"
+    assert victims == [poisoned.settings["network"]] == ["resnet18"]
     assert poisoned.bound.epsilon == {"poison-frogs": 8 / 255, "bullseye": 0.1}[name]
 
 
