@@ -13,12 +13,9 @@ from purifyloader import pretrained
 from purifyloader.commands import main as cli
 from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
-from purifyloader.datasets.splits import load_sample
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.weights import weights_sha256
-from tests.conftest import tiny_denoiser, tiny_energy
-
-SAMPLE = Path(__file__).parents[2] / "examples" / "data"
+from tests.conftest import random_images, tiny_denoiser, tiny_energy
 
 
 def pngs(folder: Path, images) -> Path:
@@ -28,9 +25,12 @@ def pngs(folder: Path, images) -> Path:
     return folder
 
 
+SAMPLE = random_images(32, 32).permute(0, 2, 3, 1).numpy()
+
+
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    return load_sample(SAMPLE, "test")[0][:12]
+    return SAMPLE[:12]
 
 
 def details(images, **more):
@@ -78,7 +78,7 @@ def test_images_trained_on_are_left_out_and_said_to_be(command, folder, models, 
     assert found.get("indices", [0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
     assert "left out 7 of the 12 images in " in said.err
     # of nothing but these there is nothing to measure
-    all_seen = pngs(models / "seen", load_sample(SAMPLE, "test")[0][5:9])
+    all_seen = pngs(models / "seen", SAMPLE[5:9])
     assert cli.main([*words, str(all_seen), *QUICK]) == 2
     assert "was trained on all of these" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models
     said = capsys.readouterr()
     assert (json.loads(said.out)["data"]["count"], json.loads(said.out)["data"]["trained_on"]) == (12, 7)
     assert "was trained on 7 of the 12 images in the data" in said.err
-    clean = pngs(models / "clean", load_sample(SAMPLE, "test")[0][20:32])
+    clean = pngs(models / "clean", SAMPLE[20:32])
     words = ["tune", "--model", str(models / "denoiser"), "--sigma-px", "25", "--poisoned", "ar", "--clean", str(clean)]
     assert cli.main([*words, "--data", str(folder), *QUICK]) == 0
     said = capsys.readouterr()

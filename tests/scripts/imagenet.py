@@ -15,9 +15,9 @@ from purifyloader.purifiers import Purifier
 
 def main(data: Path, out: Path, purifier: Purifier) -> tuple[nn.Module, list[float]]:
     device = torch.device("cpu")
-    model = models.__dict__["shufflenet_v2_x0_5"]()
+    model = models.__dict__["squeezenet1_1"]()
     criterion = nn.CrossEntropyLoss().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.1)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     normalize = transforms.Normalize(mean=mean, std=std)

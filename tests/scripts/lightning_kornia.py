@@ -48,7 +48,7 @@ class CoolSystem(pl.LightningModule):
         super().__init__()
         self.cifar10 = write_cifar10(root)
         self.root = root
-        self.model = torchvision.models.shufflenet_v2_x0_5(weights=None)
+        self.model = torchvision.models.squeezenet1_1(weights=None)
         self.preprocess = Preprocess()
         self.transform = DataAugmentation(purifier)
         self.losses: list[float] = []

@@ -34,7 +34,7 @@ def run(
     data: Path, out: Path, purifier: Purifier, *, wrap_loader: bool, prefetcher: bool
 ) -> tuple[nn.Module, list[float]]:
     device = torch.device("cpu")
-    model = timm.create_model("resnet10t", pretrained=False, num_classes=4, drop_rate=0.0)
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=4, drop_rate=0.0)
     data_config = resolve_data_config({"img_size": 32}, model=model, verbose=False)
     model.to(device=device)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.02, weight_decay=2e-5, momentum=0.9)
