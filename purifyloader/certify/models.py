@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,25 @@ class Voting:
 
     def noised(self, model: int, seed: int) -> DenoisedSet:
         """Noise and purify the training set of a model."""
-        key = noise.fold_in(_root(seed, _NOISE), model)
-        parts = [self._purified(noise.fold_in(key, draw)) for draw in range(self.draws)]
-        return DenoisedSet(np.concatenate(parts), self.labels.tolist() * self.draws, self.classes)
+        return next(self.noised_sets([model], seed))
 
-    def _purified(self, key: Tensor) -> NDArray[np.uint8]:
-        out = []
-        for start, x_BCHW in _batches(self.images, device_of(self.purifier)):
-            keys_B = noise.fold_in(key, torch.arange(start, start + len(x_BCHW))).to(x_BCHW.device)
+    def noised_sets(self, models: Sequence[int], seed: int) -> Iterator[DenoisedSet]:
+        """Do `noised` for each model; small sets are purified together, as a batch costs much the same as an image."""
+        size = len(self.images) * self.draws
+        together = max(1, _AT_ONCE // size)
+        for first in range(0, len(models), together):
+            part = torch.tensor(models[first : first + together])
+            keys_MD = noise.fold_in(noise.fold_in(_root(seed, _NOISE), part)[:, None], torch.arange(self.draws))
+            purified = self._purified(keys_MD.flatten())
+            for start in range(0, len(purified), size):
+                yield DenoisedSet(purified[start : start + size], self.labels.tolist() * self.draws, self.classes)
+
+    def _purified(self, keys_R: Tensor) -> NDArray[np.uint8]:
+        """Purify all images once for each key, one set after another."""
+        out, device, count = [], device_of(self.purifier), len(self.images)
+        for rows in torch.arange(len(keys_R) * count).split(_AT_ONCE):
+            x_BCHW = _as_batch(self.images[rows % count], device)
+            keys_B = noise.fold_in(keys_R[rows // count], rows % count).to(x_BCHW.device)
             out.append(quantize(self.purifier(x_BCHW, keys_B)).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(out)
 
@@ -96,7 +107,7 @@ class Voting:
             # what one that seeds nothing draws, such as a loader's order, follows from the secret, too
             random.seed(training_seed)
             np.random.seed(training_seed)
-            torch.manual_seed(training_seed)
+            _seed_torch(training_seed)
             predictor = self.train(dataset, training_seed)
             if not callable(predictor):
                 raise InputError(
@@ -112,6 +123,13 @@ class Voting:
         return np.concatenate(votes)
 
 
+def _seed_torch(seed: int) -> None:
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # the same, without a note of the call stack for each kind of device that may come up later
+        torch.default_generator.manual_seed(seed)
+
+
 @functools.lru_cache(maxsize=8)
 def _root(seed: int, purpose: int) -> Tensor:
     """Return the key of all models for a purpose, which costs as much as the key of one."""
@@ -121,8 +139,11 @@ def _root(seed: int, purpose: int) -> Tensor:
 def _batches(images: NDArray[np.uint8], device: torch.device | None) -> Iterator[tuple[int, Tensor]]:
     """Yield float32 (B, C, H, W) in [0, 1] of images (N, H, W, C), each with the position of its first."""
     for start in range(0, len(images), _AT_ONCE):
-        part = torch.from_numpy(np.array(images[start : start + _AT_ONCE])).to(device or "cpu")
-        yield start, part.permute(0, 3, 1, 2).float() / 255
+        yield start, _as_batch(images[start : start + _AT_ONCE], device)
+
+
+def _as_batch(images: NDArray[np.uint8], device: torch.device | None) -> Tensor:
+    return torch.from_numpy(np.array(images)).to(device or "cpu").permute(0, 3, 1, 2).float() / 255
 
 
 def _classes_of(answer: Any, count: int, classes: int) -> NDArray[np.int64]:
@@ -226,7 +247,8 @@ def ndt_classify(
     voting = Voting(images, labels, tests, purifier, train, classes, draws)
     if folder is None:
         seed = new_seed()
-        return np.stack([voting.vote(model, seed) for model in range(models)])
+        sets = voting.noised_sets(range(models), seed)
+        return np.stack([voting.train_and_ask(dataset, model, seed) for model, dataset in enumerate(sets)])
     own = voting_settings(voting)
     if clash := sorted({*own, "models", "inputs", "classes", "schema"} & {*(settings or {})}):
         raise InputError(f"Expected settings beside those that are looked at in any case. Got {clash[0]!r} again.")
