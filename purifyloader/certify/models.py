@@ -87,7 +87,7 @@ class Voting:
         """Purify all images once for each key, one set after another."""
         out, device, count = [], device_of(self.purifier), len(self.images)
         for rows in torch.arange(len(keys_R) * count).split(_AT_ONCE):
-            x_BCHW = _as_batch(self.images[rows % count], device)
+            x_BCHW = _as_batch(self.images[(rows % count).numpy()], device)
             keys_B = noise.fold_in(keys_R[rows // count], rows % count).to(x_BCHW.device)
             out.append(quantize(self.purifier(x_BCHW, keys_B)).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(out)

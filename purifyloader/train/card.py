@@ -34,15 +34,16 @@ def card(
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    again = f"purifyloader train {command} --data DATA --config config.json --indices config.json --out again"
+    again = f"purifyloader train {command} --data DATA --config config.json --indices config.json"
     if size := details.get("resized"):
-        own = "config.json"
-        again = f"purifyloader train {command} --data DATA --config {own} --indices {own} --size {size} --out again"
+        again += f" --size {size}"
+    if len(details["indices"]) == details["data_length"]:  # of all images, some would be held out
+        again += " --validation none"
     text += [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        again,
+        f"{again} --out again",
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",

@@ -22,6 +22,7 @@ from purifyloader.files.locks import Lock
 from purifyloader.train.energy import EnergyTrainConfig, energy_recipe, train_energy
 from purifyloader.train.state import STATE_FILE
 from tests import processes
+from tests.commands.conftest import undrawn
 from tests.conftest import tiny_denoiser
 from tests.train.tiny import free_port, same, smooth_images, weights
 
@@ -247,13 +248,13 @@ def test_two_processes_and_one_card(folder, small, tmp_path):
     arguments = ["--quiet", "--chain-steps", "2", "--data", folder, "--config", small, "--device", "cpu"]
     children = [
         processes.start(
-            *("purifyloader", "train", "energy", *arguments, "--out", tmp_path / "two"),
+            *(undrawn, cli.main, "train", "energy", *arguments, "--out", tmp_path / "two"),
             env={**joined, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in range(2)
     ]
     done = [child.wait(200) for child in children]
-    assert [d.returncode for d in done] == [0, 0], done
+    assert [d.value for d in done] == [0, 0], done
     assert [d.stdout.count("6 updates") for d in done] == [1, 0]
     assert run("--data", folder, "--config", small, "--out", tmp_path / "one") == 0
     one, two = (details_of(tmp_path / name) for name in ("one", "two"))

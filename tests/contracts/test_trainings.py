@@ -68,6 +68,7 @@ class Kind:
         build, train: its functions.
         config: a tiny training.
         runs: name -> (configuration, options of `train`), for what a stopped run must get right.
+        single: more of them, for one thing each that some of `runs` have too: only slow tests take them.
         held_out: the option that takes held-out images.
         other: a field, with a value that makes another training of it.
         pictures: (module, name) of the functions that draw, which take most of the time of a run this short.
@@ -80,6 +81,7 @@ class Kind:
     train: Callable[..., tuple[Any, dict[str, Any]]]
     config: TrainingFields
     runs: dict[str, tuple[TrainingFields, dict[str, Any]]]
+    single: dict[str, tuple[TrainingFields, dict[str, Any]]]
     held_out: str
     other: tuple[str, Any]
     pictures: tuple[tuple[Any, str], ...]
@@ -107,12 +109,23 @@ KINDS = {
         SIGMA,
         {
             "sigma": (SIGMA, {}),
+            "all": (ALL, {"validation": random_images(3, 12, seed=1), "validate_every": 3, "micro_batch": 3}),
+            "bfloat16, validated": (
+                dataclasses.replace(SIGMA, dtype="bfloat16"),
+                {"validation": HELD_OUT, "validate_every": 2},
+            ),
+            "augmented, no average": (
+                dataclasses.replace(SIGMA, ema_decay=0.0, augment=("flip", "crop", "rotate", "mixup")),
+                {},
+            ),
+            "hybrid, dropout": (dataclasses.replace(HYBRID, network=dataclasses.replace(TINY, dropout=0.5)), {}),
+        },
+        {
             "hybrid": (HYBRID, {}),
             "learned variance": (LEARNED, {}),
             "validated": (SIGMA, {"validation": HELD_OUT, "validate_every": 2}),
             "in parts": (HYBRID, {"micro_batch": 3}),
             "augmented": (dataclasses.replace(SIGMA, augment=("flip", "crop", "rotate", "mixup")), {}),
-            "all": (ALL, {"validation": random_images(3, 12, seed=1), "validate_every": 3, "micro_batch": 3}),
             "bfloat16": (dataclasses.replace(SIGMA, dtype="bfloat16"), {}),
             "no average": (dataclasses.replace(SIGMA, ema_decay=0.0), {}),
             "dropout": (dataclasses.replace(SIGMA, network=dataclasses.replace(TINY, dropout=0.5)), {}),
@@ -132,12 +145,11 @@ KINDS = {
         train_energy,
         PLAIN,
         {
-            "plain": (PLAIN, {}),
-            "paired": (PAIRED, {}),
             "from noise": (FROM_NOISE, {}),
             "held out": (PLAIN, {"held_out": HELD_OUT}),
             "bfloat16": (dataclasses.replace(PAIRED, dtype="bfloat16"), {}),
         },
+        {"plain": (PLAIN, {}), "paired": (PAIRED, {})},
         "held_out",
         ("langevin_steps", 4),
         ((energy_task, "write_pictures"),),
@@ -151,8 +163,12 @@ KINDS = {
 EVERY = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 EVERY_RUN = pytest.mark.parametrize(
     ("kind", "config", "options"),
-    [(kind, *run) for kind in KINDS.values() for run in kind.runs.values()],
-    ids=[f"{name}: {run}" for name, kind in KINDS.items() for run in kind.runs],
+    [
+        pytest.param(kind, *run, marks=marks, id=f"{name}: {run_name}")
+        for name, kind in KINDS.items()
+        for runs, marks in ((kind.runs, ()), (kind.single, pytest.mark.slow))
+        for run_name, run in runs.items()
+    ],
 )
 
 
@@ -189,14 +205,15 @@ def saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("saving_always")
 @EVERY_RUN
 def test_a_stopped_run_ends_with_the_same_weights_state_and_curves(kind, config, options, tmp_path):
+    config = replaced(config, steps=6)
     done: list[int] = []
     whole, record = train(kind, tmp_path / "whole", config, **options)
-    for step in (3, 6):
+    for step in (2, 5):
         with pytest.raises(Stop):
             train(kind, tmp_path / "part", config, save_every=0, on_step=stopping_after(step), **options)
         assert state_of(tmp_path / "part")[0]["step"] == step - 1
     again, record2 = train(kind, tmp_path / "part", config, on_step=lambda step, value: done.append(step), **options)
-    assert done == [6, 7, 8]
+    assert done == [5, 6]
     assert same(weights(whole), weights(again))
     assert rows(tmp_path / "part") == rows(tmp_path / "whole")
     (_, groups), (_, groups2) = state_of(tmp_path / "whole"), state_of(tmp_path / "part")
@@ -205,7 +222,7 @@ def test_a_stopped_run_ends_with_the_same_weights_state_and_curves(kind, config,
     for record_ in (record, record2):
         record_.pop("seconds"), record_.pop("peak_memory")
     assert record == record2
-    assert record["steps"] == 8
+    assert record["steps"] == 6
 
 
 @EVERY
