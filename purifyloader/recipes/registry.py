@@ -9,11 +9,13 @@ shows one.
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from purifyloader.errors import ConfigError
@@ -203,22 +205,38 @@ def _kind(annotation: Any) -> tuple[type | None, str | None]:
     return (several[0], None) if len(several) == 1 and several[0] in (int, float, bool, str) else (None, None)
 
 
+def _changed_at(path: str) -> int | None:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return None
+
+
 class Recipes(Mapping[str, "Callable[..., Purifier]"]):
     """The recipes by name: the library's own, and those that other distributions bring under other names."""
 
     def __init__(self, own: Mapping[str, Callable[..., Purifier]]) -> None:
         self.own = dict(own)
+        self._searched: list[tuple[str, int | None]] | None = None  # folders, and when each was changed
+        self._found_plugins: dict[str, EntryPoint] = {}
+
+    def _plugins(self) -> dict[str, EntryPoint]:
+        """Return the entry points by name, read anew where packages may have come or gone: reading takes 10 ms."""
+        searched = [(path, _changed_at(path)) for path in sys.path]
+        if searched != self._searched:
+            # where several packages have a name the first in sys.path counts
+            self._found_plugins = {plugin.name: plugin for plugin in reversed([*entry_points(group=GROUP)])}
+            self._searched = searched
+        return self._found_plugins
 
     def __getitem__(self, name: str) -> Callable[..., Purifier]:
         if name in self.own:
             return self.own[name]
-        for plugin in entry_points(group=GROUP, name=name) if isinstance(name, str) else ():
-            make: Callable[..., Purifier] = plugin.load()
-            return make
-        raise KeyError(name)
+        make: Callable[..., Purifier] = self._plugins()[name].load()
+        return make
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self.own, *sorted(plugin.name for plugin in entry_points(group=GROUP))]))
+        return iter(dict.fromkeys([*self.own, *sorted(self._plugins())]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -22,9 +22,9 @@ DATA = Path(__file__).parents[2] / "examples" / "data"
 ORDER = noise.uniform(noise.image_keys(2026, 0, 0), (50_000,))[0].argsort()
 
 
-@pytest.fixture(scope="module")
-def train():
-    return load_sample(DATA, "train")
+@pytest.fixture
+def train(sample):
+    return sample.train, sample.train_labels
 
 
 # the sample
@@ -37,8 +37,8 @@ def train():
         ("test", 1000, [8, 0, 7, 0, 3], "95d74794a2ad548bd129efcc33d9a7ebad99947282a4ae179abf0b2d482bc72d"),
     ],
 )
-def test_sample_is_the_one_described(split, count, first, sha256):
-    images, labels = load_sample(DATA, split)
+def test_sample_is_the_one_described(split, count, first, sha256, sample):
+    images, labels = (getattr(sample, name) for name in (split, f"{split}_labels"))
     assert images.shape == (count, 32, 32, 3)
     assert images.dtype == np.uint8
     assert labels.shape == (count,)
@@ -69,10 +69,11 @@ def test_sample_is_small_and_its_card_is_true():
         assert f"| {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |" in card
 
 
-def test_sample_reads_plain_tar_too(tmp_path):
+def test_sample_reads_plain_tar_too(sample, tmp_path):
     (tmp_path / "test-000000.tar").write_bytes(gzip.decompress((DATA / "test-000000.tar.gz").read_bytes()))
     assert all(
-        np.array_equal(a, b) for a, b in zip(load_sample(tmp_path, "test"), load_sample(DATA, "test"), strict=True)
+        np.array_equal(a, b)
+        for a, b in zip(load_sample(tmp_path, "test"), (sample.test, sample.test_labels), strict=True)
     )
 
 

@@ -34,7 +34,7 @@ HELD = noisy_pictures(5, 3)
 def make_bench(tmp_path: Path, models: Models) -> Bench:
     labels = np.arange(TRAIN) % CLASSES, np.arange(TEST) % CLASSES
     data = Data("imagefolder", noisy_pictures(TRAIN, 1), labels[0], noisy_pictures(TEST, 2), labels[1], CLASSES)
-    return Bench(data, models, "resnet9", "short", tmp_path / "work")
+    return Bench(data, models, "tiny", "tiny", tmp_path / "work")
 
 
 def folder_of(tmp_path: Path) -> Path:

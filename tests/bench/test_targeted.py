@@ -53,8 +53,8 @@ def labels(count: int) -> np.ndarray:
 DATA = Data("imagefolder", pictures(TRAIN, 1), labels(TRAIN), pictures(TEST, 2), labels(TEST), CLASSES)
 
 
-def bench(work: Path, training: str = "short", data: Data = DATA, **more: Any) -> Bench:
-    return Bench(data, more.pop("models", Models()), "resnet9", training, work, **more)
+def bench(work: Path, training: str = "tiny", data: Data = DATA, victim: str = "tiny", **more: Any) -> Bench:
+    return Bench(data, more.pop("models", Models()), victim, training, work, **more)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_an_attack_draws_from_no_victims_seed():
 
 
 def test_flipped_is_whether_the_target_is_called_what_was_wanted(tmp_path):
-    its = bench(tmp_path)
+    its = bench(tmp_path, "short", victim="resnet9")
     found = {(a.name, s): its.row(a, "none", s) for a in (PLANTED, IDLE) for s in (0, 1)}
     assert [found["planted", s]["flipped"] for s in (0, 1)] == [100, 100]
     assert [found["idle", s]["flipped"] for s in (0, 1)] == [0, 0]
@@ -148,7 +148,7 @@ def test_flipped_is_whether_the_target_is_called_what_was_wanted(tmp_path):
 
 
 def test_a_table_without_an_attack_that_has_a_target_is_not_there(tmp_path):
-    row = bench(tmp_path).row(AttackSpec("none"), "none", 0)
+    row = bench(tmp_path, "short", victim="resnet9").row(AttackSpec("none"), "none", 0)
     assert row["flipped"] == 0
     assert "Targets" not in report.markdown([row])
 
@@ -244,7 +244,7 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
 
 @pytest.fixture(scope="module")
 def start() -> torch.nn.Module:
-    return train_victim(DATA.train, DATA.train_labels, Training(2, 64, 0.2, 0.2), classes=CLASSES).model
+    return train_victim(DATA.train, DATA.train_labels, Training(2, 64, 0.2, 0.2), classes=CLASSES, width=4).model
 
 
 HEAD, ALL = (Transfer(2, 6, 0.05, 0.2, head_only=head_only) for head_only in (True, False))
@@ -325,6 +325,9 @@ def counted(monkeypatch) -> list[int]:
 
 def test_an_extractor_is_trained_once_a_seed_and_again_where_it_is_lost(tmp_path, monkeypatch):
     trained = counted(monkeypatch)
+    for name in ("transfer-linear", "transfer-fine-tune"):
+        monkeypatch.setitem(TRAININGS, name, replace(TRAININGS[name], epochs=2))
+    monkeypatch.setattr(transfer, "EXTRACTOR", TRAININGS["tiny"])
     cells = [("transfer-fine-tune", IDLE, "none", 1)]
     cells += [("transfer-linear", attack, defence, 0) for attack, defence in ((PLANTED, "none"), (IDLE, "jpeg-10"))]
     cells += [("transfer-linear", AttackSpec("none"), "none", 1)]
@@ -364,7 +367,7 @@ def test_an_extractor_learns_from_the_rest_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("training", [name for name, how in TRAININGS.items() if isinstance(how, Transfer)])
 def test_a_planted_target_flips_a_transferred_victim(training, work):
-    its = bench(work, training)
+    its = bench(work, training, victim="narrow")
     assert its.row(PLANTED, "none", 0)["flipped"] == 100
     row = its.row(IDLE, "none", 0)
     assert row["flipped"] == 0
@@ -470,11 +473,10 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("drawn")
 def test_the_command_transfers_and_goes_on(folder, tmp_path, monkeypatch, capsys):
     trained = counted(monkeypatch)
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path, "--training", "transfer-linear"]
-    words += ["--attack", "planted", "--attack", "lsp", "--defence", "none"]
+    words += ["--victim", "narrow", "--attack", "planted", "--attack", "lsp", "--defence", "none"]
     assert main([str(word) for word in (*words, "--seeds", 0)]) == 0
     first = rows.read(tmp_path / "rows.jsonl")
     assert {row["attack"] for row in first} == {"none", "planted", "lsp"}
@@ -516,6 +518,7 @@ def test_both_ways_to_transfer_have_tables_of_their_own(work):
 )
 def test_what_the_bench_gives_itself_is_no_option(attack, message, folder, tmp_path, capsys):
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path / "out", "--attack", attack]
+    words += ["--defence", "none"]
     assert main([str(word) for word in words]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
