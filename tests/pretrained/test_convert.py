@@ -180,7 +180,9 @@ def put_images(images: torch.Tensor, folder: Path) -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
 
 
-def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tensor) -> None:
+def test_the_command_in_a_process_of_its_own(
+    tmp_path: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the command line to `load`, and the result is the very network."""
     torch.save(openai_names(trained_network()), tmp_path / "ema.pt")
     put_images(images, tmp_path / "pictures")
@@ -222,7 +224,8 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path, images: torch.Tenso
     assert again.returncode == 2
     assert "--overwrite must be set" in again.stderr
     assert again.stderr.count("\n") == 1
-    assert processes.run(*command, "--overwrite", cwd=tmp_path).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert execute([*command[1:], "--overwrite"]) == 0
 
 
 def test_the_command_says_on_standard_error_what_is_wrong(tmp_path: Path) -> None:
@@ -469,15 +472,23 @@ def test_list_presets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_right_settings_give_no_warning(
-    tmp_path: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, images: torch.Tensor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged = convert(TRAINED, tmp_path / "a", "improved-diffusion", settings=RIGHT, images=images)
     assert judged.warnings == []
     assert [round(row.sigma_px) for row in judged.rows] == [10, 25, 50, 100]
     assert all(row.gain > 1.5 for row in judged.rows)
     assert caplog.records == []
-    # and none on the synthetic images that are taken where there are no others
+    # and none on the synthetic images that are taken where there are no others, of which two show it as well as eight
+    synthetic: list[torch.Tensor] = []
+
+    def two(count: int, *arguments: Any) -> torch.Tensor:
+        synthetic.append(dead_leaves(count, *arguments)[:2])
+        return synthetic[-1]
+
+    monkeypatch.setattr("purifyloader.pretrained.convert.dead_leaves", two)
     assert convert(TRAINED, tmp_path / "b", "improved-diffusion", settings=RIGHT).warnings == []
+    assert [each.shape for each in synthetic] == [(2, 3, 32, 32)]
 
 
 def test_what_does_not_denoise_is_said(
