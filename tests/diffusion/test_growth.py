@@ -36,7 +36,7 @@ def network(config: UNetConfig, seed: int = 0, trained: bool = False) -> UNet:
 @torch.no_grad()
 def output(unet: UNet) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    x, t = torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([7.0, -300.0])
+    x, t = torch.randn(2, 3, 8, 8, generator=generator), torch.tensor([7.0, -300.0])
     return unet(x, t)
 
 
@@ -86,7 +86,7 @@ def test_every_added_part_can_learn():
     old, new = network(SMALL, trained=True), network(dataclasses.replace(SMALL, **GROWN["all"]), seed=1)
     take_over(new, old)
     optimizer = torch.optim.SGD(new.parameters(), 0.05)
-    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
     for _ in range(4):  # what stands before a zero has a gradient once the zero has moved
         loss = (new(x, t) - 1).square().mean()
         optimizer.zero_grad()
