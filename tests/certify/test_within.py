@@ -48,7 +48,9 @@ from purifyloader.datasets.splits import Data
 from purifyloader.diffusion import BlindDenoiser
 from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.purifiers import BitDepth, Chain, Purifier
+from purifyloader.train.denoiser.task import build_denoiser
 from tests.conftest import tiny_denoiser
+from tests.train.tiny import SIGMA as TINY_TRAINING
 
 ROOT = Path(__file__).parents[2]
 Images = NDArray[np.uint8]
@@ -635,7 +637,9 @@ def test_the_example_runs(tmp_path, capsys, monkeypatch):
         EXAMPLE.recipes, "denoise_once", lambda model, sigma, fast: in_float32(model, sigma, compute_batch=24)
     )
     learned = image_hashes(pictures(4, 0)[0])
-    pretrained.save(tiny_denoiser(), tmp_path / "m", details={"image_hashes": hashes_as_text(learned)})
+    pretrained.save(
+        build_denoiser(TINY_TRAINING).eval(), tmp_path / "m", details={"image_hashes": hashes_as_text(learned)}
+    )
     words = "--train 24 --test 10 --selection 2 --models 10 --alpha 0.1 --again 3 --candidates 5 --proxy-draws 2"
     words += f" --root {small_sample(tmp_path / 'sample')}"
     words += f" --slopes 1 --quantiles 0.5 --model {tmp_path / 'm'} --work {tmp_path / 'w'} --out {tmp_path / 'o.json'}"

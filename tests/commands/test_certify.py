@@ -54,7 +54,7 @@ def pictures(count, seed):
 
 
 def data():
-    return pictures(36, 1), pictures(15, 2)
+    return pictures(30, 1), pictures(15, 2)
 
 
 def grey():
@@ -305,7 +305,7 @@ def test_files_and_numbers(whole: Path) -> None:
 
 def test_a_settings_word(whole: Path) -> None:
     settings = results(whole)["settings"]
-    assert settings["data"] == {"name": "certified_module:data", "train": 36, "test": 15, "values": 192}
+    assert settings["data"] == {"name": "certified_module:data", "train": 30, "test": 15, "values": 192}
     assert settings["training"]["function"] == "certified_module:nearest"
     assert settings["draws"] == settings["threads"] == 1
     assert settings["stated"] == {"triggered": False, "learned_elsewhere": False}
@@ -726,7 +726,7 @@ def test_a_plan(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(*bare, "--radius", 0.5, "--draws", 4, "--selection", 7) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "36 training images of certified_module:data, 15 test images; 7 + 40 models for each condition, alpha 0.01"
+        "30 training images of certified_module:data, 15 test images; 7 + 40 models for each condition, alpha 0.01"
     )
     assert re.fullmatch(
         r"noise: a model takes \d+\.\d s, \d+\.\d of them to make its training set; all 47 take \d+ s", lines[1]
@@ -777,7 +777,7 @@ def test_a_plan_of_a_warm_start_trains_none(tmp_path: Path, capsys: pytest.Captu
         (("--alpha", 0.06), "alpha was 0.05 and is 0.06"),
         (("--draws", 2), "draws was 1 and is 2"),
         (("--threads", 2), "threads was 1 and is 2"),
-        (("--train", 35), "data was"),
+        (("--train", 29), "data was"),
         (("--test", 14), "inputs was 15 and is 14"),
     ],
     ids=str,
@@ -836,7 +836,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "one set": (("--data", "certified_module:only"), r"Item 0 of the dataset must be \(image, label\)"),
     "a number for data": (("--data", "certified_module:number"), "Got int"),
     "two sizes": (("--data", "certified_module:two_sizes"), "Expected images of one size in both sets"),
-    "no training images": (("--train", 0), "has 36 train images. Got 0"),
+    "no training images": (("--train", 0), "has 30 train images. Got 0"),
     "too many test images": (("--test", 16), "has 15 test images. Got 16"),
     "no function": (("--train-function", "nearest"), "package.module:function. Got 'nearest'"),
     "no such function": (("--train-function", "certified_module:furthest"), "'furthest' of a module"),

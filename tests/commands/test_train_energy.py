@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -133,8 +136,14 @@ def test_a_network_that_is_none_is_refused(network, options, folder, tmp_path, c
 def configured(tmp_path: Path, fields: Any, *options: str) -> EnergyTrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
-    arguments = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *options]
-    return command.configuration(cli.parse(["train", "energy", *arguments])[2], (3, 32, 32), torch.device("cpu"))[0]
+    given = copy.copy(parsed("--config", str(tmp_path / "fields.json"), *options))
+    return command.configuration(given, (3, 32, 32), torch.device("cpu"))[0]
+
+
+@functools.cache
+def parsed(*arguments: str) -> argparse.Namespace:
+    options: argparse.Namespace = cli.parse(["train", "energy", "--data", "x", "--out", "y", *arguments])[2]
+    return options
 
 
 def test_fields_and_options_are_judged_together(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,14 @@ STRANGE = [None, True, 3, -1, 0, 2.5, 1e400, "x", [], [1], ["x"], [[1]], {}, {"x
 def configured(tmp_path: Path, fields: Any, *arguments: str) -> TrainConfig:
     """What the command makes of a file and options."""
     (tmp_path / "fields.json").write_text(json.dumps(fields))
-    given = ["--data", "x", "--out", "y", "--config", str(tmp_path / "fields.json"), *arguments]
-    return configuration(parse(["train", "denoiser", *given])[2], (3, 32, 32), torch.device("cpu"))[0]
+    options = copy.copy(parsed("--config", str(tmp_path / "fields.json"), *arguments))
+    return configuration(options, (3, 32, 32), torch.device("cpu"))[0]
+
+
+@functools.cache
+def parsed(*arguments: str) -> argparse.Namespace:
+    options: argparse.Namespace = parse(["train", "denoiser", "--data", "x", "--out", "y", *arguments])[2]
+    return options
 
 
 FIELDS = [*(field.name for field in dataclasses.fields(TrainConfig)), "flip", "nonsense"]

@@ -154,7 +154,7 @@ KINDS = {
         ("langevin_steps", 4),
         ((energy_task, "write_pictures"),),
         # plain gradient descent: Adam's first steps turn the rounding of a gradient near 0 into a whole step
-        (dataclasses.replace(PAIRED, optimizer="sgd", learning_rate=1e-8, clip_norm=None), {}),
+        (dataclasses.replace(PAIRED, steps=4, decay_at=(2,), optimizer="sgd", learning_rate=1e-8, clip_norm=None), {}),
         {"learning_rate": 1e30, "optimizer": "sgd"},
         steeper_energy,
     ),
@@ -249,8 +249,9 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_says_so(kind, tmp_path):
 
 @EVERY
 def test_held_out_images_change_no_weights(kind, tmp_path):
-    without, _ = train(kind, tmp_path / "a")
-    followed, _ = train(kind, tmp_path / "b", **{kind.held_out: HELD_OUT})
+    config = replaced(kind.config, steps=4)
+    without, _ = train(kind, tmp_path / "a", config)
+    followed, _ = train(kind, tmp_path / "b", config, **{kind.held_out: HELD_OUT})
     assert same(weights(without), weights(followed))
 
 
@@ -319,18 +320,18 @@ KILLED = {"validation": random_images(1, 12, seed=1), "validate_every": 8, "micr
 
 def test_a_run_killed_while_it_saves_goes_on(tmp_path):
     """Before a state is written, and between its writing and its renaming."""
-    folder = tmp_path / "killed"
+    folder, config, options = tmp_path / "killed", replaced(SIGMA, steps=6), {"validation": HELD_OUT[:1]}
     for place, call in (("purifyloader.train.state:save_file", 2), ("os:replace", 3), ("os:replace", 8)):
-        done = processes.run(in_a_process, folder, ALL, KILLED, kill_at=place, kill_call=call)
+        done = processes.run(in_a_process, folder, config, options, kill_at=place, kill_call=call)
         assert done.returncode == -9, done.stderr
         if (folder / STATE_FILE).exists():
-            assert state_of(folder)[0]["step"] < ALL.steps
+            assert state_of(folder)[0]["step"] < config.steps
     assert (folder / STATE_FILE).exists()
     assert list(folder.glob(f".{STATE_FILE}.*.tmp"))
     state.tidy(folder, [STATE_FILE])
     assert not list(folder.glob(f".{STATE_FILE}.*.tmp"))
     for name in ("killed", "whole"):
-        done = processes.run(in_a_process, tmp_path / name, ALL, KILLED)
+        done = processes.run(in_a_process, tmp_path / name, config, options)
         assert done.returncode == 0, done.stderr
     assert same(weights_in(folder / "weights.pt"), weights_in(tmp_path / "whole" / "weights.pt"))
     assert rows(folder) == rows(tmp_path / "whole")
@@ -362,7 +363,8 @@ def test_a_run_is_killed_thirty_times(tmp_path):
 @EVERY
 @pytest.mark.parametrize("place", ["save_file", "replacing"])
 def test_a_full_disk_is_an_error_that_keeps_the_state_before(kind, place, tmp_path):
-    train(kind, tmp_path, replaced(kind.config, steps=3))
+    config = replaced(kind.config, steps=4)
+    train(kind, tmp_path, replaced(config, steps=2))
     before = (tmp_path / STATE_FILE).read_bytes()
 
     def full(target: Any, *_: Any, **__: Any) -> None:
@@ -371,10 +373,10 @@ def test_a_full_disk_is_an_error_that_keeps_the_state_before(kind, place, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, place, full)
         with pytest.raises(TrainingError, match=r"(?s)Could not write .*No space left.*make room"):
-            train(kind, tmp_path)
+            train(kind, tmp_path, config)
     assert (tmp_path / STATE_FILE).read_bytes() == before
     assert not list(tmp_path.glob(".*"))
-    assert same(weights(train(kind, tmp_path)[0]), weights(train(kind, tmp_path / "whole")[0]))
+    assert same(weights(train(kind, tmp_path, config)[0]), weights(train(kind, tmp_path / "whole", config)[0]))
 
 
 # -- several processes -------------------------------------------------------------------------------
