@@ -188,9 +188,13 @@ def train(kind: Kind, folder: Path, config: TrainingFields | None = None, **opti
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     for kind in KINDS.values():
         for module, name in kind.pictures:
-            monkeypatch.setattr(module, name, lambda *_: None)
+            patch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -330,10 +334,10 @@ def test_a_run_killed_while_it_saves_goes_on(tmp_path):
     assert list(folder.glob(f".{STATE_FILE}.*.tmp"))
     state.tidy(folder, [STATE_FILE])
     assert not list(folder.glob(f".{STATE_FILE}.*.tmp"))
-    for name in ("killed", "whole"):
-        done = processes.run(in_a_process, tmp_path / name, config, options)
-        assert done.returncode == 0, done.stderr
-    assert same(weights_in(folder / "weights.pt"), weights_in(tmp_path / "whole" / "weights.pt"))
+    done = processes.run(in_a_process, folder, config, options)
+    assert done.returncode == 0, done.stderr
+    whole, _ = train(KINDS["denoiser"], tmp_path / "whole", config, images=WIDE, **options)
+    assert same(weights_in(folder / "weights.pt"), weights(whole))
     assert rows(folder) == rows(tmp_path / "whole")
 
 
@@ -385,6 +389,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_state_before(kind, place, tmp_pa
 def as_rank(rank: int, port: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """In a child: `work` as one of two processes that are joined; its result, or the error's type and text."""
     torch.set_num_threads(1)
+    draw_nothing(pytest.MonkeyPatch())
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=_LIMIT
     )

@@ -43,11 +43,16 @@ def train(folder: Path, config: EnergyTrainConfig, **options: Any) -> tuple[Ener
     return train_energy(options.pop("images", IMAGES), folder, config, **{"progress": False, **options})
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of a run this short, and are looked at elsewhere."""
+    monkeypatch.setattr(task, "write_pictures", lambda *_: None)
+
+
 @pytest.fixture
 def saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state at each step, however long writing takes: with save_every=0."""
     monkeypatch.setattr(training, "_SAVING_SHARE", math.inf)
-    monkeypatch.setattr(task, "write_pictures", lambda *_: None)
 
 
 # -- each step --------------------------------------------------------------------------------------
@@ -327,10 +332,10 @@ def test_noise_alone_takes_no_pixel_of_black_pictures_out(config):
 @pytest.mark.usefixtures("saving_always")
 def test_a_sound_run_on_black_pictures_is_saved_and_not_stopped(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(task, "SETTLED", 10)
-    config = dataclasses.replace(PLAIN, steps=40, learning_rate=1e-4)
+    config = dataclasses.replace(PLAIN, steps=24, learning_rate=1e-4)
     with pytest.raises(Stop):
-        train(tmp_path, config, images=BLACK, save_every=0, on_step=stopping_after(35))
-    assert state_of(tmp_path)[0]["step"] == 34
+        train(tmp_path, config, images=BLACK, save_every=0, on_step=stopping_after(20))
+    assert state_of(tmp_path)[0]["step"] == 19
     train(tmp_path, config, images=BLACK)
     assert not caplog.records
 
