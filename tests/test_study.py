@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +162,7 @@ def small(monkeypatch, tmp_path):
         "ood-far": study.Run("far", images=12, source="far"),
     }
     monkeypatch.setattr(study, "plan", lambda ood=(): runs)
-    configure, network = study.configure, UNetConfig.small(channels=8, multipliers=(1,))
+    configure, network = study.configure, UNetConfig.small(channels=4, multipliers=(1,), norm_groups=2)
     monkeypatch.setattr(study, "configure", lambda *a: replace(configure(*a), network=network, batch_size=4))
     command = f"study --cifar near --ood far=far --steps 2 --epochs 1 --width 2 --seeds 1 --out {tmp_path}"
 
@@ -173,6 +174,7 @@ def small(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_study_measures_every_run_and_goes_on_after_a_stop(small, monkeypatch, tmp_path, capsys):
     some = small("--only", "base", "--cells", "LSP purified")
     assert set(some["runs"]) == {"base", "none"}
@@ -187,20 +189,27 @@ def test_a_study_measures_every_run_and_goes_on_after_a_stop(small, monkeypatch,
     capsys.readouterr()
     small("--cells", "LSP purified", "AR ECLIPSE")
     assert capsys.readouterr().out == ""
+    assert table_of(tmp_path / "denoiser_study.json", monkeypatch).count("\n| poisoned | ") == 2
     with pytest.raises(SystemExit, match="other settings"):
         small("--steps", "3")
 
 
-def test_tables_and_picture_are_made_of_the_results(small, monkeypatch, tmp_path):
+def table_of(results: Path, monkeypatch) -> str:
+    """The page that the study writes beside its results."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["study", "--table", str(results)])
+        study.main()
+    return results.with_suffix(".md").read_text()
+
+
+def test_tables_and_picture_are_made_of_the_results(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    small("--only", "base", "poisoned", "--cells", "AR ECLIPSE")
-    monkeypatch.setattr(sys, "argv", ["study", "--table", str(tmp_path / "denoiser_study.json")])
-    study.main()
-    text = (tmp_path / "denoiser_study.md").read_text()
+    results, page = (tmp_path / f"denoiser_study.{suffix}" for suffix in ("json", "md"))
+    shutil.copy(ROOT / "examples" / "results" / results.name, results)
+    text = table_of(results, monkeypatch)
     assert text.count("\n| poisoned | ") == 2
-    (tmp_path / "denoiser_study.md").write_text("# Mine\n" + text.replace("| base |", "| old |") + "\nAnd mine.\n")
-    study.main()
-    assert (tmp_path / "denoiser_study.md").read_text() == "# Mine\n" + text + "\nAnd mine.\n"
+    page.write_text("# Mine\n" + text.replace("| base |", "| old |") + "\nAnd mine.\n")
+    assert table_of(results, monkeypatch) == "# Mine\n" + text + "\nAnd mine.\n"
     with Image.open(tmp_path / "denoiser_study.png") as picture:
         assert picture.width > 1000
 

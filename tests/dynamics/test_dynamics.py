@@ -176,7 +176,7 @@ PATHS = {
 
 @pytest.mark.parametrize("kind", PATHS)
 def test_an_image_is_that_of_the_purifier_whatever_comes_with_it(kind):
-    images, keys = random_images(37), noise.image_keys(3, 0, range(37))
+    images, keys = random_images(37, 8), noise.image_keys(3, 0, range(37))
     path = PATHS[kind]()
     got = gathered(path, images, keys)
     for level, value in enumerate(path.levels):
@@ -194,7 +194,7 @@ def test_an_image_is_that_of_the_purifier_whatever_comes_with_it(kind):
 
 @pytest.mark.parametrize("kind", PATHS)
 def test_results_do_not_depend_on_the_images_measured_together(kind):
-    clean, poisoned = random_images(35), random_images(35, seed=1)
+    clean, poisoned = random_images(35, 8), random_images(35, 8, seed=1)
     energy = tiny_energy(seed=1)
     every = measure(PATHS[kind](), clean, {"p": poisoned}, energy=energy)
     few = measure(PATHS[kind](), clean[:3], {"p": poisoned[:3]}, energy=energy)
@@ -286,13 +286,14 @@ def models(tmp_path) -> Path:
 
 
 def run(*options: str, data: str = CLEAN) -> int:
-    return main(["--data", data, "--device", "cpu", "--count", "6", *options])
+    return main(["--data", data, "--device", "cpu", "--count", "6", "--batch-size", "16", *options])
 
 
 def read(folder: Path) -> dict:
     return json.loads((folder / "dynamics.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_real_images(models, tmp_path, capsys):
     np.save(tmp_path / "trigger.npy", np.full((1, 3, 32, 32), 0.125, np.float32))
     out = tmp_path / "out"
@@ -317,10 +318,12 @@ def test_the_command_on_real_images(models, tmp_path, capsys):
         drawn.load()
 
 
-def test_files_are_not_overwritten_unasked_and_json_is_the_file(models, tmp_path, capsys):
+def test_files_are_not_overwritten_unasked_and_json_is_the_file(models, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     options = ("--energy", str(models / "energy"), "--steps", "2", "1", "--poisoned", "none", "--out", str(out))
-    assert run(*options) == 0
+    with monkeypatch.context() as patched:  # drawn once is enough
+        patched.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"blank"))
+        assert run(*options) == 0
     assert "clean images:" in capsys.readouterr().out.lower()
     with pytest.raises(InputError, match=r"with dynamics.json, dynamics.png: give another one, or overwrite them"):
         run(*options)

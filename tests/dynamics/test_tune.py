@@ -257,7 +257,7 @@ def models(tmp_path) -> Path:
 
 
 def run(*options: str) -> int:
-    return main(["--clean", CLEAN, "--device", "cpu", "--count", "6", *options])
+    return main(["--clean", CLEAN, "--device", "cpu", "--count", "6", "--batch-size", "16", *options])
 
 
 def lines(text: str) -> tuple[str, list[str]]:
@@ -267,6 +267,7 @@ def lines(text: str) -> tuple[str, list[str]]:
     return python, shlex.split(next(line for line in found if line.startswith("purifyloader precompute")))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_real_images(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-sparse", "--count", "8", "--device", "cpu"]

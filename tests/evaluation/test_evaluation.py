@@ -485,6 +485,7 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_real_images(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["cifar10-sparse", "--data", CLEAN, "--count", "8", "--sigma-px", "25", "10", "--out", str(out)]
@@ -519,6 +520,7 @@ def run(model: Path, *more: str, data: str = CLEAN) -> int:
     return main([str(model), *options, *more])
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_file_is_the_same_text_again_and_not_overwritten_unasked(model, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(model, "--count", "1", "--out", str(out)) == 0
@@ -647,7 +649,7 @@ def test_poisoned_sets_are_aligned_with_the_data(model, tmp_path):
         (["--indices", "bad/far.json"], r"\[0, 40\)"),
         (["--indices", "bad/missing.json"], "JSON list"),
         (["--sigma-px", "200"], r"to 76.5 px\). Got"),
-        (["--sigma-px", "20", "nan"], "trained for sigma"),
+        (["--sigma-px", "20", "nan"], "must be a number above 0. Got 'nan'"),
         (["--device", "tpu"], "Expected a device"),
         (["--out", "bad/far.json"], "^out must be a folder. Got the file"),
         (["--overwrite"], "^overwrite is about files in the output folder. Got none"),
