@@ -61,7 +61,7 @@ def _fields(coefficients: Tensor, start: Tensor) -> Tensor:
 
 
 def _is_stable(coefficients_K33: Tensor) -> Tensor:
-    """bool (K,): which filters neither blow up nor smooth everything away; see `_CHANGE`."""
+    """Tell which filters neither blow up nor smooth everything away, bool (K,); see `_CHANGE`."""
     trial_keys = purpose_keys(0, _ATTACK, _TRIAL, torch.arange(_TRIALS))
     start = noise.normal(trial_keys, (_SIDE, _SIDE)).to(torch.float64).permute(1, 2, 0)[:, :, None]
     weights = coefficients_K33.to(torch.float64).permute(1, 2, 0)[..., None]
@@ -240,9 +240,7 @@ def autoregressive(
     """Return a copy of the images, uint8 (N, H, W, 3), poisoned with autoregressive noise.
 
     Args:
-        labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
-        positions: position of each image in the dataset, 0 to N - 1 if None.
         others: see `ar_perturbation`.
 
     Raises:

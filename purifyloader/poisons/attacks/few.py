@@ -1,10 +1,11 @@
-"""A few images of one class moved towards a test image in the features of networks, until a network that learns them
-takes that image for their class: what Poison Frogs and Bullseye Polytope have in common.
+"""Move a few images of one class towards a test image in the features of networks.
+
+A network that learns them takes that image for their class. Poison Frogs and Bullseye Polytope share this module.
 
     x <- P(B(x - Adam of the objective's gradient)),    P the bound around the bases and the range of pixels
 
-with B the backward step of an attack that has one. Adam, as how long a gradient in features is differs by orders of
-magnitude from one network to the next, and with it the step that a plain descent needs.
+B is the backward step of an attack that has one. Adam is used because the length of a gradient in features, and with
+it the step of a plain descent, differs by orders of magnitude between networks.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ _VIEW = 0x66657776  # "fewv": what the keys drawn here are for
 _TINY = 1e-12  # of Adam, far below any gradient: that of one among a thousand poisons is a thousandth
 
 Objective = Callable[[Tensor], Iterable[Tensor]]
-"""(x_KCHW in [0, 1]) -> terms to add up, one after the other, so that the graph of one alone is in memory."""
+"""(x_KCHW in [0, 1]) -> terms to add up, one after the other, so that only one graph is in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Few:
-    """`Few` holds the bases to poison (rising indices, images in [0, 1]), and the target that they are to be like."""
+    """Hold the bases to poison (rising indices, images in [0, 1]) and the target whose features they shall have."""
 
     target: Target
     target_1CHW: Tensor
@@ -71,7 +72,7 @@ def _few(clean: Clean, aim: Target, index_K: Tensor) -> Few:
 
 @contextmanager
 def _evaluated(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the networks into evaluation mode, and each of their modules back as it was thereafter."""
+    """Put the networks into evaluation mode, and restore the mode of each of their modules afterwards."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -123,19 +124,19 @@ def _features_in_each(networks: Sequence[nn.Module], x_KCHW: Tensor, batch_size:
 
 def aims(networks: Sequence[nn.Module], target_1CHW: Tensor) -> list[Tensor]:
     """Return the target's features (1, F) in each network; refuse those that are nothing to aim at."""
-    found = _features_in_each(networks, target_1CHW, 1)
-    for number, aim_1F in enumerate(found):
+    features_of = _features_in_each(networks, target_1CHW, 1)
+    for number, aim_1F in enumerate(features_of):
         length = float(aim_1F.norm())
         if not 0 < length < math.inf:
             raise InputError(
                 f"The target's features in each network must be finite, and not all zero. Got {length} as the length "
                 f"of those in network {number}: lower lr, or give networks that are trained."
             )
-    return found
+    return features_of
 
 
 def rate(settings: TrainedSettings, x_KCHW: Tensor) -> float:
-    """Adam's learning rate, about which it moves each value in a step: `step` of epsilon, in the bound's norm."""
+    """Return Adam's learning rate: each step moves a value by about `step` of epsilon, in the bound's norm."""
     return settings.step_size / (1.0 if settings.norm == "linf" else math.sqrt(x_KCHW[0].numel()))
 
 
@@ -230,8 +231,8 @@ def attack_on_target(
 
     Args:
         purpose: what the images are drawn by, beside the seed.
-        default: how many to poison where nothing is said.
-        surrogates: trains networks where none are given.
+        default: how many images to poison if neither count nor share is set.
+        surrogates: trains the networks if the caller passes none.
     """
 
     def decorate(core: Core) -> Callable[..., Poisoned]:
@@ -265,8 +266,8 @@ def attack_on_target(
                     "networks": None if networks is None else len(used),
                     "target_called": _predicted_labels(used, few.target_1CHW),
                 }
-            known = {"poisoned": few.index_K.cpu().numpy(), "target": few.target}
-            return Made(images, {**facts, **measured}, known)
+            fields = {"poisoned": few.index_K.cpu().numpy(), "target": few.target}
+            return Made(images, {**facts, **measured}, fields)
 
         return attack_with_networks(name, presets)(functools.wraps(core, updated=())(on_target))
 

@@ -120,9 +120,7 @@ def lsp(
     """Return a copy of the images, uint8 (N, H, W, 3), poisoned with linearly separable patches.
 
     Args:
-        labels: integers (N,) in [0, classes).
         indices: which images to poison, all if None.
-        positions: position of each image in the dataset, 0 to N - 1 if None.
         others: see `lsp_perturbation`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Read back what `purifyloader.poisons.write` says of a poison beside its images."""
+"""Read back the record that `purifyloader.poisons.write` keeps beside a poison's images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from purifyloader.poisons.writing import FORMAT
 
 __all__ = ["WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
 
-WRITTEN_BY = "written_by"  # the setting that says so
+WRITTEN_BY = "written_by"  # the setting that names the version that wrote the poison
 _TARGET = ("label", "true_label", "index")
 
 
@@ -74,7 +74,7 @@ def from_folder(
 def _restored(
     request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, extra: Mapping[str, Any]
 ) -> Poisoned:
-    """Return the set with what its JSON says; refuse what `write` does not make, or of a later version."""
+    """Complete the set by its JSON record; refuse a record that `write` does not make, or of a later version."""
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
     try:
         record = json.loads(text)
