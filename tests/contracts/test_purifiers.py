@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from purifyloader import recipes
 from purifyloader.certify.noising import says_what_it_does_first
 from purifyloader.core import noise
+from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
 from purifyloader.files.weights import weights_sha256
@@ -244,13 +245,24 @@ def test_an_image_does_not_depend_on_its_batch(purifier, whole):
 
 
 def test_an_image_does_not_depend_on_the_number_of_threads(purifier, whole):
-    """Of three threads two are used."""
     x = images(purifier)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         few = slice(COUNT - BATCH - 1, COUNT)
         assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_of_three_threads_two_are_used():
+    """Three give other bits, where the images are large enough for all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with exact_arithmetic(torch.device("cpu")):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
