@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
+_DESCRIBED: dict[tuple[tuple[str, int], ...], dict[str, Recipe]] = {}  # of these functions, which it keeps alive
+
+
 def _described() -> dict[str, Recipe]:
-    return {name: describe(name, make) for name, make in recipes.RECIPES.items()}
+    """Describe all recipes; again only when others are there."""
+    makes = dict(recipes.RECIPES)
+    key = tuple((name, id(make)) for name, make in makes.items())
+    if key not in _DESCRIBED:
+        described = {name: describe(name, make) for name, make in makes.items()}
+        _DESCRIBED.clear()
+        _DESCRIBED[key] = described
+    return _DESCRIBED[key]
 
 
 def add_recipe_options(group: Any) -> None:

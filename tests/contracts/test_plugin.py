@@ -83,6 +83,16 @@ def test_it_is_unknown_where_it_is_not_installed():
         recipes.from_json('{"schema": 1, "purifier": {"kind": "fade", "amount": 0.5}}')
 
 
+def test_one_that_is_installed_while_the_process_runs_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "later" not in recipes.RECIPES
+    (info := tmp_path / "later-1.0.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: later\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[purifyloader.recipes]\nlater = purifyloader.recipes:jpeg\n")
+    assert recipes.RECIPES["later"] is recipes.jpeg
+    assert "later" in list(recipes.RECIPES)
+
+
 def test_the_command_line_fills_a_cache_with_it(installed, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
