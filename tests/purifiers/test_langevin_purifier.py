@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from purifyloader import PurifiedDataset, recipes
 from purifyloader.core import noise
 from purifyloader.core.images import quantize
-from purifyloader.energy import EnergyConfig, EnergyNetwork, langevin
+from purifyloader.energy import langevin
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.purifiers import DenoiseOnce, Diffuse, Langevin, Tiles
 from tests.conftest import PictureDataset, random_images, tiny_denoiser, tiny_energy
@@ -229,7 +229,7 @@ def test_in_tiles(x, seeds):
 
 
 def test_another_energy_with_the_same_shape_is_another_purifier(x, seeds):
-    other = Langevin(EnergyNetwork(EnergyConfig(8)), 3, compute_batch=16)
+    other = Langevin(tiny_energy(seed=1), 3, compute_batch=16)
     assert not torch.equal(other(x[:1], seeds[:1]), purifier()(x[:1], seeds[:1]))
 
 
