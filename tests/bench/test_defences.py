@@ -175,6 +175,7 @@ def test_the_adaptive_attack_is_on_the_denoiser_of_the_bench(tmp_path):
 def test_clean_rows_get_what_they_call_a_target_when_one_is_wanted(tmp_path):
     root, out = folder_of(tmp_path), tmp_path / "out"
     words = ["bench", "--data", "imagefolder", "--root", str(root), "--out", str(out), "--defence", "none"]
+    words += ["--victim", "tiny", "--training", "tiny"]
     assert main([*words, "--attack", "none"]) == 0
     (old,) = rows.read(out / "rows.jsonl")
     rows.add(out / "rows.jsonl", {key: value for key, value in old.items() if key not in ("flipped", "target")})
@@ -204,7 +205,7 @@ def test_data_of_one_class_need_no_target(tmp_path):
 
 def test_values_are_checked_before_any_work_and_wherever_one_is(tmp_path, monkeypatch, capsys):
     words = ["bench", "--data", "imagefolder", "--root", str(folder_of(tmp_path)), "--out", str(tmp_path / "o")]
-    assert main([*words, "--attack", "gradient-matching:bases=nearest"]) != 0
+    assert main([*words, "--attack", "gradient-matching:bases=nearest", "--defence", "none"]) != 0
     assert "bases must be one of 'largest', 'random'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     for name in ("random", "cpu", "linf"):

@@ -475,6 +475,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_the_command_transfers_and_goes_on(folder, tmp_path, monkeypatch, capsys):
     trained = counted(monkeypatch)
+    monkeypatch.setitem(TRAININGS, "transfer-linear", replace(TRAININGS["transfer-linear"], epochs=24))
     words = ["bench", "--data", "imagefolder", "--root", folder, "--out", tmp_path, "--training", "transfer-linear"]
     words += ["--victim", "narrow", "--attack", "planted", "--attack", "lsp", "--defence", "none"]
     assert main([str(word) for word in (*words, "--seeds", 0)]) == 0
