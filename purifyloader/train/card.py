@@ -34,16 +34,16 @@ def card(
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    again = f"purifyloader train {command} --data DATA --config config.json --indices config.json"
+    again = [f"purifyloader train {command} --data DATA --config config.json --indices config.json --out again"]
     if size := details.get("resized"):
-        again += f" --size {size}"
+        again.append(f"size {size}")
     if len(details["indices"]) == details["data_length"]:  # of all images, some would be held out
-        again += " --validation none"
+        again.append("validation none")
     text += [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        f"{again} --out again",
+        " --".join(again),
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",
