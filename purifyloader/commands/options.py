@@ -68,7 +68,8 @@ def check_data(options: argparse.Namespace) -> None:
     """Refuse --root and --split where no dataset is given by a name that they are of: they would change nothing."""
     given = vars(options)
     named = DATA if "test" in given else (*_SPLIT, "imagefolder", "webdataset")  # commands of two sets have others
-    others = [given.get("clean"), given.get("validation"), *(given.get("poisoned") or ())]
+    poisoned = given.get("poisoned")  # sets, or the one file of an audit, which is no data
+    others = [given.get("clean"), given.get("validation"), *(poisoned if isinstance(poisoned, list) else ())]
     _check_goes_with(given, "root", _ROOT, [given.get("data"), *others], named)
     _check_goes_with(given, "clean_root", None, [given.get("clean")], named)
     _check_goes_with(given, "split", "train", [given.get("data")], _SPLIT)
