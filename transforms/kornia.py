@@ -15,6 +15,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
 from purifyloader.core import corruptions
+from purifyloader.core.images import to_unit
 from purifyloader.errors import InputError
 from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
@@ -100,7 +101,8 @@ class RandomCompensate(IntensityAugmentationBase2D):
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         grey, noise = (params[name].to(input.device) for name in ("grey", "noise"))
-        return corruptions.grey_and_noise(input, grey, noise, flags["sigma"])
+        corrupted = corruptions.grey_and_noise(to_unit(input), grey, noise, flags["sigma"])
+        return corrupted.to(input.dtype)
 
 
 class RandomSqueeze(RandomPurify):

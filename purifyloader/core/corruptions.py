@@ -12,7 +12,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from purifyloader.core import noise
 from purifyloader.core.checks import check_integer, check_number
-from purifyloader.core.images import luma, quantize
+from purifyloader.core.images import check_channels, luma, quantize
 from purifyloader.errors import InputError
 
 __all__ = ["bit_depth", "check_alpha", "check_bits", "check_compensation", "check_quality", "coin", "compensate"]
@@ -44,11 +44,6 @@ def check_alpha(alpha: float) -> None:
     check_number("alpha", alpha, above=0, unit="the furthest that a pixel moves, in pixels", error=InputError)
 
 
-def _check_images(taker: str, x_BCHW: Tensor) -> None:
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] not in (1, 3):
-        raise InputError(f"{taker} takes images of shape (B, 3, H, W) or (B, 1, H, W). Got {tuple(x_BCHW.shape)}.")
-
-
 def _check_drawn(taker: str, x_BCHW: Tensor, keys_B: Tensor) -> None:
     if x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
         raise InputError(f"{taker} takes float images (B, C, H, W). Got {x_BCHW.dtype} {tuple(x_BCHW.shape)}.")
@@ -69,7 +64,6 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
     torch.Size([2, 3, 32, 32])
     """
     check_compensation(p, sigma)
-    _check_images("compensate", x_BCHW)
     _check_drawn("compensate", x_BCHW, keys_B)
     grey_B = noise.uniform(keys_B, (1,), _GRAY)[:, 0] < p
     return grey_and_noise(x_BCHW, grey_B, noise.normal(keys_B, x_BCHW.shape[1:], _NOISE), sigma)
@@ -77,6 +71,7 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 
 def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: float) -> Tensor:
     """Apply Eq. 13 with its draws given: grey where `grey_B`, plus sigma times the noise, clamped to [0, 1]."""
+    check_channels("Compensation", x_BCHW.shape, (1, 3))
     x = x_BCHW.float()
     if x.shape[1] == 3:
         x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x), x)
@@ -92,7 +87,7 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     torch.Size([2, 3, 32, 32])
     """
     check_quality(quality)
-    _check_images("JPEG", x_BCHW)
+    check_channels("JPEG", x_BCHW.shape, (1, 3))
     out = torch.empty_like(x_BCHW)
     for row, image in zip(out, quantize(x_BCHW).cpu().numpy(), strict=True):
         file = io.BytesIO()
@@ -113,7 +108,7 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
     >>> torch.equal(grey[:, 0], grey[:, 1])
     True
     """
-    _check_images("grayscale", x_BCHW)
+    check_channels("grayscale", x_BCHW.shape, (1, 3))
     if x_BCHW.shape[1] == 1:
         return x_BCHW
     return luma(x_BCHW).expand(-1, 3, -1, -1).contiguous()

@@ -7,6 +7,7 @@ only way to uint8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from torchvision import tv_tensors
 
 from purifyloader.errors import InputError
 
-__all__ = ["ImageKind", "as_stored", "from_bytes", "from_engine", "is_image", "luma", "own_channels", "pil_mode"]
-__all__ += ["quantize", "to_bytes", "to_engine", "to_unit", "type_of"]
+__all__ = ["ImageKind", "as_stored", "check_channels", "from_bytes", "from_engine", "is_image", "luma", "own_channels"]
+__all__ += ["pil_mode", "quantize", "to_bytes", "to_engine", "to_unit", "tolerance", "type_of"]
+
+_TOLERANCE = 1e-4  # a fortieth of a level of 8 bits: rounding errors of blurs and resizings are a hundredth of it
 
 # Channels by number: grey, grey + alpha, colour, colour + alpha.
 _CHANNELS = (1, 2, 3, 4)
@@ -40,22 +43,35 @@ def quantize(x: Tensor) -> Tensor:
     return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far outside [0, 1] an image may be: 1e-4, and two units in the last place of a shorter type."""
+    return max(_TOLERANCE, 2 * torch.finfo(dtype).eps)
+
+
 def to_unit(x: Tensor, what: str = "image") -> Tensor:
-    """Convert uint8, or floating point already in [0, 1], to float32 in [0, 1]; anything else is an error."""
+    """Convert uint8, or floating point in [0, 1], to float32 in [0, 1]; anything else is an error.
+
+    Values outside by up to `tolerance` are clamped: blurs and resizings overshoot in the last bits of a float.
+    """
     if x.dtype == torch.uint8:
         return x.float() / 255
     if not x.is_floating_point():
         raise InputError(f"An {what} is uint8, or floating point in [0, 1]. Got {x.dtype}.")
-    x = x.float()
+    x, slack = x.float(), tolerance(x.dtype)
     if x.numel() and not torch.compiler.is_compiling():  # looking at values would break a graph in two
-        low, high = x.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(f"An {what} needs finite values. Got NaN or infinity.")
-        if low < 0 or high > 1:
+        if low < -slack or high > 1 + slack:
+            slightly = low > -0.25 and high < 1.25
             raise InputError(
-                f"An {what} in floating point lies in [0, 1]. Got values from {low:.4g} to {high:.4g}. "
-                "Purify before normalising, and divide 0-255 floats by 255."
+                f"An {what} in floating point lies in [0, 1]. Got values from {low:.4g} to {high:.4g}, up to "
+                f"{max(-low, high - 1):.2g} outside. "
+                + ("Bicubic resizing, sharpening and noise do that: put x.clamp(0, 1) behind it. " if slightly else "")
+                + "Purify before normalising, and divide 0-255 floats by 255."
             )
+        if low < 0 or high > 1:
+            return x.clamp(0, 1)
     return x
 
 
@@ -114,6 +130,16 @@ def _as_chw(image: Any) -> tuple[Tensor, str, bool]:
     raise InputError(
         f"An image is a PIL image, a numpy array (H, W, C) or a tensor (C, H, W). Got {type(image).__name__}."
     )
+
+
+def check_channels(taker: str, shape: Sequence[int], known: Sequence[int] = _CHANNELS) -> None:
+    """Refuse a batch (B, C, H, W) whose channels are of another number, such as one with the channels last."""
+    if len(shape) == 4 and shape[1] in known:
+        return
+    last = len(shape) == 4 and shape[3] in _CHANNELS
+    advice = ": permute(0, 3, 1, 2) brings the channels to the front." if last else "."
+    numbers = " or ".join(str(number) for number in known) if len(known) < 4 else f"{known[0]} to {known[-1]}"
+    raise InputError(f"{taker} takes images (B, C, H, W) of {numbers} channels. Got {tuple(shape)}{advice}")
 
 
 def _layout_hint(shape: Sequence[int], axis: int) -> str:

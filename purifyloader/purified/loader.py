@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from purifyloader.core import noise
 from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
-from purifyloader.core.images import luma
+from purifyloader.core.images import check_channels, luma, tolerance
 from purifyloader.datasets.samples import ImageKey, place, with_image
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.already import purified_by
@@ -323,6 +323,7 @@ class PurifiedLoader:
                 raise InputError(f"This purifier takes images of {wanted} channels. Got {tuple(x.shape)}.")
             if 0 in x.shape[-3:]:
                 raise InputError(f"An image needs at least one pixel and one channel. Got {tuple(x.shape)}.")
+            check_channels("A purifier", x.shape if x.ndim == 4 else (1, *x.shape))
 
     def _unit(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
         """Bring images to float32 in [0, 1], but for rounding and what `keep_outside` keeps; `checks` sees to that."""
@@ -350,8 +351,8 @@ class PurifiedLoader:
         return values
 
     def _slack(self, x: Tensor) -> float:
-        """Return how far rounding to the batch's own type may have moved a normalised value out of [0, 1]."""
-        return 0.0 if self.normalize is None else 4 * torch.finfo(x.dtype).eps
+        """Return how far out of [0, 1] a value may be, which is clamped: more where it was rounded normalised."""
+        return tolerance(x.dtype) + (0.0 if self.normalize is None else 4 * torch.finfo(x.dtype).eps)
 
     def _check_range(self, values: Tensor, slack: float) -> tuple[Tensor, str]:
         if self.keep_outside:
@@ -365,7 +366,7 @@ class PurifiedLoader:
         if self.normalize is None:
             return inside, (
                 "images in floating point lie in [0, 1]. Got others, or NaN: give normalize=(mean, std) where the "
-                "loader normalises, and divide 0-255 floats by 255."
+                "loader normalises, divide 0-255 floats by 255, and clamp behind bicubic resizing or sharpening."
             )
         return inside, (
             "normalize= must be the mean and std that the loader normalises with. Got images that it does not bring "

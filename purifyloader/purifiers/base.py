@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core.devices import exact_arithmetic
-from purifyloader.core.images import to_unit
+from purifyloader.core.images import check_channels, to_unit
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
@@ -151,10 +151,10 @@ class Purifier(Described):
         """Purify with gradients of the input, for attacks that adapt to the purifier."""
         if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
             raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
-        self._check_pixels(x_BCHW, "image to purify")
+        x = self._checked(x_BCHW, "image to purify")
         _check_seeds(seeds_B, len(x_BCHW))
-        with exact_arithmetic(x_BCHW.device):
-            return self.run(x_BCHW.float(), seeds_B.to(x_BCHW.device))
+        with exact_arithmetic(x.device):
+            return self.run(x, seeds_B.to(x.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
         """Purify float images (C, H, W) of different sizes: each is, bit for bit, the one that is purified alone.
@@ -169,6 +169,7 @@ class Purifier(Described):
                 f"purify_images takes a list of float tensors (C, H, W). Got {_described(images)}: "
                 "for one tensor of images call the purifier itself."
             )
+        checked = []
         for i, image in enumerate(images):
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
                 raise InputError(
@@ -179,22 +180,24 @@ class Purifier(Described):
                     f"purify_images takes images on one device. Got {images[0].device} and, for image {i}, "
                     f"{image.device}: move them to one."
                 )
-            self._check_pixels(image, f"image to purify (number {i})")
+            checked.append(self._checked(image, f"image to purify (number {i})"))
         _check_seeds(seeds_B, len(images))
         if not images:
             return []
         device = images[0].device
         with torch.no_grad(), exact_arithmetic(device):
-            return self.run_images([image.float() for image in images], seeds_B.to(device))
+            return self.run_images(checked, seeds_B.to(device))
 
-    def _check_pixels(self, x: Tensor, what: str) -> None:
+    def _checked(self, x: Tensor, what: str) -> Tensor:
+        """Return an image or a batch as float32 in [0, 1]."""
         if self.image_channels not in (None, x.shape[-3]):
             raise InputError(
                 f"This purifier takes images of {self.image_channels} channels. Got {tuple(x.shape)} for the {what}."
             )
         if 0 in x.shape[-3:]:
             raise InputError(f"An {what} needs at least one pixel and one channel. Got {tuple(x.shape)}.")
-        to_unit(x.detach(), what)
+        check_channels("A purifier", x.shape if x.ndim == 4 else (1, *x.shape))
+        return to_unit(x, what)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pack weights for another process: see `purifyloader.purifiers.packing`."""

@@ -365,10 +365,27 @@ BAD_CALLS = {
     "no pixels": (lambda c: torch.zeros(2, c, 0, 8), SEED, "at least one pixel"),
     "NaN": (lambda c: torch.full((2, c, 8, 8), torch.nan), SEED, "NaN"),
     "below 0": (lambda c: torch.full((2, c, 8, 8), -0.5), SEED, r"lies in \[0, 1\]"),
+    "a little above 1": (lambda c: torch.full((2, c, 8, 8), 1.01), SEED, r"up to 0\.01 outside\. Bicubic"),
+    "channels last": (lambda c: torch.zeros(2, 8, 8, c), SEED, r"channels\. Got \(2, 8, 8, [13]\)"),
     "levels to 255": (lambda c: torch.full((2, c, 8, 8), 255.0), SEED, "divide 0-255"),
     "too many seeds": (lambda c: torch.zeros(2, c, 8, 8), torch.zeros(3, dtype=torch.int64), r"shape \(2,\)"),
     "seeds that are floats": (lambda c: torch.zeros(2, c, 8, 8), torch.zeros(2), "int64"),
 }
+
+
+def test_an_overshoot_in_the_last_bits_is_clamped(case, purifier):
+    """As blurs of floats have it: what comes out is that of the clamped image."""
+    x = images(purifier, 2).clone()
+    x[:, :, 0, :2] = torch.tensor([1.0, 0.0])
+    over = x.clone()
+    over[:, :, 0, :2] += torch.tensor([9e-5, -9e-5])
+    assert torch.equal(purifier(over, SEEDS[:2]), purifier(x, SEEDS[:2]))
+    each = zip(purifier.purify_images(list(over), SEEDS[:2]), purifier.purify_images(list(x), SEEDS[:2]), strict=True)
+    assert all(torch.equal(a, b) for a, b in each)
+    if case.differentiable:
+        assert torch.equal(
+            purifier.purify_with_grad(over.requires_grad_(True), SEEDS[:2]).detach(), purifier(x, SEEDS[:2])
+        )
 
 
 @pytest.mark.parametrize("bad", BAD_CALLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,20 @@ def test_quantising_leaves_its_argument_alone():
 def test_what_cannot_be_quantised(x):
     with pytest.raises(InputError, match="Got"):
         quantize(x)
+
+
+def test_what_is_clamped_and_what_is_refused():
+    inside = torch.linspace(0, 1, 12).reshape(3, 2, 2)
+    assert torch.equal(to_unit(inside), inside)
+    for low, high in ((-2e-7, 1 + 2e-7), (-9e-5, 1.0), (0.0, 1 + 9e-5)):
+        over = inside * (high - low) + low
+        assert torch.equal(to_unit(over), over.clamp(0, 1))
+    for low, high, far in ((-0.003, 1.0, "0.003"), (0.0, 1.19, "0.19"), (-2.1, 2.6, "2.1"), (0.0, 255.0, "2.5e+02")):
+        with pytest.raises(InputError, match=f"from {low:.4g} to .*, up to {re.escape(far)} outside"):
+            to_unit(inside * (high - low) + low)
+    assert to_unit(torch.tensor([1.0], dtype=torch.bfloat16).nextafter(torch.tensor([2.0], dtype=torch.bfloat16))) == 1
+    with pytest.raises(InputError, match="Bicubic resizing"):
+        to_unit(inside * 1.19)
 
 
 def test_to_unit():
