@@ -1,4 +1,4 @@
-"""A Lightning script: the loader that `fit` gets is a `PurifiedLoader`.
+"""A Lightning script: `train_dataloader` gives a `PurifiedLoader`, on each of several devices of its share.
 
 python examples/integrations/lightning_training.py
 """
@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from sample import MEAN, STD, Sample, arguments, model, report
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
 
 from purifyloader import PurifiedLoader, recipes
@@ -17,10 +17,19 @@ from purifyloader.transforms import Compensate
 
 
 class Classifier(L.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, data: Sample, workers: int) -> None:
         super().__init__()
         self.net = model()
+        self.data, self.workers = data, workers
         self.losses: list[float] = []
+
+    def train_dataloader(self) -> PurifiedLoader:
+        # Lightning puts a sampler of its own into loaders of torch's only
+        share = DistributedSampler(self.data, self.trainer.world_size, self.trainer.global_rank)
+        loader = DataLoader(self.data, batch_size=128, sampler=share, num_workers=self.workers)
+        return PurifiedLoader(  # <-
+            loader, recipes.eclipse("cifar10-sparse", sigma=0.05), compensate=Compensate(), normalize=(MEAN, STD)
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
@@ -47,17 +56,13 @@ if __name__ == "__main__":
             v2.Normalize(MEAN, STD),
         ]
     )
-    loader = DataLoader(Sample(options.images, transform), batch_size=128, shuffle=True, num_workers=options.workers)
-    purified = PurifiedLoader(  # <-
-        loader, recipes.eclipse("cifar10-sparse", sigma=0.05), compensate=Compensate(), normalize=(MEAN, STD)
-    )
     trainer = L.Trainer(
         max_epochs=options.epochs,
         accelerator="auto",
-        devices=1,
+        devices="auto",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classifier(), purified)
+    trainer.fit(Classifier(Sample(options.images, transform), options.workers))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision import tv_tensors
 
 from purifyloader.core import noise
@@ -21,6 +22,7 @@ from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.already import purified_by
 from purifyloader.purified.job import COMPENSATE, PURIFY, placed
 from purifyloader.purified.keyed import KeyedCorruption, check_compensate
+from purifyloader.purified.sealed import shown
 from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
 
@@ -54,9 +56,14 @@ class PurifiedLoader:
     image is purified alike wherever it comes in the epoch. An epoch is one pass: they count up by themselves, and
     `set_epoch` sets the next one.
 
-    Whatever else the loader has is read and set through this object; `len` too. Where it has `state_dict` and
+    Numbers, names, labels and samplers of the loader are read through this object, and all of its attributes set;
+    `len` too. Its dataset shows through without samples, and what else could give images that are not purified not at
+    all: whoever builds a loader anew from these attributes gets an error. Where the loader has `state_dict` and
     `load_state_dict` (torchdata's StatefulDataLoader), so has this object, and a run goes on in mid-epoch with the
     same pixels.
+
+    In a job of several processes each must have a share of the images: wrap the loader that `accelerator.prepare` or
+    the framework gave, or one with a `DistributedSampler`.
 
     Args:
         loader: any iterable of batches: torch's DataLoader, StatefulDataLoader, webdataset's WebLoader, timm's, or
@@ -77,8 +84,8 @@ class PurifiedLoader:
         ahead: batches in work while one is used. By default 1 on a GPU and 0 elsewhere.
 
     Raises `InputError` for a loader that is none or purifies already, a purifier that needs a plan, or, while
-    iterating, images in another form or range; `PurifyError`, while iterating, for a purifier that gives NaN. The batch
-    is named.
+    iterating, a loader that gives every process of a job all images, or images in another form or range; `PurifyError`,
+    while iterating, for a purifier that gives NaN. The batch is named.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader
@@ -145,6 +152,7 @@ class PurifiedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        _check_shared_out(self.loader)
         epoch, position = self._next, self._resumed
         self.__dict__.update(_next=epoch + 1, _resumed=0)
         # before anything is read: torch's loaders draw their seed here
@@ -161,12 +169,11 @@ class PurifiedLoader:
     def __getattr__(self, name: str) -> Any:
         if "loader" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        inner = getattr(self.loader, name)
         if name in _STATE:
             if not _is_stateful(self.loader):
                 raise AttributeError(f"The loader in this {type(self).__name__} has no state.")
             return getattr(self, f"_{name}")
-        return inner
+        return shown(self.loader, name, type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -397,6 +404,31 @@ def _outside(values: Tensor, slack: float) -> Tensor:
     return ((values < -slack) | (values > 1 + slack)).any(-3, keepdim=True)
 
 
+def _check_shared_out(loader: Any) -> None:
+    """Refuse a loader of torch's that gives each process of a job all images of a dataset."""
+    while not isinstance(loader, DataLoader) and "loader" in getattr(loader, "__dict__", {}):
+        loader = loader.loader  # of timm's, which prefetches
+    if _processes() == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return
+    if type(loader).__module__.partition(".")[0] == "accelerate":  # it shares out, or reads in one process for all
+        return
+    inside: list[Any] = [loader]
+    for part in inside:
+        if hasattr(part, "num_replicas"):
+            return
+        inside += [v for name in ("batch_sampler", "sampler") if (v := getattr(part, name, None)) is not None]
+    raise InputError(
+        f"In a job of several processes each must have a share of the images. Got a {type(loader).__name__} whose "
+        f"{type(loader.sampler).__name__} gives all to each of {_processes()}: wrap what accelerator.prepare(loader) "
+        "gives, or give the loader sampler=DistributedSampler(dataset). If each shall have all: "
+        "DistributedSampler(dataset, num_replicas=1, rank=0)."
+    )
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if _is_joined() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _is_stateful(loader: Any) -> bool:
     """Say whether it can save its place. A loader that accelerate prepared has the methods also where it cannot."""
     able = getattr(loader, "use_stateful_dataloader", True)
@@ -436,6 +468,8 @@ def _described(value: Any) -> str:
 
 def _rank() -> int:
     """Return this process's rank: of torch.distributed where it runs, else of the environment, as torchrun sets it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return torch.distributed.get_rank() if _is_joined() else int(os.environ.get("RANK", "0"))
+
+
+def _is_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -6,12 +6,24 @@ import pickle
 from collections import namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    TensorDataset,
+    random_split,
+)
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -22,8 +34,10 @@ from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.job import COMPENSATE, PURIFY
 from purifyloader.transforms import Compensate, Purify
 from purifyloader.transforms.webdataset import purified
+from tests import processes
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.counting import Counting, Numbered, Seeds, numbered, read
+from tests.train.tiny import free_port
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TO_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -407,6 +421,147 @@ def test_the_rest_of_the_loader_shows_through() -> None:
         loader.load_state_dict({"at": 1})
     copy = pickle.loads(pickle.dumps(plain))
     assert torch.equal(collected(copy), collected(plain))
+
+
+# -- rebuilt from its attributes, and in a job of several processes ------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(image, 0) for image in numbered(9)])
+
+
+REBUILT = {
+    "a loader of torch": lambda it: DataLoader(it.dataset, batch_sampler=it.batch_sampler),
+    "with workers": lambda it: DataLoader(it.dataset, it.batch_size, num_workers=1, timeout=it.timeout),
+    "with its function that collates": lambda it: DataLoader(it.dataset, collate_fn=it.collate_fn),
+    "a loader with a state": lambda it: StatefulDataLoader(it.dataset, batch_sampler=it.batch_sampler),
+    "what accelerate goes on with": lambda it: skip_first_batches(it, 1),
+    "what accelerate goes on with, prepared": lambda it: skip_first_batches(Accelerator(cpu=True).prepare(it), 1),
+    "a part": lambda it: DataLoader(Subset(it.dataset, [0, 1])),
+    "the dataset inside a part": lambda it: DataLoader(it.dataset.dataset),
+    "split": lambda it: DataLoader(random_split(it.dataset, [4, len(it.dataset) - 4])[0]),
+    "joined": lambda it: DataLoader(ConcatDataset([it.dataset, it.dataset])),
+    "its tensors": lambda it: DataLoader(TensorDataset(*it.dataset.tensors)),
+    "an iterator of the loader inside": lambda it: it._get_iterator(),
+    "by torch's own way": lambda it: type(it.loader)(
+        **{n: getattr(it, n) for n in ("dataset", "sampler", "collate_fn")}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "inner", [loader_of(numbered(9), 3), DataLoader(Subset(Numbered(9), range(9)), 3)], ids=["", "part"]
+)
+@pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata's
+@pytest.mark.parametrize("rebuilt", REBUILT.values(), ids=REBUILT)
+def test_what_is_rebuilt_from_it_gives_no_image_that_is_not_purified(rebuilt, inner) -> None:
+    loader = PurifiedLoader(inner, Counting())
+    assert (len(loader.dataset), loader.batch_size) == (9, 3)
+    with pytest.raises((InputError, AttributeError), match=r"PurifiedLoader|has no attribute"):
+        list(rebuilt(loader))
+
+
+def test_a_stream_that_is_rebuilt_gives_none_either(tmp_path) -> None:
+    loader = PurifiedLoader(DataLoader(Stream(), 3), Counting())
+    with pytest.raises(InputError, match="inside a PurifiedLoader gives no samples"):
+        list(DataLoader(loader.dataset, loader.batch_size, sampler=range(3)))
+    with pytest.raises(InputError, match="inside a PurifiedLoader gives no samples"):
+        list(loader.dataset)
+    web = PurifiedLoader(wds.WebLoader(Stream(), batch_size=3), Counting())
+    for name in ("with_epoch", "shuffle", "unbatched", "pipeline", "compose"):
+        with pytest.raises(AttributeError, match=f"does not show its '{name}'"):
+            getattr(web, name)
+
+
+class Named(Numbered):
+    classes, class_to_idx, targets, split = ("a", "b"), {"a": 0}, torch.arange(9), "train"
+    samples = tuple((f"{i}.png", i) for i in range(9))
+    arrays = (np.zeros((9, 8, 8, 3)),)
+
+
+def test_numbers_names_and_labels_of_the_dataset_show() -> None:
+    seen = PurifiedLoader(DataLoader(Named(9), 3, sampler=DistributedSampler(Named(9), 3, 0)), Counting())
+    assert (seen.dataset.classes, seen.dataset.class_to_idx, seen.dataset.split) == (("a", "b"), {"a": 0}, "train")
+    assert seen.dataset.samples == Named.samples
+    assert torch.equal(seen.dataset.targets, Named.targets)
+    assert not hasattr(seen.dataset, "arrays")
+    seen.sampler.set_epoch(3)
+    assert pickle.loads(pickle.dumps(seen)).sampler.epoch == 3
+
+
+class Prefetching:
+    """As timm's: another object around the loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+class EachRank(Sampler[int]):
+    """Another library's sampler that shares out, of no class of torch's."""
+
+    num_replicas = 2
+
+    def __iter__(self):
+        return iter(range(4))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata's
+def test_every_process_of_a_job_gets_its_share_or_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Numbered(8, TO_TENSOR)
+    alone = PurifiedLoader(DataLoader(data, 4), Counting())
+    assert len(collected(alone)) == 8
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for plain in (
+        DataLoader(data, 4),
+        DataLoader(data, 4, shuffle=True, num_workers=1),
+        DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, True)),
+        StatefulDataLoader(data, 4),
+        Prefetching(DataLoader(data, 4)),
+    ):
+        with pytest.raises(
+            InputError, match=r"must have a share.*gives all to each of 2.*accelerator\.prepare\(loader\)"
+        ):
+            iter(PurifiedLoader(plain, Counting()))
+    for shared in (
+        DataLoader(data, 4, sampler=DistributedSampler(data, 2, 0)),
+        DataLoader(data, batch_sampler=BatchSampler(DistributedSampler(data, 2, 1), 4, False)),
+        DataLoader(data, 4, sampler=EachRank()),
+    ):
+        assert len(collected(PurifiedLoader(shared, Counting()))) == 4
+    assert len(collected(PurifiedLoader(DataLoader(data, 4, sampler=DistributedSampler(data, 1, 0)), Counting()))) == 8
+    assert len(collected(PurifiedLoader(DataLoader(Stream(), 3), Counting()))) == 9
+
+
+def of_a_rank(before: bool) -> list[int] | str:
+    accelerator = Accelerator(cpu=True)
+    loader: Any = loader_of(numbered(12), 2)
+    try:
+        if before:
+            loader = PurifiedLoader(accelerator.prepare(loader), Counting())
+        else:
+            loader = accelerator.prepare(PurifiedLoader(loader, Counting()))
+        return [int(number) for number in collected(loader, 1)]
+    except InputError as error:
+        return str(error)
+
+
+def test_two_processes_of_accelerate_share_the_images_out() -> None:
+    def of_both(before: bool) -> list[Any]:
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        children = [
+            processes.start(of_a_rank, before, env={**environment, "RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ]
+        return [child.wait().value for child in children]
+
+    first, second = of_both(before=True)
+    assert sorted([*first, *second]) == list(range(12))
+    for refused in of_both(before=False):
+        assert "accelerator.prepare(loader)" in refused
 
 
 # -- what it refuses ----------------------------------------------------------------------------------------
