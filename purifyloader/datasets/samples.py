@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, MutableMapping
 from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
 
 from purifyloader.core.images import is_image
 from purifyloader.errors import InputError
 
+log = logging.getLogger(__name__)
+
 ImageKey = str | int | None
+_IMAGE_TYPES = ("uint8", "float16", "bfloat16", "float32", "float64")
+_PARTS = 8  # of a list in a sample that are looked at
 
 
 def place(sample: Any, image_key: ImageKey = None) -> Any:
@@ -54,6 +64,43 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
             f"{where}. Name the image's field as image_key=."
         )
     return image
+
+
+def check_one_image(sample: Any, image_key: ImageKey = None, dimensions: int = 3) -> None:
+    """Refuse a sample with more images than one: the others would pass as they are.
+
+    Where `image_key` says which one is meant, a warning names the others. An image has colours, `dimensions` axes, or
+    the type and shape of the one that is meant, and is no mask; a batch of tensors has one axis more.
+    """
+    if (key := place(sample, image_key)) is None:
+        return
+    own = sample[key]
+    named = sample.items() if isinstance(sample, Mapping) else enumerate(sample)
+    if not (others := [name for name, value in named if name != key and _has_image(value, own, dimensions)]):
+        return
+    names = ", ".join(repr(name) for name in others)
+    if image_key is None:
+        raise InputError(
+            f"A sample holds one image. Got images in {names} too, beside {key!r}, which would stay as they are: make "
+            f"a sample of each, or give image_key={key!r} if they are to stay."
+        )
+    log.warning("The images in %s of each sample are not purified: image_key=%r names the one that is.", names, key)
+
+
+def _has_image(value: Any, own: Any, dimensions: int) -> bool:
+    if isinstance(value, Mapping | list | tuple):
+        parts = value.values() if isinstance(value, Mapping) else value[:_PARTS]
+        return any(_has_image(part, own, dimensions) for part in parts)
+    if isinstance(value, Image.Image):
+        return value.mode in ("RGB", "RGBA") or (isinstance(own, Image.Image) and value.mode == own.mode != "P")
+    if isinstance(value, tv_tensors.TVTensor):
+        return isinstance(value, tv_tensors.Image | tv_tensors.Video)
+    if not isinstance(value, np.ndarray | Tensor) or str(value.dtype).rpartition(".")[2] not in _IMAGE_TYPES:
+        return False
+    if type(value) is type(own) and (value.dtype, value.shape) == (own.dtype, own.shape):
+        return True
+    channels = value.ndim - (3 if isinstance(value, Tensor) else 1)
+    return value.ndim == dimensions and value.shape[channels] in (3, 4) and min(value.shape[-3:]) > 0
 
 
 def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from purifyloader.core.images import ImageKind, to_engine
 from purifyloader.datasets.conversions import Conversion, conversion
-from purifyloader.datasets.samples import ImageKey, get_image, with_image
+from purifyloader.datasets.samples import ImageKey, check_one_image, get_image, with_image
 from purifyloader.errors import CacheError, InputError
 
 REMEDY = (
@@ -289,7 +289,9 @@ def check_honest(
     """
     indices = sorted(set(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64).tolist()))
     with random_state_kept():
-        first, second = ([get_image(s, image_key) for s in source.fetch(indices)] for _ in range(2))
+        samples = source.fetch(indices)
+        first, second = ([get_image(s, image_key) for s in read] for read in (samples, source.fetch(indices)))
+    check_one_image(samples[0], image_key)
     probed: list[tuple[tuple[int, int, int], ImageKind]] = []
     for index, a, b in zip(indices, first, second, strict=True):
         try:

@@ -17,7 +17,7 @@ from purifyloader.core import noise
 from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import check_channels, luma, tolerance
-from purifyloader.datasets.samples import ImageKey, place, with_image
+from purifyloader.datasets.samples import ImageKey, check_one_image, place, with_image
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.purified.already import purified_by
 from purifyloader.purified.job import COMPENSATE, PURIFY, placed
@@ -242,6 +242,8 @@ class PurifiedLoader:
         ragged = images is held
         if ragged and any(x.ndim != 3 for x in images):
             raise InputError(f"A list of images holds tensors (C, H, W). Got {', '.join(map(_described, images[:4]))}.")
+        if position == 0:
+            check_one_image(batch, self.image_key, dimensions=4)
         count = len(images) if ragged else len(images[0])
         keys_B = noise.image_keys(self.seed, epoch, self._numbers(batch, position, count))
         checks: list[tuple[Tensor, str]] = []

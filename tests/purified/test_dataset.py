@@ -1391,6 +1391,57 @@ def test_bad_datasets(dataset, message, purifier):
         PurifiedDataset(dataset, purifier)
 
 
+RGB, GREY = Image.new("RGB", (8, 8)), Image.new("L", (8, 8))
+BYTES, UNIT = np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "where"),
+    [
+        ((RGB, RGB, 0), "1"),
+        ((BYTES, BYTES, 0), "1"),
+        ((UNIT, 0, UNIT), "2"),
+        ((RGB, np.zeros((4, 6, 3)), 0), "1"),
+        ((GREY, GREY, 0), "1"),
+        ((RGB, [0, RGB]), "1"),
+        ((RGB, {"label": 1, "views": (UNIT,)}), "1"),
+        ({"image": RGB, "right": Image.new("RGBA", (4, 4)), "label": 0}, "'right'"),
+        ((UNIT, tv_tensors.Image(torch.zeros(1, 8, 8)), UNIT, 3), "1, 2"),
+    ],
+)
+def test_a_second_image_does_not_pass_as_it_is(sample, where, tmp_path, caplog):
+    jpeg = recipes.jpeg(10)
+    for make in (lambda: PurifiedDataset([sample] * 3, jpeg), lambda: precompute([sample] * 3, jpeg, tmp_path / "c")):
+        with pytest.raises(InputError, match=f"holds one image. Got images in {where} too"):
+            make()
+    named = PurifiedDataset([sample] * 3, jpeg, image_key="image" if isinstance(sample, dict) else 0)
+    assert len(named) == 3
+    assert f"The images in {where} of each sample are not purified" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        3,
+        GREY,
+        Image.new("P", (8, 8)),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.int64),
+        torch.zeros(8, 8),
+        torch.zeros(5),
+        tv_tensors.Mask(torch.zeros(3, 8, 8, dtype=torch.uint8)),
+        torch.zeros(20, 8, 8),
+        {"boxes": torch.zeros(3, 4), "names": ["a", "b"]},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_masks_maps_and_labels_pass(beside, caplog):
+    image, same = PurifiedDataset([(RGB, beside)], recipes.jpeg(10))[0]
+    assert isinstance(image, Image.Image)
+    assert same is beside
+    assert not caplog.text
+
+
 def test_bad_arguments(images, purifier):
     source = PictureDataset(images)
     for arguments, message in [

@@ -536,32 +536,20 @@ def test_every_process_of_a_job_gets_its_share_or_there_is_an_error(monkeypatch:
     assert len(collected(PurifiedLoader(DataLoader(Stream(), 3), Counting()))) == 9
 
 
-def of_a_rank(before: bool) -> list[int] | str:
+def of_a_rank() -> tuple[list[int], str]:
     accelerator = Accelerator(cpu=True)
-    loader: Any = loader_of(numbered(12), 2)
-    try:
-        if before:
-            loader = PurifiedLoader(accelerator.prepare(loader), Counting())
-        else:
-            loader = accelerator.prepare(PurifiedLoader(loader, Counting()))
-        return [int(number) for number in collected(loader, 1)]
-    except InputError as error:
-        return str(error)
+    loader = PurifiedLoader(accelerator.prepare(loader_of(numbered(12), 2)), Counting())
+    with pytest.raises(InputError) as refused:
+        list(accelerator.prepare(PurifiedLoader(loader_of(numbered(12), 2), Counting())))
+    return collected(loader, 1).tolist(), str(refused.value)
 
 
 def test_two_processes_of_accelerate_share_the_images_out() -> None:
-    def of_both(before: bool) -> list[Any]:
-        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        children = [
-            processes.start(of_a_rank, before, env={**environment, "RANK": rank, "LOCAL_RANK": rank})
-            for rank in ("0", "1")
-        ]
-        return [child.wait().value for child in children]
-
-    first, second = of_both(before=True)
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = [processes.start(of_a_rank, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    (first, refused), (second, _) = [child.wait().value for child in children]
     assert sorted([*first, *second]) == list(range(12))
-    for refused in of_both(before=False):
-        assert "accelerator.prepare(loader)" in refused
+    assert "wrap what accelerator.prepare(loader) gives" in refused
 
 
 # -- what it refuses ----------------------------------------------------------------------------------------
@@ -584,6 +572,18 @@ def test_two_processes_of_accelerate_share_the_images_out() -> None:
 def test_bad_batches(batch: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(PurifiedLoader([batch], recipes.denoise_once(tiny_denoiser(), sigma=0.1)))
+
+
+def test_a_batch_of_two_images_a_sample_is_refused(caplog) -> None:
+    left, right = numbered(4), numbered(4)
+    for batch in ((left, right, 0), {"image": left, "other": right.float() / 255}, [left, [right, 1]]):
+        with pytest.raises(InputError, match="Batch 0 of the loader: A sample holds one image"):
+            next(iter(PurifiedLoader([batch], Counting())))
+    first, second, _ = next(iter(PurifiedLoader([(left, right, 0)], Counting(), image_key=0)))
+    assert (read(first)[1], read(second)[1]) == ([1] * 4, [0] * 4)
+    assert "The images in 1 of each sample are not purified" in caplog.text
+    for beside in (torch.zeros(4, 8, 8), tv_tensors.Mask(left[:, :1]), torch.rand(4, 5), torch.zeros(4, 8, 8, 8)):
+        next(iter(PurifiedLoader([(left, beside)], Counting())))
 
 
 def test_the_bad_batch_is_named_and_those_before_it_come() -> None:
