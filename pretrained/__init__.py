@@ -6,9 +6,9 @@ A model is a folder: config.json, model.safetensors and README.md, its card. `li
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from purifyloader.core.lazy import lazy
 from purifyloader.pretrained.registry import available
 
 if TYPE_CHECKING:
@@ -19,7 +19,4 @@ list = available  # the name in the documentation; `available` is the older one
 __all__ = ["available", "list", "load", "save"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("load", "save"):  # which import torch; names are there without it
-        return getattr(importlib.import_module("purifyloader.pretrained.checkpoint"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, {".checkpoint": ("load", "save")})  # names are there without torch

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from purifyloader.core.lazy import lazy
 from purifyloader.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -27,22 +27,15 @@ __all__ = [
     "transforms",
 ]
 
-# torch and torchvision take seconds to import: each name is loaded when it is first used.
-_ORIGIN = {
-    "PurifiedDataset": "purifyloader.purified.dataset",
-    "PurifiedLoader": "purifyloader.purified.loader",
-    "PurifyError": "purifyloader.errors",
-    "precompute": "purifyloader.purified.filling",
+_MODULES = {
+    ".errors": ("PurifyError",),
+    ".pretrained": ("pretrained",),
+    ".purified.dataset": ("PurifiedDataset",),
+    ".purified.filling": ("precompute",),
+    ".purified.loader": ("PurifiedLoader",),
+    ".purified.plans": ("plans",),
+    ".purifiers": ("purifiers",),
+    ".recipes": ("recipes",),
+    ".transforms": ("transforms",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ORIGIN:
-        return getattr(importlib.import_module(_ORIGIN[name]), name)
-    if name in __all__:
-        return importlib.import_module("purifyloader.purified.plans" if name == "plans" else f"purifyloader.{name}")
-    raise AttributeError(f"module 'purifyloader' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _MODULES)

@@ -58,7 +58,7 @@ PUBLIC = {
         "removed_energy",
     ],
     "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
-    "purifyloader.datasets.named": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
+    "purifyloader.datasets": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
     "purifyloader.purified.plans": ["Sanitation", "plan"],
     "purifyloader.recipes": [
         "RECIPES",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from purifyloader.core.lazy import lazy
 
 if TYPE_CHECKING:
     from purifyloader.transforms.compensation import Compensate
@@ -13,21 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["Compensate", "Purify", "RandomCompensate", "RandomPurify", "RandomSqueeze", "Squeeze"]
 
 # kornia takes a second to import, which a torchvision script need not wait for
-_ORIGIN = {
-    "Compensate": "compensation",
-    "Purify": "purification",
-    "RandomCompensate": "kornia",
-    "RandomPurify": "kornia",
-    "RandomSqueeze": "kornia",
-    "Squeeze": "purification",
+_MODULES = {
+    ".compensation": ("Compensate",),
+    ".kornia": ("RandomCompensate", "RandomPurify", "RandomSqueeze"),
+    ".purification": ("Purify", "Squeeze"),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ORIGIN:
-        return getattr(importlib.import_module(f"purifyloader.transforms.{_ORIGIN[name]}"), name)
-    raise AttributeError(f"module 'purifyloader.transforms' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _MODULES)

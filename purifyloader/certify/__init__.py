@@ -9,8 +9,7 @@ SciPy, `pip install 'purifyloader[certify]'`, and torch are imported when they a
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.statistics import (
@@ -29,6 +28,7 @@ from purifyloader.certify.statistics import (
     radius_per_image,
     voted_accuracy,
 )
+from purifyloader.core.lazy import lazy
 
 if TYPE_CHECKING:
     from purifyloader.certify.functions import DenoisedSet, Predictor, Train
@@ -64,20 +64,11 @@ __all__ = [
     "voted_accuracy",
 ]
 
-# these need torch, which takes seconds to import
-_ORIGIN = {
-    **dict.fromkeys(("DenoisedSet", "Predictor", "Train"), "functions"),
-    **dict.fromkeys(("Noised", "models_of", "noised", "shared_images"), "noising"),
-    "Training": "training",
-    "ndt_classify": "models",
+# these need torch
+_MODULES = {
+    ".functions": ("DenoisedSet", "Predictor", "Train"),
+    ".models": ("ndt_classify",),
+    ".noising": ("Noised", "models_of", "noised", "shared_images"),
+    ".training": ("Training",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ORIGIN:
-        return getattr(importlib.import_module(f"purifyloader.certify.{_ORIGIN[name]}"), name)
-    raise AttributeError(f"module 'purifyloader.certify' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _MODULES)

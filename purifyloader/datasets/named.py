@@ -7,12 +7,14 @@ import glob
 import importlib
 import io
 import json
+import logging
 import operator
 import os
 import re
 import sys
 import tarfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,8 +28,10 @@ from purifyloader.errors import InputError
 
 __all__ = ["ImageFiles", "TarDataset", "open_dataset", "read_image"]
 
+log = logging.getLogger(__name__)
+
 TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 _TAR_IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 _NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
@@ -63,7 +67,9 @@ def _as_bytes(image: Image.Image) -> Image.Image:
 
 
 class ImageFiles(Dataset[Image.Image]):
-    """Every image file below a folder, in the order of their paths, as RGB.
+    """Every image file below a folder, in linked folders too, in the order of their paths, as RGB.
+
+    A warning counts the files that are not read, but for hidden ones.
 
     >>> from pathlib import Path
     >>> from PIL import Image
@@ -76,7 +82,9 @@ class ImageFiles(Dataset[Image.Image]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found = sorted(_files_below(folder))
+        self.files = [path for path in found if path.suffix.lower() in SUFFIXES]
+        _warn_of_others(folder, [path for path in found if path.suffix.lower() not in SUFFIXES])
         if not self.files:
             raise InputError(f"There are no image files ({', '.join(SUFFIXES)}) below {folder}. Check the path.")
 
@@ -90,6 +98,30 @@ class ImageFiles(Dataset[Image.Image]):
 
     def __getitem__(self, index: int) -> Image.Image:
         return _read_image(self.files[index], str(self.files[index]))
+
+
+def _files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Yield the files below a folder but for hidden ones, those of linked folders under the names of the links."""
+    status = os.stat(folder)
+    if (here := (status.st_dev, status.st_ino)) in above:
+        return  # a link that leads back
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(Path(entry.path), (*above, here))
+        else:
+            yield Path(entry.path)
+
+
+def _warn_of_others(folder: Path, others: Sequence[Path]) -> None:
+    if others:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
+        counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+        log.warning(
+            f"{len(others):,} files below {folder} are not read as images ({counted}; the first is "
+            f"{others[0].relative_to(folder)}): {len(SUFFIXES)} kinds are, {', '.join(SUFFIXES)}."
+        )
 
 
 class TarDataset(Dataset[dict[str, Any]]):

@@ -8,8 +8,9 @@ added pattern, which is a shortcut to the label, and not the image. A trigger pl
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from purifyloader.core.lazy import lazy
 
 if TYPE_CHECKING:
     from purifyloader.poisons.attacks.autoregression import (
@@ -33,27 +34,17 @@ __all__ += ["ar_perturbation", "autoregressive", "backdoor", "check", "class_pat
 __all__ += ["lsp_perturbation", "make", "ops", "ops_pixels", "read", "read_ar_coefficients", "read_trigger", "urp"]
 __all__ += ["write", "write_images", "write_npz"]
 
-# The table of attacks needs no torch: each name is loaded when it is first used.
+# the table of attacks needs no torch
 _MODULES = {
-    "attacks.autoregression": ("ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"),
-    "attacks.class_wise": ("class_patterns", "urp"),
-    "attacks.convolution": ("cuda", "cuda_filters"),
-    "attacks.separable": ("lsp", "lsp_perturbation"),
-    "attacks.one_pixel": ("ops", "ops_pixels"),
-    "attacks.registry": ("ATTACKS", "Attack", "make"),
-    "attacks.trigger": ("add_trigger", "backdoor", "read_trigger"),
-    "poisoned": ("Bound", "Moved", "Poisoned", "Target"),
-    "reading": ("check", "read"),
-    "writing": ("write", "write_images", "write_npz"),
+    ".attacks.autoregression": ("ar_coefficients", "ar_perturbation", "autoregressive", "read_ar_coefficients"),
+    ".attacks.class_wise": ("class_patterns", "urp"),
+    ".attacks.convolution": ("cuda", "cuda_filters"),
+    ".attacks.separable": ("lsp", "lsp_perturbation"),
+    ".attacks.one_pixel": ("ops", "ops_pixels"),
+    ".attacks.registry": ("ATTACKS", "Attack", "make"),
+    ".attacks.trigger": ("add_trigger", "backdoor", "read_trigger"),
+    ".poisoned": ("Bound", "Moved", "Poisoned", "Target"),
+    ".reading": ("check", "read"),
+    ".writing": ("write", "write_images", "write_npz"),
 }
-_ORIGIN = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ORIGIN:
-        return getattr(importlib.import_module(f"{__name__}.{_ORIGIN[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy(__name__, _MODULES)

@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 from purifyloader.commands import main as cli
 from purifyloader.datasets.named import ImageFiles, TarDataset, open_dataset
@@ -484,6 +485,28 @@ def test_training_takes_tars_and_its_card_no_path(tars, tmp_path):
     config = (out / "config.json").read_text()
     assert "WebDataset tars" in config
     assert str(tmp_path) not in config + (out / "README.md").read_text()
+
+
+def test_a_folder_is_read_as_torchvision_reads_it_and_what_is_left_out_is_counted(tmp_path, caplog):
+    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+    for i, suffix in enumerate((*suffixes, ".TIF")):
+        path = tmp_path / ("data/dog" if i % 2 else "elsewhere/cat") / f"{i}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 25 * i).save(path)
+    for name in ("cat", "tom"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "data" / "dog" / "back").symlink_to(tmp_path / "data")  # a circle
+    read = open_dataset(str(tmp_path / "data"))
+    (tmp_path / "data" / "dog" / "back").unlink()
+    assert [str(path) for path in read.files] == [path for path, _ in ImageFolder(tmp_path / "data").samples]
+    assert len({read[i].tobytes() for i in range(len(read))}) == 10
+    assert len(read) == 15
+    assert not caplog.text
+    for name in ("notes.txt", "more.txt", "clip.gif", "README", ".hidden.txt"):
+        (tmp_path / "elsewhere" / "cat" / name).touch()
+    assert len(open_dataset(str(tmp_path / "data"))) == 15
+    assert "8 files below" in caplog.text
+    assert "(4 .txt, 2 no suffix, 2 .gif; the first is cat/README)" in caplog.text
 
 
 def test_threads_share_a_dataset(tmp_path):
