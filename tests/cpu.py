@@ -21,7 +21,7 @@ import pytest
 from tests import processes
 
 LIMIT = 5.0  # CPU seconds of a test that is not marked slow or gpu
-ENFORCED = False  # whether a test over the limit fails
+ENFORCED = True  # whether a test over the limit fails
 LISTED, LEAST = 20, 0.1  # tests in the list, and the seconds of the least of them
 
 _CPU = "cpu_seconds"
