@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from purifyloader.core.images import ImageKind, to_engine
 from purifyloader.datasets.conversions import Conversion, conversion
-from purifyloader.datasets.samples import ImageKey, check_one_image, get_image, with_image
+from purifyloader.datasets.samples import ImageKey, check_one_image, get_image, place, with_image
 from purifyloader.errors import CacheError, InputError
 
 REMEDY = (
@@ -77,15 +77,9 @@ class _Transform:
         for step in self.then:
             image = step(image)
         if self.target is not None:
-            if not isinstance(sample, tuple | list):
-                raise InputError(
-                    f"The samples of a dataset with a target_transform are (image, target). Got a "
-                    f"{type(sample).__name__}: transform the target in the dataset itself."
-                )
-            at = 1 if image_key in (None, 0) else 0
+            at = _target_place(sample, image_key)
             sample = with_image(sample, self.target(sample[at]), at)
-            image_key = 0 if image_key is None else image_key
-        return with_image(sample, image, image_key)
+        return with_image(sample, image, place(sample, image_key))
 
     def pair(self, image: Any, target: Any) -> tuple[Any, Any]:
         """Apply both halves to a sample that is (image, target): the way most images go."""
@@ -94,6 +88,17 @@ class _Transform:
         for step in self.then:
             image = step(image)
         return image, target if self.target is None else self.target(target)
+
+
+def _target_place(sample: Any, image_key: ImageKey) -> int:
+    """Return the position of the target that a torchvision dataset transforms: the first field beside the image."""
+    if not isinstance(sample, tuple | list) or len(sample) < 2:
+        got = f"a {type(sample).__name__}" + f" of {len(sample)}" * isinstance(sample, tuple | list)
+        raise InputError(
+            "The samples of a dataset with a target_transform, or with transforms of both, are (image, target, ...). "
+            f"Got {got}: transform the target in the dataset itself."
+        )
+    return 1 if place(sample, image_key) == 0 else 0
 
 
 class _JointTransform:
@@ -106,14 +111,30 @@ class _JointTransform:
         return image
 
     def after(self, sample: Any, image: Any, image_key: ImageKey) -> Any:
-        return self.pair(image, sample[1])
+        at = _target_place(sample, image_key)
+        image, target = self.pair(image, sample[at])
+        return with_image(with_image(sample, target, at), image, place(sample, image_key))
 
 
 def fetch(raw: Dataset[Any], indices: Sequence[int]) -> list[Any]:
-    """Read samples of a dataset, through its own batched `__getitems__` where it has one."""
-    if callable(batched := getattr(raw, "__getitems__", None)):
-        return list(batched(list(indices)))
-    return [raw[i] for i in indices]
+    """Read samples of a dataset, through the batched `__getitems__` of its class where that has one.
+
+    One that a wrapper reads through to the dataset inside is not its own, and would go around its `__getitem__`.
+    """
+    if type(raw) is Subset:  # torch's own looks for one in the same way as a wrapper does
+        return fetch(raw.dataset, [raw.indices[i] for i in indices])
+    kind = type(raw)
+    if not hasattr(kind, "__getitems__") or _is_nearer(kind, "__getitem__", "__getitems__"):
+        return [raw[i] for i in indices]
+    own: Any = raw
+    return list(own.__getitems__(list(indices)))
+
+
+def _is_nearer(kind: type, name: str, other: str) -> bool:
+    """Tell whether a class defines `name` below the class that defines `other`."""
+    return next(
+        name in vars(each) and other not in vars(each) for each in kind.__mro__ if {name, other} & {*vars(each)}
+    )
 
 
 class Source:

@@ -262,7 +262,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 self._target_list = list(fields) if self._kept is None else fields.get(self._kept.tolist())
             return self._target_list
         if self.dataset is not None:
-            value = getattr(self.dataset, name)
+            value = getattr(self._source.raw, name)  # which the samples come from, whatever the user's object has now
             if name == "targets" and self.sanitation is not None:
                 value = self.sanitation.of_targets(value)
             return value
@@ -277,6 +277,11 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             self._set_transform(value)
         elif name == "transforms":
             raise InputError("The transforms of a PurifiedDataset are set before wrapping. Give them to the dataset.")
+        elif name in (*_INNER_ATTRIBUTES, "data"):
+            raise InputError(
+                f"{name} of a PurifiedDataset are those of its samples. Change them in the dataset before wrapping, or "
+                "correct labels by sanitation=plans.Sanitation(...)."
+            )
         else:
             super().__setattr__(name, value)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.reader import CacheReader, Targets
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, type_of
-from purifyloader.datasets.samples import assemble, get_image, is_plain
+from purifyloader.datasets.samples import ImageKey, assemble, fields, get_image, is_plain, structure_of
 from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError
 from purifyloader.files.locks import is_held
@@ -80,10 +81,11 @@ class SamplesFromCache:
 
     purifies = False
 
-    def __init__(self, reader: CacheReader, sanitation: Sanitation | None) -> None:
+    def __init__(self, reader: CacheReader, sanitation: Sanitation | None, order: tuple[Any, ...] = ()) -> None:
         assert reader.sample is not None
         assert reader.targets is not None
         self.reader, self._structure = reader, reader.sample
+        self._order = order  # of the keys of the source's samples; without a source the image comes last
         self.fields: Targets = reader.targets  # of each sample beside its image, labels corrected
         if sanitation is not None:
             self.fields = sanitation.corrected_fields(self.fields, self._structure)
@@ -98,7 +100,11 @@ class SamplesFromCache:
 
     def sample(self, position: int, draw: int) -> Any:
         type_ = self._types if isinstance(self._types, str) else self._types[position]
-        return assemble(self._structure, self.fields[position], from_bytes(self.reader.row(position, draw), type_))
+        image = from_bytes(self.reader.row(position, draw), type_)
+        sample = assemble(self._structure, self.fields[position], image)
+        if self._order and sample.keys() == {*self._order}:
+            return {key: sample[key] for key in self._order}
+        return sample
 
     def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
         samples = [self.sample(position, draw) for position in positions]
@@ -107,6 +113,25 @@ class SamplesFromCache:
     def batch(self, positions: Sequence[int], draw: int) -> Tensor:
         """Read images of one shape as they are stored, uint8 (B, C, H, W), channels last."""
         return torch.from_numpy(self.reader.batch(positions, draw)).permute(0, 3, 1, 2)
+
+
+def _gives_such(reader: CacheReader, sample: Any, image_key: ImageKey) -> bool:
+    """Tell whether a cache gives samples in the types of the first one of the source that it is used with."""
+    if reader.sample is None or reader.targets is None or not is_plain(sample):
+        return False
+    image_type = type_of(as_stored(get_image(sample, image_key))[1])
+    if structure_of(sample, image_key) != reader.sample or image_type != reader.image_types()[0]:
+        return False
+    return _types(fields(sample, image_key)) == _types(reader.targets[0])
+
+
+def _types(value: Any) -> Any:
+    """Collect the types in a sample's fields."""
+    if isinstance(value, dict):
+        return dict, {key: _types(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value), [_types(part) for part in value]
+    return Image.Image if isinstance(value, Image.Image) else type(value)
 
 
 Mode = Live | PixelsFromCache | SamplesFromCache
@@ -164,9 +189,10 @@ class Opening:
             self._compare(job, reader)
         sanitation = plans.sanitation_of(reader, sanitation)
         with random_state_kept():
-            plain = is_plain(fetch(job.reader.raw, [0])[0])
-        if plain and reader.sample is not None and reader.targets is not None:
-            return SamplesFromCache(reader, sanitation), job.purifier, sanitation
+            sample = fetch(job.reader.raw, [0])[0]
+        if _gives_such(reader, sample, job.reader.image_key):
+            order = tuple(sample) if isinstance(sample, dict) else ()
+            return SamplesFromCache(reader, sanitation, order), job.purifier, sanitation
         return PixelsFromCache(reader, job.reader, sanitation), job.purifier, sanitation
 
     def _is_finished(self) -> bool:
