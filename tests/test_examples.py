@@ -120,18 +120,6 @@ INTEGRATIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bytecode() -> None:
-    """Compile large libraries that nothing has imported since they were installed: that is no work of a script."""
-    for name in ("datasets", "lightning", "timm"):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.cached is not None
-        if not Path(spec.cached).exists():
-            processes.run(processes.Code(f"import {name}"), warnings=None)
-
-
-@pytest.mark.usefixtures("bytecode")
 @pytest.mark.parametrize("words", INTEGRATIONS, ids=lambda words: " ".join(map(str, words)))
 def test_integrations(words):
     """Other people's containers, each in a script of its own. What other libraries warn of fails nothing."""

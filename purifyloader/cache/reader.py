@@ -23,6 +23,7 @@ from PIL import Image
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader
+from purifyloader.core.notes import NOTES
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import file_sha256
 
@@ -227,6 +228,7 @@ class CacheReader:
         """Return the same as one array (B, H, W, C); `InputError` for images of different sizes."""
         self._check_draw(draw)
         positions = self._positions(list(indices))
+        NOTES.purified += 1
         if self._whole is not None:
             return self._whole[draw, positions]
         if not len(positions):
@@ -239,6 +241,7 @@ class CacheReader:
 
     def row(self, position: int, draw: int = 0) -> NDArray[np.uint8]:
         """Image `position`, from 0, of a draw: where images are raw, a view that must not be written to."""
+        NOTES.purified += 1
         if self._whole is not None:
             return self._whole[draw, position]
         number, local = divmod(position, self._size)

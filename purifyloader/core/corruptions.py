@@ -13,6 +13,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from purifyloader.core import noise
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.core.images import check_channels, luma, quantize
+from purifyloader.core.notes import NOTES
 from purifyloader.errors import InputError
 
 __all__ = ["bit_depth", "check_alpha", "check_bits", "check_compensation", "check_quality", "coin", "compensate"]
@@ -72,6 +73,8 @@ def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.
 def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: float) -> Tensor:
     """Apply Eq. 13 with its draws given: grey where `grey_B`, plus sigma times the noise, clamped to [0, 1]."""
     check_channels("Compensation", x_BCHW.shape, (1, 3))
+    if not torch.compiler.is_compiling():
+        NOTES.compensated += 1
     x = x_BCHW.float()
     if x.shape[1] == 3:
         x = torch.where(grey_B[:, None, None, None], rgb_to_grayscale(x), x)

@@ -22,6 +22,7 @@ from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import v2
 
 from purifyloader.core.images import ImageKind, to_engine
+from purifyloader.core.notes import noted
 from purifyloader.datasets.conversions import Conversion, conversion
 from purifyloader.datasets.samples import ImageKey, check_one_image, get_image, place, with_image
 from purifyloader.errors import CacheError, InputError
@@ -93,7 +94,7 @@ class _Transform:
 def _target_place(sample: Any, image_key: ImageKey) -> int:
     """Return the position of the target that a torchvision dataset transforms: the first field beside the image."""
     if not isinstance(sample, tuple | list) or len(sample) < 2:
-        got = f"a {type(sample).__name__}" + f" of {len(sample)}" * isinstance(sample, tuple | list)
+        got = f"{len(sample)} field" if isinstance(sample, tuple | list) else f"a {type(sample).__name__}"
         raise InputError(
             "The samples of a dataset with a target_transform, or with transforms of both, are (image, target, ...). "
             f"Got {got}: transform the target in the dataset itself."
@@ -309,9 +310,19 @@ def check_honest(
     Returns shape in the engine, (C, H, W), and kind of each.
     """
     indices = sorted(set(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64).tolist()))
-    with random_state_kept():
+    with random_state_kept(), noted() as done:
         samples = source.fetch(indices)
         first, second = ([get_image(s, image_key) for s in read] for read in (samples, source.fetch(indices)))
+    if done.compensated:
+        raise InputError(
+            "Compensation comes after all purification, anew in every epoch, and this dataset compensates already. "
+            "Give compensate= to the outer PurifiedDataset only, and chain the purifiers."
+        )
+    if done.purified:
+        raise InputError(
+            "The images of this dataset are purified already, when it is read. Give the dataset inside it, and chain "
+            "the purifiers: purifiers.Chain(first, then)."
+        )
     check_one_image(samples[0], image_key)
     probed: list[tuple[tuple[int, int, int], ImageKind]] = []
     for index, a, b in zip(indices, first, second, strict=True):

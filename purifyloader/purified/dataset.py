@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +18,10 @@ from torch.utils.data import Dataset, default_collate
 
 from purifyloader.cache.reader import CacheReader
 from purifyloader.core.checks import as_integer
+from purifyloader.core.notes import noted
 from purifyloader.datasets.conversions import Conversion
 from purifyloader.datasets.samples import ImageKey, get_image
-from purifyloader.datasets.sources import check_honest, random_state_kept, take_over, without_source
+from purifyloader.datasets.sources import Source, check_honest, random_state_kept, take_over, without_source
 from purifyloader.errors import CacheError, InputError
 from purifyloader.purified import plans
 from purifyloader.purified.already import GivesPurified, transform_that_purifies
@@ -110,11 +112,6 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
     ) -> None:
         check_arguments(dataset, purifier)
         check_compensate(compensate)
-        if isinstance(dataset, PurifiedDataset) and dataset.compensate is not None:
-            raise InputError(
-                "Compensation comes after all purification, and this PurifiedDataset compensates already. Give "
-                "compensate= to the outer one only, or chain the purifiers."
-            )
         if missing not in _MISSING:
             raise InputError(f"missing must be one of {', '.join(map(repr, _MISSING))}. Got {missing!r}.")
         self.dataset: Dataset[Any] | None = dataset
@@ -135,6 +132,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             sanitation.check_length(len(self._source))
         job = Job(self._source, self.purifier, self.seed, self.draws, image_key)
         probed = check_honest(self._source, self.purifier.image_channels, image_key)
+        _check_transform(self._source, image_key)
         if compensate is not None:
             with random_state_kept():
                 check_compensated(self._source.before(0, get_image(self._source.fetch([0])[0], image_key)))
@@ -373,6 +371,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         before = self._source
         self._source = before.with_transform(transform)
         try:
+            if not isinstance(self._mode, SamplesFromCache):
+                _check_transform(self._source, self.image_key)
             if self.compensate is not None:
                 self._check_compensated()
         except InputError:
@@ -398,6 +398,16 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 "those of epoch %d. Call dataset.set_epoch(epoch) at the start of each epoch.",
                 self.epoch,
             )
+
+
+def _check_transform(source: Source, image_key: ImageKey) -> None:
+    """Refuse a transform that purifies, whatever it is wrapped in: it is tried on one image."""
+    with random_state_kept(), noted() as done:
+        sample = source.fetch([0])[0]
+        with suppress(Exception):  # which reading an item raises, and explains
+            source.after(0, sample, source.before(0, get_image(sample, image_key)), image_key)
+    if done.purified:
+        raise InputError("The images are purified already, by a function in their transform. Leave it out of it.")
 
 
 def _gives_floats(conversion: Conversion) -> bool:

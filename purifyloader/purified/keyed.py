@@ -10,6 +10,7 @@ from torch import Tensor
 
 from purifyloader.core import noise
 from purifyloader.core.images import from_engine, to_engine
+from purifyloader.core.notes import NOTES
 from purifyloader.errors import InputError
 from purifyloader.purified.job import COMPENSATE
 from purifyloader.purified.reading import converted
@@ -53,6 +54,7 @@ def compensate_batch(
     compensate: KeyedCorruption, x_BCHW: Tensor, seed: int, epoch: int, positions: Sequence[int]
 ) -> Tensor:
     """Compensate one batch of float32 images (B, C, H, W) in [0, 1]."""
+    NOTES.compensated += 1
     return compensate.apply(x_BCHW, _keys(seed, epoch, positions)).clamp(0, 1)
 
 
@@ -70,6 +72,7 @@ def compensate_each(compensate: KeyedCorruption, images: Sequence[Tensor], keys_
 
     Those of one shape go together, because drawing noise for one image at a time costs ten times as much.
     """
+    NOTES.compensated += 1
     out = list(images)
     for rows in by_shape(images):
         results = compensate.apply(torch.stack([images[row] for row in rows]), keys_B[rows])

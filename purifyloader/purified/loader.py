@@ -17,9 +17,10 @@ from purifyloader.core import noise
 from purifyloader.core.checks import as_integer
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import check_channels, luma, tolerance
+from purifyloader.core.notes import noted
 from purifyloader.datasets.samples import ImageKey, check_one_image, place, with_image
 from purifyloader.errors import InputError, PurifyError
-from purifyloader.purified.already import purified_by
+from purifyloader.purified.already import GivesPurified, parts_of, purified_by
 from purifyloader.purified.job import COMPENSATE, PURIFY, placed
 from purifyloader.purified.keyed import KeyedCorruption, check_compensate
 from purifyloader.purified.sealed import shown
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _RANK_BITS = 40  # of an image's number: the processes of a job count apart
 _MANY_CALLS = 10
 _STATE = ("state_dict", "load_state_dict")
+_END = object()
+_ONCE = "Take one of the two away, or give purifier=None to compensate only."
 
 
 class _Ready(NamedTuple):
@@ -117,10 +120,7 @@ class PurifiedLoader:
         if purifier is not None:
             check_applicable(purifier)
             if (already := purified_by(loader)) is not None:
-                raise InputError(
-                    f"The images of this loader are purified already, by a {already}. Take one of the two away, or "
-                    "give purifier=None to compensate only."
-                )
+                raise InputError(f"The images of this loader are purified already, by a {already}. {_ONCE}")
             if purifier.calls > _MANY_CALLS:
                 log.warning(
                     "A PurifiedLoader purifies in every epoch, and this purifier takes %d network calls an image: "
@@ -165,6 +165,9 @@ class PurifiedLoader:
             self.__dict__["_state"] = {**self._state, "epoch": self._next}
         if callable(inner := getattr(self.loader, "set_epoch", None)):
             inner(epoch)
+        for part in parts_of(self.loader):
+            if isinstance(part, GivesPurified) and callable(inner := getattr(part, "set_epoch", None)):
+                inner(epoch)
 
     def __getattr__(self, name: str) -> Any:
         if "loader" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
@@ -197,7 +200,7 @@ class PurifiedLoader:
         ready: deque[_Ready] = deque()
         streams: dict[torch.device, torch.cuda.Stream] = {}
         number = 0
-        for batch in batches:
+        while (batch := self._read(batches)) is not _END:
             state = self.loader.state_dict() if stateful else None
             try:
                 ready.append(self._prepared(batch, epoch, position, state, streams))
@@ -212,6 +215,16 @@ class PurifiedLoader:
         if stateful:
             end = {"loader": self.loader.state_dict(), "epoch": epoch + 1, "position": 0}
             self.__dict__["_state"] = end
+
+    def _read(self, batches: Iterator[Any]) -> Any:
+        """Read a batch, and refuse one that was purified or compensated when it was read; in workers nobody sees it."""
+        with noted() as done:
+            batch = next(batches, _END)
+        twice = [(done.purified, self.purifier, "purified"), (done.compensated, self.compensate, "compensated")]
+        for count, again, what in twice:
+            if count and again is not None:
+                raise InputError(f"The images of this loader are {what} already when they are read. {_ONCE}")
+        return batch
 
     def _handed_out(self, ready: _Ready, epoch: int, number: int) -> Any:
         if ready.done is not None:

@@ -17,6 +17,7 @@ from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
 from purifyloader.cache.reader import CacheReader, Targets
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, type_of
+from purifyloader.core.notes import NOTES
 from purifyloader.datasets.samples import ImageKey, assemble, fields, get_image, is_plain, structure_of
 from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError
@@ -72,6 +73,7 @@ class PixelsFromCache(_FromSource):
 
     def samples(self, positions: Sequence[int], draw: int) -> tuple[list[Any], list[Any]]:
         samples, raw = self._fetched(positions)
+        NOTES.purified += 1
         kinds = [type_of(as_stored(image)[1]) for image in raw]
         return samples, [from_bytes(self._rows.row(p, draw), kind) for p, kind in zip(positions, kinds, strict=True)]
 

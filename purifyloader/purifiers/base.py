@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import check_channels, to_unit
+from purifyloader.core.notes import NOTES
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purifiers.packing import reduced
@@ -153,6 +154,7 @@ class Purifier(Described):
             raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
         x = self._checked(x_BCHW, "image to purify")
         _check_seeds(seeds_B, len(x_BCHW))
+        NOTES.purified += 1
         with exact_arithmetic(x.device):
             return self.run(x, seeds_B.to(x.device))
 
@@ -185,6 +187,7 @@ class Purifier(Described):
         if not images:
             return []
         device = images[0].device
+        NOTES.purified += 1
         with torch.no_grad(), exact_arithmetic(device):
             return self.run_images(checked, seeds_B.to(device))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
 import pickle
 from collections import namedtuple
@@ -210,6 +212,113 @@ def test_targets_pass_untouched(purifier, images):
     assert dataset[3][2] == {"boxes": [3]}
 
 
+class Labelled(PictureDataset):
+    """With labels that may be changed, as torchvision's have them."""
+
+    def __init__(self, images, transforms=None) -> None:
+        super().__init__(images, transforms=transforms)
+        self.targets = list(range(len(images)))
+
+    def __getitem__(self, index: int) -> tuple:
+        image, _ = super().__getitem__(index)
+        return image, self.targets[index]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(10))], ids=["", "part"])
+def test_labels_that_change_after_wrapping_change_everywhere_or_nowhere(images, tmp_path, wrap, cached):
+    inner = Labelled(images)
+    dataset = PurifiedDataset(wrap(inner), Jpeg(30), cache=tmp_path / "c" if cached else None, progress=False)
+    inner.targets = [9 - target for target in inner.targets]
+    items = [target for _, target in dataset]
+    assert not hasattr(dataset, "targets") or list(dataset.targets) == items
+    with pytest.raises(CacheError, match="differs") if cached else contextlib.nullcontext():
+        again = PurifiedDataset(wrap(inner), Jpeg(30), cache=tmp_path / "c" if cached else None, progress=False)
+        assert [target for _, target in again] == inner.targets[: len(again)]
+
+
+@pytest.mark.parametrize("name", ["targets", "data", "classes", "class_to_idx"])
+def test_what_samples_are_made_of_is_not_set_on_the_wrapper(images, finished, name):
+    for dataset in (PurifiedDataset(Labelled(images), Jpeg(30)), PurifiedDataset.from_cache(finished)):
+        with pytest.raises(InputError, match=f"{name} of a PurifiedDataset are those of its samples"):
+            setattr(dataset, name, [0] * COUNT)
+
+
+class Batched(PictureDataset):
+    def __getitems__(self, indices: list[int]) -> list[tuple]:
+        return [self[index] for index in indices]
+
+
+class ReadThrough:
+    """A wrapper that changes labels, and reads every other attribute through to what is inside."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def __getitem__(self, index: int) -> tuple:
+        image, target = self.inner[index]
+        return image, target + 100
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str):
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class Relabelled(Batched):
+    def __getitem__(self, index: int) -> tuple:
+        image, target = super().__getitem__(index)
+        return image, target + 100
+
+    def __getitems__(self, indices: list[int]) -> list[tuple]:
+        return [PictureDataset.__getitem__(self, index) for index in indices]
+
+
+class Indexed(Relabelled):
+    def __getitem__(self, index: int) -> tuple:
+        return *super().__getitem__(index), index
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda images: ReadThrough(Batched(images)),
+        lambda images: Subset(ReadThrough(Batched(images)), [3, 1, 2]),
+        lambda images: ConcatDataset([ReadThrough(Batched(images)), ReadThrough(Batched(images))]),
+        lambda images: ReadThrough(ReadThrough(Subset(Batched(images), [1, 2]))),
+        Indexed,
+    ],
+)
+def test_a_wrapper_is_read_by_its_own_items(images, tmp_path, source):
+    raw = source(images)
+    for dataset in (
+        PurifiedDataset(raw, Jpeg(30)),
+        PurifiedDataset(raw, Jpeg(30), cache=tmp_path / "c", progress=False),
+        PurifiedDataset.from_cache(tmp_path / "c"),
+    ):
+        assert [dataset[i][1:] for i in range(2)] == [raw[i][1:] for i in range(2)]
+        assert dataset[0][1] >= 100
+
+
+@pytest.mark.parametrize("key", [None, 0])
+def test_joint_transforms_keep_the_other_fields(images, tmp_path, key):
+    class Numbered(PictureDataset):
+        def __getitem__(self, index: int) -> tuple:
+            return *super().__getitem__(index), index, "more"
+
+    joint = Numbered(images, transforms=lambda image, target: (as_tensor(image), target + 100))
+    for folder in (None, tmp_path / "c"):
+        image, *others = PurifiedDataset(joint, Jpeg(30), image_key=key, cache=folder, progress=False)[5]
+        assert torch.equal(image, as_tensor(PurifiedDataset(PictureDataset(images), Jpeg(30))[5][0]))
+        assert others == [101, 5, "more"]
+    alone = type("Alone", (Numbered,), {"__getitem__": lambda self, index: super(Numbered, self).__getitem__(index)[0]})
+    with pytest.raises(InputError, match=r"transforms of both, are \(image, target, \.\.\.\)\. Got a Image"):
+        PurifiedDataset(alone(images, transforms=lambda image, target: (image, target)), Jpeg(30))[0]
+
+
 # -- transforms --------------------------------------------------------------------------------------
 
 
@@ -414,7 +523,73 @@ def test_compensation_inside_a_purified_dataset_is_refused(purifier, images):
     inner = PurifiedDataset(PictureDataset(images), purifier, Compensate())
     with pytest.raises(InputError, match="after all purification"):
         PurifiedDataset(inner, purifier)
-    PurifiedDataset(PurifiedDataset(PictureDataset(images), purifier), purifier)[0]
+
+
+class Slots:
+    """A wrapper whose inside is in no dictionary."""
+
+    __slots__ = ("hidden",)
+
+    def __init__(self, inner) -> None:
+        self.hidden = inner
+
+    def __getitem__(self, index: int):
+        return self.hidden[index]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+WRAPPERS = {
+    "itself": lambda d: d,
+    "a part": lambda d: Subset(d, range(8)),
+    "joined": lambda d: ConcatDataset([d, d]),
+    "a part of joined": lambda d: Subset(ConcatDataset([d, Subset(d, [1, 2])]), range(21)),
+    "a wrapper that hides it": Slots,
+    "a function": lambda d: Tensors(lambda i: d[i], len(d)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_nothing_is_purified_twice_nor_compensation_frozen(images, finished, tmp_path, wrap):
+    inner = PictureDataset(images)
+    for purified in (
+        PurifiedDataset(inner, Jpeg(30)),
+        PurifiedDataset(inner, Jpeg(30), cache=finished, progress=False),
+        PurifiedDataset.from_cache(finished),
+        CacheReader(finished, in_memory=True),
+    ):
+        with pytest.raises(InputError, match="purified already, when it is read"):
+            PurifiedDataset(wrap(purified), Jpeg(30))
+        with pytest.raises(InputError, match="purified already, when it is read"):
+            precompute(wrap(purified), Jpeg(30), tmp_path / "c", progress=False)
+    compensated = PurifiedDataset(inner, Jpeg(30), Compensate())
+    with pytest.raises(InputError, match="compensates already"):
+        PurifiedDataset(wrap(compensated), Jpeg(30), cache=tmp_path / "c", progress=False)
+    assert not (tmp_path / "c").exists()
+
+
+TRANSFORMS = {
+    "a lambda": lambda purify: lambda image: purify(image),
+    "a part of a function": lambda purify: functools.partial(lambda step, image: step(image), purify),
+    "torchvision's lambda": lambda purify: v2.Compose([v2.Lambda(lambda image: purify(image)), v2.ToImage()]),
+    "a purifier by hand": lambda purify: (
+        lambda image: purify.purifier(as_tensor(image)[None] / 255, torch.tensor([1]))[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_that_purifies_is_seen_whatever_is_around_it(images, finished, make):
+    transform = make(Purify(Jpeg(30)))
+    for wrong in (
+        lambda: PurifiedDataset(PictureDataset(images, transform), Jpeg(30)),
+        lambda: PurifiedDataset(Subset(PictureDataset(images, transform), [1, 2]), Jpeg(30)),
+        lambda: PurifiedDataset(PictureDataset(images), Jpeg(30), transform=transform),
+        lambda: setattr(PurifiedDataset(PictureDataset(images), Jpeg(30)), "transform", transform),
+    ):
+        with pytest.raises(InputError, match=r"purified already|purified once, and this transform purifies too"):
+            wrong()
 
 
 # -- loaders -----------------------------------------------------------------------------------------
@@ -801,6 +976,42 @@ def test_in_memory(images, tmp_path, transform):
         assert_same(dataset[i], plain[i])
         assert_same(alone[i], plain[i])
     assert_same(dataset.__getitems__([3, 3, 0]), plain.__getitems__([3, 3, 0]))
+
+
+def as_given(sample: Any) -> Any:
+    """The types of a sample's parts, and the order of its keys."""
+    parts = sample.items() if isinstance(sample, dict) else enumerate(sample)
+    return type(sample), [(k, Image.Image if isinstance(v, Image.Image) else type(v)) for k, v in parts]
+
+
+def test_a_cache_does_not_decide_the_types_of_samples(images, tmp_path):
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:4]]
+    sources = {
+        "as it was": lambda x, i: (x, i),
+        "arrays": lambda x, i: (np.asarray(x), i),
+        "tensors": lambda x, i: (as_tensor(x), i),
+        "lists": lambda x, i: [x, i],
+        "a label that is a tensor": lambda x, i: (x, torch.tensor(i)),
+        "a label of numpy": lambda x, i: (x, np.int64(i)),
+    }
+    for name, make in sources.items():
+        source = Tensors(lambda i, make=make: make(pictures[i], i), 4)
+        dataset = PurifiedDataset(source, Jpeg(30), cache=tmp_path / "c", check_source=False, progress=False)
+        assert as_given(dataset[1]) == as_given(source[1]), name
+        assert as_given(dataset.__getitems__([1, 2])[1]) == as_given(source[2]), name
+    assert np.array_equal(np.asarray(dataset[1][0]), np.asarray(PurifiedDataset(source, Jpeg(30))[1][0]))
+
+
+@pytest.mark.parametrize("order", [["image", "label"], ["label", "image", "extra"], ["extra", "image"]])
+def test_keys_come_in_the_order_of_the_source(images, tmp_path, order):
+    values = {"image": images[0], "label": 3, "extra": [1, (2,)]}
+    source = Tensors(lambda i: {key: values[key] for key in order}, 3)
+    for folder in (None, tmp_path / "c", tmp_path / "c"):
+        sample = PurifiedDataset(source, Jpeg(30), cache=folder, progress=False)[1]
+        assert as_given(sample) == as_given(source[1])
+        assert {k: v for k, v in sample.items() if k != "image"} == {
+            k: v for k, v in values.items() if k in order[:] and k != "image"
+        }
 
 
 # -- a cache without its source ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections import namedtuple
 from typing import Any
@@ -16,12 +17,14 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
     TensorDataset,
+    default_collate,
     random_split,
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -37,6 +40,7 @@ from purifyloader.transforms.webdataset import purified
 from tests import processes
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.counting import Counting, Numbered, Seeds, numbered, read
+from tests.purified import ranks
 from tests.train.tiny import free_port
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -105,6 +109,74 @@ def test_never_twice() -> None:
         DataLoader(PurifiedDataset(plain, Counting(), transform=TO_TENSOR), 20), None, compensate=Compensate(0, 0.0)
     )
     assert set(read(collected(loader))[1]) == {1}
+
+
+class Hiding:
+    """A wrapper whose inside is in no dictionary."""
+
+    __slots__ = ("hidden",)
+
+    def __init__(self, inner: Any) -> None:
+        self.hidden = inner
+
+    def __getitem__(self, index: int) -> Any:
+        return self.hidden[index]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+class Holding(Dataset[Any]):
+    def __init__(self, inner: Any) -> None:
+        self.some_name = [{"deep": inner}]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.some_name[0]["deep"][index]
+
+    def __len__(self) -> int:
+        return len(self.some_name[0]["deep"])
+
+
+def test_never_twice_whatever_is_around_it() -> None:
+    inner = PurifiedDataset(Numbered(8), Counting(), transform=TO_TENSOR)
+    purify = Purify(Counting())
+    for loader in (
+        DataLoader(Holding(inner), 4),
+        DataLoader(Holding(Holding(inner)), 4, num_workers=1),
+        DataLoader(Numbered(8, lambda image: purify(TO_TENSOR(image))), 4, num_workers=1),
+        DataLoader(
+            Numbered(8, TO_TENSOR), 4, collate_fn=lambda samples: default_collate([(purify(x), i) for x, i in samples])
+        ),
+        DataLoader(Numbered(8, functools.partial(lambda step, image: step(TO_TENSOR(image)), purify)), 4),
+        DataLoader(Hiding(inner), 4),
+        Again(lambda: (purify(numbered(2)), 0)),
+    ):
+        with pytest.raises(InputError, match="purified already"):
+            list(PurifiedLoader(loader, Counting()))
+    compensated = PurifiedDataset(Numbered(8), Counting(), Compensate(0, 0.0), transform=TO_TENSOR)
+    with pytest.raises(InputError, match="compensated already"):
+        list(PurifiedLoader(DataLoader(compensated, 4), None, compensate=Compensate(0, 0.0)))
+
+
+class Again:
+    """Calls a function for each of its batches."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self):
+        return (self.batch() for _ in range(2))
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(8)), lambda d: Holding(Holding(d))])
+def test_an_epoch_that_is_set_reaches_the_dataset_inside(wrap) -> None:
+    inner = PurifiedDataset(Numbered(8), Seeds(), draws=3, transform=TO_TENSOR)
+    loader = PurifiedLoader(DataLoader(wrap(inner), 4), None, compensate=Compensate(0, 0.0))
+    for epoch in (2, 1):
+        loader.set_epoch(epoch)
+        assert inner.epoch == epoch
+        inner.set_epoch(epoch)
+        assert torch.equal(collected(loader)[0], inner[0][0])
 
 
 def test_more_images_than_a_pass_has_are_an_empty_batch() -> None:
@@ -536,17 +608,11 @@ def test_every_process_of_a_job_gets_its_share_or_there_is_an_error(monkeypatch:
     assert len(collected(PurifiedLoader(DataLoader(Stream(), 3), Counting()))) == 9
 
 
-def of_a_rank() -> tuple[list[int], str]:
-    accelerator = Accelerator(cpu=True)
-    loader = PurifiedLoader(accelerator.prepare(loader_of(numbered(12), 2)), Counting())
-    with pytest.raises(InputError) as refused:
-        list(accelerator.prepare(PurifiedLoader(loader_of(numbered(12), 2), Counting())))
-    return collected(loader, 1).tolist(), str(refused.value)
-
-
 def test_two_processes_of_accelerate_share_the_images_out() -> None:
     joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [processes.start(of_a_rank, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    children = [
+        processes.start(ranks.of_a_rank, env={**joined, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
     (first, refused), (second, _) = [child.wait().value for child in children]
     assert sorted([*first, *second]) == list(range(12))
     assert "wrap what accelerator.prepare(loader) gives" in refused
