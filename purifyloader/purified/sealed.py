@@ -6,6 +6,7 @@ Frameworks rebuild loaders from their attributes, to go on in mid-epoch or to sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -46,15 +47,34 @@ class Sealed(Dataset[Any]):
 
 
 def shown(holder: Any, name: str, what: str) -> Any:
-    """Return an attribute that holds no images, a dataset `Sealed`; refuse any other with an `AttributeError`."""
+    """Return an attribute that holds no images, a dataset `Sealed`; refuse any other with an `AttributeError`.
+
+    A method is given, and refuses with an `InputError` to return what may hold images.
+    """
     value = getattr(holder, name)
     if _holds_no_images(value):
         return value
     if isinstance(value, Dataset) or name == "dataset":
         return Sealed(value)
+    if callable(value):
+        return _Method(value, name, what)
     raise AttributeError(
         f"The {what} does not show its {name!r}, by which images could come that are not purified. {_REMEDY}"
     )
+
+
+class _Method:
+    def __init__(self, function: Callable[..., Any], name: str, what: str) -> None:
+        self.function, self.name, self.what = function, name, what
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        result = self.function(*arguments, **named)
+        if _holds_no_images(result):
+            return result
+        raise InputError(
+            f"{self.name}() of the {self.what} returns what could give images that are not purified. Got a "
+            f"{type(result).__name__}. {_REMEDY}"
+        )
 
 
 def _holds_no_images(value: Any) -> bool:
