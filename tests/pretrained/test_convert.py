@@ -773,6 +773,60 @@ def test_where_they_do_not(read: Any, key: str | None, parts: tuple[str, ...]) -
         assert part in str(caught.value)
 
 
+NESTED = {"down.0.weight": torch.zeros(2, 3), "down.0.bias": torch.zeros(2), "out.weight": torch.ones(4)}
+
+
+def under(*prefixes: str, weights: dict[str, torch.Tensor] = NESTED) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": value for prefix in prefixes for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model",
+        "module",
+        "module.model",
+        "model._orig_mod",
+        "_orig_mod.module.net",
+        "diffusion.model",
+        "a.b.c.d",
+        "module._orig_mod.ema_model.module",
+    ],
+)
+@pytest.mark.parametrize("wrapped", [None, "state_dict"])
+def test_a_prefix_of_any_nesting_is_removed_and_is_a_key(prefix: str, wrapped: str | None) -> None:
+    flat = {**under(prefix), "n_averaged": torch.tensor(3)}
+    read = flat if wrapped is None else {wrapped: flat, "epoch": 3}
+    for key in (None, prefix, *([] if wrapped is None else [f"{wrapped}.{prefix}"])):
+        if wrapped is None or key != prefix:
+            assert state_dict(read, Path("x.ckpt"), key) == NESTED
+
+
+def test_names_of_a_network_itself_are_no_prefix() -> None:
+    for weights in ({"f.0.weight": torch.zeros(1), "f.2.weight": torch.zeros(1)}, {"f.weight": torch.zeros(1)}, NESTED):
+        assert state_dict(weights, Path("x.pt")) == weights
+
+
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (under("model", "ema_model"), ("model", "ema_model")),
+        (under("net", "net_shadow"), ("net", "net_shadow")),
+        ({**under("online", "averaged.module"), "loss.scale": torch.ones(1)}, ("online", "averaged")),
+        ({"model": NESTED, "model_ema": NESTED}, ("model", "model_ema")),
+        ({"model": NESTED, "anything": under("module"), "optimizer": {}}, ("model", "anything")),
+        ({"state_dict": under("model", "teacher"), "epoch": 1}, ("model", "teacher")),
+        ({"state_dict": NESTED, "ema_state_dict": NESTED}, ("state_dict", "ema_state_dict")),
+    ],
+)
+def test_averaged_weights_beside_raw_ones_are_asked_for(read: Any, names: tuple[str, str]) -> None:
+    with pytest.raises(CheckpointError, match=f"'{names[0]}', '{names[1]}' beside each other.*--key"):
+        state_dict(read, Path("x.ckpt"))
+    below = "state_dict." * (list(read) == ["state_dict", "epoch"])
+    for name in names:
+        assert state_dict(read, Path("x.ckpt"), below + name) == NESTED
+
+
 def test_key_chooses(tmp_path: Path, images: torch.Tensor) -> None:
     good = {name: value.float() for name, value in load_file(TRAINED).items()}
     torch.save({"model": {name: value * 0 for name, value in good.items()}, "ema": good}, tmp_path / "both.pt")
