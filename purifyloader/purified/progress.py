@@ -29,6 +29,8 @@ class Progress:
 
     def __enter__(self) -> None:
         if self._shown:
+            # before the work begins: the thread may come to it after all is done
+            self._begun, self._start = time.monotonic(), self._done()
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -48,8 +50,8 @@ class Progress:
 
     def _watch(self) -> None:
         length = self._writer.layout.length
-        start = done = self._done()
-        begun = logged = time.monotonic()
+        start = done = self._start
+        begun = logged = self._begun
         notebook = "ipykernel" in sys.modules
         with tqdm(
             total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
