@@ -181,7 +181,7 @@ def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tenso
         raise CheckpointError(f"{path} must hold a dict of weights. Got an empty dict in {what}. {_AGAIN}")
     if _is_weights(read):
         weights = _bare(read)
-        _check_single({first: dict(group) for first, group in _groups(weights).items()}, len(weights), path)
+        _check_single(_groups(weights), len(weights), path)
         return weights
     dicts = {name: value for name, value in read.items() if isinstance(value, Mapping) and _is_weights(value)}
     inner = [name for name in _WRAPPERS if name in dicts]
@@ -214,9 +214,9 @@ def _below(read: Any, key: str, whole: str, path: Path) -> Any:
                 return read[name]
             if key.startswith(f"{name}.") and isinstance(read[name], Mapping):
                 return _below(read[name], key[len(name) + 1 :], whole, path)
-        begun = {n.removeprefix(f"{key}."): v for n, v in read.items() if str(n).startswith(f"{key}.")}
-        if begun:
-            return begun
+        names = [name for name in read if isinstance(name, str) and name.startswith(f"{key}.")]
+        if names:
+            return {name.removeprefix(f"{key}."): read[name] for name in names}
         got = f"a dict with {_keys(read)}"
     raise CheckpointError(
         f"{path} must hold weights under --key {whole!r}. Got {got} where {key.partition('.')[0]!r} was looked for. "

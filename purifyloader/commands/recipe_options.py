@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
-_DESCRIBED: dict[tuple[tuple[str, int], ...], dict[str, Recipe]] = {}  # of these functions, which it keeps alive
-
-
 def _described() -> dict[str, Recipe]:
-    """Describe all recipes; again only when others are there."""
-    makes = dict(recipes.RECIPES)
-    key = tuple((name, id(make)) for name, make in makes.items())
-    if key not in _DESCRIBED:
-        described = {name: describe(name, make) for name, make in makes.items()}
-        _DESCRIBED.clear()
-        _DESCRIBED[key] = described
-    return _DESCRIBED[key]
+    return _describe(tuple(recipes.RECIPES.items()))
+
+
+@functools.lru_cache(maxsize=1)
+def _describe(makes: tuple[tuple[str, Callable[..., Purifier]], ...]) -> dict[str, Recipe]:
+    return {name: describe(name, make) for name, make in makes}
 
 
 def add_recipe_options(group: Any) -> None:

@@ -82,7 +82,10 @@ class ImageFiles(Dataset[Image.Image]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = sorted(_files_below(folder))
+        try:
+            found = sorted(_files_below(folder))
+        except OSError as error:
+            raise InputError(f"{folder} must be a folder that can be read, with all below it. Got: {error}.") from None
         self.files = [path for path in found if path.suffix.lower() in SUFFIXES]
         _warn_of_others(folder, [path for path in found if path.suffix.lower() not in SUFFIXES])
         if not self.files:

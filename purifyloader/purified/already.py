@@ -15,6 +15,7 @@ from purifyloader.purified.tensors import HoldsPurifier
 from purifyloader.purifiers import Purifier
 
 _DEPTH = 8
+_MOST = 20_000  # parts after which no deeper ones are looked at
 _FEW = 64  # entries of a list that are looked at; a longer one holds data
 _DATA = (str, bytes, int, float, complex, type(None), type, ModuleType, Tensor, np.ndarray, np.generic, Path)
 
@@ -49,6 +50,8 @@ def parts_of(thing: Any) -> Iterator[Any]:
     seen: set[int] = set()
     level = [thing]
     for _ in range(_DEPTH):
+        if len(seen) > _MOST:
+            return
         below = []
         for part in level:
             if id(part) not in seen and not isinstance(part, _DATA):

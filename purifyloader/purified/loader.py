@@ -427,11 +427,11 @@ def _check_shared_out(loader: Any) -> None:
         return
     if type(loader).__module__.partition(".")[0] == "accelerate":  # it shares out, or reads in one process for all
         return
-    inside: list[Any] = [loader]
-    for part in inside:
-        if hasattr(part, "num_replicas"):
-            return
-        inside += [v for name in ("batch_sampler", "sampler") if (v := getattr(part, name, None)) is not None]
+    batches = getattr(loader, "batch_sampler", None)
+    if any(
+        hasattr(part, "num_replicas") for part in (loader, loader.sampler, batches, getattr(batches, "sampler", None))
+    ):
+        return
     raise InputError(
         f"In a job of several processes each must have a share of the images. Got a {type(loader).__name__} whose "
         f"{type(loader.sampler).__name__} gives all to each of {_processes()}: wrap what accelerator.prepare(loader) "

@@ -6,7 +6,7 @@ Frameworks rebuild loaders from their attributes, to go on in mid-epoch or to sh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, Sampler
 
 from purifyloader.errors import InputError
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype, torch.Generator, Sampler)
+_PLAIN = (bool, int, float, complex, str, type(None), torch.device, torch.dtype, torch.Generator)
+_FEW = 64  # entries that are all looked at
 _REMEDY = (
     "Do that to the loader first, and wrap what comes out: PurifiedLoader(prepared_loader, purifier). Or purify what "
     "it reads: DataLoader(PurifiedDataset(dataset, purifier))."
@@ -46,8 +47,29 @@ class Sealed(Dataset[Any]):
         return shown(self._dataset, name, "dataset inside a PurifiedLoader")
 
 
+class SealedSampler(Sampler[Any]):
+    """A sampler of such a loader: its indices, `set_epoch` and numbers, but not the dataset that it was made of."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.__dict__["_sampler"] = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if "_sampler" not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return shown(self._sampler, name, "sampler inside a PurifiedLoader")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._sampler, name, value)
+
+
 def shown(holder: Any, name: str, what: str) -> Any:
-    """Return an attribute that holds no images, a dataset `Sealed`; refuse any other with an `AttributeError`.
+    """Return an attribute that holds no images, a dataset or sampler sealed; refuse others with an `AttributeError`.
 
     A method is given, and refuses with an `InputError` to return what may hold images.
     """
@@ -56,6 +78,8 @@ def shown(holder: Any, name: str, what: str) -> Any:
         return value
     if isinstance(value, Dataset) or name == "dataset":
         return Sealed(value)
+    if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
+        return SealedSampler(value)
     if callable(value):
         return _Method(value, name, what)
     raise AttributeError(
@@ -80,8 +104,10 @@ class _Method:
 def _holds_no_images(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_holds_no_images(part) for part in (*value, *value.values()))
-    if isinstance(value, list | tuple | set | frozenset):  # of long ones the first says what they hold
-        return all(_holds_no_images(part) for part in [*value][:3])
+    if isinstance(value, list | tuple):  # of long ones, of labels or paths, a few say what they hold
+        return all(_holds_no_images(part) for part in value[:: 1 + len(value) // _FEW])
+    if isinstance(value, set | frozenset):
+        return all(_holds_no_images(part) for part in value)
     if isinstance(value, np.ndarray | Tensor):
-        return value.ndim < 2
+        return value.ndim < 2 and value.dtype != np.dtype(object)
     return isinstance(value, (*_PLAIN, np.generic))
