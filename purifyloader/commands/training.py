@@ -83,7 +83,7 @@ class Kind:
         arguments: the further arguments of `train`, from the options and the held-out images or None.
         judge: measures the trained model, adds the results to its details, and returns lines to print, and the captions
             of `pictures` by name.
-        card: writes the text of the card from the name, the model, its details, and captions.
+        card: writes the text of the card from the name, the model, its details, captions, and options for the next time.
         unit: a step of the training, in the plural.
     """
 
@@ -92,7 +92,7 @@ class Kind:
     train: Callable[..., tuple[Any, dict[str, Any]]]
     arguments: Callable[[argparse.Namespace, Tensor | None], dict[str, Any]]
     judge: Callable[[argparse.Namespace, Trained], tuple[list[str], dict[str, str]]]
-    card: Callable[[str, Any, Mapping[str, Any], Mapping[str, str]], str]
+    card: Callable[[str, Any, Mapping[str, Any], Mapping[str, str], str], str]
     pictures: Sequence[str]
     unit: str = "steps"
 
@@ -149,11 +149,18 @@ def _train(options: argparse.Namespace, kind: Kind, rank: int, device: torch.dev
     with writing(options.out):
         lines, captions = kind.judge(options, Trained(model, config, details, clean.images, held_out, device))
         drawn = {picture: caption for picture, caption in captions.items() if (options.out / picture).exists()}
-        text = kind.card(name, model, details, drawn)
+        text = kind.card(name, model, details, drawn, _options_again(details))
         # over whatever a killed save left there
         pretrained.save(model, options.out, name=name, card=text, details=details, overwrite=True)
     (options.out / STATE_FILE).unlink(missing_ok=True)
     print("\n  ".join([f"{options.out}: {record['steps']:,} {kind.unit}, {record['seconds']:.0f} s", *lines]))
+
+
+def _options_again(details: Mapping[str, Any]) -> str:
+    """Return the options that the same training needs beside the configuration and the indices, each after a space."""
+    size = f" --size {details['resized']}" if details.get("resized") else ""
+    # of all images some would be held out
+    return size + " --validation none" * (len(details["indices"]) == details["data_length"])
 
 
 def _check_out(out: Path) -> None:

@@ -18,11 +18,12 @@ def card(
     results: Sequence[str],
     details: Mapping[str, Any],
     pictures: Mapping[str, str],
+    options: str = "",
 ) -> str:
     """Return the text of README.md: facts in a table, lines of results, and the captions of pictures beside it.
 
-    `kind` is such as ("A denoiser", "denoiser"), the name of its command; `purifyloader.commands.training` makes the
-    details.
+    `kind` is such as ("A denoiser", "denoiser"), the name of its command, and `options` are what that command needs
+    beside config.json to train the model again; `purifyloader.commands.training` makes the details.
     """
     model, command = kind
     text = [f"# {name}", "", f"{model} for `purifyloader`, trained by `purifyloader train {command}`.", ""]
@@ -34,16 +35,11 @@ def card(
         text += ["While it was trained:", "", *(f"- {warning}" for warning in details["record"]["warnings"]), ""]
     for picture, caption in pictures.items():
         text += [f"![{caption}]({picture})", "", f"*{caption}*", ""]
-    again = [f"purifyloader train {command} --data DATA --config config.json --indices config.json --out again"]
-    if size := details.get("resized"):
-        again.append(f"size {size}")
-    if len(details["indices"]) == details["data_length"]:  # of all images, some would be held out
-        again.append("validation none")
     text += [
         "To train it again, `config.json` of this folder says the rest:",
         "",
         "```bash",
-        " --".join(again),
+        f"purifyloader train {command} --data DATA --config config.json --indices config.json{options} --out again",
         "```",
         "",
         "<details><summary>Indices of the training images</summary>",

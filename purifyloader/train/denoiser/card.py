@@ -11,10 +11,12 @@ from purifyloader.train import card as common
 __all__ = ["card"]
 
 
-def card(name: str, denoiser: NetworkDenoiser, details: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def card(
+    name: str, denoiser: NetworkDenoiser, details: Mapping[str, Any], pictures: Mapping[str, str], options: str = ""
+) -> str:
     """Return the text of README.md: see `purifyloader.train.card.card`."""
     results = _quality(details["psnr"], details["held_out"]) if details["psnr"] else []
-    return common.card(name, ("A denoiser", "denoiser"), _facts(denoiser, details), results, details, pictures)
+    return common.card(name, ("A denoiser", "denoiser"), _facts(denoiser, details), results, details, pictures, options)
 
 
 def _noise(train: Mapping[str, Any], low: float, high: float) -> str:

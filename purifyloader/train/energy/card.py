@@ -11,12 +11,16 @@ from purifyloader.train import card as common
 __all__ = ["energy_card"]
 
 
-def energy_card(name: str, energy: EnergyNetwork, details: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def energy_card(
+    name: str, energy: EnergyNetwork, details: Mapping[str, Any], pictures: Mapping[str, str], options: str = ""
+) -> str:
     """Return the text of README.md: see `purifyloader.train.card.card`."""
     results = []
     if details["chains"]:
         results = _chains(details["chains"], details["chain_images"], details["held_out"], details["margin_px"])
-    return common.card(name, ("An energy model", "energy"), _facts(energy, details), results, details, pictures)
+    return common.card(
+        name, ("An energy model", "energy"), _facts(energy, details), results, details, pictures, options
+    )
 
 
 def _rate(train: Mapping[str, Any]) -> str:
