@@ -83,7 +83,7 @@ class Kind:
         arguments: the further arguments of `train`, from the options and the held-out images or None.
         judge: measures the trained model, adds the results to its details, and returns lines to print, and the captions
             of `pictures` by name.
-        card: writes the text of the card from the name, the model, its details, captions, and options for the next time.
+        card: writes the text of the card from the name, the model, its details, captions, and `_options_again`.
         unit: a step of the training, in the plural.
     """
 
