@@ -108,9 +108,9 @@ def _files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Itera
     status = os.stat(folder)
     if (here := (status.st_dev, status.st_ino)) in above:
         return  # a link that leads back
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in shown:
         if entry.is_dir():
             yield from _files_below(Path(entry.path), (*above, here))
         else:

@@ -404,6 +404,22 @@ def test_an_image_folder_with_classes(tmp_path):
         dataset[3]
 
 
+def test_a_folder_that_cannot_be_read_is_one_error(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"nowhere must be a folder that can be read.*No such file"):
+        ImageFiles(tmp_path / "nowhere")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"with all below it\. Got: .*Permission denied.*closed"):
+        ImageFiles(tmp_path)
+
+
 def test_an_image_folder_without_images(tmp_path):
     with pytest.raises(InputError, match=r"nowhere must hold one folder of images for each class"):
         open_dataset("imagefolder", tmp_path / "nowhere")

@@ -515,6 +515,8 @@ REBUILT = {
     "split": lambda it: DataLoader(random_split(it.dataset, [4, len(it.dataset) - 4])[0]),
     "joined": lambda it: DataLoader(ConcatDataset([it.dataset, it.dataset])),
     "its tensors": lambda it: DataLoader(TensorDataset(*it.dataset.tensors)),
+    "what the sampler was made of": lambda it: DataLoader(it.sampler.data_source),
+    "what the sampler of batches was made of": lambda it: DataLoader(it.batch_sampler.sampler.data_source),
     "an iterator of the loader inside": lambda it: it._get_iterator(),
     "by torch's own way": lambda it: type(it.loader)(
         **{n: getattr(it, n) for n in ("dataset", "sampler", "collate_fn")}
@@ -555,6 +557,9 @@ class Named(Numbered):
     classes, class_to_idx, targets, split = ("a", "b"), {"a": 0}, torch.arange(9), "train"
     samples = tuple((f"{i}.png", i) for i in range(9))
     arrays = (np.zeros((9, 8, 8, 3)),)
+    mixed = ["a", 1, None, 2.0, numbered(2)]
+    objects = np.array([numbered(2), None], object)
+    encoded = (b"\x89PNG",)
 
 
 def test_numbers_names_and_labels_of_the_dataset_show() -> None:
@@ -562,7 +567,10 @@ def test_numbers_names_and_labels_of_the_dataset_show() -> None:
     assert (seen.dataset.classes, seen.dataset.class_to_idx, seen.dataset.split) == (("a", "b"), {"a": 0}, "train")
     assert seen.dataset.samples == Named.samples
     assert torch.equal(seen.dataset.targets, Named.targets)
-    assert not hasattr(seen.dataset, "arrays")
+    for name in ("arrays", "mixed", "objects", "encoded"):
+        assert not hasattr(seen.dataset, name), name
+    assert (len(seen.sampler), list(seen.sampler), seen.sampler.num_replicas) == (3, list(seen.loader.sampler), 3)
+    assert len(seen.batch_sampler.sampler) == 3
     seen.sampler.set_epoch(3)
     seen.dataset.set_epoch(2)
     assert seen.loader.dataset.epoch == 2
