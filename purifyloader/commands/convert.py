@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from purifyloader.commands.logs import show
 from purifyloader.commands.options import add_data, add_size, given
 from purifyloader.errors import ConfigError
 
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     required = {"SOURCE": options.source, "OUT": options.out, "--format": options.format}
     if missing := [name for name, value in required.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)} must be given.")
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")  # those of the result among them
+    show(logging.WARNING, "warning: %(message)s")  # those of the result among them
     same = {name: getattr(options, name) for name in ("preset", "key", "file", "name", "licence", "overwrite")}
     settings = given(options, sorted(_SETTINGS))
     judged = convert(options.source, options.out, options.format, settings=settings, **same, **_images(options))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from purifyloader.commands.logs import show
 from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_split, add_threads
 from purifyloader.commands.recipe_options import add_recipe_options, purifier_of
 from purifyloader.errors import InputError
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.purified.filling import place, precompute
     from purifyloader.purified.ondemand import CHECKED
 
-    logging.basicConfig(level=logging.WARNING if options.quiet else logging.INFO, format="%(message)s")
+    show(logging.WARNING if options.quiet else logging.INFO)
     rank, world_size = place(options.rank, options.world_size)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if options.rank is not None else world_size))
     device = device_of_process(options.device, rank)

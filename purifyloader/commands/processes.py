@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from purifyloader.commands.logs import warnings_shown
 from purifyloader.errors import PurifyError
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -17,7 +18,8 @@ _USER_ERROR, _INTERRUPTED = 2, 130
 def exit_status(work: Callable[[], int | None], in_words: Callable[[PurifyError], str] = str) -> int:
     """Call `work` and return its status, or 0; after an error of the user's print `in_words(error)` and return 2."""
     try:
-        return work() or 0
+        with warnings_shown():
+            return work() or 0
     except PurifyError as error:
         print(f"purifyloader: error: {in_words(error)}", file=sys.stderr)
         return _USER_ERROR

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands import options as shared
+from purifyloader.commands.logs import show
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def run_training(options: argparse.Namespace, kind: Kind) -> int:
     """Train in this process of a launcher's while --out is this run's alone, or estimate the cost; return 0."""
     with _processes(options.device) as (rank, device):
         quiet: bool = options.quiet or rank > 0
-        logging.basicConfig(format="%(message)s")
+        show(logging.WARNING)
         logging.getLogger("purifyloader").setLevel(logging.WARNING if quiet else logging.INFO)
         if not options.estimate:
             if options.out is None:
@@ -224,7 +225,7 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
         if not lock.acquire(wait=False):
             raise TrainingError(
                 f"Expected --out to be for this run alone. Got {options.out}, into which "
-                "another process is training now: wait for it, stop it, or give another folder."
+                f"another process is training now: {lock.held_by()} Wait for it, stop it, or give another folder."
             )
         if lock.real:  # else another run may be writing just now
             tidy(options.out, (STATE_FILE, CURVES_CSV, CONFIG_FILE, MODEL_FILE, CARD_FILE, *pictures))
