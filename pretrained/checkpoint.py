@@ -24,7 +24,8 @@ from torch import Tensor
 
 from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
-from purifyloader.files.weights import named_weights
+from purifyloader.files.weights import named_weights, weights_sha256
+from purifyloader.pretrained.binding import bind, check_bound, remember
 from purifyloader.pretrained.kinds import KINDS, ModelKind, kind_of, kind_of_format
 from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find, listed
 
@@ -57,11 +58,13 @@ def save(
         path: the folder; it is made where it is missing.
         name: what `load(path).name` will be.
         card: the text of README.md; None writes one with the facts that the model knows.
-        details: anything JSON that should stay with the model, such as how it was trained.
+        details: anything JSON that should stay with the model, such as how it was trained. Those that name the images
+            learned from (image_hashes) are stored with the hash of the weights, `weights_sha256`, and fit no others.
         overwrite: replace a checkpoint that stands there.
 
     Raises:
-        InputError: no model that can be saved, a path to a file, weights that are not finite, details that are no JSON.
+        InputError: no model that can be saved, a path to a file, weights that are not finite, details that are no JSON,
+            or that name the images of other weights, or fewer than the model began with (see `binding`).
         CheckpointError: files of a checkpoint are there and `overwrite` is False, or writing failed.
 
     >>> import tempfile
@@ -87,6 +90,7 @@ def save(
         details = json.loads(canonical_json(dict(details or {})))
     except (TypeError, ValueError) as error:
         raise InputError(f"details must be a JSON object without NaN. Got {error}. Convert its values.") from None
+    details = bind(details, model, kind.network(model))
 
     header = {"format": kind.format, "version": VERSION, kind.name: kind.config(model)}
     try:
@@ -139,7 +143,7 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     Raises:
         InputError: not a name, a path or a kind.
         CheckpointError: no such model, no hub, another kind of model, or files that are missing, damaged, newer than
-            this version, or do not fit each other. The message names the file.
+            this version, or do not fit each other; details of other weights. The message names the file.
 
     >>> from purifyloader import pretrained
     >>> pretrained.load("cifar10-sparse").image_channels
@@ -193,6 +197,9 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
             f"{wrong}. {_AGAIN}."
         )
     network.load_state_dict(weights, assign=True)
+    sha256 = weights_sha256(model)
+    check_bound(config.get("details"), sha256, folder / CONFIG_FILE)
+    remember(network, sha256, config.get("details"))
     model.name = config["name"]
     return model.eval().requires_grad_(False)
 

@@ -45,13 +45,19 @@ def weights_of(model: str | os.PathLike[str], kind: str) -> str:
 def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and details of a model, of the model that its training started from, and so on.
 
-    `InputError` where a model that a training started from is not found.
+    `InputError` where a model that a training started from is not found; `CheckpointError` where the files of one are
+    not of one model, so that its details may be of other weights.
     """
     name: str = os.fspath(model)
     visited: set[str] = set()
     while name not in visited:
+        folder = find(name)
+        config = read_config(folder, None)
+        kind = kind_of_format(config["format"])
+        assert kind is not None
+        if not visited:  # those that a training started from are compared before they come here
+            weights_of(folder, kind.name)
         visited.add(name)
-        config = read_config(find(name), None)
         details = config.get("details")
         if not isinstance(details, dict):
             details = {}
@@ -60,8 +66,6 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
         start = train.get("start_from") if isinstance(train, dict) else None
         if start is None:
             return
-        kind = kind_of_format(config["format"])
-        assert kind is not None
         before, weights = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
         try:
             is_found = isinstance(before, str) and weights_of(before, kind.name) == weights

@@ -24,14 +24,15 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
     return dict(sorted(named.items()))
 
 
-def weights_sha256(module: nn.Module) -> str:
+def weights_sha256(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """SHA-256, in hex, of each weight's name, dtype, shape and values: what fingerprints call the weights.
 
-    It depends on no file, device, memory format or compilation; a cast changes it. (The hash of a checkpoint's
-    file, which guards against damage, is another number.)
+    It depends on no file, device, memory format or compilation; a cast changes it: with `dtype` it is that of the
+    weights cast to it. (The hash of a checkpoint's file, which guards against damage, is another number.)
     """
     sha = hashlib.sha256()
     for name, tensor in named_weights(module).items():
+        tensor = tensor if dtype is None else tensor.to(dtype)
         # The line says how many bytes follow, so that no two states give the same stream.
         head = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         sha.update(canonical_json(head).encode() + b"\n")

@@ -23,6 +23,8 @@ from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
 from purifyloader.diffusion.unet import UNet
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.binding import remember
 from purifyloader.train.curves import Curves
 from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.denoiser.curves import COLUMNS, Validation, overfitting, validated, write_picture, write_samples
@@ -62,6 +64,7 @@ def build_denoiser(
     if start is not None:
         _check_meaning(denoiser, start)
         take_over(denoiser.network, start.network)
+        remember(denoiser.network, weights_sha256(start))
     return denoiser
 
 

@@ -22,6 +22,8 @@ from purifyloader.core.devices import as_device
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.energy.walking import walk
 from purifyloader.errors import ConfigError, PurifyError
+from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.binding import remember
 from purifyloader.train.curves import Curves
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
@@ -57,6 +59,7 @@ def build_energy(
                 "leave network out of the configuration."
             )
         energy.load_state_dict(start.state_dict())
+        remember(energy, weights_sha256(start))
     return energy
 
 

@@ -1,0 +1,91 @@
+"""Bind what a checkpoint says of the images that it learned from to the weights that learned from them.
+
+No model may claim to have learned from fewer images than it has. So `details` that name images also have the
+`weights_sha256` of the weights that they describe, and a network remembers the weights that it began with: through
+copies, pickles, casts and further training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.atomic import canonical_json
+from purifyloader.files.weights import weights_sha256
+
+__all__ = ["bind", "check_bound", "remember"]
+
+_CLAIMS = ("image_hashes", "images_sha256", "indices")  # details that name images learned from
+_BOUND = "weights_sha256"
+_ORIGIN = "_purifyloader_origin"  # of a network: a dict of _BOUND and of its checkpoint's claims, as hashes
+
+_LEAVE_OUT = f"leave {', '.join(_CLAIMS)} and {_BOUND} out of them, and the model says that it is not known"
+
+
+def remember(network: nn.Module, weights: str, details: Any = None) -> None:
+    """Note in a network the weights that it begins with, and what the details of their checkpoint say of them."""
+    setattr(network, _ORIGIN, {_BOUND: weights, "claims": _claims(details)})
+
+
+def check_bound(details: Any, weights: str, file: object) -> None:
+    """Raise `CheckpointError` where the details in `file` are of other weights; older ones do not say of which."""
+    described = details.get(_BOUND, weights) if isinstance(details, Mapping) else weights
+    if described != weights:
+        raise CheckpointError(
+            f"{file} must say which images the weights beside it learned from. Got details of the weights "
+            f"{str(described)[:16]} beside {weights[:16]}: they are of another model. Download the checkpoint again, "
+            f"or {_LEAVE_OUT}."
+        )
+
+
+def bind(details: Mapping[str, Any], model: nn.Module, network: nn.Module) -> dict[str, Any]:
+    """Return details that may be stored with a model, bound to its weights in float32 where they name images.
+
+    Raises:
+        InputError: they are of other weights, or name fewer images than `network`, which is the model's, began with.
+    """
+    if not (_BOUND in details or any(name in details for name in _CLAIMS)):
+        return dict(details)
+    weights = weights_sha256(model, torch.float32)
+    if (described := details.get(_BOUND, weights)) != weights:
+        raise InputError(
+            f"details must be of the model that is saved. Got those of the weights {str(described)[:16]} for a model "
+            f"of {weights[:16]}. Give what these learned from and the weights that they started from, or {_LEAVE_OUT}."
+        )
+    origin, claims = getattr(network, _ORIGIN, None), _claims(details)
+    if origin is not None and weights != origin[_BOUND]:
+        if _started_from(details) != origin[_BOUND]:
+            raise InputError(
+                "details must say from which weights a training started: what these learned from counts too. Got none "
+                f"of the model that was loaded with the weights {origin[_BOUND][:16]} and changed. Add train = "
+                '{"start_from": {"name": ..., "weights_sha256": ...}} (purifyloader.train.started_from makes it), or '
+                f"{_LEAVE_OUT}."
+            )
+    elif origin is not None and any(claims.get(name) != value for name, value in origin["claims"].items()):
+        raise InputError(
+            "details must name the images that the checkpoint of these weights names. Got others for a model that was "
+            f"loaded and not changed. Give the details of its config.json, or {_LEAVE_OUT}."
+        )
+    return {**details, _BOUND: weights}
+
+
+def _claims(details: Any) -> dict[str, str]:
+    """Hash each claim of some details: those of a million images are long."""
+    if not isinstance(details, Mapping):
+        return {}
+    claims = {name: details[name] for name in _CLAIMS if name in details}
+    if claims and (start := _started_from(details)) is not None:
+        claims["start_from"] = start
+    return {name: hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in claims.items()}
+
+
+def _started_from(details: Mapping[str, Any]) -> Any:
+    """Return the hash of the weights that a training started from, where details name them."""
+    train = details.get("train")
+    start = train.get("start_from") if isinstance(train, Mapping) else None
+    return start.get(_BOUND) if isinstance(start, Mapping) else None
