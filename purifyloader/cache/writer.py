@@ -138,8 +138,8 @@ class CacheWriter:
             if there != here:
                 raise CacheError(
                     f"A cache is made on one kind of device, because another rounds differently. Got {here!r} for "
-                    f"{self.folder}, whose {name} was made on {there!r}. Go on with device={there!r}, give "
-                    "another folder, or allow it with allow_mixed_devices=True."
+                    f"{self.folder}, whose {name} was made on {there!r}. Go on there, with "
+                    f"device={str(there).split()[0]!r}, give another folder, or allow it with allow_mixed_devices=True."
                 )
             if header.made != self.made:
                 changed = fmt.differences(header.made, self.made)

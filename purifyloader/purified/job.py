@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from purifyloader.core import noise
-from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic
+from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic, kind_of_device
 from purifyloader.core.images import quantize, to_bytes
 from purifyloader.core.version import __version__
 from purifyloader.datasets.samples import ImageKey
@@ -56,7 +56,7 @@ class Job:
     def made(self) -> dict[str, str]:
         """Return the kind of device and the versions, on which the last bit of a pixel may depend."""
         return {
-            "device": self.device.type,
+            "device": kind_of_device(self.device),
             "purifyloader": __version__,
             "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__),

@@ -9,7 +9,8 @@ import copy
 import functools
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -244,27 +245,71 @@ def test_an_image_does_not_depend_on_its_batch(purifier, whole):
     assert torch.equal(purifier(shuffled, SEEDS[order]), whole[order])
 
 
-def test_an_image_does_not_depend_on_the_number_of_threads(purifier, whole):
-    x = images(purifier)
+@contextmanager
+def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(count)
     try:
-        few = slice(COUNT - BATCH - 1, COUNT)
-        assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
+        yield
+        assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 8, 16])
+def test_an_image_does_not_depend_on_the_number_of_threads(purifier, whole, count):
+    x, few = images(purifier), slice(COUNT - BATCH - 1, COUNT)
+    with threads(count):
+        assert torch.equal(purifier(x[few], SEEDS[few]), whole[few])
+
+
+def flushing() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def without(*switches: Callable[[bool], Any]) -> Iterator[None]:
+    for switch in switches:
+        switch(False)
+    yield
+    for switch in switches:
+        switch(True)
+
+
+CUDA = torch.backends.cuda  # where torch keeps the switches of attention, of the CPU's too
+
+# What the script around has set, and puts back.
+SCRIPTS: dict[str, Callable[[], Any]] = {
+    "no oneDNN": contextmanager(lambda: without(torch._C._set_mkldnn_enabled)),
+    "no fused attention": contextmanager(lambda: without(CUDA.enable_flash_sdp, CUDA.enable_mem_efficient_sdp)),
+    "no plain attention": contextmanager(lambda: without(CUDA.enable_math_sdp)),
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64 by default": contextmanager(lambda: default_dtype(torch.float64)),
+    "bfloat16 by default": contextmanager(lambda: default_dtype(torch.bfloat16)),
+    "denormals are 0": contextmanager(flushing),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_image_does_not_depend_on_the_settings_of_the_script(purifier, whole, script):
+    x, few = images(purifier), slice(COUNT - BATCH - 1, COUNT)
+    with SCRIPTS[script]():
+        got = purifier(x[few], SEEDS[few])
+    assert torch.equal(got, whole[few])
 
 
 def test_of_three_threads_two_are_used():
     """Three give other bits, where the images are large enough for all of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with exact_arithmetic(torch.device("cpu")):
-            assert torch.get_num_threads() == 2
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    with threads(3), exact_arithmetic(torch.device("cpu")):
+        assert torch.get_num_threads() == 2
 
 
 def test_images_of_many_sizes_are_each_what_they_are_alone(purifier, whole):
@@ -404,9 +449,9 @@ def test_other_channels_than_a_network_has_are_refused(purifier):
 # -- other processes ---------------------------------------------------------------------------------
 
 
-def pixels_of_all(threads: int) -> dict[str, bytes]:
-    """What a process makes of three images with every purifier."""
-    torch.set_num_threads(threads)
+def pixels_of_all(count: int) -> dict[str, bytes]:
+    """What a process of so many threads makes of three images with every purifier."""
+    torch.set_num_threads(count)
     purifiers = {name: case.make() for name, case in CASES.items()}
     return {name: p(images(p)[3:6], SEEDS[3:6]).numpy().tobytes() for name, p in purifiers.items()}
 

@@ -27,6 +27,7 @@ from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.cache import CacheReader, CacheWriter, Layout
 from purifyloader.commands import main as cli
 from purifyloader.core import noise
+from purifyloader.core.devices import kind_of_device
 from purifyloader.core.images import quantize
 from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, ConfigError, InputError
@@ -41,6 +42,7 @@ from tests import processes
 from tests.conftest import PictureDataset, random_images, slim_denoiser
 
 COUNT = 23
+HERE = kind_of_device(torch.device("cpu"))
 ROOT = Path(__file__).parents[2]
 BACKENDS = (
     torch.backends.cuda.matmul,
@@ -104,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def some_shards(folder: Path, numbers: list[int], dataset: Any = None, device: str = "cpu", size: int = 4) -> None:
+def some_shards(folder: Path, numbers: list[int], dataset: Any = None, device: str = HERE, size: int = 4) -> None:
     """What an earlier run has made."""
     dataset = dataset or source()
     job = Job(take_over(dataset), Jpeg(30), 0, 1, None)
@@ -135,7 +137,7 @@ def test_the_pixels_are_those_of_the_algebra(tmp_path: Path) -> None:
     assert list(reader.targets or ()) == [i % 2 for i in range(COUNT)]
     assert reader.sample == {"type": "tuple", "image": 0, "fields": 2}
     assert reader.config == {"purifier": purifier.identity(), "schema": 1, "seed": 5, "draws": 2}
-    assert reader.index.made[0]["device"] == "cpu"
+    assert reader.index.made[0]["device"] == HERE
     assert torch.__version__.startswith(reader.index.made[0]["torch"])
     notes = reader.index.notes or {}
     assert notes["classes"] == ["even", "odd"]
@@ -326,14 +328,15 @@ def test_bad_amounts_of_the_source(tmp_path: Path, amount: Any) -> None:
         filled(tmp_path, check_source=amount)
 
 
-def test_another_kind_of_device(tmp_path: Path) -> None:
-    some_shards(tmp_path, [0], device="cuda")
-    with pytest.raises(CacheError, match=r"one kind of device[\s\S]*made on 'cuda'[\s\S]*allow_mixed_devices"):
+@pytest.mark.parametrize("kind", ["cuda", "cpu", f"{HERE} AMX", f"{HERE} up to SSE41", "cpu NEON"])
+def test_another_kind_of_device(tmp_path: Path, kind: str) -> None:
+    some_shards(tmp_path, [0], device=kind)
+    with pytest.raises(CacheError, match=rf"one kind of device[\s\S]*made on '{kind}'[\s\S]*allow_mixed_devices"):
         filled(tmp_path)
     assert [p.name for p in tmp_path.glob("[!.]*")] == ["shard-00000.safetensors"]
     reader = filled(tmp_path, allow_mixed_devices=True)
-    assert reader.identity["devices"] == ["cpu", "cuda"]
-    assert [(m["device"], m["shards"]) for m in reader.index.made] == [("cpu", 5), ("cuda", 1)]
+    assert reader.identity["devices"] == sorted([HERE, kind])
+    assert {m["device"]: m["shards"] for m in reader.index.made} == {HERE: 5, kind: 1}
     filled(tmp_path)  # a finished cache is read wherever it was made
 
 
@@ -738,7 +741,7 @@ def test_the_command_on_mixed_devices(tmp_path: Path, monkeypatch: pytest.Monkey
     assert command(*options, "--quiet") == 2
     assert "allow_mixed_devices=True" in capsys.readouterr().err
     assert command(*options, "--quiet", "--allow-mixed-devices") == 0
-    assert CacheReader(tmp_path / "out").identity["devices"] == ["cpu", "cuda"]
+    assert CacheReader(tmp_path / "out").identity["devices"] == [HERE, "cuda"]
 
 
 def test_quiet(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:

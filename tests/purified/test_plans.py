@@ -16,6 +16,7 @@ from purifyloader.cache import CacheReader
 from purifyloader.cache import format as fmt
 from purifyloader.cache.inspect import describe
 from purifyloader.commands.main import execute
+from purifyloader.core.devices import kind_of_device
 from purifyloader.energy import image_energies
 from purifyloader.errors import CacheError, ConfigError
 from purifyloader.purified.filling import precompute
@@ -28,6 +29,9 @@ COUNT = 23
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+HERE = kind_of_device(torch.device("cpu"))
 
 
 def main(arguments: list[str]) -> int:
@@ -368,7 +372,7 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text()
     values = json.loads(text)
     assert sorted(values) == ["config", "device", "format", "found", "length", "sha256", "version"]
-    assert (values["format"], values["version"], values["device"]) == ("purifyloader-cache", 2, "cpu")
+    assert (values["format"], values["version"], values["device"]) == ("purifyloader-cache", 2, HERE)
     assert values == fmt.guarded(values)
     assert text == json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
     assert values["found"] == (filled(tmp_path).plan or {})["where"]

@@ -1,0 +1,198 @@
+"""The same pixels for any number of threads, and the kind of device that a cache writes down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import Tensor
+
+from purifyloader import pretrained
+from purifyloader.core import devices, noise
+from purifyloader.core.devices import exact_arithmetic, in_batches, kind_of_device
+from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.purifiers import DenoiseOnce
+from tests.conftest import slim_denoiser
+
+CPU = torch.device("cpu")
+COUNTS = (2, 3, 4, 6, 8, 12, 16)
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Denoiser:
+    return pretrained.load("cifar10-sparse")
+
+
+@pytest.fixture(autouse=True)
+def _threads_put_back() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def pixels(denoiser: Denoiser, size: int, batch: int, threads: int, dtype: str = "float32", calls: int = 1) -> Tensor:
+    torch.set_num_threads(threads)
+    x = torch.rand(batch * calls, 3, size, size, generator=torch.Generator().manual_seed(size))
+    purifier = DenoiseOnce(denoiser, 0.1, dtype=dtype, compute_batch=batch)
+    return purifier(x, noise.image_keys(0, 0, range(len(x))))
+
+
+# -- threads -----------------------------------------------------------------------------------------
+
+# Where 4, 8 or 16 threads in a call give other float32 values than one, on a CPU with AVX2.
+DIFFERENT = [(10, 16, 8), (20, 16, 8), (24, 32, 16), (28, 16, 16), (32, 17, 4)]
+
+
+@pytest.mark.parametrize(("size", "batch", "threads"), DIFFERENT)
+def test_threads_decide_no_value_where_they_choose_the_kernels(sparse, size, batch, threads):
+    assert torch.equal(pixels(sparse, size, batch, threads), pixels(sparse, size, batch, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("first", range(1, 65, 8))
+def test_threads_decide_no_value_of_any_size_up_to_64(first, dtype):
+    for size in range(first, first + 8, 1 if dtype == "float32" or first < 25 else 3):
+        batch, threads = (16, 17, 19, 32)[size % 4], COUNTS[size % len(COUNTS)]
+        few = pixels(slim_denoiser(), size, batch, 1, dtype)
+        assert torch.equal(pixels(slim_denoiser(), size, batch, threads, dtype), few), f"{size} px, {threads} threads"
+
+
+# bfloat16 takes ten times as long where a CPU does not have it
+SIZES = [*((size, "float32") for size in (*range(1, 65), 96, 131, 160, 224))]
+SIZES += [(size, "bfloat16") for size in (*range(1, 33), 40, 48, 64, 96)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "dtype"), SIZES)
+def test_threads_decide_no_value_of_a_shipped_model(sparse, size, dtype):
+    few = {}
+    for batch in (16, 17, 19, 32) if size <= 40 else (16,):
+        for threads in (1, *COUNTS) if size <= 32 and dtype == "float32" else (1, 2, 16):
+            got = pixels(sparse, size, batch, threads, dtype, calls=2 if size <= 24 else 1)
+            assert torch.equal(got, few.setdefault(batch, got)), f"compute_batch {batch}, {threads} threads"
+
+
+def test_calls_run_side_by_side_each_with_one_thread():
+    torch.set_num_threads(4)
+    meeting = threading.Barrier(3, timeout=30)
+    seen: list[tuple[str, int, bool]] = []
+
+    def call(x: Tensor) -> Tensor:
+        meeting.wait()  # three calls at once, or none
+        seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
+        return 2 * x
+
+    x = torch.rand(3 * 16 - 1, 3, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(in_batches(call, 16, x), 2 * x)
+    assert len({name for name, _, _ in seen}) == 3
+    assert [rest for _, *rest in seen] == 3 * [[1, False]]
+    assert torch.get_num_threads() == 4
+
+
+def test_large_images_are_purified_one_call_after_the_other(monkeypatch):
+    monkeypatch.setattr(devices, "_PIXELS_AT_ONCE", 2 * 16 * 8 * 8)
+    torch.set_num_threads(8)
+    for side, most in ((8, 2), (9, 1), (40, 1)):
+        running, highest, lock = 0, 0, threading.Lock()
+
+        def call(x: Tensor, lock: threading.Lock = lock) -> Tensor:
+            nonlocal running, highest
+            with lock:
+                running += 1
+                highest = max(highest, running)
+            threading.Event().wait(0.01)
+            with lock:
+                running -= 1
+            return x
+
+        in_batches(call, 16, torch.rand(80, 1, side, side))
+        assert highest <= most
+
+
+def test_an_error_in_one_call_ends_them_all_and_puts_the_threads_back():
+    torch.set_num_threads(2)
+    begun = []
+
+    def call(x: Tensor) -> Tensor:
+        begun.append(float(x.flatten()[0]))
+        raise ValueError(f"call {len(begun)}")
+
+    with pytest.raises(ValueError, match="call"):
+        in_batches(call, 16, torch.arange(1600.0)[:, None, None, None])
+    assert len(begun) < 20  # of 100
+    assert torch.get_num_threads() == 2
+
+
+def test_gradients_flow_through_calls_side_by_side():
+    purifier = DenoiseOnce(slim_denoiser(), 0.1, compute_batch=16)
+    keys = noise.image_keys(0, 0, range(40))
+    gradients = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        x = torch.full((40, 3, 6, 6), 0.5, requires_grad=True)
+        purifier.purify_with_grad(x, keys).square().sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients)
+
+
+# -- the kind of device ------------------------------------------------------------------------------
+
+
+def kind_with(**environment: str) -> str:
+    code = "import torch; from purifyloader.core.devices import kind_of_device; "
+    code += "print(kind_of_device(torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_kind_of_a_cpu_names_its_instructions():
+    assert kind_of_device(CPU).startswith(f"cpu {torch.backends.cpu.get_cpu_capability()}")
+
+
+def test_limits_of_the_environment_are_of_the_kind():
+    limited = kind_with(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
+    assert limited.startswith("cpu DEFAULT")
+    assert limited.endswith("up to SSE41")
+
+
+@pytest.mark.parametrize("changes", [{"has": "AVX512_BF16"}, {"has": "AMX"}, {"no": "oneDNN"}])
+def test_what_rounds_otherwise_has_another_kind(monkeypatch, changes):
+    before = kind_of_device(CPU)
+    if "no" in changes:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setitem(devices._CPU_BFLOAT16, changes["has"], lambda: True)
+    assert kind_of_device(CPU) != before
+
+
+def test_the_kind_of_a_gpu_is_its_compute_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kind_of_device(torch.device("cuda", 1)) == "cuda sm_90"
+
+
+# -- settings ----------------------------------------------------------------------------------------
+
+
+def test_settings_of_the_script_come_back():
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with suppress(ValueError), exact_arithmetic(CPU):
+            inside = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+            raise ValueError
+        assert inside == (True, True)
+        assert not torch.backends.mkldnn.enabled
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+        torch.backends.cuda.enable_flash_sdp(True)
