@@ -26,6 +26,7 @@ FORMAT = "purifyloader-cache"
 VERSION = 2
 INDEX_FILE = "index.json"
 PLAN_FILE = "plan.json"
+CLAIM_FILE = "claim.json"
 WHERE = "where"  # in the plan of an index: which images are purified
 SHARD_FILE = re.compile(r"shard-(\d{5,})\.safetensors")
 SHARD_SIZE = 1024
@@ -173,6 +174,15 @@ class Plan:
     length: int
     device: str  # the kind that it was made on
     found: dict[str, Any]  # as `purifyloader.purified.plans` writes it: conditions, and a sanitation
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The content of claim.json: which cache a folder is for, from before its first shard on."""
+
+    config: dict[str, Any]
+    layout: Layout
+    made: dict[str, Any]  # kind of device and versions of whoever made the first shard, or is about to
 
 
 def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -478,3 +488,23 @@ def read_plan(folder: Path) -> Plan:
         if not isinstance(plan.config, dict) or not isinstance(plan.found["conditions"], list):
             raise ValueError("it has no conditions")
     return plan
+
+
+def claim_text(claim: Claim) -> str:
+    """Write claim.json: the inverse of `read_claim`."""
+    return canonical_json(guarded({"format": FORMAT, "version": VERSION, **asdict(claim)})) + "\n"
+
+
+def read_claim(folder: Path) -> Claim:
+    """Read claim.json of the folder of a cache, finished or not; raises as `read_index` does."""
+    path = folder / CLAIM_FILE
+    with reading(path, "claim", _AGAIN):
+        data = path.read_bytes()
+        values = json.loads(data)
+        check_guard(values, path)
+        claim = Claim(values["config"], Layout(**values["layout"]), values["made"])
+        if not isinstance(claim.config, dict) or not isinstance(claim.made, dict):
+            raise ValueError("it has no configuration")
+        if data != claim_text(claim).encode():
+            raise ValueError("its white space is not that of canonical JSON")
+    return claim

@@ -26,7 +26,7 @@ class Folder:
 
     path: Path
     index: Index | None = None  # None where there is none, or a damaged one
-    layout: Layout | None = None  # by the index or else by the first shard that reads; None where none does
+    layout: Layout | None = None  # by the index, the first shard that reads, or the claim; None where none does
     config: dict[str, Any] = field(default_factory=dict)
     headers: dict[int, ShardHeader] = field(default_factory=dict)  # by number, of this cache's shards, without targets
     wrong: dict[str, str] = field(default_factory=dict)  # what is wrong with a shard or index that is there
@@ -84,7 +84,7 @@ def read_folder(path: Path) -> Folder:
         folder.index = fmt.read_index(path)
         folder.layout, folder.config = folder.index.layout, folder.index.config
     except FileNotFoundError:
-        if not shards:
+        if not shards and fmt.CLAIM_FILE not in names:
             raise CacheError(
                 f"The folder of a cache holds {fmt.INDEX_FILE} and shards. Got {path}, which has neither. "
                 "Check the path, or precompute into it."
@@ -100,13 +100,28 @@ def read_folder(path: Path) -> Folder:
         except CacheError as error:
             folder.wrong[name] = str(error)
             other = error if isinstance(error, fmt.OtherVersionError) else other
+    try:
+        _read_claim(folder)
+    except FileNotFoundError:  # of before
+        pass
+    except CacheError as error:
+        folder.wrong[fmt.CLAIM_FILE] = str(error)
+        other = error if isinstance(error, fmt.OtherVersionError) else other
     if other is not None and folder.layout is None:
         raise other  # a cache of that version; among files of ours it is one that is damaged
     expected = shards if folder.layout is None else [shard.file for shard in folder.layout.shards]
-    folder.strangers = sorted({*names} - {*expected, fmt.INDEX_FILE, fmt.PLAN_FILE})
+    folder.strangers = sorted({*names} - {*expected, fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE})
     for name in folder.strangers:
         folder.wrong.pop(name, None)
     return folder
+
+
+def _read_claim(folder: Folder) -> None:
+    claim = fmt.read_claim(folder.path)
+    if folder.layout is None and not folder.wrong:  # no shard is there yet
+        folder.layout, folder.config = claim.layout, claim.config
+    elif folder.layout is not None and (claim.layout, claim.config) != (folder.layout, folder.config):
+        folder.wrong[fmt.CLAIM_FILE] = f"{folder.path / fmt.CLAIM_FILE} must be of this cache. Got one of another."
 
 
 def _read_shard(folder: Folder, name: str) -> None:

@@ -41,7 +41,7 @@ from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
-from purifyloader.files.locks import KEPT
+from purifyloader.files.locks import KEPT, Lock
 
 FORMAT = "purifyloader-tars"
 VERSION = 1
@@ -267,16 +267,22 @@ def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda coun
     _check_tars(folder, manifest)
     _check_same(out, index)
     with writing(out, CacheError, KEPT):
-        CacheWriter(out, index.config, layout)  # makes the folder, and refuses one that holds something else
+        mixed = len(index.identity["devices"]) > 1
+        writer = CacheWriter(out, index.config, layout, manifest.parts[0].made, allow_mixed_devices=mixed)
+        writer.claim()
         samples = _imported(folder, manifest)
         for shard, entry, part in zip(layout.shards, index.shards, manifest.parts, strict=True):
             own = list(itertools.islice(samples, shard.count))
-            path = out / shard.file
-            if not path.is_file() or file_sha256(path) != entry.sha256:
-                _restore(path, shard, entry, index, part, own)
+            with writer.lock(shard):  # another process may import the same, or fill it from its source
+                path = out / shard.file
+                if not path.is_file() or file_sha256(path) != entry.sha256:
+                    _restore(writer, shard, entry, index, part, own)
             seen(shard.count)
         next(samples, None)  # ends the generator, and so closes the last tar
-        fmt.write_index(out, index)
+        with Lock(out, fmt.INDEX_FILE) as lock:
+            _check_same(out, index)
+            fmt.write_index(out, index)
+            writer.tidy(lock)
     return CacheReader(out)
 
 
@@ -330,22 +336,32 @@ def _check_tars(folder: Path, manifest: _Manifest) -> None:
 
 def _check_same(out: Path, index: fmt.Index) -> None:
     """Refuse a folder with a cache of other bytes, though its configuration be the same: it may have cost days."""
-    other = f"A cache is imported into a new or empty folder. Got {out}, which holds another: "
-    go = ". Give another folder, or delete this one."
     try:
         if (there := fmt.read_index(out)) != index:
-            raise CacheError(f"{other}its fingerprint is {there.fingerprint[:12]}, not {index.fingerprint[:12]}{go}")
+            what = f"its fingerprint is {there.fingerprint[:12]}, not {index.fingerprint[:12]}"
+            raise CacheError(_other(out, what))
     except (FileNotFoundError, NotADirectoryError):
         pass
     for entry in index.shards:
-        try:
-            header = fmt.read_shard_header(out / entry.file)
-        except fmt.OtherVersionError:
-            raise
-        except CacheError:  # missing, or damaged and made again
-            continue
-        if header.sha256 != entry.header:
-            raise CacheError(f"{other}its {entry.file} was made otherwise{go}")
+        _check_same_shard(out, entry)
+
+
+def _check_same_shard(out: Path, entry: ShardEntry) -> None:
+    try:
+        header = fmt.read_shard_header(out / entry.file)
+    except fmt.OtherVersionError:
+        raise
+    except CacheError:  # missing, or damaged and made again
+        return
+    if header.sha256 != entry.header:
+        raise CacheError(_other(out, f"its {entry.file} was made otherwise"))
+
+
+def _other(out: Path, what: str) -> str:
+    return (
+        f"A cache is imported into a new or empty folder. Got {out}, which holds another: {what}. Give another folder, "
+        "or delete this one."
+    )
 
 
 def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
@@ -375,13 +391,14 @@ def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
 
 
 def _restore(
-    path: Path,
+    writer: CacheWriter,
     shard: Shard,
     entry: ShardEntry,
     index: fmt.Index,
     part: ShardValues,
     samples: Sequence[Mapping[str, bytes]],
 ) -> None:
+    path = writer.folder / shard.file
     content: NDArray[np.uint8] | list[bytes] = [fields["png"] for fields in samples]
     try:
         if index.image_shape is not None:
@@ -397,6 +414,8 @@ def _restore(
                 "that are whole: another version of safetensors or purifyloader writes it otherwise. Use the versions "
                 f"that the cache was made with ({canonical_json(part.made)}), or copy the folder of the cache."
             )
+        writer.check_free(shard, part.source)
+        _check_same_shard(writer.folder, entry)
 
 
 def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,16 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader, ShardValues
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, replacing, writing
-from purifyloader.files.locks import KEPT, Lock, lock_path
+from purifyloader.files.atomic import canonical_json, replacing, write_new, writing
+from purifyloader.files.locks import KEPT, Lock, is_held, lock_path
 
 log = logging.getLogger(__name__)
 
 _TARGET_BYTES = 16_000_000  # a header may have 100 MB, and a reader holds those of all shards
 _HASHING_THREADS = 4  # hashing lets go of the interpreter, and one core hashes slower than a disk reads
 _PNG_LEVEL = 1  # measured on photographs: three times as fast as 6, and 5 % larger
-_HIDDEN = re.compile(r"\.(shard-\d{5,}\.safetensors|index\.json|plan\.json)\.(?:.*\.tmp|lock)")
+_HIDDEN = re.compile(r"\.(shard-\d{5,}\.safetensors|(?:index|plan|claim)\.json)\.(?:.*\.tmp|lock)")
+_IN_CREATION = 1.0  # seconds for which a claim may be half-written, on a file system without locks and hard links
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class CacheWriter:
     """Fill a folder with the purified images of a dataset.
 
     Holds one shard at a time. Processes may share the folder, whichever shards each of them writes; whoever
-    finds all of them there finishes.
+    finds all of them there finishes. The first one claims the folder, before the first shard; one that writes another
+    cache is refused, and never overwrites anything.
 
     Args:
         folder: made where it is missing; nothing but a cache may stand in it.
@@ -120,32 +124,102 @@ class CacheWriter:
         return index.identity == self._identity(headers) and index.image_shape == headers[0].image_shape
 
     def has_litter(self) -> bool:
-        """Say whether there are files of killed runs, which a finished cache does not need."""
-        return self._plan_path.exists() or any(_HIDDEN.fullmatch(path.name) for path in self.folder.glob(".*"))
+        """Say whether there are files of killed runs, which a finished cache does not need, or a claim is damaged."""
+        return (
+            self._plan_path.exists()
+            or self._has_damaged_claim()
+            or any(_HIDDEN.fullmatch(path.name) for path in self.folder.glob(".*"))
+        )
+
+    def claim(self) -> None:
+        """Claim the folder for this cache before anything is written, as every process does that fills it.
+
+        Of processes that write different caches one succeeds, with or without locks, and what it writes stays. Raises
+        `CacheError` where the folder is another cache's, or one of another kind of device, which rounds differently.
+        """
+        there = self._claim_there()
+        if there is None:
+            with writing(self.folder / fmt.CLAIM_FILE, CacheError, KEPT), Lock(self.folder, fmt.CLAIM_FILE) as lock:
+                there = self._claim_there() or self._claimed(lock)
+                if lock.real:
+                    lock_path(self.folder, fmt.CLAIM_FILE).unlink(missing_ok=True)
+        self._check_same(fmt.CLAIM_FILE, there.config, there.layout)
+        self.check_same_device()
+
+    def _claim_there(self) -> fmt.Claim | None:
+        try:
+            return fmt.read_claim(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except fmt.OtherVersionError:
+            raise
+        except CacheError as error:
+            log.warning("%s will be made again: %s", fmt.CLAIM_FILE, error)
+            return None
+
+    def _claimed(self, lock: Lock) -> fmt.Claim:
+        """Write the claim, and return the one that is there then; the caller holds its lock."""
+        path = self.folder / fmt.CLAIM_FILE
+        self._check_folder()
+        self.check_same_device()
+        first = self._first_made()
+        made = self.made if first is None else first[1]
+        if os.path.lexists(path):  # a damaged one, or a link that leads nowhere
+            if lock.real:
+                path.unlink(missing_ok=True)
+            else:
+                time.sleep(_IN_CREATION)
+        write_new(path, fmt.claim_text(fmt.Claim(self.config, self.layout, made)))
+        if (there := self._claim_there()) is None:
+            raise CacheError(
+                f"{path} says which cache a folder is for. Got one that is damaged, and no locks with which to make it "
+                "again. Delete it while no process fills this folder."
+            )
+        return there
+
+    def give_up(self) -> None:
+        """Remove the claim after an error, where nothing was written yet and no other process is at work."""
+        with suppress(CacheError, OSError), Lock(self.folder, fmt.CLAIM_FILE) as lock:
+            names = {path.name for path in self.folder.iterdir()}
+            own = lock_path(self.folder, fmt.CLAIM_FILE).name
+            at_work = any(is_held(self.folder / n) for n in names if n.endswith(".lock") and n != own)
+            if not lock.real or at_work:
+                return
+            claim = self._claim_there()
+            mine = claim is not None and (claim.config, claim.layout) == (self.config, self.layout)
+            if mine and {n for n in names if not n.startswith(".")} == {fmt.CLAIM_FILE}:
+                # a process that has claimed it too and is about to begin claims it again before it writes
+                (self.folder / fmt.CLAIM_FILE).unlink()
+            (self.folder / own).unlink(missing_ok=True)
+
+    def _has_damaged_claim(self) -> bool:
+        return os.path.lexists(self.folder / fmt.CLAIM_FILE) and self._claim_there() is None
+
+    def _first_made(self) -> tuple[str, dict[str, Any]] | None:
+        """Return the first file that says with what it was made, and that. Folders of before have shards, no claim."""
+        if (claim := self._claim_there()) is not None:
+            return fmt.CLAIM_FILE, claim.made
+        for name in sorted(os.listdir(self.folder)):
+            if fmt.SHARD_FILE.fullmatch(name):
+                with suppress(CacheError):  # damaged, and made again
+                    return name, fmt.read_shard_header(self.folder / name).made
+        return None
 
     def check_same_device(self) -> None:
-        """Raise `CacheError` where another kind of device, which rounds differently, made the shards that are there."""
-        if self._device_checked:
+        """Raise `CacheError` where another kind of device, which rounds differently, made what is there."""
+        if self._device_checked or (first := self._first_made()) is None:
             return
-        for name in sorted(os.listdir(self.folder)):
-            try:
-                header = fmt.read_shard_header(self.folder / name) if fmt.SHARD_FILE.fullmatch(name) else None
-            except CacheError:
-                continue
-            if header is None:
-                continue
-            there, here = header.made.get("device"), self.made.get("device")
-            if there != here:
-                raise CacheError(
-                    f"A cache is made on one kind of device, because another rounds differently. Got {here!r} for "
-                    f"{self.folder}, whose {name} was made on {there!r}. Go on there, with "
-                    f"device={str(there).split()[0]!r}, give another folder, or allow it with allow_mixed_devices=True."
-                )
-            if header.made != self.made:
-                changed = fmt.differences(header.made, self.made)
-                log.warning("%s was made with other versions (there → here):\n%s", name, changed)
-            self._device_checked = True
-            return
+        name, made = first
+        there, here = made.get("device"), self.made.get("device")
+        if there != here:
+            raise CacheError(
+                f"A cache is made on one kind of device, because another rounds differently. Got {here!r} for "
+                f"{self.folder}, whose {name} was made on {there!r}. Go on there, with "
+                f"device={str(there).split()[0]!r}, give another folder, or allow it with allow_mixed_devices=True."
+            )
+        if made != self.made:
+            log.warning("%s was made with other versions (there → here):\n%s", name, fmt.differences(made, self.made))
+        self._device_checked = True
 
     @property
     def _plan_path(self) -> Path:
@@ -166,8 +240,20 @@ class CacheWriter:
     def write_plan(self, found: Mapping[str, Any]) -> None:
         """Keep findings (`Findings.to_dict`) for other processes and later runs, until the index has them."""
         device = str(self.made.get("device"))
+        self.claim()
+        self._check_plan_there()
         with writing(self._plan_path, CacheError, KEPT):
             fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, fmt.plain("A plan", found)))
+
+    def _check_plan_there(self) -> None:
+        """Refuse to replace or remove the plan of another cache."""
+        try:
+            plan = fmt.read_plan(self.folder)
+        except fmt.OtherVersionError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, CacheError):  # missing or damaged
+            return
+        self._check_same(fmt.PLAN_FILE, plan.config, replace(self.layout, length=plan.length))
 
     def lock(self, shard: Shard) -> Lock:
         """Lock a shard while making it, so that processes that share a folder share the work."""
@@ -183,7 +269,7 @@ class CacheWriter:
         targets: Sequence[Any] | None = None,
         source: NDArray[np.uint64] | None = None,
     ) -> None:
-        """Write one of `shards`, replacing what is there.
+        """Write one of `shards`. It replaces what is there of it, if that is not of another cache or another source.
 
         Args:
             images: uint8 (H, W, C) each: all of draw 0, then all of draw 1, ...; draws x count of them.
@@ -192,7 +278,8 @@ class CacheWriter:
             targets: the other fields of each sample. Where one of them cannot be written as JSON none is
                 stored, and the cache is read together with its source.
 
-        Raises `InputError` for images of another type, number or shape.
+        Raises `InputError` for images of another type, number or shape; `CacheError` where the folder has become
+        another cache's, or the shard is there and was made from another source.
         """
         if shard not in self.shards:
             raise InputError(f"write takes one of the shards that pending() gives. Got {shard}.")
@@ -227,12 +314,35 @@ class CacheWriter:
             made=self.made,
         )
         path = self.folder / shard.file
+        self.claim()
         with writing(path, CacheError, KEPT):
             with replacing(path) as temporary:
                 fmt.save_shard(temporary, shard, self.layout, self.config, content, beside)
                 good = _read_good(temporary)
+                self.check_free(shard, source)
                 self._unfinish(shard, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
+
+    def check_free(self, shard: Shard, source: NDArray[np.uint64] | None) -> None:
+        """Look, before a shard is renamed into place, whether another process has put another one there meanwhile.
+
+        Raises `CacheError` where it is of another cache, or was made from another source than these hashes say.
+        """
+        self.claim()
+        try:
+            header = fmt.read_shard_header(self.folder / shard.file)
+        except fmt.OtherVersionError:
+            raise
+        except CacheError:  # missing, or damaged
+            return
+        self._check_same(shard.file, header.config, header.layout)
+        both = source is not None and header.source is not None and header.shard == shard
+        if both and not np.array_equal(header.source, source):  # type: ignore[arg-type]
+            raise CacheError(
+                f"All of {self.folder} must be made from one source. Got {shard.file}, which another process has made "
+                "meanwhile from other images or targets, or from the same in another order. Give all processes the "
+                "same dataset: sort what it lists, and seed what it shuffles. Then precompute into another folder."
+            )
 
     def finish(self, plan: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None) -> None:
         """Verify every shard and write the index, after which the cache can be read.
@@ -284,6 +394,8 @@ class CacheWriter:
             )
             if index == old:  # nothing to say anew, and the folder may be read-only by now
                 return
+            self._check_same(fmt.INDEX_FILE, old.config, old.layout)
+        self.claim()
         with writing(self.folder / fmt.INDEX_FILE, CacheError, KEPT):
             fmt.write_index(self.folder, index)
 
@@ -292,7 +404,10 @@ class CacheWriter:
 
         `index_lock` is held by the caller. Without real locks an index being written may be another's, and stays.
         """
+        if self._has_damaged_claim():
+            self.claim()
         if self._plan_path.exists() and self.index() is not None:
+            self._check_plan_there()
             self._plan_path.unlink(missing_ok=True)
         left: dict[str, list[Path]] = {}
         for path in self.folder.glob(".*"):
@@ -355,6 +470,8 @@ class CacheWriter:
     def _unfinish(self, shard: Shard, sha256: str) -> None:
         """Remove the index when a shard is made otherwise: no reader may take the cache for whole."""
         index = self.index()
+        if index is not None:
+            self._check_same(fmt.INDEX_FILE, index.config, index.layout)
         if index is None or [e.sha256 for e in index.shards[shard.number : shard.number + 1]] != [sha256]:
             (self.folder / fmt.INDEX_FILE).unlink(missing_ok=True)
 
@@ -370,7 +487,7 @@ class CacheWriter:
             return
         if not self.folder.is_dir():
             raise CacheError(f"A cache is a folder. Got the file {self.folder}. Give another path.")
-        expected = {fmt.INDEX_FILE, fmt.PLAN_FILE, *(shard.file for shard in self.shards)}
+        expected = {fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE, *(shard.file for shard in self.shards)}
         # Hidden files are left alone: temporary files of a killed run, and what file systems put there.
         names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         for name in names:
@@ -378,6 +495,9 @@ class CacheWriter:
                 if name == fmt.INDEX_FILE:
                     index = fmt.read_index(self.folder)
                     config, layout = index.config, index.layout
+                elif name == fmt.CLAIM_FILE:
+                    claim = fmt.read_claim(self.folder)
+                    config, layout = claim.config, claim.layout
                 elif name == fmt.PLAN_FILE:
                     plan = fmt.read_plan(self.folder)
                     config, layout = plan.config, replace(self.layout, length=plan.length)
@@ -414,7 +534,7 @@ class CacheWriter:
             )
 
     def _verify(self, shard: Shard) -> _Good | None:
-        """Read the shard's file; None unless it is there and right in every byte."""
+        """Read the shard's file; None unless it is there and right in every byte. `CacheError` for another cache's."""
         path = self.folder / shard.file
         good = self._good.pop(shard.number, None)
         if not path.exists():
@@ -422,12 +542,14 @@ class CacheWriter:
         try:
             if good is None or good.stat != _stat(path):
                 good = _read_good(path)
+        except fmt.OtherVersionError:
+            raise
         except (CacheError, OSError) as error:
             log.warning("%s will be made again: %s", shard.file, error)
             return None
-        header = good.header
-        if (header.shard, header.config, header.layout) != (shard, self.config, self.layout):
-            log.warning("%s will be made again: it is of another cache", shard.file)
+        self._check_same(shard.file, good.header.config, good.header.layout)
+        if good.header.shard != shard:
+            log.warning("%s will be made again: it holds the images of %s", shard.file, good.header.shard.file)
             return None
         self._good[shard.number] = good
         return good

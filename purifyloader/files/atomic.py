@@ -28,9 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide a shared cache from others
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide a shared cache from others
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,6 +37,45 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_new(path: Path, text: str) -> bool:
+    """Write a file whole, unless there is one of that name, which stays; say whether it was written."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        try:
+            os.link(temporary, path)  # of all processes that try this, one succeeds, with or without locks
+        except FileExistsError:
+            return False
+        except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
+            return _created(path, text)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _created(path: Path, text: str) -> bool:
+    """Do the same with a file that is there before it is whole."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def canonical_json(value: Any) -> str:
@@ -59,9 +96,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)  # mkdtemp's 0700 would hide it from others
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would hide it from others
         if folder.is_dir():
             folder.rmdir()
         os.rename(temporary, folder)

@@ -169,6 +169,10 @@ def _layout_of(folder: Path) -> Layout | None:
         return fmt.read_index(folder).layout
     except (OSError, PurifyError):
         pass
+    try:
+        return fmt.read_claim(folder).layout
+    except (OSError, PurifyError):
+        pass
     for path in sorted(folder.glob("shard-*.safetensors")):
         try:
             return fmt.read_shard_header(path).layout
@@ -202,11 +206,15 @@ def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int =
     writer = filling.writer
     others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
     crew = _Crew(filling, workers)
-    with random_state_kept(), Progress(writer, shown=progress and rank == 0):
-        crew.work(writer.shards[rank::world_size])
-        # what another process has not begun, or what it has left when it died; the rest is its to verify
-        crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])
-        _finish(crew, filling)
+    try:
+        with random_state_kept(), Progress(writer, shown=progress and rank == 0):
+            crew.work(writer.shards[rank::world_size])
+            # what another process has not begun, or what it has left when it died; the rest is its to verify
+            crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])
+            _finish(crew, filling)
+    except BaseException:
+        writer.give_up()
+        raise
 
 
 def _finish(crew: _Crew, filling: Filling) -> None:
@@ -267,7 +275,7 @@ class _Crew:
             if self.writer.is_done(shard):
                 self._compare(shard)
                 continue
-            self.writer.check_same_device()
+            self.writer.claim()
             lock = self.writer.lock(shard)
             if not lock.acquire(wait=False):
                 continue

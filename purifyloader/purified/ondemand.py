@@ -91,7 +91,7 @@ class ShardsOnDemand:
         if writer.is_done(shard):
             self._filling.compare(shard)
         else:
-            writer.check_same_device()
+            writer.claim()
             self._filling.make(shard)
             if writer.present() == writer.layout.length:
                 self._filling.finish()

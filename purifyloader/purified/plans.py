@@ -196,7 +196,7 @@ def agreed(
             findings = _stored(job, writer)
             if not is_complete(findings):
                 if findings is None:
-                    writer.check_same_device()  # before a pass that would be in vain
+                    writer.claim()  # before a pass that would be in vain
                     findings = make(job, batch_size, workers=workers, progress=progress) if needed else Findings()
                 findings = findings.with_sanitation(sanitation)
                 writer.write_plan(findings.to_dict())

@@ -551,8 +551,9 @@ def test_kill_and_resume(cache: Path, tmp_path: Path) -> None:
     result = processes.run(fill_of_this_process, folder, kill_at="os:replace", kill_call=3)
     assert result.returncode == -signal.SIGKILL
     names = sorted(os.listdir(folder))
-    assert [n for n in names if not n.startswith(".")] == ["shard-00000.safetensors", "shard-00001.safetensors"]
-    assert len(names) == 3
+    shards = ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert [n for n in names if not n.startswith(".")] == ["claim.json", *shards]
+    assert len(names) == 4
     with pytest.raises(CacheError, match=r"unfinished \(2 of 5 shards\)"):
         CacheReader(folder)
     kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
@@ -577,17 +578,21 @@ def test_two_writers_share_a_folder(tmp_path: Path) -> None:
     assert np.array_equal(np.stack(CacheReader(tmp_path).get(range(LENGTH))), pixels())
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("claimed", [False, True])
+def test_a_failed_write_leaves_nothing(tmp_path: Path, claimed: bool) -> None:
     """What a full disk does, by a limit on the size of files."""
     writer = CacheWriter(tmp_path, CONFIG, LAYOUT)
+    if claimed:
+        writer.claim()
+    before, file = contents(tmp_path), "shard-00000" if claimed else "claim.json"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(CacheError, match=r"Could not write .*shard-00000.*Got: [\s\S]*what is finished is kept"):
+        with pytest.raises(CacheError, match=rf"Could not write .*{file}.*Got: [\s\S]*what is finished is kept"):
             write(writer, writer.shards[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+    assert {k: v for k, v in contents(tmp_path).items() if k != ".claim.json.lock"} == before
     write(writer, writer.shards[0])
     assert writer.is_done(writer.shards[0])
 
@@ -684,12 +689,14 @@ def test_tidy_of_one_shard(cache: Path) -> None:
 
 
 def test_devices_that_meet_in_an_empty_folder(tmp_path: Path) -> None:
-    """Each saw its own shards first, and only the whole tells."""
+    """The second one is refused. Where the first allowed it, as before folders were claimed, only the whole tells."""
     writers = [CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": device}) for device in ("cpu", "cuda")]
-    for shard in LAYOUT.shards:
-        writer = writers[shard.number % 2]
-        writer.check_same_device() if shard.number < 1 else None
-        write(writer, shard)
+    write(writers[0], LAYOUT.shards[0])
+    with pytest.raises(CacheError, match=r"Got 'cuda' for .*, whose claim\.json was made on 'cpu'"):
+        write(writers[1], LAYOUT.shards[1])
+    mixed = CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": "cuda"}, allow_mixed_devices=True)
+    for shard in mixed.pending():
+        write(mixed, shard)
     with pytest.raises(CacheError, match=r"one kind of device.*Got cpu and cuda.*allow_mixed_devices=True"):
         writers[0].finish()
     assert not (tmp_path / "index.json").exists()
@@ -728,10 +735,12 @@ def test_one_kind_of_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": "cuda", "torch": "2"}).check_same_device()  # nothing there yet
     first = CacheWriter(tmp_path, CONFIG, LAYOUT, {"device": "cuda", "torch": "2"})
     write(first, first.shards[1])
-    with pytest.raises(CacheError) as caught:
-        CacheWriter(tmp_path, CONFIG, LAYOUT, MADE).check_same_device()
-    for part in ("'cpu'", "shard-00001.safetensors was made on 'cuda'", "device='cuda'", "allow_mixed_devices=True"):
-        assert part in str(caught.value)
+    for file in ("claim.json", "shard-00001.safetensors"):
+        with pytest.raises(CacheError) as caught:
+            CacheWriter(tmp_path, CONFIG, LAYOUT, MADE).check_same_device()
+        for part in ("'cpu'", f"{file} was made on 'cuda'", "device='cuda'", "allow_mixed_devices=True"):
+            assert part in str(caught.value)
+        (tmp_path / "claim.json").unlink(missing_ok=True)  # as in folders of before
     with caplog.at_level(logging.WARNING, "purifyloader"):
         first.check_same_device()
         assert not caplog.records
@@ -1004,13 +1013,16 @@ def test_another_configuration_of_an_unfinished_cache_is_refused(cache: Path) ->
     assert contents(cache) == before
 
 
-def test_a_foreign_shard_that_comes_later_is_not_done(cache: Path, tmp_path: Path) -> None:
+def test_a_foreign_shard_that_comes_later_is_refused_and_never_overwritten(cache: Path, tmp_path: Path) -> None:
     fill(tmp_path / "other", config=OTHER)
-    writer = CacheWriter(cache, CONFIG, LAYOUT)
+    writer = CacheWriter(cache, CONFIG, LAYOUT, MADE)
     (tmp_path / "other/shard-00002.safetensors").rename(cache / "shard-00002.safetensors")
-    assert [s.number for s in writer.pending()] == [2]
-    with pytest.raises(CacheError, match=r"shard-00002\.safetensors"):
-        writer.finish()
+    before = contents(cache)
+    shard = writer.shards[2]
+    for call in (writer.pending, writer.finish, lambda: writer.is_done(shard), lambda: write(writer, shard)):
+        with pytest.raises(CacheError, match=r"whose shard-00002\.safetensors was made with another configuration"):
+            call()
+    assert contents(cache) == before
     with pytest.raises(CacheError, match=r"shard-00002\.safetensors"):
         CacheReader(cache)
 
@@ -1114,7 +1126,7 @@ def test_bad_images(tmp_path: Path) -> None:
     writer.write(first, images, **rest)
     with pytest.raises(InputError, match=r'\(4, 6, 3\). Got \(6, 4, 3\)[\s\S]*encoding="png"'):
         writer.write(writer.shards[1], images.reshape(5, 6, 4, 3), **rest)
-    assert set(contents(tmp_path / "raw")) == {first.file}
+    assert set(contents(tmp_path / "raw")) == {"claim.json", first.file}
 
 
 def test_images_of_different_sizes_in_a_raw_shard(tmp_path: Path) -> None:

@@ -832,7 +832,7 @@ def test_a_partly_filled_cache_is_refused_by_default(images, purifier, expected,
     kept = (tmp_path / "shard-00002.safetensors").stat().st_mtime_ns
     dataset = PurifiedDataset(source, purifier, cache=tmp_path, missing="precompute", progress=False)
     assert (tmp_path / "shard-00002.safetensors").stat().st_mtime_ns == kept
-    assert names(tmp_path) == ["index.json", *(f"shard-0000{n}.safetensors" for n in range(4))]
+    assert names(tmp_path) == ["claim.json", "index.json", *(f"shard-0000{n}.safetensors" for n in range(4))]
     assert all(torch.equal(as_tensor(dataset[i][0]), expected[i]) for i in range(COUNT))
     PurifiedDataset(source, purifier, cache=tmp_path, progress=False)
 
@@ -847,18 +847,18 @@ def test_a_new_folder_in_each_mode(images, purifier, expected, tmp_path, missing
             for i, (image, _) in enumerate(map(dataset.__getitem__, range(COUNT)))
         )
     CacheReader(tmp_path).verify()
-    assert names(tmp_path) == ["index.json", "shard-00000.safetensors"]
+    assert names(tmp_path) == ["claim.json", "index.json", "shard-00000.safetensors"]
 
 
 def test_a_shard_is_purified_when_it_is_first_read(images, purifier, expected, tmp_path):
     source = PictureDataset(images, v1.PILToTensor())
     partly_filled(tmp_path / "on-demand", source, purifier, shards=[2])
     dataset = PurifiedDataset(source, purifier, cache=tmp_path / "on-demand", missing="purify", progress=False)
-    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors"]
+    assert names(tmp_path / "on-demand") == ["claim.json", "shard-00002.safetensors"]
     assert torch.equal(dataset[12][0], expected[12])
-    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors"]
+    assert names(tmp_path / "on-demand") == ["claim.json", "shard-00002.safetensors"]
     assert torch.equal(dataset[-1][0], expected[-1])
-    assert names(tmp_path / "on-demand") == ["shard-00002.safetensors", "shard-00003.safetensors"]
+    assert names(tmp_path / "on-demand") == ["claim.json", "shard-00002.safetensors", "shard-00003.safetensors"]
     assert torch.equal(collect(DataLoader(dataset, batch_size=6)), expected)
     precompute(source, purifier, tmp_path / "whole", shard_size=5, progress=False)
     for name in names(tmp_path / "whole"):

@@ -333,7 +333,7 @@ def test_another_kind_of_device(tmp_path: Path, kind: str) -> None:
     some_shards(tmp_path, [0], device=kind)
     with pytest.raises(CacheError, match=rf"one kind of device[\s\S]*made on '{kind}'[\s\S]*allow_mixed_devices"):
         filled(tmp_path)
-    assert [p.name for p in tmp_path.glob("[!.]*")] == ["shard-00000.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["claim.json", "shard-00000.safetensors"]
     reader = filled(tmp_path, allow_mixed_devices=True)
     assert reader.identity["devices"] == sorted([HERE, kind])
     assert {m["device"]: m["shards"] for m in reader.index.made} == {HERE: 5, kind: 1}

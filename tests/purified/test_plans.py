@@ -290,7 +290,7 @@ def test_another_share_is_refused(tmp_path: Path, passes: list[int]) -> None:
         with pytest.raises(CacheError, match=differs):
             PurifiedDataset(source(), half(0.3), cache=tmp_path / state, missing="precompute", progress=False)
     assert passes == [1, 1, 1]
-    with pytest.raises(CacheError, match=r"plan\.json was made with another(.|\n)*length: 23 → 5"):
+    with pytest.raises(CacheError, match=r"claim\.json was made with another(.|\n)*length: 23 → 5"):
         filled(tmp_path / "planned", dataset=PictureDataset(random_images(5, 8)))
 
 
