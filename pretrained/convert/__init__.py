@@ -2,6 +2,7 @@
 
     openai, diffusers, score_sde, energy   pure mappings: from names and shapes to a network
     pickles                                weights out of files, without running what they hold
+    choice                                 which of a file's weights, where it has raw ones and averages
 
 What a file does not say comes from a preset, from settings, or from both, settings first. Nothing is guessed: an error
 lists what is missing.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,8 +29,9 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import file_sha256
 from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
+from purifyloader.pretrained.convert.choice import Taken, says_average, take
 from purifyloader.pretrained.convert.energy import convert_energy
-from purifyloader.pretrained.convert.pickles import read_file, state_dict
+from purifyloader.pretrained.convert.pickles import read_file
 from purifyloader.pretrained.kinds import ModelKind, kind_of
 from purifyloader.pretrained.plausibility import Plausibility, dead_leaves
 from purifyloader.pretrained.registry import PICKLES, listed
@@ -154,7 +158,8 @@ def convert(
     preset = FORMATS[format].preset if preset is None else preset
     values = _values(format, preset, dict(settings or {}))
     located = _find(source, format, file)
-    model, size = _build(format, located, key, values)
+    _warn_of_averages(located.weights)
+    model, size, taken = _build(format, located, key, values)
     kind = kind_of(model)
     assert kind is not None
     if licence is None and preset is not None:
@@ -171,6 +176,7 @@ def convert(
             "preset": preset,
             "settings": as_json(values),
             "source": located.provenance(),
+            "weights": taken,
             "licence": licence,
             "plausibility": judged.to_dict(),
         },
@@ -303,6 +309,8 @@ def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> t
     config = there(f"{root}config.json")
     scheduler = there(f"{root}{_SCHEDULER}") or there(f"scheduler/{_SCHEDULER}") if format == "diffusers" else None
     if file is not None:
+        if (own := there(f"{PurePosixPath(file).parent}/config.json")) is not None:
+            config = own
         if file not in names:
             shown = listed([n for n in names if n.endswith(_WEIGHTS)]) or "no weights"
             raise InputError(f"--file must be a file of {what}. Got {file!r}; it has {shown}.")
@@ -313,6 +321,7 @@ def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> t
         weights = [name for name in here if PurePosixPath(name).suffix.lower() in suffixes]
         usual = [name for stem in _USUAL for name in weights if PurePosixPath(name).stem == stem]
         if len(weights) == 1 or usual:
+            _check_alone((usual or weights)[0], names, format, what)
             return (usual or weights)[0], config, scheduler
         if weights:
             raise InputError(
@@ -330,6 +339,36 @@ def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> t
     )
 
 
+def _averages(chosen: str, names: Iterable[str]) -> list[str]:
+    """Name the files that say that averaged weights are in them, where the chosen one does not."""
+    if says_average(chosen):
+        return []
+    return [name for name in names if says_average(name) and PurePosixPath(name).suffix.lower() in _WEIGHTS]
+
+
+def _check_alone(chosen: str, names: Sequence[str], format: str, what: str) -> None:
+    """Refuse to take raw weights from a folder that also has averaged ones."""
+    # whole pipelines of other libraries lie beside the folders of one of diffusers
+    near = [name for name in names if "/" in name] if format == "diffusers" and "/" in chosen else names
+    if averages := _averages(chosen, near):
+        raise InputError(
+            f"{what} must have one file of weights, or be told which. Got {chosen}, and {listed(averages, 4)}, whose "
+            "name says that averaged weights are in it, which denoise best: give one with --file."
+        )
+
+
+def _warn_of_averages(path: Path) -> None:
+    """Say that a raw file was asked for where an average lies beside it; accelerate gives those no names."""
+    try:
+        names = sorted(os.listdir(path.parent))
+    except OSError:
+        return
+    if averages := _averages(path.name, names):
+        log.warning("%s is taken, as asked; the average beside it, %s, denoises best", path, listed(averages, 4))
+    elif others := [name for name in names if re.fullmatch(r"custom_checkpoint_\d+\.pkl", name)]:
+        log.warning("%s is taken; %s beside it may hold averaged weights, which denoise best", path, listed(others, 4))
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -340,14 +379,25 @@ def _read_json(path: Path) -> Any:
 _TRIED_PX = 128  # at most: what a network does with noise shows on a part of a large image
 
 
-def _build(format: str, source: _Source, key: str | None, values: Any) -> tuple[NetworkDenoiser | EnergyNetwork, int]:
-    """Build the model; also a size of images to try it on."""
+def _build(
+    format: str, source: _Source, key: str | None, values: Any
+) -> tuple[NetworkDenoiser | EnergyNetwork, int, str]:
+    """Build the model; also a size of images to try it on, and where its weights were taken from."""
     read = read_file(source.weights)
     config = _read_json(source.config) if source.config is not None else None
     try:
         if format == "puregen-energy":
-            return convert_energy(state_dict(read, source.weights, key), str(source.weights), config), 32
-        model = _denoiser(format, source, key, values, read, config)
+            taken = take(read, source.weights, key)
+            return convert_energy(taken.weights, str(source.weights), config), 32, taken.where
+        if format == "score-sde":
+            shadow, model_state = _shadow(read, source.weights, key)
+            model, where = (
+                score_sde.denoiser_from_shadow(shadow, model_state, values),
+                f"{_SHADOW!r} of {source.weights.name}",
+            )
+        else:
+            taken = take(read, source.weights, key)
+            model, where = _denoiser(format, source, values, taken, config), taken.where
     except CheckpointError as error:
         if str(source.weights) in str(error):
             raise
@@ -355,14 +405,11 @@ def _build(format: str, source: _Source, key: str | None, values: Any) -> tuple[
     size = config.get("sample_size") if isinstance(config, Mapping) else None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         size = max(32, 4 * model.network.config.size_multiple)
-    return model, min(size, _TRIED_PX)
+    return model, min(size, _TRIED_PX), where
 
 
-def _denoiser(format: str, source: _Source, key: str | None, values: Any, read: Any, config: Any) -> NetworkDenoiser:
-    if format == "score-sde":
-        shadow, model_state = _shadow(read, source.weights)
-        return score_sde.denoiser_from_shadow(shadow, model_state, values)
-    weights = state_dict(read, source.weights, key)
+def _denoiser(format: str, source: _Source, values: Any, taken: Taken, config: Any) -> NetworkDenoiser:
+    weights = taken.weights
     if format != "diffusers":
         return openai.denoiser_from_state(weights, values)
     if config is None:
@@ -378,7 +425,12 @@ def _denoiser(format: str, source: _Source, key: str | None, values: Any, read: 
     return diffusers.denoiser_from_folder_parts(config, scheduler, weights, values)
 
 
-def _shadow(read: Any, path: Path) -> tuple[Sequence[Tensor], Mapping[str, Tensor] | None]:
+_SHADOW = "ema.shadow_params"
+
+
+def _shadow(read: Any, path: Path, key: str | None) -> tuple[Sequence[Tensor], Mapping[str, Tensor] | None]:
+    if key not in (None, "ema", _SHADOW):
+        raise InputError(f"score-sde takes the average, {_SHADOW}. Got --key {key}: leave it out.")
     ema = read.get("ema") if isinstance(read, Mapping) else None
     if not isinstance(ema, Mapping) or "shadow_params" not in ema:
         got = listed([str(name) for name in read], 12) if isinstance(read, Mapping) else type(read).__name__
@@ -397,6 +449,7 @@ def _card(name: str, kind: ModelKind, model: NetworkDenoiser | EnergyNetwork, de
     rows = {
         **checkpoint.model_facts(model),
         "Converted from": f"{origin}, format {converted['format']}",
+        "Weights": converted["weights"],
         **{f"SHA-256 of `{file}`": f"`{sha}`" for file, sha in source["files"].items()},
     }
     if converted["preset"] is not None:

@@ -100,7 +100,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD = re.compile(rf"(\.attentions\.\d+\.)({'|'.join(_RENAMED)})\.")
 
-_KNOWN = {*_DEFAULTS, *_ONLY, "time_embedding_dim", "sample_size", "num_train_timesteps"}
+# what an average of diffusers (EMAModel) writes beside the settings of its network
+_OF_AVERAGES = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+
+_KNOWN = {*_DEFAULTS, *_ONLY, *_OF_AVERAGES, "time_embedding_dim", "sample_size", "num_train_timesteps"}
 
 
 def denoiser_from_folder_parts(

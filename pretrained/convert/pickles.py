@@ -11,20 +11,18 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from purifyloader.errors import CheckpointError, InputError
-from purifyloader.pretrained.convert.mapping import unprefixed
 from purifyloader.pretrained.registry import listed
 
-__all__ = ["read_file", "state_dict"]
+__all__ = ["read_file"]
 
 _AGAIN = "Download it again."
 _WHOLE = "a whole file of torch.save"
@@ -36,8 +34,6 @@ _PLAIN = re.compile(
     r"torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
 )
 _GLOBAL = re.compile(r"(?:GLOBAL|[Gg]lobal) ([\w.]+)")
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "ema", "ema_state_dict")
 
 
 def read_file(path: Path) -> Any:
@@ -160,126 +156,3 @@ def _globals(file: BinaryIO | Any) -> Iterator[str]:
         else:
             strings.append(argument if isinstance(argument, str) else None)
         del strings[:-4]
-
-
-def state_dict(read: Any, path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Find the weights by name in what `read_file` returned; `path` is for messages.
-
-    A dict of tensors is taken as it is, without a prefix that all its names have, or the only one below a usual name
-    (`state_dict`, `model`, `ema`, ...), or the one below `key`, with dots for one in another, or the tensors whose
-    names begin with `key`. Where one network's weights are there twice, raw and averaged, `key` must choose.
-    """
-    what = path.name
-    if key is not None:
-        # a name may have dots of its own
-        read = _below(read, key, key, path)
-        what = f"{path.name}, {key!r}"
-    if not isinstance(read, Mapping):
-        hint = " Save its state_dict() alone." if isinstance(read, torch.nn.Module) else " Give a state dict."
-        raise CheckpointError(f"{path} must hold a dict of weights. Got {type(read).__name__} in {what}.{hint}")
-    if not read:
-        raise CheckpointError(f"{path} must hold a dict of weights. Got an empty dict in {what}. {_AGAIN}")
-    if _is_weights(read):
-        weights = _bare(read)
-        _check_single(_groups(weights), len(weights), path)
-        return weights
-    dicts = {name: value for name, value in read.items() if isinstance(value, Mapping) and _is_weights(value)}
-    inner = [name for name in _WRAPPERS if name in dicts]
-    if key is None and len(inner) == 1:
-        own = _shapes(dicts[inner[0]])
-        _check_single({name: value for name, value in dicts.items() if _shapes(value) == own}, 0, path)
-        return state_dict(read[inner[0]], path)
-    if len(inner) > 1:
-        raise _several(inner, path)
-    other = [f"{name} ({type(value).__name__})" for name, value in read.items() if not isinstance(value, Tensor)]
-    if len(other) < len(read):
-        raise CheckpointError(
-            f"{path} must hold tensors only, by name. Got {what} with {listed(other, 8)} among them. Save the state "
-            "dict alone, or give the --key below which it lies."
-        )
-    raise CheckpointError(
-        f"{path} must hold a dict of tensors, or one under {', '.join(_WRAPPERS[:4])} or ema. Got {what} with the keys "
-        f"{_keys(read)}. Give the --key below which the weights lie."
-    )
-
-
-def _below(read: Any, key: str, whole: str, path: Path) -> Any:
-    """Return what lies below a key with dots, or the tensors whose names begin with it."""
-    if not isinstance(read, Mapping):
-        got = type(read).__name__
-    else:
-        # a name may have dots of its own
-        for name in sorted((n for n in read if isinstance(n, str)), key=len, reverse=True):
-            if key == name:
-                return read[name]
-            if key.startswith(f"{name}.") and isinstance(read[name], Mapping):
-                return _below(read[name], key[len(name) + 1 :], whole, path)
-        names = [name for name in read if isinstance(name, str) and name.startswith(f"{key}.")]
-        if names:
-            return {name.removeprefix(f"{key}."): read[name] for name in names}
-        got = f"a dict with {_keys(read)}"
-    raise CheckpointError(
-        f"{path} must hold weights under --key {whole!r}. Got {got} where {key.partition('.')[0]!r} was looked for. "
-        "Give another --key."
-    )
-
-
-def _groups(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort weights by what comes before the first dot of their names."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in weights.items():
-        first, _, rest = name.partition(".")
-        groups.setdefault(first, {})[rest] = value
-    return groups
-
-
-def _bare(read: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what a training put before every name: its module's, DataParallel's, torch.compile's or an average's."""
-    weights = unprefixed({str(name): value for name, value in read.items()})
-    # an average counts its updates beside the weights
-    counted = {name: value for name, value in weights.items() if "." in name or value.ndim}
-    if (named := unprefixed(counted)).keys() != counted.keys():
-        weights = named
-    while len(groups := _groups(named)) == 1:
-        inner = next(iter(groups.values()))
-        below = _groups(inner)
-        if not any("." in name for name in inner) or any(not name or name.isdecimal() for name in below):
-            break
-        weights = named = unprefixed(inner)
-    return weights
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in _bare(weights).items()}
-
-
-def _check_single(groups: Mapping[str, Mapping[str, Tensor]], total: int, path: Path) -> None:
-    """Refuse weights of which several groups, more than half of all, are those of one network of nested modules."""
-    alike: dict[str, list[str]] = {}
-    for name, group in groups.items():
-        if any("." in inner for inner in group):
-            alike.setdefault(repr(sorted(_shapes(group).items())), []).append(name)
-    for names in alike.values():
-        if len(names) > 1 and sum(len(groups[name]) for name in names) > total / 2:
-            raise _several(names, path)
-
-
-def _several(names: Sequence[str], path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} must say which of its weights to take. Got {', '.join(map(repr, names))} beside each other: give "
-        "one with --key. (The averaged ones, often called ema, are what denoises best.)"
-    )
-
-
-def _is_weights(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(name, str) and isinstance(v, Tensor) for name, v in value.items())
-
-
-def _keys(value: Mapping[Any, Any]) -> str:
-    return listed([f"{name} ({_kind(inner)})" for name, inner in value.items()], 12)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Mapping | list | tuple):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__

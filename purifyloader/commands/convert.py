@@ -64,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert, and print how well the result denoises; one that does not is a warning."""
+    from purifyloader.pretrained.checkpoint import read_config
     from purifyloader.pretrained.convert import FORMATS, convert
 
     if options.format is not None and options.format not in FORMATS:
@@ -78,7 +79,9 @@ def run(options: argparse.Namespace) -> int:
     same = {name: getattr(options, name) for name in ("preset", "key", "file", "name", "licence", "overwrite")}
     settings = given(options, sorted(_SETTINGS))
     judged = convert(options.source, options.out, options.format, settings=settings, **same, **_images(options))
-    print("\n".join([f"{options.out}: converted from {options.format}", *_judged_lines(judged)]))
+    weights = read_config(options.out, None)["details"]["converted"]["weights"]
+    lines = [f"{options.out}: converted from {options.format}", f"  weights taken: {weights}", *_judged_lines(judged)]
+    print("\n".join(lines))
     return 0
 
 

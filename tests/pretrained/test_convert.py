@@ -32,8 +32,9 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError, Purify
 from purifyloader.files.atomic import file_sha256
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.convert import FORMATS, convert
+from purifyloader.pretrained.convert.choice import state_dict
 from purifyloader.pretrained.convert.energy import NAMES
-from purifyloader.pretrained.convert.pickles import read_file, state_dict
+from purifyloader.pretrained.convert.pickles import read_file
 from purifyloader.pretrained.plausibility import (
     Plausibility,
     dead_leaves,
@@ -857,4 +858,5 @@ def test_the_wrong_format(tmp_path: Path) -> None:
     fails(CheckpointError, "energy.safetensors", source=tmp_path / "energy.safetensors", out=out, format="eclipse")
     # the model beside the average has names of score_sde's own
     source = GOLDEN / "score_sde.pth"
-    fails(CheckpointError, "score_sde.pth", "output_blocks", source=source, out=out, format="eclipse")
+    fails(CheckpointError, "score_sde.pth", "output_blocks", source=source, out=out, format="eclipse", key="model")
+    fails(CheckpointError, "score_sde.pth", "'ema.shadow_params'", source=source, out=out, format="eclipse")
