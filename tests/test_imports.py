@@ -40,7 +40,7 @@ KNOWN: dict[str, set[str]] = {
     "files": set(),  # modules in a circle
     "options": {
         "purifyloader.pretrained.convert",
-        "purifyloader.pretrained.convert.pickles",
+        "purifyloader.pretrained.convert.choice",
     },  # modules that name an option of the command line
     "coin": set(),  # modules that name COIN beyond the four
 }

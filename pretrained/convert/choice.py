@@ -231,9 +231,9 @@ def _by_order(
             continue
         bare = _bare(weights)
         floating = {name: tensor for name, tensor in bare.items() if tensor.is_floating_point()}  # without counters
-        for names in (bare, floating):
-            if [tensor.shape for tensor in names.values()] == shapes:
-                fitting.setdefault(tuple(names), where)
+        for named in (bare, floating):
+            if [tensor.shape for tensor in named.values()] == shapes:
+                fitting.setdefault(tuple(named), where)
     if len(fitting) == 1:
         names, where = next(iter(fitting.items()))
         return dict(zip(names, values, strict=True)), where
