@@ -7,6 +7,7 @@ over nothing or over an older checkpoint, is never read as whole. Its `format` n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -22,19 +23,28 @@ from safetensors.torch import load as read_safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from purifyloader.cache.format import differences
 from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 from purifyloader.files.weights import named_weights, weights_sha256
 from purifyloader.pretrained.binding import bind, check_bound, remember
-from purifyloader.pretrained.kinds import KINDS, ModelKind, kind_of, kind_of_format
-from purifyloader.pretrained.registry import CARD_FILE, CONFIG_FILE, MODEL_FILE, check_not_foreign, find, listed
+from purifyloader.pretrained.kinds import KINDS, ModelKind, identity_of, kind_of, kind_of_format
+from purifyloader.pretrained.registry import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    available,
+    check_not_foreign,
+    find,
+    listed,
+)
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import NetworkDenoiser
     from purifyloader.energy.network import EnergyNetwork
 
 __all__ = ["VERSION", "Summary", "check_folder", "kind_of_folder", "load", "model_facts", "read_config", "save"]
-__all__ += ["summary"]
+__all__ += ["summary", "why_not_shipped"]
 
 VERSION = 1
 _METADATA = "purifyloader"  # two metadata keys would be written in random order
@@ -202,6 +212,28 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     remember(network, sha256, config.get("details"))
     model.name = config["name"]
     return model.eval().requires_grad_(False)
+
+
+def why_not_shipped(kind: str, entry: Mapping[str, Any]) -> str | None:
+    """Say why a model, by its `identity_of`, is none of those that ship with the library; None where it is one."""
+    others = [_shipped_identity(name, kind) for name in available(kind)]
+    alike = [other for other in others if other["weights_sha256"] == entry["weights_sha256"]]
+    noun, weights = KINDS[kind].noun, entry["weights_sha256"][:12]
+    if not alike:
+        return f"The {noun} {entry.get('name')!r} with the weights {weights} is none that ships with purifyloader."
+    function = canonical_json(entry.get("function"))
+    if any(canonical_json(other["function"]) == function for other in alike):
+        return None
+    changed = differences({"function": alike[0]["function"]}, {"function": entry.get("function")})
+    return (
+        f"The {noun} {entry.get('name')!r} has the weights of {alike[0]['name']!r}, which ships with purifyloader, and "
+        f"computes otherwise (shipped → this one):\n{changed}\n"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _shipped_identity(name: str, kind: str) -> dict[str, Any]:
+    return identity_of(load(name, kind))
 
 
 def _unreadable(file: Path, error: OSError) -> CheckpointError:

@@ -6,11 +6,13 @@ are imported in the bodies of functions, so that names and formats are there wit
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from purifyloader.errors import ConfigError
+from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.files.atomic import canonical_json
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from purifyloader.pretrained.plausibility import Plausibility
 
-__all__ = ["KINDS", "ModelKind", "kind_of", "kind_of_format"]
+__all__ = ["KINDS", "ModelKind", "identity_of", "kind_of", "kind_of_format", "sized_identity"]
 
 
 class ModelKind:
@@ -55,9 +57,30 @@ class ModelKind:
         cls: type[nn.Module] = resolve_name(self.saved_class)
         return cls
 
-    def config(self, model: Any) -> dict[str, Any]:
-        """Describe the model as JSON, without its weights."""
+    def config(self, model: Any, every: bool = False) -> dict[str, Any]:
+        """Describe the model as JSON, without its weights; with `every` field, also those that no checkpoint needs."""
         raise NotImplementedError
+
+    def function(self, model: Any) -> dict[str, Any]:
+        """Describe as JSON all that decides what the model computes, beside its weights.
+
+        Of the library's own classes it is every field of the configuration: two versions of torch agree on it, as they
+        might not on the attributes of layers. These are compared with a network that is built from the configuration
+        here and now, and count as `structure` where somebody has changed one. Of other classes they always count.
+        """
+        from purifyloader.files.weights import described, structure_sha256
+
+        cls = type(model)
+        if cls is self.saved():
+            own = structure_sha256(model)
+            built = _built_structure(self.name, canonical_json(described(self.config(model))))
+            edited = {} if own == built else {"structure_sha256": own}
+            return {"class": cls.__qualname__, **described(self.config(model, every=True)), **edited}
+        try:
+            config = described(self.config(model))
+        except NotImplementedError:  # of a class of the user's, which need not describe itself
+            config = {}
+        return {**config, "class": cls.__qualname__, "structure_sha256": structure_sha256(model)}
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a model back, with new weights, from what `config` gave."""
@@ -93,8 +116,8 @@ class DenoiserKind(ModelKind):
     builder = "purifyloader.diffusion.denoiser:denoiser_from_config"
     judged_by = "purifyloader.pretrained.plausibility:judge_denoiser"
 
-    def config(self, model: Any) -> dict[str, Any]:
-        return dict(model.config())
+    def config(self, model: Any, every: bool = False) -> dict[str, Any]:
+        return dict(model.config(every) if every else model.config())
 
     def network(self, model: Any) -> nn.Module:
         network: nn.Module = model.network
@@ -131,8 +154,8 @@ class EnergyKind(ModelKind):
     builder = "purifyloader.energy.network:energy_from_config"
     judged_by = "purifyloader.pretrained.plausibility:judge_energy"
 
-    def config(self, model: Any) -> dict[str, Any]:
-        return dict(model.describe())
+    def config(self, model: Any, every: bool = False) -> dict[str, Any]:
+        return dict(model.describe(every) if every else model.describe())
 
     def network(self, model: Any) -> nn.Module:
         network: nn.Module = model
@@ -161,3 +184,44 @@ def kind_of(model: Any) -> ModelKind | None:
 def kind_of_format(format: Any) -> ModelKind | None:
     """Return the kind whose format config.json names; None for no format of this library."""
     return next((kind for kind in KINDS.values() if kind.format == format), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _built_structure(kind: str, config: str) -> str | None:
+    """Hash the structure of a model as its configuration builds it; None where it builds none."""
+    import torch
+
+    from purifyloader.files.weights import structure_sha256
+
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return structure_sha256(KINDS[kind].build(json.loads(config)))
+    except (PurifyError, ArithmeticError, LookupError, TypeError, ValueError):  # somebody has changed the configuration
+        return None
+
+
+def identity_of(model: Any) -> dict[str, Any]:
+    """Identify a model: its name, for people, the hash of its weights as they are now, and its function.
+
+    Everybody who tells models apart by what they compute does it by this, without the name. Which images a model has
+    learned from is decided by the weights alone (`purifyloader.pretrained.learned`).
+
+    >>> from purifyloader import pretrained
+    >>> from purifyloader.pretrained.kinds import identity_of
+    >>> identity_of(pretrained.load("cifar10-energy", kind="energy"))["function"]["temperature"]
+    0.0001
+    """
+    from purifyloader.files.weights import structure_sha256, weights_sha256
+
+    kind = kind_of(model)
+    if kind is None:
+        function = {"class": type(model).__qualname__, "structure_sha256": structure_sha256(model)}
+    else:
+        function = kind.function(model)
+    name = getattr(model, "name", None)
+    return {"name": name, "weights_sha256": weights_sha256(model), "function": function}
+
+
+def sized_identity(model: Any) -> dict[str, Any]:
+    """Identify a model, and count its parameters, for results."""
+    return {**identity_of(model), "parameters": sum(p.numel() for p in model.parameters())}

@@ -20,8 +20,8 @@ from purifyloader.datasets.select import choose, choose_images, read_indices
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
 from purifyloader.evaluation.inputs import tell, tell_learned
+from purifyloader.pretrained.kinds import sized_identity
 from purifyloader.pretrained.learned import Learned, learned_images
-from purifyloader.results.values import model_facts
 
 __all__ = ["Audit", "Settings", "audit"]
 
@@ -87,7 +87,7 @@ def audit(settings: Settings, device: torch.device, *, progress: bool = False) -
         "purifyloader": __version__,
         "torch": torch.__version__,
         "device": device.type,
-        "model": model_facts(energy),
+        "model": sized_identity(energy),
         "data": {**results["data"], **of_data},
         "reference": None if of_reference is None else {**results["reference"], **of_reference},
     }

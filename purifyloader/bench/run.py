@@ -30,10 +30,11 @@ from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks
 from purifyloader.poisons.spec import CLEAN, AttackSpec
 from purifyloader.poisons.writing import write_npz
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.pretrained.learned import check_disjoint, learned_from
 from purifyloader.purified.dataset import PurifiedDataset
 from purifyloader.purifiers import Purifier
-from purifyloader.purifiers.networks import entry
+from purifyloader.purifiers.base import models_in
 from purifyloader.recipes.models import as_denoiser
 from purifyloader.results import rows
 from purifyloader.victims.presets import EXTRACTOR, TRAININGS, Transfer
@@ -124,10 +125,10 @@ class Bench:
             "data": self._identity,
             "attack": self._settings_of(attack),
             "attack_seed": self.attack_seed,
-            "purifier": None if made.purifier is None else json.loads(made.purifier.to_json()),
+            "purifier": None if made.purifier is None else _described(made.purifier),
             "compensate": None if made.compensate is None else [made.compensate.p, made.compensate.sigma],
             # of most defences there is none, and the names of their rows are without
-            **({} if made.per_epoch is None else {"afresh": json.loads(made.per_epoch.to_json())}),
+            **({} if made.per_epoch is None else {"afresh": _described(made.per_epoch)}),
             "victim": self.victim,
             "training": asdict(self.how),
             "seed": seed,
@@ -336,7 +337,7 @@ class Bench:
         purifier = made.purifier.to(self.device)
         known = {
             "images": rows.fingerprint({"hashes": image_hashes(poisoned.images).tolist()}),
-            "purifier": json.loads(purifier.to_json()),
+            "purifier": _described(purifier),
             "device": torch.device(self.device).type,
         }
         cache = self.work / "purified" / rows.fingerprint(known)
@@ -375,6 +376,12 @@ class Bench:
         return float(f"{self._timed[defence]:.3g}")
 
 
+def _described(purifier: Purifier) -> dict[str, Any]:
+    """Describe a purifier as rows have it. One without a model is described as by schema 1, so that they keep names."""
+    values: dict[str, Any] = json.loads(purifier.to_json())
+    return values if any(True for _ in models_in(values)) else {**values, "schema": 1}
+
+
 def _model_label(model: str) -> str:
     """Name a model without a path, as a row travels: the name, the id, or the name of its folder."""
     return Path(model).name if Path(model).is_dir() else model
@@ -390,13 +397,13 @@ def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without paths: a file is what is in it, a model its weights."""
+    """Options without paths: a file is what is in it, a model its weights and its function."""
     plain: dict[str, Any] = {}
     for name, value in options.items():
         if name in attacks.FILES and isinstance(value, str | os.PathLike) and Path(value).is_file():
             plain[name] = {"sha256": file_sha256(Path(value))}
         elif name == "model":
-            plain[name] = entry(as_denoiser(value))
+            plain[name] = identity_of(as_denoiser(value))
         else:
             plain[name] = value
     return plain

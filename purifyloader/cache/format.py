@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,10 @@ from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_text
 
 FORMAT = "purifyloader-cache"
-VERSION = 2
+VERSION = 3
+FORMER = 2
+"""The version before, in whose configurations models had no function: read and verified, and never added to."""
+
 INDEX_FILE = "index.json"
 PLAN_FILE = "plan.json"
 CLAIM_FILE = "claim.json"
@@ -126,6 +129,7 @@ class ShardHeader(ShardValues):
     tensor_sha256: str
     sha256: str  # by which the header guards itself
     offset: int  # of the tensor's first byte in the file
+    version: int = VERSION
 
     @property
     def file_size(self) -> int:
@@ -156,6 +160,7 @@ class Index:
     made: tuple[dict[str, Any], ...] = ()  # how many shards were made with which kind of device and versions
     notes: dict[str, Any] | None = None  # for people; they decide nothing
     plan: dict[str, Any] | None = None
+    version: int = VERSION
 
     @property
     def config(self) -> dict[str, Any]:
@@ -174,6 +179,7 @@ class Plan:
     length: int
     device: str  # the kind that it was made on
     found: dict[str, Any]  # as `purifyloader.purified.plans` writes it: conditions, and a sanitation
+    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ class Claim:
     config: dict[str, Any]
     layout: Layout
     made: dict[str, Any]  # kind of device and versions of whoever made the first shard, or is about to
+    version: int = VERSION
 
 
 def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,6 +245,7 @@ def save_shard(
     config: Mapping[str, Any],
     content: NDArray[np.uint8] | Sequence[bytes],
     beside: ShardValues,
+    version: int = VERSION,
 ) -> None:
     """Write a shard's file straight to `path`: raw images, uint8 (rows, H, W, C), or a PNG file each."""
     if isinstance(content, np.ndarray):
@@ -251,7 +259,7 @@ def save_shard(
     types, source = beside.image_types, beside.source
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "shard": shard.number,
         "start": shard.start,
         "count": shard.count,
@@ -291,16 +299,16 @@ def reading(path: Path, what: str, again: str) -> Iterator[None]:
         raise CacheError(f"{path} is damaged or edited, and not a whole {what} ({error!r}). {again}.") from None
 
 
-def check_guard(values: Any, path: Path, kind: str = FORMAT, version: int = VERSION) -> None:
+def check_guard(values: Any, path: Path, kind: str = FORMAT, versions: Sequence[int] = (FORMER, VERSION)) -> None:
     """Check the format, version and hash that a header, an index, a plan or a manifest says of itself.
 
     Raises `ValueError` for another format or an edit, `OtherVersionError` for another version.
     """
     if values["format"] != kind:
         raise ValueError(f"its format is {values['format']!r}, not {kind!r}")
-    if values["version"] != version:
+    if values["version"] not in versions:
         raise OtherVersionError(
-            f"{path} must be of version {version}. Got version {values['version']!r}. "
+            f"{path} must be of version {' or '.join(map(str, versions))}. Got version {values['version']!r}. "
             "Use the purifyloader that wrote it, or delete the folder and precompute again."
         )
     if values["sha256"] != guarded(values)["sha256"]:
@@ -373,6 +381,7 @@ def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) ->
         tensor_sha256=values["tensor_sha256"],
         sha256=values["sha256"],
         offset=offset,
+        version=values["version"],
     )
 
 
@@ -400,7 +409,7 @@ def index_values(index: Index) -> dict[str, Any]:
     return guarded(
         {
             "format": FORMAT,
-            "version": VERSION,
+            "version": index.version,
             "fingerprint": index.fingerprint,
             "identity": index.identity,
             "layout": index.layout.to_dict(),
@@ -448,6 +457,7 @@ def parse_index(values: Any, path: Path) -> Index:
             made=tuple(values["made"]),
             notes=values["notes"],
             plan=values["plan"],
+            version=values["version"],
         )
         if not isinstance(index.identity, dict) or not isinstance(index.identity.get("config"), dict):
             raise ValueError("its identity has no configuration")
@@ -473,8 +483,45 @@ def plan_in_words(condition: Mapping[str, Any]) -> str:
     )
 
 
+def version_of(folder: Path) -> int | None:
+    """Return the version of the cache in a folder, finished or not; None where nothing there can be read."""
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    readings: list[tuple[Callable[[Path], Index | ShardHeader | Plan], Path]] = [(read_index, folder)]
+    readings += [*((read_shard_header, path) for path in shards), (read_plan, folder)]
+    for read, path in readings:
+        try:
+            return read(path).version
+        except (OSError, CacheError):
+            continue
+    return None
+
+
+def by_former_rule(folder: Path, former: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the configuration asked for as a cache of version 2 has it, which `former` gives.
+
+    Raises `CacheError` where `former` raises `ConfigError`, because that cache does not say enough of a model.
+    """
+    try:
+        return plain("The configuration of a cache", former())
+    except ConfigError as error:
+        raise CacheError(
+            f"A cache of version {FORMER}, as {folder} is, tells models apart by their weights alone, which is enough "
+            f"for those that ship with purifyloader. Got another. {str(error).strip()}\n"
+            f"Precompute into another folder, or use the purifyloader that wrote this one."
+        ) from None
+
+
+def no_more_of(folder: Path, lacks: str) -> CacheError:
+    """Say why a cache of version 2 is neither finished nor repaired, by whoever finds that it `lacks` something."""
+    return CacheError(
+        f"A cache of version {FORMER} is read, and not added to, for it does not say all that decides its pixels. Got "
+        f"{folder}, which {lacks}. Delete the folder and precompute again, or finish it with the purifyloader that "
+        "wrote it."
+    )
+
+
 def write_plan(folder: Path, plan: Plan) -> None:
-    values = guarded({"format": FORMAT, "version": VERSION, **asdict(plan)})
+    values = guarded({"format": FORMAT, **asdict(plan)})
     write_text(folder / PLAN_FILE, canonical_json(values) + "\n")
 
 
@@ -484,7 +531,7 @@ def read_plan(folder: Path) -> Plan:
     with reading(path, "plan", _AGAIN):
         values = json.loads(path.read_bytes())
         check_guard(values, path)
-        plan = Plan(values["config"], values["length"], values["device"], values["found"])
+        plan = Plan(values["config"], values["length"], values["device"], values["found"], values["version"])
         if not isinstance(plan.config, dict) or not isinstance(plan.found["conditions"], list):
             raise ValueError("it has no conditions")
     return plan
@@ -492,7 +539,7 @@ def read_plan(folder: Path) -> Plan:
 
 def claim_text(claim: Claim) -> str:
     """Write claim.json: the inverse of `read_claim`."""
-    return canonical_json(guarded({"format": FORMAT, "version": VERSION, **asdict(claim)})) + "\n"
+    return canonical_json(guarded({"format": FORMAT, **asdict(claim)})) + "\n"
 
 
 def read_claim(folder: Path) -> Claim:
@@ -502,7 +549,7 @@ def read_claim(folder: Path) -> Claim:
         data = path.read_bytes()
         values = json.loads(data)
         check_guard(values, path)
-        claim = Claim(values["config"], Layout(**values["layout"]), values["made"])
+        claim = Claim(values["config"], Layout(**values["layout"]), values["made"], values["version"])
         if not isinstance(claim.config, dict) or not isinstance(claim.made, dict):
             raise ValueError("it has no configuration")
         if data != claim_text(claim).encode():

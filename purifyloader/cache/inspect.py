@@ -28,6 +28,7 @@ class Folder:
     index: Index | None = None  # None where there is none, or a damaged one
     layout: Layout | None = None  # by the index, the first shard that reads, or the claim; None where none does
     config: dict[str, Any] = field(default_factory=dict)
+    version: int = fmt.VERSION
     headers: dict[int, ShardHeader] = field(default_factory=dict)  # by number, of this cache's shards, without targets
     wrong: dict[str, str] = field(default_factory=dict)  # what is wrong with a shard or index that is there
     targets: list[bool] = field(default_factory=list)  # True for each shard that reads and stores its targets
@@ -82,7 +83,7 @@ def read_folder(path: Path) -> Folder:
     shards = [name for name in names if fmt.SHARD_FILE.fullmatch(name)]
     try:
         folder.index = fmt.read_index(path)
-        folder.layout, folder.config = folder.index.layout, folder.index.config
+        folder.layout, folder.config, folder.version = folder.index.layout, folder.index.config, folder.index.version
     except FileNotFoundError:
         if not shards and fmt.CLAIM_FILE not in names:
             raise CacheError(
@@ -119,8 +120,10 @@ def read_folder(path: Path) -> Folder:
 def _read_claim(folder: Folder) -> None:
     claim = fmt.read_claim(folder.path)
     if folder.layout is None and not folder.wrong:  # no shard is there yet
-        folder.layout, folder.config = claim.layout, claim.config
-    elif folder.layout is not None and (claim.layout, claim.config) != (folder.layout, folder.config):
+        folder.layout, folder.config, folder.version = claim.layout, claim.config, claim.version
+        return
+    own = (folder.layout, folder.config, folder.version)
+    if folder.layout is not None and (claim.layout, claim.config, claim.version) != own:
         folder.wrong[fmt.CLAIM_FILE] = f"{folder.path / fmt.CLAIM_FILE} must be of this cache. Got one of another."
 
 
@@ -128,12 +131,13 @@ def _read_shard(folder: Folder, name: str) -> None:
     path = folder.path / name
     header = fmt.read_shard_header(path)
     if folder.layout is None:
-        folder.layout, folder.config = header.layout, header.config
+        folder.layout, folder.config, folder.version = header.layout, header.config, header.version
     shard = next((shard for shard in folder.layout.shards if shard.file == name), None)
     if shard is None:
         return
     named = header.sha256 if folder.index is None else folder.index.shards[shard.number].header
-    if (header.shard, header.layout, header.config) != (shard, folder.layout, folder.config):
+    own = (shard, folder.layout, folder.config, folder.version)
+    if (header.shard, header.layout, header.config, header.version) != own:
         folder.wrong[name] = f"{path} must be a shard of this cache. Got one of another."
     elif header.sha256 != named:
         folder.wrong[name] = (
@@ -155,6 +159,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "folder": str(folder.path),
         "state": folder.state,
+        "version": None if layout is None else folder.version,
         "fingerprint": None if index is None else index.fingerprint,
         "images": None if layout is None else layout.length,
         "images_done": sum(header.shard.count for header in headers),
@@ -218,10 +223,12 @@ class Verified:
         index = ", and its index is damaged" if fmt.INDEX_FILE in self.damaged else ""
         index = index or (", and it has no index" if folder.index is None else "")
         state = "damaged" if self.damaged else folder.state
+        remedy = _remedy(
+            folder.version, "Precompute into this folder again: only what is wrong or missing is made anew"
+        )
         return [
             *lines,
-            f"{folder.path}: {state}: {good:,} of {total} shards are whole{index} ({seconds:.1f} s). "
-            "Precompute into this folder again: only what is wrong or missing is made anew.",
+            f"{folder.path}: {state}: {good:,} of {total} shards are whole{index} ({seconds:.1f} s). {remedy}.",
         ]
 
 
@@ -265,6 +272,16 @@ def _damage(folder: Folder, header: ShardHeader) -> str | None:
     return None
 
 
+def _remedy(version: int | None, text: str) -> str:
+    """Say how a cache is made whole, where this library does that."""
+    if version != fmt.FORMER:
+        return text
+    return (
+        f"A cache of version {fmt.FORMER} is not added to: delete the folder and precompute again, or finish it with "
+        "the purifyloader that wrote it"
+    )
+
+
 def size_in_words(size: int) -> str:
     unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if size >= u), (10**3, "KB"))
     return f"{size / unit:,.1f} {name}"
@@ -296,6 +313,8 @@ def _sections(values: Mapping[str, Any], sanitation_in_words: _InWords) -> Itera
     if total is None:
         yield "damaged", list(values["wrong"])
         return
+    if values["version"] == fmt.FORMER:
+        yield "version", [f"{fmt.FORMER}, which is read and not added to"]
     yield "draws", [f"{values['draws']}"]
     if values["recipe"] is None:
         yield "made by", [_value(values["config"])]
@@ -318,9 +337,11 @@ def _sections(values: Mapping[str, Any], sanitation_in_words: _InWords) -> Itera
     yield "fingerprint", [values["fingerprint"] or "none before it is finished"]
     if values["wrong"] or values["missing"]:
         bad = [*(f"{name} (damaged)" for name in values["wrong"]), *(f"{name} (missing)" for name in values["missing"])]
-        yield "damaged", [*bad, "precompute into the folder again: only these are made anew"]
+        how = _remedy(values["version"], "precompute into the folder again: only these are made anew")
+        yield "damaged", [*bad, how]
     elif values["state"] == "unfinished":
-        yield "to do", ["precompute into the folder again with the same options: what is there is kept"]
+        how = "precompute into the folder again with the same options: what is there is kept"
+        yield "to do", [_remedy(values["version"], how)]
     if values["strangers"]:
         yield "not of it", values["strangers"]
 
@@ -369,11 +390,17 @@ def _recipe(config: Mapping[str, Any]) -> list[str]:
     lines = [f"{kind}: " + ", ".join(f"{key} {_value(value)}" for key, value in values.items()) if values else kind]
     if isinstance(network, Mapping):
         name = network.get("name") or "unnamed or not noted"
-        lines.append(f"  model {name}, weights {str(network.get('weights_sha256'))[:12]}")
+        lines.append(f"  model {name}, weights {str(network.get('weights_sha256'))[:12]}{_function(network)}")
     for below in (condition, inner):
         if isinstance(below, Mapping):
             lines += [f"  {line}" for line in _recipe(below)]
     return lines
+
+
+def _function(network: Mapping[str, Any]) -> str:
+    """Name what a model computes, beside its weights, by a hash; a cache of the version before does not know it."""
+    function = network.get("function")
+    return "" if function is None else f", function {fmt.fingerprint({'function': function})[:12]}"
 
 
 def _value(value: Any) -> str:

@@ -8,7 +8,7 @@ import json
 import operator
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -145,6 +145,7 @@ class CacheReader:
     Args:
         folder: a finished cache; `CacheError` where it is missing, unfinished, damaged or of another version.
         config: the configuration that the images must have been made with; None takes any.
+        former: gives that configuration as caches of version 2 have it, or raises `ConfigError`; by default `config`.
         in_memory: read all files into memory now, for slow or remote disks. A process started by "spawn"
             reads its own copy; a forked one shares it.
 
@@ -157,13 +158,20 @@ class CacheReader:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None, in_memory: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        config: Mapping[str, Any] | None = None,
+        in_memory: bool = False,
+        *,
+        former: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change before the first read
         try:
             self.index = fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError(_why_no_index(self.folder)) from None
+        if config is not None and former is not None and self.index.version == fmt.FORMER:
+            config = fmt.by_former_rule(self.folder, former)
         if config is not None and (
             changed := fmt.differences(self.index.config, fmt.plain("The configuration of a cache", config))
         ):
@@ -346,7 +354,7 @@ class CacheReader:
     def _checked_header(self, shard: Shard, entry: fmt.ShardEntry) -> ShardHeader:
         path = self.folder / shard.file
         header = fmt.read_shard_header(path)
-        same = (header.layout, header.config) == (self.layout, self.config)
+        same = (header.layout, header.config, header.version) == (self.layout, self.config, self.index.version)
         if not same or (header.shard, header.sha256, header.image_shape) != (shard, entry.header, self.image_shape):
             raise CacheError(
                 f"{path} must hold images {shard.start} to {shard.start + shard.count - 1} of the cache "
@@ -366,15 +374,17 @@ def _why_no_index(folder: Path) -> str:
     expected = f"A cache is a folder with {fmt.INDEX_FILE}, written when all shards are there. "
     if not folder.is_dir():
         return f"{expected}Got {folder}, which is no folder. Check the path, or precompute into it."
-    done, of = 0, None
+    done, of, version = 0, None, None
     for path in sorted(folder.glob("shard-*.safetensors")):
         try:
             header = fmt.read_shard_header(path)
         except CacheError:
             continue
-        done, of = done + 1, len(header.layout.shards)
+        done, of, version = done + 1, len(header.layout.shards), header.version
     if of is None:
         return f"{expected}Got {folder}, which has neither. Check the path, or precompute into it."
+    if version == fmt.FORMER:
+        return str(fmt.no_more_of(folder, f"is unfinished ({done} of {of} shards)"))
     return (
         f"{expected}Got {folder}, which is unfinished ({done} of {of} shards). "
         "Precompute into this folder again with the same configuration: these shards are kept."

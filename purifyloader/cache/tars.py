@@ -268,7 +268,8 @@ def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda coun
     _check_same(out, index)
     with writing(out, CacheError, KEPT):
         mixed = len(index.identity["devices"]) > 1
-        writer = CacheWriter(out, index.config, layout, manifest.parts[0].made, allow_mixed_devices=mixed)
+        made = manifest.parts[0].made
+        writer = CacheWriter(out, index.config, layout, made, allow_mixed_devices=mixed, version=index.version)
         writer.claim()
         samples = _imported(folder, manifest)
         for shard, entry, part in zip(layout.shards, index.shards, manifest.parts, strict=True):
@@ -291,7 +292,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     try:
         with fmt.reading(path, "manifest", "Export again, or fetch the folder again"):
             content = json.loads(path.read_bytes())
-            fmt.check_guard(content, path, FORMAT, VERSION)
+            fmt.check_guard(content, path, FORMAT, (VERSION,))
             manifest = _Manifest(
                 fmt.parse_index(content["index"], path),
                 content["draw"],
@@ -407,7 +408,8 @@ def _restore(
     except (ValueError, OSError) as error:
         raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
     with replacing(path) as temporary:
-        fmt.save_shard(temporary, shard, index.layout, index.config, content, replace(part, targets=targets))
+        beside = replace(part, targets=targets)
+        fmt.save_shard(temporary, shard, index.layout, index.config, content, beside, index.version)
         if (got := file_sha256(temporary)) != entry.sha256:
             raise CacheError(
                 f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -56,6 +56,9 @@ class CacheWriter:
         layout: how the dataset is cut up.
         made: kind of device and versions, noted in the shards that this writer writes.
         allow_mixed_devices: go on with shards of another kind of device.
+        former: gives `config` as caches of version 2 have it, or raises `ConfigError`; by default `config`. Such a
+            cache is verified, and not added to.
+        version: of the cache; by default that of the one in the folder.
 
     Raises `CacheError` for a folder that cannot be written to, or holds other files, or a cache of another
     configuration or layout.
@@ -78,9 +81,15 @@ class CacheWriter:
         layout: Layout,
         made: Mapping[str, Any] | None = None,
         allow_mixed_devices: bool = False,
+        *,
+        former: Callable[[], Mapping[str, Any]] | None = None,
+        version: int | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
+        self.version = version or fmt.version_of(self.folder) or fmt.VERSION
         self.config = fmt.plain("The configuration of a cache", config)
+        if self.version == fmt.FORMER and former is not None:
+            self.config = fmt.by_former_rule(self.folder, former)
         self.layout = layout
         self.made = fmt.plain("What a cache was made with", made or {})
         self.shards = layout.shards
@@ -88,6 +97,8 @@ class CacheWriter:
         self._mixed = self._device_checked = allow_mixed_devices
         self._warned = False
         self._check_folder()
+        if version is None and self.version == fmt.FORMER and self.index() is None:
+            raise fmt.no_more_of(self.folder, "is unfinished")
         with writing(self.folder, CacheError, KEPT):
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first shard was computed
 
@@ -100,6 +111,11 @@ class CacheWriter:
     def is_done(self, shard: Shard) -> bool:
         """Say whether the shard's file is right in every byte. Reads it, once as long as it does not change."""
         return self._verify(shard) is not None
+
+    def check_may_make(self, shard: Shard) -> None:
+        """Raise `CacheError` where a shard is lacking from a cache of the version before."""
+        if self.version == fmt.FORMER:
+            raise fmt.no_more_of(self.folder, f"lacks {shard.file}, or has it damaged")
 
     def present(self, names: Sequence[str] | None = None) -> int:
         """Count the images in the shards whose files are there, verified or not: for progress."""
@@ -136,14 +152,17 @@ class CacheWriter:
 
         Of processes that write different caches one succeeds, with or without locks, and what it writes stays. Raises
         `CacheError` where the folder is another cache's, or one of another kind of device, which rounds differently.
+        One of the version before has no claim, and gets none: nothing is added to it.
         """
+        if self.version == fmt.FORMER:
+            return
         there = self._claim_there()
         if there is None:
             with writing(self.folder / fmt.CLAIM_FILE, CacheError, KEPT), Lock(self.folder, fmt.CLAIM_FILE) as lock:
                 there = self._claim_there() or self._claimed(lock)
                 if lock.real:
                     lock_path(self.folder, fmt.CLAIM_FILE).unlink(missing_ok=True)
-        self._check_same(fmt.CLAIM_FILE, there.config, there.layout)
+        self._check_same(fmt.CLAIM_FILE, there)
         self.check_same_device()
 
     def _claim_there(self) -> fmt.Claim | None:
@@ -243,7 +262,8 @@ class CacheWriter:
         self.claim()
         self._check_plan_there()
         with writing(self._plan_path, CacheError, KEPT):
-            fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, fmt.plain("A plan", found)))
+            kept = fmt.plain("A plan", found)
+            fmt.write_plan(self.folder, fmt.Plan(self.config, self.layout.length, device, kept, self.version))
 
     def _check_plan_there(self) -> None:
         """Refuse to replace or remove the plan of another cache."""
@@ -253,7 +273,7 @@ class CacheWriter:
             raise
         except (FileNotFoundError, NotADirectoryError, CacheError):  # missing or damaged
             return
-        self._check_same(fmt.PLAN_FILE, plan.config, replace(self.layout, length=plan.length))
+        self._check_same(fmt.PLAN_FILE, plan)
 
     def lock(self, shard: Shard) -> Lock:
         """Lock a shard while making it, so that processes that share a folder share the work."""
@@ -283,6 +303,7 @@ class CacheWriter:
         """
         if shard not in self.shards:
             raise InputError(f"write takes one of the shards that pending() gives. Got {shard}.")
+        self.check_may_make(shard)
         rows = self.layout.draws * shard.count
         _check_images(shard, images, rows)
         for name, values_ in (("image_types", image_types), ("targets", targets), ("source", source)):
@@ -335,7 +356,7 @@ class CacheWriter:
             raise
         except CacheError:  # missing, or damaged
             return
-        self._check_same(shard.file, header.config, header.layout)
+        self._check_same(shard.file, header)
         both = source is not None and header.source is not None and header.shard == shard
         if both and not np.array_equal(header.source, source):  # type: ignore[arg-type]
             raise CacheError(
@@ -386,6 +407,7 @@ class CacheWriter:
             made=fmt.counted_makings(good.header for good in whole),
             notes=None if notes is None else fmt.plain("Notes", notes),
             plan=kept,
+            version=self.version,
         )
         old = self.index()
         if old is not None:
@@ -394,7 +416,7 @@ class CacheWriter:
             )
             if index == old:  # nothing to say anew, and the folder may be read-only by now
                 return
-            self._check_same(fmt.INDEX_FILE, old.config, old.layout)
+            self._check_same(fmt.INDEX_FILE, old)
         self.claim()
         with writing(self.folder / fmt.INDEX_FILE, CacheError, KEPT):
             fmt.write_index(self.folder, index)
@@ -460,7 +482,7 @@ class CacheWriter:
             source = fmt.source_sha256(np.concatenate([h.source for h in headers if h.source is not None]))
         return {
             "format": fmt.FORMAT,
-            "version": fmt.VERSION,
+            "version": self.version,
             "config": self.config,
             "length": self.layout.length,
             "source": source,
@@ -471,7 +493,7 @@ class CacheWriter:
         """Remove the index when a shard is made otherwise: no reader may take the cache for whole."""
         index = self.index()
         if index is not None:
-            self._check_same(fmt.INDEX_FILE, index.config, index.layout)
+            self._check_same(fmt.INDEX_FILE, index)
         if index is None or [e.sha256 for e in index.shards[shard.number : shard.number + 1]] != [sha256]:
             (self.folder / fmt.INDEX_FILE).unlink(missing_ok=True)
 
@@ -490,20 +512,17 @@ class CacheWriter:
         expected = {fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE, *(shard.file for shard in self.shards)}
         # Hidden files are left alone: temporary files of a killed run, and what file systems put there.
         names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        there: fmt.Index | fmt.Claim | fmt.Plan | ShardHeader
         for name in names:
             try:
                 if name == fmt.INDEX_FILE:
-                    index = fmt.read_index(self.folder)
-                    config, layout = index.config, index.layout
+                    there = fmt.read_index(self.folder)
                 elif name == fmt.CLAIM_FILE:
-                    claim = fmt.read_claim(self.folder)
-                    config, layout = claim.config, claim.layout
+                    there = fmt.read_claim(self.folder)
                 elif name == fmt.PLAN_FILE:
-                    plan = fmt.read_plan(self.folder)
-                    config, layout = plan.config, replace(self.layout, length=plan.length)
+                    there = fmt.read_plan(self.folder)
                 elif fmt.SHARD_FILE.fullmatch(name):
-                    header = fmt.read_shard_header(self.folder / name)
-                    config, layout = header.config, header.layout
+                    there = fmt.read_shard_header(self.folder / name)
                 else:
                     continue
             except FileNotFoundError:  # another process has just taken it away
@@ -516,16 +535,18 @@ class CacheWriter:
                         raise
                     log.warning("%s will be made again: %s", name, error)
                 continue
-            self._check_same(name, config, layout)
+            self._check_same(name, there)
         if strangers := [name for name in names if name not in expected]:
             raise CacheError(
                 f"The folder of a cache holds nothing else. Got {self.folder} with {_some(strangers)}. "
                 "Give an empty folder, or remove these files."
             )
 
-    def _check_same(self, file: str, config: Mapping[str, Any], layout: Layout) -> None:
+    def _check_same(self, file: str, there: fmt.Index | fmt.Claim | fmt.Plan | ShardHeader) -> None:
+        layout = replace(self.layout, length=there.length) if isinstance(there, fmt.Plan) else there.layout
         changed = fmt.differences(
-            {"config": config, **layout.to_dict()}, {"config": self.config, **self.layout.to_dict()}
+            {"version": there.version, "config": there.config, **layout.to_dict()},
+            {"version": self.version, "config": self.config, **self.layout.to_dict()},
         )
         if changed:
             raise CacheError(
@@ -547,7 +568,7 @@ class CacheWriter:
         except (CacheError, OSError) as error:
             log.warning("%s will be made again: %s", shard.file, error)
             return None
-        self._check_same(shard.file, good.header.config, good.header.layout)
+        self._check_same(shard.file, good.header)
         if good.header.shard != shard:
             log.warning("%s will be made again: it holds the images of %s", shard.file, good.header.shard.file)
             return None

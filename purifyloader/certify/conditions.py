@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +14,9 @@ from purifyloader import recipes
 from purifyloader.certify.guards import Paths, reasons_against
 from purifyloader.certify.noising import Noised, models_of, noised, shared_images
 from purifyloader.errors import CheckpointError, ConfigError, InputError
-from purifyloader.pretrained.kinds import KINDS
 from purifyloader.pretrained.learned import weights_of
 from purifyloader.purifiers import Compensation, Purifier
+from purifyloader.purifiers.base import models_in
 from purifyloader.recipes.models import from_file
 
 __all__ = ["Condition", "Knowledge", "conditions", "reasons"]
@@ -106,7 +105,8 @@ def reasons(
         InputError: a purifier's model has learned from test images, or does not say what it has learned from.
     """
     own = False
-    for kind, name, weights in _models(condition.purifier.config()):
+    for kind, entry in models_in(condition.purifier.config()):
+        name, weights = entry.get("name"), entry["weights_sha256"]  # which decide what it has learned, and nothing else
         try:
             source = _source(kind, name, weights, knowledge.model)
             if source is None:
@@ -135,16 +135,6 @@ def reasons(
         triggered=knowledge.triggered,
     )
     return (*condition.noised.reasons, *reasons_against(paths, models, alpha))
-
-
-def _models(config: Any) -> Iterator[tuple[str, str | None, str]]:
-    """List kind, name and weights of each model that a purifier's configuration names."""
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    for key, value in items:
-        if key in KINDS and isinstance(value, dict) and "weights_sha256" in value:
-            yield key, value.get("name"), value["weights_sha256"]
-        else:
-            yield from _models(value)
 
 
 def _source(kind: str, name: str | None, weights: str, model: str | None) -> str | None:

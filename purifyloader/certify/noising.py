@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
 from purifyloader.errors import InputError
-from purifyloader.files.weights import weights_sha256
-from purifyloader.pretrained.kinds import kind_of
+from purifyloader.files.atomic import canonical_json
+from purifyloader.pretrained.kinds import identity_of, kind_of
 from purifyloader.pretrained.learned import learned_from
 from purifyloader.purifiers import Purifier
 from purifyloader.purifiers.base import UNKNOWN_FIRST, conditions_of
@@ -121,18 +121,19 @@ def models_of(purifier: Purifier) -> list[Denoiser | EnergyNetwork]:
     """List the denoisers and energy models inside, in the order in which images come to them; those of a `Where` too.
 
     Each is the purifier's own frozen copy, with the `name` of its checkpoint, None where it is from none. Of copies
-    with one name and the same weights (in one dtype) there is one. A plugin's must be modules of its own.
+    with one name, the same weights (in one dtype) and the same function there is one. A plugin's must be modules of its
+    own.
 
     >>> from purifyloader import recipes
     >>> from purifyloader.certify import models_of
     >>> [model.name for model in models_of(recipes.denoise_once("cifar10-sparse", 0.25))]
     ['cifar10-sparse']
     """
-    models: dict[tuple[str, str | None, str], Denoiser | EnergyNetwork] = {}
+    models: dict[str, Denoiser | EnergyNetwork] = {}
     for part in purifier.modules():
         if kind_of(part) is not None:
             model: Any = part
-            models.setdefault((type(part).__name__, model.name, weights_sha256(part)), model)
+            models.setdefault(canonical_json(identity_of(part)), model)
     return list(models.values())
 
 

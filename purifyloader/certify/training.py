@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from purifyloader.certify.functions import DenoisedSet
 from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.errors import InputError
-from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.victims.networks import resnet9, victim
 from purifyloader.victims.presets import TRAININGS, VICTIMS
 from purifyloader.victims.training import Normalised, train_victim
@@ -122,8 +122,11 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """Collect all that decides a network beside the training set and the seed, as JSON."""
         values = {name: value for name, value in asdict(self).items() if name not in ("start", "device")}
-        start = None if self.start is None else weights_sha256(self.start)
-        return {"built_in": values, "start_sha256": start, "device": torch.device(self.device).type}
+        settings = {"built_in": values, "start_sha256": None, "device": torch.device(self.device).type}
+        if self.start is None:
+            return settings
+        start = identity_of(self.start)
+        return {**settings, "start_sha256": start["weights_sha256"], "start_function": start["function"]}
 
 
 def with_classes(network: nn.Module, classes: int, seed: int) -> nn.Module:

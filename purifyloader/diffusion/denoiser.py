@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ class Denoiser(nn.Module):
     sigma_range: tuple[float, float]
     image_channels: int = 3
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
+    for_people: ClassVar[tuple[str, ...]] = ("name",)
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """Estimate x0 and, where the network learned it, the variance fraction v in [0, 1] (else None).
@@ -136,14 +137,18 @@ class NetworkDenoiser(Denoiser):
         self.image_channels = network.config.image_channels
         self.learned_variance = network.config.learned_variance
 
-    def config(self) -> dict[str, Any]:
-        # what came after the first checkpoints is left out at its default, so that theirs stay what they were
-        later = {} if self.time_input == "rescaled" else {"time": self.time_input}
+    def config(self, every: bool = False) -> dict[str, Any]:
+        """Describe it as JSON, from which `denoiser_from_config` builds it back.
+
+        What came after the first checkpoints is left out at its default, so that theirs stay what they were; with
+        `every` field it is there, so that denoisers can be told apart.
+        """
+        later = {} if self.time_input == "rescaled" and not every else {"time": self.time_input}
         return {
             "parameterization": self.parameterization,
             "sigma_range": list(self.sigma_range),
-            "schedule": self.schedule.config() if self.schedule is not None else None,
-            "network": {"kind": "unet", **self.network.config.to_dict()},
+            "schedule": self.schedule.config(every) if self.schedule is not None else None,
+            "network": {"kind": "unet", **self.network.config.to_dict(every)},
             **later,
         }
 

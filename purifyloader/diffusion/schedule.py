@@ -44,10 +44,10 @@ class Schedule:
         """Timestep of noise level `sigma`: the inverse of `sigma`."""
         raise NotImplementedError
 
-    def config(self) -> dict[str, Any]:
-        """Describe it as JSON: its kind, and the fields that are given."""
+    def config(self, every: bool = False) -> dict[str, Any]:
+        """Describe it as JSON: its kind, and the fields that are given, or `every` one."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {"kind": self.kind, **{name: value for name, value in values.items() if value is not None}}
+        return {"kind": self.kind, **{name: value for name, value in values.items() if every or value is not None}}
 
     def _check(self, name: str, value: ArrayLike, high: float) -> Float64:
         array = np.asarray(value, np.float64)

@@ -29,7 +29,7 @@ RESAMPLE = ("conv", "conv-right", "plain", "block", "block-skip")
 UP_ATTENTION = ("each", "last")
 
 # What the first checkpoints wrote down. A field that came later is written only where it is not its default,
-# so that their configurations, and the fingerprints of the caches made with them, stay what they were.
+# so that their configurations stay what they were.
 _FIRST_FIELDS = {"channels", "multipliers", "blocks", "attention_levels", "middle_attention", "heads", "norm_groups"}
 _FIRST_FIELDS |= {"dropout", "image_channels", "learned_variance"}
 
@@ -123,14 +123,19 @@ class UNetConfig:
         """Height and width must be multiples of this."""
         return 2 ** (len(self.multipliers) - 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Describe it as JSON. A field that the first checkpoints did not have is left out at its default."""
+    def to_dict(self, every: bool = False) -> dict[str, Any]:
+        """Describe it as JSON. A field that the first checkpoints did not have is left out at its default.
+
+        With `every` field, by which networks are told apart, it is not: a default may change, and 1 and 1.0 are one
+        number.
+        """
         defaults = {f.name: f.default for f in fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if name in _FIRST_FIELDS or value != defaults[name]
-        }
+        values: dict[str, Any] = asdict(self)
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        if every:
+            numbers = {name: float(values[name]) for name, default in defaults.items() if isinstance(default, float)}
+            return {**values, **numbers, "multipliers": [float(m) for m in self.multipliers]}
+        return {name: v for name, v in values.items() if name in _FIRST_FIELDS or getattr(self, name) != defaults[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:

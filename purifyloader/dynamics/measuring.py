@@ -24,7 +24,8 @@ from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.energy.walking import TEMPERATURE
 from purifyloader.errors import InputError
 from purifyloader.evaluation.measures import check_poisoned
-from purifyloader.results.values import images_sha256, model_facts, six_digits
+from purifyloader.pretrained.kinds import sized_identity
+from purifyloader.results.values import images_sha256, six_digits
 
 __all__ = ["FORMAT", "QUANTILES", "VERSION", "Measured", "Poisoned", "crossing", "dynamics", "energies_of", "measure"]
 
@@ -257,7 +258,7 @@ def dynamics(
         "torch": torch.__version__,
         "energy": None
         if energy is None
-        else {"unit": "U = E / temperature", "temperature": temperature, **model_facts(energy)},
+        else {"unit": "U = E / temperature", "temperature": temperature, **sized_identity(energy)},
         "images": {
             "count": len(clean_NCHW),
             "shape": list(clean_NCHW.shape[1:]),

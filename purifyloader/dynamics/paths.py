@@ -23,8 +23,8 @@ from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Sche
 from purifyloader.energy import EnergyNetwork, walk
 from purifyloader.energy.walking import STEP_SIZE, check_dynamics
 from purifyloader.errors import ConfigError, PurifyError
+from purifyloader.pretrained.kinds import sized_identity
 from purifyloader.purifiers import Diffuse, Langevin
-from purifyloader.results.values import model_facts
 
 __all__ = ["SCHEDULES", "DiffusionPath", "LangevinPath", "Path", "Piece"]
 
@@ -117,7 +117,7 @@ class LangevinPath:
         return {
             "kind": "langevin",
             "unit": "Langevin steps",
-            "model": model_facts(self.energy),
+            "model": sized_identity(self.energy),
             "step_size_px": float(f"{255 * self.purifier.step_size:.6g}"),
             "temperature": self.purifier.temperature,
             "compute_batch": self.purifier.compute_batch,
@@ -222,7 +222,7 @@ class DiffusionPath:
         return {
             "kind": "diffusion",
             "unit": "timestep t" if self.by_t else "noise sigma",
-            "model": model_facts(self.denoiser),
+            "model": sized_identity(self.denoiser),
             "schedule": first.schedule.config(),
             "sampler": self.sampler,
             "compute_batch": self.compute_batch,

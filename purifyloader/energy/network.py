@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,7 @@ class EnergyNetwork(nn.Module):
     """
 
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
+    for_people: ClassVar[tuple[str, ...]] = ("name",)
 
     def __init__(self, config: EnergyConfig | None = None, temperature: float = TEMPERATURE) -> None:
         super().__init__()
@@ -114,9 +115,9 @@ class EnergyNetwork(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the network as JSON, from which `energy_from_config` builds it back."""
-        own = {} if self.temperature == TEMPERATURE else {"temperature": self.temperature}
+    def describe(self, every: bool = False) -> dict[str, Any]:
+        """Describe the network as JSON, from which `energy_from_config` builds it back; `every` field, or as saved."""
+        own = {} if self.temperature == TEMPERATURE and not every else {"temperature": self.temperature}
         return {"network": {"kind": "resnet", **self.config.to_dict()}, **own}
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, spaced_sigmas
 from purifyloader.errors import InputError
 from purifyloader.evaluation import measures
+from purifyloader.pretrained.kinds import sized_identity
 from purifyloader.purifiers.networks import check_model
-from purifyloader.results.values import auc, images_sha256, model_facts, six_digits
+from purifyloader.results.values import auc, images_sha256, six_digits
 
 __all__ = ["FORMAT", "VERSION", "default_sigmas", "evaluate"]
 
@@ -294,7 +295,7 @@ def evaluate(
         "torch": torch.__version__,
         "device": device.type,
         "model": {
-            **model_facts(denoiser),
+            **sized_identity(denoiser),
             "sigma_range_px": [_figures(255 * sigma) for sigma in denoiser.sigma_range],
             "learned_variance": bool(getattr(denoiser, "learned_variance", False)),
         },

@@ -1,9 +1,16 @@
-"""Identify a network's weights, whatever file they came from."""
+"""Identify a network: by its weights, whatever file they came from, and by its structure."""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import functools
 import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +45,95 @@ def weights_sha256(module: nn.Module, dtype: torch.dtype | None = None) -> str:
         sha.update(canonical_json(head).encode() + b"\n")
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def structure(module: nn.Module) -> dict[str, Any]:
+    """Describe what a network computes with beside its weights, as JSON, submodule by submodule.
+
+    Of each: its class, its public attributes but for `training`, its hooks, and the values of tensors that are no
+    weights. Attributes that are functions, classes or objects count by name (dataclasses by their fields). Not seen:
+    the code of classes and functions, attributes with a leading underscore, and anything outside of the module.
+
+    A class may list attributes that are for people alone as `for_people`.
+    """
+    return _structure(module, set())
+
+
+def structure_sha256(module: nn.Module) -> str:
+    """SHA-256, in hex, of `structure`. Another version of torch may give its own layers other attributes."""
+    return hashlib.sha256(canonical_json(structure(module)).encode()).hexdigest()
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of one module that `structure` describes, in no certain order."""
+    for_people = getattr(type(module), "for_people", ())
+    for name, value in vars(module).items():
+        if name[0] != "_" and name != "training" and name not in for_people:
+            yield name, value
+
+
+def _structure(module: nn.Module, seen: set[int]) -> dict[str, Any]:
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    out: dict[str, Any] = {"class": type(module).__qualname__}
+    if id(module) in seen:
+        return {**out, "again": True}
+    seen.add(id(module))
+    out |= {name: described(value, seen) for name, value in public_attributes(module)}
+    volatile = module._non_persistent_buffers_set
+    out |= {name: described(value, seen) for name, value in module._buffers.items() if name in volatile}
+    hooks = {kind.strip("_"): [described(hook, seen) for hook in vars(module)[kind].values()] for kind in HOOKS}
+    out |= {kind: names for kind, names in hooks.items() if names}
+    out |= {name: _structure(part, seen) for name, part in module._modules.items() if part is not None}
+    return out
+
+
+def described(value: Any, seen: set[int] | None = None) -> Any:
+    """Describe a value as JSON, by what it is and never by where: no path, address or `repr`."""
+    seen = set() if seen is None else seen
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | str):
+        return int(value) if isinstance(value, int) else str.__str__(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return {"float": str(float(value))}
+        return int(value) if value == int(value) else float(value)  # 1 and 1.0 are one number
+    if isinstance(value, Mapping):
+        return {str(key): described(part, seen) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(part, seen) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted((described(part, seen) for part in value), key=canonical_json)
+    if isinstance(value, nn.Module):  # one that is not registered, and so in no state dict
+        return {"module": _structure(value, seen), "weights_sha256": weights_sha256(value)}
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _array(value)
+    if isinstance(value, functools.partial):
+        return {"partial": [described(part, seen) for part in (value.func, value.args, value.keywords)]}
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        values = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__, **described(values, seen)}
+    name = getattr(value, "__qualname__", None)  # of a function or a class; an object has its class
+    return {"code": name} if isinstance(name, str) else {"class": type(value).__qualname__}
+
+
+def _array(value: Any) -> dict[str, Any]:
+    shape = list(value.shape)
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_meta:
+            return {"dtype": dtype, "shape": shape}
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        dtype = str(value.dtype)
+        if value.dtype.hasobject:  # whose bytes are addresses
+            return {"dtype": dtype, "shape": shape}
+        data = np.ascontiguousarray(value).tobytes()
+    return {"dtype": dtype, "shape": shape, "sha256": hashlib.sha256(data).hexdigest()}

@@ -120,13 +120,13 @@ def precompute(
     probed = check_honest(source, moved.image_channels, image_key)
     job = Job(source, moved, seed, draws, image_key)
     layout = choose_layout(out, len(source), draws, moved, probed, shard_size, encoding)
-    writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices)
+    writer = CacheWriter(out, job.config(), layout, job.made(), allow_mixed_devices, former=job.former_config)
     findings = plans.agreed(job, writer, batch_size, sanitation=sanitation, workers=workers, progress=progress)
     job = plans.planned(job, findings)
     plan = plans.with_plan(writer, plan, findings)
     filling = Filling(job, writer, batch_size, check_source, plan, notes_of(dataset, job.purifier))
     fill(filling, rank=rank, world_size=world_size, workers=workers, progress=progress)
-    return CacheReader(out, job.config())
+    return CacheReader(out, job.config(), former=job.former_config)
 
 
 def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -275,6 +275,7 @@ class _Crew:
             if self.writer.is_done(shard):
                 self._compare(shard)
                 continue
+            self.writer.check_may_make(shard)
             self.writer.claim()
             lock = self.writer.lock(shard)
             if not lock.acquire(wait=False):

@@ -20,9 +20,11 @@ from purifyloader.core.images import quantize, to_bytes
 from purifyloader.core.version import __version__
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import Source
-from purifyloader.errors import InputError
+from purifyloader.errors import ConfigError, InputError
+from purifyloader.pretrained.checkpoint import why_not_shipped
 from purifyloader.purified.reading import Read, SampleReader
 from purifyloader.purifiers import SCHEMA, Condition, Purifier
+from purifyloader.purifiers.base import models_in, without_functions
 
 # Children of an image's key: its purification and its compensation share no noise.
 PURIFY, COMPENSATE = 0, 1
@@ -52,6 +54,18 @@ class Job:
     def config(self) -> dict[str, Any]:
         """Return all that decides the pixels beside the source and the kind of device."""
         return {"purifier": self.purifier.identity(), "schema": SCHEMA, "seed": self.seed, "draws": self.draws}
+
+    def former_config(self) -> dict[str, Any]:
+        """Return what `config` was when models were told apart by their weights alone, for a cache of that time.
+
+        `ConfigError` for a purifier with a model of which those weights do not tell the function. They do of the models
+        that ship with this library, which never had another.
+        """
+        purifier = self.purifier.identity()
+        for kind, entry in models_in(self.purifier.config()):
+            if (why := why_not_shipped(kind, entry)) is not None:
+                raise ConfigError(why)
+        return {**self.config(), "purifier": without_functions(purifier), "schema": 1}
 
     def made(self) -> dict[str, str]:
         """Return the kind of device and the versions, on which the last bit of a pixel may depend."""

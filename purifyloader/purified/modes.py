@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from purifyloader.cache.format import INDEX_FILE, SHARD_FILE
+from purifyloader.cache.format import FORMER, INDEX_FILE, SHARD_FILE, version_of
 from purifyloader.cache.reader import CacheReader, Targets
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engine, pil_mode, type_of
@@ -167,7 +167,7 @@ class Opening:
         finished = self._is_finished()
         if not finished:
             layout = choose_layout(self.folder, len(job.reader), job.draws, job.purifier, probed)
-            writer = CacheWriter(self.folder, job.config(), layout, job.made())
+            writer = CacheWriter(self.folder, job.config(), layout, job.made(), former=job.former_config)
             findings = plans.agreed(job, writer, self.batch_size, sanitation=sanitation, progress=self.progress)
             job = plans.planned(job, findings)
             plan = plans.with_plan(writer, None, findings)
@@ -180,7 +180,7 @@ class Opening:
                 mode = PixelsFromCache(ShardsOnDemand(filling), job.reader, sanitation)
                 return mode, job.purifier, sanitation
             fill(filling, progress=self.progress)
-        reader = CacheReader(self.folder, job.config(), self.in_memory)
+        reader = CacheReader(self.folder, job.config(), self.in_memory, former=job.former_config)
         if len(reader) != len(job.reader):
             raise CacheError(
                 f"The cache {self.folder} must hold one image for each of the source's {len(job.reader)}. Got "
@@ -209,6 +209,8 @@ class Opening:
             CacheReader(self.folder)
             return True  # by another process, since the look above
         except CacheError as error:
+            if version_of(self.folder) == FORMER:  # which nobody is filling, and nothing fills
+                raise
             busy = any(is_held(path) for path in self.folder.glob(".*.lock"))
             raise CacheError(
                 f"{error} {'Another process is filling it now: wait for it. ' if busy else ''}"

@@ -48,6 +48,7 @@ class Filling:
         with self.writer.lock(shard) as lock:
             if self.writer.is_done(shard):
                 return
+            self.writer.check_may_make(shard)
             self.writer.tidy_shard(shard, lock)
             making = GrowingShard(self.job, shard)
             for positions in shard.batches(self.batch_size):

@@ -15,14 +15,15 @@ from purifyloader.core.images import check_channels, to_unit
 from purifyloader.core.notes import NOTES
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.pretrained.kinds import KINDS as MODEL_KINDS
 from purifyloader.purifiers.packing import reduced
 
 __all__ = ["CONDITIONS", "KINDS", "NOISE_BEFORE", "SCHEMA", "UNKNOWN_FIRST", "Condition", "Purifier", "Resolver"]
 __all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "from_config", "from_json"]
-__all__ += ["pixels", "refuse_plans"]
+__all__ += ["models_in", "pixels", "refuse_plans", "without_functions"]
 
-SCHEMA = 1
-"""Version of the JSON that describes purifiers."""
+SCHEMA = 2
+"""Version of the JSON that describes purifiers. In version 1 models were told apart by their weights alone."""
 
 NOISE_BEFORE = "put DenoiseOnce, or another that begins with noise, before it."
 """The advice that ends the reason why a purifier has no certificate: see `Purifier.noise_first`."""
@@ -31,12 +32,13 @@ UNKNOWN_FIRST = f"of which it is not known here what it does first: {NOISE_BEFOR
 
 # Of a configuration, what decides no pixel: names are for people, and a plan follows from the rest and the source.
 _NO_IDENTITY = ("name", "planned")
+_WEIGHTS, _FUNCTION = "weights_sha256", "function"  # of a model, beside its name
 
 
 class Resolver(Protocol):
-    """Finds the model that a configuration's entry (name, weights_sha256) means.
+    """Finds the model that a configuration's entry (name, weights_sha256, function) means.
 
-    The entry stands under the key "denoiser" or "energy", which is its `kind`.
+    The entry stands under the key "denoiser" or "energy", which is its `kind`. One of schema 1 has no function.
     """
 
     def __call__(self, entry: Mapping[str, Any], kind: str = "denoiser") -> Any: ...
@@ -242,9 +244,26 @@ def by_shape(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _deciding(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _deciding(v) for k, v in value.items() if k not in _NO_IDENTITY}
+    if isinstance(value, dict):  # the function of a model is told by everything in it
+        return {k: v if k == _FUNCTION else _deciding(v) for k, v in value.items() if k not in _NO_IDENTITY}
     return [_deciding(v) for v in value] if isinstance(value, list) else value
+
+
+def without_functions(identity: Any) -> Any:
+    """Return an identity as schema 1 wrote it, in which models have weights and no function."""
+    if isinstance(identity, dict):
+        return {k: without_functions(v) for k, v in identity.items() if k != _FUNCTION or _WEIGHTS not in identity}
+    return [without_functions(v) for v in identity] if isinstance(identity, list) else identity
+
+
+def models_in(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield kind and entry of each model that a configuration names, in its order."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if key in MODEL_KINDS and isinstance(value, dict) and _WEIGHTS in value:
+            yield key, value
+        else:
+            yield from models_in(value)
 
 
 class Condition(Described):
@@ -345,8 +364,8 @@ def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
 
     Args:
         config: plain data with a `kind`.
-        resolve: finds the model meant by an entry `{"name", "weights_sha256"}` and its kind
-            (`purifyloader.recipes.from_json` loads it by name and checks the hash).
+        resolve: finds the model meant by an entry `{"name", "weights_sha256", "function"}` and its kind
+            (`purifyloader.recipes.from_json` loads it by name and checks the rest).
 
     >>> from purifyloader import purifiers
     >>> purifiers.from_config({"kind": "jpeg", "quality": 30}, resolve=lambda entry, kind: None).config()
@@ -363,6 +382,7 @@ def condition_from_config(config: Any, resolve: Resolver) -> Condition:
 def from_json(text: str, resolve: Resolver) -> Purifier:
     """Build the purifier that `Purifier.to_json` described; `ConfigError` for other text, or a newer schema.
 
+    Schema 1, whose models have no function, is still read: a model with the weights is the one that was meant.
     `resolve` is that of `from_config`; `purifyloader.recipes.from_json` finds models by name.
 
     >>> from purifyloader import purifiers
@@ -377,9 +397,9 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
         raise ConfigError(f"A purifier is read from JSON. Got text that is not JSON ({error}).") from None
     if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):
         raise ConfigError(f"A purifier's JSON is an object with schema and purifier. Got {text[:80]!r}.")
-    if values["schema"] != SCHEMA:
+    if type(values["schema"]) is not int or not 1 <= values["schema"] <= SCHEMA:
         raise ConfigError(
-            f"This version of purifyloader reads purifier schema {SCHEMA}. Got {values['schema']!r}: "
+            f"This version of purifyloader reads purifier schemas 1 to {SCHEMA}. Got {values['schema']!r}: "
             "use the version that wrote it, or a newer one."
         )
     return from_config(values["purifier"], resolve)

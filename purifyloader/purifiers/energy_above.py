@@ -11,8 +11,9 @@ from torch import Tensor
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.purifiers.base import Condition, Resolver
-from purifyloader.purifiers.networks import check_model, copied, entry
+from purifyloader.purifiers.networks import check_model, copied
 
 __all__ = ["EnergyAbove"]
 
@@ -64,7 +65,7 @@ class EnergyAbove(Condition):
         self.k = None if k is None else float(k)
         self.compute_batch = compute_batch
         self.image_channels = energy.config.image_channels
-        self._entry = entry(energy)
+        self._entry = identity_of(energy)
         # in one memory format, or the same weights would have other last bits, and another threshold
         self.energy = copied(energy).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         self.energy.requires_grad_(False)

@@ -16,18 +16,12 @@ from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.files.weights import weights_sha256
-from purifyloader.pretrained.kinds import KINDS, kind_of
+from purifyloader.pretrained.kinds import KINDS, identity_of, kind_of
 from purifyloader.purifiers.base import Purifier, Resolver, pixels
 
 __all__ = ["DenoiseOnce", "Diffuse"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def entry(model: Any) -> dict[str, Any]:
-    """Describe a model in a configuration: its name, for people, and the hash of its weights as they are now."""
-    return {"name": model.name, "weights_sha256": weights_sha256(model)}
 
 
 def check_model(taker: str, model: Any, kind: str) -> None:
@@ -74,7 +68,7 @@ class NetworkPurifier(Purifier):
         check_integer("compute_batch", compute_batch, 1)
         self.dtype = dtype
         self.compute_batch = compute_batch
-        self._entry = entry(model)  # before any cast
+        self._entry = identity_of(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own = copied(model)
         setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False))

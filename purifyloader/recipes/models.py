@@ -37,15 +37,18 @@ def as_energy(model: EnergyModel) -> EnergyNetwork:
 
 
 class _Finder:
-    """Find the models that a purifier's JSON means: of those given the one with its weights, else the one it names."""
+    """Find the models that a purifier's JSON means: of those given, or else the one that it names.
+
+    A model is meant that has the weights and the function; by schema 1, which had no functions, one with the weights.
+    """
 
     def __init__(self, given: Sequence[Any]) -> None:
         self._given = [(_kind_of(model), model) for model in given]
         self._loaded: dict[tuple[str, object], Any] = {}
 
     def __call__(self, entry: Mapping[str, object], kind: str = "denoiser") -> Any:
-        from purifyloader.files.weights import weights_sha256
-        from purifyloader.pretrained.kinds import KINDS
+        from purifyloader.cache.format import differences
+        from purifyloader.pretrained.kinds import KINDS, identity_of
         from purifyloader.pretrained.registry import is_local
 
         name, wanted = entry["name"], str(entry["weights_sha256"])
@@ -60,13 +63,23 @@ class _Finder:
                     "by its folder or, to have it downloaded, by its name on the hub."
                 )
             candidates = [self._load(kind, name)]
-        hashes = [weights_sha256(model) for model in candidates]
-        if wanted not in hashes:
-            got = " and ".join(sha256[:12] for sha256 in hashes)
+        identities = [identity_of(model) for model in candidates]
+        right = [i for i, identity in enumerate(identities) if identity["weights_sha256"] == wanted]
+        if not right:
+            got = " and ".join(identity["weights_sha256"][:12] for identity in identities)
             raise CheckpointError(
                 f"The {what.noun} {name!r} must have weights {wanted[:12]}. Got {got}: give the right one as model=."
             )
-        return candidates[hashes.index(wanted)]
+        if (function := entry.get("function")) is None:
+            return candidates[right[0]]
+        changed = [differences({"function": function}, {"function": identities[i]["function"]}) for i in right]
+        if all(changed):
+            raise CheckpointError(
+                f"The {what.noun} {name!r} must compute what it did when this purifier was written. Got its weights "
+                f"{wanted[:12]} in a model that computes otherwise (written → here):\n{changed[0]}\n"
+                "Give the model of before as model=, or write the purifier anew."
+            )
+        return candidates[right[changed.index("")]]
 
     def _load(self, kind: str, model: Any) -> Any:
         if not isinstance(model, str | os.PathLike):
@@ -96,10 +109,12 @@ def from_json(text: str, model: Any = None) -> Purifier:
     Args:
         text: the JSON.
         model: the denoiser or energy model that it uses, by name, folder or loaded, or a list of those it uses, where
-            they are not all ones that load by their names in the JSON. They are told apart by their weights.
+            they are not all ones that load by their names in the JSON. They are told apart by their weights and their
+            functions; by their weights alone where the JSON is of schema 1.
 
     Raises:
-        CheckpointError: the weights are not the ones the JSON was written with, or a model is missing.
+        CheckpointError: the weights or the function are not those that the JSON was written with (the message says what
+            differs), or a model is missing.
         ConfigError: no purifier's JSON.
 
     >>> from purifyloader import recipes

@@ -23,7 +23,7 @@ def jpeg(quality: int = 10, **options: Unpack[SizeOptions]) -> Purifier:
 
     >>> from purifyloader import recipes
     >>> recipes.jpeg(quality=30).to_json()
-    '{"purifier":{"kind":"jpeg","quality":30},"schema":1}'
+    '{"purifier":{"kind":"jpeg","quality":30},"schema":2}'
     """
     from purifyloader.purifiers import Jpeg
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
-from purifyloader.files.weights import weights_sha256
 
-__all__ = ["attack_label", "auc", "check_format", "images_sha256", "model_facts", "six_digits", "to_json"]
+__all__ = ["attack_label", "auc", "check_format", "images_sha256", "six_digits", "to_json"]
 
 
 def six_digits(value: float) -> float:
@@ -29,12 +28,6 @@ def images_sha256(images_NCHW: Tensor) -> str:
     sha = hashlib.sha256(canonical_json(list(images_NCHW.shape)).encode() + b"\n")
     sha.update(images_NCHW.cpu().contiguous().numpy().data)
     return sha.hexdigest()
-
-
-def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Describe a denoiser or an energy model: its name, the hash of its weights, and how many these are."""
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"name": model.name, "weights_sha256": weights_sha256(model), "parameters": parameters}
 
 
 def attack_label(name: str, longest: int = 32) -> str:

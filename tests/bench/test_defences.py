@@ -86,7 +86,7 @@ def test_a_row_of_a_file_has_its_name_and_no_path(chain, tmp_path):
     bench = make_bench(tmp_path, Models())
     row = bench.row(AttackSpec("none"), f"{chain}+C", 0)
     assert row["defence"] == "wash+C"
-    assert row["settings"]["purifier"] == json.loads(chain.read_text())
+    assert row["settings"]["purifier"] == {**json.loads(chain.read_text()), "schema": 1}  # as rows of before
     assert row["settings"]["compensate"] == [0.0, 0.05]
     assert str(tmp_path) not in json.dumps(row)
     assert row["distance_px"] > 1

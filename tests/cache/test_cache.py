@@ -281,7 +281,7 @@ def test_golden_bytes_of_a_shard(tmp_path: Path) -> None:
         "start": 0,
         "targets": [7, {"$tuple": [1, {"$float": "nan"}]}],
         "tensor_sha256": sha256(bytes(range(24))),
-        "version": 2,
+        "version": 3,
     }
     expected = safetensors_bytes(metadata, "images", [4, 1, 2, 3], bytes(range(24)))
     assert (tmp_path / "shard-00000.safetensors").read_bytes() == expected
@@ -311,7 +311,7 @@ def test_golden_bytes_of_an_encoded_shard(tmp_path: Path) -> None:
         "start": 2,
         "targets": None,
         "tensor_sha256": sha256(png),
-        "version": 2,
+        "version": 3,
     }
     expected = safetensors_bytes(metadata, "encoded", [len(png)], png)
     assert (tmp_path / "shard-00001.safetensors").read_bytes() == expected
@@ -330,7 +330,7 @@ def test_golden_index(tmp_path: Path) -> None:
     ]
     identity = {
         "format": "purifyloader-cache",
-        "version": 2,
+        "version": 3,
         "config": {"a": 1},
         "length": 3,
         "source": {
@@ -341,7 +341,7 @@ def test_golden_index(tmp_path: Path) -> None:
     }
     values = {
         "format": "purifyloader-cache",
-        "version": 2,
+        "version": 3,
         "identity": identity,
         "fingerprint": sha256(canonical(identity)),
         "layout": {"length": 3, "shard_size": 2, "draws": 1, "encoding": "raw"},
@@ -815,24 +815,22 @@ def test_flipped_pixel(cache: Path, at: int) -> None:
 
 
 def test_flipped_header(cache: Path) -> None:
-    """Wherever it is: the reader refuses it, and the writer makes the shard again. Only where the flip says that
-    the shard is of another version it is left alone."""
+    """Wherever it is: the reader refuses it, and the writer makes the shard again, also where it now says version 2.
+    Only a shard that says a version which is not read is left alone."""
     path = cache / "shard-00001.safetensors"
     before, good = contents(cache), path.read_bytes()
     offset = read_shard_header(path).offset
-    version = good.index(b'version\\":2') + len(b'version\\":')
+    version = good.index(b'version\\":3') + len(b'version\\":')
     for at in [*range(0, offset, 29), offset - 1, version]:
         path.write_bytes(good)
         flip(path, at)
         with pytest.raises(CacheError, match=r"shard-00001\.safetensors"):
             CacheReader(cache)
-        if at == version:
-            with pytest.raises(OtherVersionError, match=r"of version 2\. Got version 3"):
-                CacheWriter(cache, CONFIG, LAYOUT)
-            path.write_bytes(good)
-        else:
-            fill(cache)
+        fill(cache)
         assert contents(cache) == before, at
+    path.write_bytes(good[:version] + b"7" + good[version + 1 :])
+    with pytest.raises(OtherVersionError, match=r"of version 2 or 3\. Got version 7"):
+        CacheWriter(cache, CONFIG, LAYOUT)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -923,29 +921,25 @@ def test_a_damaged_index_is_made_again(cache: Path, old: str, new: str, part: st
 
 
 def test_flipped_index(cache: Path) -> None:
-    """Wherever it is: the reader refuses it and the writer makes it again, unless it now says another version."""
+    """Wherever it is: the reader refuses it and the writer makes it again, also where it now says version 2."""
     path = cache / "index.json"
     good = path.read_bytes()
-    version = range(good.rindex(b'"version":2'), good.rindex(b'"version":2') + len(b'"version":2'))
-    for at in [*range(0, len(good), 29), len(good) - 1, version[-1]]:
+    version = good.rindex(b'"version":3') + len(b'"version":')
+    for at in [*range(0, len(good), 29), len(good) - 1, version]:
         path.write_bytes(good)
         flip(path, at)
         with pytest.raises(CacheError, match=r"index\.json"):
             CacheReader(cache)
-        try:
-            fill(cache)
-        except OtherVersionError:
-            assert at in version
-            path.write_bytes(good)
+        fill(cache)
         assert path.read_bytes() == good, at
 
 
-@pytest.mark.parametrize("version", [1, 3, "2", None])
+@pytest.mark.parametrize("version", [1, 4, "3", None])
 @pytest.mark.parametrize("shards", [True, False])
 def test_an_index_of_another_version_is_left_alone(cache: Path, version: Any, shards: bool) -> None:
     path = cache / "index.json"
     if shards:
-        path.write_text(path.read_text().replace('"version":2}', f'"version":{json.dumps(version)}}}'))
+        path.write_text(path.read_text().replace('"version":3}', f'"version":{json.dumps(version)}}}'))
         values = json.loads(path.read_text())
     else:
         for shard in cache.glob("shard-*"):
@@ -955,7 +949,7 @@ def test_an_index_of_another_version_is_left_alone(cache: Path, version: Any, sh
     before = contents(cache)
     for opening in (lambda: CacheReader(cache), lambda: CacheWriter(cache, CONFIG, LAYOUT)):
         with pytest.raises(
-            OtherVersionError, match=r"index\.json must be of version 2\. Got version[\s\S]*that wrote it"
+            OtherVersionError, match=r"index\.json must be of version 2 or 3\. Got version[\s\S]*that wrote it"
         ):
             opening()
     assert contents(cache) == before

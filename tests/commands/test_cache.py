@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from purifyloader import precompute, recipes
@@ -21,6 +22,7 @@ from purifyloader.cache.inspect import describe
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.commands import main as cli
+from purifyloader.core.devices import kind_of_device
 from tests import processes
 from tests.conftest import PictureDataset, random_images, tiny_denoiser
 
@@ -81,7 +83,7 @@ def test_info_says_what_a_cache_is(made: Path, capsys: pytest.CaptureFixture[str
         "tests.conftest.PictureDataset, 10 samples",
         "tuples of 2, image at 0; targets stored",
         "classes      2",
-        "cpu: ",
+        f"{kind_of_device(torch.device('cpu'))}: ",
         "plan         no",
         CacheReader(made).fingerprint,
     ):

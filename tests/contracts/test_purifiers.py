@@ -24,6 +24,7 @@ from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
+from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 from purifyloader.purifiers import (
     BitDepth,
@@ -213,15 +214,55 @@ def whole(name) -> Tensor:
     return purified(name)
 
 
-def with_models(config: Any) -> Any:
-    """The golden configuration with the entries of the tiny models."""
+# All that decides what the tiny models compute beside their weights: fingerprints hang on it.
+TINY_FUNCTION: dict[str, Any] = {
+    "class": "NetworkDenoiser",
+    "parameterization": "edm",
+    "sigma_range": [0.001, 0.3],
+    "schedule": None,
+    "time": "rescaled",
+    "network": {
+        "kind": "unet",
+        "channels": 8,
+        "multipliers": [1.0, 2.0],
+        "blocks": 1,
+        "attention_levels": [],
+        "middle_attention": False,
+        "heads": 4,
+        "norm_groups": 4,
+        "dropout": 0.0,
+        "image_channels": 3,
+        "learned_variance": False,
+        "scale_shift": True,
+        "head_channels": None,
+        "up_attention": "each",
+        "resample": "conv",
+        "rescale_sums": False,
+        "norm_eps": 1e-05,
+        "norm_group_channels": None,
+        "sines_first": False,
+        "frequency_shift": 0.0,
+        "stem_channels": None,
+    },
+}
+SLIM_NETWORK = {"channels": 4, "multipliers": [1.0], "norm_groups": 2}
+ENERGY_FUNCTION = {
+    "class": "EnergyNetwork",
+    "network": {"kind": "resnet", "channels": 8, "image_channels": 3},
+    "temperature": 0.0001,
+}
+
+
+def with_models(config: Any, functions: bool = True) -> Any:
+    """The golden configuration with the entries of the tiny models, as schema 1 had them where `functions` is False."""
     entries = {
-        "DENOISER": {"name": None, "weights_sha256": weights_sha256(tiny_denoiser())},
-        "SLIM": {"name": None, "weights_sha256": weights_sha256(slim_denoiser())},
-        "ENERGY": {"name": None, "weights_sha256": weights_sha256(tiny_energy())},
+        "DENOISER": (tiny_denoiser(), TINY_FUNCTION),
+        "SLIM": (slim_denoiser(), {**TINY_FUNCTION, "network": {**TINY_FUNCTION["network"], **SLIM_NETWORK}}),
+        "ENERGY": (tiny_energy(), ENERGY_FUNCTION),
     }
     text = json.dumps(config)
-    for name, entry in entries.items():
+    for name, (model, function) in entries.items():
+        entry = {"name": None, "weights_sha256": weights_sha256(model), **({"function": function} if functions else {})}
         text = text.replace(f'"{name}"', json.dumps(entry))
     return json.loads(text)
 
@@ -354,7 +395,14 @@ def test_values_outside_of_the_range_give_finite_pixels(purifier):
 
 def test_golden_json(case, purifier):
     if case.golden is not None:
-        assert json.loads(purifier.to_json()) == {"schema": 1, "purifier": with_models(case.golden)}
+        assert json.loads(purifier.to_json()) == {"schema": 2, "purifier": with_models(case.golden)}
+
+
+def test_golden_json_of_schema_1_is_still_read(case, purifier):
+    if case.golden is not None:
+        old = canonical_json({"schema": 1, "purifier": with_models(case.golden, functions=False)})
+        again = recipes.from_json(old, [tiny_denoiser(), slim_denoiser(), tiny_energy()])
+        assert again.to_json() == purifier.to_json()
 
 
 def test_json_builds_back_the_same_purifier(purifier, whole):

@@ -314,7 +314,8 @@ def test_documented_names():
     images = gaussian_bytes(3)
     result = evaluate(Wiener(), images, [0.1], poisoned={"x": images.flip(3)}, steps=2)
     mean = {"mean": "value", "standard_error": "value"}
-    levels = result.pop("levels")
+    levels, function = result.pop("levels"), result["model"].pop("function")
+    assert function["class"] == "Wiener"
     assert (result["format"], result["version"]) == ("purifyloader-denoiser-evaluation", 2)
     assert shape(result) == {
         **dict.fromkeys(("format", "version", "purifyloader", "torch", "device"), "value"),

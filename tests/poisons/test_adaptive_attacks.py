@@ -25,6 +25,7 @@ from purifyloader.poisons.attacks.presets import choose
 from purifyloader.poisons.attacks.surrogate import Surrogate
 from purifyloader.poisons.attacks.tap import tap
 from purifyloader.poisons.attacks.views import compensated, itself, purified
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.victims.networks import victim
 from tests.conftest import tiny_denoiser
 from tests.poisons.test_surrogate_attacks import SMALL, as_batch, patterns, record, small_victims
@@ -197,11 +198,11 @@ def test_more_of_it_survives_the_defence_than_of_tap(monkeypatch):
 # What every attack keeps to
 
 
-def test_a_model_is_told_by_name_and_weights_and_never_by_path(tmp_path):
+def test_a_model_is_told_by_what_it_is_and_never_by_path(tmp_path):
     folder = tmp_path / "mine"
     pretrained.save(TINY, folder)
     settings = quick("adaptive", model=str(folder)).settings
-    assert set(settings["model"]) == {"name", "weights_sha256"}
+    assert settings["model"] == {**identity_of(TINY), "name": None}
     assert str(tmp_path) not in json.dumps(settings)
 
 

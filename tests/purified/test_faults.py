@@ -511,8 +511,10 @@ ONE, TWO, LAST = "shard-00001.safetensors", "shard-00002.safetensors", "shard-00
         pytest.param(lambda f: {**f, "index.json": f["index.json"][:-1]}, id="the index without its newline"),
         pytest.param(lambda f: {**f, "index.json": f["index.json"] + b" \n"}, id="the index with white space"),
         pytest.param(lambda f: dict.fromkeys(f, b""), id="all files empty"),
-        pytest.param(lambda f: {**f, ONE: re_versioned(f[ONE])}, id="a bit flipped in a shard's version"),
-        pytest.param(lambda f: {**f, "index.json": re_versioned(f["index.json"])}, id="and in the index's"),
+        pytest.param(lambda f: {**f, ONE: re_versioned(f[ONE], b"7")}, id="a bit flipped in a shard's version"),
+        pytest.param(lambda f: {**f, ONE: re_versioned(f[ONE], b"2")}, id="which is that before"),
+        pytest.param(lambda f: {**f, "index.json": re_versioned(f["index.json"], b"7")}, id="and in the index's"),
+        pytest.param(lambda f: {**f, "index.json": re_versioned(f["index.json"], b"2")}, id="which is that before too"),
     ],
 )
 def test_files_removed_swapped_and_damaged(
@@ -530,11 +532,11 @@ def swap_entries(entries: list[dict[str, Any]]) -> None:
         entries[1][key], entries[2][key] = entries[2][key], entries[1][key]
 
 
-def re_versioned(data: bytes) -> bytes:
-    for old in (b'"version":2', b'\\"version\\":2'):
+def re_versioned(data: bytes, version: bytes) -> bytes:
+    for old in (b'"version":3', b'\\"version\\":3'):
         at = data.rfind(old)  # the identity has a version too, which comes first
         if at >= 0:
-            return data[:at] + old[:-1] + b"3" + data[at + len(old) :]
+            return data[:at] + old[:-1] + version + data[at + len(old) :]
     raise AssertionError("The version has another place now.")
 
 

@@ -136,7 +136,7 @@ def test_the_pixels_are_those_of_the_algebra(tmp_path: Path) -> None:
         assert np.array_equal(reader.batch(range(COUNT), k), want)
     assert list(reader.targets or ()) == [i % 2 for i in range(COUNT)]
     assert reader.sample == {"type": "tuple", "image": 0, "fields": 2}
-    assert reader.config == {"purifier": purifier.identity(), "schema": 1, "seed": 5, "draws": 2}
+    assert reader.config == {"purifier": purifier.identity(), "schema": 2, "seed": 5, "draws": 2}
     assert reader.index.made[0]["device"] == HERE
     assert torch.__version__.startswith(reader.index.made[0]["torch"])
     notes = reader.index.notes or {}

@@ -148,7 +148,7 @@ def test_a_finished_cache_is_opened_without_another_pass(tmp_path: Path, passes:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     dataset = PurifiedDataset(source(), half(), cache=tmp_path, progress=False)
     filled(tmp_path)
-    CacheReader(tmp_path, {"purifier": half().identity(), "schema": 1, "seed": 0, "draws": 1})
+    CacheReader(tmp_path, {"purifier": half().identity(), "schema": 2, "seed": 0, "draws": 1})
     assert passes == [1]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     # whoever has the dataset sees the threshold too
@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_with_its_plan(tmp_path: Path, whole: dict[str, by
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"format":"purifyloader-cache","version":2}', None])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"format":"purifyloader-cache","version":3}', None])
 def test_a_damaged_plan_is_made_again(
     tmp_path: Path, whole: dict[str, bytes], passes: list[int], damage: bytes | None, caplog: Any
 ) -> None:
@@ -308,10 +308,10 @@ def test_a_source_that_changes_after_the_plan_is_refused(tmp_path: Path) -> None
 def test_a_plan_of_another_version_is_left_alone(tmp_path: Path) -> None:
     interrupted(tmp_path)
     path = tmp_path / "plan.json"
-    path.write_text(path.read_text().replace('"version":2', '"version":3'))
-    with pytest.raises(CacheError, match=r"of version 2\. Got version 3"):
+    path.write_text(path.read_text().replace('"version":3', '"version":4'))
+    with pytest.raises(CacheError, match=r"of version 2 or 3\. Got version 4"):
         filled(tmp_path)
-    assert '"version":3' in path.read_text()
+    assert '"version":4' in path.read_text()
 
 
 def test_a_purifier_with_the_plan_of_another_dataset_is_refused(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_the_file_is_what_the_readme_says(tmp_path: Path) -> None:
     text = (tmp_path / "plan.json").read_text()
     values = json.loads(text)
     assert sorted(values) == ["config", "device", "format", "found", "length", "sha256", "version"]
-    assert (values["format"], values["version"], values["device"]) == ("purifyloader-cache", 2, HERE)
+    assert (values["format"], values["version"], values["device"]) == ("purifyloader-cache", 3, HERE)
     assert values == fmt.guarded(values)
     assert text == json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
     assert values["found"] == (filled(tmp_path).plan or {})["where"]

@@ -15,6 +15,7 @@ from purifyloader import PurifiedDataset, recipes
 from purifyloader.core import noise
 from purifyloader.energy import image_energies
 from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.purified.job import PURIFY
 from purifyloader.purified.plans import is_open, plan
 from purifyloader.purifiers import (
@@ -292,16 +293,16 @@ def test_a_bad_image_is_named_in_a_plan():
 
 def test_golden_json():
     values = half().config()
-    sha256 = values["condition"]["energy"].pop("weights_sha256")
+    energy = identity_of(tiny_energy())
     assert values == {
         "kind": "where",
-        "condition": {"kind": "energy-above", "energy": {"name": None}, "k": 0.5, "compute_batch": 32},
+        "condition": {"kind": "energy-above", "energy": energy, "k": 0.5, "compute_batch": 32},
         "purifier": {"kind": "coin", "alpha": 2.0},
     }
     fixed = EnergyAbove(tiny_energy(), 1).config()
     assert fixed == {
         "kind": "energy-above",
-        "energy": {"name": None, "weights_sha256": sha256},
+        "energy": energy,
         "threshold": 1.0,
         "compute_batch": 32,
     }

@@ -25,7 +25,7 @@ from purifyloader.poisons.attacks.pgd import Loss
 from purifyloader.poisons.attacks.presets import TrainedSettings, number
 from purifyloader.poisons.attacks.surrogate import Surrogate, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.views import View, compensated, purified
-from purifyloader.purifiers.networks import entry
+from purifyloader.pretrained.kinds import identity_of
 from purifyloader.recipes.denoising import eclipse
 from purifyloader.recipes.models import Model, as_denoiser
 from purifyloader.victims.augment import crop_and_flip, uniforms
@@ -101,7 +101,7 @@ def adaptive(clean: Clean, settings: AdaptiveSettings, seed: int, *, model: Mode
         for where, seen in (("", images), ("_purified", after.permute(0, 2, 3, 1).cpu().numpy()))
         for name, labels_N in (("label", clean.y), ("target", target_N))
     }
-    return Made(images, {**shares, "model": entry(denoiser)})
+    return Made(images, {**shares, "model": identity_of(denoiser)})
 
 
 def _purified(clean: Clean, x_NCHW: Tensor, purify: View) -> Clean:
