@@ -18,11 +18,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader
+from purifyloader.core.decoding import opened_image
 from purifyloader.core.notes import NOTES
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import file_sha256
@@ -77,7 +77,7 @@ class OpenShard:
         data = self.rows[self._ends[at - 1] if at else 0 : self._ends[at]]
         if not self._checked[at]:
             self._check(at, data)
-        with Image.open(io.BytesIO(data.data)) as picture:
+        with opened_image(io.BytesIO(data.data), ("PNG",)) as picture:
             image = np.asarray(picture)
         return image if image.ndim == 3 else image[:, :, None]
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from webdataset import TarWriter
 
 from purifyloader.cache import format as fmt
@@ -39,6 +38,7 @@ from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValue
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import check_integer
+from purifyloader.core.decoding import opened_image
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
 from purifyloader.files.locks import KEPT, Lock
@@ -421,7 +421,7 @@ def _restore(
 
 
 def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(png)) as picture:
+    with opened_image(io.BytesIO(png), ("PNG",)) as picture:
         image = np.asarray(picture)
     image = image if image.ndim == 3 else image[:, :, None]
     if image.shape != shape or image.dtype != np.uint8:

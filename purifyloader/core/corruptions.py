@@ -95,7 +95,7 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     for row, image in zip(out, quantize(x_BCHW).cpu().numpy(), strict=True):
         file = io.BytesIO()
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
-        decoded = np.atleast_3d(np.asarray(Image.open(file))).transpose(2, 0, 1)
+        decoded = np.atleast_3d(np.asarray(Image.open(file, formats=["JPEG"]))).transpose(2, 0, 1)
         row.copy_(torch.from_numpy(decoded.copy()).float() / 255)
     return out
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 
 __all__ = ["ImageFiles", "TarDataset", "open_dataset", "read_image"]
@@ -47,7 +48,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 def _read_image(file: Path | BinaryIO, what: str, modes: Sequence[str] = ("RGB",)) -> Image.Image:
     """Decode an image, converted to RGB where it is of none of `modes`; `what` names it in an error."""
     try:
-        with Image.open(file) as image:
+        with opened_image(file) as image:
             mode = image.mode
             if mode not in _NO_RANGE:
                 grey_or_colour = _as_bytes(image) if mode.startswith("I;16") else image
@@ -63,7 +64,10 @@ def _read_image(file: Path | BinaryIO, what: str, modes: Sequence[str] = ("RGB",
 
 def _as_bytes(image: Image.Image) -> Image.Image:
     """Bring a grey image of 16 bits to 8, rounded: Pillow's own conversion takes all above 255 for white."""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    wide = np.asarray(image).astype(np.uint32)
+    wide += 128
+    wide //= 257  # in place: an image may be large
+    return Image.fromarray(wide.astype(np.uint8))
 
 
 class ImageFiles(Dataset[Image.Image]):

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from purifyloader.core import noise
+from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
@@ -156,7 +157,7 @@ def _tar_bytes(path: Path) -> bytes:
 def _decode(path: Path, sample: dict[str, Any]) -> tuple[str, NDArray[np.uint8], int]:
     key = sample["__key__"]
     try:
-        with Image.open(io.BytesIO(sample["png"])) as image:
+        with opened_image(io.BytesIO(sample["png"])) as image:
             return key, np.asarray(image.convert("RGB")), int(sample["cls"])
     except KeyError as error:
         raise InputError(f"{path}: sample {key} must have members .png and .cls. Got no {error}.") from error

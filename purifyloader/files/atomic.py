@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,15 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide a shared cache from others
+        _show_to_others(temporary, 0o666)  # mkstemp's 0600 would hide a shared cache from others
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _show_to_others(path: Path, mode: int) -> None:
+    with suppress(OSError):  # FAT, CIFS and some FUSE file systems know no modes, and hide nothing
+        os.chmod(path, mode & ~_umask())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +53,7 @@ def write_new(path: Path, text: str) -> bool:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        _show_to_others(temporary, 0o666)
         try:
             os.link(temporary, path)  # of all processes that try this, one succeeds, with or without locks
         except FileExistsError:
@@ -96,7 +101,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would hide it from others
+        _show_to_others(temporary, 0o777)  # mkdtemp's 0700 would hide it from others
         if folder.is_dir():
             folder.rmdir()
         os.rename(temporary, folder)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.reading import own
@@ -220,7 +220,7 @@ def _decoded(files: list[Path]) -> NDArray[np.uint8]:
     out: NDArray[np.uint8] | None = None
     for place, path in enumerate(files):
         try:
-            with Image.open(path) as image:
+            with opened_image(path) as image:
                 if image.mode not in ("L", "RGB"):
                     raise InputError(
                         f"{path} must be an RGB or grey image. Got Pillow's mode {image.mode!r}: convert it."
