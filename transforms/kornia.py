@@ -43,7 +43,7 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
         count = batch_shape[0]
-        drawn = torch.randint(-(2**63), 2**63 - 1, (min(count, 1) if self.same_on_batch else count,))
+        drawn = torch.randint(-(2**63), 2**63 - 1, (min(count, 1) if self.same_on_batch else count,), device="cpu")
         return {"seeds": drawn.expand(count).clone()}
 
     def apply_transform(

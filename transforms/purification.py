@@ -68,7 +68,7 @@ class Purify(HoldsPurifier, ImageTransform):
                 "Purify got a single image, for which a network costs as much as for a whole batch: purify in a "
                 "PurifiedLoader or a cache (PurifiedDataset(..., cache=...)) instead."
             )
-        keys_B = torch.randint(-(2**63), 2**63 - 1, (len(x_BCHW),))
+        keys_B = torch.randint(-(2**63), 2**63 - 1, (len(x_BCHW),), device="cpu")
         return purify_tensor(self.purifier, x_BCHW, keys_B)
 
     def extra_repr(self) -> str:

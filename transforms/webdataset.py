@@ -111,7 +111,7 @@ class _Stage:
                 except InputError as error:
                     raise InputError(f"{name}: {error}") from None
                 fields.append(field)
-            indices = torch.tensor([_index(sample) for sample in batch])
+            indices = torch.tensor([_index(sample) for sample in batch], device="cpu")
             keys_B = noise.fold_in(noise.image_keys(self.seed, epoch, indices), purpose)
             results = self._work([x for x, _ in images], keys_B, batch)
             for sample, field, (_, kind), x in zip(batch, fields, images, results, strict=True):
@@ -167,7 +167,7 @@ class _Compensated(_Stage):
         self.compensate = compensate
         # Shared memory, so that workers which end with each pass know how many there were before them: the epoch, and
         # the passes of each worker since it was set. Each has a place of its own, for two might write at once.
-        self._shared = torch.zeros(1 + _WORKERS, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(1 + _WORKERS, dtype=torch.int64, device="cpu").share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is read next. Reaches running workers."""

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from torchvision import datasets as tv
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core import sizes
 from purifyloader.core.images import quantize, to_engine
-from purifyloader.datasets.named import ImageFiles, TarDataset
+from purifyloader.datasets.named import image_name
 from purifyloader.datasets.samples import fields, get_image
 from purifyloader.datasets.select import label_of, read_indices
 from purifyloader.energy import EnergyNetwork, image_energies
@@ -66,22 +65,6 @@ class DatasetEnergies:
     def values(self, temperature: float) -> NDArray[np.float64]:
         """Compute U = E / T of each image."""
         return self.energies.double().cpu().numpy() / temperature
-
-
-def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
-    """Name an image as a user finds it: its path below the dataset's folder, or the key of its `sample` in a tar."""
-    if isinstance(dataset, Subset):
-        return image_name(dataset.dataset, dataset.indices[index], sample)
-    if isinstance(dataset, ImageFiles):
-        return dataset.files[index].relative_to(dataset.folder).as_posix()
-    if isinstance(dataset, tv.DatasetFolder):
-        return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
-    key = sample.get("__key__") if isinstance(sample, Mapping) else None
-    if not isinstance(key, str):
-        return None
-    if isinstance(dataset, TarDataset) and len(dataset.tars) > 1:  # a key is unique in its tar only
-        return f"{dataset.tar_of(index).name}:{key}"
-    return key
 
 
 def dataset_energies(

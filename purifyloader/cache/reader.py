@@ -97,7 +97,7 @@ def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
         str(path).encode()
     except UnicodeEncodeError:  # a name that is no UTF-8, which torch does not take
         return np.memmap(path, np.uint8, "c")
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8, device="cpu").numpy()
 
 
 class Targets(Sequence[Any]):
@@ -195,7 +195,7 @@ class CacheReader:
         self._headers = [replace(header, targets=None) for header in headers]
         self._stats = [_stat(self.folder / shard.file) for shard in shards]
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
-        self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8).share_memory_()
+        self._flags = torch.zeros(self.layout.draws * self._length, dtype=torch.uint8, device="cpu").share_memory_()
         self._start()
 
     @property

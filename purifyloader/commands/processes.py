@@ -16,16 +16,39 @@ _USER_ERROR, _INTERRUPTED = 2, 130
 
 
 def exit_status(work: Callable[[], int | None], in_words: Callable[[PurifyError], str] = str) -> int:
-    """Call `work` and return its status, or 0; after an error of the user's print `in_words(error)` and return 2."""
+    """Call `work` and return its status, or 0; after an error of the user's print `in_words(error)` and return 2.
+
+    So are errors of the system's: a file or disk that refuses, and memory that runs out.
+    """
     try:
         with warnings_shown():
             return work() or 0
     except PurifyError as error:
         print(f"purifyloader: error: {in_words(error)}", file=sys.stderr)
         return _USER_ERROR
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (advice := _advice(error)):
+            raise
+        notes = " ".join(getattr(error, "__notes__", []))
+        print(f"purifyloader: error: {type(error).__name__}: {error}. {notes} {advice}", file=sys.stderr)
+        return _USER_ERROR
     except KeyboardInterrupt:
         print("purifyloader: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _advice(error: Exception) -> str | None:
+    """Say what to do about an error of the system's; None for a fault of a program's."""
+    if isinstance(error, OSError):
+        return "Remove or replace what cannot be read, or make room, and run the same again: what is done is kept."
+    # torch has its own error for a GPU, and none for the CPU
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in str(error):
+        return (
+            "Memory ran out. Give smaller images (--resize, --tile), a smaller --batch-size or fewer --workers, and "
+            "run the same again: what is done is kept."
+        )
+    return None
 
 
 def run_many(work: Callable[[int], None], processes: int) -> None:

@@ -57,7 +57,7 @@ def _rounds_of_few(words: Sequence[Tensor | int], shape: torch.Size) -> tuple[Te
             c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
             k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
         results.append((c0, c1, c2, c3))
-    return torch.tensor(results, dtype=torch.int64).reshape(*shape, 4).unbind(-1)
+    return torch.tensor(results, dtype=torch.int64, device="cpu").reshape(*shape, 4).unbind(-1)
 
 
 def _rounds(words: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
@@ -119,7 +119,9 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
 def key_from_seed(seed: int) -> Tensor:
     """Return the root key, a 0-dimensional int64 tensor, of a 64-bit seed."""
     low, high = _as_words("seed", seed)
-    return torch.tensor((int(low) | (int(high) << 32)) - (2**64 if int(high) >> 31 else 0), dtype=torch.int64)
+    return torch.tensor(
+        (int(low) | (int(high) << 32)) - (2**64 if int(high) >> 31 else 0), dtype=torch.int64, device="cpu"
+    )
 
 
 def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Tensor:
@@ -128,7 +130,7 @@ def image_keys(seed: int, epoch: int, index: Tensor | Sequence[int] | int) -> Te
         index = [_as_int("index", i) for i in (index if isinstance(index, Iterable) else (index,))]
         if any(not -(2**63) <= i < 2**63 for i in index):
             raise InputError(f"index must fit in a signed 64-bit integer. Got {index}.")
-        index = torch.tensor(index, dtype=torch.int64)
+        index = torch.tensor(index, dtype=torch.int64, device="cpu")
     elif index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise InputError(f"index must be integers. Got a {index.dtype} tensor.")
     index_B = index.to(torch.int64).reshape(-1)

@@ -15,13 +15,13 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
 from purifyloader.core.decoding import opened_image
@@ -443,6 +443,22 @@ def read_image(path: str | Path) -> Image.Image:
     (32, 32)
     """
     return _read_image(Path(path), str(path))
+
+
+def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
+    """Name an image as a user finds it: its path below the dataset's folder, or the key of its `sample` in a tar."""
+    if isinstance(dataset, Subset):
+        return image_name(dataset.dataset, dataset.indices[index], sample)
+    if isinstance(dataset, ImageFiles):
+        return dataset.files[index].relative_to(dataset.folder).as_posix()
+    if isinstance(dataset, datasets.DatasetFolder):
+        return Path(dataset.samples[index][0]).relative_to(dataset.root).as_posix()
+    key = sample.get("__key__") if isinstance(sample, Mapping) else None
+    if not isinstance(key, str):
+        return None
+    if isinstance(dataset, TarDataset) and len(dataset.tars) > 1:  # a key is unique in its tar only
+        return f"{dataset.tar_of(index).name}:{key}"
+    return key
 
 
 def _find_tars(spec: str) -> list[Path]:

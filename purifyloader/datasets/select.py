@@ -221,7 +221,7 @@ def load(
         if error.argument is not None:
             raise
         raise InputError(f"{what}: {error}") from None
-    return Loaded(images, None if None in labels else torch.tensor(labels))
+    return Loaded(images, None if None in labels else torch.tensor(labels, device="cpu"))
 
 
 def label_of(target: Any) -> int | None:

@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from purifyloader.core.images import ImageKind, to_engine
 from purifyloader.core.notes import noted
 from purifyloader.datasets.conversions import Conversion, conversion
+from purifyloader.datasets.named import image_name
 from purifyloader.datasets.samples import ImageKey, check_one_image, get_image, place, with_image
 from purifyloader.errors import CacheError, InputError
 
@@ -32,6 +33,8 @@ REMEDY = (
     "transform, and the transform as PurifiedDataset(..., transform=...)."
 )
 
+
+T = TypeVar("T")
 
 # Not their subclasses: what their own __call__ adds would be lost.
 _COMPOSE = (v1.Compose, v2.Compose)
@@ -126,9 +129,32 @@ def fetch(raw: Dataset[Any], indices: Sequence[int]) -> list[Any]:
         return fetch(raw.dataset, [raw.indices[i] for i in indices])
     kind = type(raw)
     if not hasattr(kind, "__getitems__") or _is_nearer(kind, "__getitem__", "__getitems__"):
-        return [raw[i] for i in indices]
+        return [_item(raw, i) for i in indices]
     own: Any = raw
-    return list(own.__getitems__(list(indices)))
+    try:
+        return list(own.__getitems__(list(indices)))
+    except Exception as error:
+        which = ", ".join(map(str, indices[:4])) + ", ..." * (len(indices) > 4)
+        error.add_note(f"It is of one of the items {which} of the {kind.__name__}.")
+        raise
+
+
+def of_item(position: int, function: Callable[..., T], *arguments: Any, remedy: str = "") -> T:
+    """Call a function, and name the item where it raises."""
+    try:
+        return function(*arguments)
+    except InputError as error:
+        raise InputError(f"Item {position} of the dataset: {error} {remedy}".rstrip()) from None
+
+
+def _item(raw: Dataset[Any], index: int) -> Any:
+    """Read one sample; whatever goes wrong keeps its type, and says of which sample it is."""
+    try:
+        return raw[index]
+    except Exception as error:
+        name = image_name(raw, index)
+        error.add_note(f"It is of item {index} of the {type(raw).__name__}{f', {name}' if name else ''}.")
+        raise
 
 
 def _is_nearer(kind: type, name: str, other: str) -> bool:
@@ -312,7 +338,10 @@ def check_honest(
     indices = sorted(set(np.linspace(0, len(source) - 1, min(items, len(source)), dtype=np.int64).tolist()))
     with random_state_kept(), noted() as done:
         samples = source.fetch(indices)
-        first, second = ([get_image(s, image_key) for s in read] for read in (samples, source.fetch(indices)))
+        first, second = (
+            [of_item(i, get_image, sample, image_key) for i, sample in zip(indices, read, strict=True)]
+            for read in (samples, source.fetch(indices))
+        )
     if done.compensated:
         raise InputError(
             "Compensation comes after all purification, anew in every epoch, and this dataset compensates already. "

@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         if torch.compiler.is_compiling():  # looking at values would break the graph in two
             return
         low, high = self.sigma_range
-        values = torch.as_tensor(sigma, dtype=torch.float64)
+        values = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
         if values.numel() and not bool(((values >= low * (1 - 1e-6)) & (values <= high * (1 + 1e-6))).all()):
             least, most = float(values.min()), float(values.max())
             got = f"{least:.4g} ({255 * least:.3g} px)"

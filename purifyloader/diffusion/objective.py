@@ -65,7 +65,7 @@ def vlb_terms(
     device = x0_BCHW.device
 
     def column(values: object) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float64)[:, None, None, None].to(device)
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")[:, None, None, None].to(device)
 
     sigma, below = column(schedule.sigma(t)), column(schedule.sigma(t - 1))
     # at t = 1 the posterior is a point; as published, its log variance is read at t = 2

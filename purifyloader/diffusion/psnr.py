@@ -47,13 +47,13 @@ def noised(
     The noise of an image is a function of (seed, its position) alone.
     """
     clean = images_NCHW[start:end].float() / 255
-    keys = noise.image_keys(seed, 0, torch.arange(start, start + len(clean)))
+    keys = noise.image_keys(seed, 0, torch.arange(start, start + len(clean), device="cpu"))
     return clean, clean + sigma * noise.normal(keys, clean.shape[1:])
 
 
 def estimate(denoiser: Denoiser, x_BCHW: Tensor, sigma: float) -> Tensor:
     """Denoise in one network call on the denoiser's device; returns x0, unclipped, float32 on the CPU."""
-    level = torch.full((len(x_BCHW),), sigma, dtype=torch.float64)
+    level = torch.full((len(x_BCHW),), sigma, dtype=torch.float64, device="cpu")
     return denoiser(x_BCHW.to(device_of(denoiser)), level).float().cpu()
 
 

@@ -28,7 +28,7 @@ def _check(sigmas: Sequence[float]) -> None:
 
 
 def _constant(value: float, x_BCHW: Tensor) -> Tensor:
-    return torch.full((x_BCHW.shape[0],), value, dtype=torch.float64)
+    return torch.full((x_BCHW.shape[0],), value, dtype=torch.float64, device="cpu")
 
 
 def ancestral(denoiser: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], noise: Callable[[int], Tensor]) -> Tensor:
@@ -45,7 +45,8 @@ def ancestral(denoiser: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], noise
         if below == 0:
             return x0
         lower, upper = (
-            float(b) for b in posterior_log_variance_bounds(*torch.tensor([sigma, below], dtype=torch.float64))
+            float(b)
+            for b in posterior_log_variance_bounds(*torch.tensor([sigma, below], dtype=torch.float64, device="cpu"))
         )
         log_variance = torch.full_like(x0, lower) if fraction is None else fraction * upper + (1 - fraction) * lower
         mean = x0 + (below / sigma) ** 2 * (x_BCHW - x0)

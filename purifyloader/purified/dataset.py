@@ -188,7 +188,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
     def _start(self, mode: Mode, sanitation: Sanitation | None) -> None:
         # Shared memory: a plain attribute set in the main process never reaches a persistent worker.
         # Two numbers: the epoch, and the samples read since it was set.
-        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(2, dtype=torch.int64, device="cpu").share_memory_()
         self._mode = mode
         self.sanitation = sanitation
         dropped = sanitation is not None and sanitation.drop and len(sanitation.suspects) > 0
@@ -412,7 +412,7 @@ def _check_transform(source: Source, image_key: ImageKey) -> None:
 
 def _gives_floats(conversion: Conversion) -> bool:
     """Say whether compensation, which needs float32 in [0, 1], can get at the batch before it is normalised."""
-    x = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    x = torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device="cpu")
     for step in conversion.first:
         x = step(x)
     return x.dtype == torch.float32

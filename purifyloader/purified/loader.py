@@ -281,13 +281,13 @@ class PurifiedLoader:
 
     def _numbers(self, batch: Any, position: int, count: int) -> Tensor:
         if self.index_key is None:
-            return torch.arange(position, position + count) + (_rank() << _RANK_BITS)
+            return torch.arange(position, position + count, device="cpu") + (_rank() << _RANK_BITS)
         indices = batch[place(batch, self.index_key)]
         if not isinstance(indices, Tensor):
             try:
-                indices = torch.as_tensor(indices)
+                indices = torch.as_tensor(indices, device="cpu")
             except (TypeError, ValueError, RuntimeError):
-                indices = torch.empty(0)
+                indices = torch.empty(0, device="cpu")
         if indices.is_floating_point() or indices.shape != (count,):
             raise InputError(
                 f"index_key={self.index_key!r} must name the indices of {count} images, integers ({count},). Got "
@@ -459,7 +459,7 @@ def _verify(checks: list[tuple[Tensor, str]]) -> None:
 
 def _as_normalize(normalize: Any) -> tuple[Tensor, Tensor]:
     try:
-        mean, std = (torch.as_tensor(numbers, dtype=torch.float32).reshape(-1) for numbers in normalize)
+        mean, std = (torch.as_tensor(numbers, dtype=torch.float32, device="cpu").reshape(-1) for numbers in normalize)
         good = len(mean) == len(std) and bool((mean.isfinite() & std.isfinite() & (std > 0)).all())
     except (TypeError, ValueError, RuntimeError):
         good = False

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from purifyloader.core.checks import as_integer
 from purifyloader.core.images import ImageKind, as_stored, type_of
 from purifyloader.datasets.samples import ImageKey, fields, get_image, structure_of
-from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
+from purifyloader.datasets.sources import REMEDY, fetch, of_item, random_state_kept
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.hashes import is_hashable, source_hashes
 
@@ -49,7 +49,10 @@ class SampleReader:
     def read(self, positions: Sequence[int]) -> list[Read]:
         """Read samples; `InputError` names the position of an image that the purifier does not take."""
         samples = fetch(self.raw, positions)
-        images = [get_image(sample, self.image_key) for sample in samples]
+        images = [
+            of_item(position, get_image, sample, self.image_key)
+            for position, sample in zip(positions, samples, strict=True)
+        ]
         stored = converted(positions, images, self.channels, REMEDY)
         others = [fields(sample, self.image_key) for sample in samples]
         hashes = source_hashes(
@@ -71,9 +74,20 @@ class _Batches(Dataset[Any]):
         # Pickled here by value: torch would hand each small array over as a shared file of its own. An error
         # is handed over as it is, because the loader would wrap it in a traceback.
         try:
-            return pickle.dumps(self.reader.read(positions))
+            reads = self.reader.read(positions)
         except PurifyError as error:
             return pickle.dumps(error)
+        try:
+            return pickle.dumps(reads)
+        except Exception as error:  # the fields of a sample may hold anything
+            return pickle.dumps(_not_handed_over(error))
+
+
+def _not_handed_over(error: Exception) -> InputError:
+    return InputError(
+        "The samples of a dataset that worker processes read must pickle. Got one whose fields beside the image do not "
+        f"({type(error).__name__}: {error}). Give workers=0, or plain fields."
+    )
 
 
 def read_batches(
@@ -83,16 +97,28 @@ def read_batches(
 
     An error of the user's is given, not raised, in place of its batch.
     """
+    if not workers:
+        for positions in batches:
+            try:
+                yield reader.read(positions)
+            except PurifyError as error:
+                yield error
+        return
     loader = DataLoader(
         _Batches(reader),
         batch_size=None,
         sampler=batches,
         num_workers=workers,
-        prefetch_factor=1 if workers else None,  # each batch ahead is a part of a shard locked ahead
-        generator=torch.Generator(),  # or it would draw from the user's
+        prefetch_factor=1,  # each batch ahead is a part of a shard locked ahead
+        generator=torch.Generator("cpu"),  # or it would draw from the user's
     )
-    for data in loader:
-        yield pickle.loads(data)
+    with torch.device("cpu"):  # torch draws a seed on the device that a script has made the default
+        iterator = iter(loader)
+    for data in iterator:
+        try:
+            yield pickle.loads(data)
+        except Exception as error:
+            yield _not_handed_over(error)
 
 
 def shard_values(reads: Sequence[Read]) -> dict[str, Any]:
@@ -123,13 +149,10 @@ def converted(
     convert: Callable[[Any, int | None], tuple[Tensor, ImageKind]] = as_stored,
 ) -> list[tuple[Tensor, ImageKind]]:
     """Convert all images by `as_stored` (or `to_engine`), and name one that cannot be."""
-    out = []
-    for position, image in zip(positions, images, strict=True):
-        try:
-            out.append(convert(image, channels))
-        except InputError as error:
-            raise InputError(f"Item {position} of the dataset: {error} {remedy}") from None
-    return out
+    return [
+        of_item(position, convert, image, channels, remedy=remedy)
+        for position, image in zip(positions, images, strict=True)
+    ]
 
 
 def check_source(

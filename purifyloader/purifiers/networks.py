@@ -120,7 +120,7 @@ class DenoiseOnce(NetworkPurifier):
 
     def run_chunk(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
         noised = x_BCHW + self.sigma * noise.normal(seeds_B, x_BCHW.shape[1:])
-        return self.denoiser(noised, torch.full((len(x_BCHW),), self.sigma, dtype=torch.float64))
+        return self.denoiser(noised, torch.full((len(x_BCHW),), self.sigma, dtype=torch.float64, device="cpu"))
 
 
 class Diffuse(NetworkPurifier):
@@ -181,7 +181,7 @@ class Diffuse(NetworkPurifier):
         levels = spaced_sigmas(self.schedule, t, steps)
         # a sigma asked for is used as it is, not as it comes back from the schedule
         self.sigmas = levels if sigma is None else (float(sigma), *levels[1:])
-        denoiser.check_sigma(torch.tensor(self.sigmas[:-1], dtype=torch.float64))
+        denoiser.check_sigma(torch.tensor(self.sigmas[:-1], dtype=torch.float64, device="cpu"))
 
     @property
     def calls(self) -> int:

@@ -67,7 +67,7 @@ def _packed(shared: list[tuple[list[str], Tensor]]) -> tuple[dict[torch.dtype, T
         places.append(_Place(names, tensor.dtype, shape, stride, offset, isinstance(tensor, nn.Parameter)))
         unit = max(1, _ALIGNED // tensor.element_size())
         sizes[tensor.dtype] = offset + unit * math.ceil(tensor.numel() / unit)
-    pieces = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in sizes.items()}
+    pieces = {dtype: torch.zeros(size, dtype=dtype, device="cpu") for dtype, size in sizes.items()}
     for place, (_, tensor) in zip(places, shared, strict=True):
         _view(pieces, place).copy_(tensor.detach())
     return pieces, places
@@ -81,7 +81,7 @@ def _skeleton(module: nn.Module, packed: list[Tensor]) -> nn.Module:
     """A copy with nothing where these tensors are."""
     memo: dict[int, Any] = {id(tensor): None for tensor in packed}
     for tensor in packed:
-        empty = torch.empty(0)
+        empty = torch.empty(0, device="cpu")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     token = _packing.set(True)
     try:

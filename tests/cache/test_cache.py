@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -32,6 +33,7 @@ from purifyloader.cache import CacheReader, CacheWriter, Layout, Shard, fingerpr
 from purifyloader.cache.format import OtherVersionError, read_shard_header
 from purifyloader.cache.reader import Targets
 from purifyloader.errors import CacheError, ConfigError, InputError
+from purifyloader.files.atomic import replacing_folder
 from purifyloader.files.locks import Lock
 from tests import processes
 
@@ -1357,3 +1359,18 @@ def test_bad_batches() -> None:
     ):
         with pytest.raises(InputError, match="Got"):
             source_hashes(images, targets)  # type: ignore[arg-type]
+
+
+def test_a_file_system_without_modes_holds_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    writer = CacheWriter(tmp_path / "cache", CONFIG, LAYOUT, MADE)
+    for shard in LAYOUT.shards:
+        write(writer, shard)
+    writer.finish()
+    assert len(CacheReader(tmp_path / "cache")) == LENGTH
+    with replacing_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("b")
+    assert (tmp_path / "folder" / "a").read_text() == "b"

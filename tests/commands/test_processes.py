@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from purifyloader.commands.processes import run_many
+from purifyloader.commands.processes import exit_status, run_many
 from purifyloader.errors import InputError, PurifyError
 
 
@@ -81,3 +81,43 @@ def test_no_process_outlives_a_command_that_is_killed(tmp_path):
     while any(map(running, pids)):
         assert time.monotonic() < waiting, "its processes go on"
         time.sleep(0.05)
+
+
+# -- errors of the system ----------------------------------------------------------------------------
+
+
+def failing(error: Exception, note: str | None = None) -> int:
+    if note:
+        error.add_note(note)
+
+    def work() -> int:
+        raise error
+
+    return exit_status(work)
+
+
+NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("Truncated File Read"), "OSError: Truncated File Read. It is of item 3. Remove or replace"),
+        (PermissionError(13, "Permission denied", "a.tar"), "'a.tar'. It is of item 3."),
+        (MemoryError(), "Memory ran out"),
+        (RuntimeError(NO_MEMORY), "--batch-size"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), "--batch-size"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error, words, capsys):
+    assert failing(error, "It is of item 3.") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("purifyloader: error: ")
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), KeyError("a"), TypeError("not callable")])
+def test_a_fault_of_a_program_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        failing(error)

@@ -336,6 +336,7 @@ SCRIPTS: dict[str, Callable[[], Any]] = {
     "float64 by default": contextmanager(lambda: default_dtype(torch.float64)),
     "bfloat16 by default": contextmanager(lambda: default_dtype(torch.bfloat16)),
     "denormals are 0": contextmanager(flushing),
+    "another default device": lambda: torch.device("meta"),  # as a GPU: what is made without a device goes there
 }
 
 

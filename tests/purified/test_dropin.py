@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as K
@@ -207,3 +208,30 @@ def test_a_compiled_model_behind_them_compiles_once() -> None:
     for batch in PurifiedLoader([x, x], once(), compensate=Compensate()):
         model(batch)
     assert len(graphs) == 1
+
+
+# -- a default device ---------------------------------------------------------------------------------
+
+
+def test_the_default_device_of_a_script_is_not_that_of_its_images(tmp_path: Path) -> None:
+    """What is made without a device goes to "meta" here, as to a GPU in a script that says so."""
+    source, purify = PictureDataset(pictures()), once()
+    batch, labels = pictures() / 255, torch.arange(COUNT)
+
+    def results(folder: Path) -> list[Any]:
+        read = {"live": {}, "cached": {"cache": folder, "progress": False}, "compensated": {"compensate": Compensate()}}
+        sets = [PurifiedDataset(source, purify, **options) for options in read.values()]
+        out = [np.asarray(dataset[i][0]) for dataset in sets for i in range(2)]
+        tensors = PurifiedDataset(source, purify, transform=v1.Compose([v1.ToTensor(), v1.Normalize(0.5, 0.5)]))
+        out += [image.numpy() for image, _ in tensors.__getitems__([1, 2])]
+        torch.manual_seed(0)
+        for transform in (RandomPurify(purify), Purify(purify), Compensate(), RandomSqueeze(), Squeeze()):
+            out.append(transform(batch).numpy())
+        samples = [{"__key__": str(i), "png": image, "cls": int(labels[i])} for i, image in enumerate(batch)]
+        return [*out, *(sample["png"].numpy() for sample in purified(purify)(samples))]
+
+    expected = results(tmp_path / "a")
+    with torch.device("meta"):
+        got = results(tmp_path / "b")
+    assert len(got) == len(expected)
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -1001,3 +1001,16 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
 
     few, many = peak(16_000), peak(44_000)
     assert many - few < 50, f"{few} and {many} MB"
+
+
+# -- fields that do not pickle -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field", [torch.tensor([1], dtype=torch.uint16), threading.Lock(), lambda: 0], ids=["a", "b", "c"]
+)
+def test_fields_that_do_not_pickle_need_no_worker(tmp_path: Path, field: Any) -> None:
+    items = Items([(np.full((8, 8, 3), i, np.uint8), field) for i in range(4)])
+    assert len(filled(tmp_path / "cache", items)) == 4
+    with pytest.raises(InputError, match=r"must pickle.*workers=0"):
+        filled(tmp_path / "other", items, workers=1)
