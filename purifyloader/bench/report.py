@@ -161,12 +161,27 @@ def _header(at: Setting, rows: Sequence[Row], results: Mapping[tuple[str, str], 
             f"Trained from an extractor that has learned from {clean:,} other images, clean; attacks that work on "
             "given networks know it."
         )
+    parts += _changed(rows)
     parts += _unlike(
         "Versions of torch", [row["versions"]["torch"].partition("+")[0] for row in rows if "versions" in row]
     )
     parts += _unlike("Numbers of threads", [str(row["threads"]) for row in rows if "threads" in row])
     title = f"## {at.data}: {at.images:,} training images, {at.victim}, training `{at.training}`"
     return f"{title}\n\n{' '.join(parts)}"
+
+
+def _changed(rows: Sequence[Row]) -> list[str]:
+    """Say how many training images each attack changes, where not all: the rest are clean, which flatters a defence."""
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        if row["attack"] != CLEAN and "attack_moves" in row:
+            counts.setdefault(row["attack"], set()).add(row["attack_moves"]["images"])
+    images = rows[0]["images"]
+    few = {attack: (min(numbers), max(numbers)) for attack, numbers in sorted(counts.items()) if min(numbers) < images}
+    if not few:
+        return []
+    shown = [f"{attack} {low:,}{f' to {high:,}' if high > low else ''}" for attack, (low, high) in few.items()]
+    return [f"Not all of the {images:,} training images are changed, the rest are clean: by {', '.join(shown)}."]
 
 
 def _most(results: Mapping[tuple[str, str], Cell]) -> int:

@@ -27,7 +27,7 @@ from torchvision import datasets
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 
-__all__ = ["ImageFiles", "TarDataset", "open_dataset", "read_image"]
+__all__ = ["ImageFiles", "TarDataset", "files_below", "open_dataset", "read_image", "warn_of_others"]
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,18 @@ class ImageFiles(Dataset[Image.Image]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            found = sorted(_files_below(folder))
+            found = sorted(files_below(folder))
         except OSError as error:
             raise InputError(f"{folder} must be a folder that can be read, with all below it. Got: {error}.") from None
         self.files = [path for path in found if path.suffix.lower() in SUFFIXES]
-        _warn_of_others(folder, [path for path in found if path.suffix.lower() not in SUFFIXES])
+        others = [path for path in found if path.suffix.lower() not in SUFFIXES]
+        warn_of_others(folder, others, f"{len(SUFFIXES)} kinds of images are, {', '.join(SUFFIXES)}")
         if not self.files:
             raise InputError(f"There are no image files ({', '.join(SUFFIXES)}) below {folder}. Check the path.")
+
+    def names(self) -> list[str]:
+        """List the paths below `folder`, without suffixes."""
+        return [file.relative_to(self.folder).with_suffix("").as_posix() for file in self.files]
 
     def subfolders(self) -> list[str]:
         """List the names of the folders right below `folder` that images are in."""
@@ -107,7 +112,7 @@ class ImageFiles(Dataset[Image.Image]):
         return _read_image(self.files[index], str(self.files[index]))
 
 
-def _files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
     """Yield the files below a folder but for hidden ones, those of linked folders under the names of the links."""
     status = os.stat(folder)
     if (here := (status.st_dev, status.st_ino)) in above:
@@ -116,18 +121,19 @@ def _files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Itera
         shown = [entry for entry in entries if not entry.name.startswith(".")]
     for entry in shown:
         if entry.is_dir():
-            yield from _files_below(Path(entry.path), (*above, here))
+            yield from files_below(Path(entry.path), (*above, here))
         else:
             yield Path(entry.path)
 
 
-def _warn_of_others(folder: Path, others: Sequence[Path]) -> None:
+def warn_of_others(folder: Path, others: Sequence[Path], what_is: str) -> None:
+    """Count the files below a folder that are not read, if there are any; `what_is` says which are."""
     if others:
         kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
         counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
         log.warning(
-            f"{len(others):,} files below {folder} are not read as images ({counted}; the first is "
-            f"{others[0].relative_to(folder)}): {len(SUFFIXES)} kinds are, {', '.join(SUFFIXES)}."
+            f"{len(others):,} files below {folder} are not read ({counted}; the first is "
+            f"{others[0].relative_to(folder)}): {what_is}."
         )
 
 
@@ -142,6 +148,8 @@ class TarDataset(Dataset[dict[str, Any]]):
     A sample is a dict: "__key__"; "image", a PIL image of mode L, LA, RGB or RGBA (others become RGB);
     and every other field under its name. By the last part of that name "cls" is an int, "json" what it
     says, "txt" a str; anything else is bytes.
+
+    A warning counts the members that are in no sample: links, and names without an extension or that begin with a dot.
 
     Raises `InputError` for a tar that is missing, compressed, cut short, damaged or without a sample; one key twice in
     a tar; not exactly one image (png, jpg, jpeg, webp, bmp, ppm, tif, tiff) in a sample; and, when an item is read, an
@@ -168,10 +176,11 @@ class TarDataset(Dataset[dict[str, Any]]):
         offsets, sizes, names = array("q"), array("q"), array("i")
         keys = bytearray()
         numbers: dict[str, int] = {}
+        skipped: list[str] = []
         for path in self.tars:
             self._stamps.append(_stamp(path))
             seen: set[str] = set()
-            for key, fields in _samples(path):
+            for key, fields in _samples(path, skipped):
                 _check_sample(path, key, fields, key in seen)
                 seen.add(key)
                 for name, (offset, size) in fields.items():
@@ -187,6 +196,11 @@ class TarDataset(Dataset[dict[str, Any]]):
                     "out."
                 )
             tar_ends.append(len(starts) - 1)
+        if skipped:
+            log.warning(
+                f"{len(skipped):,} members of {self.tars[0]}{' and the other tars' * (len(self.tars) > 1)} are in no "
+                f"sample, the first {skipped[0]}: those are files such as 0001.png and 0001.cls, and no links."
+            )
         self._keys, self._names = bytes(keys), list(numbers)
         self._tar_ends, self._starts, self._key_ends = np.array(tar_ends), np.array(starts), np.array(key_ends)
         self._offsets, self._sizes, self._numbers = np.array(offsets), np.array(sizes), np.array(names)
@@ -268,8 +282,8 @@ def _stamp(path: Path) -> tuple[int, int]:
         raise InputError(f"{path} cannot be read as a tar file: {error.strerror}. Check the path.") from None
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of every regular file in a tar, which is whole, or an error."""
+def _members(path: Path, skipped: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset and size of every regular file in a tar, which is whole, or an error; note what is none."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -287,6 +301,8 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                         raise tarfile.ReadError(f"{member.name}: a sparse file, or one of negative size")
                     if member.isreg():
                         yield member.name, member.offset_data, member.size
+                    elif not member.isdir():
+                        skipped.append(f"{member.name} (a link)" if member.islnk() or member.issym() else member.name)
                 _check_end(file, tar.offset)
     except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
@@ -304,13 +320,14 @@ def _check_end(file: BinaryIO, offset: int) -> None:
             raise tarfile.ReadError(f"data after the end mark at byte {offset}, as of several tars in one file")
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield key, and offset and size of each field, of one sample after another."""
+def _samples(path: Path, skipped: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield key, and offset and size of each field, of one sample after another; note what is in none."""
     key = ""
     fields: dict[str, tuple[int, int]] = {}
-    for name, offset, size in _members(path):
+    for name, offset, size in _members(path, skipped):
         match = _MEMBER.match(name)
         if match is None or _META.match(name):
+            skipped.append(name)
             continue
         prefix, field = match[1], match[2].lower()
         if prefix != key:
@@ -389,7 +406,7 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             ) from None
     if spec == "imagefolder":
         try:
-            return datasets.ImageFolder(str(root), loader=read_image)
+            return _in_classes(Path(root))
         except OSError as error:
             raise InputError(f"{root} must hold one folder of images for each class. Got: {error}.") from None
     if spec == "webdataset":
@@ -409,6 +426,15 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
     return dataset
+
+
+def _in_classes(root: Path) -> datasets.ImageFolder:
+    """Open a folder of class folders, and count the files that are in none, or no images."""
+    folders = datasets.ImageFolder(str(root), loader=read_image)
+    read = {path for path, _ in folders.samples}
+    others = sorted(path for path in files_below(root) if str(path) not in read)
+    warn_of_others(root, others, "the images in its class folders are")
+    return folders
 
 
 def find_named(module: str, name: str) -> Any:
@@ -466,14 +492,17 @@ def _find_tars(spec: str) -> list[Path]:
     if path.is_dir():
         files = sorted(path.iterdir())
         # a compressed shard, unless its tar lies beside it, is left to TarDataset to refuse: not to be missed
-        return _some([p for p in files if _TAR.search(p.name) and p.with_suffix("") not in files], spec)
+        tars = _some([p for p in files if _TAR.search(p.name) and p.with_suffix("") not in files], spec)
+        others = [p for p in files if p not in tars and not p.name.startswith(".")]
+        warn_of_others(path, others, "the tars that lie right in it are")
+        return tars
     if path.exists():
         return [path]
-    tars: list[Path] = []
+    named: list[Path] = []
     for name in _expand(spec):
         matches = sorted(glob.glob(name, recursive=True)) if any(c in name for c in "*?[") else [name]
-        tars += _some([Path(match) for match in matches], name)
-    return tars
+        named += _some([Path(match) for match in matches], name)
+    return named
 
 
 def _some(tars: list[Path], spec: str) -> list[Path]:

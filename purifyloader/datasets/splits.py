@@ -19,7 +19,7 @@ from purifyloader.core import noise
 from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
-from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image
+from purifyloader.datasets.named import TORCHVISION, files_below, open_dataset, read_image, warn_of_others
 from purifyloader.errors import InputError
 
 _VALIDATION = ("test", "val", "valid", "validation")
@@ -119,6 +119,8 @@ def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
             raise InputError(f"{table} must name an image and a class of train a line. Got {line[:60]!r}.")
         images.append(np.asarray(read_image(folder / "images" / name)))
         labels.append(numbers[wnid])
+    named = {folder / "images" / line.partition("\t")[0] for line in table.read_text(encoding="utf-8").splitlines()}
+    warn_of_others(folder, sorted({*files_below(folder)} - {table, *named}), f"those that {table.name} names are")
     if len({image.shape for image in images}) != 1:
         raise InputError(f"The images of {table} must be of one size, at least one. Got {len(images)} images.")
     return as_arrays((np.stack(images), np.asarray(labels)))

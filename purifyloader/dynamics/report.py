@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from purifyloader.dynamics.tuning import COMPENSATED
+from purifyloader.evaluation.report import few_changed
 from purifyloader.results.table import plain
 
 __all__ = ["proposal_table", "reasons", "table"]
@@ -42,6 +43,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
             f"{name}, {poison['size']['rms_px']:.3g} px RMS, at most {poison['largest_px']:.3g} px, in "
             f"{poison['images']:,} images:"
         )
+        yield from few_changed({name: poison["images"]}, images["count"])
         yield "distance of the purified image from the clean and from the poisoned one; share of images closer to clean"
         rows = []
         for where, level in zip(at, levels, strict=True):
@@ -168,6 +170,9 @@ def proposal_table(results: Mapping[str, Any], pasted: Mapping[str, Sequence[str
         f"{curves['purification']['model']['name'] or 'A model'}: {curves['images']['count']:,} clean images of "
         f"{curves['data']['description']}, attacked by "
         + ", ".join(f"{name} ({attack['size']['rms_px']:.3g} px RMS)" for name, attack in curves["poisons"].items())
+    )
+    yield from few_changed(
+        {name: each["images"] for name, each in curves["poisons"].items()}, curves["images"]["count"]
     )
     yield ""
     names, heads = list(curves["poisons"]), ["noise"] if "sigma_px" in results["best"] else []

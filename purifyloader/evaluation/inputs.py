@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from purifyloader import pretrained
 from purifyloader.datasets.arrays import Part
-from purifyloader.datasets.named import describe, open_dataset
+from purifyloader.datasets.named import ImageFiles, describe, open_dataset
 from purifyloader.datasets.select import Loaded, choose_images, load, read_indices
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.energy import EnergyNetwork
@@ -182,6 +182,26 @@ def _poisoned(choice: Choice, source: _Source, clean: Loaded, indices: Sequence[
     return poisoned
 
 
+def _check_names(source: _Source, poisoned: Dataset[Any], spec: str) -> None:
+    """Refuse a folder whose files have the names of the clean ones, but for some: images would be taken for others."""
+    if not isinstance(source.dataset, ImageFiles) or not isinstance(poisoned, ImageFiles):
+        return
+    clean, got = source.dataset.names(), poisoned.names()
+    missing, more = (sorted({*one} - {*other}) for one, other in ((clean, got), (got, clean)))
+    if clean == got or 2 * len(missing) > len(clean):  # named otherwise: told by their number and their pixels
+        return
+    words = [
+        f"{len(names):,} {what}, the first {names[0]}"
+        for names, what in ((missing, "missing"), (more, "more"))
+        if names
+    ]
+    raise InputError(
+        f"must have the images of {source.what}, by the same names. Got {spec} with "
+        f"{' and '.join(words) or 'some twice'}: fetch it again, or leave the others out of {source.what}.",
+        argument="poisoned",
+    )
+
+
 def _poison(spec: str, choice: Choice, source: _Source, part: Part, root: str) -> tuple[str, NDArray[np.uint8]]:
     """Return a name for people, and the images of a part as an attack, a file or a dataset has them."""
     if is_spec(spec):
@@ -192,6 +212,7 @@ def _poison(spec: str, choice: Choice, source: _Source, part: Part, root: str) -
         made = poison_part(attack, part, source.arrays, choice.seed, **run)
         return (attack.label if attack.file is None else attack.file.name), made.images
     dataset = open_dataset(spec, root, train=False)
+    _check_names(source, dataset, spec)
     if (got := len(dataset)) != part.length:  # type: ignore[arg-type]
         raise InputError(
             f"must have the {part.length} images of {source.what} in the same order. Got {got} in {spec}.",

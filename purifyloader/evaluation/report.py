@@ -7,7 +7,7 @@ from typing import Any
 
 from purifyloader.results.table import plain
 
-__all__ = ["table"]
+__all__ = ["few_changed", "table"]
 
 
 def table(results: Mapping[str, Any]) -> Iterator[str]:
@@ -36,6 +36,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
     if levels[0]["poisoned"]:
         yield ""
         yield "Poisoned: RMS removed (px), share of the pattern left, and whether the removed energy tells poison (AUC)"
+        yield from few_changed({name: each["images"] for name, each in levels[0]["poisoned"].items()}, images["count"])
         names = list(levels[0]["poisoned"])
         heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
         rows = []
@@ -47,6 +48,13 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
                 row += [f"{attack['remaining']['mean']:.3f}", f"{attack['auc']:.3f}"]
             rows.append([f"{level['sigma_px']:.3g} px", *row])
         yield from plain(["noise", "from clean", *heads_], rows)
+
+
+def few_changed(changed: Mapping[str, int], count: int) -> Iterator[str]:
+    """Say which attacks changed some of the images only: what is measured of poisoned images is of these."""
+    for name, number in changed.items():
+        if number < count:
+            yield f"{name} has changed {number:,} of the {count:,} images, and these alone are measured as poisoned."
 
 
 def _calibration(levels: Sequence[Mapping[str, Any]]) -> Iterator[str]:

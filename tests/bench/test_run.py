@@ -537,7 +537,7 @@ def test_some_of_the_data_are_always_the_same(sample):
     assert set(image_hashes(some.train).tolist()) < known
 
 
-def test_tiny_imagenet_as_it_is_distributed(tmp_path):
+def test_tiny_imagenet_as_it_is_distributed(tmp_path, caplog):
     images = pictures(6, 5)
     for i, wnid in enumerate(("n2", "n1")):
         (tmp_path / "train" / wnid / "images").mkdir(parents=True)
@@ -551,6 +551,11 @@ def test_tiny_imagenet_as_it_is_distributed(tmp_path):
         lines.append(f"val_{i}.png\t{wnid}\t0\t0\t1\t1\n")
     (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
     data = load("tiny-imagenet", tmp_path)
+    assert not caplog.text
+    Image.fromarray(images[0]).save(tmp_path / "val" / "images" / "unnamed.png")
+    assert len(load("tiny-imagenet", tmp_path).test) == 3
+    assert "1 files below" in caplog.text
+    assert "the first is images/unnamed.png): those that val_annotations.txt names are" in caplog.text
     assert data.train_labels.tolist() == [0, 1]
     assert data.test_labels.tolist() == [0, 1, 0]
     assert np.array_equal(data.test[0], images[2])

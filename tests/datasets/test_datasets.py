@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -523,6 +524,66 @@ def test_a_folder_is_read_as_torchvision_reads_it_and_what_is_left_out_is_counte
     assert len(open_dataset(str(tmp_path / "data"))) == 15
     assert "8 files below" in caplog.text
     assert "(4 .txt, 2 no suffix, 2 .gif; the first is cat/README)" in caplog.text
+
+
+def in_a_tar(folder: Path) -> str:
+    png = encoded(picture(0))
+    path = write_tar(folder / "a.tar", [("0.png", png), ("README", b""), ("._0.png", b""), ("__meta__/x.json", b"{}")])
+    with tarfile.open(path, "a") as tar:
+        for kind, name in ((tarfile.LNKTYPE, "1.png"), (tarfile.SYMTYPE, "2.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "0.png"
+            tar.addfile(link)
+    return str(path)
+
+
+def beside_tars(folder: Path) -> str:
+    write_tar(folder / "0.tar", [("0.png", encoded(picture(0)))])
+    for name in ("sizes.json", "0.tar.gz", ".hidden"):
+        (folder / name).touch()
+    (folder / "more").mkdir()
+    return str(folder)
+
+
+def among_classes(folder: Path) -> str:
+    (folder / "cat" / "deep").mkdir(parents=True)
+    for name in ("cat/0.png", "cat/deep/1.png", "loose.png"):
+        picture(0).save(folder / name)
+    for name in ("cat/notes.txt", "cat/2.gif", ".hidden"):
+        (folder / name).touch()
+    return "imagefolder"
+
+
+@pytest.mark.parametrize(
+    ("made", "length", "said"),
+    [
+        (in_a_tar, 1, "5 members of .*a.tar are in no sample, the first README"),
+        (beside_tars, 1, r"3 files .* \(1 .gz, 1 no suffix, 1 .json; the first is 0.tar.gz\): the tars that lie right"),
+        (among_classes, 2, r"3 files .* \(1 .gif, 1 .txt, 1 .png; the first is cat/2.gif\): the images in its class"),
+    ],
+    ids=["tar", "folder of tars", "class folders"],
+)
+def test_what_is_not_read_is_counted(made, length, said, tmp_path, caplog):
+    spec = made(tmp_path)
+    spec = "webdataset" if made is beside_tars else spec
+    assert len(open_dataset(spec, tmp_path)) == length
+    assert re.search(said, caplog.text)
+    assert len(caplog.records) == 1
+
+
+def test_nothing_is_said_where_all_is_read(tmp_path, caplog):
+    png = encoded(picture(0))
+    (tmp_path / "cat").mkdir()
+    picture(0).save(tmp_path / "cat" / "0.png")
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", [("0.png", png), ("0.cls", b"1")])
+    assert [len(open_dataset(spec)) for spec in (str(tmp_path / "cat"), str(tmp_path / "tars" / "0.tar"))] == [1, 1]
+    assert len(open_dataset("webdataset", tmp_path / "tars")) == 1
+    (tmp_path / "tars" / "0.tar").rename(tmp_path / "0.tar")
+    (tmp_path / "tars").rmdir()
+    (tmp_path / "0.tar").unlink()
+    assert len(open_dataset("imagefolder", tmp_path)) == 1
+    assert not caplog.text
 
 
 def test_threads_share_a_dataset(tmp_path):

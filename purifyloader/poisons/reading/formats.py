@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ from purifyloader.poisons.reading.own import WRITTEN_BY
 from purifyloader.poisons.reading.request import UNITS, Format, Request
 
 __all__ = ["FORMATS", "read"]
+
+log = logging.getLogger("purifyloader")
 
 FORMATS: dict[str, Format] = {**targeted.FORMATS, **perturbations.FORMATS, **pictures.FORMATS}
 """Every format that is read, by name."""
@@ -64,7 +68,8 @@ def read(
             (H, W, C), a PIL image, a file of one, or a `Target`. It becomes the `target` of the set.
         target_class: what that test image is to be called (of a `Target`, its own label if None); for Narcissus, the
             class that the trigger stands for.
-        count: for Narcissus: how many of its images get the trigger.
+        count: for Narcissus: how many of its images get the trigger. For any other poison: how many images it poisons,
+            which must be so many; it says that a folder without some of the images of `clean` is meant to be.
         seed: for Narcissus, which of them; for AR, the start values.
         mean, std: for Bullseye Polytope and Witches' Brew (std alone): one number a channel by which the file's images
             were normalised; those that the authors took for CIFAR-10 if None.
@@ -119,13 +124,32 @@ def read(
     poisoned = targeted.with_target(FORMATS[name].read(content, request), request)
     # of a file that `write` made of what was read before, the first reading's
     settings = {"format": name, "file": file.name, **poisoned.settings}
+    if name not in _COUNTED or WRITTEN_BY in settings:
+        request.check_count(len(poisoned.poisoned))
     checked = settings.setdefault("checked", checked) and checked
     if request.clean is not None:
         # what `write` made was never cast, and what was dropped was meant to be
         signed = not settings.get("drop_negative", False) and WRITTEN_BY not in settings
         moved = check(poisoned, request.clean, signed=signed) if checked else poisoned.moved(request.clean[0])
         settings["moved"] = moved._asdict()
+        by_design = request.count is not None or name in _OF_A_SHARE or WRITTEN_BY in settings
+        _tell_share(file, poisoned, moved.images, by_design)
     return replace(poisoned, settings=settings)
+
+
+_COUNTED = ("narcissus", "png")  # which look at count= themselves
+_OF_A_SHARE = ("benchmark", "puregen", "bullseye", "witches-brew", "narcissus")  # whose files say which images
+
+
+def _tell_share(file: Path, poisoned: Poisoned, moved: int, by_design: bool) -> None:
+    """Log how many images a poison leaves as they are, for it makes every defence look better."""
+    said, length = len(poisoned.poisoned), len(poisoned)
+    if moved < said:
+        log.warning("%s moves %s of the %s images that it poisons; the rest are clean", file, f"{moved:,}", f"{said:,}")
+    elif moved < length:
+        level = logging.INFO if by_design else logging.WARNING
+        share = f"{moved:,} of the {length:,} images ({100 * moved / length:.3g} %)"
+        log.log(level, "%s poisons %s; the others are as in the clean set", file, share)
 
 
 def _check_fits(name: str, request: Request) -> None:

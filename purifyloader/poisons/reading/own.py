@@ -17,9 +17,12 @@ from purifyloader.poisons.reading.content import describe, integers, read_array
 from purifyloader.poisons.reading.request import Arrays, Request
 from purifyloader.poisons.writing import FORMAT
 
-__all__ = ["WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
+__all__ = ["BESIDE", "WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
 
 WRITTEN_BY = "written_by"  # the setting that names the version that wrote the poison
+BESIDE = ("labels.csv", "poison.json", "poisoned.json", "trigger.npy", "target.npy")
+"""Files of a written folder beside its images."""
+
 _TARGET = ("label", "true_label", "index")
 
 
@@ -44,6 +47,8 @@ def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
+                if row["file"] in labels:
+                    raise ValueError(f"{row['file']} twice")
                 labels[row["file"]] = int(row["label"])
                 if int(row["poisoned"]):
                     poisoned.append(row["file"])
@@ -83,6 +88,8 @@ def _restored(
             raise InputError(
                 f"{expected}, up to version {FORMAT}. Got version {version}: install a later purifyloader."
             )
+        if (said := int(record.get("images", len(arrays[0])))) != len(arrays[0]):
+            raise ValueError(f"{len(arrays[0]):,} of {said:,} images")
         bound = None if record["bound"] is None else Bound(record["bound"]["norm"], float(record["bound"]["epsilon"]))
         aimed = None
         if record["target"] is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.core.decoding import opened_image
+from purifyloader.datasets.named import SUFFIXES, files_below, warn_of_others
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.reading import own
@@ -121,33 +122,56 @@ def _read_raw_bytes(content: Any, request: Request) -> Poisoned:
 def _is_png(content: Any, request: Request) -> bool:
     if not isinstance(content, Folder) or "poisons.pickle" in content.names:
         return False
-    folders = [content.path / name for name in content.names if (content.path / name).is_dir()]
-    return any(name.lower().endswith(".png") for name in content.names) or any(map(_pngs, folders))
-
-
-def _pngs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png")
+    folders = [content.path, *(content.path / name for name in content.names if (content.path / name).is_dir())]
+    return any(path.suffix.lower() == ".png" for folder in folders for path in folder.iterdir())
 
 
 def _read_png(content: Any, request: Request) -> Poisoned:
     if not isinstance(content, Folder):
         raise InputError(f"{request.path} must be a folder of images, <index>.png. Got {describe(content)}.")
-    folder = content.path
+    folder, files = content.path, _images_below(content.path, request)
     if own.is_folder(content.names):
-        return _written(folder, request)
-    top = [folder / name for name in content.names if name.lower().endswith(".png")]
-    inside = [folder / name for name in content.names if (folder / name).is_dir()]
-    if not top and [path.name for path in inside] == ["data"]:  # as AR and TAP lay them
-        folder = folder / "data"
-        top, inside = _pngs(folder), []
-    if top:
-        return _png_by_index(top, request)
-    return _png_by_class(inside, request)
+        return _written(folder, files, request)
+    depths = {len(file.relative_to(folder).parts): str(file.relative_to(folder)) for file in files}
+    if depths.keys() == {2} and {file.parent.name for file in files} == {"data"}:  # as AR and TAP lay them
+        return _png_by_index(files, request)
+    if depths.keys() not in ({1}, {2}):
+        what = "<index>.png, or a folder of them for each class, and not both"
+        raise request.must_hold(what, " and ".join(depths.values()) or "none")
+    return _png_by_index(files, request) if 1 in depths else _png_by_class(folder, files, request)
 
 
-def _written(folder: Path, request: Request) -> Poisoned:
+def _images_below(folder: Path, request: Request) -> list[Path]:
+    """List all .png below a folder; refuse other images, which would stay unread, and count other files."""
+    try:
+        found = sorted(files_below(folder))
+    except OSError as error:
+        raise InputError(f"{folder} must be a folder that can be read, with all below it. Got: {error}.") from None
+    files = [path for path in found if path.suffix.lower() == ".png"]
+    if images := [path for path in found if path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".png"]:
+        twin = " beside a .png of that name" if images[0].with_suffix(".png") in files else ""
+        raise request.must_hold(
+            "its images as .png",
+            f"{len(images):,} others, the first {images[0].relative_to(folder)}{twin}",
+            "remove them, or save them as .png from what they were made of",
+        )
+    known = {folder / name for name in own.BESIDE}
+    others = [path for path in found if path.suffix.lower() != ".png" and path not in known]
+    warn_of_others(folder, others, "the images of a poison are, .png")
+    return files
+
+
+def _written(folder: Path, found: list[Path], request: Request) -> Poisoned:
     labels, poisoned = own.labels_of(folder)
     files = {name: folder / name for name in labels}
+    named, there = {*files.values()}, {*found}
+    for what, got, paths in (
+        ("all images of its labels.csv", "missing", named - there),
+        ("no images but those of its labels.csv", "more", there - named),
+    ):
+        if paths:
+            first = ", ".join(str(path.relative_to(folder)) for path in sorted(paths)[:5])
+            raise request.must_hold(what, f"{len(paths):,} {got}, the first {first}", "write it anew")
     places = _indices(list(files.values()))
     if places is None or sorted(places.tolist()) != list(range(len(files))) or not files:
         raise InputError(f"{folder / 'labels.csv'} must name <index>.png from 0 on. Got {describe(list(labels)[:3])}.")
@@ -169,8 +193,7 @@ def _png_by_index(files: list[Path], request: Request) -> Poisoned:
     )
     indices = _indices(files)
     if indices is None:
-        odd = next((p.name for p in files if not p.stem.isdecimal()), "two of one number")
-        raise request.must_hold("<index>.png, the place of each image in the clean training set", odd)
+        raise request.must_hold("<index>.png, the place of each image in the clean training set", _odd(files))
     if int(indices.max()) >= len(labels):
         what = f"<index>.png for the {len(labels):,} images of clean="
         raise request.must_hold(what, f"{indices.max()}.png", "give the set that the poison was made from")
@@ -180,27 +203,34 @@ def _png_by_index(files: list[Path], request: Request) -> Poisoned:
 def _placed(
     request: Request, files: list[Path], labels: list[int] | NDArray[np.int64], indices: NDArray[np.int64]
 ) -> Poisoned:
+    if int(indices.max()) < len(request.need_clean()[0]):  # `indexed` says what is wrong with others
+        request.check_covers(indices)
     found = indexed(request, _decoded(files), labels, indices, "images")
     return full(request, found.images, found.labels, "images")
 
 
-def _png_by_class(folders: list[Path], request: Request) -> Poisoned:
-    names = [path.name for path in folders]
+def _png_by_class(folder: Path, files: list[Path], request: Request) -> Poisoned:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     numbered = all(name.isdecimal() for name in names)
-    files: list[Path] = []
-    labels: list[int] = []
-    for place, folder in enumerate(folders):
-        inside = _pngs(folder)
-        files += inside
-        labels += [int(folder.name) if numbered else place] * len(inside)
-    if not files:
-        raise request.must_hold("<index>.png, or a folder of them for each class", ", ".join(names[:5]))
+    full_folders = {path.parent.name for path in files}
+    if not numbered and (empty := [name for name in names if name not in full_folders]):
+        what = "an image in each class folder, whose places give the labels"
+        raise request.must_hold(what, f"none in {', '.join(empty[:5])}", "remove such a folder, or fetch it again")
+    labels = [int(path.parent.name) if numbered else names.index(path.parent.name) for path in files]
     indices = _indices(files)
     if request.clean is not None:
         if indices is None:
             what = "<index>.png in its class folders to be compared with clean="
-            raise request.must_hold(what, files[0].name, "leave clean= away")
+            raise request.must_hold(what, _odd(files), "leave clean= away")
         return _placed(request, files, labels, indices)
+    if indices is not None and int(indices.max() - indices.min()) >= len(indices):
+        gaps = np.setdiff1d(np.arange(int(indices.min()), int(indices.max())), indices)
+        raise request.must_hold(
+            f"every image from {indices.min()}.png to {indices.max()}.png",
+            f"{len(indices):,}: {len(gaps):,} are missing, the first {', '.join(map(str, gaps[:5]))}",
+            "fetch it again, or give clean= and count= if these are all that it poisons",
+        )
+    request.check_count(len(files))
     images, given = _decoded(files), np.asarray(labels, np.int64)
     if indices is not None:
         order = np.argsort(indices)
@@ -214,6 +244,19 @@ def _indices(files: list[Path]) -> NDArray[np.int64] | None:
         return None
     indices = np.array([int(path.stem) for path in files], np.int64)
     return indices if len(np.unique(indices)) == len(indices) else None
+
+
+def _odd(files: list[Path]) -> str:
+    """Name a file without a number, or two of one number, such as 12.png and 012.png."""
+    named: dict[int, Path] = {}
+    for path in files:
+        if not path.stem.isdecimal():
+            return path.name
+        if (other := named.setdefault(int(path.stem), path)) is not path:
+            return f"{other.name} and {path.name}, two of one number" + f" in {path.parent.name}" * (
+                other.name == path.name
+            )
+    return "none"
 
 
 def _decoded(files: list[Path]) -> NDArray[np.uint8]:

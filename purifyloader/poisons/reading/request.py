@@ -29,6 +29,8 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 UNITS = {"unit": 1.0, "minus-one-to-one": 0.5, "bytes": 1 / 255}
 """Value of 1 of a perturbation in units of [0, 1] images, by the range of the images that it is made for."""
 
+_SHARE = 0.1  # of a set at most that an attack poisons by design, where nothing says that it does
+
 _CHUNK = 1024  # images made 8-bit together, which bounds memory
 
 
@@ -37,6 +39,7 @@ class Request:
     """A `Request` is a path and the options of `read` for it, checked.
 
     Attributes:
+        count: of images that get the trigger of Narcissus; of any other poison, that are poisoned.
         units: of perturbations in an .npy file, a key of `UNITS`.
         places: where `clean` is a part of the clean set: the whole set's length, and the place of each image in it.
     """
@@ -66,6 +69,34 @@ class Request:
                 "(images uint8 (N, H, W, C), labels), in the order that the poison was made for."
             )
         return self.clean
+
+    def check_count(self, poisoned: int) -> None:
+        """Refuse a poison of another number of images than `count` says."""
+        if self.count not in (None, poisoned):
+            raise self.must_hold(
+                f"{self.count:,} poisoned images, as count= says", f"{poisoned:,}", "give the right one"
+            )
+
+    def check_covers(self, indices: NDArray[np.int64]) -> None:
+        """Refuse images whose names are their places if some are plainly missing, for these would stay clean.
+
+        A few, scattered over the set, are an attack on a share of it, and so are as many as `count` says.
+        """
+        length = len(self.need_clean()[0])
+        self.check_count(len(indices))
+        if self.count is not None or len(indices) == length:
+            return
+        # what a copy leaves that was cut off, in the order of the numbers or of the names
+        begun = (range(len(indices)), map(int, sorted(map(str, range(length)))[: len(indices)]))
+        is_cut_off = any({*indices.tolist()} == {*first} for first in begun)
+        if len(indices) > _SHARE * length or is_cut_off:
+            missing = np.setdiff1d(np.arange(length), indices)
+            raise self.must_hold(
+                f"all {length:,} images of clean=, or say how many it poisons",
+                f"{len(indices):,}: {len(missing):,} are missing, the first {', '.join(map(str, missing[:5]))}, and "
+                "would stay clean",
+                f"fetch it again, or give count={len(indices)} if it poisons no others",
+            )
 
     def bound_or(self, known: Bound | None) -> Bound | None:
         return known if self.bound is None else self.bound
