@@ -180,8 +180,8 @@ def _changed(rows: Sequence[Row]) -> list[str]:
     few = {attack: (min(numbers), max(numbers)) for attack, numbers in sorted(counts.items()) if min(numbers) < images}
     if not few:
         return []
-    shown = [f"{attack} {low:,}{f' to {high:,}' if high > low else ''}" for attack, (low, high) in few.items()]
-    return [f"Not all of the {images:,} training images are changed, the rest are clean: by {', '.join(shown)}."]
+    shown = [f"{low:,}{f' to {high:,}' if high > low else ''} by {attack}" for attack, (low, high) in few.items()]
+    return [f"Not all of the {images:,} training images are changed, and the rest are clean: {', '.join(shown)}."]
 
 
 def _most(results: Mapping[tuple[str, str], Cell]) -> int:

@@ -261,7 +261,7 @@ def test_the_table_of_a_bench_says_how_many_images_are_changed() -> None:
         return row(attack, "none", 50.0, seed=seed, attack_moves={"images": images})
 
     text = markdown([moved("none", 0), moved("lsp", 4000), moved("p", 3920), moved("few", 9), moved("few", 12, 1)])
-    said = "Not all of the 4,000 training images are changed, the rest are clean: by few 9 to 12, p 3,920."
+    said = "Not all of the 4,000 training images are changed, and the rest are clean: 9 to 12 by few, 3,920 by p."
     assert said in text
     assert "Not all" not in markdown([moved("none", 0), moved("lsp", 4000)])
 
