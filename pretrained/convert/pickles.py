@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.pickles import Implausible, check_archive, check_torch
 from purifyloader.pretrained.registry import listed
 
 __all__ = ["read_file"]
 
 _AGAIN = "Download it again."
+_LOOKED_AT = 1_000_000  # instructions of a pickle that is refused, for the names in them
 _WHOLE = "a whole file of torch.save"
 
 # Names that torch's reader takes: they are no reason for a refusal and not named as one.
@@ -33,7 +36,7 @@ _PLAIN = re.compile(
     r"torch\.device|torch\.dtype|torch\.(?:[a-z]*\d+|float|double|half|long|int|short|bool)|"
     r"torch\.storage\.\w+|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
 )
-_GLOBAL = re.compile(r"(?:GLOBAL|[Gg]lobal) ([\w.]+)")
+_GLOBAL = re.compile(r"(?:GLOBAL|[Gg]lobal) (\w+\.[\w.]+)")
 
 
 def read_file(path: Path) -> Any:
@@ -67,6 +70,7 @@ def read_file(path: Path) -> Any:
     elif head.startswith(b"PK\x03\x04"):
         raise _error(path, _WHOLE, f"{path.stat().st_size:,} bytes of an archive whose end is missing: cut short")
     try:
+        check_torch(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols that it may not know: it says so in an error, too
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -81,6 +85,7 @@ def _error(path: Path, wanted: str, got: str, advice: str = _AGAIN) -> Checkpoin
 def _check_archive(path: Path) -> None:
     """Check an archive of torch.save, every byte of it: torch itself does not look at the checksums."""
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if any(name.endswith("/constants.pkl") for name in names):
@@ -98,8 +103,8 @@ def _check_archive(path: Path) -> None:
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
-    wanted = list(dict.fromkeys([*_GLOBAL.findall(str(error)), *_wanted(path)]))
-    wanted = [name for name in wanted if not _PLAIN.fullmatch(name)]
+    names = list(_wanted(path)) or _GLOBAL.findall(str(error))
+    wanted = [name for name in dict.fromkeys(names) if not _PLAIN.fullmatch(name)]
     if any(name.startswith("torch_utils.persistence.") for name in wanted):
         return CheckpointError(
             f"{path} must hold weights only. Got a pickle of EDM or StyleGAN ({listed(wanted)}), which holds the "
@@ -114,6 +119,8 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
         )
     text = " ".join(str(error).split()) or type(error).__name__
     short = isinstance(error, EOFError) or "EOF" in text or "Ran out of input" in text
+    if isinstance(error, Implausible) and not short:
+        return _error(path, _WHOLE, f"{path.stat().st_size:,} bytes that ask for too much: {text}")
     what = "that end too early: cut short" if short else "that torch cannot read as weights: damaged, or another format"
     return _error(path, _WHOLE, f"{path.stat().st_size:,} bytes {what}")
 
@@ -138,7 +145,7 @@ def _wanted(path: Path) -> Iterator[str]:
 def _globals(file: BinaryIO | Any) -> Iterator[str]:
     memo: dict[int, Any] = {}
     strings: list[Any] = []  # what was pushed last, strings as they are and anything else as None
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in islice(pickletools.genops(file), _LOOKED_AT):
         name = opcode.name
         if name in ("GLOBAL", "INST"):
             yield str(argument).replace(" ", ".", 1)

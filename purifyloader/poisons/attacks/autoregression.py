@@ -19,6 +19,7 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.errors import InputError
+from purifyloader.files.pickles import check_torch
 from purifyloader.poisons.attacks import additive
 from purifyloader.poisons.attacks.additive import Draw, Images, Integers, as_labels, purpose_keys
 from purifyloader.poisons.attacks.choice import Victims, on_chosen_images
@@ -154,6 +155,7 @@ def read_ar_coefficients(path: str | Path) -> Tensor:
     """
     path = Path(path)
     try:
+        check_torch(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

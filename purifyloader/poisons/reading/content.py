@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
+from purifyloader.files.pickles import check_archive
 from purifyloader.poisons.reading.unpickling import read_pickle, read_torch
 
 __all__ = ["Folder", "as_number_array", "describe", "integers", "open_content", "read_array"]
@@ -67,6 +69,7 @@ def read_array(path: Path) -> NDArray[Any]:
 
 def _read_archive(path: Path) -> Any:
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             damaged = archive.testzip()  # torch does not look at the checksums
@@ -75,6 +78,10 @@ def _read_archive(path: Path) -> Any:
         if any(name.endswith("data.pkl") for name in names):
             return read_torch(path)
         if names and all(name.endswith(".npy") for name in names):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    with archive.open(member) as stream:
+                        _check_header(stream, member.file_size)
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
     except InputError:
@@ -85,6 +92,15 @@ def _read_archive(path: Path) -> Any:
         f"{path} must be a poison file. Got an archive with {', '.join(names[:5]) or 'nothing'}: unpack it, and give "
         "what is in it."
     )
+
+
+def _check_header(stream: Any, size: int) -> None:
+    """Raise `ValueError` for an array that declares more numbers than its file has."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"it declares {dtype} {shape}, in {size:,} bytes")
 
 
 def as_number_array(value: Any) -> NDArray[Any] | None:

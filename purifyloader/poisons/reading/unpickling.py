@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
+from purifyloader.files.pickles import check_pickle, check_torch
 
 __all__ = ["Picture", "read_pickle", "read_torch"]
 
@@ -181,6 +182,8 @@ def read_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
+            check_pickle(file, path.stat().st_size)
+            file.seek(0)
             return _Unpickler(file).load()
     except Exception as error:  # pickles that are no pickles raise anything
         raise _refusal(path, error) from None
@@ -196,6 +199,7 @@ def read_torch(path: Path) -> Any:
 
 def _load_torch(file: Path | io.BytesIO) -> Any:
     # torch's own reader of weights runs nothing; to what it knows are added images and arrays, by name
+    check_torch(file)
     added: list[Any] = [(value, name) for name, value in {**_PILLOW, **_NUMPY}.items()]
     with warnings.catch_warnings(), torch.serialization.safe_globals(added):
         warnings.simplefilter("ignore")  # of protocols that it may not know: it says so in an error, too
