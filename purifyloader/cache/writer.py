@@ -117,6 +117,18 @@ class CacheWriter:
         if self.version == fmt.FORMER:
             raise fmt.no_more_of(self.folder, f"lacks {shard.file}, or has it damaged")
 
+    def header(self, shard: Shard) -> ShardHeader | None:
+        """Read the header of a shard's file; None where it is missing or damaged. The images need not be right."""
+        path, good = self.folder / shard.file, self._good.get(shard.number)
+        try:
+            header = good.header if good is not None and good.stat == _stat(path) else fmt.read_shard_header(path)
+        except fmt.OtherVersionError:
+            raise
+        except (CacheError, OSError):
+            return None
+        self._check_same(shard.file, header)
+        return replace(header, targets=None) if header.shard == shard else None
+
     def present(self, names: Sequence[str] | None = None) -> int:
         """Count the images in the shards whose files are there, verified or not: for progress."""
         there = set(os.listdir(self.folder) if names is None else names)

@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_device(cache)
     cache.add_argument("--workers", type=int, help="processes that read, for each that purifies")
     add_threads(cache, "its share of the cores")
-    words = "images of each finished shard that are compared with the source when going on (default: 16)"
+    words = "images of each shard made by another process or run that are compared with the source (default: all)"
     cache.add_argument("--check-source", metavar="N|all", help=words)
     cache.add_argument("--rank", type=int, help="number of this process, where no launcher says so")
     cache.add_argument("--world-size", type=int, help="number of all processes")
@@ -62,7 +62,6 @@ def run(options: argparse.Namespace) -> int:
     from purifyloader.core.devices import device_of_process
     from purifyloader.datasets.named import ImageFiles, open_dataset
     from purifyloader.purified.filling import place, precompute
-    from purifyloader.purified.ondemand import CHECKED
 
     show(logging.WARNING if options.quiet else logging.INFO)
     rank, world_size = place(options.rank, options.world_size)
@@ -86,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         device=device,
         workers=(0 if device.type == "cpu" else min(8, share - 1)) if options.workers is None else options.workers,
-        check_source=CHECKED if options.check_source is None else _amount(options.check_source),
+        check_source=True if options.check_source is None else _amount(options.check_source),
         image_key=_key(options.image_key),
         rank=rank,
         world_size=world_size,

@@ -5,6 +5,11 @@ configuration, seed, source, kind of device). So it does not matter who makes it
 how many interruptions. Each process starts with every `world_size`-th shard, then helps with what is left;
 a lock on the shard's name keeps two from making the same one, and the system takes the lock away from a
 process that dies. No process ever waits for another, except at the very end for the shards still in work.
+
+Nor does any process trust another one. The first claims the folder for its configuration, and others are refused. A
+shard that was made elsewhere counts once its source hashes are those of one's own source: each process reads, beside
+what it purifies, what the others have purified, and only then writes the index or returns. So processes that see the
+dataset in another order end with an error, and never with a cache.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +30,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from purifyloader.cache import format as fmt
-from purifyloader.cache.format import Layout, Shard
+from purifyloader.cache.format import Layout, Shard, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.checks import as_integer
@@ -35,15 +41,16 @@ from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.locks import Lock
 from purifyloader.purified import plans
 from purifyloader.purified.job import Job, check_arguments, placed
-from purifyloader.purified.ondemand import CHECKED, Filling, GrowingShard
+from purifyloader.purified.ondemand import Filling, GrowingShard
 from purifyloader.purified.progress import Progress
-from purifyloader.purified.reading import class_of, read_batches
+from purifyloader.purified.reading import Comparison, class_of, read_batches
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import Purifier
 
 log = logging.getLogger(__name__)
 
 _AHEAD = 2  # batches read before they are needed
+_GLIMPSE = 4  # samples of a shard that has just appeared, which are compared at once: another order is seen early
 
 
 def precompute(
@@ -58,7 +65,7 @@ def precompute(
     encoding: str = "auto",
     device: Any = None,
     workers: int = 0,
-    check_source: bool | int = CHECKED,
+    check_source: bool | int = True,
     image_key: ImageKey = None,
     rank: int | None = None,
     world_size: int | None = None,
@@ -82,8 +89,10 @@ def precompute(
         encoding: "raw" for images of one size, "png" (lossless) for any, "auto" decides by 64 of the images.
         device: where to purify; by default where the purifier is.
         workers: processes that read the dataset; 0 reads in a thread.
-        check_source: of each shard that an earlier run has made, how many images, drawn at random, are compared
-            with the source; True all of them, False none.
+        check_source: of each shard that another process or an earlier run has made, how many images and targets are
+            compared with the source, which reads it once more. A number of them, drawn at random, or False, none,
+            takes the word of whoever made it: where that one saw the dataset in another order, images are missing
+            from the cache and others are in it twice.
         rank, world_size: which of how many processes this is; by default from the launcher's environment
             variables RANK and WORLD_SIZE, else 0 of 1.
         allow_mixed_devices: go on with shards that another kind of device made.
@@ -108,6 +117,8 @@ def precompute(
             f"This {type(dataset).__name__} compensates, and a cache would hold one draw of it for ever. Give the "
             "dataset inside it, and compensate= when the cache is read."
         )
+    if not isinstance(check_source, bool):
+        check_source = as_integer("check_source", check_source, 0)
     seed, draws = as_integer("seed", seed, -(2**63)), as_integer("draws", draws, 1)
     batch_size, workers = as_integer("batch_size", batch_size, 1), as_integer("workers", workers, 0)
     if plan is not None:
@@ -220,13 +231,13 @@ def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int =
 def _finish(crew: _Crew, filling: Filling) -> None:
     writer = filling.writer
     while True:
-        for shard in writer.shards:
-            while not (writer.folder / shard.file).exists():
-                # in work elsewhere, unless that process has died
-                with writer.lock(shard):
+        while left := filling.unsettled():
+            crew.compare(left)
+            crew.work([shard for shard in left if writer.header(shard) is None])
+            if left := filling.unsettled():
+                with writer.lock(left[0]):  # in work elsewhere, unless that process has died
                     pass
-                crew.work([shard])
-        if writer.is_finished(filling.plan):
+        if writer.is_finished(filling.plan) and not filling.unsettled():
             if writer.has_litter():  # of this run, or of one that was killed before it could tidy up
                 with suppress(CacheError), Lock(writer.folder, fmt.INDEX_FILE) as lock:  # it may be read-only by now
                     writer.tidy(lock)
@@ -234,6 +245,22 @@ def _finish(crew: _Crew, filling: Filling) -> None:
         if not (lacking := filling.finish()):
             return
         crew.work(lacking)
+        for shard in lacking:
+            with writer.lock(shard):
+                pass
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A shard to be made, holding its lock, or to be compared with the source."""
+
+    shard: Shard
+    header: ShardHeader | None = None  # of a shard to be compared
+    comparison: Comparison | None = None
+    whole: bool = True  # False for a glimpse at a few samples
+
+    def batches(self, size: int) -> list[list[int]]:
+        return self.shard.batches(size) if self.comparison is None else self.comparison.batches(size)
 
 
 class _Crew:
@@ -242,13 +269,19 @@ class _Crew:
     def __init__(self, filling: Filling, workers: int) -> None:
         self.filling, self.job, self.writer = filling, filling.job, filling.writer
         self.workers = workers
-        self._made: set[int] = set()
+        self.compared = 0  # images
+        self._glimpsed: set[int] = set()
 
     def work(self, shards: Sequence[Shard]) -> None:
         """Make those of `shards` that are not there and that nobody else is making."""
-        stop = threading.Event()
-        locks: dict[int, Lock] = {}
-        claims = self._claims(shards, locks, stop)
+        stop, locks = threading.Event(), dict[int, Lock]()
+        self._run(self._claims(shards, locks, stop), locks, stop)
+
+    def compare(self, shards: Sequence[Shard]) -> None:
+        """Compare the source with what those of `shards` that are there were made from."""
+        self._run(self._comparisons(shards), {}, threading.Event())
+
+    def _run(self, claims: Iterator[_Work], locks: dict[int, Lock], stop: threading.Event) -> None:
         first = next(claims, None)
         if first is None:
             return
@@ -268,39 +301,53 @@ class _Crew:
             for lock in list(locks.values()):
                 lock.release()
 
-    def _claims(self, shards: Sequence[Shard], locks: dict[int, Lock], stop: threading.Event) -> Iterator[Shard]:
+    def _claims(self, shards: Sequence[Shard], locks: dict[int, Lock], stop: threading.Event) -> Iterator[_Work]:
         for shard in shards:
             if stop.is_set():
                 return
             if self.writer.is_done(shard):
-                self._compare(shard)
+                yield from self._comparisons([shard])
                 continue
             self.writer.check_may_make(shard)
             self.writer.claim()
+            yield from self._glimpses()
             lock = self.writer.lock(shard)
             if not lock.acquire(wait=False):
                 continue
             if self.writer.is_done(shard):  # made between the look and the lock
                 lock.release()
+                yield from self._comparisons([shard])
                 continue
             locks[shard.number] = lock
-            self._made.add(shard.number)
             self.writer.tidy_shard(shard, lock)
-            yield shard
+            yield _Work(shard)
 
-    def _compare(self, shard: Shard) -> None:
-        """Compare the source of a shard that an earlier run has made with the source now."""
-        if shard.number not in self._made:
-            self._made.add(shard.number)
-            self.filling.compare(shard)
+    def _comparisons(self, shards: Sequence[Shard]) -> Iterator[_Work]:
+        for shard in shards:
+            header = self.writer.header(shard)
+            if header is not None and not self.filling.agrees(header):
+                self._glimpsed.add(shard.number)
+                yield _Work(shard, header, self.filling.comparison(header))
 
-    def _read(self, claims: Iterator[Shard], ready: queue.Queue[Any], stop: threading.Event) -> None:
-        order: deque[tuple[Shard, list[int]]] = deque()
+    def _glimpses(self) -> Iterator[_Work]:
+        """Look at one shard that others have made since, before hours are spent on a folder that cannot be finished."""
+        there = set(os.listdir(self.writer.folder))
+        for shard in self.writer.shards:
+            if shard.file not in there or shard.number in self._glimpsed:
+                continue
+            self._glimpsed.add(shard.number)
+            header = self.writer.header(shard)
+            if header is not None and not self.filling.agrees(header):
+                yield _Work(shard, header, self.filling.comparison(header, _GLIMPSE), whole=False)
+                return
+
+    def _read(self, claims: Iterator[_Work], ready: queue.Queue[Any], stop: threading.Event) -> None:
+        order: deque[tuple[_Work, list[int]]] = deque()
 
         def batches() -> Iterator[list[int]]:
-            for shard in claims:
-                for positions in shard.batches(self.filling.batch_size):
-                    order.append((shard, positions))
+            for work in claims:
+                for positions in work.batches(self.filling.batch_size):
+                    order.append((work, positions))
                     yield positions
 
         def put(item: Any) -> None:
@@ -330,7 +377,13 @@ class _Crew:
                     raise item
                 finally:
                     del item  # its traceback leads back here, and would keep the loader's processes alive
-            shard, positions, reads = item
+            work, positions, reads = item
+            shard = work.shard
+            if work.comparison is not None:
+                self.compared += len(positions)
+                if work.comparison.add(positions, reads):
+                    self.filling.settle(work.header, work.comparison, whole=work.whole)
+                continue
             if making is None:
                 making = GrowingShard(self.job, shard)
             making.add(positions, reads)
@@ -338,15 +391,15 @@ class _Crew:
             if len(making.reads) == shard.count:
                 if written is not None:
                     written.result()  # one shard in work and one being written, never more
-                written = writing.submit(_written, making, self.writer, locks.pop(shard.number))
+                written = writing.submit(_written, making, self.filling, locks.pop(shard.number))
                 making = None
         if written is not None:
             written.result()
 
 
-def _written(making: GrowingShard, writer: CacheWriter, lock: Lock) -> None:
+def _written(making: GrowingShard, filling: Filling, lock: Lock) -> None:
     try:
-        making.write(writer)
+        filling.write(making)
     finally:
         lock.release()
 

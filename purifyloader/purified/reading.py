@@ -155,39 +155,72 @@ def converted(
     ]
 
 
+class Comparison:
+    """Compare a source, sample by sample, with the hashes that were taken of its samples from `start` on, (N, 2).
+
+    `amount` is True for all of them, else how many, drawn at random.
+    """
+
+    def __init__(self, recorded: NDArray[np.uint64], amount: bool | int, start: int = 0) -> None:
+        length = len(recorded)
+        self.count = length if amount is True else min(as_integer("check_source", amount, 0), length)
+        # from the system's entropy: who tampers with a source must not know where one looks
+        drawn = np.random.default_rng().choice(length, self.count, False) if self.count < length else np.arange(length)
+        self._positions = [start + i for i in sorted(drawn.tolist())]
+        self._recorded, self._start = recorded, start
+        self._left = self.count
+        self._differing: dict[int, NDArray[np.bool_]] = {}
+
+    def batches(self, size: int) -> list[list[int]]:
+        """List the positions of the samples to be compared, in batches."""
+        return [self._positions[at : at + size] for at in range(0, self.count, size)]
+
+    def add(self, positions: Sequence[int], reads: Sequence[Read]) -> bool:
+        """Compare what was read at some of them; say whether all are compared by now."""
+        hashes = np.stack([read.hashes for read in reads])
+        wrong = hashes != self._recorded[np.array(positions) - self._start]
+        self._differing.update({i: w for i, w in zip(positions, wrong, strict=True) if w.any()})
+        self._left -= len(positions)
+        return not self._left
+
+    def in_words(self) -> str | None:
+        """Say how much differs, and where first; None where all agree."""
+        if not self._differing:
+            return None
+        first, wrong = next(iter(self._differing.items()))
+        where = " and ".join(name for name, w in zip(("image", "targets"), wrong, strict=True) if w)
+        some = ", ".join(map(str, list(self._differing)[:4])) + (", ..." if len(self._differing) > 4 else "")
+        all_of_them = f" They are {some}." if len(self._differing) > 1 else ""
+        return (
+            f"differs in {len(self._differing)} of {self.count} samples compared, first in the {where} of sample "
+            f"{first}.{all_of_them}"
+        )
+
+
 def check_source(
     reader: SampleReader,
     recorded: NDArray[np.uint64],
     amount: bool | int,
     folder: Path,
     *,
-    start: int = 0,
     batch_size: int = 256,
     seen: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Compare a source with the hashes that were taken of its samples from `start` on, (N, 2), when a cache was made.
+    """Compare a source with the hashes that were taken of its samples, (N, 2), when a cache was made.
 
-    `amount` is True for all of them, else how many, drawn at random; `seen` is called after each batch with how many
-    were compared. Raises `CacheError` of the cache in `folder`, which names the first sample that differs.
+    `amount` is as in `Comparison`; `seen` is called after each batch with how many were compared. Raises `CacheError`
+    of the cache in `folder`, which names the first sample that differs.
     """
-    length = len(recorded)
-    count = length if amount is True else min(as_integer("check_source", amount, 0), length)
-    # from the system's entropy: who tampers with a source must not know where one looks
-    drawn = range(length) if count == length else sorted(np.random.default_rng().choice(length, count, False).tolist())
-    differing: dict[int, NDArray[np.bool_]] = {}
+    comparison = Comparison(recorded, amount)
     with random_state_kept():
-        for at in range(0, count, batch_size):
-            part = list(drawn[at : at + batch_size])
-            hashes = np.stack([read.hashes for read in reader.read([start + i for i in part])])
-            differing.update({i: w for i, w in zip(part, hashes != recorded[part], strict=True) if w.any()})
-            seen(len(part))
-    if differing:
-        first, wrong = next(iter(differing.items()))
-        where = " and ".join(name for name, w in zip(("image", "targets"), wrong, strict=True) if w)
+        for positions in comparison.batches(batch_size):
+            comparison.add(positions, reader.read(positions))
+            seen(len(positions))
+    if (words := comparison.in_words()) is not None:
         raise CacheError(
-            f"The cache {folder} must have been made from the source that it is used with. Got one that differs in "
-            f"{len(differing)} of {count} samples compared, first in the {where} of sample {start + first}. Give the "
-            "dataset that the cache was made from, or precompute into another folder."
+            f"The cache {folder} must have been made from the source that it is used with. Got one that {words} Give "
+            "the dataset that the cache was made from, in the same order (sort what it lists, seed what it shuffles), "
+            "or precompute into another folder."
         )
 
 

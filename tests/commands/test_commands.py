@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -231,9 +232,10 @@ def test_an_option_has_one_default_and_one_type_everywhere():
 
 
 def test_a_default_that_torch_keeps_is_the_one_of_the_help():
-    from purifyloader.purified.ondemand import CHECKED
+    from purifyloader.purified.filling import precompute
 
-    assert options_of("precompute")["--check-source"].help.endswith(f"(default: {CHECKED})")
+    assert inspect.signature(precompute).parameters["check_source"].default is True
+    assert options_of("precompute")["--check-source"].help.endswith("(default: all)")
 
 
 DOORS = {
