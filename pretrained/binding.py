@@ -8,6 +8,7 @@ copies, pickles, casts and further training.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 
 __all__ = ["bind", "check_bound", "remember"]
+
+log = logging.getLogger("purifyloader")
 
 _CLAIMS = ("image_hashes", "images_sha256", "indices")  # details that name images learned from
 _BOUND = "weights_sha256"
@@ -49,7 +52,13 @@ def bind(details: Mapping[str, Any], model: nn.Module, network: nn.Module) -> di
     Raises:
         InputError: they are of other weights, or name fewer images than `network`, which is the model's, began with.
     """
+    origin = getattr(network, _ORIGIN, None)
     if not (_BOUND in details or any(name in details for name in _CLAIMS)):
+        if origin is not None and origin["claims"]:
+            log.warning(
+                "saved without the images that the model's checkpoint names: it no longer says what it learned from. "
+                "Give its details to keep them"
+            )
         return dict(details)
     weights = weights_sha256(model, torch.float32)
     if (described := details.get(_BOUND, weights)) != weights:
@@ -57,7 +66,7 @@ def bind(details: Mapping[str, Any], model: nn.Module, network: nn.Module) -> di
             f"details must be of the model that is saved. Got those of the weights {str(described)[:16]} for a model "
             f"of {weights[:16]}. Give what these learned from and the weights that they started from, or {_LEAVE_OUT}."
         )
-    origin, claims = getattr(network, _ORIGIN, None), _claims(details)
+    claims = _claims(details)
     if origin is not None and weights != origin[_BOUND]:
         if _started_from(details) != origin[_BOUND]:
             raise InputError(

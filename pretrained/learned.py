@@ -121,6 +121,11 @@ class Learned:
     doubtful: frozenset[int] = frozenset()  # indices that a model may have learned from, as far as numbers go
     silent: tuple[str, ...] = ()  # the models that do not say, or not all
 
+    @property
+    def is_known(self) -> bool:
+        """Whether every model says what it learned from: else a count of 0 images that it did means nothing."""
+        return not self.silent
+
     def has(self, sample: Any, size: int | None = None) -> bool:
         """Tell whether a model learned from the image of a sample, as it is or as it was resized for training.
 

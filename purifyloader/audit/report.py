@@ -95,6 +95,8 @@ def in_words(results: Mapping[str, Any]) -> Iterator[str]:
             f"Caution: the data has {sizes_in_words(shapes[0])}, the reference {sizes_in_words(shapes[1])}. Energies "
             "of different sizes do not compare, and this may be all that is unusual: give a size to bring all to."
         )
+    if not all(results[name].get("trained_on_known", True) for name in ("data", "reference")):
+        yield "Caution: it is not known whether the model was trained on some of these images, which lowers energies."
     if same := comparison["same_images"]:
         yield f"Caution: {same:,} images of the data are in the reference too, which makes the two look alike."
 

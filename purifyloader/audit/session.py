@@ -124,7 +124,8 @@ def _data(
             "roughly, and this is slow: give a size to bring all to."
         )
     _tell_trained_on(learned, data)
-    return data, {"description": describe(settings.data, settings.split), "length": length, "trained_on": data.learned}
+    seen = {"trained_on": data.learned, "trained_on_known": learned.is_known}
+    return data, {"description": describe(settings.data, settings.split), "length": length, **seen}
 
 
 def _tell_trained_on(learned: Learned, data: DatasetEnergies) -> None:
@@ -158,4 +159,5 @@ def _reference(settings: Settings, energy: EnergyNetwork, progress: bool) -> tup
     length = len(dataset)  # type: ignore[arg-type]
     tell_learned(learned, indices, left_out, length, what)
     described = describe(settings.clean, settings.clean_split)
-    return reference, {"description": described, "length": length, "trained_on_left_out": left_out}
+    seen = {"trained_on_left_out": left_out, "trained_on_known": learned.is_known}
+    return reference, {"description": described, "length": length, **seen}

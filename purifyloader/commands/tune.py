@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +125,7 @@ def _data(options: argparse.Namespace, models: Models, count: int) -> tuple[Tens
     """Read as many images of the dataset as there are clean ones, at random, and describe them."""
     from purifyloader.datasets.named import describe, open_dataset
     from purifyloader.datasets.select import choose, load
+    from purifyloader.evaluation.inputs import tell
     from purifyloader.pretrained.learned import learned_images
 
     if options.data is None:
@@ -139,13 +139,14 @@ def _data(options: argparse.Namespace, models: Models, count: int) -> tuple[Tens
     images = load(dataset, indices, models.channels, options.size, progress, "--data").images
     learned = learned_images(models.specs, dataset, options.data, models.channels, progress)
     if trained_on := sum(learned.has(dataset[index], options.size) for index in indices):
-        print(
-            f"purifyloader: note: the model was trained on {trained_on:,} of the {len(indices):,} images chosen from "
-            "--data, which it purifies better than others.",
-            file=sys.stderr,
+        tell(
+            f"note: the model was trained on {trained_on:,} of the {len(indices):,} images chosen from --data, which "
+            "it purifies better than others."
         )
-    description = describe(options.data, options.split)
-    return images, {"description": description, "length": length, "indices": indices, "trained_on": trained_on}
+    elif not learned.is_known:
+        tell(f"note: {' and '.join(learned.silent)} does not say which images it was trained on: --data may have some.")
+    seen = {"trained_on": trained_on, "trained_on_known": learned.is_known}
+    return images, {"description": describe(options.data, options.split), "length": length, "indices": indices, **seen}
 
 
 def pasted(level: Mapping[str, Any], options: argparse.Namespace, names: Mapping[str, str | None]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from purifyloader.dynamics.tuning import COMPENSATED
-from purifyloader.evaluation.report import few_changed
+from purifyloader.evaluation.report import few_changed, not_known
 from purifyloader.results.table import plain
 
 __all__ = ["proposal_table", "reasons", "table"]
@@ -21,6 +21,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
         f"{purification['model']['name'] or 'A model'}, weights {purification['model']['weights_sha256'][:12]}: "
         f"{images['count']:,} images of {results['data']['description']}, {size} px"
     )
+    yield from not_known(results["data"])
     unit = results["energy"]
     yield "Distances are means over images: l2 of images in [0, 1], and root mean square in px of 255."
     if unit is not None:
@@ -171,6 +172,7 @@ def proposal_table(results: Mapping[str, Any], pasted: Mapping[str, Sequence[str
         f"{curves['data']['description']}, attacked by "
         + ", ".join(f"{name} ({attack['size']['rms_px']:.3g} px RMS)" for name, attack in curves["poisons"].items())
     )
+    yield from not_known(curves["data"])
     yield from few_changed(
         {name: each["images"] for name, each in curves["poisons"].items()}, curves["images"]["count"]
     )

@@ -131,7 +131,8 @@ def read_images(
     tell_learned(learned, kept, left_out, len(source), what)
     poisoned = _poisoned(choice, source, clean, kept, root)
     data = {"description": describe(spec, "test"), "length": len(source), "indices": kept, "size": choice.size}
-    return Images(clean.images, poisoned, {**data, "trained_on_left_out": left_out})
+    seen = {"trained_on_left_out": left_out, "trained_on_known": learned.is_known}
+    return Images(clean.images, poisoned, {**data, **seen})
 
 
 def tell(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from purifyloader.results.table import plain
 
-__all__ = ["few_changed", "table"]
+__all__ = ["few_changed", "not_known", "table"]
 
 
 def table(results: Mapping[str, Any]) -> Iterator[str]:
@@ -19,6 +19,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
         f"{model['name'] or 'A denoiser'}, weights {model['weights_sha256'][:12]}: {images['count']:,} images of "
         f"{results['data']['description']}, {size} px, {calls} an image"
     )
+    yield from not_known(results["data"])
     yield ""
     yield "PSNR in dB (± standard error)"
     heads = {"denoiser": "denoiser", "one_call": "one call", "noised": "as it is", "jpeg10": "JPEG-10"}
@@ -48,6 +49,12 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
                 row += [f"{attack['remaining']['mean']:.3f}", f"{attack['auc']:.3f}"]
             rows.append([f"{level['sigma_px']:.3g} px", *row])
         yield from plain(["noise", "from clean", *heads_], rows)
+
+
+def not_known(data: Mapping[str, Any]) -> Iterator[str]:
+    """Say that a model does not tell what it was trained on: no image was left out for that."""
+    if not data.get("trained_on_known", True):
+        yield "Whether it was trained on some of these images is not known."
 
 
 def few_changed(changed: Mapping[str, int], count: int) -> Iterator[str]:

@@ -74,7 +74,7 @@ def test_images_trained_on_are_left_out_and_said_to_be(command, folder, models, 
     assert cli.main([*words, str(folder), *QUICK]) == 0
     said = capsys.readouterr()
     found = data_of(command, json.loads(said.out))
-    assert found["trained_on_left_out"] == 7
+    assert (found["trained_on_left_out"], found["trained_on_known"]) == (7, True)
     assert found.get("indices", [0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4]
     assert "left out 7 of the 12 images in " in said.err
     # of nothing but these there is nothing to measure
@@ -89,7 +89,11 @@ def test_a_model_that_does_not_say_is_warned_of(command, folder, models, capsys)
         pretrained.save(make(), models / kind, overwrite=True)
     words = [word.format(models) for word in MEASURING[command]]
     assert cli.main([*words, str(folder), *QUICK]) == 0
-    assert "does not say which images it was trained on" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "does not say which images it was trained on" in said.err
+    assert data_of(command, json.loads(said.out))["trained_on_known"] is False
+    assert cli.main([*words, str(folder), *QUICK[:-1]]) == 0
+    assert "trained on some of these images" in capsys.readouterr().out
 
 
 def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models, capsys):
@@ -103,6 +107,12 @@ def test_the_data_that_is_looked_at_says_how_many_were_trained_on(folder, models
     assert cli.main([*words, "--data", str(folder), *QUICK]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["data"]["trained_on"] == 7
+    pretrained.save(tiny_denoiser(), models / "denoiser", overwrite=True)
+    assert cli.main([*words, "--data", str(folder), *QUICK]) == 0
+    unknown = capsys.readouterr()
+    assert json.loads(unknown.out)["data"]["trained_on_known"] is False
+    assert "note: " in unknown.err
+    assert "--data may have some" in unknown.err
     assert "was trained on 7 of the 12 images chosen from --data" in said.err
 
 

@@ -17,6 +17,7 @@ from purifyloader.commands.main import main
 from purifyloader.errors import InputError
 from purifyloader.evaluation.report import few_changed
 from purifyloader.poisons import Poisoned, make, read, write
+from purifyloader.poisons.spec import parse
 from tests.bench.test_defences import row
 from tests.conftest import random_images
 from tests.poisons.test_reading import (
@@ -316,4 +317,5 @@ def test_the_bench_refuses_a_part_before_anything_is_trained(tmp_path, capsys) -
     words += ["--attack", str(tmp_path / "p"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(words) == 2
     assert "Got 19: 1 are missing, the first 19, and would stay clean" in capsys.readouterr().err
+    assert parse(f"{tmp_path / 'p'}:count=19").options == {"count": 19}  # that it is meant, on a command line
     assert not (tmp_path / "out" / ROWS_FILE).exists()

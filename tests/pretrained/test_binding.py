@@ -91,7 +91,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_was_loaded_and_changed_claims_nothing_without_its_start(change, first, tmp_path):
+def test_a_model_that_was_loaded_and_changed_claims_nothing_without_its_start(change, first, tmp_path, caplog):
     model, before = CHANGES[change](pretrained.load(first)), weights_sha256(pretrained.load(first))
     out = tmp_path / "out"
     with pytest.raises(InputError, match="details must be of the model that is saved"):
@@ -101,8 +101,10 @@ def test_a_model_that_was_loaded_and_changed_claims_nothing_without_its_start(ch
         with pytest.raises(InputError, match="details must say from which weights a training started"):
             pretrained.save(model, out, details=said)
     assert not out.exists()
+    assert not caplog.text
     pretrained.save(model, out, details={"note": "nothing is said"})
     assert not_known(out)
+    assert "it no longer says what it learned from" in caplog.text
     start = {"start_from": {"name": str(first), "weights_sha256": before}}
     pretrained.save(model, out, details=claims(IMAGES[8:], train=start), overwrite=True)
     assert len(learned_from(out)) == 7 + 4
