@@ -70,17 +70,19 @@ class ModelKind:
         """
         from purifyloader.files.weights import described, structure_sha256
 
-        cls = type(model)
-        if cls is self.saved():
-            own = structure_sha256(model)
-            built = _built_structure(self.name, canonical_json(described(self.config(model))))
-            edited = {} if own == built else {"structure_sha256": own}
-            return {"class": cls.__qualname__, **described(self.config(model, every=True)), **edited}
+        name, structure = type(model).__qualname__, structure_sha256(model)
         try:
             config = described(self.config(model))
-        except NotImplementedError:  # of a class of the user's, which need not describe itself
-            config = {}
-        return {**config, "class": cls.__qualname__, "structure_sha256": structure_sha256(model)}
+            every = described(self.config(model, every=True)) if type(model) is self.saved() else None
+        except (
+            NotImplementedError,
+            AttributeError,
+            TypeError,
+        ):  # of the user's class or network, which may say nothing
+            config, every = {}, None
+        if every is not None and _built_structure(self.name, canonical_json(config)) == structure:
+            return {"class": name, **every}
+        return {**(every or config), "class": name, "structure_sha256": structure}
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Build a model back, with new weights, from what `config` gave."""

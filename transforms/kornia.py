@@ -17,8 +17,10 @@ from torch import Tensor
 from purifyloader.core import corruptions
 from purifyloader.core.images import to_unit
 from purifyloader.errors import InputError
+from purifyloader.files.atomic import canonical_json
 from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
+from purifyloader.purifiers.base import without_functions
 from purifyloader.transforms.purification import squeezing
 
 
@@ -69,7 +71,7 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
         return f"{type(self).__name__}({self._says()}, p={self.p}, same_on_batch={self.same_on_batch})"
 
     def _says(self) -> str:
-        return self.purifier.to_json()
+        return canonical_json(without_functions(self.purifier.config()))
 
 
 class RandomCompensate(IntensityAugmentationBase2D):

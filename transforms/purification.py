@@ -11,8 +11,10 @@ from torchvision import tv_tensors
 
 from purifyloader import recipes
 from purifyloader.errors import InputError
+from purifyloader.files.atomic import canonical_json
 from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
 from purifyloader.purifiers import Purifier
+from purifyloader.purifiers.base import without_functions
 from purifyloader.recipes.registry import describe
 from purifyloader.transforms.base import ImageTransform
 
@@ -72,7 +74,7 @@ class Purify(HoldsPurifier, ImageTransform):
         return purify_tensor(self.purifier, x_BCHW, keys_B)
 
     def extra_repr(self) -> str:
-        return self.purifier.to_json()
+        return canonical_json(without_functions(self.purifier.config()))
 
 
 _IMAGES = (tv_tensors.Image, tv_tensors.Video)

@@ -7,7 +7,7 @@ import enum
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,16 +47,20 @@ def weights_sha256(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     return sha.hexdigest()
 
 
-def structure(module: nn.Module) -> dict[str, Any]:
+Known = Callable[[nn.Module], Any]
+
+
+def structure(module: nn.Module, known: Known = lambda part: None) -> dict[str, Any]:
     """Describe what a network computes with beside its weights, as JSON, submodule by submodule.
 
     Of each: its class, its public attributes but for `training`, its hooks, and the values of tensors that are no
     weights. Attributes that are functions, classes or objects count by name (dataclasses by their fields). Not seen:
     the code of classes and functions, attributes with a leading underscore, and anything outside of the module.
 
-    A class may list attributes that are for people alone as `for_people`.
+    A class may list attributes that are for people alone as `for_people`. What `known` gives for a submodule stands in
+    the place of its description, unless it is None.
     """
-    return _structure(module, set())
+    return _structure(module, set(), known)
 
 
 def structure_sha256(module: nn.Module) -> str:
@@ -64,6 +68,7 @@ def structure_sha256(module: nn.Module) -> str:
     return hashlib.sha256(canonical_json(structure(module)).encode()).hexdigest()
 
 
+_AS_THEY_ARE = (int, bool, str, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -75,9 +80,9 @@ def public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _structure(module: nn.Module, seen: set[int]) -> dict[str, Any]:
+def _structure(module: nn.Module, seen: set[int], known: Known = lambda part: None) -> dict[str, Any]:
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    out: dict[str, Any] = {"class": type(module).__qualname__}
+    out: dict[str, Any] = {"class": _class_name(type(module))}
     if id(module) in seen:
         return {**out, "again": True}
     seen.add(id(module))
@@ -86,17 +91,26 @@ def _structure(module: nn.Module, seen: set[int]) -> dict[str, Any]:
     out |= {name: described(value, seen) for name, value in module._buffers.items() if name in volatile}
     hooks = {kind.strip("_"): [described(hook, seen) for hook in vars(module)[kind].values()] for kind in HOOKS}
     out |= {kind: names for kind, names in hooks.items() if names}
-    out |= {name: _structure(part, seen) for name, part in module._modules.items() if part is not None}
+    for name, part in module._modules.items():
+        if part is not None:
+            short = known(part)
+            out[name] = _structure(part, seen, known) if short is None else short
     return out
+
+
+def _class_name(cls: type[Any]) -> str:
+    """Name a class, with its package where that is one of ours: a `UNet` of the user's is another class."""
+    package = cls.__module__.partition(".")[0]
+    return f"{package}.{cls.__qualname__}" if package in ("purifyloader", "torch", "torchvision") else cls.__qualname__
 
 
 def described(value: Any, seen: set[int] | None = None) -> Any:
     """Describe a value as JSON, by what it is and never by where: no path, address or `repr`."""
+    if type(value) in _AS_THEY_ARE:
+        return value
     seen = set() if seen is None else seen
     if isinstance(value, enum.Enum):
         return f"{type(value).__qualname__}.{value.name}"
-    if value is None or isinstance(value, bool):
-        return value
     if isinstance(value, int | str):
         return int(value) if isinstance(value, int) else str.__str__(value)
     if isinstance(value, float):
@@ -119,9 +133,9 @@ def described(value: Any, seen: set[int] | None = None) -> Any:
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         values = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-        return {"class": type(value).__qualname__, **described(values, seen)}
+        return {"class": _class_name(type(value)), **described(values, seen)}
     name = getattr(value, "__qualname__", None)  # of a function or a class; an object has its class
-    return {"code": name} if isinstance(name, str) else {"class": type(value).__qualname__}
+    return {"code": name} if isinstance(name, str) else {"class": _class_name(type(value))}
 
 
 def _array(value: Any) -> dict[str, Any]:

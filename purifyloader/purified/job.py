@@ -90,7 +90,7 @@ class Job:
     def to_plan(self, positions: Sequence[int], images: Sequence[Tensor]) -> tuple[Condition, list[Tensor]] | None:
         """Return the first condition without a plan, and such images as `purify` of draw 0 would bring them to it."""
         device = self.device
-        with torch.no_grad(), exact_arithmetic(device):
+        with self.purifier.unchanged(), torch.no_grad(), exact_arithmetic(device):
             floats = [_floats(image.to(device)) for image in images]
             return self.purifier.to_plan(floats, self._keys(positions, 0).to(device))
 

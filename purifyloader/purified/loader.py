@@ -311,7 +311,7 @@ class PurifiedLoader:
             grey = [x.shape[-3] == 1 and self.purifier.image_channels == 3 for x in opened]
             out = [x.expand(*x.shape[:-3], 3, -1, -1) if g else x for x, g in zip(opened, grey, strict=True)]
             purify_keys = noise.fold_in(keys, PURIFY)
-            with exact_arithmetic(device):
+            with self.purifier.unchanged(), exact_arithmetic(device):
                 # not by calling it: that looks at the values, and would wait for a GPU
                 if not single:
                     out = self.purifier.run_images(out, purify_keys)

@@ -133,7 +133,7 @@ def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) 
     source = None
     for condition in conditions:
         measures_N, hashes = _measured(job, condition, batch_size, workers, progress)
-        condition.planned = condition.make_plan(measures_N)
+        condition.take_plan(condition.make_plan(measures_N))
         source = fmt.source_sha256(hashes)
         log.info("Planned: %s", fmt.plan_in_words(condition.config()))
     return Findings(tuple(fmt.plain("A plan", condition.config()) for condition in conditions), source)
@@ -158,7 +158,7 @@ def applied(purifier: Purifier, findings: Findings) -> Purifier:
                 "another dataset, seed or version: give it without a plan, or give its condition that threshold."
             )
         assert isinstance(planned, dict)  # which check_plan has seen to
-        condition.planned = dict(planned)
+        condition.take_plan(planned)
     return out
 
 
@@ -286,7 +286,7 @@ def _copied(purifier: Purifier) -> Purifier:
     shared |= {id(b): b.detach() for b in purifier.buffers()}
     out: Purifier = copied(purifier, shared)
     for condition in conditions_of(out):
-        condition.planned = None
+        condition.take_plan(None)
     return out
 
 

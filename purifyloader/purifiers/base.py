@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
 
@@ -12,15 +15,15 @@ from torch import Tensor, nn
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import check_channels, to_unit
 from purifyloader.core.notes import NOTES
-from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
-from purifyloader.files.json import JsonError, parse_json
 from purifyloader.pretrained.kinds import KINDS as MODEL_KINDS
+from purifyloader.purifiers.frozen import Freezing, Seal, check_move, refuse_setting
 from purifyloader.purifiers.packing import reduced
 
 __all__ = ["CONDITIONS", "KINDS", "NOISE_BEFORE", "SCHEMA", "UNKNOWN_FIRST", "Condition", "Purifier", "Resolver"]
-__all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "extent", "from_config"]
-__all__ += ["from_json", "models_in", "pixels", "refuse_plans", "without_functions"]
+__all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "from_config", "from_json"]
+__all__ += ["models_in", "pixels", "refuse_plans", "without_functions"]
 
 SCHEMA = 2
 """Version of the JSON that describes purifiers. In version 1 models were told apart by their weights alone."""
@@ -44,10 +47,15 @@ class Resolver(Protocol):
     def __call__(self, entry: Mapping[str, Any], kind: str = "denoiser") -> Any: ...
 
 
-class Described(nn.Module):
-    """A purifier or a condition: frozen, never in training mode, and described as plain data."""
+class Described(nn.Module, metaclass=Freezing):
+    """A purifier or a condition: frozen, never in training mode, and described as plain data.
+
+    Once it is made nothing can be set on it, and it can be moved to a device, but not converted or given other weights;
+    what is changed inside all the same is an error at the next call (`purifyloader.purifiers.frozen`).
+    """
 
     kind: ClassVar[str]
+    _seal: Seal
     image_channels: int | None = None
     """Channels it takes, None for any."""
 
@@ -69,8 +77,48 @@ class Described(nn.Module):
             values["purifier"] = from_config(values["purifier"], resolve)
         return cls(**values)
 
+    def identity(self) -> dict[str, Any]:
+        """Return the part of the configuration that decides the pixels.
+
+        Names are for people, and plans follow from the rest and the source.
+        """
+        identity = _deciding(self.config())
+        assert isinstance(identity, dict)
+        return identity
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within, it is called; raises `ConfigError` before, with what differs, where it was changed since it was made.
+
+        A call by `purifier(...)`, `purify_with_grad` or `purify_images` is within by itself; one of `run` is not.
+        """
+        if torch.compiler.is_compiling():
+            yield
+            return
+        self._seal.check(self)
+        yield
+        self._seal.settle(self)
+
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_seal" in self.__dict__ and name[0] != "_" and name != "training":
+            raise refuse_setting(self, name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if "_seal" in self.__dict__ and name[0] != "_":
+            raise refuse_setting(self, name)
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if "_seal" in self.__dict__:
+            check_move(self, fn)
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise refuse_setting(self, "its weights")
 
 
 class Purifier(Described):
@@ -90,9 +138,6 @@ class Purifier(Described):
 
     selects: ClassVar[bool] = False
     """True where it treats images differently because of how they look."""
-
-    _extent: tuple[int, int] = (0, 1)
-    """How many levels of purifiers are inside, and how many single ones an image goes through."""
 
     @property
     def calls(self) -> int:
@@ -136,15 +181,6 @@ class Purifier(Described):
         """Return the shape (C, H, W) in which an image of `shape` comes out: the same, unless a `Resize` is inside."""
         return shape
 
-    def identity(self) -> dict[str, Any]:
-        """Return the part of the configuration that decides the pixels.
-
-        Names are for people, and plans follow from the rest and the source.
-        """
-        identity = _deciding(self.config())
-        assert isinstance(identity, dict)
-        return identity
-
     def to_json(self) -> str:
         """Describe the purifier as canonical JSON with a schema version; `recipes.from_json` builds it back."""
         return canonical_json({"schema": SCHEMA, "purifier": self.config()})
@@ -160,7 +196,7 @@ class Purifier(Described):
         x = self._checked(x_BCHW, "image to purify")
         _check_seeds(seeds_B, len(x_BCHW))
         NOTES.purified += 1
-        with exact_arithmetic(x.device):
+        with self.unchanged(), exact_arithmetic(x.device):
             return self.run(x, seeds_B.to(x.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
@@ -193,7 +229,7 @@ class Purifier(Described):
             return []
         device = images[0].device
         NOTES.purified += 1
-        with torch.no_grad(), exact_arithmetic(device):
+        with self.unchanged(), torch.no_grad(), exact_arithmetic(device):
             return self.run_images(checked, seeds_B.to(device))
 
     def _checked(self, x: Tensor, what: str) -> Tensor:
@@ -281,6 +317,19 @@ class Condition(Described):
     """
 
     planned: dict[str, Any] | None = None
+    for_people: ClassVar[tuple[str, ...]] = ("planned",)  # which is looked at by itself
+    _agreed: dict[str, Any] | None = None
+
+    def take_plan(self, planned: Mapping[str, Any] | None) -> None:
+        """Take the numbers that a plan has found, which no call changes any more; None to be without a plan."""
+        vars(self)["planned"] = None if planned is None else dict(planned)
+        vars(self)["_agreed"] = copy.deepcopy(self.planned)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "planned" and self.planned is None:
+            self.take_plan(value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def needs_plan(self) -> bool:
@@ -335,21 +384,6 @@ def refuse_plans(taker: str, purifier: nn.Module) -> None:
         )
 
 
-_LEVELS, _RUNS = 32, 100_000
-
-
-def extent(taker: str, parts: Sequence[Purifier], times: int = 1) -> tuple[int, int]:
-    """Return the `_extent` of a purifier of these parts, or raise `ConfigError` where it is beyond any sense."""
-    levels = 1 + max(part._extent[0] for part in parts)
-    runs = times * sum(part._extent[1] for part in parts)
-    if levels > _LEVELS or runs > _RUNS:
-        raise ConfigError(
-            f"Purifiers must be in one another at most {_LEVELS} levels deep, and an image must go through at most "
-            f"{_RUNS:,} of them. Got {levels} levels and {runs:,} in a {taker}: leave some out."
-        )
-    return levels, runs
-
-
 Named = TypeVar("Named", Purifier, Condition)
 
 KINDS: dict[str, type[Purifier]] = {}
@@ -373,11 +407,8 @@ def _build(config: Any, resolve: Resolver, table: Mapping[str, type[Named]], wha
         cls = plugins[kind].load()
     try:
         return cls.build(values, resolve)
-    except PurifyError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        names = ", ".join(sorted(map(str, values)))
-        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {names:.200}.") from None
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
 
 
 def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
@@ -410,11 +441,11 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
     >>> purifiers.from_json(purifiers.Jpeg(30).to_json(), resolve=lambda entry, kind: None).config()
     {'kind': 'jpeg', 'quality': 30}
     """
-    if not isinstance(text, str | bytes | bytearray):
-        raise ConfigError(f"A purifier is read from JSON text. Got {type(text).__name__}.")
     try:
-        values = parse_json(text)
-    except JsonError as error:
+        values = json.loads(text)
+    except TypeError:
+        raise ConfigError(f"A purifier is read from JSON text. Got {type(text).__name__}.") from None
+    except ValueError as error:
         raise ConfigError(f"A purifier is read from JSON. Got text that is not JSON ({error}).") from None
     if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):
         raise ConfigError(f"A purifier's JSON is an object with schema and purifier. Got {text[:80]!r}.")
@@ -423,26 +454,4 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
             f"This version of purifyloader reads purifier schemas 1 to {SCHEMA}. Got {values['schema']!r}: "
             "use the version that wrote it, or a newer one."
         )
-    _check_number_of_parts(values["purifier"])
     return from_config(values["purifier"], resolve)
-
-
-_PARTS, _MODELS = 10_000, 32  # each model is a network in memory
-
-
-def _check_number_of_parts(config: Any) -> None:
-    """Raise `ConfigError` for more purifiers or models than anybody writes down, before the first is built."""
-    models = sum(1 for _ in models_in(config))
-    parts, level = 0, [config]
-    while level:
-        parts += sum(isinstance(value, dict) for value in level)
-        level = [part for value in level for part in _inside(value)]
-    if models > _MODELS or parts > _PARTS:
-        raise ConfigError(
-            f"A purifier's JSON must have at most {_PARTS:,} objects and {_MODELS} models. Got {parts:,} and "
-            f"{models:,}: write what is repeated as a repeat."
-        )
-
-
-def _inside(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

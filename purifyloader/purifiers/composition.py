@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from purifyloader.core import limits, noise, sizes
+from purifyloader.core import noise, sizes
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import (
@@ -18,7 +18,6 @@ from purifyloader.purifiers.base import (
     Resolver,
     common_channels,
     condition_from_config,
-    extent,
     from_config,
     refuse_plans,
 )
@@ -40,7 +39,6 @@ class Chain(Purifier):
         super().__init__()
         if not stages or not all(isinstance(stage, Purifier) for stage in stages):
             raise ConfigError(f"Chain takes one or more purifiers. Got {[type(s).__name__ for s in stages]}.")
-        self._extent = extent("Chain", stages)
         self.stages = nn.ModuleList(stages)
         self.image_channels = common_channels("Chain", *stages)
 
@@ -53,10 +51,7 @@ class Chain(Purifier):
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        stages = values.pop("stages")
-        if values or not isinstance(stages, list | tuple):
-            raise ConfigError(f"A chain has a list of stages, and nothing else. Got {stages!r:.80} and {list(values)}.")
-        return cls(*(from_config(stage, resolve) for stage in stages))
+        return cls(*(from_config(stage, resolve) for stage in values["stages"]))
 
     def _stages(self) -> Iterator[Purifier]:
         for stage in self.stages:
@@ -108,7 +103,6 @@ class Repeat(Purifier):
                 f"Repeat takes a purifier and a positive number of times. Got {type(purifier).__name__} and {times!r}."
             )
         refuse_plans("Repeat", purifier)
-        self._extent = extent("Repeat", [purifier], times)
         self.purifier, self.times = purifier, times
         self.image_channels = purifier.image_channels
 
@@ -121,9 +115,7 @@ class Repeat(Purifier):
 
     def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         for _ in range(self.times):
-            before, shape = shape, self.purifier.output_shape(shape)
-            if shape == before:  # and so on
-                break
+            shape = self.purifier.output_shape(shape)
         return shape
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
@@ -194,7 +186,7 @@ class Tiles(Purifier):
 
     Args:
         purifier: one that keeps shapes and has no condition over the dataset; put a `Resize` before the tiles.
-        size: side of a tile, in pixels, at most 4096: the one that the model was trained for.
+        size: side of a tile, in pixels: the one that the model was trained for.
         overlap: pixels that neighbours share, at most half a tile; a quarter by default.
 
     >>> from purifyloader.purifiers import Jpeg, Tiles
@@ -211,7 +203,7 @@ class Tiles(Purifier):
             raise ConfigError(f"Tiles takes a purifier. Got {type(purifier).__name__}.")
         if overlap is None and isinstance(size, int):
             overlap = size // 4
-        check_integer("The size of a tile", size, 1, limits.TILE, unit="in pixels")
+        check_integer("The size of a tile", size, 1, unit="in pixels")
         check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
         if not keeps_shape(purifier, (purifier.image_channels or 3, size, size)):
             raise ConfigError(
@@ -219,7 +211,6 @@ class Tiles(Purifier):
                 "put the Resize before, as in Chain(Resize(...), Tiles(...))."
             )
         refuse_plans("Tiles", purifier)
-        self._extent = extent("Tiles", [purifier])
         assert overlap is not None
         self.purifier, self.size, self.overlap = purifier, size, overlap
         self.image_channels = purifier.image_channels
@@ -290,7 +281,6 @@ class Where(Purifier):
                 "resizes: put the Resize before, as in Chain(Resize(...), Where(...))."
             )
         refuse_plans("Another Where", purifier)
-        self._extent = extent("Where", [purifier])
         self.image_channels = common_channels("Where", condition, purifier)
         self.condition, self.purifier = condition, purifier
 

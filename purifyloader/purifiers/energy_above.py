@@ -8,13 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from purifyloader.core import limits
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
 from purifyloader.pretrained.kinds import identity_of
 from purifyloader.purifiers.base import Condition, Resolver
-from purifyloader.purifiers.networks import check_model, copied
+from purifyloader.purifiers.networks import check_model, copied, known_hashes
 
 __all__ = ["EnergyAbove"]
 
@@ -38,7 +37,7 @@ class EnergyAbove(Condition):
         k: or the share of a dataset, in (0, 1], that has the highest energies. A plan over the dataset finds the
             threshold: the energy of the round(k n)-th highest of n images (of the highest, if that is 0). Images
             of the very same energy are all above it.
-        compute_batch: images of every network call, at most 16,384.
+        compute_batch: images of every network call.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import EnergyAbove
@@ -61,7 +60,7 @@ class EnergyAbove(Condition):
             check_number("threshold", threshold)
         else:
             check_share(k)
-        check_integer("compute_batch", compute_batch, 1, limits.COMPUTE_BATCH)
+        check_integer("compute_batch", compute_batch, 1)
         self._threshold = None if threshold is None else float(threshold)
         self.k = None if k is None else float(k)
         self.compute_batch = compute_batch
@@ -70,6 +69,7 @@ class EnergyAbove(Condition):
         # in one memory format, or the same weights would have other last bits, and another threshold
         self.energy = copied(energy).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         self.energy.requires_grad_(False)
+        self._hashes = known_hashes(energy, self.energy, "energy", self._entry)
         self.eval()
 
     @property
@@ -97,11 +97,12 @@ class EnergyAbove(Condition):
         self = cls(resolve(values.pop("energy"), "energy"), **values)
         if planned is not None:
             self.check_plan(planned)
-            self.planned = dict(planned)
+            self.take_plan(planned)
         return self
 
     def measure(self, x_BCHW: Tensor) -> Tensor:
-        return image_energies(self.energy, x_BCHW.detach(), self.compute_batch)
+        with self.unchanged():
+            return image_energies(self.energy, x_BCHW.detach(), self.compute_batch)
 
     def holds(self, x_BCHW: Tensor) -> Tensor:
         if self.threshold is None:
@@ -124,7 +125,7 @@ class EnergyAbove(Condition):
             raise ConfigError(f"A condition with a threshold needs no plan. Got {planned!r}: leave it out.")
         values = planned if isinstance(planned, Mapping) else {}
         counts = [values.get(name) for name in ("purified", "images")]
-        if len(values) != 3 or not all(type(count) is int and 0 < count < 2**63 for count in counts):
+        if len(values) != 3 or not all(type(count) is int and count > 0 for count in counts):
             raise ConfigError(
                 f"The plan of an energy condition has a threshold, and how many images of how many it holds for. Got "
                 f"{planned!r}: leave it out, and plan again."

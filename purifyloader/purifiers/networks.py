@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from purifyloader.core import limits, noise
+from purifyloader.core import noise
 from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.core.devices import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
@@ -49,6 +51,12 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     return copy.deepcopy(module, memo)
 
 
+def known_hashes(model: nn.Module, own: nn.Module, role: str, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of the weights of a model's own copy, by its attribute, where it has the types of before."""
+    types = ([t.dtype for t in chain(part.parameters(), part.buffers())] for part in (model, own))
+    return {role: identity["weights_sha256"]} if next(types) == next(types) else {}
+
+
 class NetworkPurifier(Purifier):
     """A purifier around a network, run in chunks of exactly `compute_batch` images (at least 16 on the CPU).
 
@@ -65,13 +73,15 @@ class NetworkPurifier(Purifier):
         check_model(type(self).__name__, model, self.role)
         super().__init__()
         check_choice("dtype", dtype, DTYPES)
-        check_integer("compute_batch", compute_batch, 1, limits.COMPUTE_BATCH)
+        check_integer("compute_batch", compute_batch, 1)
         self.dtype = dtype
         self.compute_batch = compute_batch
         self._entry = identity_of(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own = copied(model)
-        setattr(self, self.role, own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False))
+        own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False)
+        setattr(self, self.role, own)
+        self._hashes = known_hashes(model, own, self.role, self._entry)
         self.eval()
 
     def network_config(self) -> dict[str, Any]:
@@ -109,7 +119,7 @@ class DenoiseOnce(NetworkPurifier):
     def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
         super().__init__(denoiser, dtype, compute_batch)
         check_number("sigma", sigma)
-        denoiser.check_sigma(float(sigma))
+        denoiser.check_sigma(sigma)
         self.sigma = float(sigma)
 
     def noise_first(self) -> float | str:
@@ -133,12 +143,11 @@ class Diffuse(NetworkPurifier):
         denoiser: see `purifyloader.pretrained.load`; copied and frozen.
         t: timestep to noise to, read through `schedule`,
         sigma: or its noise level, in image units (25 px is 25/255).
-        steps: network calls (NFE), at most a million, evenly spaced in t; None for every timestep with `t`, and one
-            with `sigma`.
+        steps: network calls (NFE), evenly spaced in t; None for every timestep with `t`, and one with `sigma`.
         schedule: ECLIPSE's cosine one with T = 4000 by default.
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
-        compute_batch: images of every network call, at most 16,384, which decides what kernels run.
+        compute_batch: images of every network call, which decides what kernels run.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import Diffuse
@@ -176,7 +185,7 @@ class Diffuse(NetworkPurifier):
         self.steps = steps
         self.sampler = sampler
         if sigma is not None:
-            denoiser.check_sigma(float(sigma))
+            denoiser.check_sigma(sigma)
             t = float(self.schedule.t(sigma))
         assert t is not None
         levels = spaced_sigmas(self.schedule, t, steps)

@@ -23,9 +23,11 @@ from purifyloader.certify.noising import says_what_it_does_first
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import quantize
-from purifyloader.errors import InputError
+from purifyloader.diffusion.schedule import CosineSchedule
+from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
+from purifyloader.pretrained.kinds import kind_of
 from purifyloader.purifiers import (
     BitDepth,
     Chain,
@@ -43,7 +45,7 @@ from purifyloader.purifiers import (
     Tiles,
     Where,
 )
-from purifyloader.purifiers.base import KINDS
+from purifyloader.purifiers.base import KINDS, models_in, without_functions
 from purifyloader.recipes.registry import describe
 from tests import processes
 from tests.conftest import random_images, slim_denoiser, tiny_denoiser, tiny_energy
@@ -438,6 +440,110 @@ def test_it_is_frozen(purifier):
     assert all(torch.equal(value, before[key]) for key, value in purifier.state_dict().items())
 
 
+def public(purifier: nn.Module) -> list[str]:
+    return [name for name in vars(purifier) if name[0] != "_" and name != "training"] + [*purifier._modules]
+
+
+def test_nothing_is_set_on_it(purifier):
+    text = purifier.to_json()
+    for part in purifier.modules():
+        for name in [*public(part), "run", "forward", "config", "anything"] if hasattr(part, "unchanged") else ():
+            with pytest.raises(ConfigError, match=rf"Got a change of {name}: make a new {type(part).__name__}"):
+                setattr(part, name, 1)
+            with pytest.raises(ConfigError, match=f"Got a change of {name}"):
+                delattr(part, name)
+    with pytest.raises(ConfigError, match="Got a change of its weights"):
+        purifier.load_state_dict(purifier.state_dict())
+    assert purifier.to_json() == text
+
+
+CASTS: dict[str, Callable[[nn.Module], object]] = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "type": lambda m: m.type(torch.float64),
+    "to a dtype": lambda m: m.to(torch.float16),
+    "to a device and a dtype": lambda m: m.to("cpu", torch.float64),
+    "like a tensor": lambda m: m.to(torch.zeros(1, dtype=torch.float64)),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),
+}
+
+
+def test_it_is_not_converted(purifier, whole):
+    before = copy.deepcopy(purifier.state_dict())
+    for cast in CASTS.values():
+        for held in (purifier, nn.Sequential(purifier)):
+            with pytest.raises(ConfigError, match="Got a conversion to another"):
+                cast(held)
+    after = purifier.state_dict()
+    assert all(value.dtype == before[key].dtype and torch.equal(value, before[key]) for key, value in after.items())
+    assert torch.equal(purifier.to("cpu").cpu()(images(purifier, 2), SEEDS[:2]), whole[:2])
+
+
+def test_what_is_changed_inside_is_noticed(case):
+    """A setting, behind the back of `__setattr__`; a weight, a layer's setting and a hook of a network."""
+    first = case.make()
+    settings = [name for name in public(first) if name not in ("planned", "image_channels", *first._modules)]
+    changes: list[Callable[[Any], object]] = [functools.partial(put_behind, name) for name in settings]
+    changes += CHANGES_OF_A_NETWORK if [*first.parameters()] else []
+    x = images(first, 2)
+    for change in changes:
+        made = case.make()
+        for changed in (made, copy.deepcopy(made)):
+            change(changed)
+            for call in (lambda p: p(x, SEEDS[:2]), lambda p: p.purify_images(list(x), SEEDS[:2])):
+                with pytest.raises(ConfigError, match=r"Got one that was changed since \(then → now\):\n  "):
+                    call(changed)
+
+
+def put_behind(name: str, purifier: nn.Module) -> None:
+    vars(purifier)[name] = 12345
+
+
+CHANGES_OF_A_NETWORK: list[Callable[[Any], object]] = [
+    lambda made: next(made.parameters()).add_(1),
+    lambda made: next(made.parameters()).data.mul_(1.5),
+    lambda made: setattr(convolution(made), "padding_mode", "circular"),
+    lambda made: convolution(made).register_forward_hook(lambda module, x, y: 2 * y),
+]
+
+
+def convolution(purifier: nn.Module) -> Any:
+    return next(module for module in purifier.modules() if isinstance(module, nn.Conv2d))
+
+
+def test_the_same_weights_with_another_function_are_another_purifier(case, monkeypatch):
+    golden = case.make().identity()
+    if not any(True for _ in models_in(golden)):
+        return
+    models = {name: globals()[name] for name in ("tiny_denoiser", "slim_denoiser", "tiny_energy")}
+
+    def changed(make: Callable[..., Any], change: Callable[[Any], Any], *arguments: Any) -> Any:
+        return change(make(*arguments))
+
+    for change in (with_another_layer, with_another_setting):
+        with monkeypatch.context() as patch:
+            for name, make in models.items():
+                patch.setitem(globals(), name, functools.partial(changed, make, change))
+            other = case.make()
+        assert without_functions(other.identity()) == without_functions(golden)
+        assert other.identity() != golden
+        with pytest.raises(CheckpointError, match="computes otherwise"):
+            recipes.from_json(other.to_json(), [tiny_denoiser(), slim_denoiser(), tiny_energy(), tiny_energy(1)])
+
+
+def with_another_layer(model: Any) -> Any:
+    convolution(model).padding_mode = "circular"
+    return model
+
+
+def with_another_setting(model: Any) -> Any:
+    if kind_of(model).name == "denoiser":
+        model.schedule = CosineSchedule(4000)
+    else:
+        model.blocks[0].first = False
+    return model
+
+
 def test_gradients_of_an_image_are_its_own(case, purifier, whole):
     x = images(purifier, 2).requires_grad_(True)
     out = purifier.purify_with_grad(x, SEEDS[:2])
@@ -544,6 +650,9 @@ def check_all(case: Case) -> None:
     test_a_copy_gives_the_same_pixels(purifier, whole, copy.deepcopy)
     test_a_certificate_is_decided_upon(purifier)
     test_it_is_frozen(purifier)
+    test_nothing_is_set_on_it(purifier)
+    test_it_is_not_converted(purifier, whole)
+    test_what_is_changed_inside_is_noticed(case)
     test_gradients_of_an_image_are_its_own(case, purifier, whole)
     for bad in BAD_CALLS:
         test_bad_calls(purifier, bad)

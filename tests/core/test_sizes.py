@@ -328,7 +328,7 @@ def test_json_builds_back_the_same_purifier(name):
 def test_golden_json():
     purifier = Chain(Resize(256, 224), Tiles(Jpeg(10), 64))
     assert json.loads(purifier.to_json()) == {
-        "schema": 1,
+        "schema": 2,
         "purifier": {
             "kind": "chain",
             "stages": [
@@ -337,6 +337,8 @@ def test_golden_json():
             ],
         },
     }
+    old = purifier.to_json().replace('"schema":2', '"schema":1')
+    assert recipes.from_json(old).to_json() == purifier.to_json()
 
 
 @pytest.mark.parametrize(

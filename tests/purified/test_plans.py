@@ -95,14 +95,14 @@ class Stopped(Jpeg):
 
     def __init__(self, after: int) -> None:
         super().__init__()
-        self.left, self.inner = after, Coin()
+        self._left, self.inner = after, Coin()
 
     def config(self) -> dict[str, Any]:
         return self.inner.config()
 
     def run(self, x_BCHW: torch.Tensor, seeds_B: torch.Tensor) -> torch.Tensor:
-        self.left -= len(x_BCHW)
-        if self.left < 0:
+        self._left -= len(x_BCHW)
+        if self._left < 0:
             raise KeyboardInterrupt
         return self.inner.run(x_BCHW, seeds_B)
 

@@ -123,6 +123,10 @@ VARIANTS: dict[str, Callable[[], NetworkDenoiser]] = {
     "a hook": edited(lambda made: made.network.stem.register_forward_hook(lambda module, x, y: 2 * y)),
     "a hook before": edited(lambda made: made.network.stem.register_forward_pre_hook(lambda module, x: None)),
     "a forward of its own": put("network.norm_out", "forward", F.relu),
+    "a network of the same name": edited(lambda made: setattr(made.network, "__class__", type("UNet", (UNet,), {}))),
+    "a layer of the same name": edited(
+        lambda made: setattr(made.network.norm_out, "__class__", type("GroupNorm", (nn.GroupNorm,), {}))
+    ),
     "a configuration that it was not built from": put(
         "network", "config", dataclasses.replace(CONFIG, resample="conv-right", norm_eps=1e-2)
     ),

@@ -235,12 +235,12 @@ def test_planning_leaves_the_purifier_as_it_was():
     assert washes.condition.planned is None
     assert is_open(washes)
     assert not is_open(found)
-    # the weights are shared, and yet each can move and be cast by itself
+    # the weights are shared, and yet each can move by itself
     a, b = (w.condition.energy.readout.weight for w in (washes, found))
     assert a is not b
     assert a.data_ptr() == b.data_ptr()
-    found.double()
-    assert washes.condition.energy.readout.weight.dtype == torch.float32
+    found.to("meta")
+    assert washes.condition.energy.readout.weight.device.type == "cpu"
 
 
 def test_a_plan_is_for_the_dataset_it_was_made_of():

@@ -154,13 +154,13 @@ def test_noise_depends_on_seed_epoch_shard_and_key_alone(purifier):
 def test_noise_does_not_depend_on_the_pixels():
     class Recorded(Jpeg):
         def purify_images(self, images, seeds_B):
-            self.seeds = seeds_B
+            self._seeds = seeds_B
             return super().purify_images(images, seeds_B)
 
     purifier, seen = Recorded(), []
     for image in (picture(0), picture(1), picture(0).convert("L")):
         list(purified(purifier)([{**sample(), "png": image}]))
-        seen.append(int(purifier.seeds))
+        seen.append(int(purifier._seeds))
     assert len(set(seen)) == 1
 
 
