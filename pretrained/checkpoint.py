@@ -21,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as read_safetensors
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from purifyloader.cache.format import differences
 from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
+from purifyloader.files.json import parse_json, read_json
 from purifyloader.files.weights import named_weights, weights_sha256
 from purifyloader.pretrained.binding import bind, check_bound, remember
 from purifyloader.pretrained.kinds import KINDS, ModelKind, identity_of, kind_of, kind_of_format
@@ -167,15 +168,13 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     file = folder / MODEL_FILE
     if not file.is_file():
         raise CheckpointError(f"A checkpoint holds {MODEL_FILE}. Got none in {folder}. {_AGAIN}.")
+    model, why = _built(what, config[kind])
     # Read once: what is hashed is what is loaded, and nothing stays mapped to a file that may change.
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    data = _read_weights(file, model)
     # Before the hash, because "truncated" says more than "another hash".
     try:
         weights = read_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file} must be a whole safetensors file. Got {len(data)} bytes that are not "
             f"({error}): truncated or of another format. {_AGAIN}."
@@ -191,14 +190,11 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
             f"{folder / CONFIG_FILE} must describe the model that {MODEL_FILE} was saved from. "
             f"Got another description: it was edited. {_AGAIN}."
         )
-    try:
-        with torch.device("meta"):  # no memory, no time and no random numbers for weights thrown away
-            model = what.build(config[kind])
-    except (TypeError, ValueError, ArithmeticError) as error:
+    if model is None:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} must describe {what.words} that this version can build. "
-            f"Got: {error}. {_AGAIN}, or update purifyloader."
-        ) from None
+            f"Got: {why}. {_AGAIN}, or update purifyloader."
+        )
     network = what.network(model)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if wrong := misfits(expected, weights, torch.float32):
@@ -212,6 +208,32 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     remember(network, sha256, config.get("details"))
     model.name = config["name"]
     return model.eval().requires_grad_(False)
+
+
+def _built(what: ModelKind, config: Mapping[str, Any]) -> tuple[Any, object]:
+    """Build a model without memory for weights; None, and why, where its configuration builds none."""
+    try:
+        with torch.device("meta"):  # no memory, no time and no random numbers for weights thrown away
+            return what.build(config), None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return None, error
+
+
+_MOST_HEADER = 100_000_000  # bytes, by the format of safetensors
+
+
+def _read_weights(file: Path, model: nn.Module | None) -> bytes:
+    """Read the file of a model's weights, unless it is so long that it must be of another."""
+    weights = 0 if model is None else sum(math.prod(tensor.shape) for tensor in model.state_dict().values())
+    most = 8 + _MOST_HEADER + 8 * weights  # in float64, which is refused in words of its own
+    try:
+        if (size := file.stat().st_size) <= most:
+            return file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    raise CheckpointError(
+        f"{file} must hold the {weights:,} weights of the model in {CONFIG_FILE}. Got {size:,} bytes. {_AGAIN}."
+    )
 
 
 def why_not_shipped(kind: str, entry: Mapping[str, Any]) -> str | None:
@@ -278,7 +300,7 @@ def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
     """Read config.json of a checkpoint folder of a kind, None for any, and check its format, version and fields."""
     file = folder / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         check_not_foreign(folder)
         raise CheckpointError(
@@ -323,8 +345,8 @@ def _header(data: bytes) -> dict[str, Any]:
     """Return what `save` put into the metadata of model.safetensors; {} where it is not from `save`."""
     size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA])
-    except (ValueError, KeyError, TypeError):
+        header = parse_json(parse_json(data[8 : 8 + size])["__metadata__"][_METADATA])
+    except (ValueError, LookupError, TypeError):
         return {}
     return header if isinstance(header, dict) else {}
 

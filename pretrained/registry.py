@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.json import read_json
 from purifyloader.pretrained import hub
 from purifyloader.pretrained.kinds import KINDS
 
@@ -47,11 +47,7 @@ def available(kind: str | None = None) -> list[str]:
             f"must be one of {', '.join(map(repr, KINDS))}, or None for all. Got {kind!r}.", argument="kind"
         )
     files = sorted(_SHIPPED.glob(f"*/{CONFIG_FILE}"), key=lambda file: file.parent.name)
-    return [
-        file.parent.name
-        for file in files
-        if kind is None or json.loads(file.read_text(encoding="utf-8"))["format"] == KINDS[kind].format
-    ]
+    return [file.parent.name for file in files if kind is None or read_json(file)["format"] == KINDS[kind].format]
 
 
 def is_local(name_or_path: str | os.PathLike[str]) -> bool:
@@ -108,7 +104,7 @@ def check_not_foreign(folder: Path, config: Any = None) -> None:
     """
     if config is None:
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            config = read_json(folder / CONFIG_FILE)
         except (OSError, ValueError):
             config = None
     try:
@@ -146,7 +142,7 @@ def _from_hub(hub_id: str) -> Path:
     commit = folder.name  # the branch may move on between two calls
     log.info("%s on the hub is commit %s", hub_id, commit)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or not str(config.get("format", "")).startswith("purifyloader-"):

@@ -3,6 +3,9 @@
 __all__ = ["CacheError", "CheckpointError", "ConfigError", "InputError", "PurifyError", "TrainingError"]
 
 
+_LONGEST = 20_000  # characters of a message, which may repeat what a stranger's file says
+
+
 class PurifyError(Exception):
     """Any error that purifyloader raises on purpose.
 
@@ -16,7 +19,7 @@ class PurifyError(Exception):
     """
 
     def __init__(self, message: str = "", *, argument: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_shortened(message))
         self.argument = argument
 
     @property
@@ -25,6 +28,12 @@ class PurifyError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.argument is None else f"{self.argument} {self.message}"
+
+
+def _shortened(message: str) -> str:
+    if not isinstance(message, str) or len(message) <= _LONGEST:
+        return message
+    return f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
 
 
 class InputError(PurifyError, ValueError):

@@ -10,7 +10,6 @@ lists what is missing.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Sche
 from purifyloader.energy.network import EnergyNetwork
 from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import file_sha256
+from purifyloader.files.json import read_json
 from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.choice import Taken, says_average, take
@@ -371,7 +371,7 @@ def _warn_of_averages(path: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be JSON. Got {error}. Download it again.") from None
 

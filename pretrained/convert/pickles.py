@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files.pickles import Implausible, check_archive, check_torch
+from purifyloader.pretrained.convert.choice import state_dict  # the name stood here before
 from purifyloader.pretrained.registry import listed
 
-__all__ = ["read_file"]
+__all__ = ["read_file", "state_dict"]
 
 _AGAIN = "Download it again."
 _LOOKED_AT = 1_000_000  # instructions of a pickle that is refused, for the names in them

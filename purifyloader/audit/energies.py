@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import operator
 from collections import Counter
@@ -26,6 +25,7 @@ from purifyloader.datasets.samples import fields, get_image
 from purifyloader.datasets.select import label_of, read_indices
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import InputError, PurifyError
+from purifyloader.files.json import parse_json, read_text
 from purifyloader.purifiers.networks import check_model
 
 __all__ = ["DatasetEnergies", "dataset_energies", "read_poisoned"]
@@ -202,11 +202,11 @@ def read_poisoned(path: Path, dataset: Dataset[Any]) -> list[int]:
 def _names(path: Path) -> list[str] | None:
     """Read file names from a JSON list or one a line; None of anything else, which is for `read_indices` to judge."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError):
         return None
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError:
         # what begins like JSON was meant to be JSON
         values = [] if text.lstrip().startswith(("[", "{")) else [line for line in text.splitlines() if line.strip()]

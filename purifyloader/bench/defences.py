@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from purifyloader import recipes
-from purifyloader.errors import CheckpointError, InputError
+from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.files.json import JsonError, read_text
 from purifyloader.pretrained.kinds import KINDS
 from purifyloader.recipes.models import as_model
 from purifyloader.recipes.registry import Recipe, describe
@@ -224,8 +225,8 @@ def _of_file(path: Path, grey: bool, noise: bool) -> Defence:
             f"{path.name}: rename it."
         )
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, JsonError) as error:
         raise InputError(f"A purifier's file holds its JSON. Got {path}: {error}.") from None
     return _Own(name, "a purifier of one's own", grayscale=grey, noise=noise, text=text)
 
@@ -262,6 +263,8 @@ class _Own(Defence):
             return recipes.from_json(self.text)
         except CheckpointError:  # of a name that is not here
             return recipes.from_json(self.text, [getattr(models, one.name) for one in fields(models)])
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}.json: {error}") from None
 
 
 def _noise_of(config: Any) -> float | None:

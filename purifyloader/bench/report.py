@@ -296,7 +296,7 @@ def _order(names: set[str], first: Sequence[str]) -> list[str]:
     place = {name: i for i, name in enumerate(first)}
 
     def key(name: str) -> tuple[int, str, float]:
-        base, px, rest = re.fullmatch(r"([^@ ]*)@?([\d.]*)(.*)", name).groups()  # type: ignore[union-attr]
+        base, px, rest = re.fullmatch(r"([^@ ]*)@?(\d*(?:\.\d+)?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
         return place.get(base, len(place)), base + rest, float(px or 0)
 
     return sorted(names, key=key)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.files.json import parse_json, read_json, read_text
 from purifyloader.files.locks import Lock, lock_path
 
 __all__ = ["START_FILE", "VoteFolder", "new_seed", "tidy"]
@@ -79,7 +80,7 @@ class VoteFolder:
                 write_text(path, canonical_json(own) + "\n")
             return
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_json(path)
         except ValueError:
             there = None
         if there != own:
@@ -93,7 +94,7 @@ class VoteFolder:
         path = self.folder / SECRET_FILE
         if path.exists():
             try:
-                seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
+                seed = read_json(path)["seed"]
             except (OSError, ValueError, KeyError, TypeError):
                 seed = None
             if type(seed) is not int or not 0 <= seed < 2**_SEED_BITS:
@@ -133,8 +134,8 @@ class VoteFolder:
     def read(self, model: int) -> NDArray[np.int64] | None:
         """Read the votes of a model, (T,); None where there is no whole file, and it is to be made again."""
         try:
-            text = self._path(model).read_text(encoding="utf-8")
-            data = base64.b64decode(json.loads(text)["votes"], validate=True)
+            text = read_text(self._path(model))
+            data = base64.b64decode(parse_json(text)["votes"], validate=True)
             whole = text == self._text(model, data)
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import logging
 import os
 import platform
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from purifyloader.commands import options as shared
 from purifyloader.commands.logs import show
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
+from purifyloader.files.json import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -284,7 +284,7 @@ def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | No
     `of_checkpoint` takes them out of the latter; by default they are its "details", "train".
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"must be a JSON file of training fields. Got {path}: {error}.", argument="config") from None
     if isinstance(values, dict) and isinstance(values.get("details"), dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,17 @@ _GRAY, _NOISE = 0, 1
 
 def check_compensation(p: float, sigma: float) -> None:
     """Raise `InputError` unless p is a probability and sigma a noise level in image units."""
-    if not 0 <= p <= 1:
+    if not _is_share(p):
         raise InputError(f"p is the probability of grayscale, in [0, 1]. Got {p}.")
-    if not 0 <= sigma <= 1:
+    if not _is_share(sigma):
         raise InputError(f"sigma is the noise's standard deviation in image units, in [0, 1]. Got {sigma}.")
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and bool(0 <= value <= 1)
+    except (TypeError, ValueError, RuntimeError):  # a text, or several numbers
+        return False
 
 
 def check_quality(quality: int) -> None:
@@ -42,7 +50,7 @@ def check_bits(bits: int) -> None:
 
 def check_alpha(alpha: float) -> None:
     """Raise `InputError` unless this is a distance in pixels."""
-    check_number("alpha", alpha, above=0, unit="the furthest that a pixel moves, in pixels", error=InputError)
+    check_number("alpha", alpha, above=0, high=1e4, unit="the furthest that a pixel moves, in pixels", error=InputError)
 
 
 def _check_drawn(taker: str, x_BCHW: Tensor, keys_B: Tensor) -> None:

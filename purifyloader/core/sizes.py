@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 
@@ -22,16 +23,13 @@ Shape = tuple[int, int, int]
 """(C, H, W) of an image."""
 
 
-_LARGEST = 4096  # a square of it is 200 MB of float32, and photographs of 16 megapixels keep their size
-
-
 def check_resize(size: Any, crop: Any) -> None:
     """Raise `ConfigError` unless the shorter side is an integer from 1 to 4096, and the crop, if any, no larger."""
     check_integer("The size of the shorter side", size, 1, unit="in pixels")
-    if size > _LARGEST:
+    if size > limits.TILE:
         raise ConfigError(
-            f"The size of the shorter side must be at most {_LARGEST} pixels. Got {size}, at which one image may not "
-            "fit into memory: give the size that the model was trained for."
+            f"The size of the shorter side must be at most {limits.TILE} pixels. Got {size}, at which one image may "
+            "not fit into memory: give the size that the model was trained for."
         )
     if crop is not None and (type(crop) is not int or not 1 <= crop <= size):
         raise ConfigError(

@@ -6,7 +6,6 @@ import functools
 import glob
 import importlib
 import io
-import json
 import logging
 import operator
 import os
@@ -26,6 +25,7 @@ from torchvision import datasets
 
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
+from purifyloader.files.json import parse_json
 
 __all__ = ["ImageFiles", "TarDataset", "files_below", "open_dataset", "read_image", "warn_of_others"]
 
@@ -365,7 +365,7 @@ def _decode(field: str, data: bytes, what: str) -> Any:
         if kind == "cls":
             return int(data)
         if kind == "json":
-            return json.loads(data)
+            return parse_json(data, any_value=True)
         return data.decode("utf-8") if kind == "txt" else data
     except ValueError as error:
         expected = {"cls": "an integer", "json": "JSON", "txt": "text in UTF-8"}[kind]

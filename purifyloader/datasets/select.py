@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from purifyloader.core import noise, sizes
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.samples import fields, get_image
 from purifyloader.errors import InputError
+from purifyloader.files.json import read_json
 
 # Held-out images where nobody says how many: enough for a mean that moves by 0.1 dB, few enough to be quick.
 _HELD_OUT = 200
@@ -115,7 +115,7 @@ def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = 
 def read_indices(path: str | Path) -> list[int]:
     """Read indices from a JSON list, or those that a checkpoint's config.json says it was trained on."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be a JSON list of indices. Got: {error}.") from None
     if isinstance(values, dict) and isinstance(values.get("details"), dict):

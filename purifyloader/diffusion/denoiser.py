@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.core.checks import check_choice
 from purifyloader.diffusion.schedule import Schedule, schedule_from_config
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError, InputError
@@ -120,13 +121,11 @@ class NetworkDenoiser(Denoiser):
         time: str = "rescaled",
     ) -> None:
         super().__init__()
-        if parameterization not in PARAMETERIZATIONS:
-            raise ConfigError(f"parameterization must be one of {sorted(PARAMETERIZATIONS)}. Got {parameterization!r}.")
+        check_choice("parameterization", parameterization, sorted(PARAMETERIZATIONS))
         low, high = sigma_range
         if not 0 < low < high < math.inf:
             raise ConfigError(f"sigma_range must be 0 < low < high, in image units. Got {sigma_range}.")
-        if time not in TIMES:
-            raise ConfigError(f"time must be one of {list(TIMES)}. Got {time!r}.")
+        check_choice("time", time, TIMES)
         if time != "rescaled" and schedule is None:
             raise ConfigError(f"A denoiser whose time is {time!r} needs a schedule. Got none: give schedule=.")
         self.network = network
@@ -192,6 +191,10 @@ class NetworkDenoiser(Denoiser):
         return (c_skip * y + c_out * out + 1) / 2, fraction
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
     """Build back, with fresh weights, what `NetworkDenoiser.config` said."""
     try:
@@ -205,7 +208,7 @@ def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
         ) from None
     if (kind := network.pop("kind", None)) != "unet":
         raise ConfigError(f"The network's kind must be 'unet'. Got {kind!r}.")
-    if not isinstance(sigma_range, list | tuple) or len(sigma_range) != 2:
+    if not isinstance(sigma_range, list | tuple) or len(sigma_range) != 2 or not all(map(_is_number, sigma_range)):
         raise ConfigError(f"sigma_range must be [low, high]. Got {sigma_range!r}.")
     return NetworkDenoiser(
         UNet(UNetConfig.from_dict(network)),

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from purifyloader.core.checks import check_integer
+from purifyloader.core import limits
+from purifyloader.core.checks import check_integer, check_number
 from purifyloader.errors import ConfigError, InputError
 
 __all__ = ["ContinuousVP", "CosineSchedule", "LinearSchedule", "ScaledLinearSchedule", "Schedule", "spaced_sigmas"]
@@ -61,12 +62,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _BetaSchedule(Schedule):
-    """A schedule given by `timesteps` betas, interpolated between the steps."""
+    """A schedule given by `timesteps` betas, a million at most, interpolated between the steps."""
 
     timesteps: int
 
     def __post_init__(self) -> None:
-        check_integer("timesteps", self.timesteps, 2)
+        check_integer("timesteps", self.timesteps, 2, limits.TIMESTEPS)
 
     @cached_property
     def betas(self) -> Float64:
@@ -82,6 +83,16 @@ class _BetaSchedule(Schedule):
         """sigma of the timesteps 0, 1, ..., T."""
         sigmas: Float64 = np.concatenate([[0.0], np.sqrt((1.0 - self.abar) / self.abar) / 2])
         return sigmas
+
+    def _check_table(self) -> None:
+        """Raise `ConfigError` where the noise is too little or too much for a number."""
+        with np.errstate(all="ignore"):
+            first, last = self.sigmas[1], self.sigmas[-1]
+        if not 0 < first <= last < math.inf:
+            raise ConfigError(
+                f"The noise of the {self.kind} schedule must have numbers at all of its {self.timesteps} timesteps. "
+                f"Got sigma from {first} to {last}: give the betas and the timesteps that the model was trained with."
+            )
 
     # Between two timesteps log sigma is linear in t; between t = 0 and 1 sigma itself is.
 
@@ -109,6 +120,10 @@ class CosineSchedule(_BetaSchedule):
 
     timesteps: int = 4000
     kind: ClassVar[str] = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_table()
 
     @cached_property
     def betas(self) -> Float64:
@@ -144,6 +159,7 @@ class LinearSchedule(_BetaSchedule):
             _check_betas(self.kind, self.beta_start, self.beta_end)  # type: ignore[arg-type]  # it refuses None
         elif self.timesteps <= 20:
             raise ConfigError(f"The linear schedule needs more than 20 timesteps. Got {self.timesteps}.")
+        self._check_table()
 
     @cached_property
     def betas(self) -> Float64:
@@ -165,6 +181,7 @@ class ScaledLinearSchedule(_BetaSchedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_betas(self.kind, self.beta_start, self.beta_end)
+        self._check_table()
 
     @cached_property
     def betas(self) -> Float64:
@@ -187,6 +204,8 @@ class ContinuousVP(Schedule):
     kind: ClassVar[str] = "continuous-vp"
 
     def __post_init__(self) -> None:
+        for name, low in (("k1", -100), ("k2", -100), ("timesteps", None)):  # exp(-2 (k1 + k2)) has a number
+            check_number(name, getattr(self, name), low=low, high=limits.TIMESTEPS)
         if not (self.k1 < 0 and self.k2 < 0 and self.timesteps > 0):
             raise ConfigError(
                 "ContinuousVP needs k1 < 0, k2 < 0 and timesteps > 0 (Eq. 11). "
@@ -212,6 +231,8 @@ _KINDS: dict[str, type[Schedule]] = {
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """Build back the schedule that `Schedule.config` described."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"A schedule's configuration is an object with a kind. Got {config!r:.80}.")
     values = dict(config)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:

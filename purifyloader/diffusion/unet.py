@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
 from purifyloader.errors import ConfigError
 
@@ -37,6 +38,8 @@ _FIRST_FIELDS |= {"dropout", "image_channels", "learned_variance"}
 @dataclass(frozen=True)
 class UNetConfig:
     """Everything that fixes the shape of a `UNet`. Each level after the first halves the resolution.
+
+    Levels are at most 16, of at most 64 blocks; widths, heads and groups are at most 65,536.
 
     `resample` is how a level is left:
         "conv"        a convolution of stride 2 with one pixel of padding on each side; nearest, then convolution
@@ -68,10 +71,11 @@ class UNetConfig:
     stem_channels: int | None = None  # of the first convolution; None for `channels`
 
     def __post_init__(self) -> None:
-        for name in ("channels", "blocks", "heads", "norm_groups", "image_channels"):
-            check_integer(f"UNetConfig.{name}", getattr(self, name), 1)
+        check_integer("UNetConfig.blocks", self.blocks, 1, limits.NETWORK_BLOCKS)
+        for name in ("channels", "heads", "norm_groups", "image_channels"):
+            check_integer(f"UNetConfig.{name}", getattr(self, name), 1, limits.NETWORK_WIDTH)
         for name in ("head_channels", "norm_group_channels", "stem_channels"):
-            check_integer(f"UNetConfig.{name}", getattr(self, name), 1, none=True)
+            check_integer(f"UNetConfig.{name}", getattr(self, name), 1, limits.NETWORK_WIDTH, none=True)
         for name in ("learned_variance", "middle_attention", "scale_shift", "rescale_sums", "sines_first"):
             check_flag(f"UNetConfig.{name}", getattr(self, name))
         check_choice("UNetConfig.resample", self.resample, RESAMPLE)
@@ -80,22 +84,33 @@ class UNetConfig:
         # of the sines and cosines, which are half of the channels each
         check_number("UNetConfig.frequency_shift", self.frequency_shift, low=0, below=max(1, self.channels // 2))
         check_number("UNetConfig.dropout", self.dropout, low=0, below=1)
-        if not self.multipliers or any(
-            not isinstance(m, int | float) or not m > 0 or not _whole(self.channels * m) for m in self.multipliers
-        ):
-            raise ConfigError(
-                "UNetConfig.multipliers must be positive, one a level, and give whole widths with "
-                f"channels={self.channels}. Got {self.multipliers!r}."
-            )
-        if any(type(level) is not int or not 0 <= level < len(self.multipliers) for level in self.attention_levels):
-            raise ConfigError(
-                f"UNetConfig.attention_levels must name levels 0..{len(self.multipliers) - 1}. "
-                f"Got {self.attention_levels!r}."
-            )
+        self._check_levels()
         if any(width % self.groups(width) for width in self.widths):
             raise ConfigError(
                 f"Each level's width must be a multiple of norm_groups={self.norm_groups}. Got widths {self.widths}."
             )
+
+    def _check_levels(self) -> None:
+        for name in ("multipliers", "attention_levels"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ConfigError(f"UNetConfig.{name} must be a list. Got {getattr(self, name)!r:.80}.")
+        if not 1 <= len(self.multipliers) <= limits.NETWORK_LEVELS or not all(
+            map(self._is_multiplier, self.multipliers)
+        ):
+            raise ConfigError(
+                "UNetConfig.multipliers must be positive, one a level, and give whole widths with "
+                f"channels={self.channels}, of at most {limits.NETWORK_WIDTH:,}, for at most {limits.NETWORK_LEVELS} "
+                f"levels. Got {self.multipliers!r:.200}."
+            )
+        if any(type(level) is not int or not 0 <= level < len(self.multipliers) for level in self.attention_levels):
+            raise ConfigError(
+                f"UNetConfig.attention_levels must name levels 0..{len(self.multipliers) - 1}. "
+                f"Got {self.attention_levels!r:.200}."
+            )
+
+    def _is_multiplier(self, m: Any) -> bool:
+        is_number = isinstance(m, int | float) and not isinstance(m, bool) and 0 < m <= limits.NETWORK_WIDTH
+        return is_number and self.channels * m <= limits.NETWORK_WIDTH and _whole(self.channels * m)
 
     @classmethod
     def small(cls, **changes: Any) -> UNetConfig:

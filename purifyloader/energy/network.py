@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_integer
 from purifyloader.core.devices import exact_arithmetic, in_batches
 from purifyloader.energy.walking import TEMPERATURE, check_dynamics
@@ -29,6 +30,8 @@ _SIZE_MIN = 4  # two halvings must leave a pixel
 class EnergyConfig:
     """The shape of an `EnergyNetwork`. The default is the published one, 1,053,824 parameters.
 
+    Widths are at most 65,536 channels.
+
     >>> from purifyloader.energy import EnergyConfig
     >>> EnergyConfig(channels=4).to_dict()
     {'channels': 4, 'image_channels': 3}
@@ -38,8 +41,8 @@ class EnergyConfig:
     image_channels: int = 3
 
     def __post_init__(self) -> None:
-        check_integer("EnergyConfig.channels", self.channels, 1)
-        check_integer("EnergyConfig.image_channels", self.image_channels, 1)
+        check_integer("EnergyConfig.channels", self.channels, 1, limits.NETWORK_WIDTH)
+        check_integer("EnergyConfig.image_channels", self.image_channels, 1, limits.NETWORK_WIDTH)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

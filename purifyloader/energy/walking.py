@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.errors import PurifyError
 
@@ -24,6 +25,7 @@ __all__ = ["FAR", "STEP_SIZE", "TEMPERATURE", "Energy", "check_dynamics", "energ
 STEP_SIZE = 0.00625  # PureGen's: eps = 0.0125 on images in [-1, 1]; 1.6 px of noise a step
 TEMPERATURE = 1e-4  # PureGen's: the number that an energy is divided by
 FAR = 10.0  # image units from the middle grey: no image is out there, and a walk that gets there has run away
+_STEP_MOST, _SCALE = 100, 1e30  # beyond these a step has no number
 
 Energy = Callable[[Tensor], Tensor]
 """`energy(x_BCHW) -> energy_B`, differentiable; `purifyloader.energy.EnergyNetwork` is one."""
@@ -31,9 +33,9 @@ Energy = Callable[[Tensor], Tensor]
 
 def check_dynamics(steps: int = 1, step_size: float = STEP_SIZE, temperature: float = TEMPERATURE) -> None:
     """Raise `ConfigError` unless these are a number of steps, a step size and a temperature."""
-    check_integer("steps", steps, 1, unit="the number of Langevin steps")
-    check_number("step_size", step_size, above=0, unit="the noise that a step adds, in image units")
-    check_number("temperature", temperature, above=0, unit="which divides the energy")
+    check_integer("steps", steps, 1, limits.STEPS, unit="the number of Langevin steps")
+    check_number("step_size", step_size, above=0, high=_STEP_MOST, unit="the noise that a step adds, in image units")
+    check_number("temperature", temperature, low=1 / _SCALE, high=_SCALE, unit="which divides the energy")
 
 
 def energy_gradient(energy: Energy, x_BCHW: Tensor, create_graph: bool = False) -> Tensor:

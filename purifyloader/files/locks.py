@@ -19,6 +19,7 @@ from typing import Self
 
 from purifyloader.errors import CacheError
 from purifyloader.files.atomic import writing
+from purifyloader.files.json import parse_json
 
 try:
     import fcntl
@@ -205,7 +206,7 @@ def _read(path: Path) -> tuple[int, Holder | None]:
     except (OSError, ValueError):
         return 0, None
     try:
-        values = json.loads(holder)
+        values = parse_json(holder)
         return note, Holder(str(values["host"]), int(values["pid"]), values["started"])
     except (ValueError, KeyError, TypeError):
         return note, None

@@ -6,7 +6,6 @@ The one grammar of all commands. A value is JSON, such as 0.1, true, "a,b" or [1
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from purifyloader.errors import ConfigError
+from purifyloader.files.json import parse_json
 from purifyloader.poisons.attacks import registry
 
 __all__ = ["CLEAN", "AttackSpec", "is_spec", "parse", "parse_options"]
@@ -112,7 +112,7 @@ def parse_options(words: Sequence[str], text: str) -> dict[str, Any]:
         if name in options:
             raise ConfigError(f"Each option must be given once. Got {name!r} twice in {text!r}.")
         try:
-            options[name] = json.loads(value)
+            options[name] = parse_json(value)
         except ValueError:
             options[name] = value
     return options

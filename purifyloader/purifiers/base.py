@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.core.images import check_channels, to_unit
 from purifyloader.core.notes import NOTES
-from purifyloader.errors import ConfigError, InputError
+from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.files.json import JsonError, parse_json
 from purifyloader.pretrained.kinds import KINDS as MODEL_KINDS
 from purifyloader.purifiers.frozen import Freezing, Seal, check_move, refuse_setting
 from purifyloader.purifiers.packing import reduced
 
 __all__ = ["CONDITIONS", "KINDS", "NOISE_BEFORE", "SCHEMA", "UNKNOWN_FIRST", "Condition", "Purifier", "Resolver"]
-__all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "from_config", "from_json"]
-__all__ += ["models_in", "pixels", "refuse_plans", "without_functions"]
+__all__ += ["by_shape", "common_channels", "condition_from_config", "conditions_of", "extent", "from_config"]
+__all__ += ["from_json", "models_in", "pixels", "refuse_plans", "without_functions"]
 
 SCHEMA = 2
 """Version of the JSON that describes purifiers. In version 1 models were told apart by their weights alone."""
@@ -138,6 +138,9 @@ class Purifier(Described):
 
     selects: ClassVar[bool] = False
     """True where it treats images differently because of how they look."""
+
+    _extent: tuple[int, int] = (0, 1)
+    """How many levels of purifiers are inside, and how many single ones an image goes through."""
 
     @property
     def calls(self) -> int:
@@ -384,6 +387,21 @@ def refuse_plans(taker: str, purifier: nn.Module) -> None:
         )
 
 
+_LEVELS, _RUNS = 32, 100_000
+
+
+def extent(taker: str, parts: Sequence[Purifier], times: int = 1) -> tuple[int, int]:
+    """Return the `_extent` of a purifier of these parts, or raise `ConfigError` where it is beyond any sense."""
+    levels = 1 + max(part._extent[0] for part in parts)
+    runs = times * sum(part._extent[1] for part in parts)
+    if levels > _LEVELS or runs > _RUNS:
+        raise ConfigError(
+            f"Purifiers must be in one another at most {_LEVELS} levels deep, and an image must go through at most "
+            f"{_RUNS:,} of them. Got {levels} levels and {runs:,} in a {taker}: leave some out."
+        )
+    return levels, runs
+
+
 Named = TypeVar("Named", Purifier, Condition)
 
 KINDS: dict[str, type[Purifier]] = {}
@@ -407,8 +425,11 @@ def _build(config: Any, resolve: Resolver, table: Mapping[str, type[Named]], wha
         cls = plugins[kind].load()
     try:
         return cls.build(values, resolve)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {sorted(values)}.") from None
+    except PurifyError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        names = ", ".join(sorted(map(str, values)))
+        raise ConfigError(f"The configuration of {kind!r} does not fit it: {error}. Got {names:.200}.") from None
 
 
 def from_config(config: Mapping[str, Any], resolve: Resolver) -> Purifier:
@@ -441,11 +462,11 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
     >>> purifiers.from_json(purifiers.Jpeg(30).to_json(), resolve=lambda entry, kind: None).config()
     {'kind': 'jpeg', 'quality': 30}
     """
+    if not isinstance(text, str | bytes | bytearray):
+        raise ConfigError(f"A purifier is read from JSON text. Got {type(text).__name__}.")
     try:
-        values = json.loads(text)
-    except TypeError:
-        raise ConfigError(f"A purifier is read from JSON text. Got {type(text).__name__}.") from None
-    except ValueError as error:
+        values = parse_json(text)
+    except JsonError as error:
         raise ConfigError(f"A purifier is read from JSON. Got text that is not JSON ({error}).") from None
     if not isinstance(values, dict) or not {"schema", "purifier"} <= set(values):
         raise ConfigError(f"A purifier's JSON is an object with schema and purifier. Got {text[:80]!r}.")
@@ -454,4 +475,26 @@ def from_json(text: str, resolve: Resolver) -> Purifier:
             f"This version of purifyloader reads purifier schemas 1 to {SCHEMA}. Got {values['schema']!r}: "
             "use the version that wrote it, or a newer one."
         )
+    _check_number_of_parts(values["purifier"])
     return from_config(values["purifier"], resolve)
+
+
+_PARTS, _MODELS = 10_000, 32  # each model is a network in memory
+
+
+def _check_number_of_parts(config: Any) -> None:
+    """Raise `ConfigError` for more purifiers or models than anybody writes down, before the first is built."""
+    models = sum(1 for _ in models_in(config))
+    parts, level = 0, [config]
+    while level:
+        parts += sum(isinstance(value, dict) for value in level)
+        level = [part for value in level for part in _inside(value)]
+    if models > _MODELS or parts > _PARTS:
+        raise ConfigError(
+            f"A purifier's JSON must have at most {_PARTS:,} objects and {_MODELS} models. Got {parts:,} and "
+            f"{models:,}: write what is repeated as a repeat."
+        )
+
+
+def _inside(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

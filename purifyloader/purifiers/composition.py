@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from purifyloader.core import noise, sizes
+from purifyloader.core import limits, noise, sizes
 from purifyloader.core.checks import check_integer
 from purifyloader.errors import ConfigError
 from purifyloader.purifiers.base import (
@@ -18,6 +18,7 @@ from purifyloader.purifiers.base import (
     Resolver,
     common_channels,
     condition_from_config,
+    extent,
     from_config,
     refuse_plans,
 )
@@ -39,6 +40,7 @@ class Chain(Purifier):
         super().__init__()
         if not stages or not all(isinstance(stage, Purifier) for stage in stages):
             raise ConfigError(f"Chain takes one or more purifiers. Got {[type(s).__name__ for s in stages]}.")
+        self._extent = extent("Chain", stages)
         self.stages = nn.ModuleList(stages)
         self.image_channels = common_channels("Chain", *stages)
 
@@ -51,7 +53,10 @@ class Chain(Purifier):
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
-        return cls(*(from_config(stage, resolve) for stage in values["stages"]))
+        stages = values.pop("stages")
+        if values or not isinstance(stages, list | tuple):
+            raise ConfigError(f"A chain has a list of stages, and nothing else. Got {stages!r:.80} and {list(values)}.")
+        return cls(*(from_config(stage, resolve) for stage in stages))
 
     def _stages(self) -> Iterator[Purifier]:
         for stage in self.stages:
@@ -103,6 +108,7 @@ class Repeat(Purifier):
                 f"Repeat takes a purifier and a positive number of times. Got {type(purifier).__name__} and {times!r}."
             )
         refuse_plans("Repeat", purifier)
+        self._extent = extent("Repeat", [purifier], times)
         self.purifier, self.times = purifier, times
         self.image_channels = purifier.image_channels
 
@@ -115,7 +121,9 @@ class Repeat(Purifier):
 
     def output_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         for _ in range(self.times):
-            shape = self.purifier.output_shape(shape)
+            before, shape = shape, self.purifier.output_shape(shape)
+            if shape == before:  # and so on
+                break
         return shape
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
@@ -186,7 +194,7 @@ class Tiles(Purifier):
 
     Args:
         purifier: one that keeps shapes and has no condition over the dataset; put a `Resize` before the tiles.
-        size: side of a tile, in pixels: the one that the model was trained for.
+        size: side of a tile, in pixels, at most 4096: the one that the model was trained for.
         overlap: pixels that neighbours share, at most half a tile; a quarter by default.
 
     >>> from purifyloader.purifiers import Jpeg, Tiles
@@ -203,7 +211,7 @@ class Tiles(Purifier):
             raise ConfigError(f"Tiles takes a purifier. Got {type(purifier).__name__}.")
         if overlap is None and isinstance(size, int):
             overlap = size // 4
-        check_integer("The size of a tile", size, 1, unit="in pixels")
+        check_integer("The size of a tile", size, 1, limits.TILE, unit="in pixels")
         check_integer("overlap", overlap, 0, size // 2, unit="in pixels, half a tile at most")
         if not keeps_shape(purifier, (purifier.image_channels or 3, size, size)):
             raise ConfigError(
@@ -211,6 +219,7 @@ class Tiles(Purifier):
                 "put the Resize before, as in Chain(Resize(...), Tiles(...))."
             )
         refuse_plans("Tiles", purifier)
+        self._extent = extent("Tiles", [purifier])
         assert overlap is not None
         self.purifier, self.size, self.overlap = purifier, size, overlap
         self.image_channels = purifier.image_channels
@@ -281,6 +290,7 @@ class Where(Purifier):
                 "resizes: put the Resize before, as in Chain(Resize(...), Where(...))."
             )
         refuse_plans("Another Where", purifier)
+        self._extent = extent("Where", [purifier])
         self.image_channels = common_channels("Where", condition, purifier)
         self.condition, self.purifier = condition, purifier
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_integer, check_number
 from purifyloader.energy import EnergyNetwork, image_energies
 from purifyloader.errors import ConfigError
@@ -37,7 +38,7 @@ class EnergyAbove(Condition):
         k: or the share of a dataset, in (0, 1], that has the highest energies. A plan over the dataset finds the
             threshold: the energy of the round(k n)-th highest of n images (of the highest, if that is 0). Images
             of the very same energy are all above it.
-        compute_batch: images of every network call.
+        compute_batch: images of every network call, at most 16,384.
 
     >>> from purifyloader.energy import EnergyConfig, EnergyNetwork
     >>> from purifyloader.purifiers import EnergyAbove
@@ -60,7 +61,7 @@ class EnergyAbove(Condition):
             check_number("threshold", threshold)
         else:
             check_share(k)
-        check_integer("compute_batch", compute_batch, 1)
+        check_integer("compute_batch", compute_batch, 1, limits.COMPUTE_BATCH)
         self._threshold = None if threshold is None else float(threshold)
         self.k = None if k is None else float(k)
         self.compute_batch = compute_batch
@@ -125,7 +126,7 @@ class EnergyAbove(Condition):
             raise ConfigError(f"A condition with a threshold needs no plan. Got {planned!r}: leave it out.")
         values = planned if isinstance(planned, Mapping) else {}
         counts = [values.get(name) for name in ("purified", "images")]
-        if len(values) != 3 or not all(type(count) is int and count > 0 for count in counts):
+        if len(values) != 3 or not all(type(count) is int and 0 < count < 2**63 for count in counts):
             raise ConfigError(
                 f"The plan of an energy condition has a threshold, and how many images of how many it holds for. Got "
                 f"{planned!r}: leave it out, and plan again."

@@ -29,11 +29,11 @@ class Langevin(NetworkPurifier):
 
     Args:
         energy: see `purifyloader.pretrained.load(..., kind="energy")`; copied and frozen.
-        steps: Langevin steps, each a forward and a backward pass of the network.
+        steps: Langevin steps, at most a million, each a forward and a backward pass of the network.
         step_size: the noise that a step adds, in image units.
         temperature: divides the energy; None for the one it was trained for.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; the image itself stays in float32.
-        compute_batch: images of every network call.
+        compute_batch: images of every network call, at most 16,384.
         compile: compile the network with torch.compile, which takes half a minute for each shape of images.
             `purify_with_grad` runs it as it is, for it differentiates twice, and so its last bits are those of
             `compile=False`; its memory grows with the steps.

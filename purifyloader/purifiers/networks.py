@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from purifyloader.core import noise
+from purifyloader.core import limits, noise
 from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.core.devices import in_batches
 from purifyloader.diffusion.denoiser import Denoiser
@@ -73,7 +73,7 @@ class NetworkPurifier(Purifier):
         check_model(type(self).__name__, model, self.role)
         super().__init__()
         check_choice("dtype", dtype, DTYPES)
-        check_integer("compute_batch", compute_batch, 1)
+        check_integer("compute_batch", compute_batch, 1, limits.COMPUTE_BATCH)
         self.dtype = dtype
         self.compute_batch = compute_batch
         self._entry = identity_of(model)  # before any cast
@@ -119,7 +119,7 @@ class DenoiseOnce(NetworkPurifier):
     def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
         super().__init__(denoiser, dtype, compute_batch)
         check_number("sigma", sigma)
-        denoiser.check_sigma(sigma)
+        denoiser.check_sigma(float(sigma))
         self.sigma = float(sigma)
 
     def noise_first(self) -> float | str:
@@ -143,11 +143,12 @@ class Diffuse(NetworkPurifier):
         denoiser: see `purifyloader.pretrained.load`; copied and frozen.
         t: timestep to noise to, read through `schedule`,
         sigma: or its noise level, in image units (25 px is 25/255).
-        steps: network calls (NFE), evenly spaced in t; None for every timestep with `t`, and one with `sigma`.
+        steps: network calls (NFE), at most a million, evenly spaced in t; None for every timestep with `t`, and one
+            with `sigma`.
         schedule: ECLIPSE's cosine one with T = 4000 by default.
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
-        compute_batch: images of every network call, which decides what kernels run.
+        compute_batch: images of every network call, at most 16,384, which decides what kernels run.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import Diffuse
@@ -185,7 +186,7 @@ class Diffuse(NetworkPurifier):
         self.steps = steps
         self.sampler = sampler
         if sigma is not None:
-            denoiser.check_sigma(sigma)
+            denoiser.check_sigma(float(sigma))
             t = float(self.schedule.t(sigma))
         assert t is not None
         levels = spaced_sigmas(self.schedule, t, steps)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.files.json import JsonError, read_text
 
 if TYPE_CHECKING:
     from purifyloader.diffusion.denoiser import Denoiser
@@ -130,11 +131,13 @@ def from_json(text: str, model: Any = None) -> Purifier:
 def from_file(path: Path, model: Any = None) -> Purifier:
     """Build the purifier whose JSON is in the file of the option --recipe; errors name the file."""
     try:
-        return from_json(path.read_text(encoding="utf-8"), model)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, JsonError) as error:
         why = error if path.is_file() else "no such file"
         raise ConfigError(
             f"must be a file with the JSON of a purifier. Got {str(path)!r}: {why}.", argument="recipe"
         ) from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    try:
+        return from_json(text, model)
+    except (ConfigError, InputError) as error:
+        raise type(error)(f"{path}: {error}") from None

@@ -9,14 +9,20 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number, check_seed
-from purifyloader.errors import ConfigError
+from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.files.weights import weights_sha256
 
-__all__ = ["TrainingFields", "check_channels", "check_start", "check_start_from", "started_from"]
+__all__ = ["STEPS", "TrainingFields", "check_channels", "check_start", "check_start_from", "started_from"]
+
+
+STEPS, _BATCH = 10**9, 2**20
+"""Steps of a training, at most."""
 
 
 class TrainingFields:
     """Base of the frozen dataclasses that decide, with the images, the weights of a training.
+
+    Steps are at most 1e9, and a batch has at most 1,048,576 images.
 
     A subclass has at least the fields annotated here; a stopped run may go on with other values of its `length_fields`.
     """
@@ -42,8 +48,8 @@ class TrainingFields:
             raise ConfigError(f"network must be of type {kind}, or an object of its fields. Got {self.network!r}.")
         check_start_from(self.start_from)
         check_seed(self.seed)
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
-            check_integer(name, getattr(self, name), low)
+        for name, low, high in (("steps", 1, STEPS), ("batch_size", 1, _BATCH), ("warmup", 0, STEPS)):
+            check_integer(name, getattr(self, name), low, high)
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("ema_decay", self.ema_decay, low=0, below=1)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -73,8 +79,10 @@ class TrainingFields:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
         """Build a configuration from the result of `to_dict`, or from some of its fields over `base`."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"A configuration is an object of fields. Got {values!r:.80}.")
         known = sorted(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(map(str, set(values) - set(known))):
             raise ConfigError(f"Known fields of {cls.__name__}: {', '.join(known)}. Got {', '.join(unknown)}.")
         start = (base or cls()).to_dict()
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in {**start, **values}.items()}
@@ -83,8 +91,10 @@ class TrainingFields:
             if isinstance(network, Mapping):
                 arguments["network"] = cls.network_type.from_dict({**start["network"], **network})
             return cls(**arguments)
-        except TypeError as error:
-            raise ConfigError(f"A field has a value of another kind ({error}). Got {dict(values)}.") from None
+        except PurifyError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"A field has a value of another kind ({error}). Got {dict(values)!r:.500}.") from None
 
 
 Config = TypeVar("Config", bound=TrainingFields)

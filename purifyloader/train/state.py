@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files.atomic import canonical_json, replacing
+from purifyloader.files.json import parse_json
 from purifyloader.train.fields import TrainingFields
 
 __all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "tidy", "writing"]
@@ -75,7 +75,7 @@ def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Gr
     """Read the header and the tensors of each group, of a run whose `identity` is the expected one."""
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["purifyloader"])
+            header = parse_json((file.metadata() or {})["purifyloader"])
             flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)
         saved = header["identity"]
         differing = [k for k in expected["config"] if saved["config"].get(k) != expected["config"][k]]

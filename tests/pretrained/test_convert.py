@@ -32,9 +32,8 @@ from purifyloader.errors import CheckpointError, ConfigError, InputError, Purify
 from purifyloader.files.atomic import file_sha256
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.convert import FORMATS, convert
-from purifyloader.pretrained.convert.choice import state_dict
 from purifyloader.pretrained.convert.energy import NAMES
-from purifyloader.pretrained.convert.pickles import read_file
+from purifyloader.pretrained.convert.pickles import read_file, state_dict
 from purifyloader.pretrained.plausibility import (
     Plausibility,
     dead_leaves,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.errors import InputError
+from purifyloader.files.json import parse_json, read_text
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import describe, integers, read_array
 from purifyloader.poisons.reading.request import Arrays, Request
@@ -70,7 +70,7 @@ def from_folder(
             raise InputError(f"{folder / 'trigger.npy'} must be (1, C, H, W). Got {describe(extra['trigger'])}.")
         extra["trigger"] = np.moveaxis(extra["trigger"][0], 0, 2) / 2
     try:
-        record = (folder / "poison.json").read_text(encoding="utf-8")
+        record = read_text(folder / "poison.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
     return _restored(request, (images, np.asarray(labels, np.int64)), poisoned, record, extra)
@@ -82,7 +82,7 @@ def _restored(
     """Complete the set by its JSON record; refuse a record that `write` does not make, or of a later version."""
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
     try:
-        record = json.loads(text)
+        record = parse_json(text)
         version = int(record["format"])
         if version > FORMAT:
             raise InputError(

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from purifyloader.core import limits
 from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError
 from purifyloader.train.denoiser.augment import AUGMENTATIONS
-from purifyloader.train.fields import TrainingFields
+from purifyloader.train.fields import STEPS, TrainingFields
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
+
+_COPIES = 10_000
 
 _SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": CosineSchedule, "linear": LinearSchedule}
 
@@ -41,8 +44,8 @@ class TrainConfig(TrainingFields):
         ema_decay: of the averaged weights, which are the result; (1 + step) / (10 + step) while that is smaller. 0
             for no average.
         clip_norm: gradients with a larger norm are scaled down to it.
-        replicate: M, further copies of each image in an epoch (ECLIPSE, Sec. 4). At a fixed number of steps it changes
-            only which images meet in a batch.
+        replicate: M, further copies of each image in an epoch, at most 10,000 (ECLIPSE, Sec. 4). At a fixed number of
+            steps it changes only which images meet in a batch.
         augment: any of "flip", "crop", "rotate", "mixup"; see `purifyloader.train.denoiser.augment`.
         patch_size: train on random squares of this side, in pixels; None trains on whole images.
         dtype: of the network's arithmetic, "float32" or "bfloat16"; weights stay float32.
@@ -102,10 +105,11 @@ class TrainConfig(TrainingFields):
         check_choice("time", self.time, ("timestep", "log-sigma"))
         check_choice("schedule", self.schedule, tuple(_SCHEDULES))
         check_choice("decay", self.decay, ("linear", "cosine"))
-        for name, low in {"timesteps": 2, "replicate": 0, "decay_steps": 0}.items():
-            check_integer(name, getattr(self, name), low)
+        check_integer("timesteps", self.timesteps, 2, limits.TIMESTEPS)
+        check_integer("replicate", self.replicate, 0, _COPIES)
+        check_integer("decay_steps", self.decay_steps, 0, STEPS)
         check_integer("max_timestep", self.max_timestep, 2, self.timesteps, none=True, unit="a timestep")
-        check_integer("patch_size", self.patch_size, 8, none=True, unit="in pixels")
+        check_integer("patch_size", self.patch_size, 8, limits.TILE, none=True, unit="in pixels")
         for name in ("clip_norm", "sigma_center", "sigma_spread"):
             check_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "gamma"):

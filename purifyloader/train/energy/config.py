@@ -17,6 +17,8 @@ from purifyloader.train.fields import TrainingFields
 
 __all__ = ["ENERGY_RECIPES", "EnergyTrainConfig", "energy_recipe"]
 
+_BANK, _DECAYS = 2**31, 10_000
+
 
 @dataclass(frozen=True)
 class EnergyTrainConfig(TrainingFields):
@@ -82,9 +84,15 @@ class EnergyTrainConfig(TrainingFields):
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_flag("paired", self.paired)
         check_flag("flip", self.flip)
-        check_integer("bank_size", self.bank_size, self.batch_size, none=True, unit="at least batch_size")
-        if not isinstance(self.decay_at, tuple) or any(type(step) is not int or step < 1 for step in self.decay_at):
-            raise ConfigError(f"decay_at must be a tuple of steps from 1. Got {self.decay_at!r}.")
+        check_integer("bank_size", self.bank_size, self.batch_size, _BANK, none=True, unit="at least batch_size")
+        if (
+            not isinstance(self.decay_at, tuple)
+            or len(self.decay_at) > _DECAYS
+            or any(type(step) is not int or step < 1 for step in self.decay_at)
+        ):
+            raise ConfigError(
+                f"decay_at must be a tuple of steps from 1, at most {_DECAYS:,}. Got {self.decay_at!r:.200}."
+            )
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, above=0)
         check_number("data_noise", self.data_noise, low=0, high=1, unit="a standard deviation in image units")
