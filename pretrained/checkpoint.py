@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from purifyloader.cache.format import differences
-from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.errors import CacheError, CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 from purifyloader.files.json import parse_json, read_json
+from purifyloader.files.locks import Lock
 from purifyloader.files.weights import named_weights, weights_sha256
 from purifyloader.pretrained.binding import bind, check_bound, remember
 from purifyloader.pretrained.kinds import KINDS, ModelKind, identity_of, kind_of, kind_of_format
@@ -105,12 +106,16 @@ def save(
 
     header = {"format": kind.format, "version": VERSION, kind.name: kind.config(model)}
     try:
-        with replacing(folder / MODEL_FILE) as temporary:
-            save_file(weights, temporary, metadata={_METADATA: canonical_json(header)})
-        write_text(folder / CARD_FILE, card if card is not None else _minimal_card(kind, model, name))
-        config = {**header, "name": name, "model_sha256": file_sha256(folder / MODEL_FILE), "details": details}
-        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    except (SafetensorError, OSError) as error:
+        os.makedirs(folder, exist_ok=True)
+        with Lock(folder, CONFIG_FILE, traceless=True):
+            check_folder(folder, overwrite)  # another process may have saved one meanwhile
+            with replacing(folder / MODEL_FILE) as temporary:
+                save_file(weights, temporary, metadata={_METADATA: canonical_json(header)})
+                sha256 = file_sha256(temporary)  # not of what another process may put in its place
+            write_text(folder / CARD_FILE, card if card is not None else _minimal_card(kind, model, name))
+            config = {**header, "name": name, "model_sha256": sha256, "details": details}
+            write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    except (SafetensorError, OSError, CacheError) as error:
         raise CheckpointError(
             f"A checkpoint must be written to {folder}. Got: {error}. Make room on the disk or give another folder, "
             "one that you may write to, and save it again."

@@ -245,7 +245,11 @@ class Bench:
         with Lock(path.parent, path.stem):  # another process waits for it, and then reads it
             if not path.exists():
                 made = self._attacked(attack, seed) if attack.file is None else self._read(attack)
-                write_npz(made, path)
+                try:
+                    write_npz(made, path)
+                except InputError:
+                    if not path.exists():  # else another process has made it too, where there are no locks
+                        raise
         poisoned = reading.read(path)
         if len(poisoned) != len(data.train):
             raise InputError(

@@ -40,7 +40,7 @@ from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import check_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text, writing
+from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_new, write_text, writing
 from purifyloader.files.locks import KEPT, Lock
 
 FORMAT = "purifyloader-tars"
@@ -110,9 +110,9 @@ def export_tars(
     """Write one draw of a cache as WebDataset tars of so many images, and return them; the module says what is in them.
 
     `out` is new, empty, or an earlier export of the same draw of the same cache, which is replaced. Every image is
-    checked against its CRC-32. An export that was stopped is made anew by calling this again. One process at a time.
-    Only a cache of one draw can be imported again. `seen` is called with how many images more are done. Raises
-    `InputError` for no such draw, `CacheError` for an `out` that holds something else, or a damaged cache.
+    checked against its CRC-32. An export that was stopped is made anew by calling this again; one that another process
+    makes is waited for. Only a cache of one draw can be imported again. `seen` is called with how many images more are
+    done. Raises `InputError` for no such draw, `CacheError` for an `out` that holds something else, or a damaged cache.
     """
     out = Path(out).absolute()
     check_integer("images_per_tar", images_per_tar, 1, error=InputError)
@@ -122,7 +122,10 @@ def export_tars(
     parts: list[dict[str, Any]] = []
     tars: list[_Tar] = []
     with writing(out, CacheError, KEPT):
-        _clear(out, owner)
+        out.mkdir(parents=True, exist_ok=True)
+    with writing(out, CacheError, KEPT), Lock(out, MANIFEST, traceless=True):
+        _check_free(out, owner, reader.folder)  # another process may have exported meanwhile
+        _clear(out, owner, reader.folder)
         samples = _samples(reader, draw, parts)
         for number, start in enumerate(range(0, len(reader), images_per_tar)):
             count = min(images_per_tar, len(reader) - start)
@@ -184,9 +187,10 @@ def _owner(out: Path) -> dict[str, Any] | None:
     return None
 
 
-def _clear(out: Path, owner: Mapping[str, Any]) -> None:
+def _clear(out: Path, owner: Mapping[str, Any], cache: Path) -> None:
     """Remove an earlier export, in an order in which no moment leaves one that seems whole, or nobody's."""
-    write_text(out / _BEGUN, canonical_json(owner) + "\n")
+    if not write_new(out / _BEGUN, canonical_json(owner) + "\n"):
+        _check_free(out, owner, cache)  # an export that was stopped, or of another process where there are no locks
     (out / MANIFEST).unlink(missing_ok=True)
     for path in list(out.iterdir()):
         if _TAR.fullmatch(path.name) or _HIDDEN.fullmatch(path.name):

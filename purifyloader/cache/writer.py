@@ -170,12 +170,13 @@ class CacheWriter:
             return
         there = self._claim_there()
         if there is None:
-            with writing(self.folder / fmt.CLAIM_FILE, CacheError, KEPT), Lock(self.folder, fmt.CLAIM_FILE) as lock:
+            with writing(self.folder / fmt.CLAIM_FILE, CacheError, KEPT), self._claim_lock() as lock:
                 there = self._claim_there() or self._claimed(lock)
-                if lock.real:
-                    lock_path(self.folder, fmt.CLAIM_FILE).unlink(missing_ok=True)
         self._check_same(fmt.CLAIM_FILE, there)
         self.check_same_device()
+
+    def _claim_lock(self) -> Lock:
+        return Lock(self.folder, fmt.CLAIM_FILE, traceless=True)
 
     def _claim_there(self) -> fmt.Claim | None:
         try:
@@ -210,7 +211,7 @@ class CacheWriter:
 
     def give_up(self) -> None:
         """Remove the claim after an error, where nothing was written yet and no other process is at work."""
-        with suppress(CacheError, OSError), Lock(self.folder, fmt.CLAIM_FILE) as lock:
+        with suppress(CacheError, OSError), self._claim_lock() as lock:
             names = {path.name for path in self.folder.iterdir()}
             own = lock_path(self.folder, fmt.CLAIM_FILE).name
             at_work = any(is_held(self.folder / n) for n in names if n.endswith(".lock") and n != own)
@@ -221,7 +222,6 @@ class CacheWriter:
             if mine and {n for n in names if not n.startswith(".")} == {fmt.CLAIM_FILE}:
                 # a process that has claimed it too and is about to begin claims it again before it writes
                 (self.folder / fmt.CLAIM_FILE).unlink()
-            (self.folder / own).unlink(missing_ok=True)
 
     def _has_damaged_claim(self) -> bool:
         return os.path.lexists(self.folder / fmt.CLAIM_FILE) and self._claim_there() is None

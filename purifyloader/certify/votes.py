@@ -16,10 +16,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purifyloader.errors import ConfigError, InputError
-from purifyloader.files.atomic import canonical_json, write_text, writing
+from purifyloader.files.atomic import canonical_json, write_new, write_text, writing
 from purifyloader.files.json import parse_json, read_json, read_text
 from purifyloader.files.locks import Lock, lock_path
 
@@ -77,8 +75,7 @@ class VoteFolder:
             raise InputError(f"Expected settings that JSON can hold. Got: {error}.") from None
         if not path.exists():
             with writing(path):
-                write_text(path, canonical_json(own) + "\n")
-            return
+                write_new(path, canonical_json(own) + "\n")  # or another process just has, where there are no locks
         try:
             there = read_json(path)
         except ValueError:
@@ -108,19 +105,9 @@ class VoteFolder:
                 f"Expected the seed that the votes in {self.folder} were made with, in {path}. Got no such file: bring "
                 "it back, or begin in another folder."
             )
-        seed = new_seed()
         with writing(path):
-            # readable by its owner alone from the first byte on, which `replacing` would end
-            handle, name = tempfile.mkstemp(prefix=f".{SECRET_FILE}.", suffix=".tmp", dir=self.folder)
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    file.write(canonical_json({"seed": seed}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(name, path)
-            finally:
-                Path(name).unlink(missing_ok=True)
-        return seed
+            write_new(path, canonical_json({"seed": new_seed()}) + "\n", private=True)
+        return self._secret()  # which another process may have written, where there are no locks
 
     def _path(self, model: int) -> Path:
         return self.folder / f"{model:05d}.json"

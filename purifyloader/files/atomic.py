@@ -20,18 +20,47 @@ from purifyloader.errors import PurifyError
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block ends and removed when it fails."""
+    with _temporary(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        _show_to_others(temporary, 0o666)  # mkstemp's 0600 would hide a shared cache from others
+        os.replace(temporary, path)
+
+
+@contextmanager
+def creating(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Do the same for a new file: `FileExistsError` where there is one of that name by the end, which stays.
+
+    Of all processes that try this one succeeds, with or without locks. `private`: for its owner alone.
+    """
+    with _temporary(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        if not private:
+            _show_to_others(temporary, 0o666)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        _show_to_others(temporary, 0o666)  # mkstemp's 0600 would hide a shared cache from others
-        os.replace(temporary, path)
+        yield Path(name)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _show_to_others(path: Path, mode: int) -> None:
@@ -44,35 +73,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_new(path: Path, text: str) -> bool:
-    """Write a file whole, unless there is one of that name, which stays; say whether it was written."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+def write_new(path: Path, text: str, *, private: bool = False) -> bool:
+    """Write a file as `creating` does; say whether it was written, and not there before."""
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _show_to_others(temporary, 0o666)
-        try:
-            os.link(temporary, path)  # of all processes that try this, one succeeds, with or without locks
-        except FileExistsError:
-            return False
-        except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
-            return _created(path, text)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _created(path: Path, text: str) -> bool:
-    """Do the same with a file that is there before it is whole."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with creating(path, private=private) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except FileExistsError:
+        if not os.path.lexists(path):  # a file stands where its folder should
+            raise
         return False
     return True
 

@@ -82,11 +82,12 @@ class Lock:
     """An exclusive lock by the name of what is worked on; a context manager when it waits.
 
     Between `acquire` and `release` its file holds a number that others may read, how many images are done, and who
-    holds it.
+    holds it. `traceless` removes the file on release, from a folder that is somebody's result.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, traceless: bool = False) -> None:
         self._path = lock_path(folder, name)
+        self._traceless = traceless
         self._file: int | None = None
         self.real = fcntl is not None  # False on a file system without locks, where holding one means nothing
 
@@ -157,6 +158,9 @@ class Lock:
         handle, self._file = self._file, None
         if handle is None:
             return
+        if self._traceless:
+            with suppress(OSError):
+                self._path.unlink()
         try:
             if fcntl is not None:
                 # not by closing alone: a worker forked meanwhile has the file open too, and would keep the lock

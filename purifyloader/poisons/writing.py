@@ -31,7 +31,7 @@ from PIL import Image
 
 from purifyloader.core.version import __version__
 from purifyloader.errors import InputError
-from purifyloader.files.atomic import replacing, replacing_folder, writing
+from purifyloader.files.atomic import creating, replacing_folder, writing
 from purifyloader.poisons.poisoned import Poisoned
 
 __all__ = ["FORMAT", "about", "check_free", "is_npz", "write", "write_images", "write_npz"]
@@ -127,8 +127,13 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
         arrays["trigger"] = poisoned.trigger.astype(np.float32)
     if poisoned.target is not None:
         arrays["target"] = poisoned.target.image
-    with writing(path), replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # given a name, it would add .npz to the temporary one
+    with writing(path):
+        try:
+            with creating(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)  # given a name, it would add .npz to the temporary one
+        except FileExistsError:
+            check_free(path)  # it is there since the look above, by another process
+            raise
 
 
 def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Layout = "flat") -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import write_text, writing
+from purifyloader.files.locks import Lock
 from purifyloader.results.figures import has_matplotlib
 
 __all__ = ["Written", "check_out", "write_files", "writing"]
@@ -65,6 +66,13 @@ def write_files(
     `texts` are all files but the picture, which `draw` writes to a path; None for no picture. Without matplotlib it is
     not called, and the note says so.
     """
+    with writing(folder), Lock(folder, picture_file, traceless=True):  # so that all are of one process
+        return _write_files(folder, texts, picture_file, draw)
+
+
+def _write_files(
+    folder: Path, texts: Mapping[str, str], picture_file: str, draw: Callable[[Path], object] | None
+) -> Written:
     for name in (*texts, picture_file):  # none of an older result may stay beside these
         with writing(folder / name):
             (folder / name).unlink(missing_ok=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from purifyloader.errors import ConfigError
+from purifyloader.files.atomic import canonical_json
 
 __all__ = ["Ranks"]
 
@@ -58,6 +61,19 @@ class Ranks:
         flat /= self.world_size
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def check_same(self, values: dict[str, Any], device: torch.device) -> None:
+        """Raise `ConfigError` where another process has another value, such as the images in another order."""
+        if self.world_size == 1:
+            return
+        digests = [hashlib.sha256(canonical_json(value).encode()).digest()[:8] for value in values.values()]
+        own = torch.tensor([[int.from_bytes(digest, "big", signed=True) for digest in digests]], device=device)
+        if differing := [n for n, column in zip(values, self.gather(own).T, strict=True) if len(column.unique()) > 1]:
+            raise ConfigError(
+                f"All processes of a training need the same configuration and images. Got another "
+                f"{' and another '.join(differing)} in one of {self.world_size} processes. Start them with the same "
+                "options, sort what lists the images, and seed what shuffles them."
+            )
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, in the order of their ranks."""

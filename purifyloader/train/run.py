@@ -148,6 +148,8 @@ class _Run(Generic[Network]):
         self.first = task.ranks.rank == 0
         self.folder, self.path = folder, folder / STATE_FILE
         self.identity = identity(task.config, task.images.cpu())
+        parts = {"configuration": self.identity["config"], "set or order of images": self.identity["images_sha256"]}
+        task.ranks.check_same({**parts, "length": task.config.length()}, task.device)
         self.seconds = 0.0
         if self.path.exists():
             self._resume()

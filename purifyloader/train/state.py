@@ -60,7 +60,22 @@ def save_state(path: Path, header: dict[str, Any], groups: Groups) -> None:
             whole = Path(folder, path.name)
             with replacing(whole) as temporary:
                 save_file(tensors, temporary, metadata={"purifyloader": canonical_json(header)})
+            _check_same_run(path, header)
             os.replace(whole, path)
+
+
+def _check_same_run(path: Path, header: dict[str, Any]) -> None:
+    """Refuse to replace the state of another run, which a file system without locks has let into the folder."""
+    try:
+        with safe_open(path, "pt") as file:
+            there = parse_json((file.metadata() or {})["purifyloader"])["identity"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # missing, or damaged
+        return
+    if there != header.get("identity"):
+        raise TrainingError(
+            f"{path} was written meanwhile by a run with another configuration or other images. Two runs cannot train "
+            "into one folder: stop one of them, and give it another output folder."
+        )
 
 
 def tidy(folder: Path, files: Iterable[str]) -> None:
