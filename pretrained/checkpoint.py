@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from purifyloader.cache.format import differences
+from purifyloader.core.checks import as_path
 from purifyloader.errors import CacheError, CheckpointError, ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 from purifyloader.files.json import parse_json, read_json
@@ -93,7 +94,7 @@ def save(
         raise InputError(f"A model that can be saved is a {known}. Got {type(model).__name__}. Wrap the network.")
     if not isinstance(name, str | None):
         raise InputError(f"The name of a model must be a string or None. Got {type(name).__name__}.")
-    folder = Path(path)
+    folder = as_path(path)
     check_folder(folder, overwrite)
     weights = {key: tensor.float() for key, tensor in named_weights(kind.network(model)).items()}
     if bad := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from purifyloader.core.checks import as_path
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files.json import read_json
 from purifyloader.pretrained import hub
@@ -61,7 +62,8 @@ def is_local(name_or_path: str | os.PathLike[str]) -> bool:
 def _local(name_or_path: str | os.PathLike[str]) -> Path | None:
     if isinstance(name_or_path, str) and name_or_path in available():
         return _SHIPPED / name_or_path
-    return Path(name_or_path) if os.path.isdir(name_or_path) else None
+    path = as_path(name_or_path)
+    return path if str(name_or_path) and os.path.isdir(path) else None  # an empty name is no working directory
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -76,7 +78,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         if not os.path.isfile(folder / MODEL_FILE):
             check_not_foreign(folder)
         return folder
-    path = Path(name_or_path)
+    path = as_path(name_or_path)
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"A checkpoint is a folder with {CONFIG_FILE} and {MODEL_FILE}. Got the pickle {path}, which could run "

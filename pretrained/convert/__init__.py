@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from purifyloader.core.checks import as_path
 from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
@@ -153,7 +154,7 @@ def convert(
     """
     if format not in FORMATS:
         raise InputError(f"The format must be one of {', '.join(FORMATS)}. Got {format!r}.")
-    folder = Path(out)
+    folder = as_path(out)
     checkpoint.check_folder(folder, overwrite)  # before anything is read, downloaded or measured
     preset = FORMATS[format].preset if preset is None else preset
     values = _values(format, preset, dict(settings or {}))
@@ -267,7 +268,7 @@ _SCHEDULER = "scheduler_config.json"
 
 
 def _find(source: str | Path, format: str, file: str | None) -> _Source:
-    path = Path(source)
+    path = as_path(source)
     if path.is_file():
         if file is not None:
             raise InputError(f"--file names a file of a folder. Got the file {path} as SOURCE: leave --file out.")

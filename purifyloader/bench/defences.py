@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from purifyloader import recipes
+from purifyloader.core.checks import as_path
 from purifyloader.errors import CheckpointError, ConfigError, InputError
 from purifyloader.files.json import JsonError, read_text
 from purifyloader.pretrained.kinds import KINDS
@@ -177,7 +178,7 @@ def find(spec: str) -> tuple[Defence, float | None]:
         ConfigError: a value that is none of the option's type.
     """
     if match := _FILE.fullmatch(spec):
-        return _of_file(Path(match["file"]), bool(match["grey"]), bool(match["noise"])), None
+        return _of_file(as_path(match["file"]), bool(match["grey"]), bool(match["noise"])), None
     match, known = _SPEC.fullmatch(spec), table()
     name = match["name"] if match else spec
     if match is None or (name not in known and name not in recipes.RECIPES):

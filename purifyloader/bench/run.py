@@ -19,6 +19,7 @@ from purifyloader.bench import targeted, transfer
 from purifyloader.bench.applying import compensation, per_epoch_transform
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
+from purifyloader.core.checks import as_path
 from purifyloader.datasets.named import files_below
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
@@ -81,7 +82,7 @@ class Bench:
         if isinstance(self.how, Transfer):
             self.data, self.rest = transfer.split(data)
         self.models, self.victim = models, victim
-        self.work, self.attack_seed, self.device = Path(work), attack_seed, device
+        self.work, self.attack_seed, self.device = as_path(work), attack_seed, device
         self.fast, self.progress = fast, progress
         self._hashes = {"train": image_hashes(self.data.train), "test": image_hashes(data.test)}
         self._timed: dict[str, float] = {}
@@ -389,7 +390,7 @@ def _described(purifier: Purifier) -> dict[str, Any]:
 
 def _model_label(model: str) -> str:
     """Name a model without a path, as a row travels: the name, the id, or the name of its folder."""
-    return Path(model).name if Path(model).is_dir() else model
+    return as_path(model).name if as_path(model).is_dir() else model
 
 
 def _rms(images: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float:
@@ -405,8 +406,8 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options without paths: a file is what is in it, a model its weights and its function."""
     plain: dict[str, Any] = {}
     for name, value in options.items():
-        if name in attacks.FILES and isinstance(value, str | os.PathLike) and Path(value).is_file():
-            plain[name] = {"sha256": file_sha256(Path(value))}
+        if name in attacks.FILES and isinstance(value, str | os.PathLike) and as_path(value).is_file():
+            plain[name] = {"sha256": file_sha256(as_path(value))}
         elif name == "model":
             plain[name] = identity_of(as_denoiser(value))
         else:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader
+from purifyloader.core.checks import as_path
 from purifyloader.core.decoding import opened_image
 from purifyloader.core.notes import NOTES
 from purifyloader.errors import CacheError, InputError
@@ -165,7 +166,7 @@ class CacheReader:
         *,
         former: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()  # the working directory may change before the first read
+        self.folder = as_path(folder).absolute()  # the working directory may change before the first read
         try:
             self.index = fmt.read_index(self.folder)
         except (FileNotFoundError, NotADirectoryError):

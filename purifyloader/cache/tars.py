@@ -37,7 +37,7 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValues
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter, encode_image
-from purifyloader.core.checks import check_integer
+from purifyloader.core.checks import as_path, check_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_new, write_text, writing
@@ -114,7 +114,7 @@ def export_tars(
     makes is waited for. Only a cache of one draw can be imported again. `seen` is called with how many images more are
     done. Raises `InputError` for no such draw, `CacheError` for an `out` that holds something else, or a damaged cache.
     """
-    out = Path(out).absolute()
+    out = as_path(out).absolute()
     check_integer("images_per_tar", images_per_tar, 1, error=InputError)
     check_integer("draw", draw, 0, reader.draws - 1, unit="one of the cache's draws", error=InputError)
     owner = {"format": FORMAT, "version": VERSION, "fingerprint": reader.fingerprint, "draw": draw}
@@ -260,7 +260,7 @@ def import_tars(folder: str | Path, out: str | Path, *, seen: Seen = lambda coun
     damaged, of another version, or of a cache of several draws; for an `out` that holds something else; and where
     another version of safetensors makes other files of the same content.
     """
-    folder, out = Path(folder).absolute(), Path(out).absolute()
+    folder, out = as_path(folder).absolute(), as_path(out).absolute()
     manifest = _read_manifest(folder)
     index, layout = manifest.index, manifest.index.layout
     if layout.draws != 1:

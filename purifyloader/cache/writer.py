@@ -21,6 +21,7 @@ from PIL import Image
 from purifyloader.cache import format as fmt
 from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader, ShardValues
+from purifyloader.core.checks import as_path
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import canonical_json, replacing, write_new, writing
 from purifyloader.files.locks import KEPT, Lock, is_held, lock_path
@@ -85,7 +86,7 @@ class CacheWriter:
         former: Callable[[], Mapping[str, Any]] | None = None,
         version: int | None = None,
     ) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = as_path(folder).absolute()
         self.version = version or fmt.version_of(self.folder) or fmt.VERSION
         self.config = fmt.plain("The configuration of a cache", config)
         if self.version == fmt.FORMER and former is not None:

@@ -13,6 +13,7 @@ from textwrap import wrap
 from typing import Any
 
 from purifyloader.certify.report import check_results, markdown
+from purifyloader.core.checks import as_path
 from purifyloader.files.atomic import canonical_json
 from purifyloader.results.figures import has_matplotlib, new_figure, save_figure
 from purifyloader.results.folder import Written, write_files
@@ -38,7 +39,7 @@ def write(results: Mapping[str, Any], folder: str | Path) -> Written:
     """Write `purifyloader.certify.report.results`, a page and, with matplotlib, a picture; see `write_files`."""
     page = markdown(results, picture=PICTURE_FILE if has_matplotlib() else None)
     texts = {RESULTS_FILE: canonical_json(results) + "\n", PAGE_FILE: page}
-    return write_files(Path(folder), texts, PICTURE_FILE, lambda path: curves(results, path))
+    return write_files(as_path(folder), texts, PICTURE_FILE, lambda path: curves(results, path))
 
 
 def curves(results: Mapping[str, Any], path: str | Path) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.core.checks import as_path
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import canonical_json, write_new, write_text, writing
 from purifyloader.files.json import parse_json, read_json, read_text
@@ -55,7 +56,7 @@ class VoteFolder:
     def __init__(
         self, folder: str | Path, settings: Mapping[str, Any], *, models: int, inputs: int, classes: int
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.models, self.inputs, self.classes = models, inputs, classes
         self.settings = {"models": models, "inputs": inputs, "classes": classes, **settings}
         if not 2 <= classes <= MOST_CLASSES:

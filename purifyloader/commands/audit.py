@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from purifyloader.commands import options as shared
+from purifyloader.core.checks import as_path
 
 _JSON, _CSV, _PNG = "audit.json", "audit.csv", "audit.png"
 
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--truth",
         dest="poisoned",  # elsewhere --poisoned is poison to try
-        type=Path,
+        type=as_path,
         metavar="FILE",
         help="the images known to be poisoned, to judge by: a JSON list of their indices or, in a folder, of their "
         "file names below it, or such a name a line",

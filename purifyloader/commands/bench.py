@@ -6,11 +6,11 @@ import argparse
 import functools
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.bench.defences import ATTACK_SEED, DENOISERS, ROWS_FILE, SCALES, TABLE_FILE, Models, table
 from purifyloader.commands.options import add_device, add_dtype, add_processes, add_sets, root_of, settings_of
+from purifyloader.core.checks import as_path
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 from purifyloader.poisons.attacks.registry import ATTACKS
@@ -27,7 +27,7 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
+    add("--out", type=as_path, help=f"folder of the results: {ROWS_FILE}, {TABLE_FILE} and pictures")
     add("--scale", choices=tuple(SCALES), default="cpu", help="preset of all that is not given (default: cpu)")
     add("--data", choices=DATA, help="(default: of the scale: sample, or cifar10)")
     add_sets(parser)
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", help=f"ECLIPSE's (default: {Models.denoiser}; {others})")
     for field, what in (("energy", "PureGen's energy model"), ("ddpm", "PureGen's diffusion model")):
         add(f"--{field}", default=getattr(Models, field), help=f"{what} (default: {getattr(Models, field)})")
-    add("--work", type=Path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
+    add("--work", type=as_path, help="folder of poisoned and purified sets, kept for other runs (default: OUT/work)")
     add_device(parser)
     add_dtype(parser, "purifiers and victims")
     add_processes(parser)

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+from purifyloader.core.checks import as_path
 
 DESCRIPTION = "Look after purified caches."
 
@@ -18,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="say what a cache is, finished or not; reads no images")
-    info.add_argument("folder", type=Path, metavar="FOLDER")
+    info.add_argument("folder", type=as_path, metavar="FOLDER")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     verify = commands.add_parser(
@@ -26,21 +27,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="check every byte of a cache",
         description="Check every byte of a cache. Exit status 0: it is finished and whole; 1: it is not.",
     )
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("folder", type=as_path, metavar="FOLDER")
 
     export = commands.add_parser("export", help="write a finished cache as WebDataset tars")
-    export.add_argument("folder", type=Path, metavar="FOLDER")
-    export.add_argument("out", type=Path, metavar="OUT", help="new, empty, or an earlier export of the same")
+    export.add_argument("folder", type=as_path, metavar="FOLDER")
+    export.add_argument("out", type=as_path, metavar="OUT", help="new, empty, or an earlier export of the same")
     export.add_argument("--images-per-tar", type=int, default=10_000, metavar="N", help="(default: 10000)")
     export.add_argument("--draw", type=int, default=0, metavar="K", help="which of the cache's draws (default: 0)")
 
     restore = commands.add_parser("import", help="make the cache again from such tars, byte for byte")
-    restore.add_argument("tars", type=Path, metavar="TARS", help="folder of an export, of a cache of one draw")
-    restore.add_argument("out", type=Path, metavar="OUT", help="folder of the cache, new or empty")
+    restore.add_argument("tars", type=as_path, metavar="TARS", help="folder of an export, of a cache of one draw")
+    restore.add_argument("out", type=as_path, metavar="OUT", help="folder of the cache, new or empty")
 
     compare = commands.add_parser("compare", help="say how two finished caches differ")
-    compare.add_argument("a", type=Path, metavar="A")
-    compare.add_argument("b", type=Path, metavar="B")
+    compare.add_argument("a", type=as_path, metavar="A")
+    compare.add_argument("b", type=as_path, metavar="B")
     compare.add_argument("--draw", type=int, default=0, metavar="K", help="which draw of both (default: 0)")
     compare.add_argument("--json", action="store_true", help="as JSON")
 

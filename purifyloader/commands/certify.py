@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.commands import options as shared
+from purifyloader.core.checks import as_path
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 
@@ -24,7 +25,7 @@ DESCRIPTION = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, help="folder of the results: JSON, a page, a picture, and the votes")
+    add("--out", type=as_path, help="folder of the results: JSON, a page, a picture, and the votes")
     add("--estimate", action="store_true", help="measure one model, say what all will take and could give, and stop")
 
     data = parser.add_argument_group("what is certified")
@@ -37,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     noise("--sigma", type=float, nargs="+", help="levels, in units of [0, 1] images (default: 0.25, which is 63.75 px)")
     shared.add_model(noise_group, "it takes the noise off", default="cifar10-sparse-wide")
     noise("--plain", action="store_true", help="measure each level without denoising, too")
-    noise("--recipe", type=Path, action="append", default=[], metavar="FILE", help="JSON of a purifier of your own")
+    noise("--recipe", type=as_path, action="append", default=[], metavar="FILE", help="JSON of a purifier of your own")
     words = "fixed draws of each image a model; costs sqrt(K) of a radius"
     noise("--draws", type=int, default=1, metavar="K", help=words)
     shared.add_dtype(noise_group, "the denoiser and the built-in training")
@@ -71,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "train, the training images themselves without noise, which leaves no certificate"
     )
     training("--warm-start", metavar="DATA", help=words)
-    training("--warm-start-root", type=Path, default=Path("data"), help="where these are (default: data)")
+    training("--warm-start-root", type=as_path, default=Path("data"), help="where these are (default: data)")
     training("--warm-start-epochs", type=int, default=8, help="of that network's training (default: 8)")
 
     where = parser.add_argument_group("where")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands.logs import show
 from purifyloader.commands.options import add_data, add_size, given
+from purifyloader.core.checks import as_path
 from purifyloader.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     where = "a file (.pt, .pth, .bin, .safetensors), a folder, or owner/name on the Hugging Face hub"
     add("source", nargs="?", metavar="SOURCE", help=where)
-    add("out", nargs="?", type=Path, metavar="OUT", help="folder of the checkpoint")
+    add("out", nargs="?", type=as_path, metavar="OUT", help="folder of the checkpoint")
     add("--format", metavar="NAME", help="how it was published: a format of --list")
     add("--preset", metavar="NAME", help="settings of what was published: a preset of --list")
     add("--list", action="store_true", help="list the formats and their presets, and stop")

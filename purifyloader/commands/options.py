@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from purifyloader.core.checks import as_path
 from purifyloader.datasets import DATA
 from purifyloader.errors import ConfigError
 
@@ -116,7 +117,7 @@ def add_choice(group: Group, default: str) -> None:
     words = f"use N images, drawn at random (default: {default})"
     either.add_argument("--count", type=positive, metavar="N", help=words)
     words = "use the images listed in this JSON file, or checkpoint's config.json"
-    either.add_argument("--indices", type=Path, metavar="FILE", help=words)
+    either.add_argument("--indices", type=as_path, metavar="FILE", help=words)
     group.add_argument("--choose-seed", type=int, default=0, metavar="N", help="decides which are drawn (default: 0)")
 
 
@@ -174,7 +175,7 @@ def add_quiet(group: Group) -> None:
 def add_results(group: Group, *files: str) -> None:
     """Add --out, where the `files` are written, --overwrite, --json and --quiet."""
     names = f"{', '.join(files[:-1])} and {files[-1]}"
-    group.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {names} there")
+    group.add_argument("--out", type=as_path, metavar="FOLDER", help=f"write {names} there")
     group.add_argument("--overwrite", action="store_true", help="replace these files")
     group.add_argument("--json", action="store_true", help="print JSON instead of the table")
     add_quiet(group)

@@ -6,10 +6,10 @@ import argparse
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands import options as shared
+from purifyloader.core.checks import as_path
 from purifyloader.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shared.add_data(parser, "clean images with a class each", required=False)
     shared.add_split(parser)
     shared.add_size(parser)
-    add("--out", type=Path, metavar="WHERE", help="a new file that ends in .npz, or a folder of PNGs, new or empty")
+    add("--out", type=as_path, metavar="WHERE", help="a new file that ends in .npz, or a folder of PNGs, new or empty")
     words = "of a folder: <index>.png, in the order of the data, or <class>/<index>.png (default: flat)"
     add("--layout", choices=("flat", "class"), help=words)
     shared.add_seed(parser, "all that is random")

@@ -6,12 +6,12 @@ import argparse
 import logging
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from purifyloader.commands.logs import show
 from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_split, add_threads
 from purifyloader.commands.recipe_options import add_recipe_options, purifier_of
+from purifyloader.core.checks import as_path
 from purifyloader.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser.add_argument_group("how", "Behind an option stand the recipes that take it."))
 
     cache = parser.add_argument_group("where to, and with what")
-    cache.add_argument("--out", required=True, type=Path, help="folder of the cache")
+    cache.add_argument("--out", required=True, type=as_path, help="folder of the cache")
     add_seed(cache, "all noise")
     cache.add_argument("--draws", type=int, default=1, help="independent purifications of each image (default: 1)")
     cache.add_argument("--batch-size", type=int, default=256, help="images read at a time; decides no pixel")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from purifyloader import recipes
 from purifyloader.commands.options import DTYPES, given
+from purifyloader.core.checks import as_path
 from purifyloader.errors import ConfigError
 from purifyloader.pretrained.kinds import KINDS
 from purifyloader.recipes.models import from_file
@@ -119,7 +119,7 @@ def purifier_of(options: argparse.Namespace) -> Purifier:
 def _from_file(
     options: argparse.Namespace, values: dict[str, Any], models: dict[str, str], known: Iterable[str]
 ) -> Purifier:
-    path = Path(options.recipe)
+    path = as_path(options.recipe)
     if not path.is_file():
         raise ConfigError(
             f"--recipe must be one of {', '.join(known)}, or a file with what Purifier.to_json gives. "

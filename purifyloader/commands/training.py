@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands import options as shared
 from purifyloader.commands.logs import show
+from purifyloader.core.checks import as_path
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.files.json import read_json
 
@@ -47,7 +48,7 @@ def add_training_options(
     words = "; ".join(f"{name}: {text}" for name, text in presets.items())
     how.add_argument("--preset", default="light", choices=presets, metavar="NAME", help=words)
     words = "JSON of fields that replace the preset's, or a checkpoint's config.json: all of them"
-    how.add_argument("--config", type=Path, metavar="FILE", help=words)
+    how.add_argument("--config", type=as_path, metavar="FILE", help=words)
     how.add_argument("--start-from", metavar="MODEL", help="a model whose weights to start from, with its network")
     how.add_argument("--steps", type=shared.positive, help=steps)
     how.add_argument("--batch-size", type=shared.positive, help=batch)
@@ -58,7 +59,7 @@ def add_training_options(
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help=words)
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, help="folder for the checkpoint (and, until it is done, the run's state)")
+    run.add_argument("--out", type=as_path, help="folder for the checkpoint (and, until it is done, the run's state)")
     run.add_argument("--estimate", action="store_true", help="print what it would cost on this machine, and stop")
     shared.add_device(run)
     run.add_argument("--save-every", type=float, default=60.0, metavar="S", help="seconds between states (default: 60)")

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from purifyloader.errors import ConfigError, InputError, PurifyError
 
-__all__ = ["as_integer", "check_choice", "check_flag", "check_integer", "check_number", "check_seed"]
+__all__ = ["as_integer", "as_path", "check_choice", "check_flag", "check_integer", "check_number", "check_seed"]
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path, `~` in its place the user's home folder, as torchvision has it for `root`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of a user who is not there
+        return Path(path)
+    except TypeError:
+        raise InputError(f"A path is text or a pathlib.Path. Got {type(path).__name__}.") from None
 
 
 def check_number(

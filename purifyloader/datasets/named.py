@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
+from purifyloader.core.checks import as_path
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 from purifyloader.files.json import parse_json
@@ -169,7 +170,7 @@ class TarDataset(Dataset[dict[str, Any]]):
     def __init__(self, tars: Sequence[str | Path]) -> None:
         if isinstance(tars, str | Path) or not tars:
             raise InputError(f"tars must be a list of one or more files. Got {tars!r}.")
-        self.tars = [Path(tar) for tar in tars]
+        self.tars = [as_path(tar) for tar in tars]
         self._stamps: list[tuple[int, int]] = []
         # Flat arrays: a million Python objects would be copied into every worker as it counts references.
         tar_ends, starts, key_ends = array("q"), array("q", [0]), array("q", [0])
@@ -406,18 +407,18 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
             ) from None
     if spec == "imagefolder":
         try:
-            return _in_classes(Path(root))
+            return _in_classes(as_path(root))
         except OSError as error:
             raise InputError(f"{root} must hold one folder of images for each class. Got: {error}.") from None
     if spec == "webdataset":
         return TarDataset(_find_tars(str(root)))
-    if Path(spec).is_dir():
-        return ImageFiles(Path(spec))
+    if as_path(spec).is_dir():
+        return ImageFiles(as_path(spec))
     if _TAR.search(spec):
         return TarDataset(_find_tars(spec))
     module, _, function = spec.partition(":")
     if not module or not function:
-        what = f"The file {spec} is no dataset" if Path(spec).is_file() else f"There is no dataset {spec!r}"
+        what = f"The file {spec} is no dataset" if as_path(spec).is_file() else f"There is no dataset {spec!r}"
         raise InputError(
             f"{what}. Give {', '.join(TORCHVISION)}, imagefolder, webdataset, a folder of "
             "images, .tar files (a path, or a pattern such as train-{0000..0009}.tar), or package.module:function."
@@ -452,7 +453,7 @@ def find_named(module: str, name: str) -> Any:
 
 def describe(spec: str, split: str | None = None) -> str:
     """Name a dataset without a path, for results travel; with its split where that was chosen by `split`."""
-    if Path(spec).is_dir():
+    if as_path(spec).is_dir():
         return "an image folder"
     if split is not None and spec in TORCHVISION:
         return f"{spec} ({split} split)"
@@ -468,7 +469,7 @@ def read_image(path: str | Path) -> Image.Image:
     >>> read_image("a.png").size
     (32, 32)
     """
-    return _read_image(Path(path), str(path))
+    return _read_image(as_path(path), str(path))
 
 
 def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | None:
@@ -488,7 +489,7 @@ def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | N
 
 
 def _find_tars(spec: str) -> list[Path]:
-    path = Path(spec)
+    path = as_path(spec)
     if path.is_dir():
         files = sorted(path.iterdir())
         # a compressed shard, unless its tar lies beside it, is left to TarDataset to refuse: not to be missed

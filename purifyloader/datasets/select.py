@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core import noise, sizes
+from purifyloader.core.checks import as_path
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.samples import fields, get_image
 from purifyloader.errors import InputError
@@ -115,7 +116,7 @@ def hold_out(length: int, chosen: Sequence[int], seed: int, count: int | None = 
 def read_indices(path: str | Path) -> list[int]:
     """Read indices from a JSON list, or those that a checkpoint's config.json says it was trained on."""
     try:
-        values = read_json(path)
+        values = read_json(as_path(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be a JSON list of indices. Got: {error}.") from None
     if isinstance(values, dict) and isinstance(values.get("details"), dict):

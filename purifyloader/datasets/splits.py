@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from purifyloader.core import noise
+from purifyloader.core.checks import as_path
 from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
@@ -73,7 +74,7 @@ def load(name: str, root: str | Path) -> Data:
     is distributed; "imagefolder" a folder with `train` and `test` (or `val`), in each one folder a class, all images of
     one size.
     """
-    root = Path(root)
+    root = as_path(root)
     if name == "sample":
         splits, classes = (load_sample(root, "train"), load_sample(root, "test")), 10
     elif name in TORCHVISION:
@@ -128,7 +129,7 @@ def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
 
 def shards(folder: str | Path, split: str) -> list[Path]:
     """List the files `<split>-000000.tar` or `.tar.gz` and on of a folder, in order; `InputError` if one is missing."""
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise InputError(
             f"There is no folder {folder}, where the shards of the sample should be. The sample is in examples/data of "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from purifyloader.core.checks import as_path
 from purifyloader.errors import ConfigError
 from purifyloader.files.json import parse_json
 from purifyloader.poisons.attacks import registry
@@ -62,7 +63,7 @@ def parse(text: str, preset: str | None = None) -> AttackSpec:
         if preset is not None and "preset" in attack.options:
             options.setdefault("preset", preset)
         return AttackSpec(name, options, None, " ".join([name, *(f"{key}={value}" for key, value in shown.items())]))
-    path = Path(name)
+    path = as_path(name)
     if not path.exists():
         raise ConfigError(f"An attack is none, {', '.join(registry.ATTACKS)}, or a poison file. Got {text!r}.")
     from purifyloader.poisons.reading import read
@@ -81,7 +82,7 @@ def is_spec(text: str) -> bool:
     A folder is a poison where it says so itself: one that `write` made, of the poisoning benchmark, or of NTGA.
     """
     name = _head(text)
-    path = Path(name)
+    path = as_path(name)
     if name == CLEAN or name in registry.ATTACKS:
         return True
     if path.is_dir():
@@ -92,14 +93,14 @@ def is_spec(text: str) -> bool:
 
 def _head(text: str) -> str:
     """Return the attack or file before the options: a path may have colons of its own."""
-    if Path(text).exists():
+    if as_path(text).exists():
         return text
     name = text.partition(":")[0]
     if name == CLEAN or name in registry.ATTACKS:
         return name
     parts = text.split(":")
     heads = [":".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
-    return next((head for head in heads if Path(head).exists()), name)
+    return next((head for head in heads if as_path(head).exists()), name)
 
 
 def parse_options(words: Sequence[str], text: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from purifyloader.core.checks import as_path
 from purifyloader.core.version import __version__
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import creating, replacing_folder, writing
@@ -68,7 +69,7 @@ def is_npz(out: str | os.PathLike[str]) -> bool:
 
 def check_free(out: str | os.PathLike[str]) -> None:
     """Refuse, before any work, a file that exists or a folder that holds something."""
-    out = Path(out)
+    out = as_path(out)
     with writing(out):
         if is_npz(out):
             if out.exists():
@@ -113,7 +114,7 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
     ...     np.load(f"{folder}/p.npz")["data"].shape
     (2, 8, 8, 3)
     """
-    path = Path(path)
+    path = as_path(path)
     if not is_npz(path):
         raise InputError(f"Expected a file that ends in .npz. Got {path}.")
     check_free(path)
@@ -153,7 +154,7 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
     ...     Path(folder, "images", "1", "1.png").exists()
     True
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if layout not in ("flat", "class"):
         raise InputError(f"layout must be flat or class. Got {layout!r}.")
     check_free(folder)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from purifyloader.cache.reader import CacheReader
-from purifyloader.core.checks import as_integer
+from purifyloader.core.checks import as_integer, as_path
 from purifyloader.core.notes import noted
 from purifyloader.datasets.conversions import Conversion
 from purifyloader.datasets.samples import ImageKey, get_image
@@ -142,7 +142,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 self.purifier = job.purifier
             self._start(Live(job, sanitation), sanitation)
             return
-        opening = Opening(Path(cache), missing, check_source, in_memory, self.batch_size, progress)
+        opening = Opening(as_path(cache), missing, check_source, in_memory, self.batch_size, progress)
         mode, self.purifier, sanitation = opening.open(job, dataset, probed, sanitation)
         self._start(mode, sanitation)
 

@@ -33,7 +33,7 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
-from purifyloader.core.checks import as_integer
+from purifyloader.core.checks import as_integer, as_path
 from purifyloader.core.images import ImageKind
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
@@ -165,7 +165,7 @@ def choose_layout(
     encoding: str = "auto",
 ) -> Layout:
     """Cut the dataset up as asked for, else as the folder has it, else by default; every process probes the same."""
-    there = _layout_of(Path(folder))
+    there = _layout_of(as_path(folder))
     if shard_size is None:
         shard_size = fmt.SHARD_SIZE if there is None else there.shard_size
     if encoding == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from purifyloader.core.checks import as_path
 from purifyloader.errors import PurifyError
 from purifyloader.files.atomic import replacing, writing
 
@@ -32,7 +33,7 @@ def new_figure(size: tuple[float, float], *, dpi: int = 110, **more: Any) -> Any
 
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure as a PNG, whole or not at all, and return its path."""
-    path = Path(path)
+    path = as_path(path)
     with writing(path), replacing(path) as temporary:
         # no version of matplotlib in the file: the same results are the same bytes
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from purifyloader.core.checks import check_number
+from purifyloader.core.checks import as_path, check_number
 from purifyloader.diffusion.psnr import check_images
 from purifyloader.errors import InputError, PurifyError, TrainingError
 from purifyloader.train.curves import CURVES_CSV, Curves
@@ -130,7 +130,7 @@ def train(
     """Take the steps of a task, from the state in the folder `out` where there is one; see `train_denoiser`."""
     if save_every != float("inf"):
         check_number("save_every", save_every, low=0, unit="in seconds", error=InputError)
-    return _Run(task, Path(out), save_every, on_step, progress).finish()
+    return _Run(task, as_path(out), save_every, on_step, progress).finish()
 
 
 class _Run(Generic[Network]):

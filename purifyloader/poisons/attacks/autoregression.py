@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from purifyloader.core import noise
-from purifyloader.core.checks import check_integer, check_number
+from purifyloader.core.checks import as_path, check_integer, check_number
 from purifyloader.errors import InputError
 from purifyloader.files.pickles import check_torch
 from purifyloader.poisons.attacks import additive
@@ -117,7 +117,7 @@ def _draw_coefficients(classes: int, seed: int) -> Tensor:
 def _as_coefficients(coefficients: Coefficients, source: str = "coefficients") -> Tensor:
     """float32 (classes, 3, 3, 3), checked."""
     if isinstance(coefficients, str | os.PathLike):
-        return read_ar_coefficients(Path(coefficients))
+        return read_ar_coefficients(as_path(coefficients))
     expected = f"{source} must be a list of float tensors (3, 3, 3), one a class: channel, row, column."
     parts = list(coefficients) if isinstance(coefficients, Tensor | list | tuple) else []
     if not parts or not all(
@@ -153,7 +153,7 @@ def read_ar_coefficients(path: str | Path) -> Tensor:
     ...     read_ar_coefficients(f"{folder}/coefficients.pt").shape
     torch.Size([10, 3, 3, 3])
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         check_torch(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

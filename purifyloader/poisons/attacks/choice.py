@@ -6,7 +6,6 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.core import noise
+from purifyloader.core.checks import as_path
 from purifyloader.datasets.arrays import Part, as_arrays
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import ConfigError, InputError
@@ -206,7 +206,7 @@ def as_target(target: Any, target_class: Any, shape: tuple[int, ...], classes: i
     known = target if isinstance(target, Target) else None
     image = target.image if known is not None else target
     if isinstance(image, str | os.PathLike):
-        image = np.asarray(read_image(Path(image)))
+        image = np.asarray(read_image(as_path(image)))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != shape:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise InputError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from purifyloader.core.checks import check_number
+from purifyloader.core.checks import as_path, check_number
 from purifyloader.errors import InputError
 from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, sha256_of, size_of
 from purifyloader.poisons.attacks.choice import colour, drawn, of_class
@@ -41,7 +40,7 @@ def read_trigger(path: str | os.PathLike[str]) -> Tensor:
     ...     read_trigger(f"{folder}/trigger.npy").max()
     tensor(0.0625)
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from purifyloader.core import checks
 from purifyloader.core.images import quantize
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import InputError
@@ -126,7 +127,7 @@ class Format(NamedTuple):
 def as_path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path must be that of a poison file or folder. Got {path!r:.80}: give a str or a Path.")
-    return Path(path)
+    return checks.as_path(path)
 
 
 def as_bound(value: Any) -> Bound | None:
@@ -173,7 +174,7 @@ def _fraction(text: str) -> float:
 
 def as_target_image(target: Any, label: int | None) -> Target | NDArray[Any] | Image.Image | None:
     """Read the file of a target, and check that it is said what it is to be called."""
-    image = read_image(Path(target)) if isinstance(target, str | os.PathLike) else target
+    image = read_image(as_path(target)) if isinstance(target, str | os.PathLike) else target
     grey_or_colour = isinstance(image, Image.Image) and image.mode in ("L", "RGB")
     if not (image is None or grey_or_colour or isinstance(image, Target | np.ndarray)):
         got = f"a PIL image of the mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
