@@ -14,7 +14,16 @@ from typing import Any
 
 from purifyloader.errors import ConfigError, InputError, PurifyError
 
-__all__ = ["as_integer", "as_path", "check_choice", "check_flag", "check_integer", "check_number", "check_seed"]
+__all__ = [
+    "as_integer",
+    "as_path",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "check_seed",
+    "plain_number",
+]
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -25,6 +34,17 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         return Path(path)
     except TypeError:
         raise InputError(f"A path is text or a pathlib.Path. Got {type(path).__name__}.") from None
+
+
+def plain_number(value: Any) -> Any:
+    """Return one of numpy's numbers as Python's, which JSON and hashes know; anything else as it is."""
+    is_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_numpy and value.dtype.kind in "biuf" else value
+
+
+def _got(value: Any) -> str:
+    own = plain_number(value)
+    return f"{value!r}" if own is value else f"{value!r}, a number of numpy's: give {type(own).__name__}(...) of it"
 
 
 def check_number(
@@ -51,7 +71,7 @@ def check_number(
     ):
         return
     raise error(
-        f"{name} must be a finite number{_limits(low, above, high, below)}{', ' * bool(unit)}{unit}. Got {value!r}."
+        f"{name} must be a finite number{_limits(low, above, high, below)}{', ' * bool(unit)}{unit}. Got {_got(value)}."
     )
 
 
@@ -72,25 +92,25 @@ def check_integer(
         allowed = f"an integer from {low} to {high}"
     else:
         allowed = "a positive integer" if low == 1 else f"an integer of {low} or more"
-    raise error(f"{name} must be {allowed}{' or None' * none}{', ' * bool(unit)}{unit}. Got {value!r}.")
+    raise error(f"{name} must be {allowed}{' or None' * none}{', ' * bool(unit)}{unit}. Got {_got(value)}.")
 
 
 def check_choice(name: str, value: Any, allowed: Collection[Any], *, error: type[PurifyError] = ConfigError) -> None:
     """Raise an error unless `value` is one of `allowed`, and of its type: 1 is equal to True and no stand-in for it."""
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {value!r}.")
+        raise error(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {_got(value)}.")
 
 
 def check_flag(name: str, value: Any, *, error: type[PurifyError] = ConfigError) -> None:
     """Raise an error unless `value` is True or False: 1 is equal to True, but would be written to JSON as a number."""
     if not isinstance(value, bool):
-        raise error(f"{name} must be True or False. Got {value!r}.")
+        raise error(f"{name} must be True or False. Got {_got(value)}.")
 
 
 def check_seed(seed: Any) -> None:
     """Raise `ConfigError` unless `seed` is a Python integer of 64 bits."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"seed must be an integer of 64 bits. Got {seed!r}.")
+        raise ConfigError(f"seed must be an integer of 64 bits. Got {_got(seed)}.")
 
 
 def as_integer(name: str, value: Any, low: int) -> int:
@@ -98,9 +118,9 @@ def as_integer(name: str, value: Any, low: int) -> int:
     try:
         integer = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be an integer. Got {value!r}.") from None
+        raise InputError(f"{name} must be an integer. Got {_got(value)}.") from None
     if not low <= integer < 2**63:
-        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {value!r}.")
+        raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {_got(value)}.")
     return integer
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.cache.format import differences
+from purifyloader.core.checks import plain_number
 from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.weights import HOOKS, public_attributes, structure, weights_sha256
 
@@ -34,10 +35,14 @@ _OURS = ("purifyloader", "torch")  # packages whose modules change nothing of th
 
 
 class Freezing(ABCMeta):
-    """The class of classes whose objects are frozen when they are made: after the `__init__` of a subclass too."""
+    """The class of classes whose objects are frozen when they are made: after the `__init__` of a subclass too.
+
+    Numbers of numpy's among the arguments, as sweeps have them, are made Python's.
+    """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = super().__call__(*args, **kwargs)
+        plain = {name: plain_number(value) for name, value in kwargs.items()}
+        made = super().__call__(*map(plain_number, args), **plain)
         if isinstance(made, nn.Module):
             made.eval()
             vars(made)["_seal"] = Seal(made)

@@ -8,6 +8,7 @@ shows one.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -16,8 +17,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from purifyloader.core.checks import plain_number
 from purifyloader.errors import ConfigError
 from purifyloader.recipes.sizes import Sizes
 
@@ -118,7 +120,12 @@ def recipe(*rows: Row, options: type[Sizes] = Sizes) -> Callable[[Make], Make]:
     """
 
     def mark(make: Make) -> Make:
-        marked: Any = make
+        @functools.wraps(make)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            # sweeps have numbers of numpy's
+            plain = {name: plain_number(value) for name, value in kwargs.items()}
+            return make(*map(plain_number, args), **plain)
+
         signature = inspect.signature(make)
         parameters = list(signature.parameters.values())
         if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
@@ -136,9 +143,10 @@ def recipe(*rows: Row, options: type[Sizes] = Sizes) -> Callable[[Make], Make]:
             ]
             lines = "".join(rf"\1{name}: {texts[name]}\n" for name in own_first)
             marked.__doc__ = re.sub(rf"( *){shared}: .*\n", lines + _RAISES, make.__doc__ or "")
-        marked.__signature__ = signature.replace(parameters=parameters)
-        marked.rows = rows
-        return make
+        recipe_function: Any = marked
+        recipe_function.__signature__ = signature.replace(parameters=parameters)
+        recipe_function.rows = rows
+        return cast("Make", marked)
 
     return mark
 
@@ -190,7 +198,7 @@ def describe(name: str, make: Callable[..., Purifier]) -> Recipe:
 def _evaluated(make: Callable[..., Purifier], annotation: Any) -> Any:
     """Return the object that an annotation means; None for one that only a type checker knows."""
     try:
-        return eval(annotation, make.__globals__) if isinstance(annotation, str) else annotation
+        return eval(annotation, inspect.unwrap(make).__globals__) if isinstance(annotation, str) else annotation
     except (NameError, TypeError):
         return None
 

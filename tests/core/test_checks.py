@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from purifyloader import purifiers, recipes
 from purifyloader.core.checks import (
     as_integer,
     check_choice,
@@ -16,7 +19,10 @@ from purifyloader.core.checks import (
     check_number,
     check_seed,
 )
-from purifyloader.errors import ConfigError, InputError
+from purifyloader.diffusion.unet import UNetConfig
+from purifyloader.errors import ConfigError, InputError, PurifyError
+from purifyloader.files.atomic import canonical_json
+from tests.conftest import slim_denoiser, tiny_energy
 
 NOT_NUMBERS = [True, "1", None, [1], math.nan, math.inf, -math.inf, np.float32(1), torch.tensor(1.0)]
 NOT_INTEGERS = [True, "1", None, 1.0, np.int64(1), torch.tensor(1)]
@@ -95,3 +101,54 @@ def test_integers_of_other_libraries_become_pythons():
     for bad in (0, 2**63, 1.0, "3", None):
         with pytest.raises(InputError, match="draws must be an integer"):
             as_integer("draws", bad, 1)
+
+
+# -- numbers of numpy's ------------------------------------------------------------------------------
+
+
+SWEEPS: dict[str, Callable[[Callable[[float], Any]], Any]] = {
+    "jpeg": lambda n: recipes.jpeg(n(20)),
+    "bit depth": lambda n: recipes.bit_depth(bits=n(2)),
+    "denoise once": lambda n: recipes.denoise_once(slim_denoiser(), n(0.25)),
+    "eclipse": lambda n: recipes.eclipse(slim_denoiser(), sigma=n(0.125), steps=n(2)),
+    "energy": lambda n: recipes.puregen_ebm(energy=tiny_energy(), steps=n(2)),
+    "coin": lambda n: purifiers.Coin(n(2)),
+    "compensation": lambda n: purifiers.Compensation(p=n(0.5)),
+    "repeat": lambda n: purifiers.Repeat(purifiers.Jpeg(n(50)), n(3)),
+    "resize": lambda n: purifiers.Resize(n(16), crop=n(8)),
+    "above": lambda n: purifiers.EnergyAbove(tiny_energy(), k=n(0.5)),
+}
+
+
+def as_python(value: float) -> float:
+    return value
+
+
+def as_numpy(value: float) -> Any:
+    return np.int64(value) if isinstance(value, int) else np.float32(value)
+
+
+def as_array(value: float) -> Any:
+    return np.array(value)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("kind", [as_numpy, as_array])
+def test_numbers_of_a_sweep_are_numbers(name: str, kind: Callable[[float], Any]) -> None:
+    swept, plain = SWEEPS[name](kind), SWEEPS[name](as_python)
+    assert canonical_json(swept.config()) == canonical_json(plain.config())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: UNetConfig(channels=np.int64(32)), r"np.int64\(32\), a number of numpy's: give int\(...\) of it"),
+        (lambda: check_number("sigma", np.float32(0.5)), r"give float\(...\) of it"),
+        (lambda: check_flag("compile", np.bool_(True)), r"give bool\(...\) of it"),
+        (lambda: check_seed(np.int32(3)), r"give int\(...\) of it"),
+        (lambda: recipes.jpeg(np.arange(3)), "Got array"),
+    ],
+)
+def test_where_they_are_refused_it_is_said_why(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(PurifyError, match=words):
+        call()
