@@ -32,7 +32,7 @@ from purifyloader.pretrained import checkpoint, hub
 from purifyloader.pretrained.convert import diffusers, openai, score_sde
 from purifyloader.pretrained.convert.choice import Taken, says_average, take
 from purifyloader.pretrained.convert.energy import convert_energy
-from purifyloader.pretrained.convert.pickles import read_file
+from purifyloader.pretrained.convert.pickles import INDEX, read_file, shards_of
 from purifyloader.pretrained.kinds import ModelKind, kind_of
 from purifyloader.pretrained.plausibility import Plausibility, dead_leaves
 from purifyloader.pretrained.registry import PICKLES, listed
@@ -102,6 +102,8 @@ class _Source:
 
     def provenance(self) -> dict[str, Any]:
         used = [path for path in (self.weights, self.config, self.scheduler) if path is not None]
+        if self.weights.name.endswith(INDEX):
+            used += [self.weights.parent / shard for shard in shards_of(self.weights)]
         named = {"name": self.name, "files": {path.name: file_sha256(path) for path in used}}
         return named if self.commit is None else {**named, "commit": self.commit}
 
@@ -287,7 +289,12 @@ def _find(source: str | Path, format: str, file: str | None) -> _Source:
         repository, revision = hub.parse(source)
         hub.warn(source)
         chosen = _choose(hub.files(repository, revision), format, file, source)
-        folder = hub.download(repository, revision, [name for name in chosen if name is not None])
+        wanted = [name for name in chosen if name is not None]
+        folder = hub.download(repository, revision, wanted)
+        if chosen[0].endswith(INDEX):
+            below = PurePosixPath(chosen[0]).parent
+            parts = [str(below / part) for part in shards_of(folder / chosen[0])]
+            folder = hub.download(repository, revision, [*wanted, *parts])
         return _Source(repository, *_in_folder(folder, chosen), commit=folder.name)
     raise InputError(
         f"SOURCE must be a file ({', '.join(_WEIGHTS)}), a folder, or owner/name on the hub. Got {str(source)!r}, "
@@ -319,8 +326,8 @@ def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> t
     here = [name for name in names if name.startswith(root) and "/" not in name.removeprefix(root)]
     # safetensors before any pickle
     for suffixes in ((".safetensors",), _WEIGHTS[1:]):
-        weights = [name for name in here if PurePosixPath(name).suffix.lower() in suffixes]
-        usual = [name for stem in _USUAL for name in weights if PurePosixPath(name).stem == stem]
+        weights = _without_shards([name for name in here if name.lower().removesuffix(INDEX).endswith(suffixes)], what)
+        usual = [name for stem in _USUAL for name in weights if PurePosixPath(name.removesuffix(INDEX)).stem == stem]
         if len(weights) == 1 or usual:
             _check_alone((usual or weights)[0], names, format, what)
             return (usual or weights)[0], config, scheduler
@@ -338,6 +345,23 @@ def _choose(names: Sequence[str], format: str, file: str | None, what: str) -> t
         f"{what} must have weights ({', '.join(_WEIGHTS)}). Got {listed(here or list(names)) or 'no files'}. Check the "
         "path, or give one in a folder below with --file."
     )
+
+
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+
+
+def _without_shards(names: Sequence[str], what: str) -> list[str]:
+    """Leave out the shards of weights that have an index; refuse those that have none."""
+    whole = [name for name in names if not _SHARD.search(name)]
+    indexed = {name.removesuffix(INDEX) for name in whole if name.endswith(INDEX)}
+    for name in names:
+        if (stem := _SHARD.sub(PurePosixPath(name).suffix, name)) != name and stem not in indexed:
+            raise InputError(
+                f"{what} has weights in shards, such as {name}, and not {stem}{INDEX}, which says what is in which: "
+                "fetch that file too."
+            )
+    # a file that is there both whole and in shards is taken whole
+    return [name for name in whole if not (name.endswith(INDEX) and name.removesuffix(INDEX) in whole)]
 
 
 def _averages(chosen: str, names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import torch
@@ -21,11 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from purifyloader.errors import CheckpointError, InputError
+from purifyloader.files.json import read_json
 from purifyloader.files.pickles import Implausible, check_archive, check_torch
 from purifyloader.pretrained.convert.choice import state_dict  # the name stood here before
 from purifyloader.pretrained.registry import listed
 
-__all__ = ["read_file", "state_dict"]
+__all__ = ["INDEX", "read_file", "shards_of", "state_dict"]
+
+INDEX = ".index.json"
+"""The end of the name of a file that says in which others weights are."""
 
 _AGAIN = "Download it again."
 _LOOKED_AT = 1_000_000  # instructions of a pickle that is refused, for the names in them
@@ -48,6 +52,8 @@ def read_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -77,6 +83,35 @@ def read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles that are no pickles raise anything
         raise _refusal(path, error) from None
+
+
+def shards_of(index: Path) -> list[str]:
+    """List the files that an index of shards (`*.safetensors.index.json`, `*.bin.index.json`) names, all beside it."""
+    return sorted({*_weight_map(index).values()})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = read_json(index)["weight_map"]
+        if not table or not all(isinstance(file, str) and file == PurePath(file).name for file in table.values()):
+            raise ValueError("its weight_map must name files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _error(index, "an index of shards", f"one that cannot be read ({error})") from None
+    return dict(table)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Read weights that are stored in several files, each where the index says that it is."""
+    table = _weight_map(index)
+    weights: dict[str, Any] = {}
+    for file in shards_of(index):
+        read = read_file(index.parent / file)
+        wanted = {name for name, of in table.items() if of == file}
+        if not isinstance(read, dict) or {*read} != wanted:
+            other = listed(sorted({*map(str, read)} ^ wanted)) if isinstance(read, dict) else type(read).__name__
+            raise _error(index, "the index of its shards", f"other weights in {file} than it says ({other})")
+        weights |= read
+    return weights
 
 
 def _error(path: Path, wanted: str, got: str, advice: str = _AGAIN) -> CheckpointError:

@@ -859,3 +859,75 @@ def test_the_wrong_format(tmp_path: Path) -> None:
     source = GOLDEN / "score_sde.pth"
     fails(CheckpointError, "score_sde.pth", "output_blocks", source=source, out=out, format="eclipse", key="model")
     fails(CheckpointError, "score_sde.pth", "'ema.shadow_params'", source=source, out=out, format="eclipse")
+
+
+# -- weights in shards -------------------------------------------------------------------------------
+
+STEM = "diffusion_pytorch_model"
+
+
+def in_shards(folder: Path, kind: str = "safetensors", index: bool = True, count: int = 2) -> Path:
+    """The golden diffusers folder with its weights in several files."""
+    shutil.copytree(GOLDEN / "diffusers", folder)
+    weights = load_file(folder / f"{STEM}.safetensors")
+    (folder / f"{STEM}.safetensors").unlink()
+    table: dict[str, str] = {}
+    for number in range(count):
+        file = f"{STEM}-{number + 1:05d}-of-{count:05d}.{kind}"
+        part = {name: weights[name] for name in sorted(weights)[number::count]}
+        save_file(part, folder / file) if kind == "safetensors" else torch.save(part, folder / file)
+        table |= dict.fromkeys(part, file)
+    if index:
+        (folder / f"{STEM}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_weights_in_shards_are_those_of_one_file(tmp_path: Path, kind: str, count: int) -> None:
+    folder = in_shards(tmp_path / "shards", kind, count=count)
+    quick(folder, tmp_path / "a", "diffusers")
+    quick(GOLDEN / "diffusers", tmp_path / "b", "diffusers")
+    assert weights_sha256(pretrained.load(tmp_path / "a")) == weights_sha256(pretrained.load(tmp_path / "b"))
+    files = json.loads((tmp_path / "a/config.json").read_text())["details"]["converted"]["source"]["files"]
+    assert len(files) == count + 3  # an index, and two configurations
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / f"{STEM}.safetensors.index.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no index": (lambda f: (f / f"{STEM}.safetensors.index.json").unlink(), "in shards"),
+    "a shard is missing": (lambda f: (f / f"{STEM}-00002-of-00002.safetensors").unlink(), "which is no file"),
+    "a shard has others": (
+        lambda f: shutil.copy(f / f"{STEM}-00001-of-00002.safetensors", f / f"{STEM}-00002-of-00002.safetensors"),
+        "other weights in",
+    ),
+    "no map": (lambda f: edited(f, lambda values: values.pop("weight_map")), "index of shards"),
+    "a map of numbers": (lambda f: edited(f, lambda values: values["weight_map"].update(a=3)), "index of shards"),
+    "a file elsewhere": (lambda f: edited(f, lambda v: v["weight_map"].update(a="../a.safetensors")), "beside it"),
+    "no JSON": (lambda f: (f / f"{STEM}.safetensors.index.json").write_text("{"), "index of shards"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_shards_that_are_not_whole_are_refused(tmp_path: Path, damage: str) -> None:
+    folder = in_shards(tmp_path / "shards")
+    change, words = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(PurifyError, match=words):
+        convert(folder, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_there_whole_is_taken_whole(tmp_path: Path) -> None:
+    folder = in_shards(tmp_path / "shards")
+    shutil.copy(GOLDEN / "diffusers" / f"{STEM}.safetensors", folder)
+    quick(folder, tmp_path / "out", "diffusers")
+    files = json.loads((tmp_path / "out/config.json").read_text())["details"]["converted"]["source"]["files"]
+    assert f"{STEM}.safetensors" in files
+    assert len(files) == 3

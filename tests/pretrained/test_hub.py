@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from purifyloader import pretrained
 from purifyloader.energy import EnergyConfig, EnergyNetwork
@@ -358,6 +358,21 @@ print("end")
 """
     assert run(code, address(server), tmp_path / "home", prelude=WITHOUT_THE_CLIENT).endswith("\nend\n")
     assert server.asked == []
+
+
+def test_shards_are_downloaded_with_their_index(server: Hub, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden/convert/diffusers"
+    folder = server.repositories["some/shards"] = tmp_path / "shards"
+    shutil.copytree(golden, folder)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    shard = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    save_file(weights, folder / shard)
+    index = {"weight_map": dict.fromkeys(weights, shard)}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    code = 'from purifyloader.pretrained.convert import convert; convert("some/shards", "a", "diffusers")'
+    run(code, address(server), tmp_path / "home")
+    assert shard in server.downloads
 
 
 def test_converting_from_the_hub(server: Hub, tmp_path: Path) -> None:
