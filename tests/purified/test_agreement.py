@@ -68,6 +68,7 @@ class View:
     draws: int = 1
     shard_size: int = SIZE
     delay: float = 0
+    locks: bool = True  # False as on a file system without
 
     def dataset(self) -> Listed:
         pixels = np.random.default_rng(0).integers(0, 256, (self.count, 8, 8, 3), np.uint8)
@@ -131,7 +132,7 @@ def is_right(folder: Path, view: View) -> bool:
     """Index for index, pixels and targets, as this view and its settings have them."""
     reader = CacheReader(folder)
     reader.verify()
-    rows, targets = right(replace(view, delay=0))
+    rows, targets = right(replace(view, delay=0, locks=True))
     if (len(reader), reader.draws, reader.config["seed"]) != (view.count, view.draws, view.seed):
         return False
     got = [reader.row(i, draw) for draw in range(view.draws) for i in range(view.count)]
@@ -176,6 +177,16 @@ def test_shards_of_another_source_are_refused_by_whoever_fills(tmp_path: Path, w
         assert part in str(caught.value)
     assert not (tmp_path / "index.json").exists()
     assert {name: data for name, data in shards(tmp_path).items() if name in before} == before
+
+
+@pytest.mark.parametrize("way", ["precompute", "two ranks"])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_and_so_is_a_finished_cache(tmp_path: Path, way: str, other: View) -> None:
+    other.fill(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CacheError, match=r"shard-0000[\s\S]*samples compared, first in"):
+        WAYS[way](tmp_path, HONEST)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_and_by_reading_processes(tmp_path: Path) -> None:
@@ -323,12 +334,18 @@ def test_on_demand_an_index_that_a_killed_run_has_not_written(tmp_path: Path) ->
 # -- at once -----------------------------------------------------------------------------------------
 
 
+def no_flock(*_: object) -> None:
+    raise OSError(38, "Function not implemented")
+
+
 def filled(folder: Path, view: View, number: int, world: int, start: Path | None = None) -> str:
     """In a process of its own: fill a cache; "done", or why not."""
     if start is not None:
         (start.parent / f"ready-{number}").touch()
         while not start.exists():
             time.sleep(0.001)
+    if not view.locks:
+        locks.fcntl.flock = no_flock
     try:
         view.fill(folder, rank=number, world_size=world)
     except PurifyError as error:
@@ -361,9 +378,10 @@ GROUPS = {
 }
 
 
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
 @pytest.mark.parametrize("views", GROUPS.values(), ids=GROUPS)
-def test_processes_that_disagree_at_once(tmp_path: Path, views: list[View]) -> None:
-    views = [replace(view, delay=0.002) for view in views]
+def test_processes_that_disagree_at_once(tmp_path: Path, views: list[View], locks: bool) -> None:
+    views = [replace(view, delay=0.002, locks=locks) for view in views]
     ends = at_once(tmp_path / "cache", views)
     succeeded = [view for view, end in zip(views, ends, strict=True) if end == "done"]
     assert len({*succeeded}) <= 1, "of two that differ one at most is right"
@@ -445,8 +463,11 @@ def disturbed(folder: Path, views: list[View], rng: random.Random, tally: Tally,
 
 def chosen(rng: random.Random) -> list[View]:
     """Views of two to four processes; in a fifth of the cases they all agree."""
-    view = View(delay=0.004)
-    others = [replace(other, delay=view.delay) for other in [*OTHERS.values(), *GROUPS["other settings"][1:]]]
+    view = View(delay=0.004, locks=rng.random() < 0.75)
+    others = [
+        replace(other, delay=view.delay, locks=view.locks)
+        for other in [*OTHERS.values(), *GROUPS["other settings"][1:]]
+    ]
     others += [replace(view, count=19), replace(view, draws=2), replace(view, shard_size=5)]
     some = [view] if rng.random() < 0.2 else [view, *rng.sample(others, rng.choice([1, 1, 2]))]
     world = rng.randint(max(2, len(some)), 4)
