@@ -23,7 +23,7 @@ from purifyloader.cache import values
 from purifyloader.cache.format import Layout, Shard, ShardHeader, ShardValues
 from purifyloader.core.checks import as_path
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, replacing, write_new, writing
+from purifyloader.files.atomic import Beside, beside, canonical_json, write_new, writing
 from purifyloader.files.locks import KEPT, Lock, is_held, lock_path
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,18 @@ class CacheWriter:
         with writing(self.folder, CacheError, KEPT):
             self.folder.mkdir(parents=True, exist_ok=True)  # now, not after the first shard was computed
 
-    def pending(self) -> list[Shard]:
-        """List the shards still to be written: missing ones, and those that do not verify. Reads every file."""
+    def pending(self, seen: Callable[[int], object] = lambda count: None) -> list[Shard]:
+        """List the shards still to be written: missing ones, and those that do not verify.
+
+        Reads every file; `seen` is told how many were read so far.
+        """
+        lacking = []
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            verified = pool.map(self._verify, self.shards)
-            return [shard for shard, good in zip(self.shards, verified, strict=True) if good is None]
+            for shard, good in zip(self.shards, pool.map(self._verify, self.shards), strict=True):
+                if good is None:
+                    lacking.append(shard)
+                seen(shard.number + 1)
+        return lacking
 
     def is_done(self, shard: Shard) -> bool:
         """Say whether the shard's file is right in every byte. Reads it, once as long as it does not change."""
@@ -340,7 +347,7 @@ class CacheWriter:
                     f'{content.shape[1:]} in {shard.file}. Resize them in the recipe, or use encoding="png".'
                 )
         types = image_types if isinstance(image_types, str) or len(set(image_types)) > 1 else image_types[0]
-        beside = ShardValues(
+        values_beside = ShardValues(
             image_types=types if isinstance(types, str) else tuple(types),
             sample=None if sample is None else dict(sample),
             targets=self._stored(targets),
@@ -350,15 +357,27 @@ class CacheWriter:
         path = self.folder / shard.file
         self.claim()
         with writing(path, CacheError, KEPT):
-            with replacing(path) as temporary:
-                fmt.save_shard(temporary, shard, self.layout, self.config, content, beside)
-                good = _read_good(temporary)
-                self.check_free(shard, source)
-                self._unfinish(shard, good.sha256)
+            with beside(path) as file:
+                fmt.save_shard(file.temporary, shard, self.layout, self.config, content, values_beside)
+                good = _read_good(file.temporary)
+                file.end()
+                self._put(file, shard, source, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
 
-    def check_free(self, shard: Shard, source: NDArray[np.uint64] | None) -> None:
-        """Look, before a shard is renamed into place, whether another process has put another one there meanwhile.
+    def _put(self, file: Beside, shard: Shard, source: NDArray[np.uint64] | None, sha256: str) -> None:
+        """Put a shard into its place, where nothing else than the same of another process may have come meanwhile."""
+        while True:
+            is_there = self.check_free(shard, source)
+            self._unfinish(shard, sha256)
+            if is_there:
+                return file.replace()
+            if os.path.lexists(file.path):  # damaged, or a link that leads nowhere
+                file.path.unlink(missing_ok=True)
+            if file.create():
+                return None
+
+    def check_free(self, shard: Shard, source: NDArray[np.uint64] | None) -> bool:
+        """Look, before a shard is put into its place, whether there is one; False for a damaged one.
 
         Raises `CacheError` where it is of another cache, or was made from another source than these hashes say.
         """
@@ -368,7 +387,7 @@ class CacheWriter:
         except fmt.OtherVersionError:
             raise
         except CacheError:  # missing, or damaged
-            return
+            return False
         self._check_same(shard.file, header)
         both = source is not None and header.source is not None and header.shard == shard
         if both and not np.array_equal(header.source, source):  # type: ignore[arg-type]
@@ -377,6 +396,7 @@ class CacheWriter:
                 "meanwhile from other images or targets, or from the same in another order. Give all processes the "
                 "same dataset: sort what it lists, and seed what it shuffles. Then precompute into another folder."
             )
+        return True
 
     def finish(self, plan: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None) -> None:
         """Verify every shard and write the index, after which the cache can be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,50 +18,70 @@ from safetensors import SafetensorError
 from purifyloader.errors import PurifyError
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block ends and removed when it fails."""
-    with _temporary(path) as temporary:
-        yield temporary
-        _sync(temporary)
-        _show_to_others(temporary, 0o666)  # mkstemp's 0600 would hide a shared cache from others
-        os.replace(temporary, path)
+class Beside:
+    """A whole file at a temporary path beside `path`, which can be put into its place."""
 
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self.path, self.temporary = path, temporary
 
-@contextmanager
-def creating(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Do the same for a new file: `FileExistsError` where there is one of that name by the end, which stays.
+    def replace(self) -> None:
+        """Put it there, over what is there."""
+        os.replace(self.temporary, self.path)
 
-    Of all processes that try this one succeeds, with or without locks. `private`: for its owner alone.
-    """
-    with _temporary(path) as temporary:
-        yield temporary
-        _sync(temporary)
-        if not private:
-            _show_to_others(temporary, 0o666)
+    def create(self) -> bool:
+        """Put it there unless there is a file of that name, and say whether it was put.
+
+        Of all processes that try this one succeeds, with or without locks.
+        """
         try:
-            os.link(temporary, path)
+            os.link(self.temporary, self.path)
         except FileExistsError:
-            raise
+            return False
         except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            os.replace(temporary, path)
+            try:
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            except FileExistsError:
+                return False
+            self.replace()
+        return True
+
+    def end(self, *, private: bool = False) -> None:
+        """Bring it onto the disk, for all to read unless it is `private`, before it is put into its place."""
+        with open(self.temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if not private:
+            _show_to_others(self.temporary, 0o666)  # mkstemp's 0600 would hide a shared cache from others
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Beside]:
+    """Yield an empty file beside `path`, which is removed at the end unless it was put into its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     try:
-        yield Path(name)
+        yield Beside(path, Path(name))
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed onto it when the block ends and removed when it fails."""
+    with beside(path) as file:
+        yield file.temporary
+        file.end()
+        file.replace()
+
+
+@contextmanager
+def creating(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Do the same for a new file: `FileExistsError` where there is one of that name by the end, which stays."""
+    with beside(path) as file:
+        yield file.temporary
+        file.end(private=private)
+        if not file.create():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _show_to_others(path: Path, mode: int) -> None:

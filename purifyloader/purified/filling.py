@@ -218,7 +218,7 @@ def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int =
     others = [shard for shard in reversed(writer.shards) if shard.number % world_size != rank]
     crew = _Crew(filling, workers)
     try:
-        with random_state_kept(), Progress(writer, shown=progress and rank == 0):
+        with random_state_kept(), Progress(writer, progress and rank == 0, lambda: crew.compared):
             crew.work(writer.shards[rank::world_size])
             # what another process has not begun, or what it has left when it died; the rest is its to verify
             crew.work([shard for shard in others if not (writer.folder / shard.file).exists()])

@@ -123,7 +123,7 @@ class Filling:
         """
         with Lock(self.writer.folder, fmt.INDEX_FILE) as lock:
             is_finished = self.writer.is_finished(self.plan)
-            if not is_finished and (lacking := self.writer.pending()):
+            if not is_finished and (lacking := self.writer.pending(seen=lock.note)):
                 return lacking
             if unsettled := self.unsettled():
                 return unsettled

@@ -12,7 +12,7 @@ run that goes on after a stop, purify the same images.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -126,13 +126,20 @@ def is_open(purifier: Purifier) -> bool:
     return any(condition.planned is None for condition in _conditions(purifier))
 
 
-def make(job: Job, batch_size: int, *, workers: int = 0, progress: bool = True) -> Findings:
-    """Plan a job's purifier for its source, whatever plan the purifier has."""
+def make(
+    job: Job,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    progress: bool = True,
+    seen: Callable[[int], object] = lambda count: None,
+) -> Findings:
+    """Plan a job's purifier for its source, whatever plan the purifier has; `seen` is told how many images are read."""
     job = job.with_purifier(_copied(job.purifier))
     conditions = _conditions(job.purifier)
     source = None
     for condition in conditions:
-        measures_N, hashes = _measured(job, condition, batch_size, workers, progress)
+        measures_N, hashes = _measured(job, condition, batch_size, workers, progress, seen)
         condition.take_plan(condition.make_plan(measures_N))
         source = fmt.source_sha256(hashes)
         log.info("Planned: %s", fmt.plan_in_words(condition.config()))
@@ -192,12 +199,14 @@ def agreed(
 
     findings = _stored(job, writer)
     if not is_complete(findings):
-        with Lock(writer.folder, fmt.PLAN_FILE):
+        with Lock(writer.folder, fmt.PLAN_FILE) as lock:
             findings = _stored(job, writer)
             if not is_complete(findings):
                 if findings is None:
                     writer.claim()  # before a pass that would be in vain
-                    findings = make(job, batch_size, workers=workers, progress=progress) if needed else Findings()
+                    findings = Findings()
+                    if needed:
+                        findings = make(job, batch_size, workers=workers, progress=progress, seen=lock.note)
                 findings = findings.with_sanitation(sanitation)
                 writer.write_plan(findings.to_dict())
     if findings is not None:
@@ -291,7 +300,7 @@ def _copied(purifier: Purifier) -> Purifier:
 
 
 def _measured(
-    job: Job, condition: Condition, batch_size: int, workers: int, progress: bool
+    job: Job, condition: Condition, batch_size: int, workers: int, progress: bool, seen: Callable[[int], object]
 ) -> tuple[Tensor, NDArray[np.uint64]]:
     """Return what decides about each image, float32 (N,), and the hashes of the images, (N, 2)."""
     length = len(job.reader)
@@ -313,4 +322,5 @@ def _measured(
                 raise type(error)(f"Items {positions[0]} to {positions[-1]} of the dataset: {error}") from None
             hashes += [read.hashes for read in reads]
             bar.update(len(positions))
+            seen(len(hashes))
     return torch.cat(measures), np.stack(hashes)

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from tqdm.auto import tqdm
@@ -22,8 +23,9 @@ _LOG_SECONDS = 30.0  # between lines of the log
 class Progress:
     """One bar over all processes, from what they leave in the folder: finished shards, and notes in locks."""
 
-    def __init__(self, writer: CacheWriter, shown: bool) -> None:
+    def __init__(self, writer: CacheWriter, shown: bool, compared: Callable[[], int] = lambda: 0) -> None:
         self._writer, self._shown = writer, shown
+        self._compared = compared  # how many images of shards made elsewhere this process has compared with its source
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -52,6 +54,7 @@ class Progress:
         length = self._writer.layout.length
         start = done = self._start
         begun = logged = self._begun
+        told = 0
         notebook = "ipykernel" in sys.modules
         with tqdm(
             total=length, initial=start, unit="img", desc="purifying", disable=not (sys.stderr.isatty() or notebook)
@@ -61,12 +64,18 @@ class Progress:
                 with suppress(OSError):  # the bar is not what a run should fail of
                     done = self._done()
                 bar.n = max(start, done)
+                if compared := self._compared():
+                    bar.set_postfix_str(f"{compared:,} compared with the source", refresh=False)
                 bar.refresh()
                 now = time.monotonic()
-                if bar.disable and done > start and (stopping or now - logged >= _LOG_SECONDS):
-                    logged = now
-                    rate = (done - start) / (now - begun)
-                    left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
-                    log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
+                if bar.disable and (stopping or now - logged >= _LOG_SECONDS):
+                    if compared > told and now - logged >= _LOG_SECONDS:
+                        log.info("%s images of other processes and runs compared with the source", f"{compared:,}")
+                        logged, told = now, compared
+                    if done > start:
+                        rate = (done - start) / (now - begun)
+                        left = f", {(length - done) / rate / 60:.1f} minutes left" if done < length else ""
+                        log.info("%s of %s images, %.1f images/s%s", f"{done:,}", f"{length:,}", rate, left)
+                        logged = now
                 if stopping:
                     return

@@ -548,9 +548,9 @@ def fill_of_this_process(folder: Path) -> None:
 
 
 def test_kill_and_resume(cache: Path, tmp_path: Path) -> None:
-    """SIGKILL while the third shard stands beside its place, written but not renamed."""
+    """SIGKILL while the third shard stands beside its place, written but not linked into it."""
     folder = tmp_path / "killed"
-    result = processes.run(fill_of_this_process, folder, kill_at="os:replace", kill_call=3)
+    result = processes.run(fill_of_this_process, folder, kill_at="os:link", kill_call=4)
     assert result.returncode == -signal.SIGKILL
     names = sorted(os.listdir(folder))
     shards = ["shard-00000.safetensors", "shard-00001.safetensors"]

@@ -403,6 +403,7 @@ def test_a_stopped_process_is_named_and_its_work_taken_over_when_it_dies(
     until = time.monotonic() + 30
     while not any(b"pid" in path.read_bytes() for path in tmp_path.glob(".shard-*.lock")):
         assert time.monotonic() < until
+        time.sleep(0.005)
     child.send_signal(signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(HONEST.fill, tmp_path, rank=1, world_size=2)
