@@ -40,7 +40,7 @@ from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import as_path, check_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import CacheError, InputError
-from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_new, write_text, writing
+from purifyloader.files.atomic import beside, canonical_json, file_sha256, replacing, write_new, write_text, writing
 from purifyloader.files.locks import KEPT, Lock
 
 FORMAT = "purifyloader-tars"
@@ -411,17 +411,18 @@ def _restore(
         targets = None if part.targets is None else [_target_of(fields) for fields in samples]
     except (ValueError, OSError) as error:
         raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
-    with replacing(path) as temporary:
-        beside = replace(part, targets=targets)
-        fmt.save_shard(temporary, shard, index.layout, index.config, content, beside, index.version)
-        if (got := file_sha256(temporary)) != entry.sha256:
+    with beside(path) as file:
+        values = replace(part, targets=targets)
+        fmt.save_shard(file.temporary, shard, index.layout, index.config, content, values, index.version)
+        if (got := file_sha256(file.temporary)) != entry.sha256:
             raise CacheError(
                 f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "
                 "that are whole: another version of safetensors or purifyloader writes it otherwise. Use the versions "
                 f"that the cache was made with ({canonical_json(part.made)}), or copy the folder of the cache."
             )
-        writer.check_free(shard, part.source)
+        file.end()
         _check_same_shard(writer.folder, entry)
+        writer.put(file, shard, part.source, entry.sha256)
 
 
 def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -361,13 +361,13 @@ class CacheWriter:
                 fmt.save_shard(file.temporary, shard, self.layout, self.config, content, values_beside)
                 good = _read_good(file.temporary)
                 file.end()
-                self._put(file, shard, source, good.sha256)
+                self.put(file, shard, source, good.sha256)
             self._good[shard.number] = _Good(good.header, good.sha256, _stat(path))
 
-    def _put(self, file: Beside, shard: Shard, source: NDArray[np.uint64] | None, sha256: str) -> None:
+    def put(self, file: Beside, shard: Shard, source: NDArray[np.uint64] | None, sha256: str) -> None:
         """Put a shard into its place, where nothing else than the same of another process may have come meanwhile."""
         while True:
-            is_there = self.check_free(shard, source)
+            is_there = self._check_free(shard, source)
             self._unfinish(shard, sha256)
             if is_there:
                 return file.replace()
@@ -376,7 +376,7 @@ class CacheWriter:
             if file.create():
                 return None
 
-    def check_free(self, shard: Shard, source: NDArray[np.uint64] | None) -> bool:
+    def _check_free(self, shard: Shard, source: NDArray[np.uint64] | None) -> bool:
         """Look, before a shard is put into its place, whether there is one; False for a damaged one.
 
         Raises `CacheError` where it is of another cache, or was made from another source than these hashes say.
