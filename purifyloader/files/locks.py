@@ -108,13 +108,9 @@ class Lock:
         self._file = handle
         return True
 
-    def holder(self) -> Holder | None:
-        """Return who holds the lock, or held it last; None where its file does not say."""
-        return _read(self._path)[1]
-
     def held_by(self) -> str:
         """Say in words who holds it, and what to do."""
-        return _in_words(self.holder())
+        return held_by(self._path)
 
     def _locked(self) -> int | None:
         """Open the file and lock it; None where another process has it."""
@@ -200,6 +196,16 @@ def is_held(path: Path) -> bool:
 def read_note(path: Path) -> int:
     """Return the number that a lock's holder has written last; 0 if there is none."""
     return _read(path)[0]
+
+
+def holder(path: Path) -> Holder | None:
+    """Return who holds the lock of this file, or held it last; None where the file does not say."""
+    return _read(path)[1]
+
+
+def held_by(path: Path) -> str:
+    """Say in words who holds the lock of this file, and what to do about it."""
+    return _in_words(holder(path))
 
 
 def _read(path: Path) -> tuple[int, Holder | None]:

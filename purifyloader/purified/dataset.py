@@ -71,8 +71,9 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             filling it; "precompute" fills it now, together with other processes that do the same; "purify" fills
             a shard when one of its images is first read, in whichever process reads it (a shuffled epoch
             touches all shards within its first batches).
-        check_source: how much of `dataset` is compared with what the cache was made from: True reads all of it in
-            this process (40 minutes for the JPEGs of ImageNet); a number that many, drawn at random; False nothing.
+        check_source: how much of `dataset` is compared with what the cache, or a part that another process or run has
+            made, was made from: True reads all of it in this process (40 minutes for the JPEGs of ImageNet); a number
+            that many, drawn at random; False nothing. With less than all, a dataset in another order may pass.
         in_memory: read the whole cache into memory now, for slow or remote disks.
         transform: applied to the image after purification, for a dataset that has none of its own.
         image_key: where the image is in a sample; position 0 of a tuple, "image" of a dict by default.

@@ -21,7 +21,7 @@ from purifyloader.core.notes import NOTES
 from purifyloader.datasets.samples import ImageKey, assemble, fields, get_image, is_plain, structure_of
 from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError
-from purifyloader.files.locks import is_held
+from purifyloader.files.locks import held_by, is_held
 from purifyloader.purified import plans
 from purifyloader.purified.filling import choose_layout, fill, notes_of
 from purifyloader.purified.job import Job
@@ -211,9 +211,10 @@ class Opening:
         except CacheError as error:
             if version_of(self.folder) == FORMER:  # which nobody is filling, and nothing fills
                 raise
-            busy = any(is_held(path) for path in self.folder.glob(".*.lock"))
+            busy = next((path for path in self.folder.glob(".*.lock") if is_held(path)), None)
+            filling = "" if busy is None else f"Another process is filling it now, {held_by(busy)} Wait for it. "
             raise CacheError(
-                f"{error} {'Another process is filling it now: wait for it. ' if busy else ''}"
+                f"{error} {filling}"
                 'Or give missing="precompute" to fill it now, which any number of processes may do together, or '
                 'missing="purify" to fill each shard when it is first read.'
             ) from None
