@@ -7,6 +7,7 @@ import enum
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -75,6 +76,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of one module that `structure` describes, in no certain order."""
     for_people = getattr(type(module), "for_people", ())
+    if isinstance(module, torch.jit.ScriptModule):  # what it has in Python is a copy, made when it is asked for
+        return
     for name, value in vars(module).items():
         if name[0] != "_" and name != "training" and name not in for_people:
             yield name, value
@@ -87,6 +90,8 @@ def _structure(module: nn.Module, seen: set[int], known: Known = lambda part: No
         return {**out, "again": True}
     seen.add(id(module))
     out |= {name: described(value, seen) for name, value in public_attributes(module)}
+    if isinstance(module, torch.jit.ScriptModule):
+        out |= _script(module)
     volatile = module._non_persistent_buffers_set
     out |= {name: described(value, seen) for name, value in module._buffers.items() if name in volatile}
     hooks = {kind.strip("_"): [described(hook, seen) for hook in vars(module)[kind].values()] for kind in HOOKS}
@@ -96,6 +101,21 @@ def _structure(module: nn.Module, seen: set[int], known: Known = lambda part: No
             short = known(part)
             out[name] = _structure(part, seen, known) if short is None else short
     return out
+
+
+def _script(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    """Describe a module of TorchScript: its code, which it has with it, and the values that the code takes from it."""
+    both = {str(name): module._c._get_method(name).code_with_constants for name in module._c._method_names()}
+    code = {name: [_MANGLED.sub("", text), described(more)] for name, (text, more) in both.items()}
+    names = sorted({name for text, _ in code.values() for name in _OF_ITSELF.findall(text)})
+    values = {name: getattr(module, name) for name in names if name not in ("training", *code)}
+    inside = (nn.Module, Tensor)  # which are described by themselves, or are weights
+    plain = {name: described(value) for name, value in values.items() if not isinstance(value, inside)}
+    return {"class": module.original_name, "code": code, **plain}
+
+
+_MANGLED = re.compile(r"___torch_mangle_\d+\.")  # counts how many of a name there are in this process
+_OF_ITSELF = re.compile(r"\bself\.(\w+)")
 
 
 def _class_name(cls: type[Any]) -> str:

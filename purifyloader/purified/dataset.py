@@ -40,6 +40,7 @@ from purifyloader.purifiers import Purifier
 log = logging.getLogger(__name__)
 
 _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")
+_AS_MADE = ("purifier", "seed", "draws", "sanitation", "image_key", "dataset")
 _MISSING = (None, "precompute", "purify")
 
 
@@ -190,8 +191,8 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         # Shared memory: a plain attribute set in the main process never reaches a persistent worker.
         # Two numbers: the epoch, and the samples read since it was set.
         self._shared = torch.zeros(2, dtype=torch.int64, device="cpu").share_memory_()
-        self._mode = mode
         self.sanitation = sanitation
+        self._mode = mode
         dropped = sanitation is not None and sanitation.drop and len(sanitation.suspects) > 0
         self._kept: NDArray[np.int64] | None = sanitation.kept if sanitation is not None and dropped else None
         self._length = len(self._source) if self._kept is None else len(self._kept)
@@ -280,6 +281,11 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             raise InputError(
                 f"{name} of a PurifiedDataset are those of its samples. Change them in the dataset before wrapping, or "
                 "correct labels by sanitation=plans.Sanitation(...)."
+            )
+        elif name in _AS_MADE and "_mode" in self.__dict__:
+            raise InputError(
+                f"{name} of a PurifiedDataset decides its images, and stays what it was when the dataset was made. Got "
+                "another: make a new PurifiedDataset."
             )
         else:
             super().__setattr__(name, value)

@@ -30,6 +30,14 @@ class HoldsPurifier(nn.Module):
     def purifier(self) -> Purifier:
         return self._held[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "purifier":  # which torch would register as a module, and nobody would call
+            raise InputError(
+                f"The purifier of a {type(self).__name__} is the one that it was made with. Got another: make a new "
+                f"{type(self).__name__}."
+            )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         here = device_of(self.purifier)
         there = fn(torch.empty(0, device=here)).device  # its dtype is not for us

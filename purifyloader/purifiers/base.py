@@ -78,13 +78,21 @@ class Described(nn.Module, metaclass=Freezing):
         return cls(**values)
 
     def identity(self) -> dict[str, Any]:
-        """Return the part of the configuration that decides the pixels.
+        """Return the part of the configuration that decides the pixels; `ConfigError` where it no longer does.
 
         Names are for people, and plans follow from the rest and the source.
         """
+        self._check_unchanged()
+        return self._identity()
+
+    def _identity(self) -> dict[str, Any]:
         identity = _deciding(self.config())
         assert isinstance(identity, dict)
         return identity
+
+    def _check_unchanged(self) -> None:
+        if "_seal" in self.__dict__ and not torch.compiler.is_compiling():
+            self._seal.check(self)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -185,7 +193,11 @@ class Purifier(Described):
         return shape
 
     def to_json(self) -> str:
-        """Describe the purifier as canonical JSON with a schema version; `recipes.from_json` builds it back."""
+        """Describe the purifier as canonical JSON with a schema version; `recipes.from_json` builds it back.
+
+        `ConfigError` where it was changed since it was made, for it is no longer what it says.
+        """
+        self._check_unchanged()
         return canonical_json({"schema": SCHEMA, "purifier": self.config()})
 
     def forward(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,7 @@ from purifyloader.files.weights import HOOKS, public_attributes, structure, weig
 __all__ = ["Freezing", "Seal", "check_move", "refuse_setting"]
 
 _SAMPLED = 64  # values of each tensor on the CPU that are looked at
+_COMPARED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 _OURS = ("purifyloader", "torch")  # packages whose modules change nothing of themselves when they are called
 
@@ -117,8 +119,10 @@ class _Look:
         cls, values = type(module), module.__dict__
         attributes = self.attributes
         attributes[f"{path}class"] = cls
-        self.foreign = self.foreign or cls.__module__.partition(".")[0] not in _OURS
-        if values["training"]:
+        self.foreign = (
+            self.foreign or isinstance(module, torch.jit.ScriptModule) or cls.__module__.partition(".")[0] not in _OURS
+        )
+        if module.training:
             self.training.append(path)
         for name, value in public_attributes(module):
             key = path + name
@@ -142,7 +146,7 @@ class _Look:
             dense = tensor.layout == torch.strided and (
                 tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
             )
-            if dense and tensor.device.type == "cpu" and tensor.numel():
+            if dense and tensor.device.type == "cpu" and tensor.numel() and tensor.dtype in _COMPARED:
                 step = max(1, tensor.numel() // _SAMPLED)
                 view = tensor.as_strided((tensor.numel() // step,), (step,))
                 self._samples.setdefault(tensor.dtype, []).append(view)
@@ -230,29 +234,31 @@ class Seal:
 
 def _identity(root: Any) -> dict[str, Any] | None:
     try:
-        identity: dict[str, Any] = root.identity()
+        identity: dict[str, Any] = root._identity()
         return identity
     except Exception:  # a plugin's may have no configuration, and works without a cache
         return None
 
 
-def _weights(root: nn.Module, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Hash the weights of each submodule that has no seal, nor one inside; `hashes` are known."""
-    found = {}
+def _weights(root: nn.Module, hashes: Mapping[str, str], path: str = "") -> dict[str, str]:
+    """Hash the weights of each submodule without a seal inside, and what others have of their own; `hashes` are known.
+
+    None is there of one whose state are other things than tensors.
+    """
+    found: dict[str, str] = {}
     for name, part in root._modules.items():
-        if part is None or (not part._modules and not part._parameters and not part._buffers):
+        if part is None or "_seal" in part.__dict__:
             continue
         if any("_seal" in module.__dict__ for module in part.modules()):
-            continue
-        try:
-            found[name] = hashes.get(name) or weights_sha256(part)
-        except InputError:  # with other things than tensors in its state
-            continue
-    own = nn.Module()
-    own._parameters, own._buffers = root._parameters, root._buffers
-    own._non_persistent_buffers_set = root._non_persistent_buffers_set
+            found |= _weights(part, {}, f"{path}{name}.")
+        elif any(True for _ in chain(part.parameters(), part.buffers())):
+            with suppress(InputError):
+                found[path + name] = hashes.get(name) or weights_sha256(part)
     if root._parameters or root._buffers:
-        found["its own"] = weights_sha256(own)
+        own = nn.Module()
+        own._parameters, own._buffers = root._parameters, root._buffers
+        own._non_persistent_buffers_set = root._non_persistent_buffers_set
+        found[f"{path}its own"] = weights_sha256(own)
     return found
 
 

@@ -126,7 +126,11 @@ def started_from(config: Config, start: nn.Module) -> Config:
 
 
 def check_start(config: TrainingFields, start: nn.Module | None) -> None:
-    """Raise `ConfigError` unless `start` is the model that `config.start_from` names (None for random weights)."""
+    """Raise `ConfigError` unless `start` is the model that `config.start_from` names (None for random weights).
+
+    Its weights say which it is: the function is that of the new configuration, and where these weights would mean
+    something else in it, a start is refused by whoever builds the model.
+    """
     wanted, got = config.start_from, None if start is None else _entry(start)
     if (wanted and wanted["weights_sha256"]) != (got and got["weights_sha256"]):
         raise ConfigError(

@@ -23,7 +23,7 @@ from purifyloader import PurifiedDataset, PurifiedLoader, precompute, recipes
 from purifyloader.certify import ndt_classify
 from purifyloader.diffusion.blind import BlindDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule
-from purifyloader.errors import ConfigError
+from purifyloader.errors import ConfigError, InputError
 from purifyloader.purified.plans import plan
 from purifyloader.purifiers import (
     Chain,
@@ -406,6 +406,21 @@ class Own(Purifier):
         return self.weight * x_BCHW + self.shift
 
 
+class Mixed(Purifier):
+    """With a network and a purifier in one list."""
+
+    kind = "test-mixed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.parts = nn.ModuleList([nn.Conv2d(3, 3, 1).requires_grad_(False), Jpeg(50)])
+
+    def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        return self.parts[0](self.parts[1].run(x_BCHW, seeds_B))
+
+
 @dataclasses.dataclass(eq=False)
 class Data(Purifier):
     amount: float = 0.5
@@ -423,7 +438,7 @@ class Data(Purifier):
         return self.amount * x_BCHW
 
 
-@pytest.mark.parametrize("make", [Fade, Faded, Silent, Own, Data])
+@pytest.mark.parametrize("make", [Fade, Faded, Silent, Own, Mixed, Data])
 def test_a_plugin_is_frozen_and_need_do_nothing_for_it(make):
     purifier = make()
     want = purifier(X, SEEDS)
@@ -438,6 +453,7 @@ PRIVATE: dict[str, tuple[Callable[[], Purifier], Callable[[Any], object], str]] 
     "a setting": (Faded, lambda p: vars(p).update(more=2), "  more: 1 → 2"),
     "a method": (Silent, lambda p: vars(p).update(run=lambda x, seeds: x), "  run: absent → "),
     "a weight": (Own, lambda p: p.weight.data.mul_(2), "  its own.weights: "),
+    "a weight in a list of several": (Mixed, lambda p: p.parts[0].bias.add_(1), "  parts.0.weights: "),
     "a buffer": (Own, lambda p: p.shift.add_(1), "  shift.sha256: "),
     "a field": (Data, lambda p: vars(p).update(amount=0.1), "  amount: 0.5 → 0.1"),
 }
@@ -519,6 +535,32 @@ def test_a_shard_made_on_demand_is_of_the_purifier_that_began(tmp_path: Path):
     with pytest.raises(ConfigError, match=NOTICED):
         dataset[7]
     assert not list(tmp_path.glob("shard-*"))
+
+
+def test_a_purifier_that_changed_opens_no_cache_and_says_no_configuration(tmp_path: Path):
+    """A finished cache is read without a call of the purifier, which is not the one that made it."""
+    chain, dataset = Chain(Jpeg(50), once()), [(image, 0) for image in random_images(4, 8)]
+    precompute(dataset, chain, tmp_path, progress=False)
+    load_other(chain.stages[1])
+    for ask in (
+        lambda: PurifiedDataset(dataset, chain, cache=tmp_path, progress=False),  # type: ignore[arg-type]
+        lambda: precompute(dataset, chain, tmp_path, progress=False),  # type: ignore[arg-type]
+        chain.to_json,
+        chain.identity,
+    ):
+        with pytest.raises(ConfigError, match=NOTICED):
+            ask()
+
+
+@pytest.mark.parametrize("name", ["purifier", "seed", "draws", "sanitation", "dataset"])
+def test_what_decides_the_images_of_a_dataset_stays(name):
+    dataset = PurifiedDataset([(image, 0) for image in random_images(2, 8)], Jpeg(10))
+    for again in (dataset, pickle.loads(pickle.dumps(dataset))):
+        with pytest.raises(InputError, match=f"{name} of a PurifiedDataset decides its images"):
+            setattr(again, name, getattr(dataset, name))
+    for held in (Purify(Jpeg(10)), RandomPurify(Jpeg(10))):
+        with pytest.raises(InputError, match="is the one that it was made with"):
+            held.purifier = Jpeg(20)
 
 
 def batches(purifier: Any) -> Iterator[Callable[[], object]]:

@@ -5,6 +5,7 @@ Whether a purifier is still the one that was made is tested in test_frozen.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -178,6 +179,9 @@ def test_what_changes_nothing_is_no_variant(tmp_path):
     compiled = denoiser()
     compiled.network = torch.compile(compiled.network)  # type: ignore[assignment]
     assert structure_sha256(compiled) == structure_sha256(denoiser())
+    of_a_compiled_network = BlindDenoiser(torch.compile(Small()), (0.01, 0.3))  # type: ignore[arg-type]
+    with DenoiseOnce(of_a_compiled_network, 0.1).unchanged():
+        pass
 
 
 def test_an_identity_has_neither_addresses_nor_paths(tmp_path):
@@ -256,6 +260,49 @@ def test_networks_of_a_user_are_told_apart():
     assert len(set(identities.values())) == len(identities)
     assert identities[""] == canonical_json(identity_of(blind()))
     assert len({weights_sha256(blind(change)) for change in BLIND.values()}) == 1
+
+
+class Scaled(nn.Module):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+class Scaling(nn.Module):
+    def __init__(self, first: float = 2.0, second: float = 0.5, power: int = 1) -> None:
+        super().__init__()
+        self.conv, self.first, self.second, self.power = nn.Conv2d(3, 3, 1), Scaled(first), Scaled(second), power
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.conv(x))) ** self.power
+
+
+def scripted(traced: bool, **settings: Any) -> BlindDenoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Scaling(**settings).eval().requires_grad_(False)
+    made = torch.jit.trace(network, torch.zeros(1, 3, 8, 8)) if traced else torch.jit.script(network)
+    return BlindDenoiser(made, (0.01, 0.3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_torchscript_is_told_apart_by_its_code_and_settings(traced):
+    settings: list[dict[str, Any]] = [{}, {"first": 3.0}, {"first": 0.5, "second": 2.0}, {"power": 2}]
+    models = [scripted(traced, **values) for values in settings]
+    identities = [canonical_json(identity_of(model)) for model in models]
+    assert len(set(identities)) == len(settings)
+    assert identities == [canonical_json(identity_of(scripted(traced, **values))) for values in settings]
+    purifier, x, seeds = DenoiseOnce(models[0], 0.1), torch.rand(2, 3, 8, 8), torch.tensor([1, 2])
+    want = purifier(x, seeds)
+    assert torch.equal(copy.deepcopy(purifier)(x, seeds), want)
+    assert torch.equal(purifier(x, seeds), want)
+    next(purifier.denoiser.parameters()).mul_(2)
+    with pytest.raises(ConfigError, match=r"denoiser\.weights"):
+        purifier(x, seeds)
 
 
 class Undescribed(Denoiser):
