@@ -351,7 +351,7 @@ def test_golden_json():
         (lambda: Resize(32, 33), r"from 1 to size=32.*Got 33: resize to at least"),
         (lambda: Resize(32, 0), "Got 0"),
         (lambda: Resize(32, 8.0), r"Got 8\.0"),
-        (lambda: Tiles(Jpeg(), 0), r"size of a tile must be a positive integer, in pixels\. Got 0"),
+        (lambda: Tiles(Jpeg(), 0), r"size of a tile must be an integer from 1 to 4096, in pixels\. Got 0"),
         (lambda: Tiles(Jpeg(), "64"), "Got '64'"),
         (lambda: Tiles(Jpeg(), 16, 9), r"from 0 to 8, in pixels, half a tile at most\. Got 9"),
         (lambda: Tiles(Jpeg(), 16, -1), "Got -1"),
