@@ -66,6 +66,8 @@ def write_files(
     `texts` are all files but the picture, which `draw` writes to a path; None for no picture. Without matplotlib it is
     not called, and the note says so.
     """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with writing(folder), Lock(folder, picture_file, traceless=True):  # so that all are of one process
         return _write_files(folder, texts, picture_file, draw)
 
