@@ -22,7 +22,8 @@ class BlindDenoiser(Denoiser):
     Such as DnCNN (Zhang et al. 2017, arXiv:1608.03981), which predicts the noise, x - x0 (`residual=True`). sigma
     decides only whether an image is refused; `sigma_range` may be one level. The network sees images noised and neither
     scaled nor clamped, in its own dtype. It stays in this process: `pretrained.save` takes a `NetworkDenoiser` alone,
-    as the code of this network is yours. Caches know it by its weights and by `residual`, not by that code.
+    as the code of this network is yours. Caches know it by its weights and by the settings of its layers
+    (`purifyloader/purifiers/README.md`), not by that code: give another forward another name.
     """
 
     def __init__(

@@ -75,12 +75,21 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of one module that `structure` describes, in no certain order."""
-    for_people = getattr(type(module), "for_people", ())
     if isinstance(module, torch.jit.ScriptModule):  # what it has in Python is a copy, made when it is asked for
         return
+    cls: Any = type(module)
+    hidden = _hidden(cls)
     for name, value in vars(module).items():
-        if name[0] != "_" and name != "training" and name not in for_people:
+        if name[0] != "_" and name not in hidden:
             yield name, value
+
+
+@functools.cache
+def _hidden(cls: type[Any]) -> frozenset[str]:
+    """Name the attributes that decide nothing, or follow from others when they are first asked for."""
+    members = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
+    cached = (name for name, value in members.items() if isinstance(value, functools.cached_property))
+    return frozenset({"training", *getattr(cls, "for_people", ()), *cached})
 
 
 def _structure(module: nn.Module, seen: set[int], known: Known = lambda part: None) -> dict[str, Any]:

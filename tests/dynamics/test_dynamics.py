@@ -228,7 +228,7 @@ def test_progress_counts_every_call_and_results_are_json():
         (lambda: LangevinPath(tiny_energy(), []), "numbers of Langevin steps, rising"),
         (lambda: LangevinPath(tiny_energy(), [5, 5]), r"rising.*Got \[5, 5\]"),
         (lambda: LangevinPath(tiny_energy(), [0, 5]), "above 0"),
-        (lambda: LangevinPath(tiny_energy(), [1.5]), "steps must be a positive integer"),
+        (lambda: LangevinPath(tiny_energy(), [1.5]), "steps must be an integer from 1 to 1000000"),
         (lambda: LangevinPath(tiny_denoiser(), [5]), "takes an energy model"),
         (lambda: LangevinPath(tiny_energy(), [5], temperature=-1), "temperature"),
         (lambda: DiffusionPath(tiny_energy(), t=[5]), "takes a denoiser.*Got EnergyNetwork"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -370,6 +371,10 @@ class Fade(Purifier, Shape):
     def amount_of(self) -> float:
         return self._state["amount"]
 
+    @functools.cached_property
+    def doubled(self) -> float:
+        return 2 * self.amount_of()
+
     def config(self) -> dict[str, Any]:
         return {"kind": self.kind, "amount": self.amount_of()}
 
@@ -441,6 +446,7 @@ class Data(Purifier):
 @pytest.mark.parametrize("make", [Fade, Faded, Silent, Own, Mixed, Data])
 def test_a_plugin_is_frozen_and_need_do_nothing_for_it(make):
     purifier = make()
+    assert getattr(purifier, "doubled", 1.0) in (1.0, 0.5)  # which is kept in it
     want = purifier(X, SEEDS)
     for again in (purifier, copy.deepcopy(purifier), pickle.loads(pickle.dumps(purifier)), Chain(make()).stages[0]):
         with pytest.raises(ConfigError, match="Got a change of amount"):
