@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 _POLLS = (0.005, 0.1)  # seconds between the first looks at a lock that another has, and at most
 _PATIENCE = (10.0, 300.0)  # seconds without progress before the holder is named, and at most before it is named again
+_BUSY = 6.0  # times as patient with a holder on this machine that computes: a batch of a slow sampler takes minutes
 _NOTE_BYTES = 12
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of CPU time, a second
 
 KEPT = "Make room on the disk or make the folder writable, and run the same again: what is finished is kept."
 """Advice to those who share a folder, for `files.atomic.writing`."""
@@ -54,13 +57,20 @@ class Holder:
         pid = os.getpid()
         return cls(socket.gethostname(), pid, _process(pid)[1])
 
+    def ticks(self) -> int:
+        """Return how much CPU time it has taken; 0 where that is not seen."""
+        if self.host != socket.gethostname() or self.started is None:
+            return 0
+        _, started, ticks = _process(self.pid)
+        return ticks if started == self.started else 0
+
     def in_words(self) -> str:
         """Name the process and, on this machine, its state, with what to do about it."""
         name = f"process {self.pid} on {self.host}"
         wait = "It goes on when that process is done: if it hangs, end it."
         if self.host != socket.gethostname() or self.started is None:
             return f"{name}. {wait}"
-        state, started = _process(self.pid)
+        state, started, _ = _process(self.pid)
         if state is None or started != self.started:
             return f"{name}, which is not seen here: it runs in a container, or a process that it started outlives it."
         if state in "Tt":
@@ -68,14 +78,14 @@ class Holder:
         return f"{name}, which is running. {wait}"
 
 
-def _process(pid: int) -> tuple[str | None, str | None]:
-    """Return the state of a process of this machine, a letter ("T" is stopped), and when it was started."""
+def _process(pid: int) -> tuple[str | None, str | None, int]:
+    """Return of a process of this machine its state, a letter ("T" is stopped), when it was started, and CPU ticks."""
     try:
         # the name, which may hold anything, stands in parentheses before them
         words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return words[0], words[19]
-    except (OSError, IndexError):
-        return None, None
+        return words[0], words[19], int(words[11]) + int(words[12])
+    except (OSError, IndexError, ValueError):
+        return None, None, 0
 
 
 class Lock:
@@ -233,7 +243,19 @@ class _Waiting:
 
     def _watch(self, seen: tuple[int, Holder | None]) -> None:
         self._seen, self._still_since = seen, time.monotonic()
+        self._ticks = self._ticks_now(seen)
         self._step = self._due = _PATIENCE[0]  # seconds of stillness after which the holder is named (again)
+
+    @staticmethod
+    def _ticks_now(seen: tuple[int, Holder | None]) -> int:
+        return 0 if seen[1] is None else seen[1].ticks()
+
+    def _is_due(self, seconds: float) -> bool:
+        """Say whether the holder is to be named after so many seconds in which its note did not change."""
+        if seconds < self._due:
+            return False
+        computes = (self._ticks_now(self._seen) - self._ticks) / _TICKS > seconds / 10
+        return not computes or seconds >= _BUSY * self._due
 
     def pause(self) -> None:
         time.sleep(self._pause)
@@ -244,7 +266,7 @@ class _Waiting:
         self._looked = now
         if (seen := _read(self._path)) != self._seen:  # it is at work, or another has the lock by now
             self._watch(seen)
-        elif now - self._still_since >= self._due:
+        elif self._is_due(now - self._still_since):
             self._step = min(3 * self._step, _PATIENCE[1])
             self._due += self._step
             who = _in_words(seen[1])

@@ -71,7 +71,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         missing: for a cache that is not finished. None refuses one that is partly filled, for somebody may be
             filling it; "precompute" fills it now, together with other processes that do the same; "purify" fills
             a shard when one of its images is first read, in whichever process reads it (a shuffled epoch
-            touches all shards within its first batches).
+            touches all shards within its first batches); one that another process has made is compared first.
         check_source: how much of `dataset` is compared with what the cache, or a part that another process or run has
             made, was made from: True reads all of it in this process (40 minutes for the JPEGs of ImageNet); a number
             that many, drawn at random; False nothing. With less than all, a dataset in another order may pass.

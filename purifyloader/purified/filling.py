@@ -231,10 +231,11 @@ def fill(filling: Filling, *, rank: int = 0, world_size: int = 1, workers: int =
 def _finish(crew: _Crew, filling: Filling) -> None:
     writer = filling.writer
     while True:
-        while left := filling.unsettled():
+        left = filling.unsettled()
+        while left:
             crew.compare(left)
             crew.work([shard for shard in left if writer.header(shard) is None])
-            if left := filling.unsettled():
+            if left := filling.unsettled(left):
                 with writer.lock(left[0]):  # in work elsewhere, unless that process has died
                     pass
         if writer.is_finished(filling.plan) and not filling.unsettled():

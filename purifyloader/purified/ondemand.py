@@ -48,9 +48,9 @@ class Filling:
     def has_compared_all(self) -> bool:
         return not self.check_source or len(self._own) == len(self.writer.shards)
 
-    def unsettled(self) -> list[Shard]:
+    def unsettled(self, among: Sequence[Shard] | None = None) -> list[Shard]:
         """List the shards that are missing, or not known to be made from this process's source."""
-        headers = [(shard, self.writer.header(shard)) for shard in self.writer.shards]
+        headers = [(shard, self.writer.header(shard)) for shard in (self.writer.shards if among is None else among)]
         return [shard for shard, header in headers if header is None or not self.agrees(header)]
 
     def comparison(self, header: ShardHeader, at_most: int | None = None) -> Comparison:

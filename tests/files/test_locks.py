@@ -209,3 +209,24 @@ def test_a_command_shows_it_above_its_bar(
     assert exit_status(work) == 0
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     assert any(line.startswith(f"Waiting for {lock_path(tmp_path, 'work')}") for line in lines), lines
+
+
+def computing(folder: Path) -> None:
+    """In a process of its own: hold the lock and compute, without a note."""
+    with Lock(folder, "work"):
+        print("held", flush=True)
+        while True:
+            sum(range(10_000))
+
+
+def test_a_holder_that_computes_is_given_more_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE", (0.2, 1.0))
+    child = processes.start(computing, tmp_path)
+    child.wait_for("held")
+    begun = time.monotonic()
+    waiting(tmp_path, [])
+    assert "which is running" in named(caplog)[0]
+    assert time.monotonic() - begun > 1
+    child.kill()

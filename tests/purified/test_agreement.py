@@ -273,8 +273,8 @@ def test_a_shard_that_another_process_replaces_is_noticed(
     present = Filling.unsettled
     replaced: list[str] = []
 
-    def unsettled(self: Filling) -> Any:
-        left = present(self)
+    def unsettled(self: Filling, among: Any = None) -> Any:
+        left = present(self, among)
         if not left and not replaced:  # between the last look and the index
             for name in ["shard-00002.safetensors", *(["index.json"] if finished else [])]:
                 replaced.append(name)
