@@ -25,7 +25,7 @@ from purifyloader.core.version import __version__
 from purifyloader.diffusion.denoiser import NetworkDenoiser
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
 from purifyloader.energy.network import EnergyNetwork
-from purifyloader.errors import CheckpointError, ConfigError, InputError
+from purifyloader.errors import CheckpointError, ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import file_sha256
 from purifyloader.files.json import read_json
 from purifyloader.pretrained import checkpoint, hub
@@ -427,6 +427,13 @@ def _build(
         if str(source.weights) in str(error):
             raise
         raise CheckpointError(f"{source.weights}: {error}") from None
+    except PurifyError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source.weights} and what lies beside it must be of {format}. Got values of another kind "
+            f"({type(error).__name__}: {error!s:.200}): the files are damaged or edited. Download them again."
+        ) from None
     size = config.get("sample_size") if isinstance(config, Mapping) else None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         size = max(32, 4 * model.network.config.size_multiple)

@@ -6,6 +6,7 @@ tensors, numbers, strings and containers. The error names these, from the text o
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 import re
@@ -32,6 +33,7 @@ INDEX = ".index.json"
 """The end of the name of a file that says in which others weights are."""
 
 _AGAIN = "Download it again."
+_READ = 2**24  # bytes of a pickle, and
 _LOOKED_AT = 1_000_000  # instructions of a pickle that is refused, for the names in them
 _WHOLE = "a whole file of torch.save"
 
@@ -169,19 +171,31 @@ def _wanted(path: Path) -> Iterator[str]:
                 for name in archive.namelist():
                     if name.endswith(".pkl"):
                         with archive.open(name) as member:
-                            yield from _globals(member)
+                            yield from _globals(io.BytesIO(member.read(_READ)))
             return
         with path.open("rb") as file:
-            for _ in range(5):  # the old format is a magic number, a version, the system, the object, the keys
-                yield from _globals(file)
+            start = io.BytesIO(file.read(_READ))
+        for _ in range(5):  # the old format is a magic number, a version, the system, the object, the keys
+            yield from _globals(start)
     except (ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, IndexError, KeyError):
         return
 
 
-def _globals(file: BinaryIO | Any) -> Iterator[str]:
+def _operations(file: BinaryIO) -> Iterator[Any]:
+    operations = pickletools.genops(file)
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes, in texts that have none
+            operation = next(operations, None)
+        if operation is None:
+            return
+        yield operation
+
+
+def _globals(file: BinaryIO) -> Iterator[str]:
     memo: dict[int, Any] = {}
     strings: list[Any] = []  # what was pushed last, strings as they are and anything else as None
-    for opcode, argument, _ in islice(pickletools.genops(file), _LOOKED_AT):
+    for opcode, argument, _ in islice(_operations(file), _LOOKED_AT):
         name = opcode.name
         if name in ("GLOBAL", "INST"):
             yield str(argument).replace(" ", ".", 1)

@@ -18,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from purifyloader.cache import content
+from purifyloader.cache import values as values_of_samples
 from purifyloader.core.checks import check_choice, check_integer
-from purifyloader.errors import CacheError, ConfigError, InputError
+from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json, write_text
+from purifyloader.files.json import parse_json, read_json, read_text
 
 FORMAT = "purifyloader-cache"
 VERSION = 3
@@ -40,6 +43,9 @@ ENCODINGS = ("raw", "png")
 
 _ABSENT = object()
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MAX_INDEX = 2**29  # bytes
+_DEEPEST = 4 * values_of_samples.DEEPEST  # of a shard's header, in JSON
+_SHARDS, _IMAGES, _DRAWS = 1_000_000, 2**40, 2**20
 _REINDEX = f"Delete {INDEX_FILE} and precompute into this folder again: shards that verify are kept"
 _AGAIN = "Precompute into this folder again: it will be made anew, and the shards that verify are kept"
 
@@ -73,7 +79,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset cut into files; it decides no pixel.
+    """A dataset cut into files, at most a million; it decides no pixel.
 
     Attributes:
         length: images of the dataset.
@@ -92,14 +98,27 @@ class Layout:
     encoding: str = "raw"
 
     def __post_init__(self) -> None:
-        for name in ("length", "shard_size", "draws"):
+        for name, high in (("length", _IMAGES), ("shard_size", _IMAGES), ("draws", _DRAWS)):
             check_integer(name, getattr(self, name), 1, error=InputError)
+            check_integer(name, getattr(self, name), 1, high, error=InputError)
         check_choice("encoding", self.encoding, ENCODINGS, error=InputError)
+        if self.shard_count > _SHARDS:
+            raise InputError(
+                f"A cache has at most {_SHARDS:,} shards. Got {self.length:,} images in shards of {self.shard_size:,}: "
+                "give a larger shard_size."
+            )
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.length // self.shard_size)
+
+    def shard(self, number: int) -> Shard:
+        start = number * self.shard_size
+        return Shard(number, start, min(self.shard_size, self.length - start))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        starts = range(0, self.length, self.shard_size)
-        return tuple(Shard(n, at, min(self.shard_size, self.length - at)) for n, at in enumerate(starts))
+        return tuple(map(self.shard, range(self.shard_count)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -279,13 +298,6 @@ def save_shard(
     path.write_bytes(save({name: data}, {METADATA: canonical_json(guarded(metadata))}))
 
 
-def _words(text: str, count: int) -> NDArray[np.uint64]:
-    data = np.frombuffer(bytes.fromhex(text), dtype=">u8").astype(np.uint64)
-    if len(data) != count:
-        raise ValueError(f"it has {len(data)} source hashes for {count} images")
-    return data
-
-
 @contextmanager
 def reading(path: Path, what: str, again: str) -> Iterator[None]:
     """Raise `CacheError` for what goes wrong as a file is read; that there is none is the caller's to explain."""
@@ -295,8 +307,10 @@ def reading(path: Path, what: str, again: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error}. Check the disk and its permissions.") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged or edited, and not a whole {what} ({error!r}). {again}.") from None
+    except CacheError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, PurifyError) as error:
+        raise CacheError(f"{path} is damaged or edited, and not a whole {what} ({error!r:.500}). {again}.") from None
 
 
 def check_guard(values: Any, path: Path, kind: str = FORMAT, versions: Sequence[int] = (FORMER, VERSION)) -> None:
@@ -304,9 +318,11 @@ def check_guard(values: Any, path: Path, kind: str = FORMAT, versions: Sequence[
 
     Raises `ValueError` for another format or an edit, `OtherVersionError` for another version.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"it is no object, but {values!r:.80}")
     if values["format"] != kind:
         raise ValueError(f"its format is {values['format']!r}, not {kind!r}")
-    if values["version"] not in versions:
+    if type(values["version"]) is not int or values["version"] not in versions:
         raise OtherVersionError(
             f"{path} must be of version {' or '.join(map(str, versions))}. Got version {values['version']!r}. "
             "Use the purifyloader that wrote it, or delete the folder and precompute again."
@@ -337,8 +353,8 @@ def read_shard_header(path: Path) -> ShardHeader:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 text = file.read(size) if size <= _MAX_HEADER else b""
-            outer = json.loads(text)
-            metadata = json.loads(outer["__metadata__"][METADATA])
+            outer = parse_json(text, _MAX_HEADER)
+            metadata = parse_json(outer["__metadata__"][METADATA], _MAX_HEADER, any_value=True, deepest=_DEEPEST)
             check_guard(metadata, path)
             header = _shard_header(metadata, outer, 8 + size)
     except (FileNotFoundError, NotADirectoryError):
@@ -350,33 +366,36 @@ def read_shard_header(path: Path) -> ShardHeader:
 
 def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) -> ShardHeader:
     layout = Layout(**values["layout"])
-    shard = Shard(values["shard"], values["start"], values["count"])
+    number, start, count = content.integers("place", [values[name] for name in ("shard", "start", "count")])
+    shard = Shard(number, start, count)
+    if number >= layout.shard_count or shard != layout.shard(number):
+        raise ValueError(f"its place, {shard}, is none of {layout}")
     rows = layout.draws * shard.count
-    if fingerprint(values["config"]) != values["fingerprint"]:
+    if not isinstance(values["config"], dict) or fingerprint(values["config"]) != values["fingerprint"]:
         raise ValueError("its configuration does not have its fingerprint")
-    if len(values["crc32"]) != rows:
-        raise ValueError(f"it has {len(values['crc32'])} checksums for {rows} images")
-    types = values["image_types"]
-    sizes = values["sizes"]
-    tensor = outer[TENSOR if sizes is None else ENCODED]
-    shape = tensor["shape"]
-    expected = 4 if sizes is None else 1
-    if tensor["dtype"] != "U8" or len(shape) != expected or shape[0] != (rows if sizes is None else sum(sizes)):
-        raise ValueError(f"its tensor is {tensor['dtype']} of shape {shape}")
-    if tensor["data_offsets"] != [0, math.prod(shape)]:
-        raise ValueError("its tensor is not where it should be")
-    source = values["source"]
+    crc32 = content.integers("checksums", values["crc32"], rows, 2**32)
+    sizes = None if values["sizes"] is None else content.integers("sizes", values["sizes"], rows)
+    name = TENSOR if sizes is None else ENCODED
+    shape = content.shape_of(outer[name], name)
+    if len(shape) != (4 if sizes is None else 1) or shape[0] != (rows if sizes is None else sum(sizes)):
+        raise ValueError(f"its tensor is of shape {shape!r:.80}")
+    content.text(values, "tensor_sha256", "sha256")
+    content.check_sample(values["sample"])
+    content.check_made(values["made"])
+    targets = values["targets"]
+    if targets is not None and (not isinstance(targets, list) or len(targets) != count):
+        raise ValueError(f"its targets are not those of {count} images")
     return ShardHeader(
         shard=shard,
         layout=layout,
         config=values["config"],
-        image_shape=(shape[1], shape[2], shape[3]) if sizes is None else None,
+        image_shape=content.image_shape(shape[1:]) if sizes is None else None,
         sizes=None if sizes is None else np.array(sizes, np.int64),
-        crc32=np.array(values["crc32"], np.uint32),
-        image_types=types if isinstance(types, str) else tuple(types),
+        crc32=np.array(crc32, np.uint32),
+        image_types=content.image_types(values["image_types"], count),
         sample=values["sample"],
-        targets=values["targets"],
-        source=None if source is None else np.stack([_words(words, shard.count) for words in source], axis=1),
+        targets=targets,
+        source=content.source_hashes(values["source"], count),
         made=values["made"],
         tensor_sha256=values["tensor_sha256"],
         sha256=values["sha256"],
@@ -433,10 +452,10 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX_FILE
     with reading(path, "index", _REINDEX):
-        data = path.read_bytes()
-        values = json.loads(data)
+        data = read_text(path, _MAX_INDEX)
+        values = parse_json(data, _MAX_INDEX)
         index = parse_index(values, path)
-        if data != (canonical_json(values) + "\n").encode():
+        if data != canonical_json(values) + "\n":
             raise ValueError("its white space is not that of canonical JSON")
     return index
 
@@ -449,24 +468,29 @@ def parse_index(values: Any, path: Path) -> Index:
     with reading(path, "index", _REINDEX):
         check_guard(values, path)
         shape = values["image_shape"]
+        content.check_identity(values["identity"])
+        content.optional_object(values, "notes", "plan")
+        layout, shards = Layout(**values["layout"]), values["shards"]
+        if not isinstance(shards, list) or len(shards) != layout.shard_count:
+            raise ValueError(f"it does not name the shards of {layout}")
+        for entry in shards:
+            content.text(entry, "file", "sha256", "header")
+        for made in values["made"]:
+            content.check_made(made, counted=True)
+        if values["plan"] is not None and WHERE in values["plan"]:
+            content.check_where(values["plan"][WHERE])
         index = Index(
             identity=values["identity"],
-            layout=Layout(**values["layout"]),
-            image_shape=None if shape is None else (shape[0], shape[1], shape[2]),
-            shards=tuple(ShardEntry(**entry) for entry in values["shards"]),
+            layout=layout,
+            image_shape=None if shape is None else content.image_shape(shape),
+            shards=tuple(ShardEntry(**entry) for entry in shards),
             made=tuple(values["made"]),
             notes=values["notes"],
             plan=values["plan"],
             version=values["version"],
         )
-        if not isinstance(index.identity, dict) or not isinstance(index.identity.get("config"), dict):
-            raise ValueError("its identity has no configuration")
-        if not all(value is None or isinstance(value, dict) for value in (index.notes, index.plan)):
-            raise ValueError("its notes and its plan are no objects")
         if index.fingerprint != values["fingerprint"]:
             raise ValueError("its identity does not have its fingerprint")
-        if len(index.shards) != -(-index.layout.length // index.layout.shard_size):
-            raise ValueError(f"it names {len(index.shards)} shards for {index.layout}")
         # names are compared with those that the layout gives, so that none can point outside the folder
         if [(s.file, s.count) for s in index.layout.shards] != [(s.file, s.count) for s in index.shards]:
             raise ValueError(f"its shards are not those of {index.layout}")
@@ -529,11 +553,14 @@ def read_plan(folder: Path) -> Plan:
     """Read plan.json of an unfinished cache; raises as `read_index` does."""
     path = folder / PLAN_FILE
     with reading(path, "plan", _AGAIN):
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         check_guard(values, path)
+        content.check_where(values["found"])
+        content.text(values, "device")
+        content.integers("length", [values["length"]])
         plan = Plan(values["config"], values["length"], values["device"], values["found"], values["version"])
-        if not isinstance(plan.config, dict) or not isinstance(plan.found["conditions"], list):
-            raise ValueError("it has no conditions")
+        if not isinstance(plan.config, dict):
+            raise ValueError("it has no configuration")
     return plan
 
 
@@ -546,12 +573,12 @@ def read_claim(folder: Path) -> Claim:
     """Read claim.json of the folder of a cache, finished or not; raises as `read_index` does."""
     path = folder / CLAIM_FILE
     with reading(path, "claim", _AGAIN):
-        data = path.read_bytes()
-        values = json.loads(data)
+        data = read_text(path)
+        values = parse_json(data)
         check_guard(values, path)
         claim = Claim(values["config"], Layout(**values["layout"]), values["made"], values["version"])
         if not isinstance(claim.config, dict) or not isinstance(claim.made, dict):
             raise ValueError("it has no configuration")
-        if data != claim_text(claim).encode():
+        if data != claim_text(claim):
             raise ValueError("its white space is not that of canonical JSON")
     return claim

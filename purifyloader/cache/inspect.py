@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from purifyloader.cache import format as fmt
-from purifyloader.cache.format import Index, Layout, ShardHeader
+from purifyloader.cache.format import Index, Layout, Shard, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.errors import CacheError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.locks import is_held, lock_path
 
+_DIGITS = 18  # of the number of a shard, which has fewer
 _THREADS = 4  # hashing lets go of the interpreter
 _InWords = Callable[[Mapping[str, Any]], str]
 _CHANNELS = {1: "grey", 2: "grey + alpha", 3: "RGB", 4: "RGBA"}
@@ -33,6 +35,25 @@ class Folder:
     wrong: dict[str, str] = field(default_factory=dict)  # what is wrong with a shard or index that is there
     targets: list[bool] = field(default_factory=list)  # True for each shard that reads and stores its targets
     strangers: list[str] = field(default_factory=list)  # files that are no part of a cache
+
+    def shard_of(self, name: str) -> Shard | None:
+        """Return the shard of the layout whose file has this name; None where there is none."""
+        match = fmt.SHARD_FILE.fullmatch(name)
+        number = int(match[1]) if match is not None and len(match[1]) <= _DIGITS else None
+        if self.layout is None or number is None or number >= self.layout.shard_count:
+            return None
+        shard = self.layout.shard(number)
+        return shard if shard.file == name else None
+
+    @property
+    def in_work(self) -> list[str]:
+        """Name the shards that are missing or wrong, and that a process is making now."""
+        hidden = (file.name for file in self.path.iterdir() if file.name.startswith("."))
+        locked = (name for name in hidden if lock_path(self.path, name[1:].removesuffix(".lock")).name == name)
+        names = [name[1:].removesuffix(".lock") for name in locked]
+        shards = [(name, self.shard_of(name)) for name in names]
+        lacking = [n for n, shard in shards if n in self.wrong or (shard and shard.number not in self.headers)]
+        return [name for name in lacking if is_held(lock_path(self.path, name))]
 
     @property
     def missing(self) -> list[str]:
@@ -110,8 +131,8 @@ def read_folder(path: Path) -> Folder:
         other = error if isinstance(error, fmt.OtherVersionError) else other
     if other is not None and folder.layout is None:
         raise other  # a cache of that version; among files of ours it is one that is damaged
-    expected = shards if folder.layout is None else [shard.file for shard in folder.layout.shards]
-    folder.strangers = sorted({*names} - {*expected, fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE})
+    own = {fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE, *(shards if folder.layout is None else ())}
+    folder.strangers = sorted(name for name in names if name not in own and folder.shard_of(name) is None)
     for name in folder.strangers:
         folder.wrong.pop(name, None)
     return folder
@@ -132,8 +153,7 @@ def _read_shard(folder: Folder, name: str) -> None:
     header = fmt.read_shard_header(path)
     if folder.layout is None:
         folder.layout, folder.config, folder.version = header.layout, header.config, header.version
-    shard = next((shard for shard in folder.layout.shards if shard.file == name), None)
-    if shard is None:
+    if (shard := folder.shard_of(name)) is None:
         return
     named = header.sha256 if folder.index is None else folder.index.shards[shard.number].header
     own = (shard, folder.layout, folder.config, folder.version)
@@ -151,6 +171,23 @@ def _read_shard(folder: Folder, name: str) -> None:
 def describe(path: Path) -> dict[str, Any]:
     """Describe the folder of a cache, finished or not, as JSON (`purifyloader cache info`); raises as `read_folder`."""
     folder = read_folder(path)
+    with _legible(path):
+        return _described(folder)
+
+
+@contextmanager
+def _legible(path: object) -> Iterator[None]:
+    """Raise `CacheError` for a configuration or notes in which a value is of another kind than this library writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"{path} must say what is in it as purifyloader does. Got values of another kind ({error!r:.200}): it was "
+            "edited, or made by something else. Precompute into another folder."
+        ) from None
+
+
+def _described(folder: Folder) -> dict[str, Any]:
     layout, index, headers, where = folder.layout, folder.index, list(folder.headers.values()), folder.where
     notes = (index.notes if index is not None else None) or {}
     shapes = {header.image_shape for header in headers}
@@ -163,9 +200,9 @@ def describe(path: Path) -> dict[str, Any]:
         "fingerprint": None if index is None else index.fingerprint,
         "images": None if layout is None else layout.length,
         "images_done": sum(header.shard.count for header in headers),
-        "shards": None if layout is None else len(layout.shards),
+        "shards": None if layout is None else layout.shard_count,
         "shards_done": len(headers),
-        "shards_in_work": sum(is_held(lock_path(folder.path, name)) for name in (*folder.missing, *folder.wrong)),
+        "shards_in_work": len(folder.in_work),
         "shard_size": None if layout is None else layout.shard_size,
         "bytes": folder.size,
         "encoding": None if layout is None else layout.encoding,
@@ -207,18 +244,19 @@ class Verified:
         """Write the lines of `purifyloader cache verify`, which took so many seconds."""
         folder, layout, missing = self.folder, self.folder.layout, self.folder.missing
         lines = [f"{name}: no part of the cache" for name in folder.strangers]
+        lacking = set(missing)
         for name in sorted([*self.damaged, *missing]):
-            fault = "missing" if name in missing else f"damaged. {_plainly(folder.path / name, self.damaged[name])}"
+            fault = "missing" if name in lacking else f"damaged. {_plainly(folder.path / name, self.damaged[name])}"
             lines.append(f"{name}: {fault}")
         if self.is_whole:
             assert layout is not None
-            checked = f"{count_in_words(len(layout.shards), 'shard')}, {size_in_words(folder.size)}"
+            checked = f"{count_in_words(layout.shard_count, 'shard')}, {size_in_words(folder.size)}"
             return [
                 *lines,
                 f"{folder.path}: whole. Checked {checked}, every byte of {layout.length * layout.draws:,} images, and "
                 f"the index, in {seconds:.1f} s.",
             ]
-        total = "an unknown number of" if layout is None else f"{len(layout.shards):,}"
+        total = "an unknown number of" if layout is None else f"{layout.shard_count:,}"
         good = sum(header.shard.file not in self.damaged for header in folder.headers.values())
         index = ", and its index is damaged" if fmt.INDEX_FILE in self.damaged else ""
         index = index or (", and it has no index" if folder.index is None else "")
@@ -251,7 +289,7 @@ def verify(folder: Folder, seen: Callable[[int], object] = lambda size: None) ->
         for header, text in zip(headers, pool.map(check, headers), strict=True):
             if text is not None:
                 damaged[header.shard.file] = text
-    if not damaged and not folder.missing and folder.index is not None:
+    if not damaged and folder.index is not None and not folder.missing:
         try:
             CacheReader(folder.path)
         except CacheError as error:
@@ -295,8 +333,9 @@ def in_words(values: Mapping[str, Any], sanitation_in_words: _InWords) -> list[s
     """Write what `describe` found, as lines; `sanitation_in_words` writes one about a sanitation's JSON."""
     article = "an" if values["state"][0] in "aeiou" else "a"
     text = [f"{values['folder']}: {article} {values['state']} cache"]
-    for name, lines in _sections(values, sanitation_in_words):
-        text += [f"  {'' if number else name:<12} {line}" for number, line in enumerate(lines)]
+    with _legible(values["folder"]):
+        for name, lines in _sections(values, sanitation_in_words):
+            text += [f"  {'' if number else name:<12} {line}" for number, line in enumerate(lines)]
     return text
 
 

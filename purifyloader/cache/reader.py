@@ -78,9 +78,13 @@ class OpenShard:
         data = self.rows[self._ends[at - 1] if at else 0 : self._ends[at]]
         if not self._checked[at]:
             self._check(at, data)
-        with opened_image(io.BytesIO(data.data), ("PNG",)) as picture:
-            image = np.asarray(picture)
-        return image if image.ndim == 3 else image[:, :, None]
+        try:
+            return decode_image(data.data)
+        except ValueError as error:
+            raise CacheError(
+                f"{self.path} must hold images that can be read. Got image {self.header.shard.start + local} that "
+                f"cannot ({error!s:.200}), and with the checksum of whoever wrote it: precompute the cache anew."
+            ) from None
 
     def _check(self, at: int, data: NDArray[np.uint8]) -> None:
         if zlib.crc32(data.data) != self._crc32[at]:
@@ -90,6 +94,18 @@ class OpenShard:
                 "Precompute into this folder again: only this shard is made anew."
             )
         self._checked[at] = 1
+
+
+def decode_image(png: bytes | memoryview) -> NDArray[np.uint8]:
+    """Read an image, (H, W, C), from the bytes of a PNG file; `ValueError` for what is none of 8 bits."""
+    try:
+        with opened_image(io.BytesIO(png), ("PNG",)) as picture:
+            image = np.asarray(picture)
+    except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
+        raise ValueError(f"no image ({error!s:.200})") from None
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"an image of {image.dtype} {image.shape}")
+    return image if image.ndim == 3 else image[:, :, None]
 
 
 def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
@@ -104,7 +120,8 @@ def _mapped(path: Path, size: int) -> NDArray[np.uint8]:
 class Targets(Sequence[Any]):
     """The fields that samples hold beside their image, decoded when they are read."""
 
-    def __init__(self, encoded: Sequence[Any]) -> None:
+    def __init__(self, encoded: Sequence[Any], of: object = "A cache") -> None:
+        self._of = of  # for errors
         # Integers, which class labels are, as an array, and others as text: a list of objects would cost a forked
         # worker a copy of each.
         simple = all(type(value) is int and -(2**63) <= value < 2**63 for value in encoded)
@@ -123,7 +140,13 @@ class Targets(Sequence[Any]):
         if self.integers is not None:
             return int(self.integers[index])
         at = range(self._length)[index]  # as a list has it: negative, or an IndexError
-        return values.decode(json.loads(self._text[self._ends[at - 1] if at else 0 : self._ends[at]]))
+        try:
+            return values.decode(json.loads(self._text[self._ends[at - 1] if at else 0 : self._ends[at]]))
+        except ValueError as error:
+            raise CacheError(
+                f"{self._of} must hold the targets of its samples. Got those of index {at} that cannot be read: "
+                f"{error}. Precompute the cache anew."
+            ) from None
 
     def get(self, positions: Sequence[int]) -> list[Any]:
         """Read those of several samples, in their order."""
@@ -133,7 +156,7 @@ class Targets(Sequence[Any]):
 
     def replaced(self, changed: Mapping[int, Any]) -> Targets:
         """Copy them with other fields at some positions."""
-        return Targets([values.encode(changed.get(i, field)) for i, field in enumerate(self)])
+        return Targets([values.encode(changed.get(i, field)) for i, field in enumerate(self)], self._of)
 
 
 class CacheReader:
@@ -192,7 +215,7 @@ class CacheReader:
         headers = [self._checked_header(s, e) for s, e in zip(shards, self.index.shards, strict=True)]
         targets = [header.targets for header in headers]
         # the other fields of each sample; None if they are not stored
-        self.targets = None if None in targets else Targets([v for part in targets for v in part or ()])
+        self.targets = None if None in targets else Targets([v for part in targets for v in part or ()], self.folder)
         self._headers = [replace(header, targets=None) for header in headers]
         self._stats = [_stat(self.folder / shard.file) for shard in shards]
         # Of all draws; in shared memory, so that what one worker has checked no other checks again.
@@ -381,7 +404,7 @@ def _why_no_index(folder: Path) -> str:
             header = fmt.read_shard_header(path)
         except CacheError:
             continue
-        done, of, version = done + 1, len(header.layout.shards), header.version
+        done, of, version = done + 1, header.layout.shard_count, header.version
     if of is None:
         return f"{expected}Got {folder}, which has neither. Check the path, or precompute into it."
     if version == fmt.FORMER:

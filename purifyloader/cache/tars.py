@@ -16,12 +16,9 @@ stored raw; PNGs are taken over as they are. So what `import_tars` gives back ne
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import math
 import re
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +30,17 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import TarWriter
 
+from purifyloader.cache import content
 from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Shard, ShardEntry, ShardHeader, ShardValues
-from purifyloader.cache.reader import CacheReader
+from purifyloader.cache.reader import CacheReader, decode_image
 from purifyloader.cache.writer import CacheWriter, encode_image
 from purifyloader.core.checks import as_path, check_integer
-from purifyloader.core.decoding import opened_image
 from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import beside, canonical_json, file_sha256, replacing, write_new, write_text, writing
+from purifyloader.files.json import parse_json, read_json
 from purifyloader.files.locks import KEPT, Lock
+from purifyloader.files.tars import TAR_ERRORS, opened_tar
 
 FORMAT = "purifyloader-tars"
 VERSION = 1
@@ -51,6 +50,7 @@ _BEGUN = "unfinished.json"  # says whose the tars are before the manifest does
 _TAR = re.compile(r"\d{6,}\.tar")
 _HIDDEN = re.compile(r"\.(\d{6,}\.tar|cache\.json|unfinished\.json)\..*\.tmp")
 _KEY_DIGITS = 8
+_LARGEST = 2**29  # bytes of a member: an image of 12,000 x 12,000 has fewer
 _FIELDS = ("png", "cls", "json")
 _THREADS = 4  # Pillow and the hashes let go of the interpreter
 _AHEAD = 256  # images encoded at a time
@@ -72,13 +72,15 @@ def _beside_to_json(beside: ShardValues) -> dict[str, Any]:
     }
 
 
-def _beside_from_json(value: Mapping[str, Any]) -> ShardValues:
-    """Read the inverse; targets, of which it only says whether there are any, are an empty list then."""
-    types, text = value["image_types"], value["source"]
-    source = None
+def _beside_from_json(value: Mapping[str, Any], count: int) -> ShardValues:
+    """Read the inverse for a shard of `count` images; targets, if it says that there are any, are an empty list."""
+    text = value["source"]
     if text is not None:
-        source = np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(2, -1).T
-    types = types if isinstance(types, str) else tuple(types)
+        content.text(value, "source")
+        text = [text[: len(text) // 2], text[len(text) // 2 :]]
+    content.check_sample(value["sample"])
+    content.check_made(value["made"])
+    types, source = content.image_types(value["image_types"], count), content.source_hashes(text, count)
     return ShardValues(types, value["sample"], [] if value["targets"] else None, source, value["made"])
 
 
@@ -137,13 +139,13 @@ def export_tars(
                         seen(1)
                 tars.append(_Tar(path.name, count, file_sha256(temporary)))
         next(samples, None)  # ends the generator, and with it its threads
-        content = {
+        values = {
             **owner,
             "index": fmt.index_values(reader.index),
             "tars": [vars(tar) for tar in tars],
             "shards": parts,
         }
-        write_text(out / MANIFEST, canonical_json(fmt.guarded(content)) + "\n")
+        write_text(out / MANIFEST, canonical_json(fmt.guarded(values)) + "\n")
         (out / _BEGUN).unlink()
     return [out / tar.file for tar in tars]
 
@@ -179,10 +181,10 @@ def _owner(out: Path) -> dict[str, Any] | None:
     """Read which cache and draw a folder is an export of, finished or not; None where it does not say."""
     for name in (_BEGUN, MANIFEST):
         try:
-            values = json.loads((out / name).read_bytes())
+            values = read_json(out / name)
             if values["format"] == FORMAT:
                 return {key: values[key] for key in ("format", "version", "fingerprint", "draw")}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, LookupError):
             continue
     return None
 
@@ -295,18 +297,24 @@ def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST
     try:
         with fmt.reading(path, "manifest", "Export again, or fetch the folder again"):
-            content = json.loads(path.read_bytes())
-            fmt.check_guard(content, path, FORMAT, (VERSION,))
+            values = read_json(path)
+            fmt.check_guard(values, path, FORMAT, (VERSION,))
+            index = fmt.parse_index(values["index"], path)
+            parts = values["shards"]
+            if not isinstance(parts, list) or len(parts) != len(index.shards):
+                raise ValueError("it does not say of every shard what stood in it")
+            for tar in values["tars"]:
+                content.text(tar, "file", "sha256")
+            content.integers("counts", [tar["count"] for tar in values["tars"]])
+            content.integers("draw", [values["draw"]])
             manifest = _Manifest(
-                fmt.parse_index(content["index"], path),
-                content["draw"],
-                tuple(_Tar(**tar) for tar in content["tars"]),
-                tuple(_beside_from_json(part) for part in content["shards"]),
+                index,
+                values["draw"],
+                tuple(_Tar(**tar) for tar in values["tars"]),
+                tuple(_beside_from_json(part, entry.count) for part, entry in zip(parts, index.shards, strict=True)),
             )
             if sum(tar.count for tar in manifest.tars) != manifest.index.layout.length:
                 raise ValueError("its tars have not as many images as the cache")
-            if len(manifest.parts) != len(manifest.index.shards):
-                raise ValueError("it does not say of every shard what stood in it")
             for tar in manifest.tars:
                 if not _TAR.fullmatch(tar.file):  # no name may point outside the folder
                     raise ValueError(f"it names the tar {tar.file!r}")
@@ -377,19 +385,24 @@ def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
         path = folder / tar.file
         first = index
         try:
-            with tarfile.open(path, "r:") as file:
+            with path.open("rb") as stream, opened_tar(stream) as file:
                 for key, members in itertools.groupby(file, lambda member: member.name.partition(".")[0]):
                     fields: dict[str, bytes] = {}
                     for member in members:
-                        content = file.extractfile(member)
-                        fields[member.name.partition(".")[2]] = b"" if content is None else content.read()
+                        field = member.name.partition(".")[2]
+                        data = file.extractfile(member) if member.isreg() else None
+                        if data is None or field in fields or member.size > _LARGEST:
+                            raise ValueError(
+                                f"{member.name}, which is twice in it, no file, or of {member.size:,} bytes"
+                            )
+                        fields[field] = data.read()
                     if key != _key(index, length) or "png" not in fields or not fields.keys() <= set(_FIELDS):
                         raise ValueError(f"its sample {key} with {', '.join(fields)}, not sample {_key(index, length)}")
                     yield fields
                     index += 1
                 if index - first != tar.count:
                     raise ValueError(f"{index - first} samples, not {tar.count}")
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except TAR_ERRORS as error:
             raise CacheError(
                 f"{path} must be a tar that an export wrote. Got: {error}. Fetch or export it again."
             ) from None
@@ -404,16 +417,16 @@ def _restore(
     samples: Sequence[Mapping[str, bytes]],
 ) -> None:
     path = writer.folder / shard.file
-    content: NDArray[np.uint8] | list[bytes] = [fields["png"] for fields in samples]
+    rows: NDArray[np.uint8] | list[bytes] = [fields["png"] for fields in samples]
     try:
         if index.image_shape is not None:
-            content = np.stack([_pixels(fields["png"], index.image_shape) for fields in samples])
+            rows = np.stack([_pixels(fields["png"], index.image_shape) for fields in samples])
         targets = None if part.targets is None else [_target_of(fields) for fields in samples]
     except (ValueError, OSError) as error:
         raise CacheError(f"{path} is made again from what an export wrote. Got: {error}. Export again.") from None
     with beside(path) as file:
         values = replace(part, targets=targets)
-        fmt.save_shard(file.temporary, shard, index.layout, index.config, content, values, index.version)
+        fmt.save_shard(file.temporary, shard, index.layout, index.config, rows, values, index.version)
         if (got := file_sha256(file.temporary)) != entry.sha256:
             raise CacheError(
                 f"{path} must come out with the SHA-256 that it had, {entry.sha256[:12]}. Got {got[:12]}, from tars "
@@ -426,10 +439,8 @@ def _restore(
 
 
 def _pixels(png: bytes, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    with opened_image(io.BytesIO(png), ("PNG",)) as picture:
-        image = np.asarray(picture)
-    image = image if image.ndim == 3 else image[:, :, None]
-    if image.shape != shape or image.dtype != np.uint8:
+    image = decode_image(png)
+    if image.shape != shape:
         raise ValueError(f"an image of {image.dtype} {image.shape}, where all have shape {shape}")
     return image
 
@@ -438,4 +449,8 @@ def _target_of(fields: Mapping[str, bytes]) -> Any:
     """Return a target as it stood in the shard's header."""
     if "cls" in fields:
         return int(fields["cls"])
-    return json.loads(fields["json"]) if "json" in fields else None
+    if "json" not in fields:
+        return None
+    target = parse_json(fields["json"], any_value=True)
+    canonical_json(target)  # `ValueError` for NaN, which no header has
+    return target

@@ -27,6 +27,7 @@ from purifyloader.core.checks import as_path
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 from purifyloader.files.json import parse_json
+from purifyloader.files.tars import TAR_ERRORS, opened_tar, split_name
 
 __all__ = ["ImageFiles", "TarDataset", "files_below", "open_dataset", "read_image", "warn_of_others"]
 
@@ -39,8 +40,7 @@ _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 _NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
 _OPEN_TARS = 64  # of the 1024 files that a process may usually have open
 
-# WebDataset's own: path up to the first dot of the base name, and the rest; and what it leaves out.
-_MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+# WebDataset leaves these out
 _META = re.compile(r"__[^/]*__($|/)")
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -295,19 +295,17 @@ def _members(path: Path, skipped: list[str]) -> Iterator[tuple[str, int, int]]:
                         "Decompress it."
                     )
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            with opened_tar(file) as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it keeps a kilobyte for each
-                    if member.size < 0 or member.issparse():
-                        raise tarfile.ReadError(f"{member.name}: a sparse file, or one of negative size")
                     if member.isreg():
                         yield member.name, member.offset_data, member.size
                     elif not member.isdir():
                         skipped.append(f"{member.name} (a link)" if member.islnk() or member.issym() else member.name)
                 _check_end(file, tar.offset)
-    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except TAR_ERRORS as error:
         raise InputError(f"{path} must be a whole tar file. Got: {error}. Fetch or write it again.") from None
 
 
@@ -326,11 +324,11 @@ def _samples(path: Path, skipped: list[str]) -> Iterator[tuple[str, dict[str, tu
     key = ""
     fields: dict[str, tuple[int, int]] = {}
     for name, offset, size in _members(path, skipped):
-        match = _MEMBER.match(name)
-        if match is None or _META.match(name):
+        split = split_name(name)
+        if split is None or _META.match(name):
             skipped.append(name)
             continue
-        prefix, field = match[1], match[2].lower()
+        prefix, field = split[0], split[1].lower()
         if prefix != key:
             if fields:
                 yield key, fields

@@ -40,8 +40,10 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     return _decoded(data)
 
 
-def parse_json(text: str | bytes, most: int = MOST_BYTES, *, any_value: bool = False) -> Any:
-    """Parse JSON of at most `most` bytes, 100 levels deep, in UTF-8, each key of an object once; `JsonError` for other.
+def parse_json(text: str | bytes, most: int = MOST_BYTES, *, any_value: bool = False, deepest: int = DEEPEST) -> Any:
+    """Parse JSON of at most `most` bytes, in UTF-8, each key of an object once; `JsonError` for other.
+
+    There are at most `deepest` objects and lists in one another.
 
     Numbers must be finite and integers of at most 1023 bits, and strings must be Unicode. With `any_value`, as in
     samples of a user's, they may also be what Python writes: NaN, infinity, longer integers, lone surrogates.
@@ -56,18 +58,19 @@ def parse_json(text: str | bytes, most: int = MOST_BYTES, *, any_value: bool = F
     try:
         value = json.loads(text if isinstance(text, str) else _decoded(text), object_pairs_hook=_object)
     except RecursionError:
-        raise JsonError(_TOO_DEEP) from None
+        raise JsonError(_too_deep(deepest)) from None
     except json.JSONDecodeError as error:
         raise JsonError(str(error)) from None
     except JsonError:
         raise
     except ValueError as error:  # of a number of too many digits
         raise JsonError(f"a number is too long: {error}") from None
-    _check(value, any_value)
+    _check(value, any_value, deepest)
     return value
 
 
-_TOO_DEEP = f"there are more than {DEEPEST} objects and lists in one another"
+def _too_deep(deepest: int) -> str:
+    return f"there are more than {deepest} objects and lists in one another"
 
 
 def _check_length(length: int, most: int) -> None:
@@ -91,10 +94,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _check(value: Any, any_value: bool) -> None:
+def _check(value: Any, any_value: bool, deepest: int) -> None:
     """Go through all values, level by level, with no recursion."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(deepest + 1):
         below: list[Any] = []
         for one in level:
             kind = type(one)
@@ -109,7 +112,7 @@ def _check(value: Any, any_value: bool) -> None:
         if not below:
             return
         level = below
-    raise JsonError(_TOO_DEEP)
+    raise JsonError(_too_deep(deepest))
 
 
 def _check_leaf(value: Any, kind: type) -> None:

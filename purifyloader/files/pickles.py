@@ -325,9 +325,22 @@ class _Follower:
                 raise Implausible(f"it has a key of more than {_HASHED:,} parts")
 
 
+class _Within:
+    """A file of which no more is asked than it has: a file's own `read` makes room for all that is asked for."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.tell, self.readline, self._read = stream.tell, stream.readline, stream.read
+        at = stream.tell()
+        self._end = stream.seek(0, os.SEEK_END)
+        stream.seek(at)
+
+    def read(self, size: int) -> bytes:
+        return self._read(size if size < 2**16 else min(size, self._end - self.tell()))
+
+
 def _instructions(stream: BinaryIO) -> Iterator[tuple[Any, Any, Any]]:
     try:
-        yield from pickletools.genops(stream)
+        yield from pickletools.genops(_Within(stream))  # type: ignore[arg-type]  # it reads and tells
     except ValueError as error:
         short = any(words in str(error) for words in ("exhausted", "remain", "not enough data", "no newline"))
         raise (EOFError if short else ValueError)(f"it is damaged ({error})") from None

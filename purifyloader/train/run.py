@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from purifyloader.core.checks import as_path, check_number
 from purifyloader.diffusion.psnr import check_images
-from purifyloader.errors import InputError, PurifyError, TrainingError
+from purifyloader.errors import CheckpointError, InputError, PurifyError, TrainingError
 from purifyloader.train.curves import CURVES_CSV, Curves
 from purifyloader.train.fields import TrainingFields
 from purifyloader.train.ranks import Ranks
@@ -249,8 +249,20 @@ class _Run(Generic[Network]):
             raise self._stopped(str(error), self.weights.step) from None
 
     def _resume(self) -> None:
-        task = self.task
         header, groups = load_state(self.path, self.identity)
+        try:
+            self._go_on(header, groups)
+        except PurifyError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is not a whole training state ({type(error).__name__}: {error!s:.200}). Delete it to "
+                "train from the start."
+            ) from None
+        log.info("going on from step %d of %d in %s", self.weights.step, self.steps, self.path)
+
+    def _go_on(self, header: dict[str, Any], groups: Groups) -> None:
+        task = self.task
         if header["step"] > self.steps:
             raise TrainingError(
                 f"{self.path} is of a run that has done {header['step']} steps already. Got {self.steps} as steps: "
@@ -263,7 +275,6 @@ class _Run(Generic[Network]):
             before, now = (", ".join(f"{k}={v}" for k, v in sorted(length.items())) for length in (planned, plan))
             task.warnings.append(f"the length was changed at step {header['step']:,}: planned {before}, now {now}")
         task.restore(header["step"], groups)
-        log.info("going on from step %d of %d in %s", self.weights.step, self.steps, self.path)
 
     def _save(self) -> None:
         task = self.task

@@ -96,7 +96,11 @@ def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Gr
         differing = [k for k in expected["config"] if saved["config"].get(k) != expected["config"][k]]
         if any(saved[k] != expected[k] for k in ("images_sha256", "count")):
             differing.append("set of images")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        groups: Groups = {}
+        for name, tensor in flat.items():
+            group, key = name.split("/", 1)
+            groups.setdefault(group, {})[key] = tensor
+    except (SafetensorError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole training state ({error}). Delete it to train from the start."
         ) from None
@@ -105,8 +109,4 @@ def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Gr
             f"{path} belongs to a run with another {', '.join(differing)}. Got a configuration that cannot "
             "go on from it. Give the same one, or another output folder."
         )
-    groups: Groups = {}
-    for name, tensor in flat.items():
-        group, key = name.split("/", 1)
-        groups.setdefault(group, {})[key] = tensor
     return header, groups

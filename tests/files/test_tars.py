@@ -1,0 +1,92 @@
+"""Tars of others: what a header declares costs nothing, and names are split as WebDataset splits them."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from purifyloader.datasets.named import TarDataset
+from purifyloader.errors import InputError
+from purifyloader.files.tars import split_name
+
+PUBLISHED = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's
+
+
+@settings(max_examples=300, derandomize=True, database=None)
+@given(st.text("a./_", max_size=12))
+def test_names_are_split_as_webdataset_does(name: str) -> None:
+    match = PUBLISHED.match(name)
+    assert split_name(name) == (None if match is None else (match[1], match[2]))
+
+
+def block(kind: bytes, size: int, name: str = "a.png") -> bytes:
+    info = tarfile.TarInfo(name)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    header[156:157] = kind
+    header[124:136] = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+GOOD = block(b"0", len(picture())) + padded(picture())
+END = bytes(1024)
+PAX = b"13 path=a.png\n"
+HOSTILE = {
+    "a long name of 8 GB": block(b"L", 2**33 - 1, "@") + GOOD + END,
+    "a long link of 1 GB": block(b"K", 2**30, "@") + GOOD + END,
+    "PAX of 6 GB": block(b"x", 6 * 10**9, "@") + padded(PAX) + GOOD + END,
+    "PAX for all of 10^18 bytes": block(b"g", 10**18, "@") + padded(PAX) + GOOD + END,
+    "PAX of many digits": block(b"x", 10**6, "@") + padded(b"9" * 10**6) + GOOD + END,
+    "PAX of many digits for all": block(b"g", 500_000, "@") + padded(b"1" * 500_000) + GOOD + END,
+    "a name of 200,000 slashes": block(b"L", 200_001, "@") + padded(b"/" * 200_000 + b"\0") + GOOD + END,
+    "a name of a million letters": block(b"L", 10**6, "@") + padded(b"a" * 10**6) + GOOD + END,
+    "a sparse file of 6 GB": block(b"S", 6 * 10**9) + padded(picture()) + END,
+    "a file of 10^18 bytes": block(b"0", 10**18) + padded(picture()) + END,
+    "a size of -1 by PAX": block(b"x", 11, "@") + padded(b"11 size=-1\n") + GOOD + END,
+    "50,000 long names of long names": block(b"L", 5, "@") * 0
+    + (block(b"L", 5, "@") + padded(b"a.png")) * 50_000
+    + END,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.tar"
+    path.write_bytes(HOSTILE[name])
+    began = time.process_time()
+    with pytest.raises(InputError, match=r"hostile\.tar"):
+        TarDataset([path])
+    assert time.process_time() - began < 5
+
+
+def test_members_that_are_no_files_are_left_out(tmp_path: Path) -> None:
+    others = block(b"1", 0, "b.png") + block(b"2", 0, "c.png") + block(b"3", 0, "d.png") + block(b"5", 0, "e.png")
+    (tmp_path / "a.tar").write_bytes(others + block(b"6", 0, "f.png") + GOOD + END)
+    assert len(TarDataset([tmp_path / "a.tar"])) == 1
+
+
+def test_many_slashes_take_no_time(tmp_path: Path) -> None:
+    names = ["/" * 4000 + "x", "a/" * 2000 + ".png", "/" * 4000 + ".png", "." * 4000]
+    began = time.process_time()
+    for name in names * 1000:
+        split_name(name)
+    assert time.process_time() - began < 1
