@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from purifyloader.core.images import from_engine, to_engine
+from purifyloader.core.images import from_engine, not_transformed, to_engine
 from purifyloader.errors import InputError
 
 _EXPLICIT = (Image.Image, tv_tensors.Image, tv_tensors.Video)
@@ -35,6 +35,10 @@ class ImageTransform(v2.Transform):
     """
 
     _transformed_types = (*_EXPLICIT, _is_plain_tensor)
+
+    def forward(self, *inputs: Any) -> Any:
+        with not_transformed(f"The transform {type(self).__name__}"):
+            return super().forward(*inputs)
 
     def check_inputs(self, flat_inputs: list[Any]) -> None:
         if any(isinstance(value, _EXPLICIT) for value in flat_inputs):

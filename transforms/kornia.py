@@ -15,7 +15,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
 from purifyloader.core import corruptions
-from purifyloader.core.images import to_unit
+from purifyloader.core.images import not_transformed, to_unit
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
@@ -24,7 +24,15 @@ from purifyloader.purifiers.base import without_functions
 from purifyloader.transforms.purification import squeezing
 
 
-class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
+class _Augmentation(IntensityAugmentationBase2D):
+    """Base: says that it takes no call inside one of torch's transforms of functions."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with not_transformed(f"The transform {type(self).__name__}"):
+            return super().forward(*args, **kwargs)
+
+
+class RandomPurify(HoldsPurifier, _Augmentation):
     """A purifier as a kornia augmentation. With p < 1 only the chosen images go through the network.
 
     What is purified has no gradient. The purifier (see `purifyloader.recipes`) needs its plan, keeps the size of images
@@ -74,7 +82,7 @@ class RandomPurify(HoldsPurifier, IntensityAugmentationBase2D):
         return canonical_json(without_functions(self.purifier.config()))
 
 
-class RandomCompensate(IntensityAugmentationBase2D):
+class RandomCompensate(_Augmentation):
     """ECLIPSE's compensation (Eq. 13): grayscale with probability p, then Gaussian noise, then clamp.
 
     The noise is added to every image; `p` is the probability of grayscale, an image, and `sigma` the noise's standard

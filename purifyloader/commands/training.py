@@ -140,6 +140,10 @@ def _train(options: argparse.Namespace, kind: Kind, rank: int, device: torch.dev
         if rank == 0:
             print(plan.report(measured, config, _machine(device), datetime.datetime.now()))
         return
+    if _is_finished(options, clean, config):
+        if rank == 0:
+            print(f"{options.out}: finished before, with these very settings and images. Nothing was done.")
+        return
     held_out, held_out_is = _held_out_images(options, clean, quiet)
     more = kind.arguments(options, held_out)
     run = {"save_every": options.save_every, "progress": not quiet}
@@ -176,10 +180,36 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"Expected a folder as --out. Got the file {out}.")
     there = [name for name in (CONFIG_FILE, MODEL_FILE, CARD_FILE) if (out / name).exists()]
-    if CONFIG_FILE in there or (there and not (out / STATE_FILE).exists()):
-        raise CheckpointError(
-            f"Expected a folder without a checkpoint. Got {out} with {', '.join(there)}: give another --out."
-        )
+    if there and CONFIG_FILE not in there and not (out / STATE_FILE).exists():
+        raise _with_checkpoint(out, ", ".join(there))
+
+
+def _with_checkpoint(out: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"Expected a folder without a checkpoint. Got {out} with {what}: give another --out.")
+
+
+def _is_finished(options: argparse.Namespace, clean: CleanSet, config: Any) -> bool:
+    """Tell whether --out has the whole model of this very training; `CheckpointError` where it has another one."""
+    from purifyloader import pretrained
+    from purifyloader.pretrained.checkpoint import kind_of_folder, read_config
+    from purifyloader.pretrained.registry import CONFIG_FILE
+    from purifyloader.train.state import STATE_FILE, images_sha256
+
+    if not (options.out / CONFIG_FILE).exists():
+        return False
+    details = read_config(options.out, None).get("details")
+    there = details.get("train") if isinstance(details, dict) else None
+    if not isinstance(details, dict) or not isinstance(there, dict):
+        raise _with_checkpoint(options.out, f"{CONFIG_FILE}, of a model that was not trained by this command")
+    asked = config.to_dict()
+    differing = [name for name in {**there, **asked} if name != "compile" and there.get(name) != asked.get(name)]
+    if details.get("images_sha256") != images_sha256(clean.images):
+        differing.append("set of images")
+    if differing:
+        raise _with_checkpoint(options.out, f"{CONFIG_FILE}, of a training with another {', '.join(differing)}")
+    pretrained.load(options.out, kind_of_folder(options.out).name)  # which is whole
+    (options.out / STATE_FILE).unlink(missing_ok=True)  # of a run that was killed at its very end
+    return True
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from purifyloader.core import noise
 from purifyloader.core.checks import check_integer, check_number
-from purifyloader.core.images import check_channels, luma, quantize
+from purifyloader.core.images import check_channels, luma, not_transformed, quantize
 from purifyloader.core.notes import NOTES
 from purifyloader.errors import InputError
 
@@ -60,6 +60,7 @@ def _check_drawn(taker: str, x_BCHW: Tensor, keys_B: Tensor) -> None:
         raise InputError(f"{taker} needs one key an image. Got {tuple(keys_B.shape)} for {len(x_BCHW)} images.")
 
 
+@not_transformed("compensate")
 def compensate(x_BCHW: Tensor, keys_B: Tensor, p: float = 0.4, sigma: float = 0.05) -> Tensor:
     """ECLIPSE's lightweight corruption, C(x; p, sigma) of Eq. 13: grayscale, then noise, then clamp to [0, 1].
 
@@ -89,6 +90,7 @@ def grey_and_noise(x_BCHW: Tensor, grey_B: Tensor, noise_BCHW: Tensor, sigma: fl
     return torch.mul(noise_BCHW, sigma).add_(x).clamp_(0, 1).to(x_BCHW.dtype)
 
 
+@not_transformed("jpeg")
 def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     """Compress and decompress each image as JPEG (ISS-J of Liu et al. 2023 at quality 10).
 
@@ -108,6 +110,7 @@ def jpeg(x_BCHW: Tensor, quality: int) -> Tensor:
     return out
 
 
+@not_transformed("grayscale")
 def grayscale(x_BCHW: Tensor) -> Tensor:
     """Put the brightness of each pixel into all three channels (ISS-G of Liu et al. 2023).
 
@@ -125,6 +128,7 @@ def grayscale(x_BCHW: Tensor) -> Tensor:
     return luma(x_BCHW).expand(-1, 3, -1, -1).contiguous()
 
 
+@not_transformed("bit_depth")
 def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
     """Keep the `bits` highest bits of each 8-bit level and set the others to 0 (ISS-BDR of Liu et al. 2023 at 2 bits).
 
@@ -141,6 +145,7 @@ def bit_depth(x_BCHW: Tensor, bits: int) -> Tensor:
     return (levels.float() / 255).to(x_BCHW.dtype)
 
 
+@not_transformed("coin")
 def coin(x_BCHW: Tensor, keys_B: Tensor, alpha: float) -> Tensor:
     """Read each pixel at a place up to `alpha` pixels away along each side (COIN; Wang et al. 2023 at alpha 2).
 

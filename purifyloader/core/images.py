@@ -7,8 +7,9 @@ only way to uint8.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,21 @@ def _as_chw(image: Any) -> tuple[Tensor, str, bool]:
     raise InputError(
         f"An image is a PIL image, a numpy array (H, W, C) or a tensor (C, H, W). Got {type(image).__name__}."
     )
+
+
+@contextlib.contextmanager
+def not_transformed(taker: str) -> Iterator[None]:
+    """Raise `InputError` for what fails because it stands inside `torch.vmap`, or another of torch's transforms."""
+    try:
+        yield
+    except RuntimeError as error:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            raise
+        raise InputError(
+            f"{taker} takes a batch itself, and looks at its values, which torch.vmap and some other transforms of "
+            f"torch.func do not allow. Got a call inside one ({str(error).strip():.120}): call it outside, with the "
+            "whole batch; gradients are those of torch.autograd."
+        ) from error
 
 
 def check_channels(taker: str, shape: Sequence[int], known: Sequence[int] = _CHANNELS) -> None:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset
 
 from purifyloader.core import noise
 from purifyloader.core.devices import as_device, check_worker, device_of, exact_arithmetic, kind_of_device
@@ -121,10 +121,19 @@ def _floats(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
+def has_random_access(dataset: Any) -> bool:
+    """Tell whether items are had by their index: also of a dataset that can be iterated, too.
+
+    torch gives every dataset a `__getitem__`, which only raises.
+    """
+    own = getattr(type(dataset), "__getitem__", None)
+    return own is not None and own is not Dataset.__getitem__ and hasattr(dataset, "__len__")
+
+
 def check_arguments(dataset: Any, purifier: Any) -> None:
     """Refuse what is no purifier, or no map-style dataset with images."""
     check_purifier(purifier)
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if not has_random_access(dataset):
         raise InputError(
             f"A {type(dataset).__name__} is only iterated. Give a map-style dataset, with __getitem__ and __len__."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core.devices import exact_arithmetic
-from purifyloader.core.images import check_channels, to_unit
+from purifyloader.core.images import check_channels, not_transformed, to_unit
 from purifyloader.core.notes import NOTES
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json
@@ -208,11 +208,12 @@ class Purifier(Described):
         """Purify with gradients of the input, for attacks that adapt to the purifier."""
         if not isinstance(x_BCHW, Tensor) or x_BCHW.ndim != 4 or not x_BCHW.is_floating_point():
             raise InputError(f"A purifier takes a float tensor of shape (B, C, H, W). Got {_described(x_BCHW)}.")
-        x = self._checked(x_BCHW, "image to purify")
-        _check_seeds(seeds_B, len(x_BCHW))
-        NOTES.purified += 1
-        with self.unchanged(), exact_arithmetic(x.device):
-            return self.run(x, seeds_B.to(x.device))
+        with not_transformed("A purifier"):
+            x = self._checked(x_BCHW, "image to purify")
+            _check_seeds(seeds_B, len(x_BCHW))
+            NOTES.purified += 1
+            with self.unchanged(), exact_arithmetic(x.device):
+                return self.run(x, seeds_B.to(x.device))
 
     def purify_images(self, images: Sequence[Tensor], seeds_B: Tensor) -> list[Tensor]:
         """Purify float images (C, H, W) of different sizes: each is, bit for bit, the one that is purified alone.

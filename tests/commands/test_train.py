@@ -122,10 +122,15 @@ def test_the_command_makes_a_checkpoint_with_its_card(folder, small, tmp_path, c
     said = capsys.readouterr().out
     assert "4 steps" in said
     assert f"{measured[25]['denoiser']:.2f} dB" in said
-    # and it is not written over
+    # asked for again it is there, and another training is not written over it
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert run(*arguments) == 2
-    assert re.search(r"without a checkpoint\. Got .*config\.json", capsys.readouterr().err)
+    assert run(*arguments) == 0
+    assert "finished before" in capsys.readouterr().out
+    for change in (("--seed", 5), ("--steps", 5), ("--choose-seed", 9), ("--learning-rate", 0.5)):
+        assert run(*arguments, *change) == 2
+        assert re.search(
+            r"without a checkpoint\. Got .*config\.json, of a training with another ", capsys.readouterr().err
+        )
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
