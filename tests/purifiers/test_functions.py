@@ -48,8 +48,9 @@ def test_gradients_by_functions_are_those_of_autograd() -> None:
     x = X.clone().requires_grad_(True)
     (expected,) = torch.autograd.grad(purifier.purify_with_grad(x, KEYS).sum(), x)
     torch.testing.assert_close(func.grad(lambda x: purifier.purify_with_grad(x, KEYS).sum())(X), expected)
+    walk = Langevin(tiny_energy(), 2)
     with pytest.raises(InputError, match=r"torch\.func"):
-        func.functionalize(lambda x: Langevin(tiny_energy(), 2)(x, KEYS))(X)
+        func.functionalize(lambda x: walk(x, KEYS))(X)
 
 
 def test_an_error_outside_of_them_is_as_it_was() -> None:
