@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["COMPUTE_BATCH", "NETWORK_BLOCKS", "NETWORK_LEVELS", "NETWORK_WIDTH", "STEPS", "TILE", "TIMESTEPS"]
+__all__ = [
+    "COMPUTE_BATCH",
+    "NETWORK_BLOCKS",
+    "NETWORK_BLOCKS_IN_ALL",
+    "NETWORK_LEVELS",
+    "NETWORK_WIDTH",
+    "STEPS",
+    "TILE",
+    "TIMESTEPS",
+]
 
 COMPUTE_BATCH = 16_384
 """Images of one network call."""
@@ -22,5 +31,5 @@ NETWORK_WIDTH = 65_536
 NETWORK_LEVELS = 16
 """Resolutions of a U-Net: the lowest is 1/32768 of the image."""
 
-NETWORK_BLOCKS = 64
-"""Residual blocks of a U-Net at each resolution."""
+NETWORK_BLOCKS, NETWORK_BLOCKS_IN_ALL = 64, 256
+"""Residual blocks of a U-Net on the way down, at each resolution and at all of them."""

@@ -39,7 +39,7 @@ _FIRST_FIELDS |= {"dropout", "image_channels", "learned_variance"}
 class UNetConfig:
     """Everything that fixes the shape of a `UNet`. Each level after the first halves the resolution.
 
-    Levels are at most 16, of at most 64 blocks; widths, heads and groups are at most 65,536.
+    Levels are at most 16, of at most 64 blocks, and 256 in all; widths, heads and groups are at most 65,536.
 
     `resample` is how a level is left:
         "conv"        a convolution of stride 2 with one pixel of padding on each side; nearest, then convolution
@@ -101,6 +101,12 @@ class UNetConfig:
                 "UNetConfig.multipliers must be positive, one a level, and give whole widths with "
                 f"channels={self.channels}, of at most {limits.NETWORK_WIDTH:,}, for at most {limits.NETWORK_LEVELS} "
                 f"levels. Got {self.multipliers!r:.200}."
+            )
+        levels = len(self.multipliers)
+        if levels * self.blocks > limits.NETWORK_BLOCKS_IN_ALL:
+            raise ConfigError(
+                f"UNetConfig.blocks must be at most {limits.NETWORK_BLOCKS_IN_ALL} over all levels. Got {self.blocks} "
+                f"at each of {levels}."
             )
         if any(type(level) is not int or not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise ConfigError(
