@@ -185,6 +185,7 @@ HERE = Holder.here()
         (replace(HERE, started=None), f"process {HERE.pid} on {HERE.host}. It goes on when"),
         (HERE, "which is running"),
     ],
+    ids=["elsewhere", "of another time", "no process", "without /proc", "here"],
 )
 def test_holders_in_words(tmp_path: Path, holder: Holder, words: str) -> None:
     lock_path(tmp_path, "work").write_text(f"{0:<12}\n{json.dumps(asdict(holder))}\n")
