@@ -102,8 +102,14 @@ class SamplesFromCache:
 
     def sample(self, position: int, draw: int) -> Any:
         type_ = self._types if isinstance(self._types, str) else self._types[position]
-        image = from_bytes(self.reader.row(position, draw), type_)
-        sample = assemble(self._structure, self.fields[position], image)
+        row, fields = self.reader.row(position, draw), self.fields[position]
+        try:
+            sample = assemble(self._structure, fields, from_bytes(row, type_))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"{self.reader.folder} must hold samples as its headers describe them. Got other fields or another "
+                f"image in sample {position} ({error!s:.200}): it was made by something else. Precompute it anew."
+            ) from None
         if self._order and sample.keys() == {*self._order}:
             return {key: sample[key] for key in self._order}
         return sample

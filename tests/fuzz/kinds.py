@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 
-from purifyloader import poisons, precompute, pretrained, recipes
+from purifyloader import PurifiedDataset, poisons, precompute, pretrained, recipes
 from purifyloader.bench import report
 from purifyloader.cache import CacheReader, inspect
 from purifyloader.cache.tars import export_tars, import_tars
@@ -208,7 +208,7 @@ def _indexed(files: Files) -> Files:
 
 
 def _cache_opened(folder: Path) -> None:
-    for opened in (_described, _verified, _read, _read_into_memory):
+    for opened in (_described, _verified, _read, _read_into_memory, _wrapped, _gone_on_with):
         with accepted():
             opened(folder)
 
@@ -242,6 +242,19 @@ def _read(folder: Path) -> None:
 def _read_into_memory(folder: Path) -> None:
     reader = CacheReader(folder, in_memory=True)
     _ = reader[0]
+
+
+def _wrapped(folder: Path) -> None:
+    samples = [(image, label) for label, image in enumerate(_pictures(5))]
+    for make in (PurifiedDataset.from_cache, lambda at: PurifiedDataset(samples, Jpeg(50), cache=at)):
+        with accepted():
+            _ = make(folder)[0]
+
+
+def _gone_on_with(folder: Path) -> None:
+    """Precompute into the folder: what is not of this cache is refused, and what is damaged is made again."""
+    samples = [(image, label) for label, image in enumerate(_pictures(5))]
+    precompute(samples, Jpeg(50), folder, shard_size=3, progress=False)
 
 
 # exports of caches, tars and images
