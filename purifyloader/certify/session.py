@@ -297,10 +297,11 @@ def _start(settings: Settings, training: Training, warm_start: _WarmStart, class
         if kept_from != made_from:
             raise InputError("one that was made from other images, or otherwise.")
         start.load_state_dict(load_file(path))
-    except (InputError, RuntimeError, SafetensorError, OSError) as error:
+    except (RuntimeError, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        got = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"Expected in {path} the network that this run begins with. Got: {str(error).splitlines()[0]} Give the "
-            "settings of before, or another folder."
+            f"Expected in {path} the network that this run begins with. Got: {got} Give the settings of before, or "
+            "another folder."
         ) from None
     return start
 
