@@ -92,7 +92,7 @@ def test_bytes_are_refused() -> None:
 
 @pytest.mark.parametrize("changes", [{"channels": 0}, {"channels": 4.0}, {"channels": True}, {"image_channels": -1}])
 def test_bad_configurations(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="positive integer"):
+    with pytest.raises(ConfigError, match="an integer from 1 to"):
         EnergyConfig(**changes)
 
 
