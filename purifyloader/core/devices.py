@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,32 +113,67 @@ def _settings() -> list[_Setting]:
     return settings
 
 
+class _Switches:
+    """The settings of the whole process: the first of several threads sets them, and the last one puts them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = [get() for get, _, _ in _settings()]
+            self._inside += 1
+            for get, set_, value in _settings():
+                if get() != value:
+                    set_(value)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._put_back()
+
+    def _put_back(self) -> None:
+        for (get, set_, _), old in zip(_settings(), self._before, strict=True):
+            if get() != old:
+                set_(old)
+
+    def begin_anew(self) -> None:
+        """Begin in a forked process, which has none of the other threads."""
+        self._lock = threading.Lock()
+        if self._inside:
+            self._put_back()
+        self._inside = 0
+
+
+_SWITCHES = _Switches()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_SWITCHES.begin_anew)
+
+
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Switch off the TF32, reduced-precision matmul, autocast and autotuned kernels that the script around has on.
 
-    Likewise oneDNN, cuDNN and the kernels of attention are on, where the script has switched them off. On the CPU the
-    number of threads is rounded down to a power of two, as the last thread's share has another size with three;
-    networks are called in one thread (`in_batches`).
+    Likewise oneDNN, cuDNN and the kernels of attention are on, where the script has switched them off. These are of
+    the whole process: several threads may be within at once, and the last one out puts them back. On the CPU the number
+    of threads is rounded down to a power of two, as the last thread's share has another size with three; networks are
+    called in one thread (`in_batches`).
     """
-    settings = _settings()
-    before = [get() for get, _, _ in settings]
     threads = torch.get_num_threads()
     even = 1 << (threads.bit_length() - 1)
-    try:
-        for (_, set_, value), old in zip(settings, before, strict=True):
-            if old != value:
-                set_(value)
-        if device.type == "cpu" and even != threads:
-            torch.set_num_threads(even)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (get, set_, _), old in zip(settings, before, strict=True):
-            if get() != old:
-                set_(old)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+    with _SWITCHES:
+        try:
+            if device.type == "cpu" and even != threads:
+                torch.set_num_threads(even)
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
 
 # On the CPU torch chooses the kernel of a 1x1 convolution by the number of threads where there are fewer

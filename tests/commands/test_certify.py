@@ -827,7 +827,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "two conditions of one name": (("--recipe", "sigma 0.1.json", "--sigma", 0.1), "Got sigma 0.1 twice"),
     "no recipe": (("--recipe", "nowhere.json"), "'nowhere.json': no such file"),
     "a folder for a recipe": (("--recipe", "tiny"), "'tiny': no such file"),
-    "a recipe of bytes": (("--recipe", "binary.json"), "'binary.json': 'utf-8' codec"),
+    "a recipe of bytes": (("--recipe", "binary.json"), "'binary.json': it is not UTF-8: 'utf-8' codec"),
     "a recipe that is none": (("--recipe", "list.json"), "an object with schema and purifier"),
     "no model": (("--model", "nowhere"), "Got 'nowhere', which is none of these"),
     "another model": (("--model", "energy-tiny", "--sigma", 0.1), "an energy"),

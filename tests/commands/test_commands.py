@@ -163,7 +163,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "words", "text"), WRONG, ids=[" ".join([n, *w]) for n, w, _ in WRONG])
 def test_values_are_looked_at_before_any_data(name, words, text, monkeypatch, capsys):
-    for opener in ("purifyloader.datasets.named.open_dataset", "purifyloader.certify.session._data"):
+    # the second is imported first, or a module that is imported meanwhile would keep what stands there
+    for opener in ("purifyloader.certify.session._data", "purifyloader.datasets.named.open_dataset"):
         monkeypatch.setattr(opener, lambda *_, **__: pytest.fail("the data was opened"))
     assert cli.main([*name.split(), *NOWHERE[name], *words]) == 2
     assert text in capsys.readouterr().err
@@ -180,7 +181,7 @@ def test_presets_of_the_command_line_are_those_there_are():
 def test_a_recipe_from_a_file_that_is_none_names_the_file(tmp_path, capsys):
     for name, content, text in (
         ("brace.json", b"{bad", "brace.json: A purifier is read from JSON."),
-        ("bytes.json", b"\xff\xfe\xfd", "bytes.json': 'utf-8' codec"),
+        ("bytes.json", b"\xff\xfe\xfd", "bytes.json': it is not UTF-8: 'utf-8' codec"),
         ("other.json", b'{"schema": 9, "purifier": {}}', "other.json: This version of purifyloader reads"),
     ):
         (tmp_path / name).write_bytes(content)

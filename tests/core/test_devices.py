@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -18,7 +19,7 @@ from purifyloader.core import devices, noise
 from purifyloader.core.devices import exact_arithmetic, in_batches, kind_of_device
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.purifiers import DenoiseOnce
-from tests.conftest import slim_denoiser
+from tests.conftest import slim_denoiser, tiny_denoiser
 
 CPU = torch.device("cpu")
 COUNTS = (2, 3, 4, 6, 8, 12, 16)
@@ -195,4 +196,35 @@ def test_settings_of_the_script_come_back():
         assert not torch.backends.cuda.flash_sdp_enabled()
     finally:
         torch._C._set_mkldnn_enabled(True)
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_several_threads_at_once_have_the_same_pixels_and_leave_the_settings():
+    purifier = DenoiseOnce(tiny_denoiser(), 0.1, compute_batch=16)
+    x, keys = torch.rand(40, 3, 12, 12), noise.image_keys(0, 0, range(40))
+    expected = purifier(x, keys)
+    torch._C._set_mkldnn_enabled(False)
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: purifier(x, keys), range(24)))
+        left = torch.backends.mkldnn.enabled, torch.backends.mkldnn.conv.fp32_precision
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+        torch.backends.mkldnn.conv.fp32_precision = "none"
+    assert all(torch.equal(result, expected) for result in results)
+    assert left == (False, "bf16")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_meanwhile_has_the_settings_of_the_script():
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with exact_arithmetic(CPU):
+            child = os.fork()
+            if child == 0:
+                os._exit(torch.backends.cuda.flash_sdp_enabled())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    finally:
         torch.backends.cuda.enable_flash_sdp(True)
