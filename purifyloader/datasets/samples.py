@@ -8,6 +8,8 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -19,7 +21,9 @@ log = logging.getLogger(__name__)
 
 ImageKey = str | int | None
 _IMAGE_TYPES = ("uint8", "float16", "bfloat16", "float32", "float64")
-_PARTS = 8  # of a list in a sample that are looked at
+_PARTS = 1024  # of a list in a sample that are looked at
+_PLAIN = {bool, int, float, str, bytes, type(None), np.int64, np.float32, np.float64}  # types of no image
+_SUM = 0.01  # how far from 1 a sum of soft labels may be, in 16 bits
 
 
 def place(sample: Any, image_key: ImageKey = None) -> Any:
@@ -66,18 +70,27 @@ def get_image(sample: Any, image_key: ImageKey = None) -> Any:
     return image
 
 
-def check_one_image(sample: Any, image_key: ImageKey = None, dimensions: int = 3) -> None:
-    """Refuse a sample with more images than one: the others would pass as they are.
+def check_one_image(sample: Any, image_key: ImageKey = None, dimensions: int = 3) -> bool:
+    """Refuse a sample with more images than one: the others would pass as they are. Return True if it has one.
 
-    Where `image_key` says which one is meant, a warning names the others. An image has colours, `dimensions` axes, or
-    the type and shape of the one that is meant, and is no mask; a batch of tensors has one axis more.
+    Where `image_key` says which one is meant, a warning names the others, and the result is False. An image has
+    colours, `dimensions` axes, or the type and shape of the one that is meant; a batch of tensors has one axis more. So
+    are stacks of views, and tensors of the type, height and width of the one that is meant, in one channel of floats in
+    [0, 1] or a multiple of its channels. Masks, which have two values, and soft labels, which sum to 1, are none.
     """
     if (key := place(sample, image_key)) is None:
-        return
+        return True
     own = sample[key]
+    if dimensions == 4 and isinstance(own, list | tuple) and own:  # a batch of images of many sizes
+        own, dimensions = own[0], 3
     named = sample.items() if isinstance(sample, Mapping) else enumerate(sample)
-    if not (others := [name for name, value in named if name != key and _has_image(value, own, dimensions)]):
-        return
+    others = [
+        name
+        for name, value in named
+        if name != key and type(value) not in _PLAIN and _has_image(value, own, dimensions)
+    ]
+    if not others:
+        return True
     names = ", ".join(repr(name) for name in others)
     if image_key is None:
         raise InputError(
@@ -85,22 +98,67 @@ def check_one_image(sample: Any, image_key: ImageKey = None, dimensions: int = 3
             f"a sample of each, or give image_key={key!r} if they are to stay."
         )
     log.warning("The images in %s of each sample are not purified: image_key=%r names the one that is.", names, key)
+    return False
 
 
 def _has_image(value: Any, own: Any, dimensions: int) -> bool:
     if isinstance(value, Mapping | list | tuple):
-        parts = value.values() if isinstance(value, Mapping) else value[:_PARTS]
-        return any(_has_image(part, own, dimensions) for part in parts)
+        parts = [*value.values()] if isinstance(value, Mapping) else value[:_PARTS]
+        return not {*map(type, parts)} <= _PLAIN and any(_has_image(part, own, dimensions) for part in parts)
     if isinstance(value, Image.Image):
         return value.mode in ("RGB", "RGBA") or (isinstance(own, Image.Image) and value.mode == own.mode != "P")
     if isinstance(value, tv_tensors.TVTensor):
         return isinstance(value, tv_tensors.Image | tv_tensors.Video)
     if not isinstance(value, np.ndarray | Tensor) or str(value.dtype).rpartition(".")[2] not in _IMAGE_TYPES:
         return False
-    if type(value) is type(own) and (value.dtype, value.shape) == (own.dtype, own.shape):
-        return True
-    channels = value.ndim - (3 if isinstance(value, Tensor) else 1)
-    return value.ndim == dimensions and value.shape[channels] in (3, 4) and min(value.shape[-3:]) > 0
+    if 0 in value.shape:
+        return False
+    same_type = isinstance(own, Tensor if isinstance(value, Tensor) else np.ndarray) and own.dtype == value.dtype
+    if same_type and value.shape == own.shape:
+        return not _is_map(value, own)
+    if value.ndim not in (dimensions, dimensions + 1):
+        return False
+    channels = _channels(value)
+    if value.ndim > dimensions:  # a stack of views
+        alike = channels in (3, 4) or (same_type and own.ndim == dimensions and channels == _channels(own))
+        return alike and _size(value) == _size(own) and not _is_map(value, own)
+    if channels in (3, 4):
+        return _size(value) != _size(own) or not _is_map(value, own)
+    if not same_type or own.ndim != dimensions or _size(value) != _size(own):
+        return False
+    if channels == 1:
+        return value.dtype not in (np.uint8, torch.uint8) and _in_unit(value) and not _has_two_values(value)
+    return _channels(own) in (3, 4) and channels % _channels(own) == 0 and not _is_map(value, own, constant=True)
+
+
+def _channels(image: NDArray[Any] | Tensor) -> int:
+    return image.shape[-3 if isinstance(image, Tensor) else -1]
+
+
+def _size(image: Any) -> tuple[int, ...]:
+    if isinstance(image, Image.Image):
+        return image.size[::-1]
+    if isinstance(image, np.ndarray) and image.ndim > 2:
+        return tuple(image.shape[-3:-1])
+    return tuple(image.shape[-2:]) if isinstance(image, np.ndarray | Tensor) else ()
+
+
+def _is_map(value: NDArray[Any] | Tensor, own: Any, constant: bool = False) -> bool:
+    """Tell masks (two values, where the image has more) and soft labels (a sum of 1) from pixels."""
+    if _has_two_values(value):
+        several = bool(value.min() < value.max())
+        return constant or (several and not _has_two_values(own if isinstance(own, Tensor) else np.asarray(own)))
+    sums = value.sum(-3 if isinstance(value, Tensor) else -1) if value.ndim > 2 else value
+    return bool(abs(sums - 1).max() < _SUM)
+
+
+def _has_two_values(value: NDArray[Any] | Tensor) -> bool:
+    low, high = value.min(), value.max()
+    return bool(((value == low) | (value == high)).all())
+
+
+def _in_unit(value: NDArray[Any] | Tensor) -> bool:
+    return bool(value.min() >= 0) and bool(value.max() <= 1)
 
 
 def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:

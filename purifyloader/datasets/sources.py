@@ -352,7 +352,9 @@ def check_honest(
             "The images of this dataset are purified already, when it is read. Give the dataset inside it, and chain "
             "the purifiers: purifiers.Chain(first, then)."
         )
-    check_one_image(samples[0], image_key)
+    for index, sample in zip(indices, samples, strict=True):
+        if not of_item(index, check_one_image, sample, image_key):
+            break  # one warning is enough
     probed: list[tuple[tuple[int, int, int], ImageKind]] = []
     for index, a, b in zip(indices, first, second, strict=True):
         try:

@@ -255,7 +255,7 @@ class PurifiedLoader:
         ragged = images is held
         if ragged and any(x.ndim != 3 for x in images):
             raise InputError(f"A list of images holds tensors (C, H, W). Got {', '.join(map(_described, images[:4]))}.")
-        if position == 0:
+        if self.image_key is None or position == 0:  # with a key it warns, once
             check_one_image(batch, self.image_key, dimensions=4)
         count = len(images) if ragged else len(images[0])
         keys_B = noise.image_keys(self.seed, epoch, self._numbers(batch, position, count))

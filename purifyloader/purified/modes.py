@@ -33,15 +33,17 @@ from purifyloader.purifiers import Purifier
 
 class _FromSource:
     def __init__(self, reader: SampleReader, sanitation: Sanitation | None) -> None:
-        self._raw, self._image_key, self._sanitation = reader.raw, reader.image_key, sanitation
+        self._reader, self._sanitation = reader, sanitation
 
     def _fetched(self, positions: Sequence[int]) -> tuple[list[Any], list[Any]]:
-        samples = fetch(self._raw, positions)
+        samples = fetch(self._reader.raw, positions)
+        images = self._reader.images(positions, samples)
         if self._sanitation is not None:
             samples = [
-                self._sanitation.corrected(i, s, self._image_key) for i, s in zip(positions, samples, strict=True)
+                self._sanitation.corrected(i, s, self._reader.image_key)
+                for i, s in zip(positions, samples, strict=True)
             ]
-        return samples, [get_image(sample, self._image_key) for sample in samples]
+        return samples, images
 
 
 class Live(_FromSource):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from purifyloader.core.checks import as_integer
 from purifyloader.core.images import ImageKind, as_stored, type_of
-from purifyloader.datasets.samples import ImageKey, fields, get_image, structure_of
+from purifyloader.datasets.samples import ImageKey, check_one_image, fields, get_image, structure_of
 from purifyloader.datasets.sources import REMEDY, fetch, of_item, random_state_kept
 from purifyloader.errors import CacheError, InputError, PurifyError
 from purifyloader.files.hashes import is_hashable, source_hashes
@@ -49,10 +49,7 @@ class SampleReader:
     def read(self, positions: Sequence[int]) -> list[Read]:
         """Read samples; `InputError` names the position of an image that the purifier does not take."""
         samples = fetch(self.raw, positions)
-        images = [
-            of_item(position, get_image, sample, self.image_key)
-            for position, sample in zip(positions, samples, strict=True)
-        ]
+        images = self.images(positions, samples)
         stored = converted(positions, images, self.channels, REMEDY)
         others = [fields(sample, self.image_key) for sample in samples]
         hashes = source_hashes(
@@ -62,6 +59,15 @@ class SampleReader:
             Read(x.detach().cpu().numpy(), kind, other, structure_of(sample, self.image_key), row)
             for (x, kind), other, sample, row in zip(stored, others, samples, hashes, strict=True)
         ]
+
+    def images(self, positions: Sequence[int], samples: Sequence[Any]) -> list[Any]:
+        """Return the image of each sample; `InputError` names the position of one that has none, or a second one."""
+        images = []
+        for position, sample in zip(positions, samples, strict=True):
+            images.append(of_item(position, get_image, sample, self.image_key))
+            if self.image_key is None:  # else a warning told of it when the dataset was looked at
+                of_item(position, check_one_image, sample)
+        return images
 
 
 class _Batches(Dataset[Any]):

@@ -1653,6 +1653,68 @@ def test_masks_maps_and_labels_pass(beside, caplog):
     assert not caplog.text
 
 
+PIXELS, BLOB = torch.rand(3, 8, 8), torch.ones(21, 8, 8).tril()
+LEVELS = (PIXELS * 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "beside"),
+    [
+        (PIXELS, torch.stack([PIXELS, PIXELS])),
+        (PIXELS, torch.cat([PIXELS, PIXELS])),
+        (PIXELS, PIXELS[:1]),
+        (PIXELS[:1], torch.stack([PIXELS[:1]] * 5)),
+        (LEVELS, torch.cat([LEVELS] * 3)),
+        (LEVELS, [1, "a", torch.stack([PIXELS, PIXELS])]),
+        (RGB, torch.stack([PIXELS, PIXELS])),
+        (LEVELS.permute(1, 2, 0).numpy(), torch.stack([LEVELS] * 2).permute(0, 2, 3, 1).numpy()),
+    ],
+)
+def test_views_beside_the_image_do_not_pass(image, beside):
+    with pytest.raises(InputError, match="Item 0 of the dataset: A sample holds one image"):
+        PurifiedDataset([(image, beside, 0)], recipes.jpeg(10))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        BLOB[:1],
+        torch.zeros(1, 8, 8),
+        BLOB[:3],
+        BLOB[:6],
+        BLOB[:6] * 255,
+        BLOB[:17] * 0.7,
+        torch.rand(21, 8, 8).softmax(0),
+        torch.rand(1, 8, 8) * 40,
+        torch.rand(5, 8),
+        torch.rand(8, 8),
+        torch.rand(6, 4, 4),
+        torch.rand(2, 3, 4, 4),
+        LEVELS[:1],
+        {"boxes": torch.rand(3, 4), "keypoints": torch.rand(2, 17, 3), "masks": BLOB[:4].to(torch.uint8)},
+    ],
+)
+def test_masks_and_maps_of_the_size_of_the_image_pass(beside):
+    assert PurifiedDataset([(PIXELS, beside)], recipes.jpeg(10))[0][1] is beside
+
+
+def test_every_sample_is_looked_at_for_a_second_image(tmp_path):
+    data = [(PIXELS, i) for i in range(200)]
+    data[103] = (PIXELS, PIXELS)  # which is none of the 64 that are looked at first
+    live, jpeg = PurifiedDataset(data, recipes.jpeg(10)), recipes.jpeg(10)
+    assert live[100][1] == 100
+    filled = PurifiedDataset(data, jpeg, cache=tmp_path / "b", missing="purify")
+    for read in (
+        lambda: live[103],
+        lambda: live.__getitems__([3, 103]),
+        lambda: filled[103],
+        lambda: PurifiedDataset(data, jpeg, cache=tmp_path / "a"),
+        lambda: precompute(data, jpeg, tmp_path / "c"),
+    ):
+        with pytest.raises(InputError, match="Item 103 of the dataset: A sample holds one image"):
+            read()
+
+
 def test_bad_arguments(images, purifier):
     source = PictureDataset(images)
     for arguments, message in [

@@ -667,6 +667,17 @@ def test_a_batch_of_two_images_a_sample_is_refused(caplog) -> None:
         next(iter(PurifiedLoader([(left, beside)], Counting())))
 
 
+def test_every_batch_is_looked_at_for_a_second_image() -> None:
+    left, right = numbered(4), numbered(4) + 1
+    for other in (right, torch.stack([left, right], 1), torch.cat([left, right], 1)):
+        batches = iter(PurifiedLoader([(left, 0), (left, other)], Counting()))
+        next(batches)
+        with pytest.raises(InputError, match="Batch 1 of the loader: A sample holds one image"):
+            next(batches)
+    with pytest.raises(InputError, match="Batch 0 of the loader: A sample holds one image"):
+        next(iter(PurifiedLoader([(list(left), list(right))], Counting())))
+
+
 def test_the_bad_batch_is_named_and_those_before_it_come() -> None:
     good, bad = random_images(2, 8).float() / 255, torch.full((2, 3, 8, 8), 7.0)
     for ahead in (0, 1):
