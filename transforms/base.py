@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from purifyloader.core.images import from_engine, not_transformed, to_engine
+from purifyloader.core.images import check_channels, from_engine, not_transformed, to_engine
 from purifyloader.errors import InputError
 
 _EXPLICIT = (Image.Image, tv_tensors.Image, tv_tensors.Video)
@@ -61,11 +61,7 @@ class ImageTransform(v2.Transform):
 
     def _batched(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `function` to all images of a tensor (..., C, H, W) as one batch, in the same shape and tensor type."""
-        name = type(self).__name__
-        if x.ndim < 3 or x.shape[-3] not in (1, 3):
-            raise InputError(
-                f"{name} takes image tensors of shape (..., C, H, W) with 1 or 3 channels. Got {tuple(x.shape)}."
-            )
+        check_channels(type(self).__name__, x.shape, (1, 3), leading="...")
         plain = x.as_subclass(Tensor)
         out = function(plain.reshape(-1, *x.shape[-3:]))
         out = out.reshape(*x.shape[:-3], *out.shape[1:])

@@ -15,7 +15,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
 from purifyloader.core import corruptions
-from purifyloader.core.images import not_transformed, to_unit
+from purifyloader.core.images import check_channels, not_transformed, to_unit
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.purified.tensors import HoldsPurifier, purify_tensor
@@ -52,6 +52,7 @@ class RandomPurify(HoldsPurifier, _Augmentation):
         self._hold(purifier)
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
+        check_channels(type(self).__name__, batch_shape, (1, 3))  # here too: kornia applies nothing to no chosen image
         count = batch_shape[0]
         drawn = torch.randint(-(2**63), 2**63 - 1, (min(count, 1) if self.same_on_batch else count,), device="cpu")
         return {"seeds": drawn.expand(count).clone()}
@@ -59,6 +60,7 @@ class RandomPurify(HoldsPurifier, _Augmentation):
     def apply_transform(
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
+        check_channels(type(self).__name__, input.shape, (1, 3))
         shape = (input.shape[1], input.shape[2], input.shape[3])
         if self.purifier.output_shape(shape) != shape:
             raise InputError(

@@ -148,14 +148,26 @@ def not_transformed(taker: str) -> Iterator[None]:
         ) from error
 
 
-def check_channels(taker: str, shape: Sequence[int], known: Sequence[int] = _CHANNELS) -> None:
-    """Refuse a batch (B, C, H, W) whose channels are of another number, such as one with the channels last."""
-    if len(shape) == 4 and shape[1] in known:
+def check_channels(
+    taker: str, shape: Sequence[int], known: Sequence[int] = _CHANNELS, leading: str = "B", what: str = "image"
+) -> None:
+    """Refuse images without pixels, or with another number of channels, such as a batch with the channels last.
+
+    `leading` are the axes before (C, H, W): "B", "" for one image, or "..." for any.
+    """
+    if len(shape) < 3 if leading == "..." else len(shape) != 3 + len(leading):
+        fits = False
+    elif 0 in shape[-3:]:
+        raise InputError(f"An {what} needs at least one pixel and one channel. Got {tuple(shape)}.")
+    else:
+        fits = shape[-3] in known
+    if fits:
         return
     last = len(shape) == 4 and shape[3] in _CHANNELS
     advice = ": permute(0, 3, 1, 2) brings the channels to the front." if last else "."
     numbers = " or ".join(str(number) for number in known) if len(known) < 4 else f"{known[0]} to {known[-1]}"
-    raise InputError(f"{taker} takes images (B, C, H, W) of {numbers} channels. Got {tuple(shape)}{advice}")
+    axes = ", ".join([*filter(None, [leading]), "C", "H", "W"])
+    raise InputError(f"{taker} takes images ({axes}) of {numbers} channels. Got {tuple(shape)}{advice}")
 
 
 def _layout_hint(shape: Sequence[int], axis: int) -> str:

@@ -343,9 +343,7 @@ class PurifiedLoader:
         for x in images:
             if wanted not in (None, x.shape[-3]) and not (wanted == 3 and x.shape[-3] == 1):
                 raise InputError(f"This purifier takes images of {wanted} channels. Got {tuple(x.shape)}.")
-            if 0 in x.shape[-3:]:
-                raise InputError(f"An image needs at least one pixel and one channel. Got {tuple(x.shape)}.")
-            check_channels("A purifier", x.shape if x.ndim == 4 else (1, *x.shape))
+            check_channels("A purifier", x.shape, leading="B" if x.ndim == 4 else "")
 
     def _unit(self, x: Tensor, checks: list[tuple[Tensor, str]]) -> Tensor:
         """Bring images to float32 in [0, 1], but for rounding and what `keep_outside` keeps; `checks` sees to that."""

@@ -254,9 +254,7 @@ class Purifier(Described):
             raise InputError(
                 f"This purifier takes images of {self.image_channels} channels. Got {tuple(x.shape)} for the {what}."
             )
-        if 0 in x.shape[-3:]:
-            raise InputError(f"An {what} needs at least one pixel and one channel. Got {tuple(x.shape)}.")
-        check_channels("A purifier", x.shape if x.ndim == 4 else (1, *x.shape))
+        check_channels("A purifier", x.shape, leading="B" if x.ndim == 4 else "", what=what)
         return to_unit(x, what)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from purifyloader import PurifiedLoader, recipes
 from purifyloader.errors import InputError
-from purifyloader.transforms import Compensate, RandomCompensate, RandomPurify, RandomSqueeze
+from purifyloader.transforms import Compensate, Purify, RandomCompensate, RandomPurify, RandomSqueeze, Squeeze
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
 from tests.counting import Counting, Seeds, numbered, read
 
@@ -233,6 +233,25 @@ def test_copies_and_pickles(make: Any) -> None:
     out = aug(x)
     for other in (copy.deepcopy(aug), pickle.loads(pickle.dumps(aug))):
         assert torch.equal(other(x, params=aug._params), out)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 8, 8), (2, 4, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0), (0, 3, 0, 8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Squeeze("coin"),
+        lambda: Purify(recipes.jpeg(10)),
+        Compensate,
+        lambda: RandomSqueeze("bit_depth"),
+        lambda: RandomSqueeze("bit_depth", p=0.0),
+        lambda: RandomSqueeze("coin", p=0.5),
+        lambda: RandomPurify(recipes.jpeg(10)),
+        RandomCompensate,
+    ],
+)
+def test_all_transforms_refuse_the_same_channels_and_no_pixels(make: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="of 1 or 3 channels" if shape[1] != 3 else "at least one pixel"):
+        make()(torch.rand(shape))
 
 
 def test_what_is_refused() -> None:
