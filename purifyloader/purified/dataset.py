@@ -40,8 +40,26 @@ from purifyloader.purifiers import Purifier
 log = logging.getLogger(__name__)
 
 _INNER_ATTRIBUTES = ("classes", "class_to_idx", "targets")
+_OF_SAMPLES = ("data", "labels", "samples", "imgs")  # where datasets keep what their samples are made of
 _AS_MADE = ("purifier", "seed", "draws", "sanitation", "image_key", "dataset")
 _MISSING = (None, "precompute", "purify")
+
+
+def _refused(self: Any, *_: Any, **__: Any) -> Any:
+    raise InputError(
+        "The targets of a PurifiedDataset are those of its samples, and this list is read only. Take a copy, "
+        "list(dataset.targets), or correct labels by sanitation=plans.Sanitation(...)."
+    )
+
+
+class ReadOnly(list[Any]):
+    """A list that cannot be changed: what stood in it would no longer be what the samples have."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = extend = insert = _refused
+    pop = remove = clear = sort = reverse = _refused
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
 
 
 class PurifiedDataset(GivesPurified, Dataset[Any]):
@@ -259,7 +277,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
         if name == "targets" and isinstance(mode, SamplesFromCache) and mode.is_pair:  # from where the items have them
             if self._target_list is None:
                 fields = mode.fields
-                self._target_list = list(fields) if self._kept is None else fields.get(self._kept.tolist())
+                self._target_list = ReadOnly(list(fields) if self._kept is None else fields.get(self._kept.tolist()))
             return self._target_list
         if self.dataset is not None:
             value = getattr(self._source.raw, name)  # which the samples come from, whatever the user's object has now
@@ -277,7 +295,11 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
             self._set_transform(value)
         elif name == "transforms":
             raise InputError("The transforms of a PurifiedDataset are set before wrapping. Give them to the dataset.")
-        elif name in (*_INNER_ATTRIBUTES, "data"):
+        elif name == "target_transform":
+            raise InputError(
+                "The target_transform of a PurifiedDataset is set before wrapping: give it to the dataset."
+            )
+        elif name in (*_INNER_ATTRIBUTES, *_OF_SAMPLES):
             raise InputError(
                 f"{name} of a PurifiedDataset are those of its samples. Change them in the dataset before wrapping, or "
                 "correct labels by sanitation=plans.Sanitation(...)."

@@ -8,6 +8,7 @@ import functools
 import logging
 import pickle
 from collections import namedtuple
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,31 @@ def test_labels_that_change_after_wrapping_change_everywhere_or_nowhere(images, 
         assert [target for _, target in again] == inner.targets[: len(again)]
 
 
-@pytest.mark.parametrize("name", ["targets", "data", "classes", "class_to_idx"])
+def test_a_transform_of_targets_is_set_before_wrapping(finished):
+    with pytest.raises(InputError, match="target_transform of a PurifiedDataset is set before wrapping"):
+        PurifiedDataset.from_cache(finished).target_transform = str
+
+
+CHANGES: dict[str, Callable[[list[Any]], object]] = {
+    "item": lambda targets: targets.__setitem__(1, 9),
+    "slice": lambda targets: targets.__setitem__(slice(None), [5] * len(targets)),
+    "append": lambda targets: targets.append(1),
+    "sort": lambda targets: targets.sort(),
+    "clear": lambda targets: targets.clear(),
+    "in place": lambda targets: targets.__iadd__([1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_targets_out_of_a_cache_cannot_be_changed(finished, change):
+    dataset = PurifiedDataset.from_cache(finished)
+    with pytest.raises(InputError, match="read only"):
+        CHANGES[change](dataset.targets)
+    assert dataset.targets == [target for _, target in dataset]
+    assert pickle.loads(pickle.dumps(dataset.targets)) == list(dataset.targets)
+
+
+@pytest.mark.parametrize("name", ["targets", "data", "classes", "class_to_idx", "labels", "samples", "imgs"])
 def test_what_samples_are_made_of_is_not_set_on_the_wrapper(images, finished, name):
     for dataset in (PurifiedDataset(Labelled(images), Jpeg(30)), PurifiedDataset.from_cache(finished)):
         with pytest.raises(InputError, match=f"{name} of a PurifiedDataset are those of its samples"):
