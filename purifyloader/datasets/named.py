@@ -486,6 +486,23 @@ def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | N
     return key
 
 
+def check_apart(dataset: Any, folder: Path) -> None:
+    """Raise `InputError` for a folder to write into that is below the one whose files a dataset lists."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if not isinstance(dataset, datasets.DatasetFolder | ImageFiles):
+        return
+    root = Path(dataset.folder if isinstance(dataset, ImageFiles) else dataset.root).resolve()
+    if folder.resolve().is_relative_to(root):
+        parts = folder.resolve().relative_to(root).parts
+        if isinstance(dataset, ImageFiles) and any(part.startswith(".") for part in parts):
+            return  # hidden folders are not looked into
+        raise InputError(
+            f"A cache lies outside the folder of its images, which would list it as images the next time. Got {folder} "
+            f"below {root}: give another folder."
+        )
+
+
 def _find_tars(spec: str) -> list[Path]:
     path = as_path(spec)
     if path.is_dir():

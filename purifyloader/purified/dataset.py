@@ -20,6 +20,7 @@ from purifyloader.cache.reader import CacheReader
 from purifyloader.core.checks import as_integer, as_path
 from purifyloader.core.notes import noted
 from purifyloader.datasets.conversions import Conversion
+from purifyloader.datasets.named import check_apart
 from purifyloader.datasets.samples import ImageKey, get_image
 from purifyloader.datasets.sources import Source, check_honest, random_state_kept, take_over, without_source
 from purifyloader.errors import CacheError, InputError
@@ -162,6 +163,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 self.purifier = job.purifier
             self._start(Live(job, sanitation), sanitation)
             return
+        check_apart(dataset, as_path(cache))
         opening = Opening(as_path(cache), missing, check_source, in_memory, self.batch_size, progress)
         mode, self.purifier, sanitation = opening.open(job, dataset, probed, sanitation)
         self._start(mode, sanitation)

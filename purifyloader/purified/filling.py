@@ -35,6 +35,7 @@ from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
 from purifyloader.core.checks import as_integer, as_path
 from purifyloader.core.images import ImageKind
+from purifyloader.datasets.named import check_apart
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.datasets.sources import check_honest, random_state_kept, take_over
 from purifyloader.errors import CacheError, InputError, PurifyError
@@ -124,6 +125,7 @@ def precompute(
     if plan is not None:
         fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
+    check_apart(dataset, as_path(out))
     source = take_over(dataset)
     if sanitation is not None:
         sanitation.check_length(len(source))

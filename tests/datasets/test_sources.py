@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from purifyloader import PurifiedDataset, recipes
+from purifyloader import PurifiedDataset, precompute, recipes
+from purifyloader.datasets.named import ImageFiles
 from purifyloader.datasets.sources import fetch
 from purifyloader.errors import InputError
 
@@ -78,3 +79,17 @@ def test_a_row_that_is_no_sample_is_named() -> None:
     rows = [(np.zeros((8, 8, 3), np.uint8), 0), None]
     with pytest.raises(InputError, match=r"Item 1 of the dataset: An image is PIL"):
         PurifiedDataset(rows, recipes.jpeg(50))
+
+
+@pytest.mark.parametrize("out", ["", "a", "cache", "a/cache", "other/../cache"])
+def test_a_cache_lies_outside_the_folder_of_its_images(photos: Path, out: str) -> None:
+    (photos / "a" / f"{BAD}.jpg").unlink()
+    tree, files = ImageFolder(str(photos)), ImageFiles(photos)
+    for dataset in (tree, Subset(tree, [0, 1]), files):
+        with pytest.raises(InputError, match="A cache lies outside"):
+            precompute(dataset, recipes.jpeg(50), photos / out, progress=False)
+        with pytest.raises(InputError, match="A cache lies outside"):
+            PurifiedDataset(dataset, recipes.jpeg(50), cache=photos / out, progress=False)
+    assert [path.name for path in photos.iterdir()] == ["a"]
+    assert len(precompute(files, recipes.jpeg(50), photos / ".cache", progress=False)) == len(ImageFiles(photos))
+    assert len(precompute(tree, recipes.jpeg(50), photos.parent / "cache", progress=False)) == COUNT - 1
