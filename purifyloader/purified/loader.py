@@ -87,7 +87,8 @@ class PurifiedLoader:
         ahead: batches in work while one is used. By default 1 on a GPU and 0 elsewhere.
 
     Raises `InputError` for a loader that is none or purifies already, a purifier that needs a plan, or, while
-    iterating, a loader that gives every process of a job all images, or images in another form or range; `PurifyError`,
+    iterating, a loader of which it cannot be seen that it shares the images out in a job of several processes (a
+    sampler with `num_replicas` and `rank` does), a `RANK` or `WORLD_SIZE` that is no number, or images in another form or range; `PurifyError`,
     while iterating, for a purifier that gives NaN. The batch is named.
 
     >>> import torch
@@ -418,7 +419,7 @@ def _outside(values: Tensor, slack: float) -> Tensor:
 
 
 def _check_shared_out(loader: Any) -> None:
-    """Refuse a loader of torch's that gives each process of a job all images of a dataset."""
+    """Refuse a loader of torch's in a job of several processes if nothing says that it shares the images out."""
     while not isinstance(loader, DataLoader) and "loader" in getattr(loader, "__dict__", {}):
         loader = loader.loader  # of timm's, which prefetches
     if _processes() == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -431,15 +432,16 @@ def _check_shared_out(loader: Any) -> None:
     ):
         return
     raise InputError(
-        f"In a job of several processes each must have a share of the images. Got a {type(loader).__name__} whose "
-        f"{type(loader.sampler).__name__} gives all to each of {_processes()}: wrap what accelerator.prepare(loader) "
-        "gives, or give the loader sampler=DistributedSampler(dataset). If each shall have all: "
-        "DistributedSampler(dataset, num_replicas=1, rank=0)."
+        f"In a job of several processes each must have a share of the images. It cannot be seen that the "
+        f"{type(loader.sampler).__name__} of this {type(loader).__name__} shares them out among {_processes()}: wrap "
+        "what accelerator.prepare(loader) gives, or give the loader sampler=DistributedSampler(dataset). A sampler of "
+        "your own that shares them out says so by attributes num_replicas and rank. If the dataset is this process's "
+        "share already, or each shall have all: DistributedSampler(dataset, num_replicas=1, rank=0)."
     )
 
 
 def _processes() -> int:
-    return torch.distributed.get_world_size() if _is_joined() else int(os.environ.get("WORLD_SIZE", "1"))
+    return torch.distributed.get_world_size() if _is_joined() else _of_environment("WORLD_SIZE", 1)
 
 
 def _is_stateful(loader: Any) -> bool:
@@ -481,7 +483,18 @@ def _described(value: Any) -> str:
 
 def _rank() -> int:
     """Return this process's rank: of torch.distributed where it runs, else of the environment, as torchrun sets it."""
-    return torch.distributed.get_rank() if _is_joined() else int(os.environ.get("RANK", "0"))
+    return torch.distributed.get_rank() if _is_joined() else _of_environment("RANK", 0)
+
+
+def _of_environment(name: str, least: int) -> int:
+    """Read a number that torchrun sets; `least` where it is not set."""
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(
+            f"The environment variable {name} is a whole number, at least {least}. Got {text!r}: set it, or unset it "
+            "for one process."
+        )
+    return int(text)
 
 
 def _is_joined() -> bool:

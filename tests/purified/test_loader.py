@@ -590,10 +590,10 @@ class Prefetching:
 class EachRank(Sampler[int]):
     """Another library's sampler that shares out, of no class of torch's."""
 
-    num_replicas = 2
+    num_replicas, rank = 2, 0
 
     def __iter__(self):
-        return iter(range(4))
+        return iter(range(self.rank, 8, self.num_replicas))
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital'")  # torchdata's
@@ -608,9 +608,11 @@ def test_every_process_of_a_job_gets_its_share_or_there_is_an_error(monkeypatch:
         DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, True)),
         StatefulDataLoader(data, 4),
         Prefetching(DataLoader(data, 4)),
+        DataLoader(Subset(data, range(0, 8, 2)), 2),
+        DataLoader(data, 4, sampler=range(0, 8, 2)),
     ):
         with pytest.raises(
-            InputError, match=r"must have a share.*gives all to each of 2.*accelerator\.prepare\(loader\)"
+            InputError, match=r"cannot be seen.*shares them out among 2.*accelerator\.prepare\(loader\).*num_replicas"
         ):
             iter(PurifiedLoader(plain, Counting()))
     for shared in (
@@ -621,6 +623,15 @@ def test_every_process_of_a_job_gets_its_share_or_there_is_an_error(monkeypatch:
         assert len(collected(PurifiedLoader(shared, Counting()))) == 4
     assert len(collected(PurifiedLoader(DataLoader(data, 4, sampler=DistributedSampler(data, 1, 0)), Counting()))) == 8
     assert len(collected(PurifiedLoader(DataLoader(Stream(), 3), Counting()))) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("WORLD_SIZE", ""), ("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "")]
+)
+def test_a_size_of_the_job_that_is_no_number(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(InputError, match=f"variable {name} is a whole number, at least [01]. Got '{text}'"):
+        next(iter(PurifiedLoader([(numbered(4), 0)], Counting())))
 
 
 def test_two_processes_of_accelerate_share_the_images_out() -> None:
