@@ -127,7 +127,7 @@ def _has_image(value: Any, own: Any, dimensions: int) -> bool:
     if not same_type or own.ndim != dimensions or _size(value) != _size(own):
         return False
     if channels == 1:
-        return value.dtype not in (np.uint8, torch.uint8) and _in_unit(value) and not _has_two_values(value)
+        return value.dtype not in (np.uint8, torch.uint8) and _is_grey(value)
     return _channels(own) in (3, 4) and channels % _channels(own) == 0 and not _is_map(value, own, constant=True)
 
 
@@ -145,6 +145,7 @@ def _size(image: Any) -> tuple[int, ...]:
 
 def _is_map(value: NDArray[Any] | Tensor, own: Any, constant: bool = False) -> bool:
     """Tell masks (two values, where the image has more) and soft labels (a sum of 1) from pixels."""
+    value = _thinned(value)
     if _has_two_values(value):
         several = bool(value.min() < value.max())
         return constant or (several and not _has_two_values(own if isinstance(own, Tensor) else np.asarray(own)))
@@ -152,13 +153,22 @@ def _is_map(value: NDArray[Any] | Tensor, own: Any, constant: bool = False) -> b
     return bool(abs(sums - 1).max() < _SUM)
 
 
+def _thinned(image: Any) -> Any:
+    """Take every n-th row and column, about 64 of each: enough to tell a mask, and as quick at any size."""
+    rows, columns = (slice(None, None, max(length // 64, 1)) for length in _size(image))
+    last = () if isinstance(image, Tensor) or image.ndim < 3 else (slice(None),)
+    return image[(..., rows, columns, *last)]
+
+
 def _has_two_values(value: NDArray[Any] | Tensor) -> bool:
     low, high = value.min(), value.max()
     return bool(((value == low) | (value == high)).all())
 
 
-def _in_unit(value: NDArray[Any] | Tensor) -> bool:
-    return bool(value.min() >= 0) and bool(value.max() <= 1)
+def _is_grey(value: NDArray[Any] | Tensor) -> bool:
+    """Tell one channel of pixels, floats in [0, 1], from a mask or a map of other numbers."""
+    value = _thinned(value)
+    return bool(value.min() >= 0) and bool(value.max() <= 1) and not _has_two_values(value)
 
 
 def with_image(sample: Any, image: Any, image_key: ImageKey = None) -> Any:
