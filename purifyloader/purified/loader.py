@@ -88,8 +88,8 @@ class PurifiedLoader:
 
     Raises `InputError` for a loader that is none or purifies already, a purifier that needs a plan, or, while
     iterating, a loader of which it cannot be seen that it shares the images out in a job of several processes (a
-    sampler with `num_replicas` and `rank` does), a `RANK` or `WORLD_SIZE` that is no number, or images in another form or range; `PurifyError`,
-    while iterating, for a purifier that gives NaN. The batch is named.
+    sampler with `num_replicas` and `rank` does), a `RANK` or `WORLD_SIZE` that is no number, or images in another form
+    or range; `PurifyError`, while iterating, for a purifier that gives NaN. The batch is named.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader
