@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.files.objects import Walk, code_sha256, original, parts
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -55,8 +57,9 @@ def structure(module: nn.Module, known: Known = lambda part: None) -> dict[str, 
     """Describe what a network computes with beside its weights, as JSON, submodule by submodule.
 
     Of each: its class, its public attributes but for `training`, its hooks, and the values of tensors that are no
-    weights. Attributes that are functions, classes or objects count by name (dataclasses by their fields). Not seen:
-    the code of classes and functions, attributes with a leading underscore, and anything outside of the module.
+    weights. Functions count by their name, code, defaults and closure, those of torch and numpy by name; objects by
+    their class and values (6 levels, 1,000 values); classes by name. Not seen: the code of classes, global variables,
+    attributes of modules with a leading underscore, and values of objects written in C.
 
     A class may list attributes that are for people alone as `for_people`. What `known` gives for a submodule stands in
     the place of its description, unless it is None.
@@ -98,12 +101,13 @@ def _structure(module: nn.Module, seen: set[int], known: Known = lambda part: No
     if id(module) in seen:
         return {**out, "again": True}
     seen.add(id(module))
-    out |= {name: described(value, seen) for name, value in public_attributes(module)}
+    walk = Walk(seen)
+    out |= {name: described(value, walk) for name, value in public_attributes(module)}
     if isinstance(module, torch.jit.ScriptModule):
         out |= _script(module)
     volatile = module._non_persistent_buffers_set
-    out |= {name: described(value, seen) for name, value in module._buffers.items() if name in volatile}
-    hooks = {kind.strip("_"): [described(hook, seen) for hook in vars(module)[kind].values()] for kind in HOOKS}
+    out |= {name: described(value, walk) for name, value in module._buffers.items() if name in volatile}
+    hooks = {kind.strip("_"): [described(hook, walk) for hook in vars(module)[kind].values()] for kind in HOOKS}
     out |= {kind: names for kind, names in hooks.items() if names}
     for name, part in module._modules.items():
         if part is not None:
@@ -133,11 +137,21 @@ def _class_name(cls: type[Any]) -> str:
     return f"{package}.{cls.__qualname__}" if package in ("purifyloader", "torch", "torchvision") else cls.__qualname__
 
 
-def described(value: Any, seen: set[int] | None = None) -> Any:
+def described(value: Any, walk: Walk | None = None) -> Any:
     """Describe a value as JSON, by what it is and never by where: no path, address or `repr`."""
     if type(value) in _AS_THEY_ARE:
         return value
-    seen = set() if seen is None else seen
+    walk = Walk() if walk is None else walk
+    if id(value) in walk.open:  # a value that holds itself
+        return {**_named(value), "again": True}
+    walk.open.add(id(value))
+    try:
+        return _described(value, walk)
+    finally:
+        walk.open.discard(id(value))
+
+
+def _described(value: Any, walk: Walk) -> Any:
     if isinstance(value, enum.Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, int | str):
@@ -147,24 +161,63 @@ def described(value: Any, seen: set[int] | None = None) -> Any:
             return {"float": str(float(value))}
         return int(value) if value == int(value) else float(value)  # 1 and 1.0 are one number
     if isinstance(value, Mapping):
-        return {str(key): described(part, seen) for key, part in value.items()}
+        return {_key(key, walk): described(part, walk) for key, part in walk.limited(value.items())}
     if isinstance(value, list | tuple):
-        return [described(part, seen) for part in value]
+        return [described(part, walk) for part in walk.limited(value)]
     if isinstance(value, set | frozenset):
-        return sorted((described(part, seen) for part in value), key=canonical_json)
+        if walk.levels and len(value) > walk.left:  # which of them were left out would depend on their order
+            return {"class": _class_name(type(value)), "values": len(value)}
+        return sorted((described(part, walk) for part in walk.limited(value)), key=canonical_json)
     if isinstance(value, nn.Module):  # one that is not registered, and so in no state dict
-        return {"module": _structure(value, seen), "weights_sha256": weights_sha256(value)}
+        return _module_within(value, walk)
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return _array(value)
     if isinstance(value, functools.partial):
-        return {"partial": [described(part, seen) for part in (value.func, value.args, value.keywords)]}
+        return {"partial": [described(part, walk) for part in (value.func, value.args, value.keywords)]}
     if isinstance(value, torch.dtype):
         return str(value)
+    if isinstance(value, complex):
+        return {"complex": [described(part, walk) for part in (value.real, value.imag)]}
+    if isinstance(value, bytes | bytearray):
+        return {"class": _class_name(type(value)), "sha256": hashlib.sha256(value).hexdigest()}
+    if isinstance(value, types.CodeType):
+        return code_sha256(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         values = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-        return {"class": _class_name(type(value)), **described(values, seen)}
-    name = getattr(value, "__qualname__", None)  # of a function or a class; an object has its class
+        return {"class": _class_name(type(value)), **described(values, walk)}
+    return _taken_apart(original(value), walk)
+
+
+def _key(key: Any, walk: Walk) -> str:
+    members = key if isinstance(key, tuple) else (key,)
+    plain = all(isinstance(part, str | int | float | type | torch.dtype | enum.Enum | None) for part in members)
+    return str(key) if plain else canonical_json(described(key, walk))
+
+
+def _module_within(module: nn.Module, walk: Walk) -> dict[str, Any]:
+    again = id(getattr(module, "_orig_mod", module)) in walk.modules
+    structure = _structure(module, walk.modules)
+    if again and walk.levels:  # its weights are hashed where it was described first
+        return {"module": structure}
+    return {"module": structure, "weights_sha256": weights_sha256(module)}
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """Name a function or a class; an object has its class."""
+    name = getattr(value, "__qualname__", None)
     return {"code": name} if isinstance(name, str) else {"class": _class_name(type(value))}
+
+
+def _taken_apart(value: Any, walk: Walk) -> dict[str, Any]:
+    name = _named(value)
+    if not walk.enter():
+        return name
+    try:
+        return name | {part: described(inner, walk) for part, inner in parts(value).items()}
+    except Exception:  # objects of others may refuse to be read, or hold what has no description
+        return name
+    finally:
+        walk.leave()
 
 
 def _array(value: Any) -> dict[str, Any]:

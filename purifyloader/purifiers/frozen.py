@@ -4,33 +4,40 @@ Nothing can be set on a purifier. What can be changed through it all the same (t
 model inside, lists of stages) is noticed at the next call, by a look at every attribute and tensor: a millisecond for
 100 layers. Only where something looks different, as after a move or in another process, is it hashed again.
 
-Not noticed: the code of classes and functions; attributes whose names begin with an underscore, unless the
-configuration shows them; the inside of objects that are no modules, dataclasses, lists or dicts; an array that is
-changed in place; on a GPU weights that are changed through `.data`, of which torch keeps no count, and on the CPU
-single values of them. Attributes that a network of the user's changes in its own `forward`, such as a counter, are its
-notes, and may change.
+Functions and objects that layers hold, hooks too, are looked into: defaults, closures and attributes, at most 6 levels
+deep and 1,000 values of each.
+
+Not noticed: the code of classes; attributes of modules whose names begin with an underscore, unless the configuration
+shows them; global variables; the inside of objects written in C; single values of an array of numpy's over 4 kB;
+weights that are changed through `.data`, of which torch keeps no count: on a GPU all of them, on the CPU a few single
+ones, as 64 of each tensor are compared. What a network of the user's, a hook or an object changes during a call, such
+as a counter, are its notes, and may change.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from purifyloader.cache.format import differences
 from purifyloader.core.checks import plain_number
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.objects import Walk, parts
 from purifyloader.files.weights import HOOKS, public_attributes, structure, weights_sha256
 
 __all__ = ["Freezing", "Seal", "check_move", "refuse_setting"]
 
 _SAMPLED = 64  # values of each tensor on the CPU that are looked at
+_WHOLE = 4096  # bytes of an array of numpy's that are compared one by one
 _COMPARED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8)
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 _OURS = ("purifyloader", "torch")  # packages whose modules change nothing of themselves when they are called
@@ -65,23 +72,61 @@ class _Is:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _mark(value: Any) -> Any:
+def _mark(value: Any, walk: Walk) -> Any:
     """Return what tells quickly whether a value has changed."""
     if type(value) in _PLAIN:
         return value
+    if not walk.levels:
+        return _mark_of(value, walk)
+    if id(value) in walk.open:  # an object that holds itself
+        return _Is(value)
+    walk.open.add(id(value))
+    try:
+        return _mark_of(value, walk)
+    finally:
+        walk.open.discard(id(value))
+
+
+def _mark_of(value: Any, walk: Walk) -> Any:
     if isinstance(value, list | tuple):
-        return [_mark(part) for part in value]
+        values = walk.limited(value) if walk.levels else value
+        return [part if type(part) in _PLAIN else _mark(part, walk) for part in values]
     if isinstance(value, dict):
-        return {key: _mark(part) for key, part in value.items()}
+        return {key: _mark(part, walk) for key, part in walk.limited(list(value.items()))}
     if isinstance(value, set):
         return frozenset(value)
     if isinstance(value, Tensor):
         return _tensor_mark(value)
-    if isinstance(value, nn.Module):  # of a list, which torch does not know of
-        return [_Is(value), *_Look(value).marks()]
+    if isinstance(value, np.ndarray):
+        return _array_mark(value)
+    if isinstance(value, nn.Module):  # of a list or an object, which torch does not know of
+        if walk.levels and id(value) in walk.modules:
+            return _Is(value)
+        return [_Is(value), *_Look(value, modules=walk.modules).marks()]
+    if isinstance(value, functools.partial):
+        return [_Is(value), *(_mark(part, walk) for part in (value.func, value.args, value.keywords))]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [_Is(value), *(_mark(getattr(value, field.name, None)) for field in dataclasses.fields(value))]
+        return [_Is(value), *(_mark(getattr(value, field.name, None), walk) for field in dataclasses.fields(value))]
+    return _mark_within(value, walk)
+
+
+def _mark_within(value: Any, walk: Walk) -> Any:
+    """Return the mark of a function or an object: itself, and what it computes with."""
+    with suppress(Exception):  # objects of others may refuse to be read
+        inner = parts(value)
+        if inner and walk.enter():
+            walk.open.add(id(value))
+            try:
+                return [_Is(value), _mark(inner, walk)]
+            finally:
+                walk.open.discard(id(value))
+                walk.leave()
     return _Is(value)
+
+
+def _array_mark(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+    values = array if array.nbytes <= _WHOLE else array.reshape(-1)[:: array.size // _SAMPLED]
+    return _Is(array), array.dtype, array.shape, None if array.dtype.hasobject else values.tobytes()
 
 
 def _tensor_mark(tensor: Tensor) -> tuple[Any, ...]:
@@ -95,7 +140,8 @@ def _tensor_mark(tensor: Tensor) -> tuple[Any, ...]:
 class _Look:
     """A quick look at a part of a purifier: at all of its modules but those that have a seal of their own."""
 
-    def __init__(self, root: nn.Module, skipped: frozenset[str] = frozenset()) -> None:
+    def __init__(self, root: nn.Module, skipped: frozenset[str] = frozenset(), modules: set[int] | None = None) -> None:
+        self._walk = Walk(modules)
         self.sealed: list[nn.Module] = []
         self.attributes: dict[str, Any] = {}
         self.tensors: dict[str, Any] = {}
@@ -104,6 +150,8 @@ class _Look:
         self._samples: dict[torch.dtype, list[Tensor]] = {}
         for path, module in self._modules(root):
             self._add(path, module, skipped)
+        # Functions and objects may keep notes, as a hook that collects outputs does, in networks of ours too.
+        self.foreign = self.foreign or self._walk.entered
 
     def _modules(self, module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield path, module
@@ -116,7 +164,8 @@ class _Look:
                 yield from self._modules(part, f"{path}{name}.")
 
     def _add(self, path: str, module: nn.Module, skipped: frozenset[str]) -> None:
-        cls, values = type(module), module.__dict__
+        cls, values, walk = type(module), module.__dict__, self._walk
+        walk.modules.add(id(module))
         attributes = self.attributes
         attributes[f"{path}class"] = cls
         self.foreign = (
@@ -127,10 +176,15 @@ class _Look:
         for name, value in public_attributes(module):
             key = path + name
             if key not in skipped:
-                attributes[key] = value if type(value) in _PLAIN else _mark(value)
+                attributes[key] = value if type(value) in _PLAIN else _mark(value, walk)
         for kind in HOOKS:
             if values[kind]:
-                attributes[path + kind] = [_Is(hook) for hook in values[kind].values()]
+                hooks = list(values[kind].values())
+                attributes[path + kind] = [_Is(hook) for hook in hooks]
+                for i, hook in enumerate(hooks):
+                    key = f"{path}{kind.strip('_')}.{i}"
+                    if key not in skipped:
+                        attributes[key] = _mark(hook, walk)
         attributes[f"{path}modules"] = [_Is(part) for part in values["_modules"].values()]
         for name, tensor in chain(values["_parameters"].items(), values["_buffers"].items()):
             if tensor is not None:
@@ -279,6 +333,12 @@ def _without(values: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
             out.pop(first, None)
         elif isinstance(out.get(first), dict):
             out[first] = _without(out[first], frozenset({rest}))
+        elif isinstance(out.get(first), list):  # hooks, of which the names stay
+            names = ("code", "class", "body")
+            out[first] = [
+                {name: hook[name] for name in names if name in hook} if str(i) == rest else hook
+                for i, hook in enumerate(out[first])
+            ]
     return out
 
 

@@ -342,6 +342,85 @@ def test_a_network_may_take_notes_and_no_more(hashed):
         whole(X, SEEDS)
 
 
+class Scale:
+    def __init__(self, k: Any) -> None:
+        self.k = k
+
+    def __call__(self, x: Any) -> Any:
+        return self.k * x
+
+
+def closure(k: float) -> Any:
+    def scale(x: Any, more: float = 0, *, other: float = 0) -> Any:
+        return k * x + more + other
+
+    return scale
+
+
+HELD: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "object": (lambda: Scale(2), lambda o: setattr(o, "k", 3)),
+    "object within": (lambda: [Scale({"a": Scale(2)})], lambda o: setattr(o[0].k["a"], "k", 3)),
+    "bound method": (lambda: Scale(2).__call__, lambda f: setattr(f.__self__, "k", 3)),
+    "cell": (lambda: closure(2), lambda f: setattr(f.__closure__[0], "cell_contents", 3)),
+    "defaults": (lambda: closure(2), lambda f: setattr(f, "__defaults__", (1,))),
+    "keyword defaults": (lambda: closure(2), lambda f: f.__kwdefaults__.update(other=1)),
+    "code": (lambda: lambda x: x * 1.1, lambda f: setattr(f, "__code__", (lambda x: x * 1.2).__code__)),
+    "partial": (lambda: functools.partial(Scale(2)), lambda f: setattr(f.func, "k", 3)),
+    "array": (lambda: np.ones(3), lambda array: array.fill(2)),
+    "array within": (lambda: Scale(np.ones(3)), lambda o: o.k.fill(2)),
+    "tensor within": (lambda: Scale(torch.ones(3)), lambda o: o.k.mul_(2)),
+    "module within": (lambda: Scale(nn.Conv2d(1, 1, 1)), lambda o: setattr(o.k, "padding_mode", "reflect")),
+}
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("name", HELD)
+def test_a_change_inside_of_functions_and_objects_is_noticed(name, calls):
+    make, change = HELD[name]
+    network: Any = Counting()
+    network.held = make()
+    purifier = DenoiseOnce(BlindDenoiser(network, (0.01, 0.3)), 0.1, compute_batch=2)
+    for _ in range(calls):
+        purifier(X, SEEDS)
+    change(purifier.denoiser.network.held)
+    with pytest.raises(ConfigError, match=r"denoiser\.network\.held"):
+        purifier(X, SEEDS)
+
+
+def test_a_change_inside_of_a_hook_is_noticed():
+    model, hook = slim_denoiser(), closure(1)
+    model.network.register_forward_hook(lambda module, x, y: hook(y))
+    purifier = DenoiseOnce(model, 0.1, compute_batch=2)
+    purifier(X, SEEDS)
+    hook.__defaults__ = (1,)
+    with pytest.raises(ConfigError, match=r"forward_hooks"):
+        purifier(X, SEEDS)
+
+
+def test_a_hook_may_take_notes(hashed):
+    model, notes = slim_denoiser(), []
+    model.network.register_forward_hook(lambda module, x, y: notes.append(y.mean().item()))
+    purifier = DenoiseOnce(model, 0.1, compute_batch=2)
+    want = purifier(X, SEEDS)
+    for _ in range(2):
+        assert torch.equal(purifier(X, SEEDS), want)
+    assert torch.equal(copy.deepcopy(purifier)(X, SEEDS), want)
+    assert notes
+    purifier.denoiser.network.register_forward_hook(lambda module, x, y: 2 * y)
+    with pytest.raises(ConfigError, match=r"forward_hooks"):
+        purifier(X, SEEDS)
+
+
+def test_an_object_may_hold_the_network_that_holds_it():
+    network: Any = Counting()
+    network.held = Scale(network)
+    network.method = network.forward
+    purifier = DenoiseOnce(BlindDenoiser(network, (0.01, 0.3)), 0.1, compute_batch=2)
+    want = purifier(X, SEEDS)
+    assert torch.equal(copy.deepcopy(purifier)(X, SEEDS), want)
+    assert torch.equal(pickle.loads(pickle.dumps(purifier))(X, SEEDS), want)
+
+
 def test_nothing_is_looked_at_while_a_graph_is_traced(monkeypatch):
     purifier = once()
     want = purifier(X, SEEDS)

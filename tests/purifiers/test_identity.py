@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import CacheError, CheckpointError, ConfigError
 from purifyloader.files.atomic import canonical_json
-from purifyloader.files.weights import structure, structure_sha256, weights_sha256
+from purifyloader.files.weights import described, structure, structure_sha256, weights_sha256
 from purifyloader.poisons.spec import CLEAN, AttackSpec
 from purifyloader.pretrained.kinds import identity_of
 from purifyloader.purifiers import Chain, DenoiseOnce, EnergyAbove, Jpeg, Langevin, Where
@@ -260,6 +262,107 @@ def test_networks_of_a_user_are_told_apart():
     assert len(set(identities.values())) == len(identities)
     assert identities[""] == canonical_json(identity_of(blind()))
     assert len({weights_sha256(blind(change)) for change in BLIND.values()}) == 1
+
+
+class Scale:
+    def __init__(self, k: Any) -> None:
+        self.k = k
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.k * x
+
+
+class Slotted:
+    __slots__ = ("__dict__", "_k")
+
+    def __init__(self, k: float) -> None:
+        self._k = k
+
+
+def closure(k: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: k * x
+
+
+def keyword_default(k: float) -> Callable[[Tensor], Tensor]:
+    def scale(x: Tensor, *, k: float = k) -> Tensor:
+        return k * x
+
+    return scale
+
+
+def holding_itself(k: float) -> Scale:
+    made = Scale(k)
+    made.again, made.method = [made], made.__call__  # type: ignore[attr-defined]
+    return made
+
+
+CALLABLES: dict[str, Callable[[float], Any]] = {
+    "object": Scale,
+    "object within objects": lambda k: Scale(Scale({"a": [Scale(k)]})),
+    "slots": Slotted,
+    "bound method": lambda k: Scale(k).__call__,
+    "closure": closure,
+    "closure over an object": lambda k: closure(Scale(k)),  # type: ignore[arg-type]
+    "default": lambda k: lambda x, k=k: k * x,
+    "keyword default": keyword_default,
+    "constant": lambda k: (lambda o: o * 1.1) if k == 2 else (lambda o: o * 1.2),
+    "constant of a function within": lambda k: (lambda: lambda o: o * 1.1) if k == 2 else (lambda: lambda o: o * 1.2),
+    "partial": lambda k: functools.partial(Scale(k), 1),
+    "list": lambda k: [F.relu, (Scale(k),)],
+    "dict": lambda k: {"a": closure(k)},
+    "array": lambda k: Scale(np.full(3, k)),
+    "tensor": lambda k: Scale(torch.full((3,), k)),
+    "method of a builtin": lambda k: {1: k}.get,
+    "holds itself": holding_itself,
+}
+
+
+@pytest.mark.parametrize("kind", CALLABLES)
+def test_what_a_function_or_an_object_computes_with_counts(kind):
+    two, again, three = (
+        canonical_json(identity_of(blind(lambda network, k=k: setattr(network, "act", CALLABLES[kind](k)))))
+        for k in (2.0, 2.0, 3.0)
+    )
+    assert two == again != three
+
+
+def test_hooks_count_by_their_code_and_values():
+    hooks = [lambda m, x, o: o * 1.1, lambda m, x, o: o * 1.2, closure(2), closure(3), Scale(2), Scale(3)]
+    hashes = {structure_sha256(blind(lambda network, hook=hook: network.register_forward_hook(hook))) for hook in hooks}
+    assert len(hashes) == len(hooks)
+
+
+def test_code_is_known_without_its_place():
+    one, other = ({}, {})  # type: ignore[var-annotated]
+    exec(compile("def f(x):\n    return [y * 2 for y in x]", "/here/a.py", "exec"), one)
+    exec(compile("\n\n\ndef f(x):\n    return [y * 2 for y in x]", "/there/b.py", "exec"), other)
+    assert described(one["f"]) == described(other["f"])
+
+
+def test_functions_of_torch_count_by_their_names():
+    assert described(F.relu) == {"code": "relu"}
+    assert described(F.silu) == {"code": "silu"}
+    assert described(torch.relu)["code"].endswith("relu")
+    assert described(math.sqrt) == {"code": "sqrt", "module": "math"}
+
+
+def test_a_description_ends():
+    deep: Any = 1
+    for _ in range(50):
+        deep = Scale(deep)
+    assert len(canonical_json(described(deep))) < 500
+    assert len(described(Scale(list(range(5000))))["values"]["k"]) < 1001
+
+
+def test_an_object_may_name_places_and_refuse_to_be_read(tmp_path):
+    class Closed:
+        def __getattribute__(self, name: str) -> Any:
+            if name == "__dict__":
+                raise RuntimeError("closed")
+            return super().__getattribute__(name)
+
+    values = described(Scale([tmp_path, Closed(), logging.getLogger("mine"), math]))["values"]["k"]
+    assert [set(value) for value in values] == 4 * [{"class"}]
 
 
 class Scaled(nn.Module):
