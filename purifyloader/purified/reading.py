@@ -62,12 +62,12 @@ class SampleReader:
 
     def images(self, positions: Sequence[int], samples: Sequence[Any]) -> list[Any]:
         """Return the image of each sample; `InputError` names the position of one that has none, or a second one."""
-        images = []
-        for position, sample in zip(positions, samples, strict=True):
-            images.append(of_item(position, get_image, sample, self.image_key))
-            if self.image_key is None:  # else a warning told of it when the dataset was looked at
-                of_item(position, check_one_image, sample)
-        return images
+        return [of_item(i, self._image, sample) for i, sample in zip(positions, samples, strict=True)]
+
+    def _image(self, sample: Any) -> Any:
+        if self.image_key is None:  # else a warning told of it when the dataset was looked at
+            check_one_image(sample)
+        return get_image(sample, self.image_key)
 
 
 class _Batches(Dataset[Any]):
