@@ -487,19 +487,17 @@ def image_name(dataset: Dataset[Any], index: int, sample: Any = None) -> str | N
 
 
 def check_apart(dataset: Any, folder: Path) -> None:
-    """Raise `InputError` for a folder to write into that is below the one whose files a dataset lists."""
+    """Raise `InputError` for a folder to write into that an image folder would take for a class the next time."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    if not isinstance(dataset, datasets.DatasetFolder | ImageFiles):
+    root = Path(dataset.root).resolve() if isinstance(dataset, datasets.DatasetFolder) else None
+    if root is None or not folder.resolve().is_relative_to(root):
         return
-    root = Path(dataset.folder if isinstance(dataset, ImageFiles) else dataset.root).resolve()
-    if folder.resolve().is_relative_to(root):
-        parts = folder.resolve().relative_to(root).parts
-        if isinstance(dataset, ImageFiles) and any(part.startswith(".") for part in parts):
-            return  # hidden folders are not looked into
+    parts = folder.resolve().relative_to(root).parts
+    if parts and parts[0] not in dataset.classes:
         raise InputError(
-            f"A cache lies outside the folder of its images, which would list it as images the next time. Got {folder} "
-            f"below {root}: give another folder."
+            f"A cache lies outside the folder of its images, where it would be taken for a class the next time. Got "
+            f"{folder} below {root}: give another folder."
         )
 
 
