@@ -74,12 +74,8 @@ class ModelKind:
         try:
             config = described(self.config(model))
             every = described(self.config(model, every=True)) if type(model) is self.saved() else None
-        except (
-            NotImplementedError,
-            AttributeError,
-            TypeError,
-        ):  # of the user's class or network, which may say nothing
-            config, every = {}, None
+        except (NotImplementedError, AttributeError, TypeError):
+            config, every = {}, None  # a class or a network of the user's, which may say nothing
         if every is not None and _built_structure(self.name, canonical_json(config)) == structure:
             return {"class": name, **every}
         return {**(every or config), "class": name, "structure_sha256": structure}

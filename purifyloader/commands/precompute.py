@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from purifyloader.commands.logs import show
 from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_split, add_threads
 from purifyloader.commands.recipe_options import add_recipe_options, purifier_of
-from purifyloader.core.checks import as_path
+from purifyloader.core.checks import as_path, launcher_number
 from purifyloader.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
     show(logging.WARNING if options.quiet else logging.INFO)
     rank, world_size = place(options.rank, options.world_size)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if options.rank is not None else world_size))
+    local_size = launcher_number("LOCAL_WORLD_SIZE", 1 if options.rank is not None else world_size, 1)
     device = device_of_process(options.device, rank)
     share = max(1, _cores() // max(1, local_size))
     # launchers set OMP_NUM_THREADS=1, which would leave the other cores idle

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands import options as shared
 from purifyloader.commands.logs import show
-from purifyloader.core.checks import as_path
+from purifyloader.core.checks import as_path, launcher_number
 from purifyloader.errors import CheckpointError, ConfigError, InputError, TrainingError
 from purifyloader.files.json import read_json
 
@@ -220,7 +219,7 @@ def _processes(name: str | None) -> Iterator[tuple[int, torch.device]]:
     from purifyloader.core.devices import as_device
 
     on_cpu = name == "cpu" or (name is None and not torch.cuda.is_available())
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launcher_number("WORLD_SIZE", 1, 1) == 1:
         yield 0, as_device(name or ("cpu" if on_cpu else "cuda"))
         return
     from accelerate import PartialState

@@ -22,6 +22,7 @@ __all__ = [
     "check_integer",
     "check_number",
     "check_seed",
+    "launcher_number",
     "plain_number",
 ]
 
@@ -122,6 +123,17 @@ def as_integer(name: str, value: Any, low: int) -> int:
     if not low <= integer < 2**63:
         raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {_got(value)}.")
     return integer
+
+
+def launcher_number(name: str, default: int, low: int = 0) -> int:
+    """Return a number that a launcher, such as torchrun, has set in the environment; `default` where it has not."""
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or int(text) < low:
+        raise InputError(
+            f"The environment variable {name} is a whole number, at least {low}. Got {text!r}: set it, or unset it "
+            "for one process."
+        )
+    return int(text)
 
 
 def _limits(low: float | None, above: float | None, high: float | None, below: float | None) -> str:

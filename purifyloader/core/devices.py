@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
+from purifyloader.core.checks import launcher_number
 from purifyloader.errors import InputError, PurifyError
 
 __all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic", "in_batches"]
@@ -42,7 +43,7 @@ def device_of_process(name: str | None, rank: int) -> torch.device:
     if name is None:
         name = "cuda" if gpus else "cpu"
     if name == "cuda" and gpus:  # one for each process
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % gpus}"
+        name = f"cuda:{launcher_number('LOCAL_RANK', rank) % gpus}"
     return as_device(name)
 
 
@@ -192,7 +193,7 @@ def in_batches(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> 
 
     There, too, kernels pick their arithmetic by the number of threads (of 20 x 20 images 10 % of float32 values differ
     between 4 and 8), so each call has one thread, and several run side by side. With 2 cores 8 calls take 0.66 to 0.9
-    of the time of 8 calls with both cores each, and a call alone 1.8 times as long.
+    of the time of 8 calls with both cores each, and a call alone 1.8 times as long (`examples/speed.py --threads`).
     """
     on_cpu = tensors[0].device.type == "cpu"
     if on_cpu:

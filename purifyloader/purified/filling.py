@@ -33,7 +33,7 @@ from purifyloader.cache import format as fmt
 from purifyloader.cache.format import Layout, Shard, ShardHeader
 from purifyloader.cache.reader import CacheReader
 from purifyloader.cache.writer import CacheWriter
-from purifyloader.core.checks import as_integer, as_path
+from purifyloader.core.checks import as_integer, as_path, launcher_number
 from purifyloader.core.images import ImageKind
 from purifyloader.datasets.named import check_apart
 from purifyloader.datasets.samples import ImageKey
@@ -147,10 +147,7 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise InputError(f"Give rank and world_size, or neither. Got rank={rank}, world_size={world_size}.")
     if rank is None or world_size is None:
-        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not all(text.isdecimal() for text in texts):
-            raise InputError(f"The environment variables RANK and WORLD_SIZE must be numbers. Got {texts}.")
-        rank, world_size = map(int, texts)
+        rank, world_size = launcher_number("RANK", 0), launcher_number("WORLD_SIZE", 1, 1)
     rank, world_size = as_integer("rank", rank, 0), as_integer("world_size", world_size, 1)
     if not rank < world_size:
         raise InputError(f"rank must be from 0 to world_size - 1. Got rank={rank}, world_size={world_size}.")

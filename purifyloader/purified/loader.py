@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision import tv_tensors
 
 from purifyloader.core import noise
-from purifyloader.core.checks import as_integer
+from purifyloader.core.checks import as_integer, launcher_number
 from purifyloader.core.devices import as_device, device_of, exact_arithmetic
 from purifyloader.core.images import check_channels, luma, tolerance
 from purifyloader.core.notes import noted
@@ -441,7 +440,7 @@ def _check_shared_out(loader: Any) -> None:
 
 
 def _processes() -> int:
-    return torch.distributed.get_world_size() if _is_joined() else _of_environment("WORLD_SIZE", 1)
+    return torch.distributed.get_world_size() if _is_joined() else launcher_number("WORLD_SIZE", 1, 1)
 
 
 def _is_stateful(loader: Any) -> bool:
@@ -483,18 +482,7 @@ def _described(value: Any) -> str:
 
 def _rank() -> int:
     """Return this process's rank: of torch.distributed where it runs, else of the environment, as torchrun sets it."""
-    return torch.distributed.get_rank() if _is_joined() else _of_environment("RANK", 0)
-
-
-def _of_environment(name: str, least: int) -> int:
-    """Read a number that torchrun sets; `least` where it is not set."""
-    text = os.environ.get(name, str(least))
-    if not text.isdecimal() or int(text) < least:
-        raise InputError(
-            f"The environment variable {name} is a whole number, at least {least}. Got {text!r}: set it, or unset it "
-            "for one process."
-        )
-    return int(text)
+    return torch.distributed.get_rank() if _is_joined() else launcher_number("RANK", 0)
 
 
 def _is_joined() -> bool:

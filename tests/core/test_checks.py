@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from purifyloader import purifiers, recipes
+from purifyloader.commands.training import _processes
 from purifyloader.core.checks import (
     as_integer,
     check_choice,
@@ -18,10 +19,12 @@ from purifyloader.core.checks import (
     check_integer,
     check_number,
     check_seed,
+    launcher_number,
 )
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json
+from purifyloader.purified.filling import place
 from tests.conftest import slim_denoiser, tiny_energy
 
 NOT_NUMBERS = [True, "1", None, [1], math.nan, math.inf, -math.inf, np.float32(1), torch.tensor(1.0)]
@@ -152,3 +155,24 @@ def test_numbers_of_a_sweep_are_numbers(name: str, kind: Callable[[float], Any])
 def test_where_they_are_refused_it_is_said_why(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(PurifyError, match=words):
         call()
+
+
+# -- numbers of a launcher ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-1", "1.0", " 1", "²", "0"])
+def test_what_a_launcher_sets_is_a_number(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(InputError, match=rf"WORLD_SIZE is a whole number, at least 1. Got '{text}'"):
+        launcher_number("WORLD_SIZE", 1, 1)
+    with pytest.raises(InputError, match="WORLD_SIZE"):
+        place(None, None)
+    with pytest.raises(InputError, match="WORLD_SIZE"), _processes("cpu"):
+        pass
+
+
+def test_what_it_does_not_set_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert launcher_number("RANK", 3) == 3
+    monkeypatch.setenv("RANK", "0")
+    assert launcher_number("RANK", 3) == 0

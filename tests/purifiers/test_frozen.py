@@ -195,15 +195,18 @@ OTHER_MODELS: dict[str, tuple[Callable[[], Purifier], Callable[[Any], object], s
 }
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_other_models_are_looked_at_too(name):
-    make, change, text = OTHER_MODELS[name]
+def assert_noticed(make: Callable[[], Any], change: Callable[[Any], object], text: str) -> None:
     purifier = make()
     purifier(X, SEEDS)
     change(purifier)
     with pytest.raises(ConfigError, match=NOTICED) as error:
         purifier(X, SEEDS)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_are_looked_at_too(name):
+    assert_noticed(*OTHER_MODELS[name])
 
 
 def replace_stage(chain: Any) -> None:
@@ -546,13 +549,7 @@ PRIVATE: dict[str, tuple[Callable[[], Purifier], Callable[[Any], object], str]] 
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_changes_of_a_plugin_are_noticed(name):
-    make, change, text = PRIVATE[name]
-    purifier = make()
-    purifier(X, SEEDS)
-    change(purifier)
-    with pytest.raises(ConfigError, match=NOTICED) as error:
-        purifier(X, SEEDS)
-    assert text in str(error.value)
+    assert_noticed(*PRIVATE[name])
 
 
 class Bright(Condition):
