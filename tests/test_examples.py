@@ -59,7 +59,7 @@ def accuracies(text: str, row: str) -> list[float]:
 
 def test_quickstart_runs_on_a_few_images(tmp_path):
     picture = tmp_path / "quickstart.png"
-    out = run_on_few("quickstart.py", "--images", 16, "--width", 4, "--epochs", 1, "--out", picture)
+    out = run_on_few("quickstart.py", "--images", 16, "--width", 4, "--epochs", 1, "--processes", 1, "--out", picture)
     for row in ("clean", "AR", "LSP"):
         assert len(accuracies(out, row)) == 5
     with Image.open(picture) as image:
