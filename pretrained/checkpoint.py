@@ -29,6 +29,7 @@ from purifyloader.errors import CacheError, CheckpointError, ConfigError, InputE
 from purifyloader.files.atomic import canonical_json, file_sha256, replacing, write_text
 from purifyloader.files.json import parse_json, read_json
 from purifyloader.files.locks import Lock
+from purifyloader.files.opening import check_file, opened
 from purifyloader.files.weights import named_weights, weights_sha256
 from purifyloader.pretrained.binding import bind, check_bound, remember
 from purifyloader.pretrained.kinds import KINDS, ModelKind, identity_of, kind_of, kind_of_format
@@ -172,7 +173,7 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     folder = find(name_or_path)
     config = read_config(folder, kind)
     file = folder / MODEL_FILE
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"A checkpoint holds {MODEL_FILE}. Got none in {folder}. {_AGAIN}.")
     model, why = _built(what, config[kind])
     # Read once: what is hashed is what is loaded, and nothing stays mapped to a file that may change.
@@ -234,7 +235,8 @@ def _read_weights(file: Path, model: nn.Module | None) -> bytes:
     most = 8 + _MOST_HEADER + 8 * weights  # in float64, which is refused in words of its own
     try:
         if (size := file.stat().st_size) <= most:
-            return file.read_bytes()
+            with opened(file) as stream:
+                return stream.read()
     except OSError as error:
         raise _unreadable(file, error) from None
     raise CheckpointError(
@@ -292,6 +294,7 @@ def summary(folder: Path) -> Summary:
     kind, config = kind_of_folder(folder), read_config(folder, None)
     file = folder / MODEL_FILE
     try:
+        check_file(file)
         with safe_open(file, "pt") as weights:
             parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:

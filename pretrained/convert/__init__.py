@@ -271,7 +271,7 @@ _SCHEDULER = "scheduler_config.json"
 
 def _find(source: str | Path, format: str, file: str | None) -> _Source:
     path = as_path(source)
-    if path.is_file():
+    if path.is_file() or (path.exists() and not path.is_dir()):
         if file is not None:
             raise InputError(f"--file names a file of a folder. Got the file {path} as SOURCE: leave --file out.")
         if format == "diffusers":  # its configuration lies beside it

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files.json import read_json
+from purifyloader.files.opening import UnusableFile, check_file, opened
 from purifyloader.files.pickles import Implausible, check_archive, check_torch
 from purifyloader.pretrained.convert.choice import state_dict  # the name stood here before
 from purifyloader.pretrained.registry import listed
@@ -53,11 +54,11 @@ def read_file(path: Path) -> Any:
     values: then these are named, and nothing of it was run.
     """
     if not path.is_file():
-        raise InputError(f"Expected a file of weights. Got {path}, which is no file. Check the path.")
+        raise InputError(f"Expected a file of weights. Got {path}, {_what(path)}. Check the path.")
     if path.name.endswith(INDEX):
         return _read_shards(path)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             head = file.read(64)
     except OSError as error:
         raise _error(path, "a file that can be read", str(error), "Check its rights.") from None
@@ -85,6 +86,16 @@ def read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickles that are no pickles raise anything
         raise _refusal(path, error) from None
+
+
+def _what(path: Path) -> str:
+    try:
+        check_file(path)
+    except UnusableFile as error:
+        return f"and {error}"
+    except OSError:
+        pass
+    return "which is no file"
 
 
 def shards_of(index: Path) -> list[str]:
@@ -173,7 +184,7 @@ def _wanted(path: Path) -> Iterator[str]:
                         with archive.open(name) as member:
                             yield from _globals(io.BytesIO(member.read(_READ)))
             return
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = io.BytesIO(file.read(_READ))
         for _ in range(5):  # the old format is a magic number, a version, the system, the object, the keys
             yield from _globals(start)

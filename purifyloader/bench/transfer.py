@@ -15,6 +15,7 @@ from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.locks import Lock
+from purifyloader.files.opening import UnusableFile, check_file
 from purifyloader.victims.networks import victim
 from purifyloader.victims.presets import EXTRACTOR
 from purifyloader.victims.training import train_victim
@@ -74,8 +75,9 @@ def extractor(path: Path, data: Data, network: str, *, seed: int, device: str, b
 def _read(path: Path, network: str, classes: int) -> nn.Module | None:
     """Read the network; None where there is no such file, or not a whole one: it can be made again."""
     try:
+        check_file(path)
         weights = load_file(path)
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, IsADirectoryError, UnusableFile, SafetensorError):
         return None
     with torch.random.fork_rng(devices=[]):  # a new network draws its weights
         model = victim(network, classes)

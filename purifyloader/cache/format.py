@@ -24,6 +24,7 @@ from purifyloader.core.checks import check_choice, check_integer
 from purifyloader.errors import CacheError, ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json, write_text
 from purifyloader.files.json import parse_json, read_json, read_text
+from purifyloader.files.opening import opened
 
 FORMAT = "purifyloader-cache"
 VERSION = 3
@@ -350,7 +351,7 @@ def read_shard_header(path: Path) -> ShardHeader:
     """
     try:
         with reading(path, "shard", _AGAIN):
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 size = int.from_bytes(file.read(8), "little")
                 text = file.read(size) if size <= _MAX_HEADER else b""
             outer = parse_json(text, _MAX_HEADER)
@@ -406,7 +407,7 @@ def _shard_header(values: dict[str, Any], outer: dict[str, Any], offset: int) ->
 
 def shard_hashes(path: Path, offset: int) -> tuple[str, str]:
     """Return the SHA-256 of a shard's tensor, which starts at byte `offset`, and of its whole file."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         head = file.read(offset)
         tensor, whole = hashlib.sha256(), hashlib.sha256(head)
         while block := file.read(1 << 20):

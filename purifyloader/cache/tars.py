@@ -40,6 +40,7 @@ from purifyloader.errors import CacheError, InputError
 from purifyloader.files.atomic import beside, canonical_json, file_sha256, replacing, write_new, write_text, writing
 from purifyloader.files.json import parse_json, read_json
 from purifyloader.files.locks import KEPT, Lock
+from purifyloader.files.opening import opened
 from purifyloader.files.tars import TAR_ERRORS, opened_tar
 
 FORMAT = "purifyloader-tars"
@@ -227,7 +228,7 @@ def _rows(path: Path, header: ShardHeader, draw: int) -> Iterator[bytes]:
     first = draw * count
     alike = math.prod(header.image_shape or ())
     sizes = [alike] * (first + count) if header.sizes is None else header.sizes.tolist()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         file.seek(header.offset + sum(sizes[:first]))
         for at in range(first, first + count):
             data = file.read(sizes[at])
@@ -385,7 +386,7 @@ def _imported(folder: Path, manifest: _Manifest) -> Iterator[dict[str, bytes]]:
         path = folder / tar.file
         first = index
         try:
-            with path.open("rb") as stream, opened_tar(stream) as file:
+            with opened(path) as stream, opened_tar(stream) as file:
                 for key, members in itertools.groupby(file, lambda member: member.name.partition(".")[0]):
                     fields: dict[str, bytes] = {}
                     for member in members:

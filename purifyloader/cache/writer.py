@@ -544,7 +544,9 @@ class CacheWriter:
             raise CacheError(f"A cache is a folder. Got the file {self.folder}. Give another path.")
         expected = {fmt.INDEX_FILE, fmt.PLAN_FILE, fmt.CLAIM_FILE, *(shard.file for shard in self.shards)}
         # Hidden files are left alone: temporary files of a killed run, and what file systems put there.
-        names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        with os.scandir(self.folder) as entries:
+            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+        names = sorted(is_folder)
         there: fmt.Index | fmt.Claim | fmt.Plan | ShardHeader
         for name in names:
             try:
@@ -569,7 +571,7 @@ class CacheWriter:
                     log.warning("%s will be made again: %s", name, error)
                 continue
             self._check_same(name, there)
-        if strangers := [name for name in names if name not in expected]:
+        if strangers := [name for name in names if name not in expected or is_folder[name]]:
             raise CacheError(
                 f"The folder of a cache holds nothing else. Got {self.folder} with {_some(strangers)}. "
                 "Give an empty folder, or remove these files."

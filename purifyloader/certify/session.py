@@ -43,6 +43,7 @@ from purifyloader.errors import ConfigError, InputError
 from purifyloader.files.atomic import replacing, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock
+from purifyloader.files.opening import check_file
 from purifyloader.results.rows import fingerprint
 
 __all__ = ["BUILT_IN", "Run", "Settings", "estimate", "move_to", "prepare", "vote", "vote_folders", "write"]
@@ -292,6 +293,7 @@ def _start(settings: Settings, training: Training, warm_start: _WarmStart, class
                 save_file(weights, temporary, {"made_from": made_from})
     start = training.empty(classes)
     try:
+        check_file(path)
         with safe_open(path, "pt") as file:
             kept_from = (file.metadata() or {}).get("made_from")
         if kept_from != made_from:

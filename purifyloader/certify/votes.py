@@ -79,6 +79,8 @@ class VoteFolder:
                 write_new(path, canonical_json(own) + "\n")  # or another process just has, where there are no locks
         try:
             there = read_json(path)
+        except OSError as error:
+            raise InputError(f"{path} must be a file that can be read. Got: {error}. Give another folder.") from None
         except ValueError:
             there = None
         if there != own:

@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from purifyloader.files.opening import opened
+
 __all__ = ["FORMATS", "opened_image"]
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -33,7 +35,7 @@ def opened_image(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Ite
     ...     image.size
     (4, 3)
     """
-    with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as stream:
+    with opened(file) if isinstance(file, Path) else nullcontext(file) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         with Image.open(stream, formats=list(formats)) as image:

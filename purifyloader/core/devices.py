@@ -7,8 +7,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from purifyloader.core.checks import launcher_number
 from purifyloader.errors import InputError, PurifyError
 
 __all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic", "in_batches"]
-__all__ += ["kind_of_device"]
+__all__ += ["kind_of_device", "memory_of"]
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -61,6 +62,24 @@ def check_worker(device: torch.device) -> None:
             f"{str(device)!r}. Either give PurifiedDataset a cache= folder, so that workers only read, or "
             'start workers with DataLoader(..., multiprocessing_context="spawn").'
         )
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU has, or that this process may have at most, whoever uses them now."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):  # Windows
+        sizes = [_MEMORY]
+    for limit in _CONTAINER:
+        with suppress(OSError, ValueError):  # not in a container, or "max"
+            sizes.append(int(Path(limit).read_text()))
+    return min(size for size in sizes if size > 0)
+
+
+_MEMORY = 2**40  # where the system does not say
+_CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def kind_of_device(device: torch.device) -> str:

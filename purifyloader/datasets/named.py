@@ -26,7 +26,8 @@ from torchvision import datasets
 from purifyloader.core.checks import as_path
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
-from purifyloader.files.json import parse_json
+from purifyloader.files.json import MOST_BYTES, parse_json
+from purifyloader.files.opening import check_file, opened, opened_number
 from purifyloader.files.tars import TAR_ERRORS, opened_tar, split_name
 
 __all__ = ["ImageFiles", "TarDataset", "files_below", "open_dataset", "read_image", "warn_of_others"]
@@ -38,6 +39,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 _TAR_IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
 _NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
+_LONGEST_IMAGE, _LONGEST = 2**30, {"cls": 10_000, "json": MOST_BYTES, "txt": MOST_BYTES}  # bytes of a member
 _OPEN_TARS = 64  # of the 1024 files that a process may usually have open
 
 # WebDataset leaves these out
@@ -223,9 +225,12 @@ class TarDataset(Dataset[dict[str, Any]]):
         key = self._keys[self._key_ends[position] : self._key_ends[position + 1]].decode("utf-8", "surrogateescape")
         image, fields = None, {}
         for member in range(self._starts[position], self._starts[position + 1]):
-            name = self._names[self._numbers[member]]
-            data = self._read(tar, int(self._offsets[member]), int(self._sizes[member]))
+            name, size = self._names[self._numbers[member]], int(self._sizes[member])
             what = f"{self.tars[tar]}: {key}.{name}"
+            most = _LONGEST_IMAGE if _is_image(name) else _LONGEST.get(name.rpartition(".")[2])
+            if most is not None and size > most:
+                raise InputError(f"{what} must be of at most {most:,} bytes. Got {size:,}. Write the tar anew.")
+            data = self._read(tar, int(self._offsets[member]), size)
             if _is_image(name):
                 image = _read_image(io.BytesIO(data), what, ("L", "LA", "RGB", "RGBA"))
             else:
@@ -259,7 +264,7 @@ class _OpenFile:
     fd = -1
 
     def __init__(self, path: str, stamp: tuple[int, int]) -> None:
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = opened_number(path)
         if _stamp_of(os.fstat(self.fd)) != stamp:
             raise InputError(f"{path} must stay as it is while it is in use. Got a changed file: open the set anew.")
 
@@ -286,7 +291,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _members(path: Path, skipped: list[str]) -> Iterator[tuple[str, int, int]]:
     """Yield name, offset and size of every regular file in a tar, which is whole, or an error; note what is none."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = file.read(8)
             for magic, kind in _COMPRESSED.items():
                 if start.startswith(magic):
@@ -396,6 +401,7 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
     1
     """
     if spec in TORCHVISION:
+        _check_batches(TORCHVISION[spec], as_path(root))
         try:
             return TORCHVISION[spec](str(root), train=train, download=False)
         except RuntimeError as error:
@@ -425,6 +431,17 @@ def open_dataset(spec: str, root: str | Path = "data", train: bool = True) -> Da
     if isinstance(dataset, str | bytes) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"{spec!r} must return a map-style dataset. Got {type(dataset).__name__}.")
     return dataset
+
+
+def _check_batches(kind: Any, root: Path) -> None:
+    """Refuse what stands in the place of a file of torchvision's, which would open it."""
+    names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    for path in (root / kind.base_folder / name for name in names):
+        try:
+            if path.exists():
+                check_file(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}. Download the set again.") from None
 
 
 def _in_classes(root: Path) -> datasets.ImageFolder:

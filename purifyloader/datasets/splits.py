@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import TORCHVISION, files_below, open_dataset, read_image, warn_of_others
 from purifyloader.errors import InputError
+from purifyloader.files.json import read_text
+from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, opened
 
 _VALIDATION = ("test", "val", "valid", "validation")
 _DRAW = {"train": 0, "test": 1}
@@ -114,13 +118,17 @@ def _tiny_validation(folder: Path, numbers: dict[str, int]) -> _Split:
     """Read all validation images from the one folder of Tiny-ImageNet, and their classes from its table."""
     table = folder / "val_annotations.txt"
     images, labels = [], []
-    for line in table.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = read_text(table).splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{table} must be a text that can be read. Got: {error}. Fetch it again.") from None
+    for line in lines:
         name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in numbers:
             raise InputError(f"{table} must name an image and a class of train a line. Got {line[:60]!r}.")
         images.append(np.asarray(read_image(folder / "images" / name)))
         labels.append(numbers[wnid])
-    named = {folder / "images" / line.partition("\t")[0] for line in table.read_text(encoding="utf-8").splitlines()}
+    named = {folder / "images" / line.partition("\t")[0] for line in lines}
     warn_of_others(folder, sorted({*files_below(folder)} - {table, *named}), f"those that {table.name} names are")
     if len({image.shape for image in images}) != 1:
         raise InputError(f"The images of {table} must be of one size, at least one. Got {len(images)} images.")
@@ -147,9 +155,12 @@ def shards(folder: str | Path, split: str) -> list[Path]:
 def _tar_bytes(path: Path) -> bytes:
     """Return the whole uncompressed tar, complete or an error: a stream reader takes some cut files for whole."""
     try:
-        content = path.read_bytes()
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
+        with opened(path) as file:
+            most = UNPACKED + UNPACKED_A_BYTE * os.fstat(file.fileno()).st_size
+            with gzip.open(file) if path.name.endswith(".gz") else nullcontext(file) as stream:
+                content = stream.read(most + 1)
+        if len(content) > most:
+            raise EOFError(f"it unpacks to more than {most:,} bytes")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} must be a whole gzip file; fetch it again. Got: {error}") from error
     if not content.endswith(bytes(2 * tarfile.BLOCKSIZE)):

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from purifyloader.errors import PurifyError
+from purifyloader.files.opening import opened
 
 
 class Beside:
@@ -118,7 +119,7 @@ def canonical_json(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
+
+from purifyloader.files.opening import opened
 
 __all__ = ["DEEPEST", "MOST_BYTES", "JsonError", "parse_json", "read_json", "read_text"]
 
@@ -34,8 +35,8 @@ def read_json(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Any:
 
 def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     """Read a file of UTF-8 of at most `most` bytes; `OSError` or `JsonError`."""
-    with Path(path).open("rb") as file:
-        data = file.read(most + 1)  # and not what the file says of its length: it may be sparse, or a device
+    with opened(path) as file:
+        data = file.read(most + 1)  # and not what the file says of its length: it may be sparse
     _check_length(len(data), most)
     return _decoded(data)
 

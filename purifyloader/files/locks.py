@@ -20,6 +20,7 @@ from typing import Self
 from purifyloader.errors import CacheError
 from purifyloader.files.atomic import writing
 from purifyloader.files.json import parse_json
+from purifyloader.files.opening import check_kind, opened, opened_number
 
 try:
     import fcntl
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 _POLLS = (0.005, 0.1)  # seconds between the first looks at a lock that another has, and at most
 _PATIENCE = (10.0, 300.0)  # seconds without progress before the holder is named, and at most before it is named again
 _BUSY = 6.0  # times as patient with a holder on this machine that computes: a batch of a slow sampler takes minutes
-_NOTE_BYTES = 12
+_NOTE_BYTES, _LONGEST_NOTE = 12, 10_000
 
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of CPU time, a second
 
@@ -144,8 +145,15 @@ class Lock:
     def _opened(self) -> int:
         # a link in a folder of somebody else's must not make us empty a file outside of it
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+        flags |= getattr(os, "O_NONBLOCK", 0)  # which a named pipe would make us wait without
         with writing(self._path, CacheError, KEPT):
-            return os.open(self._path, flags, 0o666)
+            handle = os.open(self._path, flags, 0o666)
+            try:
+                check_kind(handle, self._path)
+            except OSError:
+                os.close(handle)
+                raise
+            return handle
 
     def _is_there(self, handle: int) -> bool:
         """Say whether the locked file is still the one by that name."""
@@ -187,7 +195,7 @@ class Lock:
 def is_held(path: Path) -> bool:
     """Say whether a living process holds this lock; False on a file system without locks."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = opened_number(path)
     except OSError:
         return False
     try:
@@ -221,7 +229,8 @@ def held_by(path: Path) -> str:
 def _read(path: Path) -> tuple[int, Holder | None]:
     """Read the file of a lock: a number and, on the line below, the holder. Files of before have the number alone."""
     try:
-        number, _, holder = path.read_bytes().partition(b"\n")
+        with opened(path) as file:
+            number, _, holder = file.read(_LONGEST_NOTE).partition(b"\n")
         note = int(number or b"0")
     except (OSError, ValueError):
         return 0, None

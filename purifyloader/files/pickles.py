@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, check_file, opened
+
 __all__ = ["Implausible", "check_archive", "check_pickle", "check_torch"]
 
 _INSTRUCTIONS = 4_000_000  # 50,000 images have 1.5 million; this many are followed in about 8 s
@@ -26,7 +28,6 @@ _LARGEST_KEY = 2**61 - 1  # Python's hash of an integer is its remainder by this
 _BYTES = 1 << 20  # of a bytearray that is made from a number
 _LONGEST_NAME = 200
 _PICKLES = 5  # in a row in torch's old format
-_UNPACKED, _UNPACKED_A_BYTE = 1 << 29, 16  # bytes that an archive may have unpacked: so many, and so many a byte
 _MEMBER_HEADER = 30  # bytes at least before a member's data
 
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
@@ -38,7 +39,6 @@ _MARKED = {"LIST": "list", "TUPLE": "tuple", "DICT": "dict", "FROZENSET": "set"}
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
-_NOTHING = {"PROTO", "FRAME"}
 
 _MARK = object()
 
@@ -98,7 +98,7 @@ def check_pickle(stream: BinaryIO, size: int) -> None:
 def check_torch(file: Path | BinaryIO) -> None:
     """Do the same for the pickles in a file of torch.save: an archive, or five of them in a row in the old format."""
     if isinstance(file, Path):
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             check_torch(stream)
         return
     start = file.tell()
@@ -121,11 +121,13 @@ def check_archive(file: Path | BinaryIO) -> None:
 
     A file on a disk may unpack to 512 MB and 16 times its size, one inside another to 16 times its size.
     """
+    if isinstance(file, Path):
+        check_file(file)
     with zipfile.ZipFile(file) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
         assert archive.fp is not None
         size = archive.fp.seek(0, os.SEEK_END)
-    most = _UNPACKED_A_BYTE * size + (_UNPACKED if isinstance(file, Path) or hasattr(file, "name") else 0)
+    most = UNPACKED_A_BYTE * size + (UNPACKED if isinstance(file, Path) or hasattr(file, "name") else 0)
     if (unpacked := sum(member.file_size for member in members)) > most:
         raise Implausible(f"its members unpack to {unpacked:,} bytes, more than the {most:,} that are read of {size:,}")
     ends = [member.header_offset + _MEMBER_HEADER + member.compress_size for member in members]
@@ -176,7 +178,10 @@ class _Follower:
             self.made(_MARKED[name], self.to_mark())
         elif name in _SHORT_TUPLES:
             self.made("tuple", self.last(_SHORT_TUPLES[name]))
-        elif name not in _NOTHING:
+        elif name == "FRAME":
+            if argument > self.size:  # room is made for all of it
+                raise TooShort(f"it has a frame of {argument:,} bytes in a file of {self.size:,}")
+        elif name != "PROTO":
             self.step_of_objects(name, argument)
 
     def step_of_objects(self, name: str, argument: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from purifyloader.core.images import ImageKind, as_stored, from_bytes, from_engi
 from purifyloader.core.notes import NOTES
 from purifyloader.datasets.samples import ImageKey, assemble, fields, get_image, is_plain, structure_of
 from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
-from purifyloader.errors import CacheError
+from purifyloader.errors import CacheError, PurifyError
 from purifyloader.files.locks import held_by, is_held
 from purifyloader.purified import plans
 from purifyloader.purified.filling import choose_layout, fill, notes_of
@@ -92,7 +93,8 @@ class SamplesFromCache:
         self._order = order  # of the keys of the source's samples; without a source the image comes last
         self.fields: Targets = reader.targets  # of each sample beside its image, labels corrected
         if sanitation is not None:
-            self.fields = sanitation.corrected_fields(self.fields, self._structure)
+            with _as_described(reader, "with a corrected label", PurifyError):
+                self.fields = sanitation.corrected_fields(self.fields, self._structure)
         types = reader.image_types()
         self._types = types[0] if len(set(types)) == 1 else types
         self.is_pair = self._structure == {"type": "tuple", "image": 0, "fields": 2}
@@ -105,13 +107,8 @@ class SamplesFromCache:
     def sample(self, position: int, draw: int) -> Any:
         type_ = self._types if isinstance(self._types, str) else self._types[position]
         row, fields = self.reader.row(position, draw), self.fields[position]
-        try:
+        with _as_described(self.reader, position):
             sample = assemble(self._structure, fields, from_bytes(row, type_))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CacheError(
-                f"{self.reader.folder} must hold samples as its headers describe them. Got other fields or another "
-                f"image in sample {position} ({error!s:.200}): it was made by something else. Precompute it anew."
-            ) from None
         if self._order and sample.keys() == {*self._order}:
             return {key: sample[key] for key in self._order}
         return sample
@@ -123,6 +120,20 @@ class SamplesFromCache:
     def batch(self, positions: Sequence[int], draw: int) -> Tensor:
         """Read images of one shape as they are stored, uint8 (B, C, H, W), channels last."""
         return torch.from_numpy(self.reader.batch(positions, draw)).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _as_described(reader: CacheReader, sample: int | str, passing: type[PurifyError] = CacheError) -> Iterator[None]:
+    """Raise `CacheError` where a sample of a cache is not as its headers say, but let errors `passing` pass."""
+    try:
+        yield
+    except passing:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"{reader.folder} must hold samples as its headers describe them. Got other fields or another image in "
+            f"sample {sample} ({error!s:.200}): it was made by something else. Precompute it anew."
+        ) from None
 
 
 def _gives_such(reader: CacheReader, sample: Any, image_key: ImageKey) -> bool:

@@ -133,7 +133,7 @@ def from_file(path: Path, model: Any = None) -> Purifier:
     try:
         text = read_text(path)
     except (OSError, JsonError) as error:
-        why = error if path.is_file() else "no such file"
+        why = "no such file" if isinstance(error, FileNotFoundError) else error
         raise ConfigError(
             f"must be a file with the JSON of a purifier. Got {str(path)!r}: {why}.", argument="recipe"
         ) from None

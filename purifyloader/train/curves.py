@@ -19,6 +19,7 @@ __all__ = ["CURVES_CSV", "CURVES_PNG", "Curves", "write_grid"]
 
 CURVES_CSV, CURVES_PNG = "curves.csv", "curves.png"
 
+_LARGEST = 1e300
 _SIDE = 64  # pixels of an image in a picture, at least
 
 
@@ -38,6 +39,22 @@ class Curves:
             self.rows[-1].update(row)
         else:
             self.rows.append(row)
+
+    def restore(self, rows: Any, step: int) -> None:
+        """Take over the rows of a state after `step` steps; an error for others than `add` makes."""
+        if not isinstance(rows, list):
+            raise ValueError(f"its curves are {rows!r:.80}")
+        last = -1
+        for row in rows:
+            values = [value for value in row.values() if value is not None]
+            if type(row["step"]) is not int or not last < row["step"] <= step:
+                raise ValueError(f"its curves have the step {row['step']!r:.40} after {last}, where {step} are done")
+            if not all(type(value) in (int, float) and abs(value) < _LARGEST for value in values):
+                raise ValueError(f"its curves have the row {row!r:.200}")
+            for name in row.keys() - {*self.columns}:
+                _by_level(name)  # an error for no such column
+            last = row["step"]
+        self.rows = rows
 
     def write_csv(self, folder: Path) -> None:
         used = {name for row in self.rows for name in row}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number, check_seed
+from purifyloader.core.devices import memory_of
 from purifyloader.errors import ConfigError, PurifyError
+from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 
-__all__ = ["STEPS", "TrainingFields", "check_channels", "check_start", "check_start_from", "started_from"]
+__all__ = ["STEPS", "TrainingFields", "check_channels", "check_memory", "check_start", "check_start_from"]
+__all__ += ["started_from"]
 
 
 STEPS, _BATCH = 10**9, 2**20
@@ -28,6 +35,7 @@ class TrainingFields:
     """
 
     network_type: ClassVar[type[Any]]
+    network_class: ClassVar[Callable[[Any], nn.Module]]  # makes the network of a `network_type`
     length_fields: ClassVar[tuple[str, ...]] = ("steps",)
 
     network: Any
@@ -67,6 +75,15 @@ class TrainingFields:
     def more_state_bytes(self, images: Tensor) -> int:
         """Return the size of a state file beside the weights."""
         return 0
+
+    @property
+    def copies(self) -> int:
+        """How many times memory holds the weights: network, average, gradients and two moments."""
+        return 5
+
+    def more_memory(self, images: Tensor) -> int:
+        """Return the bytes that a training takes beside the weights, at least."""
+        return self.more_state_bytes(images) + 2 * 4 * self.batch_size * images[0].numel()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain data, ready for JSON."""
@@ -146,6 +163,31 @@ def check_channels(config: TrainingFields, image_channels: int) -> None:
             f"The network takes {config.network.image_channels} channels but the images have {image_channels}. "
             "Set image_channels in its configuration."
         )
+
+
+def check_memory(config: TrainingFields, images: Tensor, device: torch.device) -> None:
+    """Raise `ConfigError`, before anything is allocated, for a training that the device has no memory for.
+
+    Activations are not counted: a training that passes may still run out.
+    """
+    kind: Any = type(config)
+    parameters = _parameters(kind, canonical_json(config.network.to_dict()))
+    weights, more, there = 4 * config.copies * parameters, config.more_memory(images), memory_of(device)
+    if weights + more > there:
+        raise ConfigError(
+            f"The training must fit into the memory of {device}, {there / 1e9:,.1f} GB. Got a network of "
+            f"{parameters:,} parameters, {4 * parameters / 1e9:,.1f} GB, of which {config.copies} copies are kept "
+            f"({weights / 1e9:,.1f} GB), and {more / 1e9:,.1f} GB of images and samples at least. Give a smaller "
+            "network (channels, multipliers, blocks), batch_size, bank_size or replicate."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(kind: Any, network: str) -> int:
+    """Count the parameters of a network, whose configuration is JSON, without memory for them."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        made = kind.network_class(kind.network_type.from_dict(json.loads(network)))
+    return sum(math.prod(p.shape) for p in made.parameters())
 
 
 def _entry(model: nn.Module) -> dict[str, Any]:

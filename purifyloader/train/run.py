@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from purifyloader.core.checks import as_path, check_number
 from purifyloader.diffusion.psnr import check_images
 from purifyloader.errors import CheckpointError, InputError, PurifyError, TrainingError
+from purifyloader.pretrained.checkpoint import misfits
 from purifyloader.train.curves import CURVES_CSV, Curves
 from purifyloader.train.fields import TrainingFields
 from purifyloader.train.ranks import Ranks
-from purifyloader.train.state import STATE_FILE, Groups, identity, load_state, save_state, writing
+from purifyloader.train.state import STATE_FILE, Groups, check_header, identity, load_state, save_state, writing
 from purifyloader.train.watch import Watch
 from purifyloader.train.weights import Weights
 
@@ -263,6 +264,7 @@ class _Run(Generic[Network]):
 
     def _go_on(self, header: dict[str, Any], groups: Groups) -> None:
         task = self.task
+        check_header(header)
         if header["step"] > self.steps:
             raise TrainingError(
                 f"{self.path} is of a run that has done {header['step']} steps already. Got {self.steps} as steps: "
@@ -270,10 +272,12 @@ class _Run(Generic[Network]):
             )
         self.seconds, task.warnings = header["seconds"], header["warnings"]
         task.watch.restore(header)
-        task.curves.rows = header["curves"]
+        task.curves.restore(header["curves"], header["step"])
         if (planned := header["plan"]) != (plan := task.config.length()):
             before, now = (", ".join(f"{k}={v}" for k, v in sorted(length.items())) for length in (planned, plan))
             task.warnings.append(f"the length was changed at step {header['step']:,}: planned {before}, now {now}")
+        if wrong := misfits(_shapes(task, header["step"]), _flat(groups), torch.float32):
+            raise ValueError(wrong)
         task.restore(header["step"], groups)
 
     def _save(self) -> None:
@@ -315,6 +319,16 @@ class _Run(Generic[Network]):
         return TrainingError(
             f"{reason} at step {step}.{kept} {self.task.advice}, and start again with another output folder."
         )
+
+
+def _shapes(task: Task[Any], step: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a state after `step` steps."""
+    wanted = {**task.groups(), **task.weights.moments(step)}
+    return {name: tuple(tensor.shape) for name, tensor in _flat(wanted).items()}
+
+
+def _flat(groups: Groups) -> dict[str, Tensor]:
+    return {f"{group}/{name}": tensor for group, inner in groups.items() for name, tensor in inner.items()}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ from torch import Tensor
 from purifyloader.errors import CheckpointError, TrainingError
 from purifyloader.files.atomic import canonical_json, replacing
 from purifyloader.files.json import parse_json
+from purifyloader.files.opening import check_file
 from purifyloader.train.fields import TrainingFields
 
-__all__ = ["STATE_FILE", "Groups", "identity", "images_sha256", "load_state", "save_state", "tidy", "writing"]
+__all__ = ["STATE_FILE", "Groups", "check_header", "identity", "images_sha256", "load_state", "save_state", "tidy"]
+__all__ += ["writing"]
 
 STATE_FILE = "training-state.safetensors"
+
+_SECONDS = 1e12
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -67,6 +71,7 @@ def save_state(path: Path, header: dict[str, Any], groups: Groups) -> None:
 def _check_same_run(path: Path, header: dict[str, Any]) -> None:
     """Refuse to replace the state of another run, which a file system without locks has let into the folder."""
     try:
+        check_file(path)
         with safe_open(path, "pt") as file:
             there = parse_json((file.metadata() or {})["purifyloader"])["identity"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # missing, or damaged
@@ -86,9 +91,23 @@ def tidy(folder: Path, files: Iterable[str]) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def check_header(header: Mapping[str, Any]) -> None:
+    """Raise an error for values that no run writes; the curves and what was watched are for the task to check."""
+    step, plan = header["step"], header["plan"]
+    numbers = [value for part in plan.values() for value in (part if isinstance(part, list) else [part])]
+    if any(type(value) is not int or value < 0 for value in [step, *numbers]) or step > plan["steps"]:
+        raise ValueError(f"its step is {step!r:.40}, of a plan of {plan!r:.80}")
+    if type(header["seconds"]) not in (int, float) or not 0 <= header["seconds"] < _SECONDS:
+        raise ValueError(f"its seconds are {header['seconds']!r:.80}")
+    warnings = header["warnings"]
+    if not isinstance(warnings, list) or not all(isinstance(warning, str) for warning in warnings):
+        raise ValueError(f"its warnings are {warnings!r:.80}")
+
+
 def load_state(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Any], Groups]:
     """Read the header and the tensors of each group, of a run whose `identity` is the expected one."""
     try:
+        check_file(path)
         with safe_open(path, "pt") as file:
             header = parse_json((file.metadata() or {})["purifyloader"])
             flat = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safe_open handle is no mapping)

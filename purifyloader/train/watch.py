@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 __all__ = ["SETTLED", "Watch"]
 
 SMOOTH = 0.02  # weight of a new value in its running mean
+_LARGEST = 1e300
 SETTLED = 100  # steps before a running mean is worth stopping for
 
 
@@ -20,6 +21,7 @@ class Watch(ABC):
     """
 
     names: ClassVar[tuple[str, ...]]
+    more: ClassVar[tuple[str, ...]] = ()  # what a subclass keeps beside the means of `names`
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
@@ -48,4 +50,13 @@ class Watch(ABC):
 
     def restore(self, header: Mapping[str, Any]) -> None:
         """Take over what `header` returned."""
-        self.values = dict(header["watch"])
+        self.values = numbers_of(header["watch"], (*self.names, *self.more))
+
+
+def numbers_of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Return finite values under some of these names; `ValueError` for others."""
+    if values.keys() - {*names} or not all(
+        type(value) in (int, float) and abs(value) < _LARGEST for value in values.values()
+    ):
+        raise ValueError(f"what was watched is {dict(values)!r:.200}")
+    return dict(values)

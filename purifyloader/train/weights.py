@@ -62,6 +62,11 @@ class Weights(Generic[Network]):
         moments = {m: {name: state[m] for name, state in states.items() if m in state} for m in _MOMENTS}
         return {"model": self.network.state_dict(), "average": self.average.state_dict(), **moments}
 
+    def moments(self, step: int) -> Groups:
+        """Return tensors with the shapes of the moments after `step` steps."""
+        has = step > 0 and "betas" in self.optimizer.defaults
+        return {moment: dict(self.parameters) for moment in _MOMENTS if has}
+
     def restore(self, step: int, groups: Groups) -> None:
         """Take over what `groups` returned after `step` steps."""
         self.step = step
@@ -70,6 +75,8 @@ class Weights(Generic[Network]):
         for name, parameter in self.parameters.items():
             if name in groups.get(_MOMENTS[0], {}):
                 # in the memory format of the parameter, which fused kernels rely on
+                if bool((groups[_MOMENTS[1]][name] < 0).any()):
+                    raise ValueError(f"a mean of squares, of {name}, is negative")
                 moments = {m: torch.empty_like(parameter).copy_(groups[m][name]) for m in _MOMENTS}
                 count: Tensor = torch.tensor(float(step), device=parameter.device if self._fused else "cpu")
                 self.optimizer.state[parameter] = {"step": count, **moments}

@@ -20,6 +20,7 @@ from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.files.json import DEEPEST, JsonError, parse_json, read_json
+from purifyloader.files.opening import UnusableFile
 from purifyloader.purifiers import Chain, Diffuse, EnergyAbove, Jpeg, Langevin, Repeat, Tiles, Where, from_config
 from purifyloader.recipes.models import from_file
 from purifyloader.results import rows
@@ -68,8 +69,12 @@ def test_length_is_of_what_is_read_and_not_of_what_the_file_says(tmp_path: Path)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
     for path in (tmp_path / "sparse", Path("/dev/zero")):
-        with pytest.raises(JsonError, match="longer than 1,000 bytes"):
+        with pytest.raises(UnusableFile, match=r"sparse file|a device"):
             read_json(path, 1000)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**29)  # which may be so sparse
+    with pytest.raises(JsonError, match="longer than 1,000 bytes"):
+        read_json(tmp_path / "sparse", 1000)
     with pytest.raises(JsonError, match="longer"):
         parse_json("[" + "1," * 1000 + "1]", 1000)
 

@@ -63,8 +63,10 @@ def doubled(times: int, begin: bytes, join: bytes) -> bytes:
 
 
 TENSOR = b"torch._utils\n_rebuild_tensor_v2"
+FRAMES = (10_000, 2**31 - 1, 2**33, 2**62)
 HOSTILE: dict[str, bytes] = {
     "place of the memo": program(P.NONE, put(0xFFFFFFF0)),
+    **{f"a frame of {size:,} bytes": program(P.FRAME + struct.pack("<Q", size), P.NONE) for size in FRAMES},
     "bytearray from a number": program(called(b"builtins\nbytearray", number(1 << 32))),
     "bytes from a number": program(called(b"__builtin__\nbytes", number(1 << 33))),
     "shared tuples": program(doubled(60, P.EMPTY_TUPLE, P.TUPLE2)),
@@ -175,7 +177,7 @@ def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
 
 
 def test_members_that_unpack_to_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("purifyloader.files.pickles._UNPACKED", 100_000)
+    monkeypatch.setattr("purifyloader.files.pickles.UNPACKED", 100_000)
     zipped(tmp_path / "a.npz", 2, 100_000)
     with pytest.raises(InputError, match=r"unpack to 200,000 bytes"):
         open_content(tmp_path / "a.npz")

@@ -211,7 +211,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        denied = PermissionError(13, "denied")
+        patch.setattr("purifyloader.pretrained.checkpoint.opened", lambda _: (_ for _ in ()).throw(denied))
         fails(saved, "model.safetensors", "denied", "rights")
     (saved / "config.json").unlink()
     (saved / "config.json").mkdir()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from purifyloader.core.checks import as_path, check_number
 from purifyloader.errors import InputError
+from purifyloader.files.opening import check_file
 from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, sha256_of, size_of
 from purifyloader.poisons.attacks.choice import colour, drawn, of_class
 from purifyloader.poisons.poisoned import Bound, Poisoned
@@ -42,7 +43,8 @@ def read_trigger(path: str | os.PathLike[str]) -> Tensor:
     """
     path = as_path(path)
     try:
-        array = np.load(path, allow_pickle=False)
+        check_file(path)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # which compares its length with what it says
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"A trigger is a .npy file of numbers. Got {path}: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.shape[-3:-2] != (3,) or array.ndim > 4:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
+from purifyloader.files.opening import check_file, opened
 from purifyloader.files.pickles import check_archive
 from purifyloader.poisons.reading.unpickling import read_pickle, read_torch
 
@@ -38,10 +39,13 @@ def open_content(path: Path) -> Any:
     """
     if path.is_dir():
         return Folder(path, tuple(sorted(item.name for item in path.iterdir() if not item.name.startswith("."))))
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"Expected a poison file or folder. Got {path}, which is neither. Check the path.")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with opened(path) as file:
+            head = file.read(64)
+    except OSError as error:
+        raise InputError(f"{path} must be a poison file that can be read. Got: {error}.") from None
     if not head:
         raise InputError(f"{path} must be a poison file. Got an empty file. {_AGAIN}")
     if head.startswith(b"version https://git-lfs"):
@@ -61,6 +65,7 @@ def open_content(path: Path) -> Any:
 def read_array(path: Path) -> NDArray[Any]:
     """Read the array of an .npy file, of numbers; its rows are read from the disk when they are looked at."""
     try:
+        check_file(path)
         array = np.load(path, mmap_mode="c", allow_pickle=False)  # read where it is looked at, and never written
     except Exception as error:  # its header is read as Python source, and what that raises is not a closed list
         raise InputError(f"{path} must be a whole .npy file of numbers. Got: {error}. {_AGAIN}") from None

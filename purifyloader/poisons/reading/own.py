@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,13 @@ def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
     labels: dict[str, int] = {}
     poisoned = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row["file"] in labels:
-                    raise ValueError(f"{row['file']} twice")
-                labels[row["file"]] = int(row["label"])
-                if int(row["poisoned"]):
-                    poisoned.append(row["file"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+            if row["file"] in labels:
+                raise ValueError(f"{row['file']} twice")
+            labels[row["file"]] = int(row["label"])
+            if int(row["poisoned"]):
+                poisoned.append(row["file"])
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
             f"{path} must have the columns file, label and poisoned. Got {type(error).__name__}: {error}."
         ) from None

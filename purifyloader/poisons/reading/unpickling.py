@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from purifyloader.errors import InputError
+from purifyloader.files.opening import opened
 from purifyloader.files.pickles import check_pickle, check_torch
 
 __all__ = ["Picture", "read_pickle", "read_torch"]
@@ -181,7 +182,7 @@ def read_pickle(path: Path) -> Any:
     A class or function that is not in the list is named in an `InputError`, and nothing of it is imported or run.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             check_pickle(file, path.stat().st_size)
             file.seek(0)
             return _Unpickler(file).load()

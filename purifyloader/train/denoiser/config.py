@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from purifyloader.core import limits
 from purifyloader.core.checks import check_choice, check_integer, check_number
 from purifyloader.diffusion.denoiser import PARAMETERIZATIONS
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule, Schedule
-from purifyloader.diffusion.unet import UNetConfig
+from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError
 from purifyloader.train.denoiser.augment import AUGMENTATIONS
 from purifyloader.train.fields import STEPS, TrainingFields
@@ -57,6 +59,7 @@ class TrainConfig(TrainingFields):
     """
 
     network_type: ClassVar[type[UNetConfig]] = UNetConfig
+    network_class: ClassVar[type[UNet]] = UNet
     length_fields: ClassVar[tuple[str, ...]] = ("steps", "warmup", "decay_steps")
 
     objective: str = "hybrid"
@@ -123,6 +126,12 @@ class TrainConfig(TrainingFields):
                 "The objective 'sigma' does not train a variance. Got a network with learned_variance: "
                 "use the objective 'hybrid', or a network without."
             )
+
+    def more_memory(self, images: Tensor) -> int:
+        order = 16 * len(images) * (1 + self.replicate)  # of an epoch: what is drawn, and where it comes
+        side = self.patch_size
+        shape = images.shape[1:] if side is None else (images.shape[1], side, side)
+        return order + 2 * 4 * self.batch_size * math.prod(shape)
 
     @property
     def top_timestep(self) -> int:

@@ -29,9 +29,10 @@ from purifyloader.train.curves import Curves
 from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.denoiser.curves import COLUMNS, Validation, overfitting, validated, write_picture, write_samples
 from purifyloader.train.denoiser.examples import draw_examples
-from purifyloader.train.fields import check_channels, check_start
+from purifyloader.train.fields import check_channels, check_memory, check_start
 from purifyloader.train.run import Task, seeded, train
-from purifyloader.train.watch import SETTLED, Watch
+from purifyloader.train.state import Groups
+from purifyloader.train.watch import SETTLED, Watch, numbers_of
 from purifyloader.train.weights import Weights
 
 __all__ = ["build_denoiser", "learning_rate", "train_denoiser"]
@@ -102,7 +103,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class _LossWatch(Watch):
-    names = ("loss",)
+    names, more = ("loss",), ("lowest_loss",)
 
     def broken(self, step: int) -> str | None:
         if step >= _BEGUN:
@@ -120,7 +121,8 @@ class _LossWatch(Watch):
         return {"loss": self.values.get("loss"), "lowest_loss": self.values.get("lowest_loss")}
 
     def restore(self, header: Any) -> None:
-        self.values = {name: header[name] for name in ("loss", "lowest_loss") if header[name] is not None}
+        names = (*self.names, *self.more)
+        self.values = numbers_of({name: header[name] for name in names if header[name] is not None}, names)
 
 
 class _DenoiserTask(Task[NetworkDenoiser]):
@@ -142,6 +144,7 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
             side = min(images.shape[-2:])
             raise ConfigError(f"patch_size must be at most the side of the images, {side}. Got {config.patch_size}.")
+        check_memory(config, images, device)
         self.config, self.micro_batch, self.clip_norm = config, micro_batch, config.clip_norm
         gpu = device.type == "cuda"
         denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
@@ -218,6 +221,12 @@ class _DenoiserTask(Task[NetworkDenoiser]):
             log.warning("step %d: %s. %s; the best so far was at step %d.", step, message, advice, best)
         write_picture(self.curves, judge, folder)
         write_samples(self.weights.average, judge, folder)
+
+    def restore(self, step: int, groups: Groups) -> None:
+        super().restore(step, groups)
+        if self.validation is not None:
+            for row in validated(self.curves):
+                self.validation.means(row)  # an error for a row that lacks a level
 
     def record(self) -> dict[str, Any]:
         return {"loss": self.watch.values["loss"], "tf32": _in_tf32(self.config, self.device)}

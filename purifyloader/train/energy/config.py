@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
-from purifyloader.energy.network import EnergyConfig
+from purifyloader.energy.network import EnergyConfig, EnergyNetwork
 from purifyloader.energy.walking import STEP_SIZE, TEMPERATURE, check_dynamics
 from purifyloader.errors import ConfigError
 from purifyloader.train.fields import TrainingFields
@@ -52,6 +52,7 @@ class EnergyTrainConfig(TrainingFields):
     """
 
     network_type: ClassVar[type[EnergyConfig]] = EnergyConfig
+    network_class: ClassVar[type[EnergyNetwork]] = EnergyNetwork
     length_fields: ClassVar[tuple[str, ...]] = ("steps", "decay_at")
 
     network: EnergyConfig = field(default_factory=EnergyConfig)
@@ -99,6 +100,10 @@ class EnergyTrainConfig(TrainingFields):
         check_number("rejuvenation", self.rejuvenation, low=0, high=1)
         if self.paired and self.bank != "data":
             raise ConfigError("paired compares samples with the images they began at. Got bank='noise': use 'data'.")
+
+    @property
+    def copies(self) -> int:
+        return 6 if self.optimizer == "adam" else 4  # and the network that the samples walk with
 
     def more_state_bytes(self, images: Tensor) -> int:
         samples = self.bank_size or len(images) * (1 + self.flip)

@@ -28,7 +28,7 @@ from purifyloader.train.curves import Curves
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, WATCHED, float32_arithmetic, mean_energy, write_pictures
-from purifyloader.train.fields import check_channels, check_start
+from purifyloader.train.fields import check_channels, check_memory, check_start
 from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.state import Groups
 from purifyloader.train.watch import SETTLED, Watch
@@ -38,6 +38,7 @@ __all__ = ["build_energy", "energy_learning_rate", "train_energy"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+_TINY = 1e-300
 _APART = 10.0  # times the spread of the images' own energies (or the smallest difference so far): no way back
 _STEEP = 5.0  # times the noise of a Langevin step: its slope overshoots
 _OUTSIDE = 0.5  # of the samples' pixels have left [0, 1]: no images any more
@@ -77,7 +78,7 @@ class _EnergyWatch(Watch):
     share of the samples' pixels outside [0, 1] by more than `config.margin`.
     """
 
-    names = WATCHED
+    names, more = WATCHED, ("least",)
 
     def __init__(self, config: EnergyTrainConfig) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class _EnergyWatch(Watch):
     def _dangers(self) -> list[tuple[float, str]]:
         """Measure how near each of the ways to go wrong is, 1 being too near, and describe it."""
         means = self.values
-        scale = max(means["spread"], means.get("least", math.inf))
+        scale = max(means["spread"], means.get("least", math.inf), _TINY)
         return [
             (
                 abs(means["difference"]) / (_APART * scale),
@@ -132,6 +133,7 @@ class _EnergyTask(Task[EnergyNetwork]):
         held_out: Tensor | None,
     ) -> None:
         super().__init__(images, device, held_out)
+        check_memory(config, images, device)
         self.config = config
         self.clip_norm = math.inf if config.clip_norm is None else config.clip_norm
         energy = build_energy(config, images.shape[1], start).to(device).to(memory_format=torch.channels_last)
@@ -190,6 +192,8 @@ class _EnergyTask(Task[EnergyNetwork]):
         return {**super().groups(), "bank": {"samples": self.bank.samples}}
 
     def restore(self, step: int, groups: Groups) -> None:
+        if any(row.get(name) is None for row in self.curves.rows for name in self.watch.names):
+            raise ValueError("a row of its curves lacks what is drawn of it")
         super().restore(step, groups)
         self.bank.samples.copy_(groups["bank"]["samples"])
         self._refresh()
