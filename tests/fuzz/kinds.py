@@ -11,8 +11,10 @@ import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,17 +36,20 @@ from purifyloader.pretrained.checkpoint import summary
 from purifyloader.pretrained.convert import convert
 from purifyloader.pretrained.convert.energy import NAMES
 from purifyloader.pretrained.learned import learned_from
+from purifyloader.pretrained.plausibility import dead_leaves
 from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import EnergyAbove, Jpeg, Where
 from purifyloader.recipes.models import from_file
 from purifyloader.results import rows
+from purifyloader.train import train_denoiser
 from purifyloader.train.denoiser.config import TrainConfig
-from purifyloader.train.energy import EnergyTrainConfig
-from purifyloader.train.state import load_state, save_state
+from purifyloader.train.energy import EnergyTrainConfig, train_energy
+from purifyloader.train.state import STATE_FILE
 from tests.conftest import slim_denoiser, tiny_energy
 from tests.fuzz import mutations
 from tests.fuzz.guard import BrokenLimit, ran_out_of_memory
 from tests.fuzz.mutations import Draw, bytes_changed, json_changed, text_of
+from tests.train.tiny import IMAGES, PAIRED, SIGMA
 
 Files = dict[str, bytes]
 
@@ -392,6 +397,10 @@ def _poisons() -> list[Files]:
     def arrays(at: Path) -> None:
         np.savez(at / "set.npz", images=_MOVED, labels=_CLEAN[1])
 
+    def ntga(at: Path) -> None:
+        np.save(at / "x_train.npy", _MOVED.astype(np.float32) / 255)
+        np.save(at / "y_train.npy", np.eye(4, dtype=np.float32)[_CLEAN[1]])
+
     benchmark = {
         "poisons.pickle": pickle.dumps(pairs),
         "base_indices.pickle": pickle.dumps([1, 2, 3]),
@@ -404,6 +413,11 @@ def _poisons() -> list[Files]:
         *(saved((pairs, np.array([1, 2, 3]), 3), "0.pth", zipped) for zipped in (True, False)),
         *(saved(_DELTA, "delta.pt", zipped) for zipped in (True, False)),
         saved({"poison": normalised, "idx": [1, 2, 3]}, "poison_0.pth"),
+        saved([torch.full((3, 3, 3), 0.1)] * 4, "coefficients.pt"),
+        {"int8.pkl": pickle.dumps((_DELTA * 255).round().to(torch.int8).numpy())},
+        {"bytes.pkl": pickle.dumps([(image.tobytes(), 3) for image in _MOVED])},
+        {"delta.safetensors": safetensors_bytes({"delta": _DELTA})},  # which is no poison, and looks like one
+        _folder(ntga),
     ]
 
 
@@ -413,6 +427,8 @@ def _poison_changed(files: Files, draw: Draw) -> Files:
     change = bytes_changed
     if data.startswith(b"PK") and draw.number(3):
         change = mutations.zip_changed
+    elif name.endswith(".safetensors") and draw.number(3):
+        change = mutations.safetensors_changed
     elif name.endswith(".json") and draw.number(3):
         change = mutations.json_text_changed
     elif name.endswith(".png"):
@@ -515,6 +531,84 @@ def _foreign_opened(folder: Path) -> None:
     convert(source, folder / "out", "puregen-energy")
 
 
+_GOLDEN = Path(__file__).parents[1] / "golden" / "convert"
+_OPENAI: dict[str, Any] = {"schedule": "linear", "timesteps": 100, "rescale_timesteps": False, "norm_groups": 2}
+_FOREIGN: dict[str, dict[str, Any]] = {
+    "improved.pt": {
+        "format": "improved-diffusion",
+        "settings": {**_OPENAI, "qkv_order": "heads-first", "heads": 2},
+    },
+    "guided.pt": {
+        "format": "guided-diffusion",
+        "settings": {**_OPENAI, "qkv_order": "channels-first", "head_channels": 2},
+    },
+    "score_sde.pth": {
+        "format": "score-sde",
+        "preset": "score-sde-ddpmpp-cifar10",
+        "settings": {"norm_groups": 2},
+    },
+    "diffusion_pytorch_model.safetensors": {"format": "diffusers"},
+}
+
+
+@functools.cache
+def _foreign_networks() -> list[Files]:
+    files = [{name: (_GOLDEN / name).read_bytes()} for name in ("improved.pt", "guided.pt", "score_sde.pth")]
+    return [*files, {path.name: path.read_bytes() for path in (_GOLDEN / "diffusers").iterdir()}]
+
+
+def _foreign_network_changed(files: Files, draw: Draw) -> Files:
+    name = draw.choice(sorted(files))
+    data = files[name]
+    if name.endswith(".json"):
+        return {**files, name: (mutations.json_text_changed if draw.number(4) else bytes_changed)(data, draw)}
+    if name.endswith(".safetensors"):
+        return {**files, name: (mutations.safetensors_changed if draw.number(4) else bytes_changed)(data, draw)}
+    match draw.number(4):
+        case 0:
+            return {**files, name: bytes_changed(data, draw)}
+        case 1:
+            return {**files, name: mutations.zip_changed(data, draw, "data.pkl")}
+    read = torch.load(io.BytesIO(data), weights_only=True)
+    _tensors_changed(read["ema"]["shadow_params"] if "ema" in read and draw.number(4) else read, draw)
+    stream = io.BytesIO()
+    torch.save(read, stream)
+    return {**files, name: stream.getvalue()}
+
+
+def _tensors_changed(values: Any, draw: Draw) -> None:
+    """Change one of the tensors in a dict or a list, or put something else in its place."""
+    key = draw.choice(list(values) if isinstance(values, dict) else range(len(values)))
+    tensor = values[key] if isinstance(values[key], torch.Tensor) else torch.ones(2)
+    changes: list[Callable[[], Any]] = [
+        *(
+            tensor.flatten,
+            lambda: tensor[:0],
+            lambda: tensor[None],
+            lambda: tensor.T if tensor.ndim == 2 else tensor[0],
+        ),
+        *(tensor.double, tensor.half, tensor.long, tensor.bool, lambda: tensor * float("nan")),
+        *(lambda: torch.cat([tensor, tensor]), lambda: tensor.repeat_interleave(2, -1), lambda: torch.tensor(1.0)),
+        *(lambda: tensor.flatten()[:1].expand(10**4, 10**4), lambda: tensor.to_sparse(), lambda: [tensor]),
+        *(lambda: {"weight": tensor}, lambda: draw.choice(mutations.HOSTILE)),
+    ]
+    what = draw.number(len(changes) + 3)
+    if what < len(changes):
+        values[key] = changes[what]()
+    elif isinstance(values, dict):
+        kept = values.pop(key)
+        if what > len(changes):
+            values[draw.choice(["", "x", "module." + str(key), str(key).replace("1", "9"), str(key)[::-1]])] = kept
+    else:
+        del values[key]
+
+
+def _foreign_network_opened(folder: Path) -> None:
+    (name,) = (name for name in _FOREIGN if (folder / name).exists())
+    source = folder if name.endswith(".safetensors") else folder / name
+    convert(source, folder / "out", images=dead_leaves(1, 8), **_FOREIGN[name])
+
+
 # JSON, and what stands beside
 
 
@@ -556,31 +650,41 @@ def _votes_opened(folder: Path) -> None:
         votes.read(model)
 
 
-_IDENTITY = {"config": {"steps": 3}, "images_sha256": "0" * 64, "count": 3}
+_TRAININGS: dict[str, Callable[[Path], object]] = {
+    "denoiser": lambda at: train_denoiser(IMAGES, at, replace(SIGMA, steps=2), progress=False),
+    "energy": lambda at: train_energy(IMAGES, at, replace(PAIRED, steps=2, decay_at=()), progress=False),
+}
 
 
 @functools.cache
 def _states() -> list[Files]:
-    header = {"identity": _IDENTITY, "plan": {"steps": 3}, "step": 2, "seconds": 1.5, "curves": [], "warnings": []}
-
-    def make(at: Path) -> None:
-        save_state(at / "training-state.safetensors", header, {"network": {"weight": torch.ones(3)}})
-
-    return [_folder(make)]
+    made = []
+    with patch("purifyloader.train.energy.task.write_pictures"):
+        for name, train in _TRAININGS.items():
+            files = _folder(lambda at, name=name, train=train: train(at / name))  # type: ignore[misc]
+            made.append({path: data for path, data in files.items() if path.endswith(STATE_FILE)})
+    return made
 
 
 def _states_changed(files: Files, draw: Draw) -> Files:
     ((name, data),) = files.items()
     if draw.number(3):
         header, body = mutations.safetensors_parts(data)
-        values = json_changed(json.loads(header["__metadata__"]["purifyloader"]), draw)
+        values = json.loads(header["__metadata__"]["purifyloader"])
+        if draw.number(3):
+            key = draw.choice([name for name in values if name != "identity"])
+            values[key] = json_changed(values[key], draw, 3)
+        else:
+            values = json_changed(values, draw)
         header["__metadata__"]["purifyloader"] = text_of(values)
         return {name: mutations.safetensors_whole(header, body)}
     return {name: (mutations.safetensors_changed if draw.number(2) else bytes_changed)(data, draw)}
 
 
 def _states_opened(folder: Path) -> None:
-    load_state(folder / "training-state.safetensors", _IDENTITY)
+    for name, train in _TRAININGS.items():
+        if (folder / name / STATE_FILE).exists():
+            train(folder / name)  # which is finished, and so takes no step
 
 
 def _fields() -> list[Files]:
@@ -606,6 +710,7 @@ KINDS: dict[str, Kind] = {
     "poisons": Kind(_poisons, _poison_changed, _poison_opened),
     "models": Kind(_models, _model_changed, _model_opened),
     "foreign models": Kind(_foreign, _foreign_changed, _foreign_opened),
+    "foreign networks": Kind(_foreign_networks, _foreign_network_changed, _foreign_network_opened),
     "purifiers": Kind(_purifiers, _JSON, lambda folder: from_file(folder / "purifier.json")),
     "rows": Kind(_rows, _JSON, _rows_opened),
     "votes": Kind(_votes, _JSON, _votes_opened),

@@ -155,11 +155,11 @@ def safetensors_changed(data: bytes, draw: Draw) -> bytes:
     return safetensors_whole(json_changed(header, draw), body)
 
 
-def zip_changed(data: bytes, draw: Draw) -> bytes:
-    """Change a member, whose checksum is computed anew."""
+def zip_changed(data: bytes, draw: Draw, last: str = "") -> bytes:
+    """Change a member, whose name ends in `last` and whose checksum is computed anew."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    name = draw.choice(sorted(members))
+    name = draw.choice(sorted(name for name in members if name.endswith(last)))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for each, content in members.items():
