@@ -205,8 +205,10 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
     network = what.network(model)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if wrong := misfits(expected, weights, torch.float32):
+        wanted, got = sum(map(math.prod, expected.values())), sum(tensor.numel() for tensor in weights.values())
         raise CheckpointError(
-            f"{file} must hold the finite float32 weights of the network in {CONFIG_FILE}. Got {len(weights)} tensors, "
+            f"{file} must hold the {wanted:,} weights of the network in {CONFIG_FILE}, finite and in float32. Got "
+            f"{len(weights)} tensors of {got:,} numbers, "
             f"{wrong}. {_AGAIN}."
         )
     network.load_state_dict(weights, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import signal
@@ -152,6 +153,7 @@ PLACES: dict[str, Place] = {
     "foreign weights": (nothing, "a.pth", lambda at: convert(at / "a.pth", at / "out", "puregen-energy")),
     "weights of a folder": (model_folder, "model.safetensors", lambda at: convert(at, at / "out", "puregen-energy")),
     "poison": (nothing, "a.pth", lambda at: poisons.read(at / "a.pth")),
+    "arrays of a poison": (nothing, "a.npz", lambda at: poisons.read(at / "a.npz")),
     "image of a poison": (poison_folder, "0.png", poisons.read),
     "labels of a poison": (poison_folder, "labels.csv", poisons.read),
     "record of a poison": (poison_folder, "poison.json", poisons.read),
@@ -366,3 +368,29 @@ def test_what_is_read_is_what_torch_saved(tmp_path: Path) -> None:
     torch.save(torch.ones(3), tmp_path / "a.pt")
     with opened(tmp_path / "a.pt") as file:
         assert torch.load(file, weights_only=True).tolist() == [1, 1, 1]
+
+
+LABELS = {
+    "zeros": bytes(2**20),
+    "a field of a megabyte": b"file,label,poisoned\n" + b"x" * 2**20 + b",1,1\n",
+    "a quote that is not closed": b'file,label,poisoned\n"' + b"0.png,1,1\n" * 20_000,
+    "other bytes": b"file,label,poisoned\n\xff.png,1,1\n",
+    "no columns": b"0.png,1,1\n",
+    "a row that is short": b"file,label,poisoned\n0.png\n",
+    "a long number": b"file,label,poisoned\n0.png," + b"1" * 5000 + b",1\n",
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_no_table_are_named(name: str, tmp_path: Path) -> None:
+    (poison_folder(tmp_path) / "labels.csv").write_bytes(LABELS[name])
+    with limits(tmp_path), pytest.raises(PurifyError, match=r"labels\.csv"):
+        poisons.read(tmp_path / "poison")
+
+
+@pytest.mark.parametrize("size", [2**19, 2**20, 2**24])
+def test_a_sample_that_unpacks_to_much_is_refused(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("purifyloader.datasets.splits.UNPACKED", 2**18)
+    (tmp_path / "train-000000.tar.gz").write_bytes(gzip.compress(bytes(size)))
+    with limits(tmp_path), pytest.raises(PurifyError, match=r"train-000000\.tar\.gz .*unpacks to more than"):
+        load_sample(tmp_path, "train")

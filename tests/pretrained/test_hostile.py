@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from purifyloader.pretrained.convert import convert
 from purifyloader.pretrained.convert.energy import NAMES
 from purifyloader.train.state import load_state, save_state
 from tests.conftest import random_images, slim_denoiser, tiny_energy
+from tests.fuzz.guard import limits
 from tests.fuzz.mutations import safetensors_parts, safetensors_whole
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -62,6 +64,25 @@ def test_an_energy_too(channels: Any, tmp_path: Path) -> None:
     pretrained.save(tiny_energy(), tmp_path)
     rewrite(tmp_path, "energy", {"channels": channels})
     with pytest.raises(CheckpointError, match=r"config\.json|model\.safetensors"):
+        pretrained.load(tmp_path, "energy")
+
+
+def test_it_says_how_many_weights_the_network_has(tmp_path: Path) -> None:
+    pretrained.save(slim_denoiser(), tmp_path)
+    rewrite(tmp_path, "denoiser", {"channels": 16_384})
+    with (
+        limits(tmp_path),
+        pytest.raises(CheckpointError, match=r"the [\d,]{14,} weights of the network.*Got \d+ tensors of"),
+    ):
+        pretrained.load(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [4096, 16_384, 32_768])
+def test_weights_of_holes_as_long_as_the_network_wants_are_not_read(channels: int, tmp_path: Path) -> None:
+    pretrained.save(tiny_energy(), tmp_path)
+    rewrite(tmp_path, "energy", {"channels": channels})
+    os.truncate(tmp_path / "model.safetensors", 4 * 9 * 7 * channels**2)
+    with limits(tmp_path), pytest.raises(CheckpointError, match=r"model\.safetensors is a sparse file"):
         pretrained.load(tmp_path, "energy")
 
 
