@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["check_identity", "check_made", "check_sample", "check_where", "image_shape", "image_types", "integers"]
+__all__ = [
+    "check_identity",
+    "check_made",
+    "check_notes",
+    "check_sample",
+    "check_where",
+    "image_shape",
+    "image_types",
+    "integers",
+]
 __all__ += ["optional_object", "shape_of", "source_hashes", "text"]
 
 _TYPE = re.compile(r"[\w.+-]{1,40}/[\w.+-]{1,40}/[0-9]")
@@ -31,6 +40,14 @@ def optional_object(values: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if values[name] is not None and not isinstance(values[name], dict):
             raise ValueError(f"its {name} is no object, but {values[name]!r:.80}")
+
+
+def check_notes(value: Any) -> None:
+    """Check the notes of an index, of which samples read from it alone have the names of their classes."""
+    optional_object({"notes": value}, "notes")
+    classes = (value or {}).get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError(f"its classes are {classes!r:.80}")
 
 
 def integers(name: str, values: Any, count: int | None = None, below: int = 2**63) -> list[int]:

@@ -470,7 +470,8 @@ def parse_index(values: Any, path: Path) -> Index:
         check_guard(values, path)
         shape = values["image_shape"]
         content.check_identity(values["identity"])
-        content.optional_object(values, "notes", "plan")
+        content.check_notes(values["notes"])
+        content.optional_object(values, "plan")
         layout, shards = Layout(**values["layout"]), values["shards"]
         if not isinstance(shards, list) or len(shards) != layout.shard_count:
             raise ValueError(f"it does not name the shards of {layout}")

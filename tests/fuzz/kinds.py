@@ -253,7 +253,23 @@ def _wrapped(folder: Path) -> None:
     samples = [(image, label) for label, image in enumerate(_pictures(5))]
     for make in (PurifiedDataset.from_cache, lambda at: PurifiedDataset(samples, Jpeg(50), cache=at)):
         with accepted():
-            _ = make(folder)[0]
+            dataset = make(folder)
+            for used in (_one, _several, _all_targets):
+                with accepted():
+                    used(dataset)
+
+
+def _one(dataset: PurifiedDataset) -> None:
+    _ = dataset[0]
+
+
+def _several(dataset: PurifiedDataset) -> None:
+    dataset.__getitems__([0, len(dataset) - 1])
+
+
+def _all_targets(dataset: PurifiedDataset) -> None:
+    for name in ("targets", "classes", "class_to_idx"):
+        list(getattr(dataset, name, None) or ())
 
 
 def _gone_on_with(folder: Path) -> None:
