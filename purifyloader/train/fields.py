@@ -81,9 +81,9 @@ class TrainingFields:
         """How many times memory holds the weights: network, average, gradients and two moments."""
         return 5
 
-    def more_memory(self, images: Tensor) -> int:
-        """Return the bytes that a training takes beside the weights, at least."""
-        return self.more_state_bytes(images) + 2 * 4 * self.batch_size * images[0].numel()
+    def more_memory(self, images: Tensor, batch_size: int) -> int:
+        """Return the bytes that a process, which takes so many images of a batch, needs at least, beside weights."""
+        return self.more_state_bytes(images) + 2 * 4 * batch_size * images[0].numel()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain data, ready for JSON."""
@@ -165,14 +165,15 @@ def check_channels(config: TrainingFields, image_channels: int) -> None:
         )
 
 
-def check_memory(config: TrainingFields, images: Tensor, device: torch.device) -> None:
+def check_memory(config: TrainingFields, images: Tensor, device: torch.device, world_size: int = 1) -> None:
     """Raise `ConfigError`, before anything is allocated, for a training that the device has no memory for.
 
-    Activations are not counted: a training that passes may still run out.
+    Of several processes each takes its share of a batch. Activations are not counted: what passes may still run out.
     """
     kind: Any = type(config)
     parameters = _parameters(kind, canonical_json(config.network.to_dict()))
-    weights, more, there = 4 * config.copies * parameters, config.more_memory(images), memory_of(device)
+    more = config.more_memory(images, config.batch_size // world_size)
+    weights, there = 4 * config.copies * parameters, memory_of(device)
     if weights + more > there:
         raise ConfigError(
             f"The training must fit into the memory of {device}, {there / 1e9:,.1f} GB. Got a network of "

@@ -103,6 +103,10 @@ def test_a_training_that_fits_is_not_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fields, "memory_of", lambda device: 10_000_000)
     fields.check_memory(SIGMA, IMAGES, torch.device("cpu"))
     fields.check_memory(PLAIN, IMAGES, torch.device("cpu"))
+    many = dataclasses.replace(SIGMA, batch_size=2**20)
+    fields.check_memory(many, IMAGES, torch.device("cpu"), world_size=1000)
+    with pytest.raises(ConfigError, match="memory of cpu"):
+        fields.check_memory(many, IMAGES, torch.device("cpu"), world_size=10)
     before = torch.random.get_rng_state()
     fields.check_memory(EnergyTrainConfig(network=EnergyConfig(channels=8)), IMAGES, torch.device("cpu"))
     assert torch.equal(torch.random.get_rng_state(), before)

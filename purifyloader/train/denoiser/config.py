@@ -127,11 +127,11 @@ class TrainConfig(TrainingFields):
                 "use the objective 'hybrid', or a network without."
             )
 
-    def more_memory(self, images: Tensor) -> int:
+    def more_memory(self, images: Tensor, batch_size: int) -> int:
         order = 16 * len(images) * (1 + self.replicate)  # of an epoch: what is drawn, and where it comes
         side = self.patch_size
         shape = images.shape[1:] if side is None else (images.shape[1], side, side)
-        return order + 2 * 4 * self.batch_size * math.prod(shape)
+        return order + 2 * 4 * batch_size * math.prod(shape)
 
     @property
     def top_timestep(self) -> int:

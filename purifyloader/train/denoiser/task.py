@@ -144,7 +144,7 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
             side = min(images.shape[-2:])
             raise ConfigError(f"patch_size must be at most the side of the images, {side}. Got {config.patch_size}.")
-        check_memory(config, images, device)
+        check_memory(config, images, device, self.ranks.world_size)
         self.config, self.micro_batch, self.clip_norm = config, micro_batch, config.clip_norm
         gpu = device.type == "cuda"
         denoiser = build_denoiser(config, images.shape[1], start).to(device).train()

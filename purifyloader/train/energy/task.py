@@ -133,7 +133,7 @@ class _EnergyTask(Task[EnergyNetwork]):
         held_out: Tensor | None,
     ) -> None:
         super().__init__(images, device, held_out)
-        check_memory(config, images, device)
+        check_memory(config, images, device, self.ranks.world_size)
         self.config = config
         self.clip_norm = math.inf if config.clip_norm is None else config.clip_norm
         energy = build_energy(config, images.shape[1], start).to(device).to(memory_format=torch.channels_last)
