@@ -1,6 +1,7 @@
 """How fast: purifying in images per second, and a loader over the raw data, the cache, and with compensation.
 
     python examples/speed.py --out examples/results/speed.json
+    python examples/speed.py --core           # one core: networks alone, what is around them, and JPEG
     python examples/speed.py --threads        # network calls side by side, beside calls with all threads each
 
 All candidates take turns in one process, several rounds, and the medians are compared: the ratios hold on a
@@ -10,6 +11,7 @@ machine whose speed drifts, the absolute numbers are this machine's.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import statistics
@@ -20,11 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from purifyloader import PurifiedDataset, pretrained, recipes
 from purifyloader.core import noise
+from purifyloader.core.devices import kind_of_device
 from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.datasets.splits import load_sample
 from purifyloader.files.atomic import write_text
@@ -42,6 +46,7 @@ PURIFIERS: dict[str, tuple[Callable[[], Purifier], int]] = {  # and images a rou
 }
 
 
+MODELS = ("cifar10-sparse", "cifar10-fast")
 BATCH = 32  # images of a network call
 
 
@@ -69,6 +74,88 @@ def take_turns(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, flo
     return {name: round(statistics.median(values), 1) for name, values in rates.items()}
 
 
+def operations(network: torch.nn.Module, side: int) -> float:
+    """Count the billions of additions and multiplications of a network's convolutions on one image."""
+    counts: list[int] = []
+
+    def count(module: torch.nn.Module, _: object, out: torch.Tensor) -> None:
+        counts.append(2 * out.numel() * module.weight[0].numel())
+
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [module.register_forward_hook(count) for module in convolutions]
+    with torch.no_grad():
+        network(torch.zeros(1, 3, side, side), torch.full((1,), -300.0))
+    for hook in hooks:
+        hook.remove()
+    return sum(counts) / 1e9
+
+
+def ceiling(dtype: torch.dtype) -> tuple[Callable[[], int], float]:
+    """A convolution as processors like it best, and its billions of operations an image."""
+    layer = torch.nn.Conv2d(128, 128, 3, padding=1).to(dtype=dtype, memory_format=torch.channels_last)
+    x = torch.rand(16, 128, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def convolve() -> int:
+        with torch.inference_mode():
+            return len(layer(x))
+
+    return convolve, 2 * 32 * 32 * layer.weight.numel() / 1e9
+
+
+def through_pil(images: list[Image.Image]) -> int:
+    for image in images:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=10)
+        Image.open(stream).load()
+    return len(images)
+
+
+def compare_on_one_core(x_BCHW: torch.Tensor, keys_B: torch.Tensor, rounds: int, out: Path | None) -> None:
+    """Print images a second of purifiers of one network call, of their networks alone, and of JPEG-10."""
+    torch.set_num_threads(1)
+    pictures = [transforms.functional.to_pil_image(x) for x in x_BCHW]
+    jpeg = recipes.jpeg(10)
+    work: dict[str, Callable[[], int]] = {
+        "JPEG-10, PIL": lambda: through_pil(pictures),
+        "JPEG-10": lambda: len(jpeg(x_BCHW, keys_B)),
+    }
+    counts: dict[str, float] = {}
+    dtypes = ["float32", *["bfloat16"] * ("BF16" in kind_of_device(torch.device("cpu")))]
+    for dtype in dtypes:
+        work[f"ceiling, {dtype}"], counts[f"ceiling, {dtype}"] = ceiling(getattr(torch, dtype))
+        for model in MODELS:
+            purifier = DenoiseOnce(pretrained.load(model), 0.1, dtype=dtype, compute_batch=BATCH)
+            name, count = f"{model}, {dtype}", 512 if "fast" in model else 64
+            counts[name] = operations(pretrained.load(model).network, x_BCHW.shape[-1])
+            work[name] = partial(lambda p, n: len(p(x_BCHW[:n], keys_B[:n])), purifier, count)
+            work[f"{name}, network alone"] = partial(call_network, purifier.denoiser.network, x_BCHW[:BATCH], count)
+    rates = take_turns(work, rounds)
+    table = {}
+    print(f"{'':<28}{'images/s':>10}{'JPEG-10':>9}{'network':>10}{'around':>8}{'GFLOP':>8}{'of ceiling':>11}")
+    for name in [name for name in rates if "alone" not in name and "ceiling" not in name]:
+        row = {"images_per_second": rates[name], "beside_jpeg": rates[name] / rates["JPEG-10, PIL"]}
+        text = f"{name:<28}{rates[name]:>10.1f}{row['beside_jpeg']:>9.2f}"
+        if name in counts:
+            alone, top = rates[f"{name}, network alone"], f"ceiling, {name.split(', ')[1]}"
+            row |= {"network_images_per_second": alone, "around": 1 - rates[name] / alone, "gflop": counts[name]}
+            row["of_ceiling"] = alone * counts[name] / (rates[top] * counts[top])
+            text += f"{alone:>10.1f}{row['around']:>8.0%}{row['gflop']:>8.3f}{row['of_ceiling']:>11.0%}"
+        table[name] = {key: round(value, 4) for key, value in row.items()}
+        print(text)
+    if out:
+        machine = f"{platform.machine()}, {kind_of_device(torch.device('cpu'))}, 1 thread, torch {torch.__version__}"
+        write_text(out, json.dumps({"machine": machine, "one_core": table}, indent=1) + "\n")
+
+
+def call_network(network: torch.nn.Module, x_BCHW: torch.Tensor, count: int) -> int:
+    weight = network.stem.weight
+    x, time_B = x_BCHW.to(weight.dtype), torch.full((len(x_BCHW),), -300.0)
+    with torch.inference_mode():
+        for _ in range(count // len(x)):
+            network(x, time_B)
+    return count
+
+
 def compare_threads(x_BCHW: torch.Tensor, keys_B: torch.Tensor, rounds: int) -> None:
     """Print what it costs that a network call on a CPU has one thread, and several calls run side by side."""
     purifier = DenoiseOnce(pretrained.load("cifar10-sparse"), 0.1, compute_batch=BATCH)
@@ -94,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--core", action="store_true", help="only compare networks and JPEG on one core")
     parser.add_argument("--threads", action="store_true", help="only compare ways to use the threads of a CPU")
     options = parser.parse_args()
     folder = Path(__file__).parent / "data"
@@ -101,6 +189,9 @@ def main() -> None:
     x = torch.from_numpy(images[:512]).permute(0, 3, 1, 2).float() / 255
     keys = noise.image_keys(0, 0, range(512))
 
+    if options.core:
+        compare_on_one_core(x, keys, options.rounds, options.out)
+        return
     if options.threads:
         compare_threads(x, keys, options.rounds)
         return

@@ -1,8 +1,8 @@
 """Bind what a checkpoint says of the images that it learned from to the weights that learned from them.
 
 No model may claim to have learned from fewer images than it has. So `details` that name images also have the
-`weights_sha256` of the weights that they describe, and a network remembers the weights that it began with: through
-copies, pickles, casts and further training.
+`weights_sha256` of the weights that they describe, and a network remembers the weights that it began with, and those of
+its teacher: through copies, pickles, casts and further training.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 
-__all__ = ["bind", "check_bound", "remember"]
+__all__ = ["bind", "check_bound", "remember", "remember_teacher"]
 
 log = logging.getLogger("purifyloader")
 
 _CLAIMS = ("image_hashes", "images_sha256", "indices")  # details that name images learned from
 _BOUND = "weights_sha256"
 _ORIGIN = "_purifyloader_origin"  # of a network: a dict of _BOUND and of its checkpoint's claims, as hashes
+_TEACHER = "_purifyloader_teacher"  # of a network: the weights from which it was distilled
+
+_ANCESTORS = {"start_from": "started_from", "distil_from": "distilled_from"}  # of a training, and what names them
 
 _LEAVE_OUT = f"leave {', '.join(_CLAIMS)} and {_BOUND} out of them, and the model says that it is not known"
 
@@ -33,6 +36,11 @@ _LEAVE_OUT = f"leave {', '.join(_CLAIMS)} and {_BOUND} out of them, and the mode
 def remember(network: nn.Module, weights: str, details: Any = None) -> None:
     """Note in a network the weights that it begins with, and what the details of their checkpoint say of them."""
     setattr(network, _ORIGIN, {_BOUND: weights, "claims": _claims(details)})
+
+
+def remember_teacher(network: nn.Module, weights: str) -> None:
+    """Note in a network the weights of the model whose estimates it learns."""
+    setattr(network, _TEACHER, weights)
 
 
 def check_bound(details: Any, weights: str, file: object) -> None:
@@ -67,15 +75,17 @@ def bind(details: Mapping[str, Any], model: nn.Module, network: nn.Module) -> di
             f"of {weights[:16]}. Give what these learned from and the weights that they started from, or {_LEAVE_OUT}."
         )
     claims = _claims(details)
-    if origin is not None and weights != origin[_BOUND]:
-        if _started_from(details) != origin[_BOUND]:
+    begun = origin[_BOUND] if origin is not None and weights != origin[_BOUND] else None
+    for field, wanted in (("start_from", begun), ("distil_from", getattr(network, _TEACHER, None))):
+        if wanted is not None and _ancestor(details, field) != wanted:
             raise InputError(
-                "details must say from which weights a training started: what these learned from counts too. Got none "
-                f"of the model that was loaded with the weights {origin[_BOUND][:16]} and changed. Add train = "
-                '{"start_from": {"name": ..., "weights_sha256": ...}} (purifyloader.train.started_from makes it), or '
-                f"{_LEAVE_OUT}."
+                "details must say from which weights a training started, and from which it was distilled: what these "
+                f"learned from counts too. Got none of the model of the weights {wanted[:16]}. Add train = "
+                f'{{"{field}": {{"name": ..., "weights_sha256": ...}}}} (purifyloader.train.{_ANCESTORS[field]} makes '
+                f"it), or {_LEAVE_OUT}."
             )
-    elif origin is not None and any(claims.get(name) != value for name, value in origin["claims"].items()):
+    known = origin["claims"] if origin is not None and begun is None else {}
+    if any(claims.get(name) != value for name, value in known.items()):
         raise InputError(
             "details must name the images that the checkpoint of these weights names. Got others for a model that was "
             f"loaded and not changed. Give the details of its config.json, or {_LEAVE_OUT}."
@@ -88,13 +98,14 @@ def _claims(details: Any) -> dict[str, str]:
     if not isinstance(details, Mapping):
         return {}
     claims = {name: details[name] for name in _CLAIMS if name in details}
-    if claims and (start := _started_from(details)) is not None:
-        claims["start_from"] = start
+    if claims:
+        ancestors = {field: _ancestor(details, field) for field in _ANCESTORS}
+        claims |= {field: weights for field, weights in ancestors.items() if weights is not None}
     return {name: hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in claims.items()}
 
 
-def _started_from(details: Mapping[str, Any]) -> Any:
-    """Return the hash of the weights that a training started from, where details name them."""
+def _ancestor(details: Mapping[str, Any], field: str) -> Any:
+    """Return the hash of the weights that a field of a training names, where details have it."""
     train = details.get("train")
-    start = train.get("start_from") if isinstance(train, Mapping) else None
-    return start.get(_BOUND) if isinstance(start, Mapping) else None
+    entry = train.get(field) if isinstance(train, Mapping) else None
+    return entry.get(_BOUND) if isinstance(entry, Mapping) else None

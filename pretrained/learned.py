@@ -27,7 +27,7 @@ from purifyloader.errors import CheckpointError, InputError, PurifyError
 from purifyloader.files.hashes import hashes_of_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import load, read_config
-from purifyloader.pretrained.kinds import kind_of_format
+from purifyloader.pretrained.kinds import ModelKind, kind_of_format
 from purifyloader.pretrained.registry import find
 
 __all__ = ["Learned", "check_disjoint", "learned_from", "learned_images", "weights_of"]
@@ -42,20 +42,26 @@ def weights_of(model: str | os.PathLike[str], kind: str) -> str:
     return weights_sha256(load(model, kind))
 
 
-def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and details of a model, of the model that its training started from, and so on.
+_WAYS = {"start_from": "started from", "distil_from": "was distilled from"}  # in which a model learned from another
 
-    `InputError` where a model that a training started from is not found; `CheckpointError` where the files of one are
-    not of one model, so that its details may be of other weights.
+
+def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and details of a model, of those that its training started and was distilled from, and so on.
+
+    `InputError` where such a model is not found; `CheckpointError` where the files of one are not of one model, so that
+    its details may be of other weights.
     """
-    name: str = os.fspath(model)
+    waiting: list[str] = [os.fspath(model)]
     visited: set[str] = set()
-    while name not in visited:
+    while waiting:
+        name = waiting.pop(0)
+        if name in visited:
+            continue
         folder = find(name)
         config = read_config(folder, None)
         kind = kind_of_format(config["format"])
         assert kind is not None
-        if not visited:  # those that a training started from are compared before they come here
+        if not visited:  # the others are compared before they come here
             weights_of(folder, kind.name)
         visited.add(name)
         details = config.get("details")
@@ -63,22 +69,25 @@ def _lineage(model: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
             details = {}
         yield name, details
         train = details.get("train")
-        start = train.get("start_from") if isinstance(train, dict) else None
-        if start is None:
-            return
-        before, weights = (start.get("name"), start.get("weights_sha256")) if isinstance(start, dict) else (None, None)
-        try:
-            is_found = isinstance(before, str) and weights_of(before, kind.name) == weights
-        except CheckpointError:
-            is_found = False
-        if not is_found:
-            raise InputError(
-                f"{name!r} does not say all that it learned from: its training started from the {kind.noun} "
-                f"{before!r}, and no model of that name has those weights here. Put its folder where that name "
-                "leads, or take another model."
-            )
-        assert isinstance(before, str)
-        name = before
+        for field, way in _WAYS.items():
+            if isinstance(train, dict) and train.get(field) is not None:
+                waiting.append(_before(name, train[field], kind, way))
+
+
+def _before(name: str, entry: Any, kind: ModelKind, way: str) -> str:
+    """Return the name of the model of an entry, once its weights are the ones; `InputError` where they are not."""
+    before, weights = (entry.get("name"), entry.get("weights_sha256")) if isinstance(entry, dict) else (None, None)
+    try:
+        is_found = isinstance(before, str) and weights_of(before, kind.name) == weights
+    except CheckpointError:
+        is_found = False
+    if not is_found:
+        raise InputError(
+            f"{name!r} does not say all that it learned from: its training {way} the {kind.noun} {before!r}, and no "
+            "model of that name has those weights here. Put its folder where that name leads, or take another model."
+        )
+    assert isinstance(before, str)
+    return before
 
 
 def learned_from(model: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Hashes:

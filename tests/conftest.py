@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.plain import PlainUNet, PlainUNetConfig
 from purifyloader.diffusion.schedule import CosineSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.energy import EnergyConfig, EnergyNetwork
@@ -71,6 +72,21 @@ def tiny_network(
             for parameter in network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return network.eval().requires_grad_(False)
+
+
+def plain_network(config: PlainUNetConfig | None = None, seed: int = 0) -> PlainUNet:
+    """A plain U-Net with random, not zero, output layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = PlainUNet(PlainUNetConfig((8, 16), (1, 1)) if config is None else config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval().requires_grad_(False)
+
+
+def plain_denoiser(seed: int = 0) -> NetworkDenoiser:
+    return NetworkDenoiser(plain_network(seed=seed), "edm", (0.001, 0.3))
 
 
 def tiny_denoiser(channels: int = 3, parameterization: str = "edm", seed: int = 0) -> NetworkDenoiser:

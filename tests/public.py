@@ -57,7 +57,7 @@ PUBLIC = {
         "psnr",
         "removed_energy",
     ],
-    "purifyloader.train": ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"],
+    "purifyloader.train": ["RECIPES", "TrainConfig", "distilled_from", "recipe", "started_from", "train_denoiser"],
     "purifyloader.datasets": ["ImageFiles", "TarDataset", "open_dataset", "read_image"],
     "purifyloader.purified.plans": ["Sanitation", "plan"],
     "purifyloader.recipes": [

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands.options import positive
-from purifyloader.commands.training import Kind, Trained, add_training_options, beginning, changes_of, run_training
+from purifyloader.commands.training import (
+    Kind,
+    Trained,
+    add_training_options,
+    changes_of,
+    fields_of_file,
+    fitted,
+    named_model,
+    run_training,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +43,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         validation="measure PSNR on",
         presets={
             "light": "a small network for the noise that purification uses, an hour of two CPU cores (default)",
+            "fast": "a network of a tenth of its arithmetic, for purifying in the loader",
             "eclipse": "the paper's",
             "puregen": "PureGen-DDPM's, t <= 250",
         },
         steps="optimiser steps",
         batch="images a step, over all processes",
+    )
+    how.add_argument(
+        "--distil-from", metavar="MODEL", help="a denoiser whose estimates are learned in the place of clean images"
     )
     how.add_argument("--decay-steps", type=int, help="last steps, over which the learning rate falls to zero")
     how.add_argument("--replicate", type=int, metavar="M", help="further copies of each image in an epoch")
@@ -102,16 +115,20 @@ def _judge(options: argparse.Namespace, trained: Trained) -> tuple[list[str], di
 
 def configuration(
     options: argparse.Namespace, image_shape: Sequence[int], device: torch.device
-) -> tuple[TrainConfig, NetworkDenoiser | None]:
-    """Build a configuration from a preset, fields of a file over it, and options over both; load its start or None."""
+) -> tuple[TrainConfig, dict[str, NetworkDenoiser | None]]:
+    """Build a configuration from a preset, fields of a file over it, and options over both; load the models it names.
+
+    Those are `start` and `teacher`, as `train_denoiser` takes them, or None.
+    """
     from purifyloader.train.denoiser.config import TrainConfig, recipe
-    from purifyloader.train.fields import started_from
+    from purifyloader.train.fields import distilled_from, started_from
 
     side = min(image_shape[-2:])
     base = recipe(options.preset, side, image_shape[0])
     if base.patch_size is not None and base.patch_size > side:
         base = dataclasses.replace(base, patch_size=None)
-    fields, start = beginning(options, "denoiser", _fields_of_card)
+    fields = fields_of_file(options, _fields_of_card)
+    start, teacher = (named_model(options, fields, name, "denoiser") for name in ("start_from", "distil_from"))
     if start is not None:
         _follow(start, base, fields)
     if type(fields.get("steps")) is int:
@@ -120,21 +137,24 @@ def configuration(
     changes = changes_of(options, TrainConfig)
     if "steps" in changes:
         changes |= _lengths(config, options.steps, changes)
-    if not {"compile"} & {*changes, *fields}:
-        changes["compile"] = device.type == "cuda" and changes.get("steps", config.steps) >= _COMPILE_STEPS
     config = TrainConfig.from_dict(changes, config)
-    return (config, None) if start is None else (started_from(config, start), start)
+    config = fitted(config, {*changes, *fields}, device, config.steps >= _COMPILE_STEPS)
+    if start is not None:
+        config = started_from(config, start)
+    if teacher is not None:
+        config = distilled_from(config, teacher)
+    return config, {"start": start, "teacher": teacher}
 
 
 def _fields_of_card(config: Mapping[str, Any]) -> Any:
-    from purifyloader.diffusion.unet import UNetConfig
+    from purifyloader.diffusion.networks import network_config, network_to_dict
 
     values = config["details"].get("train")
     if not isinstance(values, dict):
         return values
     if isinstance(network := values.get("network"), dict):
         # whole: a field that it leaves out is at its default there, whatever the preset has
-        values["network"] = {**dataclasses.asdict(UNetConfig()), **network}
+        values["network"] = network_to_dict(network_config(network), every=True)
     denoiser = config.get("denoiser")  # an energy model's flip is its own
     if "flip" in values and isinstance(denoiser, dict) and {"parameterization", "schedule"} <= denoiser.keys():
         # a card from before the presets
@@ -147,6 +167,7 @@ def _fields_of_card(config: Mapping[str, Any]) -> Any:
 
 def _follow(start: NetworkDenoiser, base: TrainConfig, fields: dict[str, Any]) -> None:
     """Take over from the denoiser to start from what its weights mean, where `fields` do not say otherwise."""
+    from purifyloader.diffusion.networks import network_to_dict
     from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 
     fields.setdefault("parameterization", start.parameterization)
@@ -156,8 +177,9 @@ def _follow(start: NetworkDenoiser, base: TrainConfig, fields: dict[str, Any]) -
         if isinstance(start.schedule, CosineSchedule | LinearSchedule):
             fields.setdefault("schedule", start.schedule.kind)
             fields.setdefault("timesteps", start.schedule.timesteps)
-    learned = start.learned_variance or (hybrid and base.network.learned_variance)
-    network = {**dataclasses.asdict(start.network.config), "learned_variance": learned}
+    network = network_to_dict(start.network.config, every=True)
+    if "learned_variance" in network:
+        network["learned_variance"] = start.learned_variance or (hybrid and base.network.learned_variance)
     fields["network"] = {**network, **fields.get("network", {})}
 
 

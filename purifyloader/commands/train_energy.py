@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands.options import positive
-from purifyloader.commands.training import Kind, Trained, add_training_options, beginning, changes_of, run_training
+from purifyloader.commands.training import (
+    Kind,
+    Trained,
+    add_training_options,
+    changes_of,
+    fields_of_file,
+    fitted,
+    named_model,
+    run_training,
+)
 from purifyloader.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,24 +105,24 @@ def _judge(options: argparse.Namespace, trained: Trained) -> tuple[list[str], di
 
 def configuration(
     options: argparse.Namespace, image_shape: Sequence[int], device: torch.device
-) -> tuple[EnergyTrainConfig, EnergyNetwork | None]:
+) -> tuple[EnergyTrainConfig, dict[str, EnergyNetwork | None]]:
     """Build a configuration from a preset, fields of a file over it, and options over both; load its start or None."""
     from purifyloader.train.energy.config import EnergyTrainConfig, energy_recipe
     from purifyloader.train.fields import started_from
 
     base = energy_recipe(options.preset, image_shape[0])
-    fields, start = beginning(options, "energy")
+    fields = fields_of_file(options)
+    start = named_model(options, fields, "start_from", "energy")
     network = {} if start is None else start.config.to_dict()
     network |= fields.get("network", {})
     if options.channels is not None:
         network["channels"] = options.channels
     changes = changes_of(options, EnergyTrainConfig)
     changes |= {"network": network, "decay_at": _decay_at(base, fields, options.steps)}
-    if not {"compile"} & {*changes, *fields}:
-        changes["compile"] = device.type == "cuda"
     # once all of it is known: a bank that is too small for the preset's batch may fit the one that is asked for
     config = EnergyTrainConfig.from_dict({**fields, **changes}, base)
-    return (config, None) if start is None else (started_from(config, start), start)
+    config = fitted(config, {*changes, *fields}, device, True)
+    return (config if start is None else started_from(config, start)), {"start": start}
 
 
 def _decay_at(base: EnergyTrainConfig, fields: Mapping[str, Any], steps: int | None) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ class Kind:
         unit: a step of the training, in the plural.
     """
 
-    configuration: Callable[[argparse.Namespace, Sequence[int], torch.device], tuple[Any, Any]]
+    configuration: Callable[[argparse.Namespace, Sequence[int], torch.device], tuple[Any, dict[str, Any]]]
     build: Callable[..., Any]
     train: Callable[..., tuple[Any, dict[str, Any]]]
     arguments: Callable[[argparse.Namespace, Tensor | None], dict[str, Any]]
@@ -131,8 +131,8 @@ def _train(options: argparse.Namespace, kind: Kind, rank: int, device: torch.dev
     from purifyloader.train.state import STATE_FILE, writing
 
     clean = _clean_set(options, quiet)
-    config, start = kind.configuration(options, clean.images.shape[1:], device)
-    common = {"start": start, "device": device}
+    config, models = kind.configuration(options, clean.images.shape[1:], device)
+    common = {**models, "device": device}
     if options.estimate:
         more = kind.arguments(options, None)
         measured = plan.measure(kind.build, kind.train, clean.images, config, **common, **more)
@@ -273,39 +273,45 @@ def _alone(options: argparse.Namespace, rank: int, pictures: Sequence[str]) -> I
 # -- the configuration ---------------------------------------------------------------------------------
 
 
-def beginning(
-    options: argparse.Namespace, kind: str, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None
-) -> tuple[dict[str, Any], Any]:
-    """Read the fields of --config, and load the model to start from or None: of --start-from, else the one they name.
+def fields_of_file(
+    options: argparse.Namespace, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None
+) -> dict[str, Any]:
+    """Read the fields of --config, none without it; of `of_checkpoint` see `fields_of`."""
+    fields = fields_of(options.config, of_checkpoint) if options.config is not None else {}
+    if not isinstance(network := fields.get("network", {}), Mapping):
+        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
+    return fields
 
-    `kind` is of the model, as `pretrained.load` takes it; of `of_checkpoint` see `fields_of`.
+
+def named_model(options: argparse.Namespace, fields: dict[str, Any], name: str, kind: str) -> Any:
+    """Load the model of an option, such as --start-from, else the one that the field of its name has; None for none.
+
+    It takes the field away; `kind` is of the model, as `pretrained.load` takes it.
     """
     from purifyloader import pretrained
     from purifyloader.files.weights import weights_sha256
     from purifyloader.pretrained.registry import is_local
-    from purifyloader.train.fields import check_start_from
+    from purifyloader.train.fields import ANCESTORS, check_model_entry
 
-    fields = fields_of(options.config, of_checkpoint) if options.config is not None else {}
-    if not isinstance(network := fields.get("network", {}), Mapping):
-        raise ConfigError(f"network must be an object of its fields. Got {network!r}.")
-    named = fields.pop("start_from", None)
-    check_start_from(named)
-    if options.start_from is not None:
-        return fields, pretrained.load(options.start_from, kind=kind)
+    named = fields.pop(name, None)
+    check_model_entry(name, named)
+    if (given := getattr(options, name)) is not None:
+        return pretrained.load(given, kind=kind)
     if named is None:
-        return fields, None
-    of_weights = f"{options.config} starts from the weights {named['weights_sha256'][:16]} of"
+        return None
+    option = f"--{name.replace('_', '-')}"
+    of_weights = f"{options.config} {ANCESTORS[name].verb} the weights {named['weights_sha256'][:16]} of"
     # a name in somebody's file must not lead to a download
     if named["name"] is None or not is_local(named["name"]):
         raise ConfigError(
-            f"{of_weights} {named['name'] or 'a model'}. Got no such model here: give its folder as --start-from."
+            f"{of_weights} {named['name'] or 'a model'}. Got no such model here: give its folder as {option}."
         )
-    start = pretrained.load(named["name"], kind=kind)
-    if weights_sha256(start) != named["weights_sha256"]:
+    model = pretrained.load(named["name"], kind=kind)
+    if weights_sha256(model) != named["weights_sha256"]:
         raise ConfigError(
-            f"{of_weights} {named['name']!r}. Got others by that name: give the right folder as --start-from."
+            f"{of_weights} {named['name']!r}. Got others by that name: give the right folder as {option}."
         )
-    return fields, start
+    return model
 
 
 def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | None = None) -> dict[str, Any]:
@@ -328,9 +334,22 @@ def fields_of(path: Path, of_checkpoint: Callable[[Mapping[str, Any]], Any] | No
     return values
 
 
+def fitted(config: Any, chosen: Collection[str], device: torch.device, compiled: bool) -> Any:
+    """Set what nobody has chosen as the device computes it best: `compile`, and float32 where bfloat16 is emulated."""
+    from purifyloader.core.devices import computes_bfloat16
+
+    changes: dict[str, Any] = {}
+    if "compile" not in chosen:
+        changes["compile"] = device.type == "cuda" and compiled
+    if "dtype" not in chosen and config.dtype == "bfloat16" and not computes_bfloat16(device):
+        changes["dtype"] = "float32"
+        log.info("training in float32: this CPU has no instructions for bfloat16 and emulates it, many times slower")
+    return dataclasses.replace(config, **changes)
+
+
 def changes_of(options: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
     """Collect the fields of a configuration that options set."""
-    names = {each.name for each in dataclasses.fields(config)} - {"start_from"}
+    names = {each.name for each in dataclasses.fields(config)} - {"start_from", "distil_from"}
     return shared.given(options, names & vars(options).keys())
 
 

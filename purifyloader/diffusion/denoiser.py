@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from purifyloader.core.checks import check_choice
+from purifyloader.diffusion.networks import build_network, network_config, network_to_dict
+from purifyloader.diffusion.plain import PlainUNet
 from purifyloader.diffusion.schedule import Schedule, schedule_from_config
-from purifyloader.diffusion.unet import UNet, UNetConfig
+from purifyloader.diffusion.unet import UNet
 from purifyloader.errors import ConfigError, InputError
 
 __all__ = ["PARAMETERIZATIONS", "TIMES", "Denoiser", "NetworkDenoiser", "denoiser_from_config"]
@@ -114,7 +116,7 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(
         self,
-        network: UNet,
+        network: UNet | PlainUNet,
         parameterization: str,
         sigma_range: tuple[float, float],
         schedule: Schedule | None = None,
@@ -147,7 +149,7 @@ class NetworkDenoiser(Denoiser):
             "parameterization": self.parameterization,
             "sigma_range": list(self.sigma_range),
             "schedule": self.schedule.config(every) if self.schedule is not None else None,
-            "network": {"kind": "unet", **self.network.config.to_dict(every)},
+            "network": network_to_dict(self.network.config, every),
             **later,
         }
 
@@ -181,7 +183,8 @@ class NetworkDenoiser(Denoiser):
         h, w = x_BCHW.shape[-2:]
         multiple = self.network.config.size_multiple
         scaled = (c_in * y).to(self.network.stem.weight.dtype)
-        padded = F.pad(scaled, (0, -w % multiple, 0, -h % multiple), mode="replicate")
+        right, below = -w % multiple, -h % multiple
+        padded = F.pad(scaled, (0, right, 0, below), mode="replicate") if right or below else scaled
         out = self.network(padded, time_B.to(x_BCHW.device, torch.float32))[..., :h, :w]
         out = out.to(x_BCHW.dtype)
         fraction = None
@@ -206,12 +209,11 @@ def denoiser_from_config(config: Mapping[str, Any]) -> NetworkDenoiser:
             "A denoiser's configuration needs network, parameterization, sigma_range and schedule. "
             f"Got {sorted(config) if isinstance(config, Mapping) else type(config).__name__} ({error!r})."
         ) from None
-    if (kind := network.pop("kind", None)) != "unet":
-        raise ConfigError(f"The network's kind must be 'unet'. Got {kind!r}.")
+    network.setdefault("kind", None)
     if not isinstance(sigma_range, list | tuple) or len(sigma_range) != 2 or not all(map(_is_number, sigma_range)):
         raise ConfigError(f"sigma_range must be [low, high]. Got {sigma_range!r}.")
     return NetworkDenoiser(
-        UNet(UNetConfig.from_dict(network)),
+        build_network(network_config(network)),
         parameterization,
         (float(sigma_range[0]), float(sigma_range[1])),
         schedule_from_config(schedule) if schedule is not None else None,

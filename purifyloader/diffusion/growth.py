@@ -6,6 +6,8 @@ Residual blocks and attention end in a convolution of zeros, so that one which i
     on the way up      a further block meets that skip, and passes on what comes from below
     attention          adds nothing at first
     learned variance   starts halfway between its bounds
+
+A `PlainUNet` begins as one of its own shape.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from purifyloader.diffusion.networks import kind_of_network
+from purifyloader.diffusion.plain import PlainUNet
 from purifyloader.diffusion.unet import AttentionBlock, ResidualBlock, Stage, UNet, UNetConfig
 from purifyloader.errors import ConfigError
 
@@ -85,11 +89,20 @@ def _pass_on(block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_over(new: UNet, old: UNet) -> None:
+def take_over(new: UNet | PlainUNet, old: UNet | PlainUNet) -> None:
     """Give `new`, as it was initialised, the function of `old`.
 
-    `new` has the same shape, or more blocks a level, more attention or a learned variance; otherwise `ConfigError`.
+    `new` has the same shape, or, of a `UNet`, more blocks a level, more attention or a learned variance; otherwise
+    `ConfigError`.
     """
+    if isinstance(new, PlainUNet) or isinstance(old, PlainUNet):
+        if new.config != old.config:
+            raise ConfigError(
+                f"A {kind_of_network(new.config)} starts from one of its own shape. Got {old.config}: give its "
+                "configuration, or start from another denoiser."
+            )
+        new.load_state_dict(old.state_dict())
+        return
     _check(new.config, old.config)
     sources = dict(_stages(old))
     for place, stage in _stages(new):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, NetworkDenoiser
+from purifyloader.diffusion.denoiser import PARAMETERIZATIONS, Denoiser, NetworkDenoiser
 from purifyloader.diffusion.schedule import Schedule
 from purifyloader.errors import ConfigError, InputError
 
@@ -118,12 +118,24 @@ def hybrid_loss(
     return simple + gamma * timesteps * vlb
 
 
-def sigma_loss(denoiser: NetworkDenoiser, x0_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+def sigma_loss(
+    denoiser: NetworkDenoiser,
+    x0_BCHW: Tensor,
+    sigma_B: Tensor,
+    noise_BCHW: Tensor,
+    teacher: Denoiser | None = None,
+) -> Tensor:
     """Squared error of the denoised image in [-1, 1], over c_out^2, (B,).
 
-    The weight makes the network's own target unit variance at every sigma (Karras et al. 2022, Sec. 5).
+    The weight makes the network's own target unit variance at every sigma (Karras et al. 2022, Sec. 5). With a teacher
+    its estimate from the same noised image takes the place of the clean image (distillation; Hinton et al. 2015,
+    arXiv:1503.02531): with a perfect teacher both have one minimum, and this one less noise in its gradients.
     """
     sigma = sigma_B.to(x0_BCHW)[:, None, None, None]
-    x0_hat = denoiser(x0_BCHW + sigma * noise_BCHW, sigma_B)
+    noised = x0_BCHW + sigma * noise_BCHW
+    if teacher is not None:
+        with torch.no_grad():
+            x0_BCHW = teacher(noised, sigma_B)
+    x0_hat = denoiser(noised, sigma_B)
     c_out = PARAMETERIZATIONS[denoiser.parameterization](2 * sigma)[1]
     return ((2 * (x0_hat - x0_BCHW) / c_out) ** 2).mean(dim=(1, 2, 3))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from purifyloader.core import limits, noise
 from purifyloader.core.checks import check_choice, check_integer, check_number
-from purifyloader.core.devices import in_batches
+from purifyloader.core.devices import in_batches, warn_of_bfloat16
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
 from purifyloader.diffusion.schedule import CosineSchedule, Schedule, schedule_from_config, spaced_sigmas
@@ -67,7 +67,7 @@ class NetworkPurifier(Purifier):
     role: ClassVar[str]
     asks: ClassVar[tuple[str, ...]] = ()  # the role for a `Resolver`; one of denoisers alone takes the entry alone
 
-    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format  # where a network says no other
 
     def __init__(self, model: nn.Module, dtype: str, compute_batch: int) -> None:
         check_model(type(self).__name__, model, self.role)
@@ -79,7 +79,8 @@ class NetworkPurifier(Purifier):
         self._entry = identity_of(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own = copied(model)
-        own.to(dtype=DTYPES[dtype], memory_format=self.memory_format).requires_grad_(False)
+        memory_format = getattr(KINDS[self.role].network(model), "memory_format", self.memory_format)
+        own.to(dtype=DTYPES[dtype], memory_format=memory_format).requires_grad_(False)
         setattr(self, self.role, own)
         self._hashes = known_hashes(model, own, self.role, self._entry)
         self.eval()
@@ -93,6 +94,8 @@ class NetworkPurifier(Purifier):
         return cls(resolve(values.pop(cls.role), *cls.asks), **values)
 
     def run(self, x_BCHW: Tensor, seeds_B: Tensor) -> Tensor:
+        if self.dtype == "bfloat16":
+            warn_of_bfloat16(x_BCHW.device)
         x_BCHW = x_BCHW.contiguous()  # channels-last memory would choose other kernels, and so other bits
         return in_batches(self.run_chunk, self.compute_batch, x_BCHW, seeds_B) if len(x_BCHW) else x_BCHW
 

@@ -2,6 +2,6 @@
 
 from purifyloader.train.denoiser.config import RECIPES, TrainConfig, recipe
 from purifyloader.train.denoiser.task import train_denoiser
-from purifyloader.train.fields import started_from
+from purifyloader.train.fields import distilled_from, started_from
 
-__all__ = ["RECIPES", "TrainConfig", "recipe", "started_from", "train_denoiser"]
+__all__ = ["RECIPES", "TrainConfig", "distilled_from", "recipe", "started_from", "train_denoiser"]

@@ -54,11 +54,16 @@ def card(
 
 def origin(details: Mapping[str, Any], more: str = "") -> list[Fact]:
     """Describe the images, and the weights that the training started from."""
-    start, started = details["train"]["start_from"], "random weights"
-    if start is not None:
-        started = f"the weights of `{start['name'] or 'an unnamed model'}` (SHA-256 `{start['weights_sha256'][:16]}`)"
+    start = details["train"]["start_from"]
+    started = "random weights" if start is None else _model(start)
+    teacher = details["train"].get("distil_from")
     images = f"{len(details['indices']):,} of {details['data_length']:,} images of {details['data']}{more}"
-    return [("Trained on", images), ("Started from", started)]
+    facts = [("Trained on", images), ("Started from", started)]
+    return facts if teacher is None else [*facts, ("Distilled from", _model(teacher))]
+
+
+def _model(entry: Mapping[str, Any]) -> str:
+    return f"the weights of `{entry['name'] or 'an unnamed model'}` (SHA-256 `{entry['weights_sha256'][:16]}`)"
 
 
 def run(details: Mapping[str, Any], optimiser: str, steps: str, rows: str) -> list[Fact]:

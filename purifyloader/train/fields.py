@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from purifyloader.errors import ConfigError, PurifyError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
 
-__all__ = ["STEPS", "TrainingFields", "check_channels", "check_memory", "check_start", "check_start_from"]
-__all__ += ["started_from"]
+__all__ = ["ANCESTORS", "STEPS", "TrainingFields", "check_channels", "check_memory", "check_model"]
+__all__ += ["check_model_entry", "distilled_from", "started_from"]
 
 
 STEPS, _BATCH = 10**9, 2**20
@@ -34,9 +34,10 @@ class TrainingFields:
     A subclass has at least the fields annotated here; a stopped run may go on with other values of its `length_fields`.
     """
 
-    network_type: ClassVar[type[Any]]
+    network_type: ClassVar[Any]
     network_class: ClassVar[Callable[[Any], nn.Module]]  # makes the network of a `network_type`
     length_fields: ClassVar[tuple[str, ...]] = ("steps",)
+    later_fields: ClassVar[tuple[str, ...]] = ()  # left out of JSON at None, as configurations of before have none
 
     network: Any
     start_from: Mapping[str, str | None] | None
@@ -52,9 +53,9 @@ class TrainingFields:
     def check_shared_fields(self) -> None:
         """Raise `ConfigError` for a bad value in one of the fields that every training has."""
         if not isinstance(self.network, self.network_type):
-            kind = self.network_type.__name__
+            kind = " | ".join(cls.__name__ for cls in get_args(self.network_type) or (self.network_type,))
             raise ConfigError(f"network must be of type {kind}, or an object of its fields. Got {self.network!r}.")
-        check_start_from(self.start_from)
+        check_model_entry("start_from", self.start_from)
         check_seed(self.seed)
         for name, low, high in (("steps", 1, STEPS), ("batch_size", 1, _BATCH), ("warmup", 0, STEPS)):
             check_integer(name, getattr(self, name), low, high)
@@ -88,10 +89,20 @@ class TrainingFields:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain data, ready for JSON."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        values["network"] = self.network.to_dict()
-        if self.start_from is not None:
-            values["start_from"] = dict(self.start_from)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        values = {k: v for k, v in values.items() if v is not None or k not in self.later_fields}
+        values["network"] = self.network_fields()
+        plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+    def network_fields(self) -> dict[str, Any]:
+        """Return the network's configuration as plain data, which `read_network` reads."""
+        fields: dict[str, Any] = self.network.to_dict()
+        return fields
+
+    @classmethod
+    def read_network(cls, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
+        """Read the network's configuration from fields over those of `base`."""
+        return cls.network_type.from_dict({**base, **values})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
@@ -106,7 +117,7 @@ class TrainingFields:
         network = arguments["network"]
         try:
             if isinstance(network, Mapping):
-                arguments["network"] = cls.network_type.from_dict({**start["network"], **network})
+                arguments["network"] = cls.read_network(network, start["network"])
             return cls(**arguments)
         except PurifyError:
             raise
@@ -117,8 +128,21 @@ class TrainingFields:
 Config = TypeVar("Config", bound=TrainingFields)
 
 
-def check_start_from(value: Any) -> None:
-    """Raise `ConfigError` unless `value` is None or names a model and the hash of its weights."""
+class _Ancestor(NamedTuple):
+    verb: str
+    none: str
+    filled_by: str
+
+
+ANCESTORS = {
+    "start_from": _Ancestor("starts from", "random weights", "started_from"),
+    "distil_from": _Ancestor("is distilled from", "no model", "distilled_from"),
+}
+"""The fields that name a model which a training takes something from, and their words."""
+
+
+def check_model_entry(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless the field `name` is None or names a model and the hash of its weights."""
     if value is not None and (
         not isinstance(value, Mapping)
         or set(value) != {"name", "weights_sha256"}
@@ -126,8 +150,8 @@ def check_start_from(value: Any) -> None:
         or not isinstance(value["weights_sha256"], str)
     ):
         raise ConfigError(
-            f'start_from must be None or {{"name": ..., "weights_sha256": ...}}. Got {value!r}. '
-            "started_from(config, model) fills it in."
+            f'{name} must be None or {{"name": ..., "weights_sha256": ...}}. Got {value!r}. '
+            f"{ANCESTORS[name].filled_by}(config, model) fills it in."
         )
 
 
@@ -142,17 +166,28 @@ def started_from(config: Config, start: nn.Module) -> Config:
     return dataclasses.replace(config, start_from=_entry(start))  # type: ignore[type-var]
 
 
-def check_start(config: TrainingFields, start: nn.Module | None) -> None:
-    """Raise `ConfigError` unless `start` is the model that `config.start_from` names (None for random weights).
+def distilled_from(config: Config, teacher: nn.Module) -> Config:
+    """Return `config` with `distil_from` set to the name of the denoiser `teacher` and the hash of its weights.
 
-    Its weights say which it is: the function is that of the new configuration, and where these weights would mean
-    something else in it, a start is refused by whoever builds the model.
+    >>> import torch
+    >>> from purifyloader.train import distilled_from, recipe
+    >>> distilled_from(recipe("fast"), torch.nn.Linear(2, 1)).distil_from["name"] is None
+    True
     """
-    wanted, got = config.start_from, None if start is None else _entry(start)
+    return dataclasses.replace(config, distil_from=_entry(teacher))  # type: ignore[type-var]
+
+
+def check_model(config: TrainingFields, name: str, model: nn.Module | None) -> None:
+    """Raise `ConfigError` unless `model` is the one that the field `name` names, "start_from" or "distil_from".
+
+    Its weights say which it is. Of a start, the function is that of the new configuration; where these weights would
+    mean something else in it, whoever builds the model refuses it.
+    """
+    wanted, got, words = getattr(config, name), None if model is None else _entry(model), ANCESTORS[name]
     if (wanted and wanted["weights_sha256"]) != (got and got["weights_sha256"]):
         raise ConfigError(
-            f"The configuration starts from {dict(wanted) if wanted else 'random weights'}. Got {got or 'no model'} as "
-            "start: give the model that the configuration names, or set it by started_from(config, start)."
+            f"The configuration {words.verb} {dict(wanted) if wanted else words.none}. Got {got or 'no model'}: give "
+            f"the model that the configuration names, or set it by {words.filled_by}(config, model)."
         )
 
 
@@ -171,7 +206,7 @@ def check_memory(config: TrainingFields, images: Tensor, device: torch.device, w
     Of several processes each takes its share of a batch. Activations are not counted: what passes may still run out.
     """
     kind: Any = type(config)
-    parameters = _parameters(kind, canonical_json(config.network.to_dict()))
+    parameters = _parameters(kind, canonical_json(config.network_fields()))
     more = config.more_memory(images, config.batch_size // world_size)
     weights, there = 4 * config.copies * parameters, memory_of(device)
     if weights + more > there:
@@ -187,7 +222,7 @@ def check_memory(config: TrainingFields, images: Tensor, device: torch.device, w
 def _parameters(kind: Any, network: str) -> int:
     """Count the parameters of a network, whose configuration is JSON, without memory for them."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        made = kind.network_class(kind.network_type.from_dict(json.loads(network)))
+        made = kind.network_class(kind.read_network(json.loads(network), {}))
     return sum(math.prod(p.shape) for p in made.parameters())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purifyloader.core import noise
+from purifyloader.core.devices import warn_of_bfloat16
 from purifyloader.errors import InputError, TrainingError
 from purifyloader.victims.augment import crop_and_flip
 from purifyloader.victims.networks import resnet9, victim
@@ -165,6 +166,8 @@ def train_victim(
             f"Got the name {network!r}."
         )
     device = torch.device(device)
+    if bfloat16:
+        warn_of_bfloat16(device)
     # numbers that a network draws by itself, as dropout does, come from the seed too
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -27,6 +27,7 @@ from purifyloader.commands import main as cli
 from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.select import choose, hold_out, load_images
 from purifyloader.diffusion.psnr import jpeg_psnr, psnr
+from purifyloader.files.weights import weights_sha256
 from purifyloader.train import TrainConfig, recipe, train_denoiser
 from purifyloader.train import run as training
 from purifyloader.train.denoiser import task as loop
@@ -401,7 +402,7 @@ def test_an_option_decides_its_field_and_no_other(options, field, value, folder,
         assert {k for k in train if train[k] != base[k]} <= {field}
 
 
-@pytest.mark.parametrize("name", ["light", "eclipse", "puregen"])
+@pytest.mark.parametrize("name", ["light", "fast", "eclipse", "puregen"])
 def test_fewer_steps_keep_the_shape_of_a_recipes_learning_rate(name, folder, tmp_path, monkeypatch):
     """The warm-up ends before the decay begins, whatever the length."""
     seen: list[TrainConfig] = []
@@ -528,6 +529,51 @@ def test_other_weights_by_the_name_that_was_started_from_are_refused(
     assert run(*common, "--out", "third", "--config", "model/config.json") == 2
     assert "base" in capsys.readouterr().err
     assert not Path("third").exists()
+
+
+def test_a_pupil_is_distilled_from_a_denoiser(folder, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = tmp_path / "small.json"
+    network = {"widths": [4], "blocks": [1]}
+    small.write_text(json.dumps({"steps": 2, "batch_size": 2, "network": network, "dtype": "float32"}))
+    common = ["--data", folder, "--count", 20, "--validation", "none"]
+    assert run(*common, "--out", "model", "--preset", "fast", "--config", small, "--distil-from", "base") == 0
+    teacher = details_of(Path("model"))["train"]["distil_from"]
+    assert teacher == {"name": "base", "weights_sha256": weights_sha256(tiny_denoiser())}
+    assert (
+        f"| Distilled from | the weights of `base` (SHA-256 `{teacher['weights_sha256'][:16]}`) |"
+        in Path("model/README.md").read_text()
+    )
+    assert run(*common, "--out", "again", "--config", "model/config.json") == 0
+    assert same(weights(pretrained.load("again")), weights(pretrained.load("model")))
+    assert run(*common, "--out", "alone", "--preset", "fast", "--config", small) == 0
+    assert not same(weights(pretrained.load("alone")), weights(pretrained.load("model")))
+    pretrained.save(tiny_denoiser(seed=1), "base", name="base", overwrite=True)
+    capsys.readouterr()
+    assert run(*common, "--out", "third", "--config", "model/config.json") == 2
+    assert re.search(
+        r"is distilled from the weights .* of 'base'\. Got others .* --distil-from", capsys.readouterr().err
+    )
+    assert run(*common, "--out", "third", "--preset", "eclipse", "--distil-from", "base") == 2
+    assert "objective 'sigma'" in capsys.readouterr().err
+    assert not Path("third").exists()
+
+
+@pytest.mark.parametrize("emulates", [True, False])
+def test_nobody_waits_for_bfloat16_that_is_emulated_unless_it_is_asked_for(
+    emulates, folder, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("purifyloader.core.devices.computes_bfloat16", lambda device: not emulates)
+    values = {name: value for name, value in SMALL.items() if name != "dtype"}
+    small.write_text(json.dumps(values))
+    common = ["--data", folder, "--count", 20, "--steps", 1, "--config", small]
+    assert run(*common, "--out", tmp_path / "preset") == 0
+    assert details_of(tmp_path / "preset")["train"]["dtype"] == ("float32" if emulates else recipe("light").dtype)
+    assert run(*common, "--out", tmp_path / "option", "--dtype", "bfloat16") == 0
+    assert details_of(tmp_path / "option")["train"]["dtype"] == "bfloat16"
+    small.write_text(json.dumps({**values, "dtype": "bfloat16"}))
+    assert run(*common, "--out", tmp_path / "file") == 0
+    assert details_of(tmp_path / "file")["train"]["dtype"] == "bfloat16"
 
 
 # -- what it would cost ------------------------------------------------------------------------------

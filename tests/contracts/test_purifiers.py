@@ -48,7 +48,7 @@ from purifyloader.purifiers import (
 from purifyloader.purifiers.base import KINDS, models_in, without_functions
 from purifyloader.recipes.registry import describe
 from tests import processes
-from tests.conftest import random_images, slim_denoiser, tiny_denoiser, tiny_energy
+from tests.conftest import plain_denoiser, random_images, slim_denoiser, tiny_denoiser, tiny_energy
 
 COUNT, SIZE, BATCH = 18, 12, 8
 
@@ -110,6 +110,10 @@ CASES = {
         lambda: DenoiseOnce(tiny_denoiser(), 0.1, compute_batch=BATCH), {**ONCE, "denoiser": "DENOISER"}
     ),
     "denoise-once, bf16": Case(lambda: once("bfloat16")),
+    "denoise-once, plain": Case(lambda: DenoiseOnce(plain_denoiser(), 0.1, compute_batch=BATCH)),
+    "denoise-once, plain, bf16": Case(
+        lambda: DenoiseOnce(plain_denoiser(), 0.1, dtype="bfloat16", compute_batch=BATCH)
+    ),
     "diffuse": Case(
         lambda: Diffuse(slim_denoiser(), t=100, steps=4, compute_batch=BATCH),
         {
@@ -409,7 +413,9 @@ def test_golden_json_of_schema_1_is_still_read(case, purifier):
 
 
 def test_json_builds_back_the_same_purifier(purifier, whole):
-    again = recipes.from_json(purifier.to_json(), [tiny_denoiser(), slim_denoiser(), tiny_energy(), tiny_energy(1)])
+    again = recipes.from_json(
+        purifier.to_json(), [tiny_denoiser(), slim_denoiser(), plain_denoiser(), tiny_energy(), tiny_energy(1)]
+    )
     assert type(again) is type(purifier)
     assert again.to_json() == purifier.to_json()
     assert again.identity() == purifier.identity()
@@ -515,7 +521,7 @@ def test_the_same_weights_with_another_function_are_another_purifier(case, monke
     golden = case.make().identity()
     if not any(True for _ in models_in(golden)):
         return
-    models = {name: globals()[name] for name in ("tiny_denoiser", "slim_denoiser", "tiny_energy")}
+    models = {name: globals()[name] for name in ("tiny_denoiser", "slim_denoiser", "plain_denoiser", "tiny_energy")}
 
     def changed(make: Callable[..., Any], change: Callable[[Any], Any], *arguments: Any) -> Any:
         return change(make(*arguments))
@@ -528,7 +534,9 @@ def test_the_same_weights_with_another_function_are_another_purifier(case, monke
         assert without_functions(other.identity()) == without_functions(golden)
         assert other.identity() != golden
         with pytest.raises(CheckpointError, match="computes otherwise"):
-            recipes.from_json(other.to_json(), [tiny_denoiser(), slim_denoiser(), tiny_energy(), tiny_energy(1)])
+            recipes.from_json(
+                other.to_json(), [tiny_denoiser(), slim_denoiser(), plain_denoiser(), tiny_energy(), tiny_energy(1)]
+            )
 
 
 def with_another_layer(model: Any) -> Any:

@@ -20,7 +20,7 @@ from purifyloader.files.hashes import hashes_as_text, image_hashes
 from purifyloader.files.weights import weights_sha256
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.learned import learned_from, learned_images
-from purifyloader.train import started_from
+from purifyloader.train import TrainConfig, distilled_from, recipe, started_from, train_denoiser
 from purifyloader.train.energy import EnergyTrainConfig, train_energy
 from purifyloader.train.energy.task import build_energy
 from tests.conftest import random_images, tiny_denoiser, tiny_energy
@@ -200,3 +200,38 @@ def test_a_training_has_learned_from_what_its_start_did(first, tmp_path):
     pretrained.save(model, tmp_path / "out", details=claims(IMAGES[:2], train=started_from(config, start).to_dict()))
     with pytest.raises(InputError, match="from which weights a training started"):
         pretrained.save(model, tmp_path / "out", details=claims(IMAGES[:2], train=config.to_dict()), overwrite=True)
+
+
+def test_a_training_has_learned_from_what_its_teacher_did(first, tmp_path):
+    teacher = pretrained.load(first)
+    network = {"kind": "plain-unet", "widths": [4], "blocks": [1]}
+    values = {"network": network, "steps": 1, "batch_size": 2, "sigma_range": [0.05, 0.2], "dtype": "float32"}
+    config = TrainConfig.from_dict(values, recipe("fast"))
+    taught = distilled_from(config, teacher)
+    model, _ = train_denoiser(random_images(2, 8), tmp_path / "run", taught, teacher=teacher, progress=False)
+    out = tmp_path / "out"
+    for copied in (model, copy.deepcopy(model), pickled(model)):
+        for train in ({}, config.to_dict(), started_from(config, teacher).to_dict()):
+            with pytest.raises(InputError, match="from which it was distilled"):
+                pretrained.save(copied, out, details=claims(IMAGES[8:], train=train))
+    named = {**taught.to_dict(), "distil_from": {"name": str(first), "weights_sha256": weights_sha256(teacher)}}
+    pretrained.save(model, out, details=claims(IMAGES[8:], train=named))
+    assert len(learned_from(out)) == 7 + 4
+    fewer = claims(IMAGES[8:], train=config.to_dict())
+    with pytest.raises(InputError, match="that the checkpoint of these weights names"):
+        pretrained.save(pretrained.load(out), tmp_path / "again", details=fewer)
+    shutil.rmtree(first)
+    with pytest.raises(InputError, match="was distilled from the denoiser"):
+        learned_from(out)
+
+
+def test_what_a_model_learned_from_is_that_of_all_before_it(first, tmp_path):
+    """Start and teacher, each with ones before it, and one of them twice."""
+    entry = {"name": str(first), "weights_sha256": weights_sha256(pretrained.load(first))}
+    middle = tmp_path / "middle"
+    pretrained.save(tiny_denoiser(seed=1), middle, details=claims(IMAGES[7:8], train={"distil_from": entry}))
+    other = {"name": str(middle), "weights_sha256": weights_sha256(pretrained.load(middle))}
+    both = {"start_from": entry, "distil_from": other}
+    pretrained.save(tiny_denoiser(seed=2), tmp_path / "last", details=claims(IMAGES[8:10], train=both))
+    assert set(learned_from(tmp_path / "last").tolist()) == set(image_hashes(IMAGES[:10]).tolist())
+    assert len(learned_from(middle)) == 8

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from purifyloader.diffusion.plain import PlainUNetConfig
 from purifyloader.diffusion.schedule import CosineSchedule, LinearSchedule
 from purifyloader.diffusion.unet import UNet, UNetConfig
 from purifyloader.errors import ConfigError
@@ -32,6 +33,8 @@ SIZES = (28, 32, 48, 64, 100, 128, 224)
         SIGMA,
         dataclasses.replace(SIGMA, start_from={"name": "other", "weights_sha256": "ab" * 32}, patch_size=16),
         *(recipe(name, size) for name in RECIPES for size in (32, 64, 128)),
+        dataclasses.replace(SIGMA, network=PlainUNetConfig((8, 4), (0, 3), 1)),
+        dataclasses.replace(SIGMA, distil_from={"name": None, "weights_sha256": "ab" * 32}),
     ],
 )
 def test_a_configuration_survives_json(config):
@@ -39,7 +42,8 @@ def test_a_configuration_survives_json(config):
     again = TrainConfig.from_dict(values)
     assert again == config
     assert again.to_dict() == config.to_dict()
-    assert values.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
+    later = set() if config.distil_from else {"distil_from"}
+    assert values.keys() == {f.name for f in dataclasses.fields(TrainConfig)} - later
 
 
 def test_some_fields_over_a_base():
@@ -47,6 +51,14 @@ def test_some_fields_over_a_base():
     assert got == dataclasses.replace(SIGMA, steps=7, network=dataclasses.replace(SIGMA.network, channels=64))
     assert TrainConfig.from_dict({}, SIGMA) == SIGMA
     assert TrainConfig.from_dict({}) == TrainConfig()
+    # a network of another kind takes nothing over
+    plain = TrainConfig.from_dict({"network": {"kind": "plain-unet", "blocks": [1, 1]}}, SIGMA)
+    assert plain == dataclasses.replace(SIGMA, network=PlainUNetConfig(blocks=(1, 1)))
+    wider = TrainConfig.from_dict({"network": {"widths": [8, 8]}}, plain)
+    assert wider.network == PlainUNetConfig((8, 8), (1, 1))
+    unet = {"kind": "unet", "channels": 64, "learned_variance": False}
+    assert TrainConfig.from_dict({"network": unet}, plain).network == UNetConfig(channels=64, learned_variance=False)
+    assert TrainConfig.from_dict({"network": {"kind": "unet"}}, SIGMA) == SIGMA
 
 
 def test_unknown_fields_are_named():
@@ -198,7 +210,7 @@ def test_every_recipe_builds(name, size, channels):
     padded = -(-size // multiple) * multiple
     with torch.device("meta"):
         out = denoiser.network(x.new_zeros(2, channels, padded, padded), x.new_zeros(2))
-    assert out.shape == (2, denoiser.network.config.out_channels, padded, padded)
+    assert out.shape == (2, channels * (2 if denoiser.learned_variance else 1), padded, padded)
 
 
 def test_eclipse_is_the_papers():
@@ -230,6 +242,28 @@ def test_light_is_for_two_cpu_cores():
     assert recipe("light", 64).network == config.network
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_fast_has_a_tenth_of_the_arithmetic_of_light(size):
+    fast, light = (operations(build_denoiser(recipe(name, size)).network, 32) for name in ("fast", "light"))
+    assert fast < 0.05e9
+    assert light > 10 * fast
+
+
+def operations(network, size):
+    """Count the multiplications and additions of the convolutions on one image."""
+    counts = []
+
+    def count(module, inputs, out):
+        counts.append(2 * out.numel() * module.weight[0].numel())
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, size, size), torch.zeros(1))
+    return sum(counts)
+
+
 def test_puregen_is_the_papers():
     """t <= 250 of the linear schedule with T = 1000."""
     config = recipe("puregen")
@@ -245,5 +279,5 @@ def test_puregen_is_the_papers():
 
 
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(ConfigError, match=r"one of eclipse, light.*Got 'avatar'"):
+    with pytest.raises(ConfigError, match=r"one of eclipse, fast, light.*Got 'avatar'"):
         recipe("avatar")

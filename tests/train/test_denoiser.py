@@ -19,10 +19,11 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.devices import exact_arithmetic
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
+from purifyloader.diffusion.plain import PlainUNetConfig
 from purifyloader.diffusion.psnr import jpeg_psnr, psnr
 from purifyloader.diffusion.unet import UNetConfig
 from purifyloader.errors import ConfigError, InputError, PurifyError, TrainingError
-from purifyloader.train import TrainConfig, started_from, train_denoiser
+from purifyloader.train import TrainConfig, distilled_from, started_from, train_denoiser
 from purifyloader.train import run as training
 from purifyloader.train.curves import CURVES_CSV, CURVES_PNG, Curves
 from purifyloader.train.denoiser import task
@@ -321,9 +322,9 @@ def test_the_noise_is_normal_and_new_at_each_step_and_position(tmp_path, monkeyp
     seen: list[Tensor] = []
     original = task.sigma_loss
 
-    def noting(denoiser, x0, sigma, z):
+    def noting(denoiser, x0, sigma, z, teacher):
         seen.append(z)
-        return original(denoiser, x0, sigma, z)
+        return original(denoiser, x0, sigma, z, teacher)
 
     monkeypatch.setattr(task, "sigma_loss", noting)
     train_denoiser(IMAGES, tmp_path, dataclasses.replace(SIGMA, batch_size=16), progress=False)
@@ -521,6 +522,60 @@ def test_the_denoiser_to_start_from_must_be_the_one_that_is_named_and_fit():
             build_denoiser(shape, start=start)
     with pytest.raises(ConfigError, match="Set parameterization='edm'"):
         build_denoiser(dataclasses.replace(config, parameterization="v"), start=start)
+
+
+# -- a teacher ---------------------------------------------------------------------------------------
+
+PUPIL = dataclasses.replace(SIGMA, sigma_range=(0.05, 0.2), network=PlainUNetConfig((8,), (1,)))
+
+
+def test_who_has_the_teachers_function_already_learns_nothing(tmp_path):
+    """Its error is none, whatever the clean images are."""
+    teacher = tiny_denoiser()
+    same_network = dataclasses.replace(SIGMA, sigma_range=(0.05, 0.2), network=teacher.network.config)
+    config = distilled_from(started_from(same_network, teacher), teacher)
+    seen: list[float] = []
+    models = {"start": teacher, "teacher": teacher}
+    trained, _ = train_denoiser(
+        IMAGES, tmp_path, config, **models, progress=False, on_step=lambda step, loss: seen.append(loss)
+    )
+    assert seen == [0.0] * config.steps
+    assert same(weights(trained), weights(teacher))
+
+
+def test_a_pupil_comes_near_its_teacher_and_not_the_images(tmp_path):
+    teacher, white = tiny_denoiser(), torch.full((16, 3, 8, 8), 255, dtype=torch.uint8)
+    config = dataclasses.replace(PUPIL, steps=60, batch_size=16, learning_rate=1e-2, ema_decay=0.5)
+    x = 1 + 0.1 * torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((32,), 0.1)
+
+    def distances(config: TrainConfig, folder: str, **options: Any) -> tuple[float, float]:
+        trained, _ = train_denoiser(white, tmp_path / folder, config, progress=False, **options)
+        out = trained(x, sigma)
+        return float((out - teacher(x, sigma)).square().mean()), float((out - 1).square().mean())
+
+    taught = distances(distilled_from(config, teacher), "taught", teacher=teacher)
+    alone = distances(config, "alone")
+    assert taught[0] < 0.6 * alone[0]
+    assert alone[1] < 0.6 * taught[1]
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_teacher_must_be_the_one_that_is_named_and_know_the_noise(tmp_path):
+    teacher, other = tiny_denoiser(), tiny_denoiser(seed=1)
+    config = distilled_from(PUPIL, teacher)
+    for wanted, given in ((config, None), (config, other), (PUPIL, teacher)):
+        with pytest.raises(ConfigError, match=r"is distilled from .*Got .*distilled_from\(config, model\)"):
+            train_denoiser(IMAGES, tmp_path, wanted, teacher=given, progress=False)
+    wide = dataclasses.replace(config, sigma_range=(0.05, 0.5))
+    with pytest.raises(InputError, match=r"trained for sigma from 0\.001 to 0\.3 .*Got 0\.5"):
+        train_denoiser(IMAGES, tmp_path, wide, teacher=teacher, progress=False)
+    with pytest.raises(ConfigError, match=r"learned with the objective 'sigma'\. Got 'hybrid'"):
+        distilled_from(HYBRID, teacher)
+    for bad in ("cifar10-sparse", {"name": "a"}, 3):
+        with pytest.raises(ConfigError, match="distil_from must be None or"):
+            dataclasses.replace(PUPIL, distil_from=bad)
+    assert not any(tmp_path.iterdir())
 
 
 # -- what goes wrong --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from purifyloader.core.devices import warn_of_bfloat16
 from purifyloader.errors import InputError, TrainingError
 from purifyloader.poisons.attacks.clean import Clean
 from purifyloader.poisons.attacks.pgd import Loss, pgd, random_start
@@ -42,6 +43,8 @@ class Surrogate(nn.Module):
             own = settings.network == "resnet9"
             self.network = resnet9(clean.classes, settings.width) if own else victim(settings.network, clean.classes)
         self.in_bfloat16 = settings.bfloat16
+        if settings.bfloat16:
+            warn_of_bfloat16(clean.x.device)
         # from counts of the 256 levels, which are exact on any device and need no copy in floating point
         counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in clean.x.unbind(1)]).cpu()
         level = torch.arange(256, dtype=torch.float64) / 255

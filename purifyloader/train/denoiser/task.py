@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -17,19 +18,20 @@ from torch import Tensor
 from purifyloader.core import noise
 from purifyloader.core.checks import check_integer
 from purifyloader.core.devices import as_device
-from purifyloader.diffusion.denoiser import NetworkDenoiser
+from purifyloader.diffusion.denoiser import Denoiser, NetworkDenoiser
 from purifyloader.diffusion.growth import take_over
+from purifyloader.diffusion.networks import build_network
 from purifyloader.diffusion.objective import hybrid_loss, sigma_loss
-from purifyloader.diffusion.unet import UNet
+from purifyloader.diffusion.plain import PlainUNet
 from purifyloader.errors import ConfigError, InputError, PurifyError
 from purifyloader.files.atomic import canonical_json
 from purifyloader.files.weights import weights_sha256
-from purifyloader.pretrained.binding import remember
+from purifyloader.pretrained.binding import remember, remember_teacher
 from purifyloader.train.curves import Curves
 from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.denoiser.curves import COLUMNS, Validation, overfitting, validated, write_picture, write_samples
 from purifyloader.train.denoiser.examples import draw_examples
-from purifyloader.train.fields import check_channels, check_memory, check_start
+from purifyloader.train.fields import check_channels, check_memory, check_model
 from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.state import Groups
 from purifyloader.train.watch import SETTLED, Watch, numbers_of
@@ -53,7 +55,7 @@ def build_denoiser(
     """
     check_channels(config, image_channels)
     with seeded(config.seed, torch.device("cpu")):
-        network = UNet(config.network)
+        network = build_network(config.network)
     if config.objective == "hybrid":
         schedule = config.noise_schedule()
         low, high = (float(schedule.sigma(t)) for t in (1, config.top_timestep))
@@ -61,7 +63,7 @@ def build_denoiser(
         denoiser = NetworkDenoiser(network, config.parameterization, (low, high), timesteps)
     else:
         denoiser = NetworkDenoiser(network, config.parameterization, config.sigma_range)
-    check_start(config, start)
+    check_model(config, "start_from", start)
     if start is not None:
         _check_meaning(denoiser, start)
         take_over(denoiser.network, start.network)
@@ -137,8 +139,10 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         validation: Tensor | None,
         validate_every: int | None,
         micro_batch: int | None,
+        teacher: Denoiser | None = None,
     ) -> None:
         super().__init__(images, device, validation)
+        check_model(config, "distil_from", teacher)
         check_integer("micro_batch", micro_batch, 1, none=True, error=InputError)
         check_integer("validate_every", validate_every, 1, none=True, error=InputError)
         if config.patch_size is not None and config.patch_size > min(images.shape[-2:]):
@@ -148,7 +152,13 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         self.config, self.micro_batch, self.clip_norm = config, micro_batch, config.clip_norm
         gpu = device.type == "cuda"
         denoiser = build_denoiser(config, images.shape[1], start).to(device).train()
-        if gpu:
+        self.teacher = None
+        if teacher is not None:
+            for sigma in config.sigma_range:
+                teacher.check_sigma(sigma)
+            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+            remember_teacher(denoiser.network, weights_sha256(teacher))
+        if gpu or isinstance(denoiser.network, PlainUNet):
             denoiser.to(memory_format=torch.channels_last)
         options: Any = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": gpu}
         self.weights = Weights(denoiser, functools.partial(torch.optim.AdamW, **options), config.ema_decay, fused=gpu)
@@ -181,7 +191,7 @@ class _DenoiserTask(Task[NetworkDenoiser]):
         config, denoiser = self.config, self.weights.network
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             if config.objective == "sigma":
-                return sigma_loss(denoiser, x0_BCHW, level_B, noise_BCHW).mean()
+                return sigma_loss(denoiser, x0_BCHW, level_B, noise_BCHW, self.teacher).mean()
             more = (config.gamma, self.schedule, config.top_timestep)
             return hybrid_loss(denoiser, x0_BCHW, level_B, noise_BCHW, *more).mean()
 
@@ -244,6 +254,7 @@ def train_denoiser(
     config: TrainConfig,
     *,
     start: NetworkDenoiser | None = None,
+    teacher: Denoiser | None = None,
     validation: Tensor | None = None,
     validate_every: int | None = None,
     micro_batch: int | None = None,
@@ -261,6 +272,7 @@ def train_denoiser(
         out: folder for the state of the run, its curves and its samples.
         config: the network and its training.
         start: the denoiser that `config.start_from` names.
+        teacher: the denoiser that `config.distil_from` names.
         validation: uint8, (V, C, H, W), clean and not among `images`: PSNR is measured on them on the way.
         validate_every: steps between two measurements; by default a twentieth of the run.
         micro_batch: images whose activations are in memory at once, in each process; by default all.
@@ -286,5 +298,5 @@ def train_denoiser(
     >>> record["steps"], denoiser(images[:1] / 255, torch.tensor([0.1])).shape
     (2, torch.Size([1, 3, 8, 8]))
     """
-    task = _DenoiserTask(config, images, as_device(device), start, validation, validate_every, micro_batch)
+    task = _DenoiserTask(config, images, as_device(device), start, validation, validate_every, micro_batch, teacher)
     return train(task, out, save_every=save_every, on_step=on_step, progress=progress)

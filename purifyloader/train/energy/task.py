@@ -28,7 +28,7 @@ from purifyloader.train.curves import Curves
 from purifyloader.train.energy.bank import DATA_NOISE, WALK, Bank, image_positions, outside, step_keys
 from purifyloader.train.energy.config import EnergyTrainConfig
 from purifyloader.train.energy.curves import COLUMNS, FOLLOWED, WATCHED, float32_arithmetic, mean_energy, write_pictures
-from purifyloader.train.fields import check_channels, check_memory, check_start
+from purifyloader.train.fields import check_channels, check_memory, check_model
 from purifyloader.train.run import Task, seeded, train
 from purifyloader.train.state import Groups
 from purifyloader.train.watch import SETTLED, Watch
@@ -52,7 +52,7 @@ def build_energy(
     check_channels(config, image_channels)
     with seeded(config.seed, torch.device("cpu")):
         energy = EnergyNetwork(config.network, config.temperature)
-    check_start(config, start)
+    check_model(config, "start_from", start)
     if start is not None:
         if start.config != config.network:
             raise ConfigError(
