@@ -7,15 +7,13 @@ import io
 import os
 import tarfile
 import zlib
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
 from purifyloader.core import noise
 from purifyloader.core.checks import as_path
@@ -26,8 +24,10 @@ from purifyloader.datasets.named import TORCHVISION, files_below, open_dataset, 
 from purifyloader.errors import InputError
 from purifyloader.files.json import read_text
 from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, opened
+from purifyloader.files.tars import TAR_ERRORS, opened_tar
 
 _VALIDATION = ("test", "val", "valid", "validation")
+_LONGEST_LABEL = 10_000  # bytes
 _DRAW = {"train": 0, "test": 1}
 _Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -152,19 +152,33 @@ def shards(folder: str | Path, split: str) -> list[Path]:
     return paths
 
 
+def _unpacked(file: BinaryIO) -> bytes:
+    most = UNPACKED // 2 + UNPACKED_A_BYTE * os.fstat(file.fileno()).st_size  # it is held twice for a moment
+    content = bytearray()
+    with gzip.open(file) as stream:
+        while chunk := stream.read(1 << 20):
+            content += chunk
+            if len(content) > most:
+                raise EOFError(f"it unpacks to more than {most:,} bytes")
+    return bytes(content)
+
+
 def _tar_bytes(path: Path) -> bytes:
     """Return the whole uncompressed tar, complete or an error: a stream reader takes some cut files for whole."""
     try:
         with opened(path) as file:
-            most = UNPACKED + UNPACKED_A_BYTE * os.fstat(file.fileno()).st_size
-            with gzip.open(file) if path.name.endswith(".gz") else nullcontext(file) as stream:
-                content = stream.read(most + 1)
-        if len(content) > most:
-            raise EOFError(f"it unpacks to more than {most:,} bytes")
+            content = _unpacked(file) if path.name.endswith(".gz") else file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} must be a whole gzip file; fetch it again. Got: {error}") from error
     if not content.endswith(bytes(2 * tarfile.BLOCKSIZE)):
         raise InputError(f"{path} must be a whole tar file; fetch it again. Got {len(content)} bytes, cut off.")
+    try:
+        with opened_tar(io.BytesIO(content)) as tar:  # which believes less of what a header says
+            for member in tar:
+                if member.name.endswith(".cls") and member.size > _LONGEST_LABEL:
+                    raise tarfile.ReadError(f"{member.name} of {member.size:,} bytes")
+    except TAR_ERRORS as error:
+        raise InputError(f"{path} must be a whole tar file; fetch it again. Got: {error}") from error
     return content
 
 
@@ -175,7 +189,7 @@ def _decode(path: Path, sample: dict[str, Any]) -> tuple[str, NDArray[np.uint8],
             return key, np.asarray(image.convert("RGB")), int(sample["cls"])
     except KeyError as error:
         raise InputError(f"{path}: sample {key} must have members .png and .cls. Got no {error}.") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list
         raise InputError(f"{path}: sample {key} cannot be read. Got: {error}") from error
 
 
@@ -191,9 +205,9 @@ def load_sample(folder: str | Path, split: str) -> tuple[NDArray[np.uint8], NDAr
         files = webdataset.tariterators.tar_file_expander([stream])
         try:
             rows += [_decode(path, sample) for sample in webdataset.tariterators.group_by_keys(files)]
-        except (tarfile.TarError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except TAR_ERRORS as error:
             raise InputError(f"{path} must be a tar file of samples; fetch it again. Got: {error}") from error
     rows.sort(key=lambda row: row[0])
     if not rows or len({row[1].shape for row in rows}) != 1:

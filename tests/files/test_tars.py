@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from purifyloader.datasets.named import TarDataset
+from purifyloader.datasets.splits import load_sample
 from purifyloader.errors import InputError
 from purifyloader.files.tars import split_name
+from tests.fuzz.guard import limits
 
 PUBLISHED = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's
 
@@ -76,6 +78,22 @@ def test_a_hostile_tar_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"hostile\.tar"):
         TarDataset([path])
     assert time.process_time() - began < 5
+
+
+LABEL = block(b"0", 1, "a.cls") + padded(b"3")
+SAMPLES = {name: data[: -len(END)] + LABEL + END for name, data in HOSTILE.items()} | {
+    "a label of a megabyte": GOOD + block(b"0", 10**6, "a.cls") + padded(bytes(10**6)) + END,
+    "a label of 5,000 digits": GOOD + block(b"0", 5000, "a.cls") + padded(b"1" * 5000) + END,
+    "a picture of text": block(b"0", 5000, "a.png") + padded(b"1" * 5000) + LABEL + END,
+    "no label": GOOD + END,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_shard_of_a_sample_too(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").write_bytes(SAMPLES[name])
+    with limits(tmp_path), pytest.raises(InputError, match=r"train-000000\.tar"):
+        load_sample(tmp_path, "train")
 
 
 def test_members_that_are_no_files_are_left_out(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ from purifyloader.certify.votes import VoteFolder
 from purifyloader.commands.training import fields_of
 from purifyloader.datasets.named import TarDataset, open_dataset
 from purifyloader.datasets.select import read_indices
+from purifyloader.datasets.splits import load_sample
 from purifyloader.energy import EnergyConfig, EnergyNetwork
 from purifyloader.errors import PurifyError
 from purifyloader.files.atomic import canonical_json
@@ -361,6 +363,26 @@ def _tar_opened(folder: Path) -> None:
     for index in range(min(len(dataset), 10)):
         with accepted():
             _ = dataset[index]
+
+
+@functools.cache
+def _samples() -> list[Files]:
+    pictures = enumerate(_pictures(3))
+    members = [pair for i, image in pictures for pair in ((f"{i:04d}.png", _png(image)), (f"{i:04d}.cls", b"%d" % i))]
+    return [{f"train-000000.tar{end}": _packed(tar_of(members), end) for end in ends} for ends in ((".gz",), ("",))]
+
+
+def _packed(data: bytes, end: str) -> bytes:
+    return gzip.compress(data, mtime=0) if end else data
+
+
+def _sample_changed(files: Files, draw: Draw) -> Files:
+    ((name, data),) = files.items()
+    end = ".gz" if name.endswith(".gz") else ""
+    if draw.number(5) == 0:
+        return {name: bytes_changed(data, draw)}
+    change = draw.choice([bytes_changed, mutations.tar_changed, _member_changed])
+    return {name: _packed(change(gzip.decompress(data) if end else data, draw), end)}
 
 
 @functools.cache
@@ -722,6 +744,7 @@ KINDS: dict[str, Kind] = {
     "caches": Kind(_caches, _cache_changed, _cache_opened),
     "exports": Kind(_exports, _export_changed, _export_opened),
     "tars": Kind(_tars, _tar_changed, _tar_opened),
+    "samples": Kind(_samples, _sample_changed, lambda folder: load_sample(folder, "train")),
     "images": Kind(_images, _image_changed, _images_opened),
     "poisons": Kind(_poisons, _poison_changed, _poison_opened),
     "models": Kind(_models, _model_changed, _model_opened),
