@@ -38,7 +38,7 @@ class PlainUNetConfig:
     Args:
         widths: channels of each level; each after the first halves the resolution. At most 16, of at most 65,536.
         blocks: residual blocks of each level, the same number on the way down and on the way up; of the lowest, which
-            is passed once, this number. At most 64.
+            is passed once, this number. At most 64, and 256 in all.
         unshuffle: side of the squares of pixels that become channels, at most 8; 1 for none.
         image_channels: of the images.
 
@@ -69,6 +69,10 @@ class PlainUNetConfig:
             raise ConfigError(
                 "PlainUNetConfig.widths and blocks must have a number for each level. Got "
                 f"{len(self.widths)} and {len(self.blocks)}."
+            )
+        if sum(self.blocks) > limits.NETWORK_BLOCKS_IN_ALL:
+            raise ConfigError(
+                f"PlainUNetConfig.blocks must be at most {limits.NETWORK_BLOCKS_IN_ALL} in all. Got {sum(self.blocks)}."
             )
         check_integer("PlainUNetConfig.unshuffle", self.unshuffle, 1, _UNSHUFFLE)
         check_integer("PlainUNetConfig.image_channels", self.image_channels, 1, limits.NETWORK_WIDTH)

@@ -214,7 +214,7 @@ def check_memory(config: TrainingFields, images: Tensor, device: torch.device, w
             f"The training must fit into the memory of {device}, {there / 1e9:,.1f} GB. Got a network of "
             f"{parameters:,} parameters, {4 * parameters / 1e9:,.1f} GB, of which {config.copies} copies are kept "
             f"({weights / 1e9:,.1f} GB), and {more / 1e9:,.1f} GB of images and samples at least. Give a smaller "
-            "network (channels, multipliers, blocks), batch_size, bank_size or replicate."
+            "network (channels, multipliers or widths, blocks), batch_size, bank_size or replicate."
         )
 
 

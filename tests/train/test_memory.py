@@ -15,6 +15,7 @@ from PIL import Image
 
 from purifyloader.commands.main import execute
 from purifyloader.core import devices
+from purifyloader.diffusion import PlainUNetConfig
 from purifyloader.energy import EnergyConfig
 from purifyloader.errors import ConfigError
 from purifyloader.train import TrainConfig, fields, plan, train_denoiser
@@ -29,12 +30,16 @@ WIDE: dict[str, dict[str, Any]] = {
     "widest at the bottom": {"channels": 16, "multipliers": (1, 4096)},
     "a wide stem": {"stem_channels": 65_536, "channels": 16_384},
     "deep and wide": {"channels": 4096, "multipliers": (1,) * 16, "blocks": 16},
+    "a plain one": {"widths": (65_536,), "blocks": (1,)},
+    "a plain one, wide below": {"widths": (32, 32_768), "blocks": (1, 2)},
+    "a plain one, deep": {"widths": (8192,) * 4, "blocks": (64,) * 4},
     "attention": {"channels": 32_768, "attention_levels": (0,), "heads": 1},
 }
 
 
 def denoiser(**network: Any) -> TrainConfig:
-    return dataclasses.replace(SIGMA, network=dataclasses.replace(TINY, **network))
+    own = PlainUNetConfig(**network) if "widths" in network else dataclasses.replace(TINY, **network)
+    return dataclasses.replace(SIGMA, network=own)
 
 
 @pytest.mark.parametrize("name", WIDE)
