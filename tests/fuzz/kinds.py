@@ -43,11 +43,11 @@ from purifyloader.purified.sanitation import Sanitation
 from purifyloader.purifiers import EnergyAbove, Jpeg, Where
 from purifyloader.recipes.models import from_file
 from purifyloader.results import rows
-from purifyloader.train import train_denoiser
+from purifyloader.train import recipe, train_denoiser
 from purifyloader.train.denoiser.config import TrainConfig
 from purifyloader.train.energy import EnergyTrainConfig, train_energy
 from purifyloader.train.state import STATE_FILE
-from tests.conftest import slim_denoiser, tiny_energy
+from tests.conftest import plain_denoiser, slim_denoiser, tiny_energy
 from tests.fuzz import mutations
 from tests.fuzz.guard import BrokenLimit, ran_out_of_memory
 from tests.fuzz.mutations import Draw, bytes_changed, json_changed, text_of
@@ -498,6 +498,7 @@ def _models() -> list[Files]:
     return [
         _folder(lambda at: pretrained.save(slim_denoiser(), at, name="a", details=details)),
         _folder(lambda at: pretrained.save(tiny_energy(), at, name="b")),
+        _folder(lambda at: pretrained.save(plain_denoiser(), at, name="c")),
     ]
 
 
@@ -726,7 +727,7 @@ def _states_opened(folder: Path) -> None:
 
 
 def _fields() -> list[Files]:
-    texts = (TrainConfig().to_dict(), EnergyTrainConfig().to_dict(), [1, 2, 3, 8])
+    texts = (TrainConfig().to_dict(), recipe("fast").to_dict(), EnergyTrainConfig().to_dict(), [1, 2, 3, 8])
     return [{"fields.json": canonical_json(text).encode()} for text in texts]
 
 
