@@ -61,7 +61,7 @@ def test_a_back_door_is_in_so_many_images_of_the_class_and_in_no_other(file):
         (np.ones((1, 3, 8, 8), np.int64), "floating-point"),
         (np.ones((2, 3, 8, 8), np.float32), "one trigger. Got 2"),
         (np.ones((8, 8, 3), np.float32), "shape"),
-        (np.array([{}], dtype=object), "allow_pickle"),
+        (np.array([{}], dtype=object), "Python objects"),
         (b"no array", "is a .npy file"),
     ],
 )
