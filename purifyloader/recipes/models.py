@@ -133,7 +133,7 @@ def from_file(path: Path, model: Any = None) -> Purifier:
     try:
         text = read_text(path)
     except (OSError, JsonError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else error
+        why = "no such file" if isinstance(error, FileNotFoundError | IsADirectoryError) else error
         raise ConfigError(
             f"must be a file with the JSON of a purifier. Got {str(path)!r}: {why}.", argument="recipe"
         ) from None
