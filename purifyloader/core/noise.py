@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,20 +37,17 @@ def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> 
     if len(counter) != 4 or len(key) != 2:
         raise InputError(f"philox4x32 takes four counter words and two key words. Got {len(counter)} and {len(key)}.")
     words = (*counter, *key)
-    shapes = {word.shape for word in words if isinstance(word, Tensor) and word.dim()}
-    if len(shapes) <= 1 and not torch.compiler.is_compiling():
-        shape = shapes.pop() if shapes else torch.Size()
-        if shape.numel() <= _FEW and all(not isinstance(word, Tensor) or word.device.type == "cpu" for word in words):
+    tensors = [word for word in words if isinstance(word, Tensor)]
+    if not torch.compiler.is_compiling() and all(word.device.type == "cpu" for word in tensors):
+        shape = np.broadcast_shapes(*(word.shape for word in tensors))
+        if math.prod(shape) <= _FEW:
             return _rounds_of_few(words, shape)
     return _rounds(words)
 
 
-def _rounds_of_few(words: Sequence[Tensor | int], shape: torch.Size) -> tuple[Tensor, ...]:
+def _rounds_of_few(words: Sequence[Tensor | int], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Compute the rounds number by number in Python, ten times as fast for an image's key as torch's operators."""
-    columns = [
-        word.flatten().tolist() if isinstance(word, Tensor) and word.dim() else [int(word)] * shape.numel()
-        for word in words
-    ]
+    columns = [np.broadcast_to(word, shape).ravel().tolist() for word in words]
     results = []
     for c0, c1, c2, c3, k0, k1 in zip(*columns, strict=True):
         for _ in range(_ROUNDS):
