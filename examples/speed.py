@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -133,21 +134,40 @@ def compare_on_one_core(x_BCHW: torch.Tensor, keys_B: torch.Tensor, rounds: int,
             work[name] = partial(lambda p, n: len(p(x_BCHW[:n], keys_B[:n])), purifier, count)
             work[f"{name}, network alone"] = partial(call_network, purifier.denoiser.network, x_BCHW[:BATCH], count)
     rates = take_turns(work | around(x_BCHW), rounds)
-    table = {}
-    print(f"{'':<36}{'images/s':>10}{'JPEG-10':>9}{'network':>10}{'around':>8}{'GFLOP':>8}{'of ceiling':>11}")
+    rows: dict[str, dict[str, float]] = {}
     for name in [name for name in rates if "alone" not in name and "ceiling" not in name]:
         row = {"images_per_second": rates[name], "beside_jpeg": rates[name] / rates["JPEG-10, PIL"]}
-        text = f"{name:<36}{rates[name]:>10.1f}{row['beside_jpeg']:>9.2f}"
         if name in counts:
             alone, top = rates[f"{name}, network alone"], f"ceiling, {name.split(', ')[1]}"
-            row |= {"network_images_per_second": alone, "around": 1 - rates[name] / alone, "gflop": counts[name]}
+            row |= {"around": 1 - rates[name] / alone, "gflop": counts[name]}
             row["of_ceiling"] = alone * counts[name] / (rates[top] * counts[top])
-            text += f"{alone:>10.1f}{row['around']:>8.0%}{row['gflop']:>8.3f}{row['of_ceiling']:>11.0%}"
-        table[name] = {key: round(value, 4) for key, value in row.items()}
-        print(text)
+        rows[name] = {key: round(value, 4) for key, value in row.items()}
+    machine = f"{platform.machine()}, {kind_of_device(torch.device('cpu'))}, 1 thread, torch {torch.__version__}"
+    results = {"machine": machine, "one_core": rows}
+    print(core_table(results))
     if out:
-        machine = f"{platform.machine()}, {kind_of_device(torch.device('cpu'))}, 1 thread, torch {torch.__version__}"
-        write_text(out, json.dumps({"machine": machine, "one_core": table}, indent=1) + "\n")
+        write_text(out, json.dumps(results, indent=1) + "\n")
+
+
+def core_table(results: dict[str, Any]) -> str:
+    lines = ["| | images/s | beside JPEG-10 | outside the network | GFLOP an image | of the ceiling |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in results["one_core"].items():
+        cells = [f"{row['images_per_second']:,.0f}", f"{row['beside_jpeg']:.2f}"]
+        if "gflop" in row:
+            cells += [f"{row['around']:.0%}", f"{row['gflop']:.3f}", f"{row['of_ceiling']:.0%}"]
+        lines.append(f"| {name} | " + " | ".join([*cells, *["–"] * (5 - len(cells))]) + " |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, results: dict[str, Any]) -> str:
+    """A page with the table between its markers made from the results of `--core`."""
+    changed, found = re.subn(
+        r"(<!-- core -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{core_table(results)}\n{m[2]}", text, flags=re.DOTALL
+    )
+    if found != 1:
+        raise SystemExit(f"The page must have one place for the table 'core'. Got {found}.")
+    return changed
 
 
 def around(x_BCHW: torch.Tensor) -> dict[str, Callable[[], int]]:

@@ -82,6 +82,15 @@ def test_cuda_keeps_finished_cells(tmp_path):
     assert json.loads(results.read_text()) == known
 
 
+def test_fast_defence_keeps_finished_cells(tmp_path):
+    results = tmp_path / "fast.json"
+    known = {f"{attack}:{way}": {"0": 50.0} for attack in ("clean", "tap") for way in ("cifar10-sparse", "afresh")}
+    results.write_text(json.dumps(known))
+    words = ["--attacks", "clean", "--ways", "cifar10-sparse", "afresh", "--seeds", 0, "--work", tmp_path / "work"]
+    assert run_on_few("fast_defence.py", *words, "--out", results) == ""
+    assert json.loads(results.read_text()) == known
+
+
 @pytest.mark.parametrize("way", ["coin", "blur"])
 def test_the_augmentations_against_cuda_are_drawn_anew(way):
     spec = importlib.util.spec_from_file_location("against_cuda", ROOT / "examples" / "against_cuda.py")
