@@ -147,8 +147,9 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 
 def test_fields_and_options_are_judged_together(tmp_path):
-    light = energy_recipe("light")
-    got = configured(tmp_path, {"bank_size": 16}, "--batch-size", "4")  # too small for the batch of the recipe
+    light = dataclasses.replace(energy_recipe("light"), dtype="float32")
+    # too small for the batch of the recipe
+    got = configured(tmp_path, {"bank_size": 16, "dtype": "float32"}, "--batch-size", "4")
     assert got == dataclasses.replace(light, bank_size=16, batch_size=4)
     with pytest.raises(ConfigError, match=r"bank_size .* from 32 to .*Got 16"):
         configured(tmp_path, {"bank_size": 16})
