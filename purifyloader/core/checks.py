@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from purifyloader.errors import ConfigError, InputError, PurifyError
 
@@ -24,6 +27,9 @@ __all__ = [
     "check_seed",
     "launcher_number",
     "plain_number",
+    "shown",
+    "stored_integer",
+    "stored_integers",
 ]
 
 
@@ -44,8 +50,8 @@ def plain_number(value: Any) -> Any:
 
 
 def _got(value: Any) -> str:
-    own = plain_number(value)
-    return f"{value!r}" if own is value else f"{value!r}, a number of numpy's: give {type(own).__name__}(...) of it"
+    own, text = plain_number(value), shown(value, 200)
+    return text if own is value else f"{text}, a number of numpy's: give {type(own).__name__}(...) of it"
 
 
 def check_number(
@@ -123,6 +129,38 @@ def as_integer(name: str, value: Any, low: int) -> int:
     if not low <= integer < 2**63:
         raise InputError(f"{name} must be an integer from {low} to 2^63 - 1. Got {_got(value)}.")
     return integer
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """Return the repr of a value that somebody else's file gives, cut to `most` characters."""
+    if isinstance(value, int) and value.bit_length() > 4 * most:  # Python writes no number of many digits
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def stored_integer(what: str, value: Any, low: int = 0) -> int:
+    """Return an integer that somebody else's file or file name gives, as a number or in digits, from `low`.
+
+    Raises `InputError` for what is none, or does not fit into the 64 bits of an array's; `what` names it and the file.
+    """
+    try:
+        integer = int(value) if isinstance(value, str | bytes) else operator.index(value)
+    except (TypeError, ValueError):  # of many thousand digits, too
+        integer = low - 1
+    if not low <= integer < 2**63:
+        lowest = str(low) if low > -(2**63) else "-2^63"
+        raise InputError(f"{what} must be an integer from {lowest} to 2^63 - 1. Got {shown(value)}.")
+    return integer
+
+
+def stored_integers(what: str, values: Iterable[Any], low: int = 0) -> NDArray[np.int64]:
+    """Return what `stored_integer` does of each value, or of an array of integers of any kind, as int64 (N,)."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+        for end in (values.min(), values.max()) if values.size else ():
+            stored_integer(what, end, low)
+        return values.astype(np.int64)
+    return np.array([stored_integer(what, value, low) for value in values], np.int64)
 
 
 def launcher_number(name: str, default: int, low: int = 0) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from purifyloader.core.checks import stored_integers
 from purifyloader.core.images import as_stored
 from purifyloader.errors import InputError
 
@@ -60,7 +61,7 @@ def as_arrays(dataset: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         raise InputError(f"Images are uint8 (N, H, W, 1 or 3), at least one. Got {images.dtype} {images.shape}.")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or int(labels.min()) < 0:
         raise InputError(f"Each of {len(images)} images has one label, from 0. Got {labels.dtype} {labels.shape}.")
-    return images, labels.astype(np.int64)
+    return images, stored_integers("The label of an image", labels)
 
 
 def _read(dataset: Any) -> tuple[NDArray[Any], NDArray[Any]]:

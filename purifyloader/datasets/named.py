@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
-from purifyloader.core.checks import as_path
+from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.errors import InputError
 from purifyloader.files.json import MOST_BYTES, parse_json
@@ -367,12 +367,14 @@ def _decode(field: str, data: bytes, what: str) -> Any:
     kind = field.rpartition(".")[2]
     try:
         if kind == "cls":
-            return int(data)
+            return stored_integer(what, data, low=-(2**63))
         if kind == "json":
             return parse_json(data, any_value=True)
         return data.decode("utf-8") if kind == "txt" else data
+    except InputError as error:
+        raise InputError(f"{error} Write the tar anew.") from None
     except ValueError as error:
-        expected = {"cls": "an integer", "json": "JSON", "txt": "text in UTF-8"}[kind]
+        expected = {"json": "JSON", "txt": "text in UTF-8"}[kind]
         raise InputError(f"{what} must be {expected}. Got: {error}. Write the tar anew.") from None
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from purifyloader.core import noise, sizes
-from purifyloader.core.checks import as_path
+from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.samples import fields, get_image
 from purifyloader.errors import InputError
@@ -232,4 +232,4 @@ def label_of(target: Any) -> int | None:
     if isinstance(target, Tensor | np.ndarray) and target.ndim == 0:
         target = target.item()
     is_class = isinstance(target, int | np.integer) and not isinstance(target, bool) and int(target) >= 0
-    return int(target) if is_class else None
+    return stored_integer("The class of an image", target) if is_class else None

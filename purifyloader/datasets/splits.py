@@ -16,7 +16,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from purifyloader.core import noise
-from purifyloader.core.checks import as_path
+from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
@@ -182,11 +182,17 @@ def _tar_bytes(path: Path) -> bytes:
     return content
 
 
+def _label(path: Path, sample: dict[str, Any]) -> int:
+    return stored_integer(f"{path}: {sample['__key__']}.cls", sample["cls"])
+
+
 def _decode(path: Path, sample: dict[str, Any]) -> tuple[str, NDArray[np.uint8], int]:
     key = sample["__key__"]
     try:
         with opened_image(io.BytesIO(sample["png"])) as image:
-            return key, np.asarray(image.convert("RGB")), int(sample["cls"])
+            return key, np.asarray(image.convert("RGB")), _label(path, sample)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path}: sample {key} must have members .png and .cls. Got no {error}.") from error
     except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from purifyloader.core.checks import stored_integers
 from purifyloader.core.images import pil_mode
 from purifyloader.datasets.arrays import InMemory
 from purifyloader.errors import InputError
@@ -199,4 +200,7 @@ class Poisoned(InMemory):
     ) -> Self:
         """Make one of arrays of any integer type; all images are poisoned if `poisoned` is None."""
         which = np.arange(len(images)) if poisoned is None else np.sort(np.asarray(poisoned))
-        return cls(images, np.asarray(labels).astype(np.int64), which.astype(np.int64), attack, **known)
+        given = np.asarray(labels)
+        if given.dtype.kind in "uO":  # those of 64 bits and more
+            given = stored_integers("A label", given)
+        return cls(images, given.astype(np.int64), which.astype(np.int64), attack, **known)

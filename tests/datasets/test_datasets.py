@@ -22,7 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from purifyloader.commands import main as cli
+from purifyloader.datasets import select
+from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.named import ImageFiles, TarDataset, open_dataset
+from purifyloader.datasets.splits import load_sample
 from purifyloader.errors import InputError
 from tests import processes
 from tests.conftest import random_images
@@ -250,6 +253,8 @@ def test_bad_samples_are_named(members, message, tmp_path):
         ([("0.png", b"no image")], r"a\.tar: 0\.png is no readable image"),
         ([("0.png", encoded(picture(0))[:-200])], r"a\.tar: 0\.png is no readable image"),
         ([("0.png", encoded(picture(0))), ("0.cls", b"cat")], r"a\.tar: 0\.cls must be an integer"),
+        ([("0.png", encoded(picture(0))), ("0.cls", b"9" * 30)], r"a\.tar: 0\.cls must .* 2\^63 - 1\. Got b'999"),
+        ([("0.png", encoded(picture(0))), ("0.cls", b"9" * 9000)], r"a\.tar: 0\.cls must .* Got b'9{58}\.\.\."),
         ([("0.png", encoded(picture(0))), ("0.m.json", b"{")], r"a\.tar: 0\.m\.json must be JSON"),
         ([("0.png", encoded(picture(0))), ("0.txt", b"\xff")], r"a\.tar: 0\.txt must be text"),
     ],
@@ -260,6 +265,20 @@ def test_bad_fields_are_named(members, message, tmp_path):
     with pytest.raises(InputError, match=message):
         dataset[0]
     assert dataset[1]["__key__"] == "1"
+
+
+def test_classes_beyond_64_bits_are_named(tmp_path):
+    image = ("0.png", encoded(picture(0)))
+    write_tar(tmp_path / "train-000000.tar", [image, ("0.cls", b"9" * 30)])
+    array = np.zeros((1, 8, 8, 3), np.uint8)
+    for call, words in (
+        (lambda: load_sample(tmp_path, "train"), r"train-000000\.tar: 0\.cls must .*Got b'999"),
+        (lambda: select.load([(picture(0), {"label": 2**70})], [0], 3, what="a.tar"), r"a\.tar: The class .*Got 1180"),
+        (lambda: select.load([(picture(0), 2**63)], [0], 3), r"The class of an image .*Got 9223372036854775808"),
+        (lambda: as_arrays((array, np.array([2**63], np.uint64))), "The label of an image .*Got .*9223372036854775808"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 def test_a_tar_cut_anywhere_is_refused(tars, tmp_path):

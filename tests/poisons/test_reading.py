@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 import struct
@@ -544,6 +545,74 @@ def test_a_set_that_we_wrote_and_that_was_damaged(tmp_path):
     (tmp_path / "flat/labels.csv").write_text("file,label\n00.png,1\n")
     with pytest.raises(InputError, match="columns"):
         read(tmp_path / "flat")
+
+
+def _named(path: Path) -> Path:
+    (path / "0").mkdir()
+    Image.fromarray(IMAGES[0]).save(path / f"0/{10**24}.png")
+    return path
+
+
+def _in_class(path: Path) -> Path:
+    (path / f"{2**63}").mkdir()
+    Image.fromarray(IMAGES[0]).save(path / f"{2**63}/0.png")
+    return path
+
+
+def _in_table(path: Path) -> Path:
+    write(Poisoned.of(POISONED[:2], LABELS[:2], "x", np.arange(2)), path / "own")
+    table = path / "own/labels.csv"
+    table.write_text(table.read_text().replace("0.png,0", f"0.png,{10**29}"))
+    return path / "own"
+
+
+WIDE = {
+    "file name": (_named, r"The name of .*000\.png must .* 2\^63 - 1\. Got '1000"),
+    "class folder": (_in_class, r"The name of .*808 must .* 2\^63 - 1\. Got '9223372036854775808'"),
+    "labels.csv": (_in_table, r"0\.png in .*labels\.csv must .* 2\^63 - 1\. Got '1000"),
+    "raw bytes": (lambda p: dump([(bytes(192), 10**30)] * 2, p / "p.pkl"), r"Item 0 of .*p\.pkl must .* Got 1000"),
+    "thousands of digits": (lambda p: dump([(bytes(192), 10**5000)], p / "p.pkl"), "Got an integer of 16,610 bits"),
+    "below": (lambda p: dump([(bytes(192), -(10**5000))], p / "p.pkl"), "from 0. Got an integer of 16,610 bits"),
+    "unsigned": (lambda p: npz(IMAGES, p, np.full(N, 2**63, np.uint64)), r"targets of .*p\.npz must .*808"),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_integers_beyond_64_bits_are_named(kind, tmp_path):
+    write_to, words = WIDE[kind]
+    with pytest.raises(InputError, match=words) as caught:
+        read(write_to(tmp_path))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+MADE = Poisoned.of(
+    POISONED[:2], LABELS[:2], "x", np.arange(2), bound=EIGHT, target=Target(IMAGES[0], 1, 2, 3), target_class=1
+)
+EDITED = {
+    "format": [True, 1.0, "1", 0, None],
+    "layout": ["tree", 1],
+    "attack": [{"a": 1}, 5, None],
+    "purifyloader": [[], 1, None],
+    "images": [8.9, "2", True, 3, 10**40],
+    "target_class": ["x", True, -1, 1.0, 2**63],
+    "settings": [None, [], "ab"],
+    "target": [3, [], {"label": "1"}, {"label": None, "true_label": 2, "index": 3}],
+    "bound": [0.1, {"norm": "linf", "epsilon": 1e300}, {"norm": "linf", "epsilon": "1"}, {"norm": "l9", "epsilon": 1}],
+}
+
+
+def test_each_field_of_our_own_record_has_its_type_and_range(tmp_path):
+    write(MADE, tmp_path / "own")
+    path = tmp_path / "own/poison.json"
+    record = json.loads(path.read_text())
+    assert record.keys() == EDITED.keys()
+    assert read(tmp_path / "own").target.index == 3
+    for name, values in EDITED.items():
+        for value in values:
+            path.write_text(json.dumps(record | {name: value}))
+            with pytest.raises(InputError) as caught:
+                read(tmp_path / "own")
+            assert str(tmp_path) in str(caught.value) or "A bound is" in str(caught.value), (name, value)
 
 
 # misreadings

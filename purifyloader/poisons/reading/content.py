@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from purifyloader.core.checks import stored_integers
 from purifyloader.errors import InputError
 from purifyloader.files.opening import check_file, opened
 from purifyloader.files.pickles import check_archive
@@ -124,7 +125,7 @@ def integers(value: Any, what: str) -> NDArray[np.int64]:
         array = as_number_array(value)
     if array is None or array.dtype.kind not in "iu" or array.ndim != 1:
         raise InputError(f"{what} must be integers (N,). Got {describe(value)}.")
-    return array.astype(np.int64)
+    return stored_integers(what, array, low=-(2**63))
 
 
 def _stacked(parts: list[Any]) -> NDArray[Any] | None:

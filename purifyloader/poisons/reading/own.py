@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.core.checks import check_choice, check_integer, check_number, shown, stored_integer, stored_integers
 from purifyloader.errors import InputError
 from purifyloader.files.json import parse_json, read_text
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import describe, integers, read_array
 from purifyloader.poisons.reading.request import Arrays, Request
-from purifyloader.poisons.writing import FORMAT
+from purifyloader.poisons.writing import FORMAT, Layout
 
 __all__ = ["BESIDE", "WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
 
@@ -25,6 +27,7 @@ BESIDE = ("labels.csv", "poison.json", "poisoned.json", "trigger.npy", "target.n
 """Files of a written folder beside its images."""
 
 _TARGET = ("label", "true_label", "index")
+_HIGHEST = 2**63 - 1
 
 
 def is_folder(names: tuple[str, ...]) -> bool:
@@ -49,9 +52,11 @@ def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
         for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
             if row["file"] in labels:
                 raise ValueError(f"{row['file']} twice")
-            labels[row["file"]] = int(row["label"])
+            labels[row["file"]] = stored_integer(f"The label of {row['file']} in {path}", row["label"])
             if int(row["poisoned"]):
                 poisoned.append(row["file"])
+    except InputError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
             f"{path} must have the columns file, label and poisoned. Got {type(error).__name__}: {error}."
@@ -73,7 +78,7 @@ def from_folder(
         record = read_text(folder / "poison.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
-    return _restored(request, (images, np.asarray(labels, np.int64)), poisoned, record, extra)
+    return _restored(request, (images, stored_integers(f"A label in {folder}", labels)), poisoned, record, extra)
 
 
 def _restored(
@@ -83,21 +88,26 @@ def _restored(
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
     try:
         record = parse_json(text)
-        version = int(record["format"])
+        version = record["format"]
+        check_integer(f"format in {request.path}", version, 1, error=InputError)
         if version > FORMAT:
             raise InputError(
                 f"{expected}, up to version {FORMAT}. Got version {version}: install a later purifyloader."
             )
-        if (said := int(record.get("images", len(arrays[0])))) != len(arrays[0]):
+        _check_record(record, arrays[0], f"in {request.path}")
+        if (said := record.get("images", len(arrays[0]))) != len(arrays[0]):
             raise ValueError(f"{len(arrays[0]):,} of {said:,} images")
         bound = None if record["bound"] is None else Bound(record["bound"]["norm"], float(record["bound"]["epsilon"]))
         aimed = None
         if record["target"] is not None:
-            aimed = Target(np.asarray(extra.get("target"), np.uint8), **{key: record["target"][key] for key in _TARGET})
+            image = extra.get("target")
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+                raise ValueError(f"a target of {describe(image)}, which is uint8 (H, W, C)")
+            aimed = Target(image, **{key: record["target"][key] for key in _TARGET})
         return Poisoned.of(
             arrays[0],
             arrays[1],
-            str(record["attack"]),
+            record["attack"],
             poisoned,
             bound=request.bound_or(bound),
             target=aimed,
@@ -109,3 +119,29 @@ def _restored(
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{expected}. Got {type(error).__name__}: {error}: it is damaged, or was edited.") from None
+
+
+def _check_record(record: Mapping[str, Any], images: NDArray[np.uint8], where: str) -> None:
+    """Refuse fields of types or sizes that `write` does not make; `where` says whose they are."""
+    for name in ("attack", "purifyloader"):
+        _check_kind(f"{name} {where}", record[name], str, "a text")
+    if "layout" in record:  # of a folder
+        check_choice(f"layout {where}", record["layout"], get_args(Layout), error=InputError)
+    _check_kind(f"settings {where}", record["settings"], dict, "a JSON object")
+    numbers = [("images", 0, record.get("images", 0)), ("target_class", 0, record["target_class"])]
+    if (target := record["target"]) is not None:
+        _check_kind(f"target {where}", target, dict, "a JSON object or null")
+        check_integer(f"label of the target {where}", target["label"], 0, _HIGHEST, error=InputError)
+        numbers += [(f"{name} of the target", 0, target[name]) for name in _TARGET]
+    for name, low, value in numbers:
+        check_integer(f"{name} {where}", value, low, _HIGHEST, none=name != "images", error=InputError)
+    if (bound := record["bound"]) is not None:
+        _check_kind(f"bound {where}", bound, dict, "a JSON object or null")
+        # no norm moves an image further than it has values
+        most = math.prod(images.shape[1:])
+        check_number(f"epsilon of the bound {where}", bound["epsilon"], above=0, high=most, error=InputError)
+
+
+def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {what}. Got {shown(value)}.")

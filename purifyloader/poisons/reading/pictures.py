@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from purifyloader.core.checks import stored_integer, stored_integers
 from purifyloader.core.decoding import opened_image
 from purifyloader.datasets.named import SUFFIXES, files_below, warn_of_others
 from purifyloader.errors import InputError
@@ -83,7 +84,7 @@ def _from_one_hot(labels: NDArray[Any], path: Path) -> NDArray[np.int64]:
     if labels.ndim == 2 and labels.shape[1] > 1 and bool(np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
         return labels.argmax(axis=1).astype(np.int64)
     if labels.dtype.kind in "iu" and labels.size == len(labels):
-        return labels.reshape(-1).astype(np.int64)
+        return stored_integers(f"A label in {path}", labels.reshape(-1))
     raise InputError(f"{path} must hold one-hot labels (N, classes), or integers. Got {describe(labels)}.")
 
 
@@ -216,7 +217,10 @@ def _png_by_class(folder: Path, files: list[Path], request: Request) -> Poisoned
     if not numbered and (empty := [name for name in names if name not in full_folders]):
         what = "an image in each class folder, whose places give the labels"
         raise request.must_hold(what, f"none in {', '.join(empty[:5])}", "remove such a folder, or fetch it again")
-    labels = [int(path.parent.name) if numbered else names.index(path.parent.name) for path in files]
+    labels = [
+        stored_integer(f"The name of {path.parent}", path.parent.name) if numbered else names.index(path.parent.name)
+        for path in files
+    ]
     indices = _indices(files)
     if request.clean is not None:
         if indices is None:
@@ -242,7 +246,7 @@ def _indices(files: list[Path]) -> NDArray[np.int64] | None:
     """Return the numbers that files are named by, None unless all are and no two alike."""
     if not all(path.stem.isdecimal() for path in files):
         return None
-    indices = np.array([int(path.stem) for path in files], np.int64)
+    indices = np.array([stored_integer(f"The name of {path}", path.stem) for path in files], np.int64)
     return indices if len(np.unique(indices)) == len(indices) else None
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from purifyloader.core import checks
+from purifyloader.core.checks import shown, stored_integer
 from purifyloader.core.images import quantize
 from purifyloader.datasets.named import read_image
 from purifyloader.errors import InputError
@@ -254,8 +255,8 @@ def label_of(value: Any, what: str) -> int:
     """Return a label, an integer of any kind such as a tensor of one, as an int; refuse others, and those below 0."""
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise InputError(f"{what} must be a label, an integer from 0. Got {value!r:.80}.")
-    return number
+        raise InputError(f"{what} must be a label, an integer from 0. Got {shown(value, 80)}.")
+    return stored_integer(what, number)
 
 
 # poisoned sets
