@@ -20,7 +20,7 @@ from purifyloader.bench.applying import compensation, per_epoch_transform
 from purifyloader.bench.defences import Defence, Made, Models, find
 from purifyloader.core import noise
 from purifyloader.core.checks import as_path
-from purifyloader.datasets.named import files_below
+from purifyloader.datasets.folders import files_below
 from purifyloader.datasets.splits import Data
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import file_sha256, writing
@@ -418,5 +418,5 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 def _folder_sha256(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise InputError(f"Expected a poison file or folder. Got {folder}, which is not there.")
-    files = {*folder.rglob("*"), *files_below(folder)}  # the second through links, as they are read
+    files = {*files_below(folder), *folder.rglob("*")}  # the first through links, as they are read
     return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(files) if p.is_file()}

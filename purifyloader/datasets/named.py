@@ -6,6 +6,7 @@ import functools
 import glob
 import importlib
 import io
+import itertools
 import logging
 import operator
 import os
@@ -25,12 +26,13 @@ from torchvision import datasets
 
 from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.decoding import opened_image
+from purifyloader.datasets.folders import check_links, files_below, is_hidden
 from purifyloader.errors import InputError
 from purifyloader.files.json import MOST_BYTES, parse_json
 from purifyloader.files.opening import check_file, opened, opened_number
 from purifyloader.files.tars import TAR_ERRORS, opened_tar, split_name
 
-__all__ = ["ImageFiles", "TarDataset", "files_below", "open_dataset", "read_image", "warn_of_others"]
+__all__ = ["ImageFiles", "TarDataset", "open_dataset", "read_image", "warn_of_others"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ TORCHVISION = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 _TAR_IMAGES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$")
+_MAGIC = set("*?[")
 _NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
 _LONGEST_IMAGE, _LONGEST = 2**30, {"cls": 10_000, "json": MOST_BYTES, "txt": MOST_BYTES}  # bytes of a member
 _OPEN_TARS = 64  # of the 1024 files that a process may usually have open
@@ -113,20 +116,6 @@ class ImageFiles(Dataset[Image.Image]):
 
     def __getitem__(self, index: int) -> Image.Image:
         return _read_image(self.files[index], str(self.files[index]))
-
-
-def files_below(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Yield the files below a folder but for hidden ones, those of linked folders under the names of the links."""
-    status = os.stat(folder)
-    if (here := (status.st_dev, status.st_ino)) in above:
-        return  # a link that leads back
-    with os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in shown:
-        if entry.is_dir():
-            yield from files_below(Path(entry.path), (*above, here))
-        else:
-            yield Path(entry.path)
 
 
 def warn_of_others(folder: Path, others: Sequence[Path], what_is: str) -> None:
@@ -448,9 +437,10 @@ def _check_batches(kind: Any, root: Path) -> None:
 
 def _in_classes(root: Path) -> datasets.ImageFolder:
     """Open a folder of class folders, and count the files that are in none, or no images."""
+    found = check_links(root)  # torchvision follows them all
     folders = datasets.ImageFolder(str(root), loader=read_image)
     read = {path for path, _ in folders.samples}
-    others = sorted(path for path in files_below(root) if str(path) not in read)
+    others = sorted(path for path in found if str(path) not in read and not is_hidden(path, root))
     warn_of_others(root, others, "the images in its class folders are")
     return folders
 
@@ -533,7 +523,9 @@ def _find_tars(spec: str) -> list[Path]:
         return [path]
     named: list[Path] = []
     for name in _expand(spec):
-        matches = sorted(glob.glob(name, recursive=True)) if any(c in name for c in "*?[") else [name]
+        if "**" in name:  # which glob follows links in
+            check_links(Path(*itertools.takewhile(lambda part: not set(part) & _MAGIC, Path(name).parts)))
+        matches = sorted(glob.glob(name, recursive=True)) if _MAGIC & set(name) else [name]
         named += _some([Path(match) for match in matches], name)
     return named
 

@@ -20,7 +20,8 @@ from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
-from purifyloader.datasets.named import TORCHVISION, files_below, open_dataset, read_image, warn_of_others
+from purifyloader.datasets.folders import files_below
+from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image, warn_of_others
 from purifyloader.errors import InputError
 from purifyloader.files.json import read_text
 from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, opened

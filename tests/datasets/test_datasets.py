@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from purifyloader import poisons
 from purifyloader.commands import main as cli
 from purifyloader.datasets import select
 from purifyloader.datasets.arrays import as_arrays
@@ -543,6 +545,54 @@ def test_a_folder_is_read_as_torchvision_reads_it_and_what_is_left_out_is_counte
     assert len(open_dataset(str(tmp_path / "data"))) == 15
     assert "8 files below" in caplog.text
     assert "(4 .txt, 2 no suffix, 2 .gif; the first is cat/README)" in caplog.text
+
+
+def _ladder(folder: Path, name: str) -> None:
+    """Folders in a row, each with two links to the next: 2^24 ways lead to the last."""
+    for i in range(25):
+        (folder / f"{name}/{i:02d}").mkdir(parents=True)
+    for i in range(24):
+        for link in "ab":
+            (folder / f"{name}/{i:02d}/{link}").symlink_to(f"../{i + 1:02d}")
+
+
+def _rounds(folder: Path, name: str, links: str = "xy") -> None:
+    (folder / name).mkdir()
+    for link in links:
+        (folder / name / link).symlink_to(".")
+
+
+def _tower(folder: Path, name: str) -> None:
+    (folder / name / "/".join("a" * 100)).mkdir(parents=True)
+
+
+TANGLED = {
+    "a ladder": (_ladder, r"at most 16 ways\. Got one more, '.*/data/"),
+    "two rounds": (_rounds, r"The link '.*/x' leads back"),
+    "one round": (functools.partial(_rounds, links="z"), r"The link '.*/z' leads back"),
+    "a tower": (_tower, r"at most 64 others\. Got '.*/a/a'"),
+}
+
+
+@pytest.mark.parametrize("kind", TANGLED)
+@pytest.mark.parametrize("name", ["cat", ".cat", "0"])
+def test_links_of_a_folder_end(kind, name, tmp_path):
+    make, words = TANGLED[kind]
+    root = tmp_path / "data"
+    root.mkdir()
+    make(root, name)
+    picture(0).save(root / name / "0.png")
+    pattern = str(root / "**" / "*.tar")
+    with pytest.raises(InputError, match=words):
+        open_dataset("imagefolder", root)
+    with pytest.raises(InputError, match=words):
+        open_dataset(pattern)
+    for read in (lambda: len(open_dataset(str(root))), lambda: len(poisons.read(root))):
+        if "round" in kind and not name.startswith("."):
+            assert read() == 1
+        elif not name.startswith("."):
+            with pytest.raises(InputError, match=words):
+                read()
 
 
 def in_a_tar(folder: Path) -> str:

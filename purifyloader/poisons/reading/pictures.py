@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from purifyloader.core.checks import stored_integer, stored_integers
 from purifyloader.core.decoding import opened_image
-from purifyloader.datasets.named import SUFFIXES, files_below, warn_of_others
+from purifyloader.datasets.folders import files_below
+from purifyloader.datasets.named import SUFFIXES, warn_of_others
 from purifyloader.errors import InputError
 from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.reading import own
