@@ -20,7 +20,7 @@ from typing import Self
 from purifyloader.errors import CacheError
 from purifyloader.files.atomic import writing
 from purifyloader.files.json import parse_json
-from purifyloader.files.opening import check_kind, opened, opened_number
+from purifyloader.files.opening import UnusableFile, check_kind, opened, opened_number
 
 try:
     import fcntl
@@ -150,6 +150,11 @@ class Lock:
             handle = os.open(self._path, flags, 0o666)
             try:
                 check_kind(handle, self._path)
+                if os.fstat(handle).st_nlink > 1:  # a second name of a file that may lie anywhere
+                    raise UnusableFile(
+                        f"{self._path} is a hard link, so the file has another name under which it would be emptied, "
+                        "too: remove this one"
+                    )
             except OSError:
                 os.close(handle)
                 raise

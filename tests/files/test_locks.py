@@ -16,6 +16,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from purifyloader.commands.processes import exit_status
+from purifyloader.errors import CacheError
 from purifyloader.files import locks
 from purifyloader.files.locks import Holder, Lock, is_held, lock_path, read_note
 from purifyloader.files.locks import holder as holder_of
@@ -139,6 +140,20 @@ def test_a_lock_that_is_tidied_away_while_another_waits(tmp_path: Path) -> None:
     thread.join(5)
     assert taken
     assert lock_path(tmp_path, "work").exists()
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-00000.safetensors", "00001", "rows.jsonl"])
+def test_a_hard_link_in_the_place_of_a_lock_is_not_written_to(tmp_path: Path, name: str) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    inside.mkdir()
+    outside.write_text("precious")
+    os.link(outside, lock_path(inside, name))
+    for wait in (True, False):
+        with pytest.raises(CacheError, match=rf"{name}\.lock is a hard link.*remove this one"):
+            Lock(inside, name, traceless=True).acquire(wait)
+    assert outside.read_text() == lock_path(inside, name).read_text() == "precious"
+    lock_path(inside, name).unlink()
+    assert Lock(inside, name).acquire(wait=False)
 
 
 def test_the_file_says_how_far_it_is_and_who_has_it(tmp_path: Path) -> None:
