@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from purifyloader.errors import escaped
+
 
 class AboveBars(logging.Handler):
     """Writes records where a bar would otherwise overwrite them, or stand on their line."""
@@ -15,7 +17,7 @@ class AboveBars(logging.Handler):
         from tqdm.auto import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(escaped(self.format(record)), file=sys.stderr)
         except Exception:  # as every handler of `logging` does
             self.handleError(record)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from purifyloader.commands.logs import warnings_shown
-from purifyloader.errors import PurifyError
+from purifyloader.errors import PurifyError, escaped
 
 _USER_ERROR, _INTERRUPTED = 2, 130
 
@@ -30,7 +30,8 @@ def exit_status(work: Callable[[], int | None], in_words: Callable[[PurifyError]
         if not (advice := _advice(error)):
             raise
         notes = " ".join(getattr(error, "__notes__", []))
-        print(f"purifyloader: error: {type(error).__name__}: {error}. {notes} {advice}", file=sys.stderr)
+        words = escaped(f"{type(error).__name__}: {error}. {notes} {advice}")
+        print(f"purifyloader: error: {words}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
         print("purifyloader: interrupted", file=sys.stderr)
