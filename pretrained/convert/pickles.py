@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from purifyloader.errors import CheckpointError, InputError
 from purifyloader.files.json import read_json
 from purifyloader.files.opening import UnusableFile, check_file, opened
-from purifyloader.files.pickles import Implausible, check_archive, check_torch
+from purifyloader.files.pickles import Implausible, check_archive, check_torch, is_archive, read_member
 from purifyloader.pretrained.convert.choice import state_dict  # the name stood here before
 from purifyloader.pretrained.registry import listed
 
@@ -75,10 +75,10 @@ def read_file(path: Path) -> Any:
         raise _error(path, "a file of weights", got, advice)
     if head.lstrip()[:1] == b"<":
         raise _error(path, "a file of weights", "a web page")
-    if zipfile.is_zipfile(path):
+    if head.startswith(b"PK\x03\x04"):  # as torch tells them apart
+        if not zipfile.is_zipfile(path):
+            raise _error(path, _WHOLE, f"{path.stat().st_size:,} bytes of an archive whose end is missing: cut short")
         _check_archive(path)
-    elif head.startswith(b"PK\x03\x04"):
-        raise _error(path, _WHOLE, f"{path.stat().st_size:,} bytes of an archive whose end is missing: cut short")
     try:
         check_torch(path)
         with warnings.catch_warnings():
@@ -177,12 +177,12 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
 def _wanted(path: Path) -> Iterator[str]:
     """Yield every global that the pickles in a file name, in order, as far as they can be read. Runs nothing."""
     try:
-        if zipfile.is_zipfile(path):
+        if is_archive(path):
+            check_archive(path)
             with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    if name.endswith(".pkl"):
-                        with archive.open(name) as member:
-                            yield from _globals(io.BytesIO(member.read(_READ)))
+                for member in archive.infolist():
+                    if member.filename.endswith(".pkl"):
+                        yield from _globals(io.BytesIO(read_member(archive, member, _READ)))
             return
         with opened(path) as file:
             start = io.BytesIO(file.read(_READ))

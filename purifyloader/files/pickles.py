@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import os
 import pickletools
+import struct
+import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, BinaryIO
 
 from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, check_file, opened
 
-__all__ = ["Implausible", "check_archive", "check_pickle", "check_torch"]
+__all__ = ["Implausible", "check_archive", "check_pickle", "check_torch", "is_archive", "read_member"]
 
 _INSTRUCTIONS = 4_000_000  # 50,000 images have 1.5 million; this many are followed in about 8 s
 _PARTS = 10_000_000  # values of which a pickle's object consists, shared ones counted wherever they are
@@ -28,6 +30,8 @@ _LARGEST_KEY = 2**61 - 1  # Python's hash of an integer is its remainder by this
 _BYTES = 1 << 20  # of a bytearray that is made from a number
 _LONGEST_NAME = 200
 _PICKLES = 5  # in a row in torch's old format
+_ARCHIVE = b"PK\3\4"  # the first bytes of what torch takes for an archive
+_END, _END_64 = 22, 76  # bytes at the end of an archive, and before these of a large one
 _MEMBER_HEADER = 30  # bytes at least before a member's data
 
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
@@ -96,30 +100,76 @@ def check_pickle(stream: BinaryIO, size: int) -> None:
 
 
 def check_torch(file: Path | BinaryIO) -> None:
-    """Do the same for the pickles in a file of torch.save: an archive, or five of them in a row in the old format."""
+    """Do the same for the pickles in a file of torch.save: an archive, or five in a row in the old format."""
     if isinstance(file, Path):
         with opened(file) as stream:
             check_torch(stream)
         return
     start = file.tell()
     size = file.seek(0, os.SEEK_END)
-    if zipfile.is_zipfile(file):
+    file.seek(start)
+    if is_archive(file):
         check_archive(file)
         with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    check_pickle(io.BytesIO(archive.read(name)), size)
+            for member in archive.infolist():
+                if member.filename.lower().endswith(".pkl"):  # torch's reader knows no case
+                    check_pickle(io.BytesIO(read_member(archive, member)), size)
     else:
-        file.seek(start)
         for _ in range(_PICKLES):
             check_pickle(file, size)
     file.seek(start)
 
 
+def is_archive(file: Path | BinaryIO) -> bool:
+    """Tell as torch does whether a file is an archive: by its first bytes, whatever is at its end.
+
+    `Implausible` for what another reader takes for another format: a pickle with an archive behind it, or in a tar.
+    """
+    if isinstance(file, Path):
+        with opened(file) as stream:
+            return is_archive(stream)
+    start = file.tell()
+    head = file.read(tarfile.BLOCKSIZE)
+    try:
+        if head.startswith(_ARCHIVE):
+            return True
+        if _is_tar(head):
+            raise Implausible("it is a tar, and may be something else at the same time")
+        if _holds_archive(file):
+            raise Implausible("it has an archive at its end, and something else before that")
+        return False
+    finally:
+        file.seek(start)
+
+
+def _is_tar(head: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")  # torch's old reader tries that first
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
+
+
+def _holds_archive(file: BinaryIO) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return bool(archive.infolist())
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, struct.error):
+        return False
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int | None = None) -> bytes:
+    """Read a member of an archive that was checked, or its first bytes: no more than it declares, whatever is in it."""
+    with archive.open(member) as stream:
+        return stream.read(member.file_size if most is None else min(most, member.file_size))
+
+
 def check_archive(file: Path | BinaryIO) -> None:
     """Raise `Implausible` for an archive whose members overlap, or unpack to more than its length makes plausible.
 
-    A file on a disk may unpack to 512 MB and 16 times its size, one inside another to 16 times its size.
+    A file on a disk may unpack to 512 MB and 16 times its size, one inside another to 16 times its size. Members are
+    stored or deflated, for others are unpacked to whatever they come to before their length is looked at; and the
+    archive is one in whatever way it is read, from its first byte or from its last, by number or by name.
     """
     if isinstance(file, Path):
         check_file(file)
@@ -127,6 +177,14 @@ def check_archive(file: Path | BinaryIO) -> None:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
         assert archive.fp is not None
         size = archive.fp.seek(0, os.SEEK_END)
+        _check_directory(archive, size)
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise Implausible(f"its member {member.filename} is packed by method {member.compress_type}, not deflated")
+        if "\0" in member.orig_filename:
+            raise Implausible(f"its member {member.filename} has another name behind a zero byte")
+    if len({member.filename for member in members}) != len(members):
+        raise Implausible("two of its members have one name")
     most = UNPACKED_A_BYTE * size + (UNPACKED if isinstance(file, Path) or hasattr(file, "name") else 0)
     if (unpacked := sum(member.file_size for member in members)) > most:
         raise Implausible(f"its members unpack to {unpacked:,} bytes, more than the {most:,} that are read of {size:,}")
@@ -134,6 +192,25 @@ def check_archive(file: Path | BinaryIO) -> None:
     starts = [member.header_offset for member in members[1:]]
     if any(end > start for end, start in zip(ends, [*starts, size], strict=True)):
         raise Implausible("its members overlap")
+
+
+def _check_directory(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive whose list of members is not where its end says: `zipfile` looks for it, and torch does not."""
+    assert archive.fp is not None
+    end = size - _END - len(archive.comment)
+    archive.fp.seek(max(0, end - _END_64))
+    tail = archive.fp.read(min(end, _END_64) + _END).rjust(_END_64 + _END, b"\0") if end >= 0 else b""
+    last, locator = tail[_END_64:], tail[_END_64 - 20 : _END_64]
+    if not last.startswith(b"PK\5\6"):
+        raise Implausible("it has something behind its end")
+    length, at = struct.unpack("<II", last[12:20])
+    if locator.startswith(b"PK\6\7"):
+        end -= _END_64
+        length, at = struct.unpack("<QQ", tail[40:56])
+        if struct.unpack("<Q", locator[8:16])[0] != end or not tail.startswith(b"PK\6\6"):
+            raise Implausible("its end is not where it says")
+    if at != archive.start_dir or at + length != end:  # type: ignore[attr-defined]
+        raise Implausible("its list of members is not where its end says")
 
 
 class _Follower:

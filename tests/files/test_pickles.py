@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import io
+import lzma
 import pickle
 import struct
+import tarfile
+import tracemalloc
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +202,105 @@ def test_an_array_that_declares_more_than_it_has_is_refused(tmp_path: Path, shap
 def test_whole_archives_are_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((100, 8, 8, 3), np.uint8), labels=np.arange(100))
     assert open_content(tmp_path / "a.npz")["images"].shape == (100, 8, 8, 3)
+
+
+def by_hand(members: list[tuple[str, int, bytes, bytes]], end: str = "") -> bytes:
+    """An archive of (name, method, data, what they are said to unpack to), whose end may lie."""
+    body, central = b"", b""
+    for member, method, data, declared in members:
+        known = zlib.crc32(declared), len(data), len(declared), len(member), 0
+        central += struct.pack(
+            "<4sHHHHHHIIIHHHHHII", b"PK\1\2", 46, 46, 0, method, 0, 33, *known, 0, 0, 0, 0, len(body)
+        )
+        central += member.encode()
+        body += struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 46, 0, method, 0, 33, *known) + member.encode() + data
+    shift = {"a list before": -len(central), "a shifted list": 5}.get(end, 0)
+    if end == "a list before":  # the one that the end tells of, and another that is found from the end
+        body += central.replace(b"data.pkl", b"data.txt")
+    large = b""
+    if end.startswith("of 64 bits"):
+        at = len(body) + len(central) + (7 if end.endswith("elsewhere") else 0)
+        large = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(central), len(body))
+        large += struct.pack("<4sIQI", b"PK\6\7", 0, at, 1)
+    numbers = (0xFFFFFFFF, 0xFFFFFFFF) if large else (len(central), len(body) + shift)
+    last = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, len(members), len(members), *numbers, 0)
+    return body + central + large + last + (b"behind" if end == "something behind" else b"")
+
+
+def plain(value: object) -> bytes:
+    return pickle.dumps(value, 2)
+
+
+MAGIC = b"".join(plain(v) for v in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}))
+MEMBER = "a/data.pkl"
+HARMLESS = [(MEMBER, 0, plain([]), plain([]))]
+LARGE, LITTLE = bytes(20_000_000), bytes(100)
+DEFLATED = zlib.compress(LARGE, 9, -15)
+
+
+def tar_of_pickles() -> bytes:
+    info = tarfile.TarInfo("x")
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:512])
+    start = plain(0x1950A86A20F9469CFC6C) + plain(1001)
+    header[: len(start)] = start
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(1024)
+
+
+ARCHIVES = {
+    "bzip2": by_hand([(MEMBER, 12, bz2.compress(LARGE), LITTLE)]),
+    "lzma": by_hand([(MEMBER, 14, b"\t\4\5\0" + lzma.compress(LARGE, lzma.FORMAT_ALONE, preset=0)[:5], LITTLE)]),
+    "a name that ends in a zero byte": by_hand([("a/data.pkl\0x", 0, plain([]), plain([]))]),
+    "one name twice": by_hand([*HARMLESS, (MEMBER, 0, DEFLATED, DEFLATED)]),
+    "a list before": by_hand(HARMLESS, "a list before"),
+    "a shifted list": by_hand(HARMLESS, "a shifted list"),
+    "of 64 bits elsewhere": by_hand(HARMLESS, "of 64 bits elsewhere"),
+    "something behind": by_hand(HARMLESS, "something behind"),
+}
+BOTH = {
+    "an old file and an archive": MAGIC + HOSTILE["bytearray from a number"] + plain([]) + by_hand(HARMLESS),
+    "harmless both": MAGIC + plain([]) + plain([]) + by_hand(HARMLESS),
+    "a pickle and an archive": HOSTILE["storage"] + by_hand(HARMLESS),
+    "a tar": tar_of_pickles(),
+}
+
+
+@pytest.mark.parametrize("name", [*ARCHIVES, *BOTH])
+def test_what_two_readers_take_for_two_things_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes({**ARCHIVES, **BOTH}[name])
+    with pytest.raises(Implausible):
+        check_torch(path)
+    if name in ARCHIVES:
+        with pytest.raises(Implausible):
+            check_archive(path)
+    for read, error in ((open_content, InputError), (read_file, CheckpointError), (read_ar_coefficients, InputError)):
+        with pytest.raises(error, match=r"a\.pt must be"):
+            read(path)
+
+
+@pytest.mark.parametrize("member", [MEMBER, "a/DATA.PKL", "data.npy"])
+def test_a_member_is_read_no_further_than_it_declares(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(by_hand([(member, 8, DEFLATED, LITTLE)]))
+    for read in (check_torch, open_content, read_file, read_ar_coefficients):
+        with contextlib.suppress(ValueError, InputError, CheckpointError):
+            read(path)  # what it imports is not counted
+        tracemalloc.start()
+        with contextlib.suppress(ValueError, InputError, CheckpointError):
+            read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5_000_000, read
+
+
+@pytest.mark.parametrize("end", ["", "of 64 bits"])
+def test_an_archive_with_any_honest_end_is_read(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.npz").write_bytes(by_hand(HARMLESS, end))
+    check_archive(tmp_path / "a.npz")
+    check_torch(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", X=np.zeros(2), x=np.ones(2))  # two names but for their case
+    with zipfile.ZipFile(tmp_path / "b.npz", "a") as archive:
+        archive.comment = b"as somebody has named it"
+    assert set(open_content(tmp_path / "b.npz")) == {"X", "x"}
