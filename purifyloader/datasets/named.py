@@ -45,8 +45,7 @@ _NO_RANGE = {"I": "integers of 32 bits", "F": "floating point"}
 _LONGEST_IMAGE, _LONGEST = 2**30, {"cls": 10_000, "json": MOST_BYTES, "txt": MOST_BYTES}  # bytes of a member
 _OPEN_TARS = 64  # of the 1024 files that a process may usually have open
 
-# WebDataset leaves these out
-_META = re.compile(r"__[^/]*__($|/)")
+META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset leaves out
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -319,7 +318,7 @@ def _samples(path: Path, skipped: list[str]) -> Iterator[tuple[str, dict[str, tu
     fields: dict[str, tuple[int, int]] = {}
     for name, offset, size in _members(path, skipped):
         split = split_name(name)
-        if split is None or _META.match(name):
+        if split is None or META.match(name):
             skipped.append(name)
             continue
         prefix, field = split[0], split[1].lower()

@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,11 +22,11 @@ from purifyloader.core.decoding import opened_image
 from purifyloader.datasets import DATA
 from purifyloader.datasets.arrays import as_arrays
 from purifyloader.datasets.folders import files_below
-from purifyloader.datasets.named import TORCHVISION, open_dataset, read_image, warn_of_others
+from purifyloader.datasets.named import META, TORCHVISION, open_dataset, read_image, warn_of_others
 from purifyloader.errors import InputError
 from purifyloader.files.json import read_text
 from purifyloader.files.opening import UNPACKED, UNPACKED_A_BYTE, opened
-from purifyloader.files.tars import TAR_ERRORS, opened_tar
+from purifyloader.files.tars import TAR_ERRORS, opened_tar, split_name
 
 _VALIDATION = ("test", "val", "valid", "validation")
 _LONGEST_LABEL = 10_000  # bytes
@@ -173,14 +174,26 @@ def _tar_bytes(path: Path) -> bytes:
         raise InputError(f"{path} must be a whole gzip file; fetch it again. Got: {error}") from error
     if not content.endswith(bytes(2 * tarfile.BLOCKSIZE)):
         raise InputError(f"{path} must be a whole tar file; fetch it again. Got {len(content)} bytes, cut off.")
-    try:
-        with opened_tar(io.BytesIO(content)) as tar:  # which believes less of what a header says
-            for member in tar:
-                if member.name.endswith(".cls") and member.size > _LONGEST_LABEL:
-                    raise tarfile.ReadError(f"{member.name} of {member.size:,} bytes")
-    except TAR_ERRORS as error:
-        raise InputError(f"{path} must be a whole tar file; fetch it again. Got: {error}") from error
     return content
+
+
+def _members(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the files of a tar as WebDataset does, whose own reader would unpack a tar that looks like gzip, too."""
+    with opened_tar(io.BytesIO(content)) as tar:
+        for member in tar:
+            if not member.isreg() or META.match(member.name):
+                continue
+            if member.name.endswith(".cls") and member.size > _LONGEST_LABEL:
+                raise tarfile.ReadError(f"{member.name} of {member.size:,} bytes")
+            data = tar.extractfile(member)
+            assert data is not None
+            yield {"fname": member.name, "data": data.read(), "__url__": str(path)}
+
+
+def samples_of(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a tar as WebDataset does, from members that were checked."""
+    files = _members(path, content)
+    yield from webdataset.tariterators.group_by_keys(files, keys=lambda name: split_name(name) or (None, None))
 
 
 def _label(path: Path, sample: dict[str, Any]) -> int:
@@ -208,14 +221,13 @@ def load_sample(folder: str | Path, split: str) -> tuple[NDArray[np.uint8], NDAr
     """
     rows: list[tuple[str, NDArray[np.uint8], int]] = []
     for path in shards(folder, split):
-        stream = {"url": str(path), "stream": io.BytesIO(_tar_bytes(path))}
-        files = webdataset.tariterators.tar_file_expander([stream])
+        content = _tar_bytes(path)
         try:
-            rows += [_decode(path, sample) for sample in webdataset.tariterators.group_by_keys(files)]
+            rows += [_decode(path, sample) for sample in samples_of(path, content)]
         except InputError:
             raise
         except TAR_ERRORS as error:
-            raise InputError(f"{path} must be a tar file of samples; fetch it again. Got: {error}") from error
+            raise InputError(f"{path} must be a whole tar file of samples; fetch it again. Got: {error}") from error
     rows.sort(key=lambda row: row[0])
     if not rows or len({row[1].shape for row in rows}) != 1:
         shapes = sorted({row[1].shape for row in rows})

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import pytest
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from purifyloader.datasets.named import TarDataset
-from purifyloader.datasets.splits import load_sample
+from purifyloader.datasets.splits import load_sample, samples_of
 from purifyloader.errors import InputError
 from purifyloader.files.tars import split_name
 from tests.fuzz.guard import limits
@@ -51,6 +54,18 @@ def picture() -> bytes:
 
 GOOD = block(b"0", len(picture())) + padded(picture())
 END = bytes(1024)
+
+
+def records(count: int, value: bytes = b"1") -> bytes:
+    """PAX records of many names."""
+    lines = (b" %06x=%s\n" % (number, value) for number in range(count))
+    return b"".join(b"%d%s" % (length, line) for line in lines for length in [len(line) + len(str(len(line) + 2))])
+
+
+def for_all(count: int, value: bytes = b"1") -> bytes:
+    return block(b"g", len(said := records(count, value)), "@") + padded(said)
+
+
 PAX = b"13 path=a.png\n"
 HOSTILE = {
     "a long name of 8 GB": block(b"L", 2**33 - 1, "@") + GOOD + END,
@@ -59,6 +74,13 @@ HOSTILE = {
     "PAX for all of 10^18 bytes": block(b"g", 10**18, "@") + padded(PAX) + GOOD + END,
     "PAX of many digits": block(b"x", 10**6, "@") + padded(b"9" * 10**6) + GOOD + END,
     "PAX of many digits for all": block(b"g", 500_000, "@") + padded(b"1" * 500_000) + GOOD + END,
+    "80,000 PAX records for all": for_all(80_000) + 5 * GOOD + END,
+    "a long PAX value for all": for_all(1, b"1." * 40_000) + GOOD + END,
+    "many PAX headers for all": b"".join(
+        block(b"g", 13, "@") + padded(b"13 %04d=1234\n" % number) for number in range(101)
+    )
+    + GOOD
+    + END,
     "a name of 200,000 slashes": block(b"L", 200_001, "@") + padded(b"/" * 200_000 + b"\0") + GOOD + END,
     "a name of a million letters": block(b"L", 10**6, "@") + padded(b"a" * 10**6) + GOOD + END,
     "a sparse file of 6 GB": block(b"S", 6 * 10**9) + padded(picture()) + END,
@@ -75,9 +97,15 @@ def test_a_hostile_tar_is_refused_by_name(name: str, tmp_path: Path) -> None:
     path = tmp_path / "hostile.tar"
     path.write_bytes(HOSTILE[name])
     began = time.process_time()
-    with pytest.raises(InputError, match=r"hostile\.tar"):
+    with pytest.raises(InputError, match=r"hostile\.tar.*" + ("PAX" if name.endswith("for all") else "")):
         TarDataset([path])
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("count", [1, 50, 100])
+def test_what_pax_says_of_all_members_may_be_said(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a.tar").write_bytes(for_all(count) + GOOD + END)
+    assert len(TarDataset([tmp_path / "a.tar"])) == 1
 
 
 LABEL = block(b"0", 1, "a.cls") + padded(b"3")
@@ -94,6 +122,54 @@ def test_a_shard_of_a_sample_too(name: str, tmp_path: Path) -> None:
     (tmp_path / "train-000000.tar").write_bytes(SAMPLES[name])
     with limits(tmp_path), pytest.raises(InputError, match=r"train-000000\.tar"):
         load_sample(tmp_path, "train")
+
+
+GZIP = b"\x1f\x8b\x08\x18\1\1\1\1\1\1"  # a name and a comment follow
+STARTS = {
+    "gzip": (GZIP, zlib.compress(bytes(1000), wbits=-15)),
+    "bzip2": (b"BZh91AY&SY", b""),
+    "xz": (b"\xfd7zXZ", b""),
+    "lzma": (b"]\x01\x01\x80", b""),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_shard_is_read_as_the_tar_that_was_checked(tmp_path: Path, name: str, suffix: str) -> None:
+    start, behind = STARTS[name]
+    first = bytearray(block(b"0", len(behind), "x" * 50))
+    first[: len(start)] = start
+    first[148:156] = b" " * 8
+    first[148:156] = b"%06o\0 " % sum(first)
+    shard = bytes(first) + padded(behind) + GOOD + LABEL + END
+    (tmp_path / f"train-000000.tar{suffix}").write_bytes(gzip.compress(shard) if suffix else shard)
+    images, labels = load_sample(tmp_path, "train")
+    assert images.shape == (1, 4, 4, 3)
+    assert labels.tolist() == [3]
+
+
+def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:
+    names = [
+        "__meta__",
+        "__meta__/a.png",
+        "b.PNG",
+        "b.cls",
+        "noname",
+        "d/e.cls",
+        "d/e.png",
+        ".hidden",
+        "f/.g",
+        "h.x.png",
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+    content = (tmp_path / "a.tar").read_bytes()
+    source = {"url": str(tmp_path), "stream": io.BytesIO(content)}
+    theirs = webdataset.tariterators.group_by_keys(webdataset.tariterators.tar_file_expander([source]))
+    assert list(samples_of(tmp_path, content)) == list(theirs)
 
 
 def test_members_that_are_no_files_are_left_out(tmp_path: Path) -> None:
