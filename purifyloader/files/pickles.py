@@ -209,7 +209,7 @@ def _check_directory(archive: zipfile.ZipFile, size: int) -> None:
         length, at = struct.unpack("<QQ", tail[40:56])
         if struct.unpack("<Q", locator[8:16])[0] != end or not tail.startswith(b"PK\6\6"):
             raise Implausible("its end is not where it says")
-    if at != archive.start_dir or at + length != end:  # type: ignore[attr-defined]
+    if at != archive.start_dir or at + length != end:
         raise Implausible("its list of members is not where its end says")
 
 
