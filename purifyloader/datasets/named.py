@@ -55,8 +55,10 @@ def _read_image(file: Path | BinaryIO, what: str, modes: Sequence[str] = ("RGB",
     try:
         with opened_image(file) as image:
             mode = image.mode
-            if mode not in _NO_RANGE:
-                grey_or_colour = _as_bytes(image) if mode.startswith("I;16") else image
+            # a PGM says what is white, and Pillow brings that to 65535
+            wide = mode.startswith("I;16") or (mode == "I" and image.format == "PPM")
+            if wide or mode not in _NO_RANGE:
+                grey_or_colour = _as_bytes(image) if wide else image
                 # to its own mode this is a copy, which no open file stays with
                 return grey_or_colour.convert(grey_or_colour.mode if grey_or_colour.mode in modes else "RGB")
     except Exception as error:  # what Pillow's decoders raise on damaged files is not a closed list

@@ -163,9 +163,17 @@ def test_images_whose_white_is_not_known_are_refused(dtype, message, tmp_path):
     tars = TarDataset([write_tar(tmp_path / "a.tar", [("0.tif", encoded(image, "TIFF"))])])
     with pytest.raises(InputError, match=rf"a.tar: 0.tif must be an image of 8 or 16 bits.*Got {message}.*save it"):
         tars[0]
-    (tmp_path / "a.ppm").write_bytes(b"P5 1 1 65535 " + bytes(2))  # Pillow reads it as integers
-    with pytest.raises(InputError, match=r"a.ppm must be an image of 8 or 16 bits.*Got integers of 32 bits"):
-        ImageFiles(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "white", "values"),
+    [(b"P5", 65535, (0, 128, 257, 65535)), (b"P5", 4095, (0, 8, 9, 4095)), (b"P2", 1023, (0, 2, 3, 1023))],
+)
+def test_a_grey_map_says_what_is_white(kind, white, values, tmp_path):  # Pillow reads it as integers of 32 bits
+    pixels = " ".join(map(str, values)).encode() if kind == b"P2" else np.array(values, ">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"%s 4 1 %d\n" % (kind, white) + pixels)
+    want = [int(value * 255 / white + 0.5) for value in values]
+    assert np.asarray(ImageFiles(tmp_path)[0])[0, :, 0].tolist() == want
 
 
 @pytest.mark.parametrize(("mode", "out"), [("L", "L"), ("LA", "LA"), ("RGBA", "RGBA"), ("P", "RGB"), ("1", "RGB")])
