@@ -217,10 +217,10 @@ def plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a JSON object (a dict). Got {type(value).__name__}.")
     try:
-        return json.loads(canonical_json(dict(value)))
+        return parse_json(canonical_json(dict(value)))  # as strict as those who read it
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{name} must be made of strings, finite numbers, booleans, None, lists and dicts. Got: {error}. "
+            f"{name} must be made of Unicode strings, finite numbers, booleans, None, lists and dicts. Got: {error}. "
             "Convert its values first."
         ) from None
 

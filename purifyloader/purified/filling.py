@@ -126,6 +126,7 @@ def precompute(
         fmt.plain("A plan", plan)  # before hours of work
     rank, world_size = place(rank, world_size)
     check_apart(dataset, as_path(out))
+    class_names(dataset)
     source = take_over(dataset)
     if sanitation is not None:
         sanitation.check_length(len(source))
@@ -191,13 +192,27 @@ def _layout_of(folder: Path) -> Layout | None:
     return None
 
 
+def class_names(dataset: Any) -> list[str] | None:
+    """Return the names of a dataset's classes, if it has any; `InputError` for one that an index cannot hold."""
+    classes = getattr(dataset, "classes", None)
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        return None
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # a folder's, in an encoding of former days
+            where = f" in {dataset.root}" if isinstance(getattr(dataset, "root", None), str | os.PathLike) else ""
+            raise InputError(
+                f"The name of each class must be Unicode, which a cache keeps it as. Got {name!r}{where}: rename it."
+            ) from None
+    return list(classes)
+
+
 def notes_of(dataset: Any, purifier: Purifier) -> dict[str, Any]:
     """Collect what an index tells people beside what decides the pixels."""
-    classes = getattr(dataset, "classes", None)
-    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
     return {
         "source_class": class_of(dataset),
-        "classes": list(classes) if named and classes is not None else None,
+        "classes": class_names(dataset),
         "purifier": purifier.config(),
         "sigma_px": _all("sigma_px", purifier.config()),
         "dtype": _all("dtype", purifier.config()),

@@ -24,7 +24,7 @@ from purifyloader.datasets.sources import REMEDY, fetch, random_state_kept
 from purifyloader.errors import CacheError, PurifyError
 from purifyloader.files.locks import held_by, is_held
 from purifyloader.purified import plans
-from purifyloader.purified.filling import choose_layout, fill, notes_of
+from purifyloader.purified.filling import choose_layout, class_names, fill, notes_of
 from purifyloader.purified.job import Job
 from purifyloader.purified.ondemand import Filling, ShardsOnDemand
 from purifyloader.purified.reading import SampleReader, check_source, converted
@@ -185,6 +185,7 @@ class Opening:
         """
         finished = self._is_finished()
         if not finished:
+            class_names(dataset)  # before hours of work
             layout = choose_layout(self.folder, len(job.reader), job.draws, job.purifier, probed)
             writer = CacheWriter(self.folder, job.config(), layout, job.made(), former=job.former_config)
             findings = plans.agreed(job, writer, self.batch_size, sanitation=sanitation, progress=self.progress)

@@ -29,6 +29,7 @@ from purifyloader.commands import main as cli
 from purifyloader.core import noise
 from purifyloader.core.devices import kind_of_device
 from purifyloader.core.images import quantize
+from purifyloader.datasets.named import open_dataset
 from purifyloader.datasets.sources import take_over
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.files.locks import is_held
@@ -611,6 +612,46 @@ def test_a_folder_of_images_warns_that_its_classes_are_dropped(
     caplog.clear()
     assert command("--data", folder / "cat", "--recipe", "jpeg", "--out", tmp_path / "cat") == 0
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def _classes_of(*names: str) -> Any:
+    data = PictureDataset(random_images(2, 8))
+    data.classes = list(names)
+    return data
+
+
+def _in_latin_1(folder: Path) -> Any:
+    os.mkdir(os.path.join(os.fsencode(folder), b"caf\xe9"))
+    Image.new("RGB", (8, 8)).save(folder / "caf\udce9" / "0.png")
+    return open_dataset("imagefolder", folder)
+
+
+NO_UNICODE: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "a class folder": (_in_latin_1, {}, r"each class must be Unicode.*Got 'caf.udce9' in .*data: rename it"),
+    "a class": (
+        lambda folder: _classes_of("cat", "\ud800"),
+        {},
+        r"each class must be Unicode.*ud800. in memory: rename it",
+    ),
+    "a plan": (lambda folder: _classes_of("cat"), {"plan": {"a": ["\udfff"]}}, "A plan must be .*half of a surrogate"),
+    "a key": (lambda folder: _classes_of("cat"), {"plan": {"\udfff": 1}}, "A plan must be .*half of a surrogate"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_UNICODE)
+def test_what_an_index_cannot_hold_is_refused_before_any_work(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, options, words = NO_UNICODE[kind]
+    (tmp_path / "data").mkdir()
+    data = make(tmp_path / "data")
+    monkeypatch.setattr(Jpeg, "run", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises((InputError, ConfigError), match=words):
+        precompute(data, Jpeg(50), tmp_path / "out", progress=False, **options)
+    if not options:
+        with pytest.raises(InputError, match=words):
+            PurifiedDataset(data, Jpeg(50), cache=tmp_path / "out", missing="precompute")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
