@@ -192,11 +192,7 @@ def load(name_or_path: str | os.PathLike[str], kind: str = "denoiser") -> Any:
             f"{file} must have the SHA-256 that {CONFIG_FILE} names, {config['model_sha256']}. Got {digest}: "
             f"it is damaged, or a save over it was stopped. {_AGAIN}."
         )
-    if _header(data).get(kind) != config[kind]:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} must describe the model that {MODEL_FILE} was saved from. "
-            f"Got another description: it was edited. {_AGAIN}."
-        )
+    _check_unedited(_header(data), config, kind, folder, why)
     if model is None:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} must describe {what.words} that this version can build. "
@@ -291,7 +287,7 @@ def kind_of_folder(folder: Path) -> ModelKind:
 def summary(folder: Path) -> Summary:
     """Read the `Summary` of a checkpoint from config.json and the header of model.safetensors, without its weights.
 
-    Neither the hash nor the fit of the weights is checked: that is for `load`.
+    That config.json is what was saved with the weights is checked; their hash and fit are left to `load`.
     """
     kind, config = kind_of_folder(folder), read_config(folder, None)
     file = folder / MODEL_FILE
@@ -299,12 +295,15 @@ def summary(folder: Path) -> Summary:
         check_file(file)
         with safe_open(file, "pt") as weights:
             parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+            header = _saved_with(weights.metadata())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} must be a whole safetensors file. Got: {error}. {_AGAIN}.") from None
     try:
-        return Summary(kind.name, parameters, kind.describe(config[kind.name]))
+        words = kind.describe(config[kind.name])
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} must describe {kind.words}. {error} {_AGAIN}.") from None
+    _check_unedited(header, config, kind.name, folder)
+    return Summary(kind.name, parameters, words)
 
 
 def read_config(folder: Path, kind: str | None = "denoiser") -> dict[str, Any]:
@@ -356,10 +355,31 @@ def _header(data: bytes) -> dict[str, Any]:
     """Return what `save` put into the metadata of model.safetensors; {} where it is not from `save`."""
     size = int.from_bytes(data[:8], "little")
     try:
-        header = parse_json(parse_json(data[8 : 8 + size])["__metadata__"][_METADATA])
+        return _saved_with(parse_json(data[8 : 8 + size])["__metadata__"])
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
+def _saved_with(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    try:
+        header = parse_json((metadata or {})[_METADATA])
     except (ValueError, LookupError, TypeError):
         return {}
     return header if isinstance(header, dict) else {}
+
+
+def _check_unedited(
+    header: Mapping[str, Any], config: Mapping[str, Any], kind: str, folder: Path, why: object = None
+) -> None:
+    """Raise `CheckpointError` where a model is described otherwise than it was saved; `why` it cannot be built."""
+    if header.get(kind) == config[kind]:
+        return
+    changed = differences({kind: header.get(kind)}, {kind: config[kind]}).splitlines()
+    because = "" if why is None else f" No model can be built of it: {str(why)[:300].rstrip('.')}."
+    raise CheckpointError(
+        f"{folder / CONFIG_FILE} must describe the model that {MODEL_FILE} was saved from. Got another description, "
+        f"first in (saved → here) {changed[0].strip() if changed else kind}: it was edited.{because} {_AGAIN}."
+    )
 
 
 def misfits(

@@ -219,6 +219,34 @@ def test_files_that_cannot_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch)
     fails(saved, "config.json", "can be read")
 
 
+PLAIN = {"kind": "plain-unet", "widths": [32, 64], "blocks": [1, 2]}
+EDITED_NETWORKS: dict[str, tuple[dict[str, Any], str]] = {
+    "text": ({**PLAIN, "widths": "ab"}, "PlainUNetConfig.widths must be a list of 1 to 16 numbers.* Got 'ab'"),
+    "null": ({**PLAIN, "widths": None}, "PlainUNetConfig.widths must be a list of 1 to 16 numbers.* Got None"),
+    "kind": ({**PLAIN, "kind": "../x"}, r"The network's kind must be one of .* Got '\.\./x'"),
+    "kinds": ({**PLAIN, "kind": ["unet"]}, r"The network's kind must be one of .* Got \['unet'\]"),
+    "bool": ({**PLAIN, "widths": [True, 2]}, r"PlainUNetConfig.widths must be an integer .* Got True"),
+    "wide": ({**PLAIN, "widths": [65536] * 16, "blocks": [1] * 16}, "it was edited"),
+    "other": ({**PLAIN, "unshuffle": 4}, "it was edited"),
+}
+
+
+@pytest.mark.parametrize("kind", EDITED_NETWORKS)
+def test_the_first_field_that_was_edited_is_named(saved: Path, kind: str) -> None:
+    network, why = EDITED_NETWORKS[kind]
+    denoiser = json.loads((saved / "config.json").read_text())["denoiser"]
+    edit_config(saved, denoiser={**denoiser, "network": network})
+    first = r"first in \(saved → here\) denoiser\.network\.attention_levels: \[\] → absent: it was edited"
+    with pytest.raises(CheckpointError, match=f"{first}.*" * (why != "it was edited") + why):
+        pretrained.load(saved)
+    with pytest.raises(CheckpointError, match=first):
+        checkpoint.summary(saved)
+    edit_config(saved, denoiser={**denoiser, "network": {**denoiser["network"], "channels": 16}})
+    for read in (pretrained.load, checkpoint.summary):
+        with pytest.raises(CheckpointError, match=r"denoiser\.network\.channels: 8 → 16: it was edited"):
+            read(saved)
+
+
 def test_a_summary_of_what_is_damaged(saved: Path) -> None:
     def fails(part: str) -> None:
         with pytest.raises(CheckpointError, match=rf"{part}.*Got"):
