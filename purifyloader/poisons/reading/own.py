@@ -128,13 +128,14 @@ def _check_record(record: Mapping[str, Any], images: NDArray[np.uint8], where: s
     if "layout" in record:  # of a folder
         check_choice(f"layout {where}", record["layout"], get_args(Layout), error=InputError)
     _check_kind(f"settings {where}", record["settings"], dict, "a JSON object")
-    numbers = [("images", 0, record.get("images", 0)), ("target_class", 0, record["target_class"])]
+    numbers = {"target_class": record["target_class"]}
     if (target := record["target"]) is not None:
         _check_kind(f"target {where}", target, dict, "a JSON object or null")
         check_integer(f"label of the target {where}", target["label"], 0, _HIGHEST, error=InputError)
-        numbers += [(f"{name} of the target", 0, target[name]) for name in _TARGET]
-    for name, low, value in numbers:
-        check_integer(f"{name} {where}", value, low, _HIGHEST, none=name != "images", error=InputError)
+        numbers |= {f"{name} of the target": target[name] for name in _TARGET[1:]}
+    for name, value in numbers.items():
+        check_integer(f"{name} {where}", value, 0, _HIGHEST, none=True, error=InputError)
+    check_integer(f"images {where}", record.get("images", 0), 0, _HIGHEST, error=InputError)
     if (bound := record["bound"]) is not None:
         _check_kind(f"bound {where}", bound, dict, "a JSON object or null")
         # no norm moves an image further than it has values
