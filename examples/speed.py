@@ -1,7 +1,7 @@
 """How fast: purifying in images per second, and a loader over the raw data, the cache, and with compensation.
 
     python examples/speed.py --out examples/results/speed.json
-    python examples/speed.py --core           # one core: networks alone, what is around them, and JPEG
+    python examples/speed.py --core --out examples/results/speed_core.json    # one core: networks alone, and JPEG
     python examples/speed.py --threads        # network calls side by side, beside calls with all threads each
 
 All candidates take turns in one process, several rounds, and the medians are compared: the ratios hold on a
@@ -235,9 +235,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--readme", type=Path, help="write the results of --core in --out into this page, and stop")
     parser.add_argument("--core", action="store_true", help="only compare networks and JPEG on one core")
     parser.add_argument("--threads", action="store_true", help="only compare ways to use the threads of a CPU")
     options = parser.parse_args()
+    if options.readme:
+        options.readme.write_text(with_table(options.readme.read_text(), json.loads(options.out.read_text())))
+        return
     folder = Path(__file__).parent / "data"
     images, _ = load_sample(folder, "train")
     x = torch.from_numpy(images[:512]).permute(0, 3, 1, 2).float() / 255

@@ -247,6 +247,12 @@ def test_the_tables_of_the_transforms_are_the_measured_ones():
     assert results["compensate"]["RandomCompensate"] > results["compensate"]["kornia's two"]
 
 
+def test_the_tables_of_the_fast_denoiser_are_the_measured_ones():
+    page = page_with("core")
+    assert example("speed").with_table(page, load(RESULTS / "speed_core.json")) == page
+    assert example("fast_defence").with_table(page, load(RESULTS / "fast_defence.json")) == page
+
+
 def test_the_table_of_reading_is_the_measured_one():
     page = page_with("reading")
     assert example("cache_speed").with_tables(page, load(RESULTS / "cache_speed.json")) == page
