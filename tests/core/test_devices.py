@@ -32,11 +32,6 @@ CPU = torch.device("cpu")
 COUNTS = (2, 3, 4, 6, 8, 12, 16)
 
 
-@pytest.fixture(scope="module")
-def sparse() -> Denoiser:
-    return pretrained.load("cifar10-sparse")
-
-
 @pytest.fixture(autouse=True)
 def _threads_put_back() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -57,9 +52,11 @@ def pixels(denoiser: Denoiser, size: int, batch: int, threads: int, dtype: str =
 DIFFERENT = [(10, 16, 8), (20, 16, 8), (24, 32, 16), (28, 16, 16), (32, 17, 4)]
 
 
+@pytest.mark.parametrize("model", ["cifar10-sparse", "cifar10-fast"])
 @pytest.mark.parametrize(("size", "batch", "threads"), DIFFERENT)
-def test_threads_decide_no_value_where_they_choose_the_kernels(sparse, size, batch, threads):
-    assert torch.equal(pixels(sparse, size, batch, threads), pixels(sparse, size, batch, 1))
+def test_threads_decide_no_value_where_they_choose_the_kernels(model, size, batch, threads):
+    denoiser = pretrained.load(model)
+    assert torch.equal(pixels(denoiser, size, batch, threads), pixels(denoiser, size, batch, 1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,12 +74,13 @@ SIZES += [(size, "bfloat16") for size in (*range(1, 33), 40, 48, 64, 96)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["cifar10-sparse", "cifar10-fast"])
 @pytest.mark.parametrize(("size", "dtype"), SIZES)
-def test_threads_decide_no_value_of_a_shipped_model(sparse, size, dtype):
-    few = {}
+def test_threads_decide_no_value_of_a_shipped_model(model, size, dtype):
+    denoiser, few = pretrained.load(model), {}
     for batch in (16, 17, 19, 32) if size <= 40 else (16,):
         for threads in (1, *COUNTS) if size <= 32 and dtype == "float32" else (1, 2, 16):
-            got = pixels(sparse, size, batch, threads, dtype, calls=2 if size <= 24 else 1)
+            got = pixels(denoiser, size, batch, threads, dtype, calls=2 if size <= 24 else 1)
             assert torch.equal(got, few.setdefault(batch, got)), f"compute_batch {batch}, {threads} threads"
 
 
