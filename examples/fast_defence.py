@@ -117,6 +117,8 @@ def with_table(text: str, results: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["| purified by | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for way, words in WAYS.items():
         cells = [mean(results.get(f"{name}:{way}", {})) for name in names]
+        if {*cells} == {"–"}:
+            continue
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     return re.sub(
