@@ -79,7 +79,7 @@ class NetworkPurifier(Purifier):
         self._entry = identity_of(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own = copied(model)
-        memory_format = getattr(KINDS[self.role].network(model), "memory_format", self.memory_format)
+        memory_format = getattr(getattr(model, "network", None), "memory_format", self.memory_format)
         own.to(dtype=DTYPES[dtype], memory_format=memory_format).requires_grad_(False)
         setattr(self, self.role, own)
         self._hashes = known_hashes(model, own, self.role, self._entry)
