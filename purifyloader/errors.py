@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["CacheError", "CheckpointError", "ConfigError", "InputError", "PurifyError", "TrainingError", "escaped"]
+__all__ = ["CacheError", "CheckpointError", "ConfigError", "InputError", "PurifyError", "TrainingError"]
 
 
 _LONGEST = 20_000  # characters of a message, which may repeat what a stranger's file says
