@@ -297,7 +297,7 @@ def read(folder: Path) -> dict:
 def test_the_command_on_real_images(models, tmp_path, capsys):
     np.save(tmp_path / "trigger.npy", np.full((1, 3, 32, 32), 0.125, np.float32))
     out = tmp_path / "out"
-    options = ["--data", CLEAN, "--model", "cifar10-sparse", "--energy", str(models / "energy"), "--count", "4"]
+    options = ["--data", CLEAN, "--model", "cifar10-fast", "--energy", str(models / "energy"), "--count", "4"]
     options += ["--poisoned", "ar", f"{tmp_path / 'trigger.npy'}:units=minus-one-to-one", "--out", str(out)]
     assert main([*options, "--sigma-px", "25", "6.37", "--device", "cpu", "--batch-size", "16"]) == 0
     printed = capsys.readouterr().out
@@ -311,7 +311,7 @@ def test_the_command_on_real_images(models, tmp_path, capsys):
     assert high["poisoned"]["ar"]["closer_to_clean"] > 0.7
     assert results["energy"]["name"] == "tiny-energy"
     assert str(tmp_path) not in (out / "dynamics.json").read_text()
-    for text in ("cifar10-sparse", "6.37 px", "trigger.npy, 1", "seconds", "U = E / 0.0001"):
+    for text in ("cifar10-fast", "6.37 px", "trigger.npy, 1", "seconds", "U = E / 0.0001"):
         assert text in printed
     assert max(map(len, printed.splitlines()[:-2])) <= 120
     with Image.open(out / "dynamics.png") as drawn:

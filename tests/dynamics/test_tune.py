@@ -270,7 +270,7 @@ def lines(text: str) -> tuple[str, list[str]]:
 @pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_real_images(tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-sparse", "--count", "8", "--device", "cpu"]
+    options = ["--clean", CLEAN, "--data", POISONED, "--model", "cifar10-fast", "--count", "8", "--device", "cpu"]
     options += ["--sigma-px", "3", "20", "--batch-size", "16"]
     assert main([*options, "--poisoned", "ar", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

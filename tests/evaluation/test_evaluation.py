@@ -489,7 +489,7 @@ def read(folder: Path) -> dict:
 @pytest.mark.usefixtures("blank_figures")
 def test_the_command_on_real_images(tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["cifar10-sparse", "--data", CLEAN, "--count", "8", "--sigma-px", "25", "10", "--out", str(out)]
+    options = ["cifar10-fast", "--data", CLEAN, "--count", "8", "--sigma-px", "25", "10", "--out", str(out)]
     assert main(options) == 0
     printed = capsys.readouterr().out
     result = read(out)
@@ -503,7 +503,7 @@ def test_the_command_on_real_images(tmp_path, capsys):
         # AR is fine and goes first, LSP is coarse and stays: what compensation is for
         assert level["poisoned"]["ar"]["remaining"]["mean"] < 0.6 < level["poisoned"]["lsp"]["remaining"]["mean"]
     assert low["poisoned"]["ar"]["auc"] > 0.6
-    assert result["model"]["name"] == "cifar10-sparse"
+    assert result["model"]["name"] == "cifar10-fast"
     assert result["data"]["description"] == CLEAN
     assert len(result["data"]["indices"]) == result["images"]["count"] == 8
     assert f"{high['psnr_db']['denoiser']['mean']:.2f}" in printed
