@@ -10,7 +10,7 @@ from pathlib import Path
 from purifyloader.core.checks import shown
 from purifyloader.errors import InputError
 
-__all__ = ["check_links", "files_below", "is_hidden"]
+__all__ = ["all_below", "check_links", "files_below", "is_hidden"]
 
 _DEEPEST = 64  # folders in one another
 _WAYS = 16  # in which links lead to one folder: of folders with two links each to the next there are 2^n
@@ -25,9 +25,15 @@ def files_below(folder: Path) -> Iterator[Path]:
     return _Walk(hidden=False, circles=True).below(folder)
 
 
-def check_links(folder: Path) -> list[Path]:
-    """List all files below a folder, hidden ones too; `InputError` for what a reader that follows links never ends."""
-    return list(_Walk(hidden=True, circles=False).below(folder))
+def all_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, hidden ones too; `InputError` for what a reader that follows links never ends."""
+    return _Walk(hidden=True, circles=False).below(folder)
+
+
+def check_links(folder: Path) -> None:
+    """Raise an error of `all_below`'s before another library reads the folder."""
+    for _ in all_below(folder):
+        pass
 
 
 def is_hidden(path: Path, folder: Path) -> bool:

@@ -26,7 +26,7 @@ from torchvision import datasets
 
 from purifyloader.core.checks import as_path, stored_integer
 from purifyloader.core.decoding import opened_image
-from purifyloader.datasets.folders import check_links, files_below, is_hidden
+from purifyloader.datasets.folders import all_below, check_links, files_below, is_hidden
 from purifyloader.errors import InputError
 from purifyloader.files.json import MOST_BYTES, parse_json
 from purifyloader.files.opening import check_file, opened, opened_number
@@ -438,10 +438,10 @@ def _check_batches(kind: Any, root: Path) -> None:
 
 def _in_classes(root: Path) -> datasets.ImageFolder:
     """Open a folder of class folders, and count the files that are in none, or no images."""
-    found = check_links(root)  # torchvision follows them all
+    # torchvision follows all links; of what it reads nothing is kept here, as that may be a million paths
+    left = [path for path in all_below(root) if path.parent == root or path.suffix.lower() not in SUFFIXES]
     folders = datasets.ImageFolder(str(root), loader=read_image)
-    read = {path for path, _ in folders.samples}
-    others = sorted(path for path in found if str(path) not in read and not is_hidden(path, root))
+    others = sorted(path for path in left if not is_hidden(path, root))
     warn_of_others(root, others, "the images in its class folders are")
     return folders
 
