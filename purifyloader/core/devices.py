@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from purifyloader.core.checks import launcher_number
 from purifyloader.errors import InputError, PurifyError
 
-__all__ = ["as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic", "in_batches"]
+__all__ = ["Compiled", "as_device", "check_worker", "device_of", "device_of_process", "exact_arithmetic", "in_batches"]
 __all__ += ["computes_bfloat16", "kind_of_device", "memory_of", "warn_of_bfloat16"]
 
 log = logging.getLogger("purifyloader")
@@ -252,6 +252,64 @@ def in_batches(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> 
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
     pixels = size * math.prod(tensors[0].shape[2:])
     return torch.cat(_side_by_side(call, chunks, _PIXELS_AT_ONCE // pixels) if on_cpu else [call(c) for c in chunks])
+
+
+class Compiled:
+    """A function of tensors that torch compiles anew for each shape and device of its first argument.
+
+    For a kernel for any size would be made or not by the sizes that came before. Several threads may call it. A copy,
+    or another process, compiles for itself.
+
+    Args:
+        function: of the tensors, such as a module.
+        constant: its weights never change and no gradients are asked for, so they are laid out for the CPU once.
+
+    Raises `PurifyError` where torch cannot compile it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], constant: bool = False) -> None:
+        self.function, self.constant = function, constant
+        self._start()
+
+    def _start(self) -> None:
+        self.compiled: dict[tuple[torch.Size, torch.device], Callable[..., Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"function": self.function, "constant": self.constant}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        key = (x.shape, x.device)
+        if key not in self.compiled:
+            with self._lock:  # torch would compile as many times as threads came first
+                if key not in self.compiled:
+                    self.compiled[key] = self._made(x, *others)
+        return self.compiled[key](x, *others)
+
+    def _made(self, *tensors: Tensor) -> Callable[..., Tensor]:
+        function, on_cpu = self.function, tensors[0].device.type == "cpu"
+
+        def compiled(*tensors: Tensor) -> Tensor:
+            return function(*tensors)
+
+        # torch counts by code object how often it compiles, and gives up after a few times
+        compiled.__code__ = compiled.__code__.replace()
+        options: dict[str, Any] = {"freezing": True} if self.constant and on_cpu else {}
+        made = torch.compile(compiled, dynamic=False, fullgraph=True, options=options)
+        try:
+            made(*tensors)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise PurifyError(
+                f"torch.compile must be able to compile the network. Got {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0]}. Leave compile out; on a CPU it needs a C++ compiler."
+            ) from error
+        return made
 
 
 T = TypeVar("T")

@@ -60,7 +60,8 @@ def _rounds_of_few(words: Sequence[Tensor | int], shape: tuple[int, ...]) -> tup
 
 def _rounds(words: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
     device = next((word.device for word in words if isinstance(word, Tensor)), torch.device("cpu"))
-    tensors = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in words]
+    # `full`, for a copy of a number from the CPU would wait for a GPU
+    tensors = [w if isinstance(w, Tensor) else torch.full((), w, dtype=torch.int64, device=device) for w in words]
     shape = torch.broadcast_shapes(*(word.shape for word in tensors))
     c0, c1, c2, c3 = (word.broadcast_to(shape).clone(memory_format=torch.contiguous_format) for word in tensors[:4])
     turns = torch.arange(_ROUNDS, device=device)

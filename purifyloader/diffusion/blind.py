@@ -62,7 +62,7 @@ class BlindDenoiser(Denoiser):
         # the dtype of the first weights that a cast of the network would change
         weights = itertools.chain(self.network.parameters(), self.network.buffers())
         dtype = next((tensor.dtype for tensor in weights if tensor.is_floating_point()), x_BCHW.dtype)
-        out = self.network(x_BCHW.to(dtype))
+        out = self.call_network(x_BCHW.to(dtype))
         if out.shape != x_BCHW.shape:
             raise InputError(
                 f"The network must keep the shape of its images, {tuple(x_BCHW.shape)}. Got {tuple(out.shape)}: pad "

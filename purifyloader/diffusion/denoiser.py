@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from purifyloader.core.checks import check_choice
+from purifyloader.core.devices import Compiled
 from purifyloader.diffusion.networks import build_network, network_config, network_to_dict
 from purifyloader.diffusion.plain import PlainUNet
 from purifyloader.diffusion.schedule import Schedule, schedule_from_config
@@ -63,6 +64,26 @@ class Denoiser(nn.Module):
     image_channels: int = 3
     name: str | None = None  # of the checkpoint it was loaded from; for people, not for fingerprints
     for_people: ClassVar[tuple[str, ...]] = ("name",)
+
+    _compiled: Compiled | None = None
+
+    def compile_network(self, compile: bool) -> None:
+        """Compile `network`, whose weights must not change any more, or not; with gradients it runs as it is.
+
+        Raises `ConfigError` for a denoiser without such an attribute.
+        """
+        network = getattr(self, "network", None)
+        if compile and not isinstance(network, nn.Module):
+            raise ConfigError(
+                "compile needs a denoiser whose attribute `network` is a module. Got "
+                f"{type(self).__name__} without: leave compile out."
+            )
+        self._compiled = Compiled(network, constant=True) if compile else None  # type: ignore[arg-type]
+
+    def call_network(self, *inputs: Tensor) -> Tensor:
+        call = self.network if self._compiled is None or torch.is_grad_enabled() else self._compiled
+        out: Tensor = call(*inputs)  # type: ignore[operator]
+        return out
 
     def predict(self, x_BCHW: Tensor, sigma_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """Estimate x0 and, where the network learned it, the variance fraction v in [0, 1] (else None).
@@ -177,7 +198,10 @@ class NetworkDenoiser(Denoiser):
         """`predict` for a time input already known and noise already checked (for training)."""
         # float64 for B numbers costs nothing and keeps the coefficients exact
         s = 2 * sigma_B.to("cpu", torch.float64)[:, None, None, None]
-        c_skip, c_out, c_in = (c.to(x_BCHW.device, x_BCHW.dtype) for c in PARAMETERIZATIONS[self.parameterization](s))
+        # copies that wait for nothing: a GPU would have to finish all that it was given before
+        c_skip, c_out, c_in = (
+            c.to(x_BCHW.dtype).to(x_BCHW.device, non_blocking=True) for c in PARAMETERIZATIONS[self.parameterization](s)
+        )
         y = 2 * x_BCHW - 1
         # sizes that the levels of the network do not divide are padded by repeating the border
         h, w = x_BCHW.shape[-2:]
@@ -185,7 +209,8 @@ class NetworkDenoiser(Denoiser):
         scaled = (c_in * y).to(self.network.stem.weight.dtype)
         right, below = -w % multiple, -h % multiple
         padded = F.pad(scaled, (0, right, 0, below), mode="replicate") if right or below else scaled
-        out = self.network(padded, time_B.to(x_BCHW.device, torch.float32))[..., :h, :w]
+        times = time_B.to(torch.float32).to(x_BCHW.device, non_blocking=True)
+        out = self.call_network(padded, times)[..., :h, :w]
         out = out.to(x_BCHW.dtype)
         fraction = None
         if self.learned_variance:

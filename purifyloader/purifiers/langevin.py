@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from purifyloader.core import noise
-from purifyloader.core.checks import check_flag
+from purifyloader.core.devices import Compiled
 from purifyloader.energy import EnergyNetwork
 from purifyloader.energy.walking import STEP_SIZE, check_dynamics, langevin
 from purifyloader.errors import PurifyError
@@ -64,16 +63,10 @@ class Langevin(NetworkPurifier):
         check_model("Langevin", energy, self.role)
         temperature = energy.temperature if temperature is None else temperature
         check_dynamics(steps, step_size, temperature)
-        check_flag("compile", compile)
-        super().__init__(energy, dtype, compute_batch)
+        super().__init__(energy, dtype, compute_batch, compile)
         self.steps, self.step_size, self.temperature = steps, float(step_size), float(temperature)
-        self.compiles = compile
         self.image_channels = energy.config.image_channels
-        self._compiled: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a copy or another process, which compiles for itself."""
-        return {**self.__dict__, "_compiled": {}}
+        self._compiled = Compiled(self.energy) if compile else None
 
     def noise_first(self) -> float | str:
         return f"whose first step follows the energy of the image as it is, before it adds noise: {NOISE_BEFORE}"
@@ -98,7 +91,7 @@ class Langevin(NetworkPurifier):
         differentiable = torch.is_grad_enabled() and x_BCHW.requires_grad
         try:
             return langevin(
-                self.energy if differentiable or not self.compiles else self._compiled_energy(x_BCHW.shape),
+                self.energy if differentiable or self._compiled is None else self._compiled,
                 x_BCHW.contiguous(memory_format=torch.channels_last),
                 self.steps,
                 lambda step: noise.normal(seeds_B, shape, step).contiguous(memory_format=torch.channels_last),
@@ -113,16 +106,3 @@ class Langevin(NetworkPurifier):
                 "parent has computed some on a GPU. Either give PurifiedDataset a cache= folder, so that workers only "
                 'read, or start workers with DataLoader(..., multiprocessing_context="spawn").'
             ) from None
-
-    def _compiled_energy(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        """Compile for this shape alone: a kernel for any size would be made or not by the sizes that came before."""
-        if shape not in self._compiled:
-            energy = self.energy
-
-            def compiled(x_BCHW: Tensor) -> Tensor:
-                return energy(x_BCHW)
-
-            # torch counts by code object how often it compiles, and gives up after a few times
-            compiled.__code__ = compiled.__code__.replace()
-            self._compiled[shape] = torch.compile(compiled, dynamic=False, fullgraph=True)
-        return self._compiled[shape]

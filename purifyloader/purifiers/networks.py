@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from purifyloader.core import limits, noise
-from purifyloader.core.checks import check_choice, check_integer, check_number
+from purifyloader.core.checks import check_choice, check_flag, check_integer, check_number
 from purifyloader.core.devices import in_batches, warn_of_bfloat16
 from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.diffusion.samplers import SAMPLERS
@@ -69,13 +69,15 @@ class NetworkPurifier(Purifier):
 
     memory_format: ClassVar[torch.memory_format] = torch.contiguous_format  # where a network says no other
 
-    def __init__(self, model: nn.Module, dtype: str, compute_batch: int) -> None:
+    def __init__(self, model: nn.Module, dtype: str, compute_batch: int, compile: bool) -> None:
         check_model(type(self).__name__, model, self.role)
         super().__init__()
+        check_flag("compile", compile)
         check_choice("dtype", dtype, DTYPES)
         check_integer("compute_batch", compute_batch, 1, limits.COMPUTE_BATCH)
         self.dtype = dtype
         self.compute_batch = compute_batch
+        self.compiles = compile
         self._entry = identity_of(model)  # before any cast
         self.image_channels = KINDS[self.role].image_channels(model)
         own = copied(model)
@@ -86,7 +88,8 @@ class NetworkPurifier(Purifier):
         self.eval()
 
     def network_config(self) -> dict[str, Any]:
-        return {self.role: self._entry, "dtype": self.dtype, "compute_batch": self.compute_batch}
+        later = {"compile": True} if self.compiles else {}  # so that earlier configurations stay what they were
+        return {self.role: self._entry, "dtype": self.dtype, "compute_batch": self.compute_batch, **later}
 
     @classmethod
     def build(cls, values: dict[str, Any], resolve: Resolver) -> Self:
@@ -103,10 +106,19 @@ class NetworkPurifier(Purifier):
         raise NotImplementedError
 
 
-class DenoiseOnce(NetworkPurifier):
+class _DenoiserPurifier(NetworkPurifier):
+    role = "denoiser"
+    denoiser: Denoiser
+
+    def __init__(self, denoiser: Denoiser, dtype: str, compute_batch: int, compile: bool) -> None:
+        super().__init__(denoiser, dtype, compute_batch, compile)
+        self.denoiser.compile_network(compile)
+
+
+class DenoiseOnce(_DenoiserPurifier):
     """Add noise of exactly sigma and denoise in one network call (Hong et al. 2024; Carlini et al. 2023).
 
-    sigma is in image units, within `denoiser.sigma_range`, or `InputError`. See `Diffuse` for dtype and compute_batch.
+    sigma is in image units, within `denoiser.sigma_range`, or `InputError`. See `Diffuse` for the other arguments.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import DenoiseOnce
@@ -115,12 +127,18 @@ class DenoiseOnce(NetworkPurifier):
     """
 
     kind = "denoise-once"
-    role = "denoiser"
-    denoiser: Denoiser
     calls = 1
 
-    def __init__(self, denoiser: Denoiser, sigma: float, *, dtype: str = "float32", compute_batch: int = 32) -> None:
-        super().__init__(denoiser, dtype, compute_batch)
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sigma: float,
+        *,
+        dtype: str = "float32",
+        compute_batch: int = 32,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(denoiser, dtype, compute_batch, compile)
         check_number("sigma", sigma)
         denoiser.check_sigma(float(sigma))
         self.sigma = float(sigma)
@@ -136,7 +154,7 @@ class DenoiseOnce(NetworkPurifier):
         return self.denoiser(noised, torch.full((len(x_BCHW),), self.sigma, dtype=torch.float64, device="cpu"))
 
 
-class Diffuse(NetworkPurifier):
+class Diffuse(_DenoiserPurifier):
     """Noise to a level, then sample back down to 0 (ECLIPSE, Algorithm 1; DiffPure).
 
     `InputError` for no denoiser, one that was not trained for this noise, or no such t or steps; `ConfigError` for
@@ -152,6 +170,8 @@ class Diffuse(NetworkPurifier):
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
         compute_batch: images of every network call, at most 16,384, which decides what kernels run.
+        compile: compile the network with torch.compile, some seconds for each shape of images; `purify_with_grad` does
+            without.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import Diffuse
@@ -160,8 +180,6 @@ class Diffuse(NetworkPurifier):
     """
 
     kind = "diffuse"
-    role = "denoiser"
-    denoiser: Denoiser
 
     def __init__(
         self,
@@ -174,8 +192,9 @@ class Diffuse(NetworkPurifier):
         sampler: str = "ancestral",
         dtype: str = "float32",
         compute_batch: int = 32,
+        compile: bool = False,
     ) -> None:
-        super().__init__(denoiser, dtype, compute_batch)
+        super().__init__(denoiser, dtype, compute_batch, compile)
         if (t is None) == (sigma is None):
             raise ConfigError(f"Give the noise level as t or as sigma, one of them. Got t={t!r}, sigma={sigma!r}.")
         check_number("t" if sigma is None else "sigma", t if sigma is None else sigma)

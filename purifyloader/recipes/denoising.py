@@ -60,8 +60,7 @@ def eclipse(
             steps=steps,
             schedule=schedule,
             sampler=sampler,
-            dtype=shared.dtype,
-            compute_batch=shared.compute_batch,
+            **shared.computing,
         )
     )
     return shared.resized(Chain(purifier, Compensation()) if compensate_once else purifier)
@@ -90,4 +89,4 @@ def denoise_once(model: Model, sigma: float, **options: Unpack[NetworkOptions]) 
 
     shared = Network(**options)
     denoiser = as_denoiser(model)
-    return shared.around(DenoiseOnce(denoiser, sigma, dtype=shared.dtype, compute_batch=shared.compute_batch))
+    return shared.around(DenoiseOnce(denoiser, sigma, **shared.computing))

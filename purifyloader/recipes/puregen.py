@@ -27,7 +27,6 @@ class _LangevinOptions(NetworkOptions, total=False):
     energy: EnergyModel
     step_size: float
     temperature: float | None
-    compile: bool
 
 
 class _DiffusionOptions(NetworkOptions, total=False):
@@ -47,13 +46,11 @@ class _Langevin(Network):
         energy: name or folder of an energy model, or one already loaded.
         step_size: the noise that a Langevin step adds, in image units; 1.6 px by default.
         temperature: the number that the energy is divided by; by default the one it was trained for.
-        compile: compile the energy network (30 s and more a shape): for many images.
     """
 
     energy: EnergyModel = ENERGY
     step_size: float = STEP_SIZE
     temperature: float | None = None
-    compile: bool = False
 
     def check_dynamics(self, steps: int) -> None:
         from purifyloader.energy.walking import TEMPERATURE, check_dynamics
@@ -68,9 +65,7 @@ class _Langevin(Network):
             steps,
             step_size=self.step_size,
             temperature=self.temperature,
-            dtype=self.dtype,
-            compute_batch=self.compute_batch,
-            compile=self.compile,
+            **self.computing,
         )
 
 
@@ -102,8 +97,7 @@ class _Diffusion(Network):
             t=steps,
             steps=self.calls,
             schedule=LinearSchedule(),
-            dtype=self.dtype,
-            compute_batch=self.compute_batch,
+            **self.computing,
         )
 
 
@@ -120,11 +114,6 @@ class _Both(_Langevin, _Diffusion):
         elif self.calls is not None:
             raise ConfigError(
                 f"calls are those of the diffusion model. Got calls={self.calls!r} with ddpm_steps=0: leave it out."
-            )
-        if self.compile and not ebm_steps:
-            raise ConfigError(
-                "compile compiles the energy network for its Langevin steps. Got compile=True with ebm_steps=0: "
-                "leave it out."
             )
         if ebm_steps:
             self.check_dynamics(ebm_steps)

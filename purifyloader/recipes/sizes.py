@@ -66,6 +66,13 @@ class NetworkOptions(SizeOptions, total=False):
 
     fast: bool
     compute_batch: int
+    compile: bool
+
+
+class Computing(TypedDict):
+    dtype: str
+    compute_batch: int
+    compile: bool
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,18 @@ class Network(Sizes):
     Args:
         fast: bfloat16 network arithmetic.
         compute_batch: images of every network call; it decides the last bits.
+        compile: compile the networks, 2 to 30 seconds for each shape of images: for many images of few shapes.
     """
 
     fast: bool = False
     compute_batch: int = 32
+    compile: bool = False
 
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.fast else "float32"
+
+    @property
+    def computing(self) -> Computing:
+        """The arguments of a purifier with a network."""
+        return {"dtype": self.dtype, "compute_batch": self.compute_batch, "compile": self.compile}

@@ -11,6 +11,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -218,6 +219,46 @@ def purifier(name) -> Purifier:
 @pytest.fixture(scope="module")
 def whole(name) -> Tensor:
     return purified(name)
+
+
+COMPILED: dict[str, Callable[..., Purifier]] = {
+    "denoise-once": partial(DenoiseOnce, tiny_denoiser(), 0.1),
+    "denoise-once, plain": partial(DenoiseOnce, plain_denoiser(), 0.1),
+    "diffuse": partial(Diffuse, slim_denoiser(), sigma=0.1, steps=3),
+    "langevin": partial(Langevin, tiny_energy(), 2),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_to_be_compiled_is_part_of_its_configuration(name):
+    eager, compiled = COMPILED[name](), COMPILED[name](compile=True)
+    again = recipes.from_json(compiled.to_json(), [tiny_denoiser(), plain_denoiser(), slim_denoiser(), tiny_energy()])
+    assert again.to_json() == compiled.to_json()
+    assert again.identity() == compiled.identity() != eager.identity()
+    x = images(eager, 2).requires_grad_(True)  # with gradients it runs as it is
+    assert torch.equal(compiled.purify_with_grad(x, SEEDS[:2]), eager.purify_with_grad(x, SEEDS[:2]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_it_does_the_same(name, dtype):
+    eager, compiled = (COMPILED[name](dtype=dtype, compile=flag) for flag in (False, True))
+    near = partial(torch.testing.assert_close, atol=1e-5 if dtype == "float32" else 0.03, rtol=0)
+    whole = pixels_of(compiled)
+    near(whole, pixels_of(eager))
+    x = images(compiled)
+    for size in (1, 16, COUNT):
+        assert torch.equal(compiled(x[:size], SEEDS[:size]), whole[:size])
+    for again in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        assert torch.equal(again(x[:3], SEEDS[:3]), whole[:3])
+    # more shapes than torch compiles one function for, and none of them changes another's pixels
+    sizes = [torch.full((3, 4, size), 0.5) for size in range(4, 14)]
+    results = (purifier.purify_images(sizes, SEEDS[:10]) for purifier in (compiled, eager))
+    for got, want in zip(*results, strict=True):
+        near(got, want)
+    assert torch.equal(compiled(x[:3], SEEDS[:3]), whole[:3])
 
 
 # All that decides what the tiny models compute beside their weights: fingerprints hang on it.

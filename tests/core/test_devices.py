@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,9 @@ from torch import Tensor
 
 from purifyloader import pretrained
 from purifyloader.core import devices, noise
-from purifyloader.core.devices import computes_bfloat16, exact_arithmetic, in_batches, kind_of_device
+from purifyloader.core.devices import Compiled, computes_bfloat16, exact_arithmetic, in_batches, kind_of_device
 from purifyloader.diffusion.denoiser import Denoiser
+from purifyloader.errors import PurifyError
 from purifyloader.poisons.attacks.clean import opened
 from purifyloader.poisons.attacks.surrogate import Surrogate
 from purifyloader.poisons.attacks.tap import PRESETS
@@ -100,6 +104,43 @@ def test_calls_run_side_by_side_each_with_one_thread():
     assert len({name for name, _, _ in seen}) == 3
     assert [rest for _, *rest in seen] == 3 * [[1, False]]
     assert torch.get_num_threads() == 4
+
+
+@pytest.fixture
+def compiling(monkeypatch) -> list[Any]:
+    """What torch is asked to compile, which it gives back as it is."""
+    asked: list[Any] = []
+
+    def as_it_is(function, **options):
+        asked.append(options["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    return asked
+
+
+def test_a_function_is_compiled_once_for_each_shape_whatever_the_threads(compiling):
+    double = Compiled(lambda x, y: x + y)
+    shapes = [(2, 3), (3, 3), (2, 3), (4, 1)] * 8
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda shape: double(torch.ones(shape), torch.ones(shape)), shapes))
+    assert all(torch.equal(got, torch.full(shape, 2.0)) for got, shape in zip(results, shapes, strict=True))
+    assert compiling == [{}] * 3
+
+
+def test_a_copy_compiles_for_itself(compiling):
+    network = torch.nn.Linear(2, 2)
+    whole = Compiled(network, constant=True)
+    whole(torch.ones(1, 2))
+    for again in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert not again.compiled
+        assert torch.equal(again(torch.ones(1, 2)), network(torch.ones(1, 2)))
+    assert compiling == [{"freezing": True}] * 3
+
+
+def test_what_torch_cannot_compile_is_one_error():
+    with pytest.raises(PurifyError, match=r"must be able to compile the network\. Got .*\. Leave compile out"):
+        Compiled(lambda x: x * len(str(x)))(torch.ones(1))
 
 
 def test_large_images_are_purified_one_call_after_the_other(monkeypatch):

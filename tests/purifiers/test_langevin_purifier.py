@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-import pickle
 
 import pytest
 import torch
@@ -103,7 +102,7 @@ def test_purify_with_grad_differentiates_the_walk(compiled, seeds):
     (out[0] * weights).sum().backward()
     assert images.grad is not None
     assert images.grad[1].abs().sum() == 0
-    assert not washes._compiled
+    assert not compiled or not washes._compiled.compiled
     assert torch.equal(out.detach(), Langevin(tiny_energy(), 2, temperature=1e-2)(images.detach(), seeds[:2]))
 
     exact = images.detach().double().requires_grad_(True)
@@ -118,27 +117,6 @@ def test_purify_with_grad_differentiates_the_walk(compiled, seeds):
     torch.testing.assert_close(images.grad.double(), exact.grad, atol=1e-5, rtol=1e-4)
     # the network is piecewise linear: between its kinks the walk moves an image and its neighbours alike
     torch.testing.assert_close(images.grad[0], weights, atol=1e-3, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_it_does_the_same(dtype, x, seeds):
-    plain, compiled = purifier(dtype=dtype), purifier(dtype=dtype, compile=True)
-    whole = compiled(x, seeds)
-    torch.testing.assert_close(whole, plain(x, seeds), atol=1e-5 if dtype == "float32" else 0.02, rtol=0)
-    for size in (1, 16, 20):
-        assert torch.equal(compiled(x[:size], seeds[:size]), whole[:size])
-    assert list(compiled._compiled) == [(16, 3, 16, 16)]
-    for again in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
-        assert not again._compiled
-        assert torch.equal(again(x[:3], seeds[:3]), whole[:3])
-    # more shapes than torch compiles one function for, and none of them changes another's pixels
-    images = [torch.full((3, 4, size), 0.5) for size in range(4, 14)]
-    small = compiled.purify_images(images, seeds[:10])
-    for got, want in zip(small, plain.purify_images(images, seeds[:10]), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5 if dtype == "float32" else 0.02, rtol=0)
-    assert torch.equal(compiled(x[:3], seeds[:3]), whole[:3])
 
 
 # -- configuration -----------------------------------------------------------------------------------
