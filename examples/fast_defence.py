@@ -1,44 +1,45 @@
 """Does a denoiser of a tenth of the arithmetic defend as well, and what does noise that is new in every epoch buy?
 
-    python examples/fast_defence.py                        # some hours of a core; several may run at once
+    python examples/fast_defence.py                                                 # some hours of a core
+    python examples/fast_defence.py --models cifar10-fast --afresh --attacks clean tap
+    python examples/fast_defence.py --models cifar10-fast runs/another --sigma 0.07 --attacks clean lsp ar
     python examples/fast_defence.py --readme purifyloader/recipes/README.md
 
 Accuracy in % on 1,000 clean test images of a ResNet-9 of width 16, trained for ten epochs in float32 on 4,000 images
-with compensation, by seed. The images are purified at 25 px in one network call: once, by `cifar10-sparse` and by
-`cifar10-fast`, or by `cifar10-fast` afresh in every epoch, as `PurifiedLoader` does it. Finished cells are kept in the
-file, so a stopped run goes on, and attacks are kept in `--work`.
+with compensation, by seed. The images are purified in one network call: once, or afresh in every epoch, as
+`PurifiedLoader` does it. Finished cells are kept in the file, so a stopped run goes on, several runs may write to it at
+once, and attacks are kept in `--work`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from purifyloader import poisons, recipes
+from purifyloader import poisons, pretrained, recipes
 from purifyloader.bench.applying import compensation, per_epoch_transform, purify_array
 from purifyloader.datasets.splits import load_sample
+from purifyloader.diffusion.denoiser import Denoiser
 from purifyloader.files.atomic import write_text
 from purifyloader.files.locks import Lock
 from purifyloader.poisons.attacks import registry as attacks
+from purifyloader.purifiers import Purifier
 from purifyloader.transforms import Compensate
 from purifyloader.victims.training import BatchTransform, accuracy, train_victim
 
-SIGMA = 0.1
-WAYS = {
-    "cifar10-sparse": "`cifar10-sparse`, once",
-    "cifar10-fast": "`cifar10-fast`, once",
-    "afresh": "`cifar10-fast`, in every epoch",
-}
+AFRESH = "in every epoch"
 ATTACKS: dict[str, dict[str, Any]] = {
     "clean": {},
     "lsp": {},
@@ -46,7 +47,14 @@ ATTACKS: dict[str, dict[str, Any]] = {
     **{name: {"bfloat16": False} for name in ("em", "tap", "sep")},
 }
 ATTACK_SEED = 1000  # as the bench has it
-Results = dict[str, dict[str, float]]
+
+
+class Row(NamedTuple):
+    """A way to purify, as the results name it."""
+
+    model: str  # name, or folder's name
+    sigma: float
+    drawn: str  # "once" or AFRESH
 
 
 def main() -> None:
@@ -57,22 +65,34 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images, labels = load_sample(options.data, "train")
     test = load_sample(options.data, "test")
-    for attack in options.attacks:
+    for attack, model in itertools.product(options.attacks, options.models):
         poisoned = attacked(attack, images, labels, options.work)
-        for way in options.ways:
-            once: NDArray[np.uint8] | None = None
-            for seed in options.seeds:
-                if str(seed) in read(options.out).get(f"{attack}:{way}", {}):
-                    continue
-                if way != "afresh" and once is None:
-                    once, _ = purify_array(poisoned, labels, recipes.eclipse(way, sigma=SIGMA))
-                shown = poisoned if once is None else once
-                victim = train_victim(
-                    shown, labels, seed=seed, batch_transform=transform(way, seed), bfloat16=False
-                ).model
-                found = round(100 * accuracy(victim, *test), 1)
-                keep(options.out, f"{attack}:{way}", seed, found)
-                print(f"{attack:6} {WAYS[way]:32} seed {seed}: {found:.1f} %", flush=True)
+        denoiser = pretrained.load(model)
+        row = Row(Path(model).name, options.sigma, AFRESH if options.afresh else "once")
+        purifier = recipes.eclipse(denoiser, sigma=row.sigma)
+        once: NDArray[np.uint8] | None = None
+        for seed in options.seeds:
+            if str(seed) in read(options.out)["cells"].get(cell(attack, row), {}):
+                continue
+            if not options.afresh and once is None:
+                once, _ = purify_array(poisoned, labels, purifier)
+            shown = poisoned if once is None else once
+            transform = drawn_anew(purifier if options.afresh else None, seed)
+            victim = train_victim(shown, labels, seed=seed, batch_transform=transform, bfloat16=False).model
+            found = round(100 * accuracy(victim, *test), 1)
+            keep(options.out, cell(attack, row), seed, found, {row.model: told(denoiser)})
+            print(f"{cell(attack, row)}, seed {seed}: {found:.1f} %", flush=True)
+
+
+def cell(attack: str, row: Row) -> str:
+    return f"{attack}: {row.model} at {row.sigma}, {row.drawn}"
+
+
+def told(denoiser: Denoiser) -> dict[str, float]:
+    """What a denoiser costs, in billions of additions and multiplications an image of 32 x 32 pixels."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        denoiser(torch.zeros(1, 3, 32, 32), torch.full((1,), 0.1))
+    return {"gflop": round(counter.get_total_flops() / 1e9, 4)}
 
 
 def attacked(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], work: Path) -> NDArray[np.uint8]:
@@ -87,12 +107,12 @@ def attacked(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], wo
     return poisons.read(path, clean=(images, labels)).images
 
 
-def transform(way: str, seed: int) -> BatchTransform:
-    """What is done to a batch after crop and flip, drawn anew in every epoch."""
+def drawn_anew(purifier: Purifier | None, seed: int) -> BatchTransform:
+    """What is done to a batch after crop and flip, with other draws in every epoch."""
     compensate = compensation(Compensate(), seed)
-    if way != "afresh":
+    if purifier is None:
         return compensate
-    purify = per_epoch_transform(recipes.eclipse("cifar10-fast", sigma=SIGMA), seed)
+    purify = per_epoch_transform(purifier, seed)
 
     def both(x_BCHW: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         return compensate(purify(x_BCHW, index_B, epoch), index_B, epoch)
@@ -100,26 +120,32 @@ def transform(way: str, seed: int) -> BatchTransform:
     return both
 
 
-def read(path: Path) -> Results:
-    return json.loads(path.read_text()) if path.exists() else {}
+def read(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads(path.read_text()) if path.exists() else {"cells": {}, "models": {}}
 
 
-def keep(path: Path, cell: str, seed: int, value: float) -> None:
+def keep(path: Path, name: str, seed: int, value: float, models: dict[str, dict[str, float]]) -> None:
     with Lock(path.parent, path.stem):  # several processes may write
         results = read(path)
-        results.setdefault(cell, {})[str(seed)] = value
-        write_text(path, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        results["cells"].setdefault(name, {})[str(seed)] = value
+        results["models"] |= models
+        write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def with_table(text: str, results: Mapping[str, Mapping[str, float]]) -> str:
+def with_table(text: str, results: dict[str, dict[str, dict[str, float]]]) -> str:
     """The page with the table between its markers made from the results."""
-    names = [name for name in ATTACKS if f"{name}:cifar10-sparse" in results]
-    lines = ["| purified by | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for way, words in WAYS.items():
-        cells = [mean(results.get(f"{name}:{way}", {})) for name in names]
-        if {*cells} == {"–"}:
-            continue
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    cells, models = results["cells"], results["models"]
+    rows = {Row(m, float(s), d) for m, s, d in (re.split(" at |, ", name.split(": ")[1]) for name in cells)}
+    attacks = [name for name in ATTACKS if any(found.startswith(f"{name}:") for found in cells)]
+    lines = ["| model | GFLOP | noise | drawn | " + " | ".join([*attacks, "beside the first"]) + " |"]
+    lines.append("| --- | ---: | ---: | --- |" + " ---: |" * (len(attacks) + 1))
+    ordered = sorted(rows, key=lambda row: (row.drawn != "once", -models[row.model]["gflop"], -row.sigma))
+    for row in ordered:
+        found = {name: cells.get(cell(name, row), {}) for name in attacks}
+        against = {name: cells.get(cell(name, ordered[0]), {}) for name in attacks}
+        difference = "–" if row == ordered[0] else paired(found, against)
+        head = [f"`{row.model}`", f"{models[row.model]['gflop']:.3f}", f"{255 * row.sigma:.3g} px", row.drawn]
+        lines.append("| " + " | ".join([*head, *map(mean, found.values()), difference]) + " |")
     table = "\n".join(lines)
     return re.sub(
         r"<!-- fast -->\n.*?<!-- end -->", lambda _: f"<!-- fast -->\n{table}\n<!-- end -->", text, flags=re.DOTALL
@@ -133,12 +159,24 @@ def mean(values: Mapping[str, float]) -> str:
     return f"{statistics.fmean(values.values()):.1f}{spread}"
 
 
+def paired(found: Mapping[str, Mapping[str, float]], against: Mapping[str, Mapping[str, float]]) -> str:
+    """The mean difference over all trainings of the same attack and seed, with its standard error."""
+    both = [
+        values[seed] - against[name][seed] for name, values in found.items() for seed in values.keys() & against[name]
+    ]
+    if len(both) < 2:
+        return "–"
+    return f"{statistics.fmean(both):+.1f} ± {statistics.stdev(both) / len(both) ** 0.5:.1f}"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).parent
     parser.add_argument("--data", type=Path, default=here / "data")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--models", nargs="+", default=["cifar10-sparse", "cifar10-fast"], help="names or folders")
+    parser.add_argument("--sigma", type=float, default=0.1, help="noise, in image units")
+    parser.add_argument("--afresh", action="store_true", help="purify in every epoch")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/fast_defence"), help="folder of the attacks")

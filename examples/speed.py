@@ -2,6 +2,7 @@
 
     python examples/speed.py --out examples/results/speed.json
     python examples/speed.py --core --out examples/results/speed_core.json    # one core: networks alone, and JPEG
+    python examples/speed.py --core --device cuda                             # the same with the networks on a GPU
     python examples/speed.py --threads        # network calls side by side, beside calls with all threads each
 
 All candidates take turns in one process, several rounds, and the medians are compared: the ratios hold on a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import platform
 import re
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from purifyloader import PurifiedDataset, PurifiedLoader, precompute, pretrained, recipes
@@ -72,31 +75,25 @@ def take_turns(work: dict[str, Callable[[], int]], rounds: int) -> dict[str, flo
         for name, function in work.items():
             start = time.perf_counter()
             images = function()
+            if torch.cuda.is_initialized():  # a GPU goes on by itself
+                torch.cuda.synchronize()
             if turn:
                 rates[name].append(images / (time.perf_counter() - start))
     return {name: round(statistics.median(values), 1) for name, values in rates.items()}
 
 
 def operations(network: torch.nn.Module, side: int) -> float:
-    """Count the billions of additions and multiplications of a network's convolutions on one image."""
-    counts: list[int] = []
-
-    def count(module: torch.nn.Module, _: object, out: torch.Tensor) -> None:
-        counts.append(2 * out.numel() * module.weight[0].numel())
-
-    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
-    hooks = [module.register_forward_hook(count) for module in convolutions]
-    with torch.no_grad():
+    """Count the billions of additions and multiplications of a network on one image."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 3, side, side), torch.full((1,), -300.0))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts) / 1e9
+    return counter.get_total_flops() / 1e9
 
 
-def ceiling(dtype: torch.dtype) -> tuple[Callable[[], int], float]:
+def ceiling(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], int], float]:
     """A convolution as processors like it best, and its billions of operations an image."""
-    layer = torch.nn.Conv2d(128, 128, 3, padding=1).to(dtype=dtype, memory_format=torch.channels_last)
-    x = torch.rand(16, 128, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(128, 128, 3, padding=1).to(device, dtype, memory_format=torch.channels_last)
+    x = torch.rand(16 if device.type == "cpu" else 1024, 128, 32, 32, dtype=dtype, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
 
     def convolve() -> int:
         with torch.inference_mode():
@@ -113,27 +110,35 @@ def through_pil(images: list[Image.Image]) -> int:
     return len(images)
 
 
-def compare_on_one_core(x_BCHW: torch.Tensor, keys_B: torch.Tensor, rounds: int, out: Path | None) -> None:
-    """Print images a second of purifiers of one network call, of their networks alone, and of JPEG-10."""
+def compare_networks(
+    x_BCHW: torch.Tensor, keys_B: torch.Tensor, device: torch.device, rounds: int, out: Path | None
+) -> None:
+    """Print images a second of purifiers of one network call, of their networks alone, and of JPEG-10 on one core."""
     torch.set_num_threads(1)
     pictures = [transforms.functional.to_pil_image(x) for x in x_BCHW]
     jpeg = recipes.jpeg(10)
+    x, keys = x_BCHW.to(device), keys_B.to(device)
     work: dict[str, Callable[[], int]] = {
         "JPEG-10, PIL": lambda: through_pil(pictures),
         "JPEG-10": lambda: len(jpeg(x_BCHW, keys_B)),
     }
     counts: dict[str, float] = {}
     # slower by far where a CPU emulates it
-    dtypes = ["float32", *["bfloat16"] * computes_bfloat16(torch.device("cpu"))]
+    dtypes = ["float32", *["bfloat16"] * computes_bfloat16(device)]
+    batch = BATCH if device.type == "cpu" else len(x)
     for dtype in dtypes:
-        work[f"ceiling, {dtype}"], counts[f"ceiling, {dtype}"] = ceiling(getattr(torch, dtype))
-        for model in MODELS:
-            purifier = DenoiseOnce(pretrained.load(model), 0.1, dtype=dtype, compute_batch=BATCH)
-            name, count = f"{model}, {dtype}", 512 if "fast" in model else 64
-            counts[name] = operations(pretrained.load(model).network, x_BCHW.shape[-1])
-            work[name] = partial(lambda p, n: len(p(x_BCHW[:n], keys_B[:n])), purifier, count)
-            work[f"{name}, network alone"] = partial(call_network, purifier.denoiser.network, x_BCHW[:BATCH], count)
-    rates = take_turns(work | around(x_BCHW), rounds)
+        work[f"ceiling, {dtype}"], counts[f"ceiling, {dtype}"] = ceiling(getattr(torch, dtype), device)
+        for model, compiled in itertools.product(MODELS, (False, True)):
+            purifier = DenoiseOnce(pretrained.load(model), 0.1, dtype=dtype, compute_batch=batch, compile=compiled).to(
+                device
+            )
+            name = f"{model}, {dtype}{', compiled' * compiled}"
+            count = 64 if device.type == "cpu" and "fast" not in model else len(x)
+            work[name] = partial(lambda p, n: len(p(x[:n], keys[:n])), purifier, count)
+            if not compiled:
+                counts[name] = operations(pretrained.load(model).network, x.shape[-1])
+                work[f"{name}, network alone"] = partial(call_network, purifier.denoiser.network, x[:batch], count)
+    rates = take_turns(work | around(x_BCHW, device), rounds)
     rows: dict[str, dict[str, float]] = {}
     for name in [name for name in rates if "alone" not in name and "ceiling" not in name]:
         row = {"images_per_second": rates[name], "beside_jpeg": rates[name] / rates["JPEG-10, PIL"]}
@@ -142,7 +147,7 @@ def compare_on_one_core(x_BCHW: torch.Tensor, keys_B: torch.Tensor, rounds: int,
             row |= {"around": 1 - rates[name] / alone, "gflop": counts[name]}
             row["of_ceiling"] = alone * counts[name] / (rates[top] * counts[top])
         rows[name] = {key: round(value, 4) for key, value in row.items()}
-    machine = f"{platform.machine()}, {kind_of_device(torch.device('cpu'))}, 1 thread, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {kind_of_device(device)}, 1 thread, torch {torch.__version__}"
     results = {"machine": machine, "one_core": rows}
     print(core_table(results))
     if out:
@@ -170,21 +175,21 @@ def with_table(text: str, results: dict[str, Any]) -> str:
     return changed
 
 
-def around(x_BCHW: torch.Tensor) -> dict[str, Callable[[], int]]:
+def around(x_BCHW: torch.Tensor, device: torch.device) -> dict[str, Callable[[], int]]:
     """The fast model as people use it: on larger images, in a loader, for a cache, and in a training."""
     model = pretrained.load(MODELS[-1])
-    purifier = DenoiseOnce(model, 0.1, compute_batch=BATCH)
-    large = torch.nn.functional.interpolate(x_BCHW[:16], size=224, mode="bicubic").clamp(0, 1)
-    whole, keys = DenoiseOnce(model, 0.1, compute_batch=16), noise.image_keys(0, 0, range(16))
+    purifier = DenoiseOnce(model, 0.1, compute_batch=BATCH).to(device)
+    large = torch.nn.functional.interpolate(x_BCHW[:16], size=224, mode="bicubic").clamp(0, 1).to(device)
+    whole, keys = DenoiseOnce(model, 0.1, compute_batch=16).to(device), noise.image_keys(0, 0, range(16)).to(device)
     samples = [(x, 0) for x in x_BCHW]
-    network = resnet9(10, 16)
+    network = resnet9(10, 16).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     loader = DataLoader(samples, batch_size=128)  # type: ignore[arg-type]
 
     def train(batches: Iterable[Any]) -> int:
         for images, labels in batches:
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            torch.nn.functional.cross_entropy(network(images.to(device)), labels.to(device)).backward()
             optimizer.step()
         return len(samples)
 
@@ -203,7 +208,7 @@ def around(x_BCHW: torch.Tensor) -> dict[str, Callable[[], int]]:
 
 def call_network(network: torch.nn.Module, x_BCHW: torch.Tensor, count: int) -> int:
     weight = network.stem.weight
-    x, time_B = x_BCHW.to(weight.dtype), torch.full((len(x_BCHW),), -300.0)
+    x, time_B = x_BCHW.to(weight.dtype), torch.full((len(x_BCHW),), -300.0, device=weight.device)
     with torch.inference_mode():
         for _ in range(count // len(x)):
             network(x, time_B)
@@ -237,6 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--readme", type=Path, help="write the results of --core in --out into this page, and stop")
     parser.add_argument("--core", action="store_true", help="only compare networks and JPEG on one core")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="of the networks of --core")
     parser.add_argument("--threads", action="store_true", help="only compare ways to use the threads of a CPU")
     options = parser.parse_args()
     if options.readme:
@@ -248,7 +254,7 @@ def main() -> None:
     keys = noise.image_keys(0, 0, range(512))
 
     if options.core:
-        compare_on_one_core(x, keys, options.rounds, options.out)
+        compare_networks(x, keys, options.device, options.rounds, options.out)
         return
     if options.threads:
         compare_threads(x, keys, options.rounds)

@@ -84,10 +84,10 @@ def test_cuda_keeps_finished_cells(tmp_path):
 
 def test_fast_defence_keeps_finished_cells(tmp_path):
     results = tmp_path / "fast.json"
-    known = {f"{attack}:{way}": {"0": 50.0} for attack in ("clean", "tap") for way in ("cifar10-sparse", "afresh")}
+    known = {"cells": {"clean: cifar10-fast at 0.05, in every epoch": {"0": 50.0}}, "models": {}}
     results.write_text(json.dumps(known))
-    words = ["--attacks", "clean", "--ways", "cifar10-sparse", "afresh", "--seeds", 0, "--work", tmp_path / "work"]
-    assert run_on_few("fast_defence.py", *words, "--out", results) == ""
+    words = ["--attacks", "clean", "--models", "cifar10-fast", "--sigma", 0.05, "--afresh", "--seeds", 0]
+    assert run_on_few("fast_defence.py", *words, "--work", tmp_path / "work", "--out", results) == ""
     assert json.loads(results.read_text()) == known
 
 
