@@ -349,4 +349,9 @@ def test_on_a_gpu(dtype, x, seeds):
     whole = purifier(x.cuda(), seeds)
     for size in range(1, COUNT + 1):
         assert torch.equal(purifier(x[:size].cuda(), seeds[:size]), whole[:size])
+    torch.cuda.set_sync_debug_mode("error")  # nothing waits for the GPU
+    try:
+        purifier.run(whole, seeds.cuda(non_blocking=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert (whole.cpu() - on_cpu).abs().max() < (1e-4 if dtype == "float32" else 0.05)
