@@ -26,7 +26,7 @@ from purifyloader.errors import InputError
 from purifyloader.files.atomic import file_sha256, writing
 from purifyloader.files.hashes import image_hashes
 from purifyloader.files.locks import Lock, is_held, lock_path
-from purifyloader.poisons import add_trigger, reading
+from purifyloader.poisons import reading
 from purifyloader.poisons.attacks import registry as attacks
 from purifyloader.poisons.poisoned import Poisoned, Target
 from purifyloader.poisons.reading import checks
@@ -275,14 +275,14 @@ class Bench:
         if self.data.chosen is None:
             return poison
         chosen = self.data.chosen
-        some = np.flatnonzero(np.isin(chosen, poison.poisoned))
-        if not len(some):
+        some = poison.only(chosen)
+        if not len(some.poisoned):
             raise InputError(
                 f"Expected poisoned images among the {len(chosen)} training images of {len(poison)} that were chosen. "
                 f"Got none of the {len(poison.poisoned)} of {attack.file}: choose more images, or take models that "
                 "have learned from others."
             )
-        return replace(poison, images=poison.images[chosen], labels=poison.labels[chosen], poisoned=some)
+        return some
 
     def is_being_made(self, attack: AttackSpec, seed: int = 0) -> bool:
         """Tell whether another process is making the poison or the extractor: this one would only wait."""
@@ -356,8 +356,8 @@ class Bench:
         """Measure a back door's share of other classes' test images, and whether a targeted attack won, in percent."""
         shares = {}
         if poisoned.trigger is not None and poisoned.target_class is not None:
-            others = self.data.test_labels != poisoned.target_class
-            shown = add_trigger(self.data.test[others], torch.from_numpy(poisoned.trigger))
+            others = np.flatnonzero(self.data.test_labels != poisoned.target_class)
+            shown = poisoned.trigger(self.data.test[others], others)
             wanted = np.full(len(shown), poisoned.target_class)
             shares["success"] = 100 * accuracy(model, shown, wanted)
         if target is not None:

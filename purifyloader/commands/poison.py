@@ -99,9 +99,10 @@ def listed() -> Iterator[str]:
     """Yield a few lines for each attack."""
     from purifyloader.poisons.attacks.registry import ATTACKS
 
-    yield "Attacks, for testing defences; all are clean-label: the label of an image stays right."
+    yield "Attacks, for testing defences. The labels of images stay right unless a line says that they become wrong."
     for attack in ATTACKS.values():
-        yield f"{attack.name:<18} {attack.kind:<13} {attack.description} ({attack.paper})"
+        labels = "" if attack.keeps_labels else "; labels become wrong"
+        yield f"{attack.name:<18} {attack.kind:<13} {attack.description} ({attack.paper}){labels}"
         yield f"{'':<18} {'options':<13} {', '.join(_attack_options(attack))}"
 
 
@@ -120,9 +121,11 @@ def _attack_options(attack: Attack) -> Iterator[str]:
 def summary(poisoned: Poisoned, moved: Moved) -> str:
     """Say in a line how far the images moved against the bound."""
     l2, mean = moved.l2_max / 255, moved.l2_mean / 255
+    wrong = int((poisoned.labels != poisoned.shown_labels).sum())
     return (
         f"{moved.images:,} of {len(poisoned):,} images changed by {poisoned.attack}, by at most {moved.linf}/255 in a "
-        f"value, l2 {l2:.3f} (mean {mean:.3f}), {moved.pixels:,} pixels; {_bound(poisoned.bound)}."
+        f"value, l2 {l2:.3f} (mean {mean:.3f}), {moved.pixels:,} pixels; {_bound(poisoned.bound)}"
+        + (f"; {wrong:,} labels made wrong." if wrong else ".")
     )
 
 

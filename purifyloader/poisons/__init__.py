@@ -3,7 +3,8 @@
 `make(name, dataset)` gives a poisoned dataset by any attack of `ATTACKS`, and `write` puts it into files; `read` takes
 those, and what others have published, as the README of this folder says. The other functions work on arrays. All
 attacks are regenerable from a seed. An availability attack makes a training set "unlearnable": a victim learns the
-added pattern, which is a shortcut to the label, and not the image. A trigger plants a back door.
+added pattern, which is a shortcut to the label, and not the image. A trigger plants a back door: `triggers` has the
+kinds of them, functions of an image.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from purifyloader.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from purifyloader.poisons import triggers
     from purifyloader.poisons.attacks.autoregression import (
         ar_coefficients,
         ar_perturbation,
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
     from purifyloader.poisons.attacks.trigger import add_trigger, backdoor, read_trigger
     from purifyloader.poisons.poisoned import Bound, Moved, Poisoned, Target
     from purifyloader.poisons.reading import check, read
+    from purifyloader.poisons.triggers import Trigger
     from purifyloader.poisons.writing import write, write_images, write_npz
 
-__all__ = ["ATTACKS", "Attack", "Bound", "Moved", "Poisoned", "Target", "add_trigger", "ar_coefficients"]
+__all__ = ["ATTACKS", "Attack", "Bound", "Moved", "Poisoned", "Target", "Trigger", "add_trigger", "ar_coefficients"]
 __all__ += ["ar_perturbation", "autoregressive", "backdoor", "check", "class_patterns", "cuda", "cuda_filters", "lsp"]
-__all__ += ["lsp_perturbation", "make", "ops", "ops_pixels", "read", "read_ar_coefficients", "read_trigger", "urp"]
-__all__ += ["write", "write_images", "write_npz"]
+__all__ += ["lsp_perturbation", "make", "ops", "ops_pixels", "read", "read_ar_coefficients", "read_trigger"]
+__all__ += ["triggers", "urp", "write", "write_images", "write_npz"]
 
 # the table of attacks needs no torch
 _MODULES = {
@@ -45,6 +48,7 @@ _MODULES = {
     ".attacks.trigger": ("add_trigger", "backdoor", "read_trigger"),
     ".poisoned": ("Bound", "Moved", "Poisoned", "Target"),
     ".reading": ("check", "read"),
+    ".triggers": ("Trigger", "triggers"),
     ".writing": ("write", "write_images", "write_npz"),
 }
 __getattr__, __dir__ = lazy(__name__, _MODULES)

@@ -58,6 +58,4 @@ def _read_part(spec: AttackSpec, part: Part, whole: Whole) -> Poisoned:
         raise InputError(
             f"{spec.file} must hold a poison of all {len(clean[0])} images of the data. Got one of {len(found)}."
         )
-    rows = part.positions
-    indices = np.flatnonzero(np.isin(rows, found.poisoned))
-    return replace(found, images=found.images[rows], labels=found.labels[rows], poisoned=indices)
+    return found.only(part.positions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +15,7 @@ from purifyloader.core.checks import stored_integers
 from purifyloader.core.images import pil_mode
 from purifyloader.datasets.arrays import InMemory
 from purifyloader.errors import InputError
+from purifyloader.poisons.triggers import Additive, Trigger
 
 __all__ = ["Bound", "Moved", "Poisoned", "Target"]
 
@@ -100,12 +101,14 @@ class Poisoned(InMemory):
 
     Attributes:
         images: uint8 (N, H, W, C), C 1 or 3.
-        labels: int64 (N,), from 0.
+        labels: int64 (N,), from 0: what a victim is told.
         poisoned: int64 (P,), rising: which images are poisoned.
         bound: of the perturbation, where the attack has one.
-        trigger: of a back door: float32 (H, W, C) in units of [0, 1] images.
+        trigger: of a back door; an array, float (H, W, C) in units of [0, 1] images, becomes `Additive`.
         target_class: of a back door: what the trigger stands for.
         settings: what the attack was made with, or the file that was read; JSON values.
+        true_labels: int64 (N,), what the images show, where some labels are wrong; None where the labels are right, as
+            far as is known.
 
     >>> import numpy as np
     >>> from purifyloader.poisons import Poisoned
@@ -121,28 +124,31 @@ class Poisoned(InMemory):
     attack: str
     bound: Bound | None = None
     target: Target | None = None
-    trigger: NDArray[np.float32] | None = None
+    trigger: Trigger | None = None
     target_class: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    true_labels: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         images, labels, poisoned = self.images, self.labels, self.poisoned
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
             raise InputError(f"images must be uint8 (N, H, W, 1 or 3). Got {images.dtype} {images.shape}.")
-        if labels.dtype != np.int64 or labels.shape != (len(images),) or labels.min() < 0:
-            raise InputError(
-                f"labels must be int64 ({len(images)},), from 0: one an image. Got {labels.dtype} {labels.shape}."
-            )
+        for name, values in (("labels", labels), ("true_labels", self.true_labels)):
+            if values is not None and (values.dtype != np.int64 or values.shape != (len(images),) or values.min() < 0):
+                raise InputError(
+                    f"{name} must be int64 ({len(images)},), from 0: one an image. Got {values.dtype} {values.shape}."
+                )
         rising = poisoned.dtype == np.int64 and poisoned.ndim == 1 and bool((np.diff(poisoned) > 0).all())
         if not rising or (len(poisoned) and not 0 <= poisoned[0] <= poisoned[-1] < len(images)):
             raise InputError(
                 f"poisoned must be rising int64 indices of the {len(images)} images. Got {poisoned.dtype} "
                 f"{poisoned.shape}."
             )
-        if self.trigger is not None and self.trigger.shape != images.shape[1:]:
-            raise InputError(
-                f"A trigger must have the shape of an image, {images.shape[1:]}. Got {self.trigger.shape}."
-            )
+        trigger: Any = self.trigger
+        if trigger is not None:
+            trigger = trigger if isinstance(trigger, Trigger) else Additive(trigger)
+            trigger.check_fits(images.shape[1:])
+            object.__setattr__(self, "trigger", trigger)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -156,6 +162,21 @@ class Poisoned(InMemory):
     def targets(self) -> list[int]:
         """The labels, under the name that torchvision's datasets have for them."""
         return [int(label) for label in self.labels]
+
+    @property
+    def shown_labels(self) -> NDArray[np.int64]:
+        """What the images show: the true labels where they are known, else the labels."""
+        return self.labels if self.true_labels is None else self.true_labels
+
+    def only(self, places: NDArray[np.int64]) -> Self:
+        """Keep the images at these places, in their order."""
+        return replace(
+            self,
+            images=self.images[places],
+            labels=self.labels[places],
+            poisoned=np.flatnonzero(np.isin(places, self.poisoned)),
+            true_labels=None if self.true_labels is None else self.true_labels[places],
+        )
 
     def moved(self, clean: NDArray[np.uint8]) -> Moved:
         """Compare with the clean images, uint8 (N, H, W, C) in the same order."""

@@ -8,14 +8,17 @@
 | `targets` | int64 (N,) |
 | `poisoned` | int64 (P,), rising: which images are poisoned |
 | `poison` | a string, the JSON of `about` |
-| `trigger` | of a back door: float32 (H, W, C) in units of [0, 1] images |
+| `true_targets` | int64 (N,), what the images show, where some `targets` are wrong |
+| `trigger` | the array of a back door's trigger, if it has one; added: float32 (H, W, C) in units of [0, 1] images |
 | `target` | of a targeted attack: its test image, uint8 (H, W, C) |
 
 A folder: `<index>.png` in the order of the clean set or, with the layout "class", `<class>/<index>.png`, as
 torchvision's `ImageFolder` reads it. Numbers have leading zeros, so that to sort by name is to sort by number. Beside
-them `labels.csv` (file, label, and 1 for a poisoned one), `poison.json` (`about`), `poisoned.json` (names of the
-poisoned files, which `purifyloader audit energy --poisoned` takes), `trigger.npy` (in the published form that
-`read_trigger` reads) and `target.npy`.
+them `labels.csv` (file, label, 1 for a poisoned one, and where some labels are wrong the true one), `poison.json`
+(`about`), `poisoned.json` (names of the poisoned files, which `purifyloader audit energy --poisoned` takes),
+`trigger.npy` (of an added trigger in the published form that `read_trigger` reads) and `target.npy`.
+
+Version 1 had no true labels, and an added trigger or none, which its record did not describe.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from purifyloader.core.checks import as_path
@@ -34,10 +38,11 @@ from purifyloader.core.version import __version__
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import creating, replacing_folder, writing
 from purifyloader.poisons.poisoned import Poisoned
+from purifyloader.poisons.triggers import Additive
 
 __all__ = ["FORMAT", "about", "check_free", "is_npz", "write", "write_images", "write_npz"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is written here."""
 
 Layout = Literal["flat", "class"]
@@ -53,6 +58,7 @@ def about(poisoned: Poisoned) -> dict[str, Any]:
         "images": len(poisoned),
         "bound": bound and {"norm": bound.norm, "epsilon": bound.epsilon},
         "target_class": poisoned.target_class,
+        "trigger": poisoned.trigger and poisoned.trigger.to_dict(),
         "target": target and {"label": target.label, "true_label": target.true_label, "index": target.index},
         "settings": dict(poisoned.settings),
     }
@@ -124,8 +130,10 @@ def write_npz(poisoned: Poisoned, path: str | os.PathLike[str]) -> None:
         "poisoned": poisoned.poisoned,
         "poison": np.array(json.dumps(about(poisoned), allow_nan=False)),
     }
-    if poisoned.trigger is not None:
-        arrays["trigger"] = poisoned.trigger.astype(np.float32)
+    if poisoned.true_labels is not None:
+        arrays["true_targets"] = poisoned.true_labels
+    if (array := _trigger_array(poisoned)) is not None:
+        arrays["trigger"] = array
     if poisoned.target is not None:
         arrays["target"] = poisoned.target.image
     with writing(path):
@@ -167,17 +175,28 @@ def write_images(poisoned: Poisoned, folder: str | os.PathLike[str], layout: Lay
             place.mkdir(exist_ok=True)
         for image, name in zip(poisoned.images, names, strict=True):
             Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary / name)
-        if poisoned.trigger is not None:
-            np.save(temporary / "trigger.npy", 2 * poisoned.trigger.transpose(2, 0, 1)[None].astype(np.float32))
+        if (array := _trigger_array(poisoned)) is not None:
+            published = isinstance(poisoned.trigger, Additive)
+            np.save(temporary / "trigger.npy", 2 * array.transpose(2, 0, 1)[None] if published else array)
         if poisoned.target is not None:
             np.save(temporary / "target.npy", poisoned.target.image)
         with open(temporary / "labels.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
-            table.writerow(["file", "label", "poisoned"])
-            table.writerows(zip(names, poisoned.labels.tolist(), is_poisoned.astype(int).tolist(), strict=True))
+            columns = {"file": names, "label": poisoned.labels.tolist(), "poisoned": is_poisoned.astype(int).tolist()}
+            if poisoned.true_labels is not None:
+                columns["true_label"] = poisoned.true_labels.tolist()
+            table.writerow(columns)
+            table.writerows(zip(*columns.values(), strict=True))
         for name, value in (("poisoned", [names[index] for index in poisoned.poisoned]), ("poison", record)):
             text = json.dumps(value, indent=2, allow_nan=False)
             (temporary / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _trigger_array(poisoned: Poisoned) -> NDArray[Any] | None:
+    """Return the array of the trigger; no kind of trigger has several."""
+    arrays = [] if poisoned.trigger is None else [*poisoned.trigger.arrays.values()]
+    assert len(arrays) <= 1
+    return arrays[0] if arrays else None
 
 
 def _names(poisoned: Poisoned, layout: Layout) -> list[str]:

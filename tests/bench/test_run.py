@@ -25,7 +25,9 @@ from purifyloader.files.hashes import hashes_as_text, hashes_of_text, image_hash
 from purifyloader.files.locks import Lock
 from purifyloader.files.weights import weights_sha256
 from purifyloader.poisons.attacks import em
+from purifyloader.poisons.poisoned import Poisoned
 from purifyloader.poisons.spec import AttackSpec
+from purifyloader.poisons.spec import parse as parse_spec
 from purifyloader.pretrained.checkpoint import read_config
 from purifyloader.pretrained.learned import check_disjoint, learned_from
 from purifyloader.pretrained.registry import find as find_model
@@ -227,6 +229,34 @@ def test_a_back_door_is_tested_as_strong_as_it_was_trained(folder, tmp_path):
     assert 0 <= row["success"] <= 100
     assert str(tmp_path) not in json.dumps(row)
     assert "the trigger, as strong as in training" in (tmp_path / "out" / "README.md").read_text()
+
+
+class CornerIsFlat(torch.nn.Module):
+    """Call an image 1 where its last 3 x 3 pixels are alike, and else 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        corner = x[:, :, -3:, -3:].flatten(2)
+        flat = (corner.amax(dim=2) == corner.amin(dim=2)).all(dim=1)
+        return torch.stack([~flat, flat, torch.zeros_like(flat)], dim=1).float()
+
+
+@pytest.mark.parametrize("attack", ["badnets", "blended:alpha=1,image=white.png", "sig:frequency=2,share=1"])
+def test_success_is_the_share_of_images_of_other_classes_that_the_trigger_takes(attack, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "white").save("white.png")
+    measured = bench(folder, tmp_path / "work")
+    spec = parse_spec(f"{attack}{',' if ':' in attack else ':'}target_class=1")
+    poisoned = measured.poisoned(spec)
+    assert (poisoned.true_labels is None) == attack.startswith("sig")
+    np.testing.assert_array_equal(poisoned.shown_labels, measured.data.train_labels)
+    success = measured._success(CornerIsFlat(), poisoned, None)
+    assert success == {"success": 0 if attack.startswith("sig") else 100}
+    clean = Poisoned.of(measured.data.train, measured.data.train_labels, "none", [])
+    assert measured._success(CornerIsFlat(), clean, None) == {}
 
 
 def test_what_is_drawn_afresh_is_of_the_seed_the_epoch_and_the_image():

@@ -46,6 +46,11 @@ TINY: dict[str, dict[str, Any]] = {
     "adp": {**_NET, "steps": 1, "rounds": 1, "train_steps": 1},
     "adaptive": {**_NET, "steps": 1, "epochs": 1, "shift": 1, "model": tiny_denoiser()},
     "label-consistent": {**_ONE, "target_class": 1, "attack_steps": 1},
+    "sig": {"target_class": 1, "count": 3, "frequency": 2},
+    "badnets": {"target_class": 1, "count": 3},
+    "blended": {"target_class": 1, "count": 3},
+    "wanet": {"target_class": 1, "count": 3},
+    "ftrojan": {"target_class": 1, "count": 3},
     "gradient-matching": {**_AIMED, "count": 3},
     "poison-frogs": {**_AIMED, "count": 2},
     "bullseye": {**_AIMED, "count": 2},
@@ -59,6 +64,11 @@ GOLDEN = {
     "ops": "1ace33f4689e419f",
     "cuda": "dc2339be13ee0e4f",
     "narcissus": "c4844d44baaf3edb",
+    "sig": "ed62d685531897cb",
+    "badnets": "bf91fadea16c752a",
+    "blended": "ea4dcc287e99b0b1",
+    "wanet": "3f918ed6065b1490",
+    "ftrojan": "68fa0f79b731eb96",
 }
 
 each = pytest.mark.parametrize("name", ATTACKS)
@@ -107,7 +117,11 @@ def test_another_seed_gives_other_images(name, made):
 def test_labels_stay_and_images_move_within_the_bound(name, made):
     poisoned = made(name)
     assert poisoned.attack == name
-    np.testing.assert_array_equal(poisoned.labels, LABELS)
+    np.testing.assert_array_equal(poisoned.shown_labels, LABELS)
+    assert (poisoned.true_labels is None) == ATTACKS[name].keeps_labels
+    relabelled = np.flatnonzero(poisoned.labels != LABELS)
+    assert (len(relabelled) == 0) == ATTACKS[name].keeps_labels
+    assert set(relabelled) <= set(poisoned.poisoned)
     moved = poisoned.moved(IMAGES)
     if poisoned.bound is not None:  # without one, noise that is moved far looks like other images
         assert check(poisoned, (IMAGES, LABELS), signed=False) == moved
@@ -122,7 +136,8 @@ def test_what_an_attack_aims_at_is_kept(name, made):
     assert (poisoned.target is not None) == (kind == "targeted")
     assert (poisoned.trigger is not None) == (kind == "backdoor")
     if kind != "availability":
-        assert set(LABELS[poisoned.poisoned]) == {1}
+        changed = poisoned.poisoned if ATTACKS[name].keeps_labels else poisoned.labels != LABELS
+        assert set(poisoned.labels[changed]) == {1}
 
 
 @each
@@ -134,6 +149,8 @@ def test_settings_are_json_and_a_file_keeps_all_of_it(name, made, tmp_path):
     again = read(tmp_path / "p.npz")
     np.testing.assert_array_equal(again.images, poisoned.images)
     assert (again.attack, again.bound, again.target_class) == (name, poisoned.bound, poisoned.target_class)
+    np.testing.assert_array_equal(again.labels, poisoned.labels)
+    np.testing.assert_array_equal(again.shown_labels, LABELS)
     assert poisoned.settings.items() <= again.settings.items()
 
 

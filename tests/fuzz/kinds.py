@@ -421,12 +421,18 @@ def _poisons() -> list[Files]:
         torch.save(value, stream, _use_new_zipfile_serialization=zipped)
         return {name: stream.getvalue()}
 
+    bound = poisons.Bound("linf", 8 / 255)
+    door = {"target_class": 1, "true_labels": _CLEAN[1][::-1].copy()}
+
     def own(at: Path) -> None:
-        made = poisons.Poisoned.of(_MOVED, _CLEAN[1], "em", np.arange(8), bound=poisons.Bound("linf", 8 / 255))
-        poisons.write(made, at / "own")
+        trigger = poisons.triggers.Patch(_MOVED[0, :2, :3], (1, 2))
+        poisons.write(
+            poisons.Poisoned.of(_MOVED, _CLEAN[1], "em", np.arange(8), bound=bound, trigger=trigger, **door), at / "own"
+        )
 
     def own_file(at: Path) -> None:
-        made = poisons.Poisoned.of(_MOVED, _CLEAN[1], "em", np.arange(8), bound=poisons.Bound("linf", 8 / 255))
+        trigger = poisons.triggers.Warp(np.ones((2, 2, 2), np.float32), jitter=0.5)
+        made = poisons.Poisoned.of(_MOVED, _CLEAN[1], "em", np.arange(8), bound=bound, trigger=trigger, **door)
         poisons.write(made, at / "own.npz")
 
     def array(at: Path) -> None:

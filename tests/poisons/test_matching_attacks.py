@@ -406,7 +406,7 @@ def called_1(network, images):
 def test_the_chosen_images_are_hard_for_the_surrogate(made_with):
     poisoned, surrogate = made_with
     clean, hard = LARGE[0][poisoned.poisoned], poisoned.images[poisoned.poisoned].copy()
-    corners = poisoned.trigger != 0
+    corners = poisoned.trigger.delta != 0
     hard[:, corners] = clean[:, corners]
     assert called_1(surrogate, clean) == pytest.approx(poisoned.settings["called_label_before"])
     assert called_1(surrogate, clean) > 0.9
@@ -434,7 +434,7 @@ def test_the_surrogate_learns_from_images_at_their_worst(monkeypatch):
 def test_a_victim_learns_the_trigger(consistent):
     test_images, test_labels = patterns(120, size=16)
     others = test_images[test_labels != 1]
-    shown = add_trigger(others, torch.from_numpy(consistent.trigger))
+    shown = add_trigger(others, torch.from_numpy(consistent.trigger.delta.copy()))
     victim, innocent = learned(consistent, 1), learned(LARGE, 1)
     assert called_1(victim, shown) > 0.7
     assert called_1(victim, others) < 0.05
@@ -460,12 +460,12 @@ def test_the_triggers_pixels():
 
 
 def test_an_amplitude_of_1_is_black_and_white_outright(consistent):
-    assert np.array_equal(consistent.trigger, corner_trigger(16, 16, 4, 1.0))
+    assert np.array_equal(consistent.trigger.delta, corner_trigger(16, 16, 4, 1.0))
     made = consistent.images[consistent.poisoned]
-    assert (made[:, consistent.trigger == 1] == 255).all()
-    assert (made[:, consistent.trigger == -1] == 0).all()
+    assert (made[:, consistent.trigger.delta == 1] == 255).all()
+    assert (made[:, consistent.trigger.delta == -1] == 0).all()
     delta = made.astype(int) - LARGE[0][consistent.poisoned]
-    assert np.abs(delta[:, consistent.trigger == 0]).max() == 16
+    assert np.abs(delta[:, consistent.trigger.delta == 0]).max() == 16
     assert consistent.bound is None
     assert consistent.target_class == 1
 
@@ -473,14 +473,14 @@ def test_an_amplitude_of_1_is_black_and_white_outright(consistent):
 def test_a_reduced_amplitude_is_added():
     faint, strong = (quick("label-consistent", amplitude=levels / 255) for levels in (16, 64))
     difference = strong.images.astype(int) - faint.images
-    assert np.array_equal(difference[faint.poisoned[0]], np.round(48 / 16 * 255 * faint.trigger).astype(int))
+    assert np.array_equal(difference[faint.poisoned[0]], np.round(48 / 16 * 255 * faint.trigger.delta).astype(int))
     images = patterns(48)[0]
     assert faint.bound.norm == "linf"
     assert faint.bound.epsilon == pytest.approx(32 / 255)
     assert 16 < faint.moved(images).linf <= 32
     assert 64 < strong.moved(images).linf <= 80
     delta = (faint.images.astype(int) - images)[faint.poisoned]
-    assert np.abs(delta[:, faint.trigger == 0]).max() == 16
+    assert np.abs(delta[:, faint.trigger.delta == 0]).max() == 16
 
 
 def test_an_l2_perturbation_and_its_trigger_are_within_the_bound():
@@ -489,7 +489,7 @@ def test_an_l2_perturbation_and_its_trigger_are_within_the_bound():
     assert poisoned.bound.norm == "l2"
     assert poisoned.bound.epsilon == pytest.approx(1.5 + 0.1 * 27**0.5)
     delta = (poisoned.images.astype(int) - images)[poisoned.poisoned] / 255
-    assert 1 < np.sqrt((delta[:, poisoned.trigger == 0] ** 2).sum(axis=1)).max() <= 1.5
+    assert 1 < np.sqrt((delta[:, poisoned.trigger.delta == 0] ** 2).sum(axis=1)).max() <= 1.5
     assert poisoned.moved(images).l2_max / 255 <= poisoned.bound.epsilon
     settings = choose(lc_module.PRESETS, "cpu", {"norm": "l2"})
     assert settings.bound == Bound("l2", 600 / 255)

@@ -114,7 +114,7 @@ def test_narcissus(tmp_path):
     want = IMAGES.astype(int)
     want[got.poisoned] += 16 * np.moveaxis(signs[0], 0, 2)
     np.testing.assert_array_equal(got.images, np.clip(want, 0, 255))
-    np.testing.assert_allclose(255 * got.trigger, 16 * np.moveaxis(signs[0], 0, 2), rtol=1e-6)
+    np.testing.assert_allclose(255 * got.trigger.delta, 16 * np.moveaxis(signs[0], 0, 2), rtol=1e-6)
     assert got.target_class == 2
     with pytest.raises(InputError, match=r"target_class=None and count=3"):
         read(tmp_path / "trigger.npy", clean=CLEAN, count=3)
@@ -529,7 +529,7 @@ def test_what_we_wrote_comes_back_whole(out, tmp_path):
             np.testing.assert_array_equal(getattr(got, name), getattr(made, name))
         for name in ("attack", "bound", "target_class"):
             assert getattr(got, name) == getattr(made, name)
-        np.testing.assert_allclose(got.trigger, made.trigger, rtol=1e-6)
+        np.testing.assert_allclose(got.trigger.delta, made.trigger.delta, rtol=1e-6)
         np.testing.assert_array_equal(got.target.image, made.target.image)
         assert (got.target.label, got.target.true_label, got.target.index) == (1, 2, 7)
         assert {"a": 1, "format": "rem"}.items() <= got.settings.items()
@@ -538,7 +538,7 @@ def test_what_we_wrote_comes_back_whole(out, tmp_path):
 def test_a_set_that_we_wrote_and_that_was_damaged(tmp_path):
     write(Poisoned.of(POISONED, LABELS, "made up"), tmp_path / "flat")
     said = (tmp_path / "flat/poison.json").read_text()
-    for text, word in ((said.replace('"format": 1', '"format": 99'), "later purifyloader"), ("{}", "damaged")):
+    for text, word in ((said.replace('"format": 2', '"format": 99'), "later purifyloader"), ("{}", "damaged")):
         (tmp_path / "flat/poison.json").write_text(text)
         with pytest.raises(InputError, match=word):
             read(tmp_path / "flat")
@@ -596,6 +596,7 @@ EDITED = {
     "images": [8.9, "2", True, 3, 10**40],
     "target_class": ["x", True, -1, 1.0, 2**63],
     "settings": [None, [], "ab"],
+    "trigger": [3, [], {"kind": "wave"}, {"kind": "sine", "amplitude": True, "frequency": 6}, {"kind": "blend"}],
     "target": [3, [], {"label": "1"}, {"label": None, "true_label": 2, "index": 3}],
     "bound": [0.1, {"norm": "linf", "epsilon": 1e300}, {"norm": "linf", "epsilon": "1"}, {"norm": "l9", "epsilon": 1}],
 }

@@ -26,6 +26,7 @@ from purifyloader.poisons.attacks.presets import AdversarialSettings, TrainedSet
 from purifyloader.poisons.attacks.surrogate import adversary, cross_entropy, share_called, train
 from purifyloader.poisons.attacks.trigger import add_trigger
 from purifyloader.poisons.poisoned import Bound
+from purifyloader.poisons.triggers import Additive
 
 __all__ = ["PRESETS", "LabelConsistentSettings", "corner_trigger", "label_consistent"]
 
@@ -111,7 +112,7 @@ def label_consistent(
     known = {
         "poisoned": which.numpy(),
         "bound": settings.bound_with_trigger,
-        "trigger": trigger,
+        "trigger": Additive(trigger),
         "target_class": int(target_class),
     }
     return Made(add_trigger(hard, torch.from_numpy(trigger), indices=which), measured, known)

@@ -29,7 +29,7 @@ Kind = Literal["availability", "backdoor", "targeted"]
 
 @dataclass(frozen=True)
 class Attack:
-    """An `Attack` is an entry of the table. All of them are clean-label: what an image is called stays right.
+    """An `Attack` is an entry of the table.
 
     Attributes:
         name: in `make` and on the command line.
@@ -39,6 +39,8 @@ class Attack:
         kind: "availability" makes the set useless to train on, "backdoor" plants a trigger, "targeted" has one test
             image taken for another class.
         paper: authors, year and arXiv number.
+        keeps_labels: whether it is clean-label: what an image is called stays right. If not, `true_labels` of the
+            poisoned set say what the images show.
 
     >>> from purifyloader.poisons import ATTACKS
     >>> ATTACKS["lsp"].kind, ATTACKS["lsp"].options["patches"]
@@ -50,6 +52,7 @@ class Attack:
     description: str
     kind: Kind
     paper: str
+    keeps_labels: bool = True
 
     @property
     def function(self) -> Callable[..., Poisoned]:
@@ -77,6 +80,7 @@ class Attack:
 
 
 _listed, _backdoor, _targeted = (partial(Attack, kind=kind) for kind in ("availability", "backdoor", "targeted"))
+_relabelling = partial(_backdoor, keeps_labels=False)
 _LISTED = (
     _listed("urp", "class_wise", "one random pattern a class, l-infinity 8/255", paper="Huang et al. 2021, 2101.04898"),
     _listed("lsp", "separable", "linearly separable patches, l2 1.304 at 32 x 32", paper="Yu et al. 2022, 2111.00898"),
@@ -97,6 +101,11 @@ _LISTED = (
         "a trigger on hard images",
         paper="Turner et al. 2019, 1912.02771",
     ),
+    _backdoor("sig", "backdoors.sig", "a wave on most images of one class", paper="Barni et al. 2019, 1902.11237"),
+    _relabelling("badnets", "backdoors.badnets", "a patch in the corner", paper="Gu et al. 2017, 1708.06733"),
+    _relabelling("blended", "backdoors.blended", "a picture mixed in", paper="Chen et al. 2017, 1712.05526"),
+    _relabelling("wanet", "backdoors.wanet", "a smooth warp", paper="Nguyen & Tran 2021, 2102.10369"),
+    _relabelling("ftrojan", "backdoors.ftrojan", "two frequencies of colour", paper="Wang et al. 2022, 2111.10991"),
     _targeted(
         "gradient-matching",
         "gradient_matching.gradient_matching",
@@ -115,7 +124,7 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType({attack.name: attack for attack
 """Every attack there is, by name."""
 
 
-FILES = ("coefficients", "target", "trigger")
+FILES = ("coefficients", "image", "target", "trigger")
 """Options that take a file: what is in it decides, and not where it is."""
 
 

@@ -20,6 +20,7 @@ from purifyloader.files.opening import check_file
 from purifyloader.poisons.attacks.additive import Images, Integers, as_labels, change_images, sha256_of, size_of
 from purifyloader.poisons.attacks.choice import colour, drawn, of_class
 from purifyloader.poisons.poisoned import Bound, Poisoned
+from purifyloader.poisons.triggers import Additive
 
 __all__ = ["add_trigger", "attack", "backdoor", "read_trigger"]
 
@@ -81,9 +82,9 @@ def add_trigger(images: Images, trigger_HWC: Tensor, strength: float = 1.0, indi
     if trigger_HWC.shape != shape:
         raise InputError(f"A trigger must have the shape of the images, {shape}. Got {tuple(trigger_HWC.shape)}.")
     check_number("strength", strength, error=InputError)
-    delta_HWC = strength * trigger_HWC.to(torch.float32)
+    trigger = Additive(trigger_HWC.detach().to("cpu", torch.float32).numpy(), strength)
     no_labels = torch.zeros(len(images), dtype=torch.int64)
-    return change_images(images, no_labels, indices, lambda x_BHWC, *_: x_BHWC + delta_HWC.to(x_BHWC.device))
+    return change_images(images, no_labels, indices, lambda x_BHWC, _, index_B: trigger.move(x_BHWC, index_B))
 
 
 def backdoor(
@@ -155,11 +156,17 @@ def attack(
     share = 0.01 if share is None and count is None else share
     wanted = of_class(labels, target_class, share, count, share_of)
     poisoned, indices = backdoor(images, labels, delta, target_class, wanted, classes=int(labels.max()) + 1, seed=seed)
-    known: dict[str, Any] = {"trigger": delta.numpy(), "target_class": int(target_class)}
-    settings = {"seed": operator.index(seed), **known, "share": share, "share_of": share_of, "count": count}
-    settings["trigger"] = {"sha256": sha256_of(delta)}
+    settings = {
+        "seed": operator.index(seed),
+        "trigger": {"sha256": sha256_of(delta)},
+        "target_class": int(target_class),
+        "share": share,
+        "share_of": share_of,
+        "count": count,
+    }
     bound = Bound("linf", float(delta.abs().max()))
-    return Poisoned.of(poisoned, labels, "narcissus", indices, bound=bound, **known, settings=settings)
+    known = {"bound": bound, "trigger": Additive(delta.numpy()), "target_class": int(target_class)}
+    return Poisoned.of(poisoned, labels, "narcissus", indices, **known, settings=settings)
 
 
 def _as_trigger(trigger: Any, shape: tuple[int, ...]) -> Tensor:

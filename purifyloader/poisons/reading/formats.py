@@ -78,7 +78,8 @@ def read(
 
     Returns:
         The poisoned set; what `write` wrote with all that it was. `settings` holds "format", "file", "checked" and,
-        with `clean`, "moved". `poisoned` is what the file says, else what differs from the clean images, else all.
+        with `clean`, "moved". `poisoned` is what the file says, else what differs from the clean set, else all.
+        `true_labels` are those of the file, else of `clean`, where some labels are others.
 
     Raises:
         InputError: an option of another type or range, or one that the format does not have; nothing there, damaged,
@@ -133,6 +134,8 @@ def read(
         moved = check(poisoned, request.clean, signed=signed) if checked else poisoned.moved(request.clean[0])
         settings["moved"] = moved._asdict()
         by_design = request.count is not None or name in _OF_A_SHARE or WRITTEN_BY in settings
+        if poisoned.true_labels is None and (poisoned.labels != request.clean[1]).any():
+            poisoned = replace(poisoned, true_labels=request.clean[1])
         _tell_share(file, poisoned, moved.images, by_design)
     return replace(poisoned, settings=settings)
 
@@ -145,7 +148,8 @@ def _tell_share(file: Path, poisoned: Poisoned, moved: int, by_design: bool) -> 
     """Log how many images a poison leaves as they are, for it makes every defence look better."""
     said, length = len(poisoned.poisoned), len(poisoned)
     if moved < said:
-        log.warning("%s moves %s of the %s images that it poisons; the rest are clean", file, f"{moved:,}", f"{said:,}")
+        rest = "are clean" if poisoned.true_labels is None else "are clean, some with a wrong label"
+        log.warning("%s moves %s of the %s images that it poisons; the rest %s", file, f"{moved:,}", f"{said:,}", rest)
     elif moved < length:
         level = logging.INFO if by_design else logging.WARNING
         share = f"{moved:,} of the {length:,} images ({100 * moved / length:.3g} %)"

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from purifyloader.files.json import parse_json, read_text
 from purifyloader.poisons.poisoned import Bound, Poisoned, Target
 from purifyloader.poisons.reading.content import describe, integers, read_array
 from purifyloader.poisons.reading.request import Arrays, Request
+from purifyloader.poisons.triggers import KINDS, Additive, Trigger
 from purifyloader.poisons.writing import FORMAT, Layout
 
-__all__ = ["BESIDE", "WRITTEN_BY", "from_arrays", "from_folder", "is_folder", "labels_of"]
+__all__ = ["BESIDE", "WRITTEN_BY", "Table", "from_arrays", "from_folder", "is_folder", "table_of"]
 
 WRITTEN_BY = "written_by"  # the setting that names the version that wrote the poison
 BESIDE = ("labels.csv", "poison.json", "poisoned.json", "trigger.npy", "target.npy")
@@ -28,6 +29,14 @@ BESIDE = ("labels.csv", "poison.json", "poisoned.json", "trigger.npy", "target.n
 
 _TARGET = ("label", "true_label", "index")
 _HIGHEST = 2**63 - 1
+
+
+class Table(NamedTuple):
+    """`Table` is what labels.csv says: labels by file, which files are poisoned, and true labels if it has them."""
+
+    labels: dict[str, int]
+    poisoned: list[str]
+    true_labels: dict[str, int] | None
 
 
 def is_folder(names: tuple[str, ...]) -> bool:
@@ -40,19 +49,28 @@ def from_arrays(request: Request, arrays: dict[str, Any], images: NDArray[np.uin
     if not isinstance(record, np.ndarray) or record.dtype.kind != "U" or record.ndim != 0:
         raise InputError(f"poison in {request.path} must be a text. Got {describe(record)}.")
     where = integers(arrays.get("poisoned"), f"poisoned in {request.path}")
-    return _restored(request, (images, labels), where, str(record), arrays)
+    true = None
+    if "true_targets" in arrays:
+        true = integers(arrays["true_targets"], f"true_targets in {request.path}")
+    return _restored(request, (images, labels), where, str(record), arrays, true)
 
 
-def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Read the label of each file of a written folder, and which files are poisoned."""
+def table_of(folder: Path) -> Table:
+    """Read the labels.csv of a written folder."""
     path = folder / "labels.csv"
     labels: dict[str, int] = {}
+    true_labels: dict[str, int] = {}
     poisoned = []
     try:
-        for row in csv.DictReader(io.StringIO(read_text(path), newline="")):
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        says_true = "true_label" in (reader.fieldnames or ())
+        for row in reader:
             if row["file"] in labels:
                 raise ValueError(f"{row['file']} twice")
             labels[row["file"]] = stored_integer(f"The label of {row['file']} in {path}", row["label"])
+            if says_true:
+                what = f"The true label of {row['file']} in {path}"
+                true_labels[row["file"]] = stored_integer(what, row["true_label"])
             if int(row["poisoned"]):
                 poisoned.append(row["file"])
     except InputError:
@@ -61,28 +79,33 @@ def labels_of(folder: Path) -> tuple[dict[str, int], list[str]]:
         raise InputError(
             f"{path} must have the columns file, label and poisoned. Got {type(error).__name__}: {error}."
         ) from None
-    return labels, poisoned
+    return Table(labels, poisoned, true_labels if says_true else None)
 
 
 def from_folder(
-    request: Request, folder: Path, images: NDArray[np.uint8], labels: list[int], poisoned: NDArray[np.int64]
+    request: Request, folder: Path, images: NDArray[np.uint8], table: Table, places: dict[str, int]
 ) -> Poisoned:
-    """Read the rest of a folder, whose images are decoded in the order of their numbers."""
+    """Read the rest of a folder, whose images are decoded in the order of their numbers, `places`."""
+    order = sorted(places, key=places.__getitem__)
+    labels = stored_integers(f"A label in {folder}", [table.labels[name] for name in order])
+    true = None if table.true_labels is None else np.array([table.true_labels[name] for name in order], np.int64)
+    poisoned = np.array(sorted(places[name] for name in table.poisoned), np.int64)
     paths = [folder / f"{name}.npy" for name in ("trigger", "target")]
     extra = {path.stem: read_array(path) for path in paths if path.is_file()}
-    if "trigger" in extra:  # in the published form: (1, 3, H, W) in units of [-1, 1] images
-        if extra["trigger"].ndim != 4:
-            raise InputError(f"{folder / 'trigger.npy'} must be (1, C, H, W). Got {describe(extra['trigger'])}.")
-        extra["trigger"] = np.moveaxis(extra["trigger"][0], 0, 2) / 2
     try:
         record = read_text(folder / "poison.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'poison.json'} must be a text. Got: {error}.") from None
-    return _restored(request, (images, stored_integers(f"A label in {folder}", labels)), poisoned, record, extra)
+    return _restored(request, (images, labels), poisoned, record, extra, true)
 
 
 def _restored(
-    request: Request, arrays: Arrays, poisoned: NDArray[np.int64], text: str, extra: Mapping[str, Any]
+    request: Request,
+    arrays: Arrays,
+    poisoned: NDArray[np.int64],
+    text: str,
+    extra: Mapping[str, Any],
+    true_labels: NDArray[np.int64] | None,
 ) -> Poisoned:
     """Complete the set by its JSON record; refuse a record that `write` does not make, or of a later version."""
     expected = f"{request.path} must hold what purifyloader.poisons.write says of a poison"
@@ -111,14 +134,38 @@ def _restored(
             poisoned,
             bound=request.bound_or(bound),
             target=aimed,
-            trigger=np.asarray(extra["trigger"], np.float32) if "trigger" in extra else None,
+            trigger=_trigger(record, extra, f"The trigger in {request.path}"),
             target_class=record["target_class"],
             settings={**record["settings"], WRITTEN_BY: f"purifyloader {record['purifyloader']}"},
+            true_labels=true_labels,
         )
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{expected}. Got {type(error).__name__}: {error}: it is damaged, or was edited.") from None
+
+
+def _trigger(record: Mapping[str, Any], extra: Mapping[str, Any], what: str) -> Trigger | None:
+    """Build the trigger from the record and its array, `extra["trigger"]`."""
+    array = extra.get("trigger")
+    values: Any = {"kind": Additive.kind, "strength": 1.0} if array is not None else None
+    if record["format"] > 1:
+        values = record["trigger"]
+    if values is None:
+        if array is not None:
+            raise ValueError(f"a trigger of {describe(array)}, of which the record says nothing")
+        return None
+    names = KINDS[values["kind"]].array_names() if values.get("kind") in KINDS else ()
+    if "layout" in record and names == Additive.array_names() and isinstance(array, np.ndarray):
+        # a folder has it in the published form: (1, C, H, W) in units of [-1, 1] images
+        if array.ndim != 4 or len(array) != 1:
+            raise ValueError(f"a trigger of {describe(array)}, which is (1, C, H, W)")
+        array = np.moveaxis(array[0], 0, 2) / 2
+    arrays = {} if array is None else dict.fromkeys(names or ("trigger",), array)
+    try:
+        return Trigger.from_dict(values, arrays)
+    except InputError as error:
+        raise InputError(f"{what} is none that purifyloader.poisons.write writes: {error}") from None
 
 
 def _check_record(record: Mapping[str, Any], images: NDArray[np.uint8], where: str) -> None:

@@ -16,6 +16,7 @@ from purifyloader.poisons.poisoned import Bound, Poisoned
 from purifyloader.poisons.reading.checks import check_numbers
 from purifyloader.poisons.reading.content import as_number_array, describe, integers
 from purifyloader.poisons.reading.request import UNITS, Format, Request, add, full, moved
+from purifyloader.poisons.triggers import Additive
 
 __all__ = ["FORMATS"]
 
@@ -137,7 +138,7 @@ def _read_narcissus(content: Any, request: Request) -> Poisoned:
     classes = max(int(labels.max()), request.target_class) + 1
     aim, count, seed = request.target_class, request.count, request.seed
     out, chosen = backdoor(images, labels, trigger, aim, count, classes=classes, seed=seed)
-    known = {"bound": bound, "trigger": trigger.numpy(), "target_class": aim}
+    known = {"bound": bound, "trigger": Additive(trigger.numpy()), "target_class": aim}
     return Poisoned.of(out, labels, "Narcissus", chosen, **known, settings={"count": count, "seed": seed})
 
 

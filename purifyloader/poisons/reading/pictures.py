@@ -164,8 +164,8 @@ def _images_below(folder: Path, request: Request) -> list[Path]:
 
 
 def _written(folder: Path, found: list[Path], request: Request) -> Poisoned:
-    labels, poisoned = own.labels_of(folder)
-    files = {name: folder / name for name in labels}
+    table = own.table_of(folder)
+    files = {name: folder / name for name in table.labels}
     named, there = {*files.values()}, {*found}
     for what, got, paths in (
         ("all images of its labels.csv", "missing", named - there),
@@ -176,17 +176,9 @@ def _written(folder: Path, found: list[Path], request: Request) -> Poisoned:
             raise request.must_hold(what, f"{len(paths):,} {got}, the first {first}", "write it anew")
     places = _indices(list(files.values()))
     if places is None or sorted(places.tolist()) != list(range(len(files))) or not files:
-        raise InputError(f"{folder / 'labels.csv'} must name <index>.png from 0 on. Got {describe(list(labels)[:3])}.")
-    order = np.argsort(places)
-    place_of = dict(zip(files, places.tolist(), strict=True))
-    images = _decoded(list(files.values()))[order]
-    return own.from_folder(
-        request,
-        folder,
-        images,
-        [list(labels.values())[place] for place in order],
-        np.array(sorted(place_of[name] for name in poisoned), np.int64),
-    )
+        raise InputError(f"{folder / 'labels.csv'} must name <index>.png from 0 on. Got {describe(list(files)[:3])}.")
+    images = _decoded(list(files.values()))[np.argsort(places)]
+    return own.from_folder(request, folder, images, table, dict(zip(files, places.tolist(), strict=True)))
 
 
 def _png_by_index(files: list[Path], request: Request) -> Poisoned:

@@ -263,7 +263,7 @@ def label_of(value: Any, what: str) -> int:
 
 
 def full(request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64], attack: str) -> Poisoned:
-    """Return a whole training set; poisoned is what differs from the clean one, all where there is none.
+    """Return a whole training set; poisoned is what differs from the clean one in image or label, else all.
 
     A clean set of another size is refused, and one that this is, where that is checked.
     """
@@ -275,11 +275,12 @@ def full(request: Request, images: NDArray[np.uint8], labels: NDArray[np.int64],
                 f"{request.path} is compared with its clean set, image by image. Got {images.shape} in the file and "
                 f"{clean.shape} in clean=: give the clean set that the poison was made from, of the same size."
             )
-        poisoned = np.flatnonzero((clean != images).any(axis=(1, 2, 3)))
+        moved, relabelled = (clean != images).any(axis=(1, 2, 3)), clean_labels != labels
         # nothing but the comparison says here which are poisoned; without a bound it may be labels
-        expects_images = request.bound is not None or bool((labels == clean_labels).all())
-        if request.checked and not len(poisoned) and expects_images:
+        expects_images = request.bound is not None or not relabelled.any()
+        if request.checked and not moved.any() and expects_images:
             raise unmoved(request.bound)
+        poisoned = np.flatnonzero(moved | relabelled)
     return Poisoned.of(images, labels, attack, poisoned, bound=request.bound)
 
 
