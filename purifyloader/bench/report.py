@@ -180,7 +180,12 @@ def _changed(rows: Sequence[Row]) -> list[str]:
     few = {attack: (min(numbers), max(numbers)) for attack, numbers in sorted(counts.items()) if min(numbers) < images}
     if not few:
         return []
-    shown = [f"{low:,}{f' to {high:,}' if high > low else ''} by {attack}" for attack, (low, high) in few.items()]
+    wrong = {row["attack"]: row["wrong_labels"] for row in rows if "wrong_labels" in row}
+    labels = {attack: f" ({wrong[attack]:,} with a wrong label)" if attack in wrong else "" for attack in few}
+    shown = [
+        f"{low:,}{f' to {high:,}' if high > low else ''} by {attack}{labels[attack]}"
+        for attack, (low, high) in few.items()
+    ]
     return [f"Not all of the {images:,} training images are changed, and the rest are clean: {', '.join(shown)}."]
 
 

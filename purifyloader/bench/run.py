@@ -181,7 +181,7 @@ class Bench:
             for spec in backdoors:
                 success = self._success(trained.model, self.poisoned(spec, seed), None)
                 by_chance |= {spec.label: round(success["success"], 2)} if success else {}
-        moved = poisoned.moved(self.data.train)
+        moved, wrong = poisoned.moved(self.data.train), int((poisoned.labels != self.data.train_labels).sum())
         return {
             "schema": rows.SCHEMA,
             "fingerprint": rows.fingerprint(settings),
@@ -191,6 +191,7 @@ class Bench:
             "test_images": len(self.data.test),
             "attack": attack.label or attack.name,
             "attack_moves": {"images": moved.images, "linf_px": moved.linf, "l2": round(moved.l2_mean / 255, 4)},
+            **({"wrong_labels": wrong} if wrong else {}),
             "attack_made": {k: v for k, v in poisoned.settings.items() if k != "moved"},
             "defence": self.label(defence),
             "sigma_px": None if made.sigma_px is None else round(made.sigma_px, 2),

@@ -39,7 +39,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
         yield "Poisoned: RMS removed (px), share of the pattern left, and whether the removed energy tells poison (AUC)"
         yield from few_changed({name: each["images"] for name, each in levels[0]["poisoned"].items()}, images["count"])
         names = list(levels[0]["poisoned"])
-        heads_ = [head for name in names for head in (f"from {name[-9:]}", "left", "AUC")]
+        heads_ = [head for name in names for head in (f"from {_short(name)}", "left", "AUC")]
         rows = []
         for level in levels:
             row = [f"{level['removed_px']['mean']:.2f}"]
@@ -55,6 +55,12 @@ def not_known(data: Mapping[str, Any]) -> Iterator[str]:
     """Say that a model does not tell what it was trained on: no image was left out for that."""
     if not data.get("trained_on_known", True):
         yield "Whether it was trained on some of these images is not known."
+
+
+def _short(name: str) -> str:
+    """Cut an attack with options to its name, and what else is long to its end, which says most of a path."""
+    first, options, _ = name.partition(" ")
+    return first[:9] if options else name[-9:]
 
 
 def few_changed(changed: Mapping[str, int], count: int) -> Iterator[str]:

@@ -49,6 +49,7 @@ _MORE_FIELDS: dict[str, Any] = {  # of some rows
     "extractor_images": int | None,
     "versions": {"torch": str},
     "attack_moves": {"images": int},
+    "wrong_labels": int,
 }
 
 

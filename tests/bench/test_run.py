@@ -257,6 +257,10 @@ def test_success_is_the_share_of_images_of_other_classes_that_the_trigger_takes(
     assert success == {"success": 0 if attack.startswith("sig") else 100}
     clean = Poisoned.of(measured.data.train, measured.data.train_labels, "none", [])
     assert measured._success(CornerIsFlat(), clean, None) == {}
+    if attack == "badnets":
+        row = measured.row(spec, "none", 0)
+        assert row["wrong_labels"] == len(poisoned.poisoned) == 4
+        assert "success" in row
 
 
 def test_what_is_drawn_afresh_is_of_the_seed_the_epoch_and_the_image():

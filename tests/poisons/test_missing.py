@@ -261,8 +261,12 @@ def test_the_table_of_a_bench_says_how_many_images_are_changed() -> None:
     def moved(attack: str, images: int, seed: int = 0) -> dict[str, Any]:
         return row(attack, "none", 50.0, seed=seed, attack_moves={"images": images})
 
-    text = markdown([moved("none", 0), moved("lsp", 4000), moved("p", 3920), moved("few", 9), moved("few", 12, 1)])
-    said = "Not all of the 4,000 training images are changed, and the rest are clean: 9 to 12 by few, 3,920 by p."
+    few = moved("few", 9), moved("few", 12, 1)
+    text = markdown([moved("none", 0), moved("lsp", 4000), moved("p", 3920) | {"wrong_labels": 40}, *few])
+    said = (
+        "Not all of the 4,000 training images are changed, and the rest are clean: 9 to 12 by few, 3,920 by p (40 with "
+        "a wrong label)."
+    )
     assert said in text
     assert "Not all" not in markdown([moved("none", 0), moved("lsp", 4000)])
 
