@@ -355,7 +355,7 @@ def test_narcissus_poisons_the_target_class_alone(tmp_path):
     assert poisoned.target_class == 2
     assert len(poisoned.poisoned) == 5
     assert set(LABELS[poisoned.poisoned]) == {2}
-    np.testing.assert_array_equal(poisoned.trigger, TRIGGER)
+    np.testing.assert_array_equal(poisoned.trigger.delta, TRIGGER)
     assert 255 * poisoned.bound.epsilon == pytest.approx(16)
     # a file is in units of [-1, 1] images
     np.save(tmp_path / "trigger.npy", 2 * TRIGGER.transpose(2, 0, 1)[None])

@@ -103,8 +103,8 @@ def check(poisoned: Poisoned, clean: Any, *, bound: Bound | None = None, signed:
         How far the images were moved, in levels of 0 to 255.
 
     Raises:
-        InputError: other numbers or shapes; labels that are mostly others; nothing moved, though the set says that
-            images are poisoned, and no label is another.
+        InputError: other numbers or shapes; labels (true ones, where the set knows them) that are mostly others;
+            nothing moved, though the set says that images are poisoned, and no label is another.
             With a bound: numbers of one sign, or a perturbation beyond it by more than 8-bit rounding (one level; for
             l2 half a level a value; for l0 nothing). The message says what it looks like: a factor of 255, images of
             [-1, 1] taken for [0, 1] or the reverse, wrapped-around numbers, or channels, axes or images in another
