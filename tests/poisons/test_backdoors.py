@@ -39,6 +39,7 @@ def test_a_tenth_of_the_set_is_called_the_target_class(name):
     assert 2 not in LABELS[which]
     assert set(poisoned.labels[which]) == {2}
     np.testing.assert_array_equal(poisoned.true_labels, LABELS)
+    assert not np.shares_memory(poisoned.true_labels, LABELS)
     assert poisoned.settings["share"] == 0.1
     assert (poisoned.target_class, poisoned.trigger is not None) == (2, True)
 
@@ -126,7 +127,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"share": 0.5},
         "cross_ratio must be of no more than the 20 images that are left. Got 2.0, which is 40",
     ),
-    "negative cross": ("wanet", {"cross_ratio": -1}, "cross_ratio must be a finite number of 0 or more"),
+    "negative cross": ("wanet", {"cross_ratio": -1}, "cross_ratio must be a finite number from 0 to 1000"),
     "grid": ("wanet", {"grid": 17}, "grid must be an integer from 2 to 16.* Got 17"),
     "strength": ("wanet", {"strength": 0}, "strength must be .* above 0. Got 0"),
     "pattern": ("badnets", {"pattern": "black"}, "pattern must be one of 'white', 'dataelixir'. Got 'black'"),

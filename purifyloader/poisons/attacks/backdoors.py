@@ -100,8 +100,9 @@ class _Plan:
                 )
             which = drawn(torch.from_numpy(rest), crossed, self.seed, _CROSS).numpy()
             out, chosen = self._triggered(out, cross.trigger, which), np.union1d(chosen, which)
-        known = {"trigger": trigger, "bound": bound, "target_class": self.target_class, "true_labels": self.labels}
-        return Poisoned.of(out, out_labels, attack, chosen, **known, settings=self._settings(share, settings))
+        known: dict[str, Any] = {"trigger": trigger, "bound": bound, "target_class": self.target_class}
+        known |= {"true_labels": self.labels.copy(), "settings": self._settings(share, settings)}
+        return Poisoned.of(out, out_labels, attack, chosen, **known)
 
     def keep_labels(self, attack: str, trigger: Trigger, bound: Bound, **settings: Any) -> Poisoned:
         """Put a trigger into images of the target class, four fifths of them unless said."""
@@ -219,7 +220,7 @@ def wanet(
         strength: mean shift of the drawn points, in half pixels: 0.5 moves them by a quarter of a pixel.
         cross_ratio: images that are warped with noise, for each poisoned one; 0 for none.
     """
-    check_number("cross_ratio", cross_ratio, low=0, error=InputError)
+    check_number("cross_ratio", cross_ratio, low=0, high=1000, error=InputError)
     plan = _Plan.of(dataset, seed, target_class, share, count)
     side = min(plan.images.shape[1:3])
     check_integer("grid", grid, 2, side, unit="as many as an image's pixels along a side at most", error=InputError)

@@ -135,7 +135,7 @@ def read(
         settings["moved"] = moved._asdict()
         by_design = request.count is not None or name in _OF_A_SHARE or WRITTEN_BY in settings
         if poisoned.true_labels is None and (poisoned.labels != request.clean[1]).any():
-            poisoned = replace(poisoned, true_labels=request.clean[1])
+            poisoned = replace(poisoned, true_labels=request.clean[1].copy())
         _tell_share(file, poisoned, moved.images, by_design)
     return replace(poisoned, settings=settings)
 
