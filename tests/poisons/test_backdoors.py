@@ -129,7 +129,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "negative cross": ("wanet", {"cross_ratio": -1}, "cross_ratio must be a finite number from 0 to 1000"),
     "grid": ("wanet", {"grid": 17}, "grid must be an integer from 2 to 16.* Got 17"),
-    "strength": ("wanet", {"strength": 0}, "strength must be .* above 0. Got 0"),
+    "strength": ("wanet", {"strength": 0}, "strength must be .* above 0 and .* Got 0"),
     "pattern": ("badnets", {"pattern": "black"}, "pattern must be one of 'white', 'dataelixir'. Got 'black'"),
     "alpha": ("blended", {"alpha": 0}, "alpha must be .* above 0 and of 1 or less. Got 0"),
     "another size": ("blended", {"image": IMAGES[0, :8]}, r"shape of an image, \(16, 16, 3\). Got \(8, 16, 3\)"),
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "frequency": ("sig", {"frequency": 8}, "below half of the image's 16 columns"),
     "block": ("ftrojan", {"block": 5}, "multiples of its block, 5"),
     "no block": ("ftrojan", {"block": 4.0}, "block must be an integer of 2 or more. Got 4.0"),
-    "magnitude": ("ftrojan", {"magnitude": -1}, "magnitude must be .* above 0. Got -1"),
+    "magnitude": ("ftrojan", {"magnitude": -1}, "magnitude must be .* above 0 and .* Got -1"),
     "seed": ("badnets", {"seed": 2**64}, "seed must fit in 64 bits"),
 }
 
