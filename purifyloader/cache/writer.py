@@ -505,8 +505,9 @@ class CacheWriter:
         planned = where.get("source") if isinstance(where, Mapping) else None
         if planned is not None and identity["source"] is not None and planned != identity["source"]:
             raise CacheError(
-                f"All of {self.folder} must be made from one source. Got a plan of other images or targets than those "
-                f"that were purified: the dataset changed meanwhile. Delete the folder and precompute again."
+                f"All of {self.folder} must be made from one source. Got a plan or a sanitation of other images or "
+                "targets than those that were purified: the dataset changed meanwhile, or another one was sanitized. "
+                "Delete the folder, sanitize this dataset, and precompute again."
             )
 
     def _identity(self, headers: Sequence[ShardHeader]) -> dict[str, Any]:

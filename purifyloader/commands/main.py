@@ -43,6 +43,7 @@ COMMANDS = (
     Command("convert", "bring a published checkpoint into this library's form", "convert"),
     Command("denoiser evaluate", "measure how well a denoiser denoises, by noise level and frequency", "evaluate"),
     Command("audit energy", "rank the images of a dataset by how unusual an energy model finds them", "audit"),
+    Command("sanitize", "find images with wrong labels that a back door put into a dataset", "sanitize"),
     Command("dynamics", "measure how purification moves clean and poisoned images, step by step", "dynamics"),
     Command("bench", "train victims on poisons, with and without defences", "bench"),
     Command("certify", "certify how far training images may be changed without changing a vote", "certify"),

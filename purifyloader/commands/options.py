@@ -59,6 +59,11 @@ def above_zero(text: str) -> float:
     return value
 
 
+def as_key(text: str | None) -> str | int | None:
+    """Read a key of a sample: a name, or a position."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def add_data(group: Group, what: str, *, required: bool = True) -> None:
     """Add --data, whose images are for `what`, and --root."""
     group.add_argument("--data", "--dataset", required=required, help=f"{what}: {_DATASETS}")

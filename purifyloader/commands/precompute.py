@@ -9,13 +9,14 @@ import time
 from typing import TYPE_CHECKING
 
 from purifyloader.commands.logs import show
-from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_split, add_threads
+from purifyloader.commands.options import add_data, add_device, add_quiet, add_seed, add_split, add_threads, as_key
 from purifyloader.commands.recipe_options import add_recipe_options, purifier_of
 from purifyloader.core.checks import as_path, launcher_number
 from purifyloader.errors import InputError
 
 if TYPE_CHECKING:
     from purifyloader.cache.reader import CacheReader
+    from purifyloader.purified.sanitation import Sanitation
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_threads(cache, "its share of the cores")
     words = "images of each shard made by another process or run that are compared with the source (default: all)"
     cache.add_argument("--check-source", metavar="N|all", help=words)
+    words = "what `purifyloader sanitize` found in these images, kept with the cache for all who read it"
+    cache.add_argument("--sanitation", type=as_path, metavar="FOLDER", help=words)
+    words = "what is done with its suspects: dropped, called by the better label, or only named (default: drop)"
+    cache.add_argument("--suspects", choices=("drop", "relabel", "keep"), help=words)
     cache.add_argument("--rank", type=int, help="number of this process, where no launcher says so")
     cache.add_argument("--world-size", type=int, help="number of all processes")
     cache.add_argument("--allow-mixed-devices", action="store_true", help="go on with another kind of device's shards")
@@ -78,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
             f"The names of the folders in {options.data} ({names}) are not kept. If they are classes, give "
             f"--dataset imagefolder --root {options.data}."
         )
+    sanitation = _sanitation(options)
     begun = time.monotonic()
     reader = precompute(
         dataset,
@@ -86,15 +92,26 @@ def run(options: argparse.Namespace) -> int:
         device=device,
         workers=(0 if device.type == "cpu" else min(8, share - 1)) if options.workers is None else options.workers,
         check_source=True if options.check_source is None else _amount(options.check_source),
-        image_key=_key(options.image_key),
+        image_key=as_key(options.image_key),
         rank=rank,
         world_size=world_size,
+        sanitation=sanitation,
         progress=not options.quiet,
         **{name: getattr(options, name) for name in _SAME},
     )
     if rank == 0:
         print(_summary(reader, time.monotonic() - begun))
     return 0
+
+
+def _sanitation(options: argparse.Namespace) -> Sanitation | None:
+    if options.sanitation is None:
+        if options.suspects is not None:
+            raise InputError("goes with --sanitation. Got it alone: give that, or leave it out.", argument="suspects")
+        return None
+    from purifyloader import sanitize
+
+    return sanitize.load(options.sanitation).sanitation(options.suspects or "drop")
 
 
 def _summary(reader: CacheReader, seconds: float) -> str:
@@ -118,7 +135,3 @@ def _amount(text: str) -> bool | int:
     if not text.isdecimal():
         raise InputError(f"--check-source must be a number of images, or all. Got {text!r}.")
     return int(text) or False
-
-
-def _key(text: str | None) -> str | int | None:
-    return int(text) if text is not None and text.isdecimal() else text

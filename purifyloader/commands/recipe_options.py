@@ -30,11 +30,11 @@ def _describe(makes: tuple[tuple[str, Callable[..., Purifier]], ...]) -> dict[st
     return {name: describe(name, make) for name, make in makes}
 
 
-def add_recipe_options(group: Any) -> None:
+def add_recipe_options(group: Any, required: bool = True) -> None:
     """Add --recipe, the options and models of all recipes, and --dtype to a parser or a group of one."""
     described = _described()
     names = ", ".join(described)
-    group.add_argument("--recipe", required=True, metavar="NAME", help=f"{names}, or a file with a purifier's JSON")
+    group.add_argument("--recipe", required=required, metavar="NAME", help=f"{names}, or a file with a purifier's JSON")
     for argument in dict.fromkeys(argument for recipe in described.values() for argument in recipe.models):
         texts = [
             (name, f"name or folder of {KINDS[each.models[argument]].words}")

@@ -1,0 +1,9 @@
+"""Sanitize a dataset: find the images of a back door with wrong labels, to drop or relabel them. See README.md.
+
+`sanitize` gives a `Verdict`, `load` reads a saved one, and `purifyloader sanitize` is all of it from the command line.
+"""
+
+from purifyloader.sanitize.session import sanitize
+from purifyloader.sanitize.verdict import Verdict, load
+
+__all__ = ["Verdict", "load", "sanitize"]

@@ -1,0 +1,435 @@
+"""Find images with a label that is not theirs: train, purify in rounds, weigh the evidence, name the suspects."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from purifyloader.cache.format import source_sha256
+from purifyloader.certify.functions import Train, training_settings
+from purifyloader.core import sizes
+from purifyloader.core.checks import as_path, check_choice, check_integer, check_seed, stored_integer
+from purifyloader.core.devices import device_of
+from purifyloader.core.images import quantize
+from purifyloader.datasets.named import image_name
+from purifyloader.datasets.samples import ImageKey, assemble, label_place
+from purifyloader.datasets.sources import check_honest, of_item, random_state_kept, take_over
+from purifyloader.errors import InputError
+from purifyloader.files.atomic import canonical_json, replacing, writing
+from purifyloader.files.opening import opened
+from purifyloader.purified.job import check_purifier, has_random_access
+from purifyloader.purified.reading import SampleReader
+from purifyloader.purifiers import Purifier
+from purifyloader.sanitize import evidence, scoring
+from purifyloader.sanitize.verdict import Verdict
+
+__all__ = ["sanitize"]
+
+log = logging.getLogger(__name__)
+
+LEAST = 20  # images of a class, below which nothing is said of it
+FOLDS = 4  # networks that learn from the reference, each without a quarter of it
+LIKELY = 0.75  # percentile among clean images above which an image under a target's label is a suspect
+
+_AT_ONCE = 256
+
+
+class _Images(NamedTuple):
+    pixels: scoring.Bytes  # (N, H, W, C)
+    labels: NDArray[np.int64]
+    hashes: NDArray[np.uint64]  # (N, 2), of images and of the rest of samples
+    names: list[str] | None  # of the classes
+
+
+def sanitize(
+    dataset: Dataset[Any],
+    purifier: Purifier | None = None,
+    *,
+    reference: Dataset[Any] | None = None,
+    by: str | None = None,
+    rounds: int = 5,
+    train: Train | None = None,
+    seed: int = 0,
+    size: int | None = None,
+    image_key: ImageKey = None,
+    label_key: ImageKey = None,
+    work: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Verdict:
+    """Find the images of a back door with wrong labels: the classes they are put under, and which they are.
+
+    With a `reference`, four networks learn from three quarters of it each, and say how unlikely each image of the
+    dataset is for its label, measured by clean images that they have not seen. With a `purifier`, a network learns from
+    the dataset as it is, and the images are purified round after round, each from where the last one ended, as in
+    DataElixir (Zhou et al., AAAI 2024, arXiv:2312.11057): a trigger goes, and the image loses the label that it gave.
+    A class where the evidence is beyond chance is a target. Its suspects are those images that the reference finds
+    unlikely, or else those that lose their label.
+
+    An attack that keeps labels right cannot be seen so; purify all images against it.
+
+    Args:
+        dataset: map-style, of samples with an image and a class number.
+        purifier: see `purifyloader.recipes`, of one network call best; None to go by the reference alone.
+        reference: clean images of the same classes with right labels, none of which is in the dataset. The images that
+            a denoiser was trained on will do.
+        by: the kind of evidence that decides, of `purifyloader.sanitize.evidence.KINDS`; "reference" where there is
+            one, else "published".
+        rounds: how often images are purified.
+        train: (training set, seed) to a predictor, as `purifyloader.certify` takes it; a small network by default.
+        seed: of trainings and noise.
+        size: bring the shorter side of images to this and crop the centre first, where they are of several sizes.
+        image_key, label_key: where image and label are in a sample; as in `PurifiedDataset` and `plans.Sanitation`.
+        work: folder in which finished trainings and votes are kept, so that a stopped run goes on.
+        progress: show a bar.
+
+    Raises `InputError` for datasets without integer labels or with one class, of other classes than the reference, or
+    with images in common with it; where no class has 20 images; and for a `train` that learns nothing.
+
+    >>> import numpy as np, torch
+    >>> from purifyloader import sanitize
+    >>> def grey(level, label):
+    ...     return np.full((8, 8, 3), level, np.uint8), label
+    >>> clean = [grey(level, int(level > 127)) for level in range(0, 256, 2)]  # dark is 0, and bright 1
+    >>> data = [grey(level, int(level > 127 or level < 50)) for level in range(1, 256, 2)]  # and some dark ones too
+    >>> def train(dataset, seed):  # of yours: it returns what gives a logit for each class
+    ...     return lambda x_BCHW: torch.stack([-x_BCHW.mean((1, 2, 3)), x_BCHW.mean((1, 2, 3)) - 1], 1)
+    >>> verdict = sanitize.sanitize(data, reference=clean, train=train, progress=False)
+    >>> verdict.targets, [data[i][0][0, 0, 0].item() for i in verdict.suspects[:3]]
+    ((1,), [1, 3, 5])
+    """
+    by = ("published" if reference is None else "reference") if by is None else by
+    _check_arguments(purifier, reference, by, rounds, seed, size)
+    data = _read(dataset, size, image_key, label_key, "the dataset")
+    known = None if reference is None else _read(reference, size, image_key, label_key, "the reference")
+    classes = _check_labels(data, known)
+    training = scoring.default_training(_device(purifier)) if train is None else train
+    kept = _Kept(None if work is None else as_path(work), _fingerprint(data, known, training, seed, size))
+    steps = (FOLDS if known is not None else 0) + (rounds + 1 if purifier is not None else 0)
+    with random_state_kept(), tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+        judged = None if known is None else _judged(data, known, classes, training, seed, kept, bar)
+        votes = None
+        if purifier is not None:
+            votes = _votes(data, known, classes, training, purifier, rounds, seed, kept, bar)
+    found = _Found(data, known, classes, judged, votes)
+    return _verdict(found, by, _names(dataset), label_key, _how(purifier, rounds, training, seed, size))
+
+
+def _check_arguments(purifier: Any, reference: Any, by: str, rounds: int, seed: int, size: int | None) -> None:
+    check_choice("by", by, evidence.KINDS, error=InputError)
+    check_integer("rounds", rounds, 1, 1000, error=InputError)
+    check_seed(seed)
+    if size is not None:
+        sizes.check_resize(size, size)
+    if purifier is not None:
+        check_purifier(purifier)
+    if by != "published" and reference is None:
+        raise InputError(f"The evidence {by!r} compares with clean images. Got no reference: give one.")
+    if by != "reference" and purifier is None:
+        raise InputError(
+            f"The evidence {by!r} is what purification does to labels. Got no purifier: give one, or a reference."
+        )
+
+
+def _device(purifier: Purifier | None) -> torch.device:
+    return (None if purifier is None else device_of(purifier)) or torch.device("cpu")
+
+
+def _read(dataset: Any, size: int | None, image_key: ImageKey, label_key: ImageKey, what: str) -> _Images:
+    """Read all images as they are in front of the dataset's transform, their labels, and the hashes of both."""
+    if not has_random_access(dataset) or not len(dataset):
+        raise InputError(f"{what.capitalize()} must be a map-style dataset with images. Got {type(dataset).__name__}.")
+    source = take_over(dataset)
+    check_honest(source, None, image_key)
+    reader = SampleReader(source.raw, None, image_key)
+    pixels: list[scoring.Bytes] = []
+    labels, hashes = [], []
+    for start in range(0, len(reader), _AT_ONCE):
+        positions = range(start, min(start + _AT_ONCE, len(reader)))
+        for position, read in zip(positions, reader.read(positions), strict=True):
+            sample = assemble(read.structure, read.fields, None)
+            labels.append(of_item(position, _label, sample, image_key, label_key))
+            pixels.append(_pixels(read.pixels, size))
+            hashes.append(read.hashes)
+            if pixels[-1].shape != pixels[0].shape:
+                raise InputError(
+                    f"The networks of a sanitation learn from images of one size. Got {pixels[0].shape[:2]} and, for "
+                    f"image {position} of {what}, {pixels[-1].shape[:2]}: give size=, to which they are resized."
+                )
+    names = getattr(dataset, "classes", None)
+    known = names if isinstance(names, list | tuple) and all(isinstance(n, str) for n in names) else None
+    return _Images(np.stack(pixels), np.array(labels, np.int64), np.stack(hashes), None if known is None else [*known])
+
+
+def _label(sample: Any, image_key: ImageKey, label_key: ImageKey) -> int:
+    label = sample[label_place(sample, image_key, label_key)]
+    if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
+        label = label.item()
+    return stored_integer("The label of an image", label)
+
+
+def _pixels(pixels_CHW: NDArray[Any], size: int | None) -> scoring.Bytes:
+    x = torch.from_numpy(pixels_CHW)
+    if size is not None:
+        x = sizes.resize(x.float() / 255 if x.dtype == torch.uint8 else x, size, size)
+    if len(x) == 1:
+        x = x.expand(3, -1, -1)
+    return np.ascontiguousarray((x if x.dtype == torch.uint8 else quantize(x)).permute(1, 2, 0).numpy())
+
+
+def _check_labels(data: _Images, known: _Images | None) -> int:
+    classes = int(data.labels.max()) + 1
+    present = np.unique(data.labels)
+    if len(present) < 2:
+        raise InputError(f"The dataset must have two classes at least. Got class {present[0]} alone.")
+    if known is not None:
+        if missing := sorted(set(present.tolist()) - set(known.labels.tolist())):
+            raise InputError(
+                f"The reference must have images of every class of the dataset. Got none of class {missing[0]}: give "
+                "clean images of it."
+            )
+        if (highest := int(known.labels.max())) >= classes:
+            raise InputError(
+                f"The reference must be of the dataset's classes, 0 to {classes - 1}. Got class {highest}: are they "
+                "numbered alike?"
+            )
+        if len(same := np.intersect1d(data.hashes[:, 0], known.hashes[:, 0])):
+            raise InputError(
+                f"The reference must be apart from the dataset, whose labels are in doubt. Got {len(same)} images that "
+                "are in both: leave them out of one."
+            )
+        if data.pixels.shape[1:] != known.pixels.shape[1:]:
+            raise InputError(
+                f"The reference must have images of the dataset's size. Got {known.pixels.shape[1:3]} and "
+                f"{data.pixels.shape[1:3]}: give size=, to which both are resized."
+            )
+    unjudged = _unjudged(data, known, classes)
+    if len(unjudged) == len(present):
+        raise InputError(
+            f"A verdict on a class takes {LEAST} images of it{' in the reference too' if known is not None else ''}. "
+            f"Got fewer of all {len(present)} classes: give more."
+        )
+    for label in unjudged:
+        log.warning("class %d has fewer than %d images, in which no back door could be told from chance", label, LEAST)
+    return classes
+
+
+def _unjudged(data: _Images, known: _Images | None, classes: int) -> tuple[int, ...]:
+    """List the classes of the dataset with too few images for a verdict."""
+    counts = np.bincount(data.labels, minlength=classes)
+    fewest = counts if known is None else np.minimum(counts, np.bincount(known.labels, minlength=classes))
+    return tuple(np.flatnonzero((counts > 0) & (fewest < LEAST)).tolist())
+
+
+def _fingerprint(data: _Images, known: _Images | None, train: Train, seed: int, size: int | None) -> dict[str, Any]:
+    return {
+        "data": source_sha256(data.hashes),
+        "reference": None if known is None else source_sha256(known.hashes),
+        "train": training_settings(train),
+        "torch": str(torch.__version__),
+        "seed": seed,
+        "size": size,
+    }
+
+
+class _Kept:
+    """Arrays of finished steps in a folder, each a file that says of what; None keeps nothing."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+
+    def get(self, name: str, make: Callable[[], dict[str, NDArray[Any]]], **more: Any) -> dict[str, NDArray[Any]]:
+        """Read the arrays of a step, or make them and write them down."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.safetensors"
+        digest = hashlib.sha256(canonical_json({**self.settings, **more}).encode()).hexdigest()
+        with suppress(OSError, safetensors.SafetensorError), opened(path) as file:
+            content = file.read()
+            with safetensors.safe_open(path, "np") as there:
+                if (there.metadata() or {}).get("of") == digest:
+                    return safetensors.numpy.load(content)
+        arrays = make()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(safetensors.numpy.save(arrays, {"of": digest}))
+        return arrays
+
+
+class _Judged(NamedTuple):
+    percentiles: NDArray[np.float64]  # (FOLDS, N), how unlikely an image is for its label
+    likeliest: NDArray[np.int64]  # (N,), of the classes but the label
+
+
+def _judged(
+    data: _Images, known: _Images, classes: int, train: Train, seed: int, kept: _Kept, bar: tqdm[Any]
+) -> _Judged:
+    """Let networks that learned from parts of the reference judge every image."""
+    folds = scoring.folds_of(known.labels, FOLDS, seed)
+    percentiles, total = [], np.zeros((len(data.labels), classes))
+    for fold in range(FOLDS):
+
+        def judge(own: NDArray[np.bool_] = folds != fold, number: int = fold) -> dict[str, NDArray[Any]]:
+            what = "three quarters of the reference"
+            network = scoring.trained(train, known.pixels[own], known.labels[own], classes, seed + number, what)
+            return {
+                "data": scoring.log_probabilities(network, data.pixels, classes),
+                "reference": scoring.log_probabilities(network, known.pixels[~own], classes),
+            }
+
+        logs = kept.get(f"reference-{fold}", judge, fold=fold, folds=FOLDS)
+        labels = known.labels[folds == fold]
+        unlikely = -logs["reference"][np.arange(len(labels)), labels]
+        of_data = -logs["data"][np.arange(len(data.labels)), data.labels]
+        percentiles.append(evidence.percentiles(of_data, data.labels, unlikely, labels))
+        total += logs["data"]
+        bar.update()
+    total[np.arange(len(total)), data.labels] = -np.inf
+    return _Judged(np.stack(percentiles), total.argmax(axis=1).astype(np.int64))
+
+
+class _Votes(NamedTuple):
+    data: NDArray[np.int64]  # (N, rounds + 1)
+    reference: NDArray[np.int64] | None
+
+
+def _votes(
+    data: _Images,
+    known: _Images | None,
+    classes: int,
+    train: Train,
+    purifier: Purifier,
+    rounds: int,
+    seed: int,
+    kept: _Kept,
+    bar: tqdm[Any],
+) -> _Votes:
+    """Let a network that learned from the dataset vote on every image and its purified versions."""
+    more = {"purifier": purifier.identity(), "rounds": rounds}
+
+    def vote() -> dict[str, NDArray[Any]]:
+        network = scoring.trained(train, data.pixels, data.labels, classes, seed, "the dataset")
+        bar.update()
+        votes: dict[str, list[NDArray[np.int64]]] = {}
+        pixels = {"data": data.pixels} | ({} if known is None else {"reference": known.pixels})
+        for number in range(rounds + 1):
+            for which in pixels:
+                if number:
+                    place = 2 * number + (which == "reference")
+                    pixels[which] = scoring.purified(purifier, pixels[which], seed, place)
+                called = scoring.log_probabilities(network, pixels[which], classes).argmax(axis=1)
+                votes.setdefault(which, []).append(called.astype(np.int64))
+            bar.update(number > 0)
+        return {which: np.stack(columns, axis=1) for which, columns in votes.items()}
+
+    arrays = kept.get("votes", vote, **more)
+    return _Votes(arrays["data"], arrays.get("reference"))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that was measured."""
+
+    data: _Images
+    known: _Images | None
+    classes: int
+    judged: _Judged | None
+    votes: _Votes | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The numbers of each class, by kind of evidence."""
+        data, known, votes = self.data, self.known, self.votes
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        if self.judged is not None and known is not None:
+            kinds["reference"] = evidence.reference(self.judged.percentiles, data.labels, known.labels, self.classes)
+        if votes is not None:
+            if known is not None and votes.reference is not None:
+                kinds["outflow"] = evidence.outflow(
+                    data.labels, votes.data, known.labels, votes.reference, self.classes
+                )
+                kinds["inflow"] = evidence.inflow(known.labels, votes.reference, self.classes)
+            kinds["published"] = evidence.published(data.labels, votes.data, self.classes)
+        counts = np.bincount(data.labels, minlength=self.classes).tolist()
+        names = data.names or []
+        return [
+            {
+                "class": label,
+                "name": names[label] if label < len(names) else None,
+                "images": counts[label],
+                **{kind: rows[label] for kind, rows in kinds.items()},
+            }
+            for label in range(self.classes)
+        ]
+
+    def suspects(self, targets: tuple[int, ...], by: str) -> NDArray[np.int64]:
+        """Indices of the images under a target's label that are unlikely for it, or that lose it."""
+        if by == "reference":
+            assert self.judged is not None
+            doubtful = self.judged.percentiles.mean(axis=0) > LIKELY
+        else:
+            assert self.votes is not None
+            doubtful = evidence.leaves(self.data.labels, self.votes.data)
+        return np.flatnonzero(doubtful & np.isin(self.data.labels, targets))
+
+    def corrected(self, suspects: NDArray[np.int64]) -> dict[int, int]:
+        """A better label of each suspect; none where the votes have none."""
+        if self.judged is not None:
+            labels = self.judged.likeliest
+        else:
+            assert self.votes is not None
+            labels = evidence.majority(self.votes.data[:, 1:], self.votes.data[:, 0])
+        return {int(i): int(labels[i]) for i in suspects if labels[i] != self.data.labels[i]}
+
+
+def _verdict(
+    found: _Found, by: str, name: Callable[[int], str | None], label_key: ImageKey, how: dict[str, Any]
+) -> Verdict:
+    rows, unjudged = found.rows(), _unjudged(found.data, found.known, found.classes)
+    limit = evidence.LIMITS[by]
+    targets = tuple(
+        row["class"] for row in rows if row["class"] not in unjudged and (row[by]["z"] or 0.0) > limit and row["images"]
+    )
+    suspects = found.suspects(targets, by)
+    return Verdict(
+        found.data.labels,
+        targets,
+        suspects,
+        found.corrected(suspects),
+        rows,
+        by,
+        unjudged,
+        None if found.judged is None else found.judged.percentiles.mean(axis=0),
+        None if found.votes is None else found.votes.data,
+        source_sha256(found.data.hashes),
+        {"method": f"sanitize by {by}", **how},
+        [name(int(index)) for index in suspects],
+        label_key,
+    )
+
+
+def _names(dataset: Any) -> Callable[[int], str | None]:
+    return lambda index: image_name(dataset, index)
+
+
+def _how(purifier: Purifier | None, rounds: int, train: Train, seed: int, size: int | None) -> dict[str, Any]:
+    return {
+        "purifier": None if purifier is None else purifier.config(),
+        "rounds": None if purifier is None else rounds,
+        "train": training_settings(train),
+        "seed": seed,
+        "size": size,
+    }
