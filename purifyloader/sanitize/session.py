@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 LEAST = 20  # images of a class, below which nothing is said of it
 FOLDS = 4  # networks that learn from the reference, each without a quarter of it
-LIKELY = 0.75  # percentile among clean images above which an image under a target's label is a suspect
+LIKELY = 0.8  # percentile among clean images above which an image under a target's label is a suspect
 
 _AT_ONCE = 256
 
