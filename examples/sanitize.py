@@ -122,6 +122,8 @@ def measured(verdict: Verdict, poisoned: Poisoned, labels: Labels) -> dict[str, 
     """How well the classes and images that were poisoned are found."""
     of_target = poisoned.labels == TARGET
     bad = np.isin(np.arange(len(labels)), poisoned.poisoned) & of_target
+    if poisoned.true_labels is not None:  # those of WaNet that keep their label are no poisons
+        bad = poisoned.labels != poisoned.true_labels
     suspected = np.isin(np.arange(len(labels)), verdict.suspects)
     z = {kind: [row[kind]["z"] for row in verdict.rows] for kind in verdict.rows[0] if kind in sanitize.evidence.KINDS}
     right = [verdict.corrected.get(i) == labels[i] for i in np.flatnonzero(bad & suspected)]

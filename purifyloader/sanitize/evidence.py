@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KINDS", "LIMITS", "inflow", "leaves", "majority", "outflow", "percentiles", "published", "reference"]
+__all__ = ["KINDS", "LIMITS", "at_least", "inflow", "leaves", "majority", "outflow", "published", "reference"]
 
 KINDS = ("reference", "outflow", "inflow", "published")
 
@@ -25,7 +25,7 @@ LIMITS = {"reference": 4.0, "outflow": 4.0, "inflow": 4.0, "published": 2.0}
 """Where a class becomes a target: of "published" its authors', of the others standard deviations of chance. Chosen on
 images of CIFAR-10 apart from the sample (`examples/sanitize.py`)."""
 
-_TAIL = 0.9  # percentile beyond which an image is unlikely for its class
+_TAIL = 0.05  # share of the known images of a class that are called unlikely for it
 _MAD = 1.4826  # times the median absolute deviation: the standard deviation of normal numbers
 
 Labels = NDArray[np.int64]
@@ -50,38 +50,43 @@ def leaves(labels_N: Labels, votes_NR1: Labels) -> NDArray[np.bool_]:
     return (votes_NR1[:, 0] == labels_N) & (2 * kept < rounds)
 
 
-def percentiles(scores_N: Floats, labels_N: Labels, known_M: Floats, known_labels_M: Labels) -> Floats:
-    """Return the share of known images of the same label with lower scores, in [0, 1], (N,); equal ones count half."""
-    out = np.full(len(scores_N), np.nan)
+def at_least(scores_N: Floats, labels_N: Labels, known_M: Floats, known_labels_M: Labels) -> Labels:
+    """Count the known images of the same label whose scores are as high or higher, int64 (N,)."""
+    out = np.zeros(len(scores_N), np.int64)
     for label in np.unique(labels_N):
         known = np.sort(known_M[known_labels_M == label])
         of_label = labels_N == label
-        if len(known):
-            below, to = (np.searchsorted(known, scores_N[of_label], side=side) for side in ("left", "right"))
-            out[of_label] = (below + to) / 2 / len(known)
+        out[of_label] = len(known) - np.searchsorted(known, scores_N[of_label], side="left")
     return out
 
 
-def reference(percentiles_KN: Floats, labels_N: Labels, known_labels_M: Labels, classes: int) -> list[dict[str, Any]]:
-    """Compare the unlikely images of each class with those among clean ones, of which a tenth is.
+def reference(at_least_KN: Labels, labels_N: Labels, counts_KC: Labels) -> list[dict[str, Any]]:
+    """Compare the unlikely images of each class with how many would be by chance.
+
+    If an image is as the known ones of its class are, each place among them is as probable: with n known images it is
+    one of the m most unlikely with probability m / (n + 1).
 
     Args:
-        percentiles_KN: of the images, by each of K networks, among clean images that the network has not seen.
-        known_labels_M: of all the clean images.
+        at_least_KN: for each of K networks, how many clean images of the label, which the network has not seen, are as
+            unlikely as the image.
+        counts_KC: for each network, how many such images of each class there are.
     """
-    shares, z = np.full(classes, np.nan), np.full(classes, np.nan)
-    by_chance = 1 - _TAIL
+    classes = counts_KC.shape[1]
+    shares, expected, z = (np.full(classes, np.nan) for _ in range(3))
     for label in range(classes):
-        of_label, known = labels_N == label, int((known_labels_M == label).sum())
-        if of_label.any() and known:
-            shares[label] = (percentiles_KN[:, of_label] > _TAIL).mean()
-            spread = math.sqrt(by_chance * _TAIL * (1 / of_label.sum() + 1 / known))
-            z[label] = (shares[label] - by_chance) / spread
+        of_label, known = labels_N == label, counts_KC[:, label]
+        if of_label.any() and known.all():
+            places = np.maximum(1, (_TAIL * (known + 1)).astype(np.int64))
+            shares[label] = (at_least_KN[:, of_label] < places[:, None]).mean()
+            expected[label] = (places / (known + 1)).mean()
+            variance = expected[label] * (1 - expected[label])
+            spread = math.sqrt(variance * (1 / of_label.sum() + 1 / known.sum()))
+            z[label] = (shares[label] - expected[label]) / spread
     # what all classes show comes from another camera, and from no poison
     common = float(np.nanmedian(z)) if classes >= 4 and not np.isnan(z).all() else 0.0
     return [
-        {"unlikely": _plain(share), "expected": by_chance, "z": _plain(one - max(common, 0.0))}
-        for share, one in zip(shares, z, strict=True)
+        {"unlikely": _plain(share), "expected": _plain(chance), "z": _plain(one - max(common, 0.0))}
+        for share, chance, one in zip(shares, expected, z, strict=True)
     ]
 
 

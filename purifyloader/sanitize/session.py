@@ -271,8 +271,14 @@ class _Kept:
 
 
 class _Judged(NamedTuple):
-    percentiles: NDArray[np.float64]  # (FOLDS, N), how unlikely an image is for its label
+    at_least: NDArray[np.int64]  # (FOLDS, N): clean images of the label that are as unlikely
+    counts: NDArray[np.int64]  # (FOLDS, classes): of all of these
     likeliest: NDArray[np.int64]  # (N,), of the classes but the label
+
+    def scores(self, labels: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How unlikely each image is for its label, as a mean percentile among clean images."""
+        scores: NDArray[np.float64] = (1 - self.at_least / np.maximum(self.counts[:, labels], 1)).mean(axis=0)
+        return scores
 
 
 def _judged(
@@ -280,7 +286,7 @@ def _judged(
 ) -> _Judged:
     """Let networks that learned from parts of the reference judge every image."""
     folds = scoring.folds_of(known.labels, FOLDS, seed)
-    percentiles, total = [], np.zeros((len(data.labels), classes))
+    places, counts, total = [], [], np.zeros((len(data.labels), classes))
     for fold in range(FOLDS):
 
         def judge(own: NDArray[np.bool_] = folds != fold, number: int = fold) -> dict[str, NDArray[Any]]:
@@ -295,11 +301,12 @@ def _judged(
         labels = known.labels[folds == fold]
         unlikely = -logs["reference"][np.arange(len(labels)), labels]
         of_data = -logs["data"][np.arange(len(data.labels)), data.labels]
-        percentiles.append(evidence.percentiles(of_data, data.labels, unlikely, labels))
+        places.append(evidence.at_least(of_data, data.labels, unlikely, labels))
+        counts.append(np.bincount(labels, minlength=classes))
         total += logs["data"]
         bar.update()
     total[np.arange(len(total)), data.labels] = -np.inf
-    return _Judged(np.stack(percentiles), total.argmax(axis=1).astype(np.int64))
+    return _Judged(np.stack(places), np.stack(counts), total.argmax(axis=1).astype(np.int64))
 
 
 class _Votes(NamedTuple):
@@ -354,8 +361,8 @@ class _Found:
         """The numbers of each class, by kind of evidence."""
         data, known, votes = self.data, self.known, self.votes
         kinds: dict[str, list[dict[str, Any]]] = {}
-        if self.judged is not None and known is not None:
-            kinds["reference"] = evidence.reference(self.judged.percentiles, data.labels, known.labels, self.classes)
+        if self.judged is not None:
+            kinds["reference"] = evidence.reference(self.judged.at_least, data.labels, self.judged.counts)
         if votes is not None:
             if known is not None and votes.reference is not None:
                 kinds["outflow"] = evidence.outflow(
@@ -379,7 +386,7 @@ class _Found:
         """Indices of the images under a target's label that are unlikely for it, or that lose it."""
         if by == "reference":
             assert self.judged is not None
-            doubtful = self.judged.percentiles.mean(axis=0) > LIKELY
+            doubtful = self.judged.scores(self.data.labels) > LIKELY
         else:
             assert self.votes is not None
             doubtful = evidence.leaves(self.data.labels, self.votes.data)
@@ -412,7 +419,7 @@ def _verdict(
         rows,
         by,
         unjudged,
-        None if found.judged is None else found.judged.percentiles.mean(axis=0),
+        None if found.judged is None else found.judged.scores(found.data.labels),
         None if found.votes is None else found.votes.data,
         source_sha256(found.data.hashes),
         {"method": f"sanitize by {by}", **how},

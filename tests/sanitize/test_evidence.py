@@ -22,15 +22,11 @@ def votes(labels, share: float, rounds: int = 5):
 VOTES, KNOWN_VOTES = votes(LABELS, 0.4), votes(KNOWN, 0.2)
 
 
-def test_a_percentile_counts_lower_scores_and_half_of_equal_ones():
+def test_known_images_that_are_as_unlikely_are_counted():
     known = np.array([1.0, 2.0, 2.0, 4.0, 9.0])
     of = np.array([0, 0, 0, 0, 1])
-    got = evidence.percentiles(np.array([0.0, 2.0, 5.0, 9.0]), np.array([0, 0, 0, 1]), known, of)
-    assert got.tolist() == [0.0, 0.5, 1.0, 0.5]
-
-
-def test_of_a_class_without_known_images_there_is_no_percentile():
-    assert np.isnan(evidence.percentiles(np.ones(1), np.array([2]), np.ones(3), np.zeros(3, int))).all()
+    got = evidence.at_least(np.array([0.0, 2.0, 5.0, 9.0, 1.0]), np.array([0, 0, 0, 1, 2]), known, of)
+    assert got.tolist() == [4, 3, 0, 1, 0]
 
 
 def test_a_majority_is_the_commonest_class_and_in_doubt_the_first():
@@ -75,18 +71,38 @@ def test_published_has_no_score_where_it_would_divide_by_zero():
     assert all(row["z"] is None for row in rows[1:])
 
 
+def places(labels, unlikely: float, known: int = 50, networks: int = 4):
+    """Places among so many known images, of which a share is the most unlikely of all."""
+    places = RNG.integers(0, known + 1, (networks, len(labels)))
+    return np.where(RNG.random(len(labels)) < unlikely, 0, places)
+
+
+@pytest.mark.parametrize("known", [5, 20, 50, 400])
+def test_by_chance_no_class_is_unlikely(known):
+    labels, counts = np.repeat(np.arange(4), 5000), np.full((4, 4), known)
+    rows = evidence.reference(places(labels, 0.0, known), labels, counts)
+    for row in rows:
+        assert row["unlikely"] == pytest.approx(row["expected"], abs=0.01)
+        assert row["z"] < 3
+
+
 def test_the_reference_finds_the_class_with_unlikely_images():
-    ranks = RNG.random((4, 400))
-    labels = np.repeat(np.arange(4), 100)
-    ranks[:, labels == 2] = 0.8 + 0.2 * ranks[:, labels == 2]
-    rows = evidence.reference(ranks, labels, np.repeat(np.arange(4), 50), 4)
+    labels = np.repeat(np.arange(4), 400)
+    unlikely = places(labels, 0.0)
+    unlikely[:, labels == 2] = places(np.zeros(400), 0.1)
+    rows = evidence.reference(unlikely, labels, np.full((4, 4), 50))
     assert [row["z"] > evidence.LIMITS["reference"] for row in rows] == [False, False, True, False]
 
 
 def test_what_all_classes_show_is_no_evidence():
-    labels, ranks = np.repeat(np.arange(4), 100), 0.8 + 0.2 * RNG.random((4, 400))
-    rows = evidence.reference(ranks, labels, np.repeat(np.arange(4), 50), 4)
+    labels = np.repeat(np.arange(4), 400)
+    rows = evidence.reference(places(labels, 0.3), labels, np.full((4, 4), 50))
     assert all(row["z"] < evidence.LIMITS["reference"] for row in rows)
+
+
+def test_of_a_class_without_known_images_there_is_no_evidence():
+    rows = evidence.reference(np.zeros((4, 3), int), np.array([0, 1, 1]), np.array([[5, 0]] * 4))
+    assert [row["z"] is None for row in rows] == [False, True]
 
 
 def test_inflow_counts_arrivals_from_other_classes_alone():
