@@ -73,7 +73,7 @@ def main() -> None:
             images, labels = others.images[4000 * seed :][:4000], others.labels[4000 * seed :][:4000]
         poisoned = made(attack, (images, labels), seed)
         cell = f"{attack}: {seed}"
-        purifier = recipes.eclipse("cifar10-fast", sigma=0.1) if options.rounds else None
+        purifier = recipes.eclipse("cifar10-fast", sigma=options.sigma) if options.rounds else None
         there = read(options.out).get(cell, {})
         if "found" not in there or not {*options.ways} <= {*there.get("ways", {})}:
             verdict = sanitize.sanitize(
@@ -254,6 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=0, help="of purification, for the other kinds of evidence")
+    parser.add_argument("--sigma", type=float, default=0.2, help="noise of a round, in image units")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
