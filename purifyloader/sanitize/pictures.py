@@ -21,20 +21,22 @@ __all__ = ["picture"]
 
 _TARGET, _OTHER, _GREY = "#d1603d", "#1a3f8f", "#555555"
 _COLUMNS, _MOST = 12, 36  # of the contact sheet
+_HEAD, _PLOTS, _ROW = 0.7, 3.6, 1.0  # inches
 
 
 def picture(verdict: Verdict, dataset: Any, path: str | Path, image_key: ImageKey = None) -> Path:
     """Draw a verdict, and the most unlikely suspects of its dataset, as a PNG at `path`; it needs matplotlib."""
     raw = take_over(dataset).raw
     images = [_shown(get_image(fetch(raw, [i])[0], image_key)) for i in _most_unlikely(verdict).tolist()]
-    rows = max(1, -(-len(images) // _COLUMNS))
-    figure = new_figure((11, 4.2 + 1.05 * rows))
-    figure.suptitle(" ".join(list(in_words(verdict))[: max(1, len(verdict.targets))]), fontsize=11, x=0.03, ha="left")
-    upper = 3.1 / (4.2 + 1.05 * rows)
-    bottom = 1 - upper - 0.6 / (4.2 + 1.05 * rows)
-    _evidence(figure.add_axes((0.06, bottom, 0.4, upper * 0.85)), verdict)
-    _spread(figure.add_axes((0.55, bottom, 0.42, upper * 0.85)), verdict)
-    _sheet(figure, verdict, images, bottom - 0.75 / (4.2 + 1.05 * rows), rows)
+    rows = -(-len(images) // _COLUMNS)
+    inches = _HEAD + _PLOTS + _ROW * rows
+    figure = new_figure((11, inches))
+    sentences = list(in_words(verdict))[: max(1, len(verdict.targets))]
+    figure.text(0.03, 1 - 0.25 / inches, "\n".join(sentences), fontsize=11, va="top")
+    bottom, height = (_ROW * rows + 0.75) / inches, (_PLOTS - 0.95) / inches
+    _evidence(figure.add_axes((0.1, bottom, 0.37, height)), verdict)
+    _spread(figure.add_axes((0.56, bottom, 0.41, height)), verdict)
+    _sheet(figure, verdict, images, inches)
     return save_figure(figure, path)
 
 
@@ -52,9 +54,10 @@ def _most_unlikely(verdict: Verdict) -> NDArray[np.int64]:
 
 
 def _evidence(axis: Any, verdict: Verdict) -> None:
-    values = [row.get(verdict.by, {}).get("z") or 0.0 for row in verdict.rows]
-    names = [row.get("name") or str(row["class"]) for row in verdict.rows]
-    colours = [_TARGET if row["class"] in verdict.targets else _OTHER for row in verdict.rows]
+    rows = verdict.highest()
+    values = [row[verdict.by]["z"] or 0.0 for row in rows]
+    names = [row.get("name") or str(row["class"]) for row in rows]
+    colours = [_TARGET if row["class"] in verdict.targets else _OTHER for row in rows]
     axis.barh(range(len(values)), values, color=colours)
     axis.axvline(LIMITS[verdict.by], color=_GREY, ls="--", lw=1.2)
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -86,14 +89,15 @@ def _spread(axis: Any, verdict: Verdict) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _sheet(figure: Any, verdict: Verdict, images: Sequence[NDArray[np.uint8]], top: float, rows: int) -> None:
+def _sheet(figure: Any, verdict: Verdict, images: Sequence[NDArray[np.uint8]], inches: float) -> None:
     names = {row["class"]: row.get("name") or str(row["class"]) for row in verdict.rows}
-    height = top / (rows + 0.3)
+    rows = -(-len(images) // _COLUMNS)
     for place, (index, image) in enumerate(zip(_most_unlikely(verdict).tolist(), images, strict=True)):
         row, column = divmod(place, _COLUMNS)
-        axis = figure.add_axes((0.03 + 0.078 * column, top - (row + 1) * height, 0.074, height * 0.72))
+        bottom = (_ROW * (rows - row) - 0.95) / inches
+        axis = figure.add_axes((0.03 + 0.079 * column, bottom, 0.074, 0.7 / inches))
         axis.imshow(image, interpolation="nearest")
         axis.axis("off")
         was = names.get(int(verdict.labels[index]), "")
         now = names.get(verdict.corrected.get(index, -1), "?")
-        axis.set_title(f"{was} \N{RIGHTWARDS ARROW} {now}", fontsize=6.5, pad=2)
+        axis.set_title(f"{was[:9]} \N{RIGHTWARDS ARROW} {now[:9]}", fontsize=6.5, pad=2)

@@ -45,10 +45,12 @@ def table(verdict: Verdict) -> Iterator[str]:
     kinds = [kind for kind in _COLUMNS if any(kind in row for row in verdict.rows)]
     head = ["class", "images", *(words for kind in kinds for _, words in _COLUMNS[kind]), "verdict"]
     rows = []
-    for row in verdict.rows:
+    for row in verdict.highest():
         cells = [_number(row.get(kind, {}), key) for kind in kinds for key, _ in _COLUMNS[kind]]
         rows.append([_name(row), f"{row['images']:,}", *cells, _verdict_on(row, verdict)])
     yield from plain(head, rows, text_last=True)
+    if (more := len(verdict.rows) - len(rows)) > 0:
+        yield f"  and {more} classes with less evidence, which are in the JSON"
     yield ""
     limits = ", ".join(f"{kind} {LIMITS[kind]:g}" for kind in kinds)
     yield f"z is in standard deviations of chance; a class is a target above: {limits} (decided by {verdict.by})."

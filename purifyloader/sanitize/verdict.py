@@ -95,6 +95,11 @@ class Verdict:
             found_by=self.found_by,
         )
 
+    def highest(self, most: int = 20) -> list[Mapping[str, Any]]:
+        """Return so many rows at most, of the classes with the most evidence, in the order of the classes."""
+        order = sorted(self.rows, key=lambda row: -(row[self.by]["z"] or 0.0))
+        return sorted(order[:most], key=lambda row: int(row["class"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Return all but the arrays as JSON."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from purifyloader.commands.main import main
 from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.purifiers import Jpeg
+from purifyloader.sanitize.report import table
 from purifyloader.sanitize.verdict import FILES
 
 CLASSES, COUNT, POISONED = 3, 60, 30
@@ -66,6 +68,17 @@ def test_the_target_is_found_and_its_images_are():
     assert set(wrong) <= set(verdict.suspects)
     assert {verdict.corrected[i] for i in wrong} == {0}
     assert verdict.kept.tolist() == sorted(set(range(CLASSES * COUNT)) - set(verdict.suspects.tolist()))
+
+
+def test_of_many_classes_those_with_evidence_are_shown():
+    verdict = verdict_of()
+    rows = [
+        {"class": c, "name": None, "images": 1, "reference": {"z": float(c == 17), "unlikely": None}} for c in range(50)
+    ]
+    many = dataclasses.replace(verdict, rows=rows, targets=())
+    assert len(many.highest()) == 20
+    assert 17 in [row["class"] for row in many.highest()]
+    assert "  and 30 classes with less evidence, which are in the JSON" in list(table(many))
 
 
 def test_in_a_clean_dataset_there_is_no_target():
