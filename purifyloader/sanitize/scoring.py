@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,9 +92,7 @@ def folds_of(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int
     return folds
 
 
-def purified(
-    purifier: Purifier, images: Bytes, seed: int, number: int, seen: Callable[[int], object] = lambda count: None
-) -> Bytes:
+def purified(purifier: Purifier, images: Bytes, seed: int, number: int) -> Bytes:
     """Purify images uint8 (N, H, W, C) for round `number`, as a function of (seed, round, index)."""
     keys_N = noise.fold_in(noise.image_keys(seed, number, range(len(images))), _PURIFY)
     device = next((p.device for p in purifier.parameters()), torch.device("cpu"))
@@ -105,5 +102,4 @@ def purified(
         x = torch.from_numpy(np.array(images[part])).to(device).permute(0, 3, 1, 2).float() / 255
         pixels: Tensor = quantize(purifier(x, keys_N[part].to(device)))
         out[part] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        seen(len(x))
     return out

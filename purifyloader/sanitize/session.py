@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +121,9 @@ def sanitize(
     kept = _Kept(None if work is None else as_path(work), _fingerprint(data, known, training, seed, size))
     steps = (FOLDS if known is not None else 0) + (rounds + 1 if purifier is not None else 0)
     with random_state_kept(), tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
-        judged = None if known is None else _judged(data, known, classes, training, seed, kept, bar)
-        votes = None
-        if purifier is not None:
-            votes = _votes(data, known, classes, training, purifier, rounds, seed, kept, bar)
+        run = _Run(data, known, classes, training, seed, kept, bar)
+        judged = None if known is None else run.judged(known)
+        votes = None if purifier is None else run.votes(purifier, rounds)
     found = _Found(data, known, classes, judged, votes)
     return _verdict(found, by, _names(dataset), label_key, _how(purifier, rounds, training, seed, size))
 
@@ -281,70 +281,70 @@ class _Judged(NamedTuple):
         return scores
 
 
-def _judged(
-    data: _Images, known: _Images, classes: int, train: Train, seed: int, kept: _Kept, bar: tqdm[Any]
-) -> _Judged:
-    """Let networks that learned from parts of the reference judge every image."""
-    folds = scoring.folds_of(known.labels, FOLDS, seed)
-    places, counts, total = [], [], np.zeros((len(data.labels), classes))
-    for fold in range(FOLDS):
-
-        def judge(own: NDArray[np.bool_] = folds != fold, number: int = fold) -> dict[str, NDArray[Any]]:
-            what = "three quarters of the reference"
-            network = scoring.trained(train, known.pixels[own], known.labels[own], classes, seed + number, what)
-            return {
-                "data": scoring.log_probabilities(network, data.pixels, classes),
-                "reference": scoring.log_probabilities(network, known.pixels[~own], classes),
-            }
-
-        logs = kept.get(f"reference-{fold}", judge, fold=fold, folds=FOLDS)
-        labels = known.labels[folds == fold]
-        unlikely = -logs["reference"][np.arange(len(labels)), labels]
-        of_data = -logs["data"][np.arange(len(data.labels)), data.labels]
-        places.append(evidence.at_least(of_data, data.labels, unlikely, labels))
-        counts.append(np.bincount(labels, minlength=classes))
-        total += logs["data"]
-        bar.update()
-    total[np.arange(len(total)), data.labels] = -np.inf
-    return _Judged(np.stack(places), np.stack(counts), total.argmax(axis=1).astype(np.int64))
-
-
 class _Votes(NamedTuple):
     data: NDArray[np.int64]  # (N, rounds + 1)
     reference: NDArray[np.int64] | None
 
 
-def _votes(
-    data: _Images,
-    known: _Images | None,
-    classes: int,
-    train: Train,
-    purifier: Purifier,
-    rounds: int,
-    seed: int,
-    kept: _Kept,
-    bar: tqdm[Any],
-) -> _Votes:
-    """Let a network that learned from the dataset vote on every image and its purified versions."""
-    more = {"purifier": purifier.identity(), "rounds": rounds}
+@dataclass(frozen=True)
+class _Run:
+    """What is looked at, how networks are trained, and where finished steps are kept."""
 
-    def vote() -> dict[str, NDArray[Any]]:
-        network = scoring.trained(train, data.pixels, data.labels, classes, seed, "the dataset")
-        bar.update()
+    data: _Images
+    known: _Images | None
+    classes: int
+    train: Train
+    seed: int
+    kept: _Kept
+    bar: tqdm[Any]
+
+    def judged(self, known: _Images) -> _Judged:
+        """Let networks that learned from parts of the reference judge every image."""
+        labels = self.data.labels
+        folds = scoring.folds_of(known.labels, FOLDS, self.seed)
+        places, counts, total = [], [], np.zeros((len(labels), self.classes))
+        for fold in range(FOLDS):
+            own = folds != fold
+            judge = partial(self._judge, known, own, self.seed + fold)
+            logs = self.kept.get(f"reference-{fold}", judge, fold=fold, folds=FOLDS)
+            apart = known.labels[~own]
+            unlikely = -logs["reference"][np.arange(len(apart)), apart]
+            places.append(evidence.at_least(-logs["data"][np.arange(len(labels)), labels], labels, unlikely, apart))
+            counts.append(np.bincount(apart, minlength=self.classes))
+            total += logs["data"]
+            self.bar.update()
+        total[np.arange(len(total)), labels] = -np.inf
+        return _Judged(np.stack(places), np.stack(counts), total.argmax(axis=1).astype(np.int64))
+
+    def _judge(self, known: _Images, own: NDArray[np.bool_], seed: int) -> dict[str, NDArray[Any]]:
+        what = "three quarters of the reference"
+        network = scoring.trained(self.train, known.pixels[own], known.labels[own], self.classes, seed, what)
+        return {
+            "data": scoring.log_probabilities(network, self.data.pixels, self.classes),
+            "reference": scoring.log_probabilities(network, known.pixels[~own], self.classes),
+        }
+
+    def votes(self, purifier: Purifier, rounds: int) -> _Votes:
+        """Let a network that learned from the dataset vote on every image and its purified versions."""
+        vote = partial(self._vote, purifier, rounds)
+        arrays = self.kept.get("votes", vote, purifier=purifier.identity(), rounds=rounds)
+        return _Votes(arrays["data"], arrays.get("reference"))
+
+    def _vote(self, purifier: Purifier, rounds: int) -> dict[str, NDArray[Any]]:
+        data = self.data
+        network = scoring.trained(self.train, data.pixels, data.labels, self.classes, self.seed, "the dataset")
+        self.bar.update()
         votes: dict[str, list[NDArray[np.int64]]] = {}
-        pixels = {"data": data.pixels} | ({} if known is None else {"reference": known.pixels})
+        pixels = {"data": data.pixels} | ({} if self.known is None else {"reference": self.known.pixels})
         for number in range(rounds + 1):
             for which in pixels:
                 if number:
                     place = 2 * number + (which == "reference")
-                    pixels[which] = scoring.purified(purifier, pixels[which], seed, place)
-                called = scoring.log_probabilities(network, pixels[which], classes).argmax(axis=1)
+                    pixels[which] = scoring.purified(purifier, pixels[which], self.seed, place)
+                called = scoring.log_probabilities(network, pixels[which], self.classes).argmax(axis=1)
                 votes.setdefault(which, []).append(called.astype(np.int64))
-            bar.update(number > 0)
+            self.bar.update(number > 0)
         return {which: np.stack(columns, axis=1) for which, columns in votes.items()}
-
-    arrays = kept.get("votes", vote, **more)
-    return _Votes(arrays["data"], arrays.get("reference"))
 
 
 @dataclass(frozen=True)
