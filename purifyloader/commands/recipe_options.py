@@ -116,6 +116,19 @@ def purifier_of(options: argparse.Namespace) -> Purifier:
     return recipe.make(**models, **values)
 
 
+def optional_purifier_of(options: argparse.Namespace) -> Purifier | None:
+    """Make the purifier that the options ask for; None without --recipe, where none of its options is given."""
+    if options.recipe is not None:
+        return purifier_of(options)
+    described = _described()
+    names = dict.fromkeys(name for recipe in described.values() for name in (*recipe.models, *recipe.options))
+    if extra := given(options, [name for name in (*names, "dtype") if name != "fast"]):
+        raise ConfigError(
+            f"Options of a purifier go with --recipe. Got {_flags(extra)} alone: give it, or leave them out."
+        )
+    return None
+
+
 def _from_file(
     options: argparse.Namespace, values: dict[str, Any], models: dict[str, str], known: Iterable[str]
 ) -> Purifier:

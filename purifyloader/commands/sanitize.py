@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from purifyloader.commands import options as shared
-from purifyloader.commands.recipe_options import add_recipe_options, purifier_of
+from purifyloader.commands.recipe_options import add_recipe_options, optional_purifier_of
 
 if TYPE_CHECKING:
     from purifyloader.sanitize import Verdict
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = device_of_process(options.device, 0)
-    purifier = None if options.recipe is None else purifier_of(options).to(device)
+    purifier = optional_purifier_of(options)
     dataset = open_dataset(options.data, options.root, train=options.split == "train")
     reference = None
     if options.clean is not None:
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     train = default_training(device) if options.train_function is None else named_training(options.train_function)
     verdict = sanitize.sanitize(
         dataset,
-        purifier,
+        purifier if purifier is None else purifier.to(device),
         reference=reference,
         by=options.by,
         rounds=options.rounds,

@@ -47,11 +47,13 @@ def place(sample: Any, image_key: ImageKey = None) -> Any:
 
 
 def label_place(sample: Any, image_key: ImageKey = None, label_key: ImageKey = None) -> Any:
-    """Return the position or key of the label: `label_key`, else the first field beside the image, or "label"."""
+    """Return the position or key of the label: `label_key`, else the first field beside the image, "label" or "cls"."""
     if place(sample, image_key) is None or (not isinstance(sample, Mapping) and len(sample) < 2):
         raise InputError("The sample is an image alone, and has no label. Give a dataset of (image, label).")
-    if label_key is None:
-        label_key = "label" if isinstance(sample, Mapping) else int(place(sample, image_key) == 0)
+    if label_key is None and isinstance(sample, Mapping):
+        label_key = "cls" if "cls" in sample and "label" not in sample else "label"  # as WebDataset names it
+    elif label_key is None:
+        label_key = int(place(sample, image_key) == 0)
     if isinstance(sample, Mapping) and label_key not in sample:
         raise InputError(f"The sample has no label under {label_key!r}, but {list(sample)}. Name it as label_key=.")
     return place(sample, label_key)

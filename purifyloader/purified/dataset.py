@@ -35,7 +35,7 @@ from purifyloader.purified.keyed import (
     compensate_images,
 )
 from purifyloader.purified.modes import Live, Mode, Opening, SamplesFromCache
-from purifyloader.purified.sanitation import Sanitation
+from purifyloader.purified.sanitation import Sanitation, check_sanitation
 from purifyloader.purifiers import Purifier
 
 log = logging.getLogger(__name__)
@@ -149,8 +149,7 @@ class PurifiedDataset(GivesPurified, Dataset[Any]):
                 f"The images are purified already, by the {already} in their transform. Leave it out of the transform."
             )
         self._source = take_over(dataset, transform)
-        if sanitation is not None:
-            sanitation.check_length(len(self._source))
+        check_sanitation(sanitation, self._source, image_key)
         job = Job(self._source, self.purifier, self.seed, self.draws, image_key)
         probed = check_honest(self._source, self.purifier.image_channels, image_key)
         _check_transform(self._source, image_key)

@@ -45,7 +45,7 @@ from purifyloader.purified.job import Job, check_arguments, placed
 from purifyloader.purified.ondemand import Filling, GrowingShard
 from purifyloader.purified.progress import Progress
 from purifyloader.purified.reading import Comparison, class_of, read_batches
-from purifyloader.purified.sanitation import Sanitation
+from purifyloader.purified.sanitation import Sanitation, check_sanitation
 from purifyloader.purifiers import Purifier
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,7 @@ def precompute(
     check_apart(dataset, as_path(out))
     class_names(dataset)
     source = take_over(dataset)
-    if sanitation is not None:
-        sanitation.check_length(len(source))
+    check_sanitation(sanitation, source, image_key)
     moved = placed(purifier, device)
     probed = check_honest(source, moved.image_channels, image_key)
     job = Job(source, moved, seed, draws, image_key)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from purifyloader.cache import format as fmt
 from purifyloader.cache.reader import Targets
-from purifyloader.datasets.samples import ImageKey, assemble, fields, label_place, with_image
+from purifyloader.datasets.samples import ImageKey, assemble, fields, get_image, label_place, with_image
+from purifyloader.datasets.sources import Source
 from purifyloader.errors import ConfigError, InputError
+from purifyloader.files.hashes import hashes_of_text, source_hashes
 
 _SCHEMA = 1
+_LOOKED_AT = 64  # suspects that are compared with a dataset's images
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Sanitation:
         source: identity of the dataset, as `CacheReader.identity["source"]` has it; a cache of another dataset then
             refuses the sanitation.
         found_by: how it was found, such as the method and its settings, as a JSON object.
+        hashes: of the suspects' images, as `purifyloader.files.hashes` writes them; a dataset in which some of these
+            are others is refused.
 
     Raises `InputError` for an index outside the dataset, a label that is no integer, or nothing left; `ConfigError`
     where `found_by` or `source` is no JSON object.
@@ -54,6 +60,7 @@ class Sanitation:
     label_key: ImageKey = None
     source: Mapping[str, Any] | None = None
     found_by: Mapping[str, Any] = field(default_factory=dict)
+    hashes: str | None = None
 
     def __post_init__(self) -> None:
         numbers = [self.images, *self.suspects, *self.labels, *self.labels.values()]
@@ -66,6 +73,8 @@ class Sanitation:
                 raise InputError(f"A sanitation of {self.images} images has index {index}, which is outside of them.")
         if self.drop and len(suspects) == self.images:
             raise InputError(f"A sanitation drops all {self.images} images. Leave some, or give drop=False.")
+        if self.hashes is not None and len(hashes_of_text(self.hashes)) != len(suspects):
+            raise InputError(f"A sanitation has a hash for each of {len(suspects)} suspects. Got another number.")
         values = {
             "images": int(self.images),
             "suspects": suspects,
@@ -94,6 +103,7 @@ class Sanitation:
             "label_key": self.label_key,
             "source": self.source,
             "found_by": self.found_by,
+            **({} if self.hashes is None else {"hashes": self.hashes}),
         }
 
     @classmethod
@@ -127,6 +137,20 @@ class Sanitation:
                 "found in."
             )
 
+    def check_images(self, images: Callable[[Sequence[int]], Sequence[Any]]) -> None:
+        """Refuse a dataset in which some of the suspects are other images; `images` reads those at positions."""
+        if self.hashes is None or not self.suspects:
+            return
+        some = np.unique(np.linspace(0, len(self.suspects) - 1, min(_LOOKED_AT, len(self.suspects)), dtype=np.int64))
+        positions = [self.suspects[i] for i in some]
+        found = source_hashes([np.asarray(i) if isinstance(i, Image.Image) else i for i in images(positions)])[:, 0]
+        if not np.array_equal(found, hashes_of_text(self.hashes)[some]):
+            first = positions[int((found != hashes_of_text(self.hashes)[some]).argmax())]
+            raise InputError(
+                "The sanitation was found in another dataset, or in another order of it. Got another image at "
+                f"{first}: give the dataset that was sanitized, or sanitize this one."
+            )
+
     def corrected(self, index: int, sample: Any, image_key: ImageKey) -> Any:
         """Correct the label of sample `index` of the source, in the type that the label had."""
         if (label := self.labels.get(index)) is None:
@@ -146,6 +170,19 @@ class Sanitation:
     def of_targets(self, targets: Sequence[Any]) -> list[Any]:
         """Make all labels of the source those of the dataset: corrected, and without the images that are dropped."""
         return [_like(targets[i], self.labels[i]) if i in self.labels else targets[i] for i in self.kept.tolist()]
+
+
+def check_sanitation(sanitation: Any, source: Source, image_key: ImageKey) -> None:
+    """Refuse what is no sanitation, or one of another dataset."""
+    if sanitation is None:
+        return
+    if not isinstance(sanitation, Sanitation):
+        raise InputError(
+            "sanitation must be a `plans.Sanitation`, as `verdict.sanitation()` gives. Got "
+            f"{type(sanitation).__name__}."
+        )
+    sanitation.check_length(len(source))
+    sanitation.check_images(lambda positions: [get_image(sample, image_key) for sample in source.fetch(positions)])
 
 
 def _like(old: Any, label: int) -> Any:

@@ -170,8 +170,8 @@ class Diffuse(_DenoiserPurifier):
         sampler: "ancestral" or "ddim".
         dtype: of the network's arithmetic, "float32" or "bfloat16".
         compute_batch: images of every network call, at most 16,384, which decides what kernels run.
-        compile: compile the network with torch.compile, some seconds for each shape of images; `purify_with_grad` does
-            without.
+        compile: compile the network with torch.compile, ten seconds to a minute for each shape of images;
+            `purify_with_grad` does without.
 
     >>> from purifyloader import pretrained
     >>> from purifyloader.purifiers import Diffuse

@@ -82,7 +82,7 @@ class Network(Sizes):
     Args:
         fast: bfloat16 network arithmetic.
         compute_batch: images of every network call; it decides the last bits.
-        compile: compile the networks, 2 to 30 seconds for each shape of images: for many images of few shapes.
+        compile: compile the networks, ten seconds to a minute for each shape of images: for many images of few shapes.
     """
 
     fast: bool = False

@@ -66,13 +66,16 @@ def reference(at_least_KN: Labels, labels_N: Labels, counts_KC: Labels) -> list[
     If an image is as the known ones of its class are, each place among them is as probable: with n known images it is
     one of the m most unlikely with probability m / (n + 1).
 
+    Of each class: the share of `unlikely` images, the share `expected`, the smallest share of wrong labels that `shows`
+    (if each is the most unlikely of all), `common`, the z that all classes have, and the `z` beyond that.
+
     Args:
         at_least_KN: for each of K networks, how many clean images of the label, which the network has not seen, are as
             unlikely as the image.
         counts_KC: for each network, how many such images of each class there are.
     """
     classes = counts_KC.shape[1]
-    shares, expected, z = (np.full(classes, np.nan) for _ in range(3))
+    shares, expected, z, shows = (np.full(classes, np.nan) for _ in range(4))
     for label in range(classes):
         of_label, known = labels_N == label, counts_KC[:, label]
         if of_label.any() and known.all():
@@ -82,11 +85,18 @@ def reference(at_least_KN: Labels, labels_N: Labels, counts_KC: Labels) -> list[
             variance = expected[label] * (1 - expected[label])
             spread = math.sqrt(variance * (1 / of_label.sum() + 1 / known.sum()))
             z[label] = (shares[label] - expected[label]) / spread
+            shows[label] = LIMITS["reference"] * spread / (1 - expected[label])
     # what all classes show comes from another camera, and from no poison
     common = float(np.nanmedian(z)) if classes >= 4 and not np.isnan(z).all() else 0.0
     return [
-        {"unlikely": _plain(share), "expected": _plain(chance), "z": _plain(one - max(common, 0.0))}
-        for share, chance, one in zip(shares, expected, z, strict=True)
+        {
+            "unlikely": _plain(share),
+            "expected": _plain(chance),
+            "shows": _plain(least),
+            "common": _plain(common),
+            "z": _plain(one - max(common, 0.0)),
+        }
+        for share, chance, least, one in zip(shares, expected, shows, z, strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from purifyloader.core.images import quantize, to_engine
 from purifyloader.datasets.samples import ImageKey, get_image
 from purifyloader.datasets.sources import fetch, take_over
+from purifyloader.errors import InputError
 from purifyloader.results.figures import new_figure, save_figure
 from purifyloader.sanitize.evidence import LIMITS
 from purifyloader.sanitize.report import in_words
@@ -25,7 +26,17 @@ _HEAD, _PLOTS, _ROW = 0.7, 3.6, 1.0  # inches
 
 
 def picture(verdict: Verdict, dataset: Any, path: str | Path, image_key: ImageKey = None) -> Path:
-    """Draw a verdict, and the most unlikely suspects of its dataset, as a PNG at `path`; it needs matplotlib."""
+    """Draw a verdict, and the most unlikely suspects of its dataset, as a PNG at `path`; it needs matplotlib.
+
+    >>> import numpy as np
+    >>> from purifyloader import sanitize
+    >>> rows = [{"class": label, "images": 1, "reference": {"z": 9.0 * (label == 0)}} for label in (0, 1)]
+    >>> verdict = sanitize.Verdict(np.array([0, 0, 1]), (0,), np.array([1]), {1: 1}, rows, "reference")
+    >>> sanitize.picture(verdict, [(np.zeros((8, 8, 3), np.uint8), 0)] * 3, "found.png").name
+    'found.png'
+    """
+    if len(dataset) != len(verdict.labels):
+        raise InputError(f"The verdict is on {len(verdict.labels)} images. Got a dataset of {len(dataset)}.")
     raw = take_over(dataset).raw
     images = [_shown(get_image(fetch(raw, [i])[0], image_key)) for i in _most_unlikely(verdict).tolist()]
     rows = -(-len(images) // _COLUMNS)

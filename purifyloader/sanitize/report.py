@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from purifyloader.results.table import plain
 from purifyloader.sanitize.evidence import LIMITS
 from purifyloader.sanitize.verdict import Verdict
 
 __all__ = ["in_words", "table"]
 
+_MOST = 0.75  # share of a class under suspicion that wants a look
+
 # of each kind of evidence: its numbers, and the heads of their columns
 _COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
-    "reference": (("unlikely", "unlikely %"), ("z", "z")),
+    "reference": (("unlikely", "unlikely %"), ("shows", "seen from %"), ("z", "z")),
     "outflow": (("lost", "lost %"), ("known_lost", "clean lost %"), ("z", "z")),
     "inflow": (("arrive", "arrive %"), ("z", "z")),
     "published": (("z", "published"),),
@@ -36,12 +40,41 @@ def in_words(verdict: Verdict) -> Iterator[str]:
             "Drop the suspects: purifyloader precompute --sanitation FOLDER, or "
             "PurifiedDataset(..., sanitation=verdict.sanitation())."
         )
+    yield from _doubts(verdict)
     if verdict.unjudged:
         yield f"Too few images for a verdict: class {', '.join(map(str, verdict.unjudged))}."
 
 
+def _doubts(verdict: Verdict) -> Iterator[str]:
+    """Say where the reference does not fit the dataset."""
+    common = next((row["reference"].get("common") for row in verdict.rows if "reference" in row), None)
+    if common is not None and common > LIMITS["reference"]:
+        yield (
+            f"All classes have more unlikely images than clean ones have (z {common:.1f} in the middle, left out "
+            "above): the reference is of other images than these, or labels are wrong in many classes, which does not "
+            "show as a target."
+        )
+    if verdict.scores is None:
+        return
+    for label in verdict.targets:
+        of_label = verdict.labels == label
+        if (share := float(np.isin(np.flatnonzero(of_label), verdict.suspects).mean())) > _MOST:
+            yield (
+                f"{share:.0%} of class {label} are suspects. Look at them before they are dropped: is it the same "
+                "class in the reference?"
+            )
+
+
 def table(verdict: Verdict) -> Iterator[str]:
-    """Yield the lines of a table of the evidence for each class, and the sentences below it."""
+    """Yield the lines of a table of the evidence for each class, and the sentences below it.
+
+    >>> import numpy as np
+    >>> from purifyloader import sanitize
+    >>> rows = [{"class": label, "images": 1, "reference": {"z": 9.0 * (label == 0)}} for label in (0, 1)]
+    >>> verdict = sanitize.Verdict(np.array([0, 0, 1]), (0,), np.array([1]), {1: 1}, rows, "reference")
+    >>> [line for line in sanitize.table(verdict) if "suspects" in line][0]
+    '0 is a target: 1 of its 1 images are suspects.'
+    """
     kinds = [kind for kind in _COLUMNS if any(kind in row for row in verdict.rows)]
     head = ["class", "images", *(words for kind in kinds for _, words in _COLUMNS[kind]), "verdict"]
     rows = []

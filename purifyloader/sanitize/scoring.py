@@ -37,6 +37,8 @@ def trained(train: Train, images: Bytes, labels: NDArray[np.int64], classes: int
     predictor = train(DenoisedSet(images, labels.tolist(), classes), seed)
     if not callable(predictor):
         raise InputError(f"train must return a predictor, which takes images. Got {type(predictor).__name__}.")
+    if isinstance(predictor, torch.nn.Module):
+        predictor.eval()
     right = float((log_probabilities(predictor, images, classes).argmax(axis=1) == labels).mean())
     commonest = float(np.bincount(labels).max() / len(labels))
     if right < min(_CHANCE * commonest, (1 + commonest) / 2):

@@ -23,37 +23,24 @@ from tqdm.auto import tqdm
 from purifyloader.cache.format import source_sha256
 from purifyloader.certify.functions import Train, training_settings
 from purifyloader.core import sizes
-from purifyloader.core.checks import as_path, check_choice, check_integer, check_seed, stored_integer
+from purifyloader.core.checks import as_path, check_choice, check_integer, check_seed
 from purifyloader.core.devices import device_of
-from purifyloader.core.images import quantize
-from purifyloader.datasets.named import image_name
-from purifyloader.datasets.samples import ImageKey, assemble, label_place
-from purifyloader.datasets.sources import check_honest, of_item, random_state_kept, take_over
+from purifyloader.datasets.samples import ImageKey
+from purifyloader.datasets.sources import random_state_kept
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json, replacing, writing
 from purifyloader.files.opening import opened
-from purifyloader.purified.job import check_purifier, has_random_access
-from purifyloader.purified.reading import SampleReader
+from purifyloader.purified.job import check_purifier
 from purifyloader.purifiers import Purifier
-from purifyloader.sanitize import evidence, scoring
+from purifyloader.sanitize import evidence, inputs, scoring
 from purifyloader.sanitize.verdict import Verdict
 
 __all__ = ["sanitize"]
 
 log = logging.getLogger(__name__)
 
-LEAST = 20  # images of a class, below which nothing is said of it
 FOLDS = 4  # networks that learn from the reference, each without a quarter of it
 LIKELY = 0.8  # percentile among clean images above which an image under a target's label is a suspect
-
-_AT_ONCE = 256
-
-
-class _Images(NamedTuple):
-    pixels: scoring.Bytes  # (N, H, W, C)
-    labels: NDArray[np.int64]
-    hashes: NDArray[np.uint64]  # (N, 2), of images and of the rest of samples
-    names: list[str] | None  # of the classes
 
 
 def sanitize(
@@ -113,10 +100,10 @@ def sanitize(
     ((1,), [1, 3, 5])
     """
     by = ("published" if reference is None else "reference") if by is None else by
-    _check_arguments(purifier, reference, by, rounds, seed, size)
-    data = _read(dataset, size, image_key, label_key, "the dataset")
-    known = None if reference is None else _read(reference, size, image_key, label_key, "the reference")
-    classes = _check_labels(data, known)
+    _check_arguments(purifier, reference, by, rounds, train, seed, size)
+    data = inputs.read(dataset, size, image_key, label_key, "the dataset")
+    known = None if reference is None else inputs.read(reference, size, image_key, label_key, "the reference")
+    classes = inputs.check_labels(data, known)
     training = scoring.default_training(_device(purifier)) if train is None else train
     kept = _Kept(None if work is None else as_path(work), _fingerprint(data, known, training, seed, size))
     steps = (FOLDS if known is not None else 0) + (rounds + 1 if purifier is not None else 0)
@@ -125,10 +112,14 @@ def sanitize(
         judged = None if known is None else run.judged(known)
         votes = None if purifier is None else run.votes(purifier, rounds)
     found = _Found(data, known, classes, judged, votes)
-    return _verdict(found, by, _names(dataset), label_key, _how(purifier, rounds, training, seed, size))
+    return _verdict(
+        found, by, partial(inputs.file_name, dataset), label_key, _how(purifier, rounds, training, seed, size)
+    )
 
 
-def _check_arguments(purifier: Any, reference: Any, by: str, rounds: int, seed: int, size: int | None) -> None:
+def _check_arguments(
+    purifier: Any, reference: Any, by: str, rounds: int, train: Any, seed: int, size: int | None
+) -> None:
     check_choice("by", by, evidence.KINDS, error=InputError)
     check_integer("rounds", rounds, 1, 1000, error=InputError)
     check_seed(seed)
@@ -137,104 +128,23 @@ def _check_arguments(purifier: Any, reference: Any, by: str, rounds: int, seed: 
     if purifier is not None:
         check_purifier(purifier)
     if by != "published" and reference is None:
-        raise InputError(f"The evidence {by!r} compares with clean images. Got no reference: give one.")
+        raise InputError(f"of {by!r} compares with clean images. Got no reference: give one.", argument="by")
     if by != "reference" and purifier is None:
+        more = " or a reference" if reference is None else ""
         raise InputError(
-            f"The evidence {by!r} is what purification does to labels. Got no purifier: give one, or a reference."
+            f"of {by!r} looks at what purification does to labels. Got no purifier: give one{more}.", argument="by"
         )
+    if train is not None and not callable(train):
+        raise InputError(f"train must be a function of (training set, seed). Got {type(train).__name__}.")
 
 
 def _device(purifier: Purifier | None) -> torch.device:
     return (None if purifier is None else device_of(purifier)) or torch.device("cpu")
 
 
-def _read(dataset: Any, size: int | None, image_key: ImageKey, label_key: ImageKey, what: str) -> _Images:
-    """Read all images as they are in front of the dataset's transform, their labels, and the hashes of both."""
-    if not has_random_access(dataset) or not len(dataset):
-        raise InputError(f"{what.capitalize()} must be a map-style dataset with images. Got {type(dataset).__name__}.")
-    source = take_over(dataset)
-    check_honest(source, None, image_key)
-    reader = SampleReader(source.raw, None, image_key)
-    pixels: list[scoring.Bytes] = []
-    labels, hashes = [], []
-    for start in range(0, len(reader), _AT_ONCE):
-        positions = range(start, min(start + _AT_ONCE, len(reader)))
-        for position, read in zip(positions, reader.read(positions), strict=True):
-            sample = assemble(read.structure, read.fields, None)
-            labels.append(of_item(position, _label, sample, image_key, label_key))
-            pixels.append(_pixels(read.pixels, size))
-            hashes.append(read.hashes)
-            if pixels[-1].shape != pixels[0].shape:
-                raise InputError(
-                    f"The networks of a sanitation learn from images of one size. Got {pixels[0].shape[:2]} and, for "
-                    f"image {position} of {what}, {pixels[-1].shape[:2]}: give size=, to which they are resized."
-                )
-    names = getattr(dataset, "classes", None)
-    known = names if isinstance(names, list | tuple) and all(isinstance(n, str) for n in names) else None
-    return _Images(np.stack(pixels), np.array(labels, np.int64), np.stack(hashes), None if known is None else [*known])
-
-
-def _label(sample: Any, image_key: ImageKey, label_key: ImageKey) -> int:
-    label = sample[label_place(sample, image_key, label_key)]
-    if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
-        label = label.item()
-    return stored_integer("The label of an image", label)
-
-
-def _pixels(pixels_CHW: NDArray[Any], size: int | None) -> scoring.Bytes:
-    x = torch.from_numpy(pixels_CHW)
-    if size is not None:
-        x = sizes.resize(x.float() / 255 if x.dtype == torch.uint8 else x, size, size)
-    if len(x) == 1:
-        x = x.expand(3, -1, -1)
-    return np.ascontiguousarray((x if x.dtype == torch.uint8 else quantize(x)).permute(1, 2, 0).numpy())
-
-
-def _check_labels(data: _Images, known: _Images | None) -> int:
-    classes = int(data.labels.max()) + 1
-    present = np.unique(data.labels)
-    if len(present) < 2:
-        raise InputError(f"The dataset must have two classes at least. Got class {present[0]} alone.")
-    if known is not None:
-        if missing := sorted(set(present.tolist()) - set(known.labels.tolist())):
-            raise InputError(
-                f"The reference must have images of every class of the dataset. Got none of class {missing[0]}: give "
-                "clean images of it."
-            )
-        if (highest := int(known.labels.max())) >= classes:
-            raise InputError(
-                f"The reference must be of the dataset's classes, 0 to {classes - 1}. Got class {highest}: are they "
-                "numbered alike?"
-            )
-        if len(same := np.intersect1d(data.hashes[:, 0], known.hashes[:, 0])):
-            raise InputError(
-                f"The reference must be apart from the dataset, whose labels are in doubt. Got {len(same)} images that "
-                "are in both: leave them out of one."
-            )
-        if data.pixels.shape[1:] != known.pixels.shape[1:]:
-            raise InputError(
-                f"The reference must have images of the dataset's size. Got {known.pixels.shape[1:3]} and "
-                f"{data.pixels.shape[1:3]}: give size=, to which both are resized."
-            )
-    unjudged = _unjudged(data, known, classes)
-    if len(unjudged) == len(present):
-        raise InputError(
-            f"A verdict on a class takes {LEAST} images of it{' in the reference too' if known is not None else ''}. "
-            f"Got fewer of all {len(present)} classes: give more."
-        )
-    for label in unjudged:
-        log.warning("class %d has fewer than %d images, in which no back door could be told from chance", label, LEAST)
-    return classes
-
-
-def _unjudged(data: _Images, known: _Images | None, classes: int) -> tuple[int, ...]:
-    """List the classes of the dataset with too few images for a verdict."""
-    counts = np.bincount(data.labels, minlength=classes)
-    fewest = counts if known is None else np.minimum(counts, np.bincount(known.labels, minlength=classes))
-    return tuple(np.flatnonzero((counts > 0) & (fewest < LEAST)).tolist())
-
-
-def _fingerprint(data: _Images, known: _Images | None, train: Train, seed: int, size: int | None) -> dict[str, Any]:
+def _fingerprint(
+    data: inputs.Images, known: inputs.Images | None, train: Train, seed: int, size: int | None
+) -> dict[str, Any]:
     return {
         "data": source_sha256(data.hashes),
         "reference": None if known is None else source_sha256(known.hashes),
@@ -290,15 +200,15 @@ class _Votes(NamedTuple):
 class _Run:
     """What is looked at, how networks are trained, and where finished steps are kept."""
 
-    data: _Images
-    known: _Images | None
+    data: inputs.Images
+    known: inputs.Images | None
     classes: int
     train: Train
     seed: int
     kept: _Kept
     bar: tqdm[Any]
 
-    def judged(self, known: _Images) -> _Judged:
+    def judged(self, known: inputs.Images) -> _Judged:
         """Let networks that learned from parts of the reference judge every image."""
         labels = self.data.labels
         folds = scoring.folds_of(known.labels, FOLDS, self.seed)
@@ -316,7 +226,7 @@ class _Run:
         total[np.arange(len(total)), labels] = -np.inf
         return _Judged(np.stack(places), np.stack(counts), total.argmax(axis=1).astype(np.int64))
 
-    def _judge(self, known: _Images, own: NDArray[np.bool_], seed: int) -> dict[str, NDArray[Any]]:
+    def _judge(self, known: inputs.Images, own: NDArray[np.bool_], seed: int) -> dict[str, NDArray[Any]]:
         what = "three quarters of the reference"
         network = scoring.trained(self.train, known.pixels[own], known.labels[own], self.classes, seed, what)
         return {
@@ -332,7 +242,7 @@ class _Run:
 
     def _vote(self, purifier: Purifier, rounds: int) -> dict[str, NDArray[Any]]:
         data = self.data
-        network = scoring.trained(self.train, data.pixels, data.labels, self.classes, self.seed, "the dataset")
+        network = scoring.trained(self.train, data.pixels.copy(), data.labels, self.classes, self.seed, "the dataset")
         self.bar.update()
         votes: dict[str, list[NDArray[np.int64]]] = {}
         pixels = {"data": data.pixels} | ({} if self.known is None else {"reference": self.known.pixels})
@@ -351,8 +261,8 @@ class _Run:
 class _Found:
     """All that was measured."""
 
-    data: _Images
-    known: _Images | None
+    data: inputs.Images
+    known: inputs.Images | None
     classes: int
     judged: _Judged | None
     votes: _Votes | None
@@ -405,7 +315,12 @@ class _Found:
 def _verdict(
     found: _Found, by: str, name: Callable[[int], str | None], label_key: ImageKey, how: dict[str, Any]
 ) -> Verdict:
-    rows, unjudged = found.rows(), _unjudged(found.data, found.known, found.classes)
+    rows, unjudged = found.rows(), inputs.unjudged(found.data, found.known)
+    if all(row[by]["z"] is None for row in rows):
+        raise InputError(
+            "There is no evidence at all, for no image lost its label. Got a purifier that is too weak to tell "
+            "anything: take more noise or more rounds, or give a reference."
+        )
     limit = evidence.LIMITS[by]
     targets = tuple(
         row["class"] for row in rows if row["class"] not in unjudged and (row[by]["z"] or 0.0) > limit and row["images"]
@@ -423,13 +338,10 @@ def _verdict(
         None if found.votes is None else found.votes.data,
         source_sha256(found.data.hashes),
         {"method": f"sanitize by {by}", **how},
-        [name(int(index)) for index in suspects],
+        {int(index): name(int(index)) for index in suspects},
         label_key,
+        found.data.hashes[suspects, 0],
     )
-
-
-def _names(dataset: Any) -> Callable[[int], str | None]:
-    return lambda index: image_name(dataset, index)
 
 
 def _how(purifier: Purifier | None, rounds: int, train: Train, seed: int, size: int | None) -> dict[str, Any]:

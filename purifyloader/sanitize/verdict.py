@@ -19,6 +19,7 @@ from purifyloader.core.version import __version__
 from purifyloader.datasets.samples import ImageKey
 from purifyloader.errors import InputError, PurifyError
 from purifyloader.files.atomic import replacing, write_text, writing
+from purifyloader.files.hashes import hashes_as_text
 from purifyloader.files.json import read_json
 from purifyloader.files.opening import opened
 from purifyloader.purified.sanitation import Sanitation
@@ -51,11 +52,15 @@ class Verdict:
             with a purifier only.
         source: identity of the dataset, which a cache of it has too.
         found_by: how it was found, JSON.
-        names: of the suspects, where the dataset has names.
+        names: files of the suspects, by index, where the dataset has names.
+        label_key: where the label is in a sample; None where it is found by itself.
+        hashes: uint64 (S,) of the suspects' images, by which a `Sanitation` sees that a dataset is this one.
 
     >>> import numpy as np
     >>> from purifyloader.sanitize import Verdict
     >>> verdict = Verdict(np.array([0, 0, 1]), (0,), np.array([1]), {1: 1}, [], "reference")
+    >>> verdict
+    Verdict(3 images, targets [0], 1 suspects, by 'reference')
     >>> verdict.kept.tolist(), verdict.sanitation("relabel").labels
     ([0, 2], {1: 1})
     """
@@ -71,8 +76,13 @@ class Verdict:
     votes: NDArray[np.int64] | None = None
     source: Mapping[str, Any] | None = None
     found_by: Mapping[str, Any] = field(default_factory=dict)
-    names: Sequence[str | None] = ()
+    names: Mapping[int, str | None] = field(default_factory=dict)
     label_key: ImageKey = None
+    hashes: NDArray[np.uint64] | None = None
+
+    def __repr__(self) -> str:
+        found = f"targets {list(self.targets)}, {len(self.suspects):,} suspects" if self.targets else "no target"
+        return f"Verdict({len(self.labels):,} images, {found}, by {self.by!r})"
 
     @property
     def kept(self) -> NDArray[np.int64]:
@@ -93,6 +103,7 @@ class Verdict:
             label_key=self.label_key,
             source=self.source,
             found_by=self.found_by,
+            hashes=None if self.hashes is None else hashes_as_text(self.hashes),
         )
 
     def highest(self, most: int = 20) -> list[Mapping[str, Any]]:
@@ -112,7 +123,7 @@ class Verdict:
             "unjudged": list(self.unjudged),
             "suspects": self.suspects.tolist(),
             "corrected": [[index, label] for index, label in sorted(self.corrected.items())],
-            "names": list(self.names),
+            "names": [[index, name] for index, name in sorted(self.names.items())],
             "label_key": self.label_key,
             "classes": list(self.rows),
             "source": self.source,
@@ -124,10 +135,11 @@ class Verdict:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["index", "file", "label", "corrected", "score"])
-        names = self.names or [None] * len(self.suspects)
-        for index, name in zip(self.suspects.tolist(), names, strict=True):
+        for index in self.suspects.tolist():
             score = "" if self.scores is None else f"{self.scores[index]:.4f}"
-            table.writerow([index, name or "", int(self.labels[index]), self.corrected.get(index, ""), score])
+            table.writerow(
+                [index, self.names.get(index) or "", int(self.labels[index]), self.corrected.get(index, ""), score]
+            )
         return text.getvalue()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -136,7 +148,7 @@ class Verdict:
         The JSON is removed first and comes last: without it there is no verdict to load.
         """
         folder = as_path(folder)
-        arrays = {"labels": self.labels, "scores": self.scores, "votes": self.votes}
+        arrays = {"labels": self.labels, "scores": self.scores, "votes": self.votes, "hashes": self.hashes}
         data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None})
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +164,8 @@ def load(folder: str | os.PathLike[str]) -> Verdict:
 
     >>> import tempfile, numpy as np
     >>> from purifyloader import sanitize
-    >>> verdict = sanitize.Verdict(np.array([0, 0, 1]), (0,), np.array([1]), {1: 1}, [], "reference")
+    >>> rows = [{"class": label, "images": 1, "reference": {"z": 0.0}} for label in (0, 1)]
+    >>> verdict = sanitize.Verdict(np.array([0, 0, 1]), (0,), np.array([1]), {1: 1}, rows, "reference")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     verdict.save(folder)
     ...     sanitize.load(folder).suspects.tolist()
@@ -180,27 +193,38 @@ def load(folder: str | os.PathLike[str]) -> Verdict:
 
 def _verdict(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Verdict:
     labels, count = arrays["labels"], values["images"]
-    shapes = {"labels": (1, "i"), "scores": (1, "f"), "votes": (2, "i")}
+    suspects, rows, corrected = values["suspects"], values["classes"], dict(values["corrected"])
+    shapes = {"labels": (1, "i"), "scores": (1, "f"), "votes": (2, "i"), "hashes": (1, "u")}
     for name, array in arrays.items():
         dimensions, kind = shapes[name]
-        if array.ndim != dimensions or array.dtype.kind != kind or len(array) != count:
-            raise ValueError(f"{name} is {array.dtype} {array.shape} for {count} images")
-    if not all(type(index) is int for index in values["suspects"]):
-        raise ValueError(f"suspects are {values['suspects']!r:.60}")
+        length = len(suspects) if name == "hashes" else count
+        if array.ndim != dimensions or array.dtype.kind != kind or len(array) != length:
+            raise ValueError(f"{name} is {array.dtype} {array.shape} for {length} images")
+    classes = [row["class"] for row in rows]
+    numbers = [*suspects, *corrected, *corrected.values(), *values["targets"], *values["unjudged"]]
+    if not all(type(number) is int for number in numbers) or not all(values["by"] in row for row in rows):
+        raise ValueError("an index or a class is no integer, or the evidence that decided is missing")
+    if classes != list(range(len(rows))) or not {*labels.tolist(), *corrected.values(), *values["targets"]} <= {
+        *classes
+    }:
+        raise ValueError(f"its classes are {classes!r:.60}, and a label or a target is none of them")
+    if not {*corrected} <= {*suspects}:
+        raise ValueError("a corrected label is of no suspect")
     verdict = Verdict(
         labels,
         tuple(values["targets"]),
-        np.array(values["suspects"], np.int64),
-        dict(values["corrected"]),
-        values["classes"],
+        np.array(suspects, np.int64),
+        corrected,
+        rows,
         values["by"],
         tuple(values["unjudged"]),
         arrays.get("scores"),
         arrays.get("votes"),
         values["source"],
         values["found_by"],
-        values["names"],
+        dict(values["names"]),
         values["label_key"],
+        arrays.get("hashes"),
     )
     check_choice("by", verdict.by, evidence.KINDS)
     verdict.sanitation("keep")  # which checks the indices

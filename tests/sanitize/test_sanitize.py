@@ -81,6 +81,38 @@ def test_of_many_classes_those_with_evidence_are_shown():
     assert "  and 30 classes with less evidence, which are in the JSON" in list(table(many))
 
 
+def test_a_class_may_be_missing_from_the_dataset():
+    dataset = poisoned()
+    for missing, targets in ((1, (2,)), (2, ())):
+        rows = np.flatnonzero(dataset.labels != missing)
+        verdict = verdict_of(ArrayDataset(dataset.images[rows], dataset.labels[rows]))
+        assert verdict.targets == targets
+
+
+def test_a_network_judges_as_it_is_used_and_not_as_it_is_trained():
+    class Dropped(torch.nn.Module):
+        def forward(self, x_BCHW):
+            return torch.nn.functional.dropout(train([], 0)(x_BCHW), 0.9, self.training)
+
+    verdict = verdict_of(train=lambda dataset, seed: Dropped().train())
+    assert verdict.suspects.tolist() == verdict_of().suspects.tolist()
+
+
+def test_a_class_that_is_another_in_the_reference_is_to_be_looked_at():
+    dataset = images(1)
+    dataset.labels[:] = np.array([1, 0, 2])[dataset.labels]
+    words = " ".join(table(verdict_of(dataset)))
+    assert "100% of class 0 are suspects" in words
+    assert "is it the same class in the reference?" in words
+
+
+def test_what_all_classes_show_is_told_of():
+    verdict = verdict_of()
+    rows = [{**row, "reference": {**row["reference"], "common": 5.0}} for row in verdict.rows]
+    assert "All classes have more unlikely images" in " ".join(table(dataclasses.replace(verdict, rows=rows)))
+    assert "All classes have more unlikely images" not in " ".join(table(verdict))
+
+
 def test_in_a_clean_dataset_there_is_no_target():
     verdict = verdict_of(images(1))
     assert verdict.targets == ()
@@ -99,8 +131,18 @@ def test_a_dataset_without_the_suspects_is_a_view_of_the_source():
 def test_a_sanitation_is_of_the_dataset_that_it_was_found_in(tmp_path):
     sanitation = verdict_of().sanitation()
     PurifiedDataset(poisoned(), Jpeg(90), cache=tmp_path / "a", sanitation=sanitation, progress=False)
-    with pytest.raises(CacheError, match="sanitation of other images"):
-        PurifiedDataset(images(3), Jpeg(90), cache=tmp_path / "b", sanitation=sanitation, progress=False)
+    other_order = [*poisoned()][::-1]
+    for cache in (None, tmp_path / "b"):
+        for other in (images(3), other_order):
+            with pytest.raises(InputError, match="another dataset, or in another order"):
+                PurifiedDataset(other, Jpeg(90), cache=cache, sanitation=sanitation, progress=False)
+    one_more = poisoned()
+    one_more.images[verdict_of().kept[0]] = 7
+    with pytest.raises(CacheError, match="sanitation of other images"):  # found when all of them have been read
+        PurifiedDataset(one_more, Jpeg(90), cache=tmp_path / "c", sanitation=sanitation, progress=False)
+    for wrong in (verdict_of(), [1, 2], "found"):
+        with pytest.raises(InputError, match=r"as `verdict.sanitation\(\)` gives"):
+            PurifiedDataset(poisoned(), Jpeg(90), sanitation=wrong)
 
 
 class Whitening(Jpeg):
@@ -166,6 +208,10 @@ def test_what_is_saved_is_read_back(tmp_path):
                 ("by", "magic"),
                 ("targets", None),
                 ("corrected", [[1]]),
+                ("corrected", [[1, "x"]]),
+                ("targets", [77]),
+                ("classes", []),
+                ("by", "inflow"),
             )
         ),
     ],
@@ -187,9 +233,15 @@ def with_labels(labels) -> ArrayDataset:
     return dataset
 
 
-def foreign() -> ArrayDataset:
+def twice() -> ArrayDataset:
     dataset = images(0)
-    dataset.labels[:25] = 3
+    dataset.images[3:6] = dataset.images[:3]
+    return dataset
+
+
+def named(classes: str, offset: int = 1) -> ArrayDataset:
+    dataset = images(offset)
+    dataset.classes = list(classes)  # type: ignore[attr-defined]
     return dataset
 
 
@@ -209,10 +261,16 @@ def mixed() -> list:
         ({"dataset": [(np.zeros((8, 8, 3), np.uint8), [0, 1])] * 3}, "label"),
         ({"dataset": []}, "map-style dataset with images"),
         ({"dataset": with_labels(1)}, "two classes at least. Got class 1"),
-        ({"dataset": mixed()}, "one size.*give size="),
+        ({"dataset": mixed()}, "size must be given for images of several sizes"),
         ({"dataset": images(1, 19)}, "takes 20 images of it.*all 3 classes"),
         ({"reference": with_labels(np.arange(CLASSES * COUNT) % 2)}, "every class of the dataset. Got none of class 2"),
-        ({"reference": foreign()}, "0 to 2. Got class 3"),
+        ({"reference": twice()}, "each image once.* Got 3"),
+        ({"dataset": named("abc"), "reference": named("acb", 0)}, "same order. Got 'b' and 'c' for class 1"),
+        ({"dataset": [(np.zeros((8, 8, 3), np.uint8), True)] * 3}, "one class number, an integer. Got True"),
+        ({"dataset": [(np.zeros((8, 8, 3), np.uint8), "0")] * 3}, "one class number, an integer. Got '0'"),
+        ({"dataset": [(np.zeros((8, 8, 3), np.uint8), 10**12)] * 3}, "from 0 to 65535. Got 1000000000000"),
+        ({"train": 5}, "train must be a function"),
+        ({"purifier": recipes.jpeg(100), "reference": None}, "no evidence at all.*more noise"),
         ({"reference": images(1)}, "images that are in both"),
         ({"reference": None}, "Got no purifier"),
         ({"by": "outflow"}, "what purification does"),
@@ -237,7 +295,7 @@ def test_of_a_class_with_few_images_nothing_is_said(caplog):
     verdict = verdict_of(ArrayDataset(dataset.images[few], dataset.labels[few]))
     assert verdict.unjudged == (1,)
     assert verdict.targets == (2,)
-    assert "class 1 has fewer than 20 images" in caplog.text
+    assert "too few images to tell a back door from chance: 5 in the dataset and 60 in the reference" in caplog.text
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -271,6 +329,8 @@ def test_the_command_writes_what_precompute_takes(folders, monkeypatch, capsys):
     assert len(read) == len(sanitize.load("found").kept)
     assert main(["sanitize", *data, *own, "--out", "found", "--quiet"]) == 2
     assert "overwrite them" in capsys.readouterr().err
+    assert main(["sanitize", *data, *own, "--out", "other", "--sigma", "0.1"]) == 2
+    assert "go with --recipe. Got --sigma alone" in capsys.readouterr().err
     shutil.rmtree("cache")
     assert main(["precompute", *data, "--recipe", "jpeg", "--suspects", "drop", "--out", "cache"]) == 2
     assert "--sanitation" in capsys.readouterr().err
