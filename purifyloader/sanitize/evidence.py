@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 __all__ = ["KINDS", "LIMITS", "at_least", "inflow", "leaves", "majority", "outflow", "published", "reference"]
@@ -64,7 +65,8 @@ def reference(at_least_KN: Labels, labels_N: Labels, counts_KC: Labels) -> list[
     """Compare the unlikely images of each class with how many would be by chance.
 
     If an image is as the known ones of its class are, each place among them is as probable: with n known images it is
-    one of the m most unlikely with probability m / (n + 1).
+    one of the m most unlikely with probability m / (n + 1). How far that share strays, for so few known images, is the
+    variance of a beta distribution, and a gamma distribution with the same mean and variance gives z.
 
     Of each class: the share of `unlikely` images, the share `expected`, the smallest share of wrong labels that `shows`
     (if each is the most unlikely of all), `common`, the z that all classes have, and the `z` beyond that.
@@ -80,24 +82,41 @@ def reference(at_least_KN: Labels, labels_N: Labels, counts_KC: Labels) -> list[
         of_label, known = labels_N == label, counts_KC[:, label]
         if of_label.any() and known.all():
             places = np.maximum(1, (_TAIL * (known + 1)).astype(np.int64))
+            chance = places / (known + 1)
             shares[label] = (at_least_KN[:, of_label] < places[:, None]).mean()
-            expected[label] = (places / (known + 1)).mean()
-            variance = expected[label] * (1 - expected[label])
-            spread = math.sqrt(variance * (1 / of_label.sum() + 1 / known.sum()))
-            z[label] = (shares[label] - expected[label]) / spread
-            shows[label] = LIMITS["reference"] * spread / (1 - expected[label])
+            expected[label] = chance.mean()
+            spread = (chance * (1 - chance) / (known + 2)).sum() / len(known) ** 2
+            variance = spread + expected[label] * (1 - expected[label]) / of_label.sum()
+            z[label] = _z(shares[label], expected[label], variance)
+            shows[label] = (_limit(expected[label], variance) - expected[label]) / (1 - expected[label])
     # what all classes show comes from another camera, and from no poison
     common = float(np.nanmedian(z)) if classes >= 4 and not np.isnan(z).all() else 0.0
     return [
         {
             "unlikely": _plain(share),
             "expected": _plain(chance),
-            "shows": _plain(least),
+            "shows": _plain(min(least, 1.0)),
             "common": _plain(common),
             "z": _plain(one - max(common, 0.0)),
         }
         for share, chance, least, one in zip(shares, expected, shows, z, strict=True)
     ]
+
+
+def _z(share: float, mean: float, variance: float) -> float:
+    """The standard deviations of a normal distribution at which a share of a gamma distribution stands."""
+    shape, scale = torch.tensor([mean**2 / variance, variance / mean], dtype=torch.float64, device="cpu")
+    larger = torch.special.gammaincc(shape, share / scale).clamp(1e-300, 1 - 1e-15)
+    return -float(torch.special.ndtri(larger))
+
+
+def _limit(mean: float, variance: float) -> float:
+    """The share from which a class is a target."""
+    low, high = mean, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _z(middle, mean, variance) > LIMITS["reference"] else (middle, high)
+    return high
 
 
 def outflow(
