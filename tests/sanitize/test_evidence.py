@@ -86,12 +86,29 @@ def test_by_chance_no_class_is_unlikely(known):
         assert row["z"] < 3
 
 
+@pytest.mark.parametrize("known", [5, 15, 50])
+def test_few_known_images_give_no_false_alarm(known):
+    """The place of the few most unlikely known images is chance itself: z allows for it."""
+    z = []
+    for _ in range(100):
+        images, labels = RNG.normal(size=200), np.zeros(200, int)
+        counts = [(RNG.normal(size=known)[:, None] >= images).sum(axis=0) for _ in range(4)]
+        z.append(evidence.reference(np.stack(counts), labels, np.full((4, 1), known))[0]["z"])
+    assert abs(np.mean(z)) < 0.4
+    assert 0.7 < np.std(z) < 1.3
+    assert np.mean(np.array(z) > evidence.LIMITS["reference"]) <= 0.01
+
+
 def test_the_reference_finds_the_class_with_unlikely_images():
     labels = np.repeat(np.arange(4), 400)
     unlikely = places(labels, 0.0)
     unlikely[:, labels == 2] = places(np.zeros(400), 0.1)
     rows = evidence.reference(unlikely, labels, np.full((4, 4), 50))
     assert [row["z"] > evidence.LIMITS["reference"] for row in rows] == [False, False, True, False]
+    assert 0.03 < rows[2]["shows"] < 0.1, "and half as many would not have shown"
+    fewer = unlikely.copy()
+    fewer[:, labels == 2] = places(np.zeros(400), rows[2]["shows"] / 2)
+    assert evidence.reference(fewer, labels, np.full((4, 4), 50))[2]["z"] < evidence.LIMITS["reference"]
 
 
 def test_what_all_classes_show_is_no_evidence():
