@@ -54,6 +54,11 @@ def _doubts(verdict: Verdict) -> Iterator[str]:
             "above): the reference is of other images than these, or labels are wrong in many classes, which does not "
             "show as a target."
         )
+    if verdict.by == "published" and verdict.targets:
+        yield (
+            "The published score names classes of clean data too. Look at the suspects, or give clean labelled images, "
+            "before you drop any."
+        )
     if verdict.scores is None:
         return
     for label in verdict.targets:

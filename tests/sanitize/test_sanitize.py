@@ -106,6 +106,11 @@ def test_a_class_that_is_another_in_the_reference_is_to_be_looked_at():
     assert "is it the same class in the reference?" in words
 
 
+def test_the_published_score_is_not_believed_by_itself():
+    verdict = dataclasses.replace(verdict_of(purifier=recipes.jpeg(50)), by="published")
+    assert "names classes of clean data too" in " ".join(table(verdict))
+
+
 def test_what_all_classes_show_is_told_of():
     verdict = verdict_of()
     rows = [{**row, "reference": {**row["reference"], "common": 5.0}} for row in verdict.rows]
