@@ -133,6 +133,24 @@ def test_a_dataset_without_the_suspects_is_a_view_of_the_source():
     assert [relabelled[i][1] for i in verdict.suspects[:3]] == [verdict.corrected[i] for i in verdict.suspects[:3]]
 
 
+@pytest.mark.parametrize("key", ["label", "cls"])
+def test_labels_of_dicts_are_found_and_corrected(key):
+    dataset = [{"image": image, key: np.int64(label)} for image, label in poisoned()]
+    verdict = verdict_of(dataset)
+    assert verdict.suspects.tolist() == verdict_of().suspects.tolist()
+    relabelled = PurifiedDataset(dataset, Jpeg(90), sanitation=verdict.sanitation("relabel"))
+    first = int(verdict.suspects[0])
+    assert relabelled[first][key] == verdict.corrected[first] != dataset[first][key]
+    assert type(relabelled[first][key]) is np.int64
+
+
+def test_a_part_of_a_dataset_keeps_its_class_names():
+    whole = named("abc")
+    halves = [torch.utils.data.Subset(whole, rows) for rows in np.split(np.arange(len(whole)), 2)]
+    verdict = verdict_of(torch.utils.data.ConcatDataset(halves), reference=named("abc", 0))
+    assert [row["name"] for row in verdict.rows] == ["a", "b", "c"]
+
+
 def test_a_sanitation_is_of_the_dataset_that_it_was_found_in(tmp_path):
     sanitation = verdict_of().sanitation()
     PurifiedDataset(poisoned(), Jpeg(90), cache=tmp_path / "a", sanitation=sanitation, progress=False)
