@@ -223,13 +223,18 @@ def found_table(results: Results) -> str:
 
 
 def left_table(results: Results) -> str:
-    lines = ["| attack | " + " | ".join(WAYS) + " |", "| --- |" + " ---: |" * len(WAYS)]
-    for attack, cells in cells_of(results).items():
+    measured = {
+        attack: [cell["ways"] for cell in cells if "ways" in cell] for attack, cells in cells_of(results).items()
+    }
+    measured = {attack: cells for attack, cells in measured.items() if cells}
+    ways = [way for way in WAYS if any(way in cell for cells in measured.values() for cell in cells)]
+    lines = ["| attack | " + " | ".join(ways) + " |", "| --- |" + " ---: |" * len(ways)]
+    for attack, cells in measured.items():
         row = []
-        for way in WAYS:
-            values = [cell["ways"][way] for cell in cells if way in cell.get("ways", {})]
-            accuracy_, success = ([v[key] for v in values if v[key] is not None] for key in ("accuracy", "success"))
-            row.append(mean(accuracy_) + (f" / {mean(success)}" if success else ""))
+        for way in ways:
+            values = [cell[way] for cell in cells if way in cell]
+            accuracies, success = ([v[key] for v in values if v[key] is not None] for key in ("accuracy", "success"))
+            row.append(mean(accuracies) + (f" / {mean(success)}" if success else ""))
         lines.append(f"| {attack} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

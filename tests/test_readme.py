@@ -253,6 +253,11 @@ def test_the_tables_of_the_fast_denoiser_are_the_measured_ones():
     assert example("fast_defence").with_table(page, load(RESULTS / "fast_defence.json")) == page
 
 
+def test_the_tables_of_sanitizing_are_the_measured_ones():
+    page = page_with("found")
+    assert example("sanitize").with_tables(page, load(RESULTS / "sanitize.json")) == page
+
+
 def test_the_table_of_reading_is_the_measured_one():
     page = page_with("reading")
     assert example("cache_speed").with_tables(page, load(RESULTS / "cache_speed.json")) == page
