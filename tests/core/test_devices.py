@@ -207,6 +207,13 @@ def test_the_kind_of_a_cpu_names_its_instructions():
     assert kind_of_device(CPU).startswith(f"cpu {torch.backends.cpu.get_cpu_capability()}")
 
 
+def test_limits_of_oneDNN_are_of_the_kind(monkeypatch):
+    before = kind_of_device(CPU)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    assert kind_of_device(CPU) == f"{before} up to SSE41"
+
+
+@pytest.mark.slow
 def test_limits_of_the_environment_are_of_the_kind():
     limited = kind_with(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
     assert limited.startswith("cpu DEFAULT")
