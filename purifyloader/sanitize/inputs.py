@@ -42,7 +42,7 @@ def read(dataset: Any, size: int | None, image_key: ImageKey, label_key: ImageKe
     source = take_over(dataset)
     try:
         check_honest(source, None, image_key)
-        return _read(SampleReader(source.raw, None, image_key), size, label_key, class_names(dataset))
+        return _read(SampleReader(source.raw, None, image_key), size, label_key, _class_names(dataset))
     except InputError as error:
         if error.argument is not None:
             raise
@@ -68,20 +68,26 @@ def _read(reader: SampleReader, size: int | None, label_key: ImageKey, names: li
     return Images(np.stack(pixels), np.array(labels, np.int64), np.stack(hashes), names)
 
 
-def class_names(dataset: Any) -> list[str] | None:
+def _class_names(dataset: Any) -> list[str] | None:
     """Return the names of a dataset's classes, also of a part of one; None where it has none, or several."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     if isinstance(dataset, ConcatDataset):
-        found = [class_names(part) for part in dataset.datasets]
+        found = [_class_names(part) for part in dataset.datasets]
         return found[0] if all(names == found[0] for names in found) else None
     names = getattr(dataset, "classes", None)
-    return [*names] if isinstance(names, list | tuple) and all(isinstance(n, str) for n in names) else None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return [name.encode("utf-8", "backslashreplace").decode() for name in names]
 
 
 def file_name(dataset: Any, index: int) -> str | None:
     """Name an image as its owner finds it: a file below a folder, or the key of a sample in a tar."""
-    return image_name(dataset, index, fetch(take_over(dataset).raw, [index])[0])
+    name = image_name(dataset, index)
+    if name is None:  # only a sample of a tar knows its own
+        name = image_name(dataset, index, fetch(take_over(dataset).raw, [index])[0])
+    # names in an encoding of former days are no Unicode, and no file takes them
+    return None if name is None else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _label(sample: Any, image_key: ImageKey, label_key: ImageKey) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from purifyloader.certify.functions import DenoisedSet, Predictor, Train
 from purifyloader.certify.training import Training
 from purifyloader.core import noise
-from purifyloader.core.devices import computes_bfloat16
+from purifyloader.core.devices import computes_bfloat16, device_of
 from purifyloader.core.images import quantize
 from purifyloader.errors import InputError
 from purifyloader.purifiers import Purifier
@@ -52,18 +52,12 @@ def trained(train: Train, images: Bytes, labels: NDArray[np.int64], classes: int
 @torch.no_grad()
 def log_probabilities(predictor: Predictor, images: Bytes, classes: int) -> NDArray[np.float64]:
     """Return the logarithm of each class's probability, (N, K), of images uint8 (N, H, W, C)."""
-    device = _device_of(predictor)
+    device = (device_of(predictor) if isinstance(predictor, torch.nn.Module) else None) or torch.device("cpu")
     parts = []
     for start in range(0, len(images), _AT_ONCE):
         x = torch.from_numpy(np.array(images[start : start + _AT_ONCE])).to(device).permute(0, 3, 1, 2).float() / 255
         parts.append(_as_logarithms(predictor(x), len(x), classes))
     return np.concatenate(parts) if parts else np.zeros((0, classes))
-
-
-def _device_of(predictor: Any) -> torch.device:
-    if isinstance(predictor, torch.nn.Module) and (weight := next(predictor.parameters(), None)) is not None:
-        return weight.device
-    return torch.device("cpu")
 
 
 def _as_logarithms(answer: Any, count: int, classes: int) -> NDArray[np.float64]:
@@ -97,7 +91,7 @@ def folds_of(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int
 def purified(purifier: Purifier, images: Bytes, seed: int, number: int) -> Bytes:
     """Purify images uint8 (N, H, W, C) for round `number`, as a function of (seed, round, index)."""
     keys_N = noise.fold_in(noise.image_keys(seed, number, range(len(images))), _PURIFY)
-    device = next((p.device for p in purifier.parameters()), torch.device("cpu"))
+    device = device_of(purifier) or torch.device("cpu")
     out = np.empty_like(images)
     for start in range(0, len(images), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,14 +29,12 @@ from purifyloader.datasets.sources import random_state_kept
 from purifyloader.errors import InputError
 from purifyloader.files.atomic import canonical_json, replacing, writing
 from purifyloader.files.opening import opened
-from purifyloader.purified.job import check_purifier
+from purifyloader.purified.tensors import check_applicable
 from purifyloader.purifiers import Purifier
 from purifyloader.sanitize import evidence, inputs, scoring
 from purifyloader.sanitize.verdict import Verdict
 
 __all__ = ["sanitize"]
-
-log = logging.getLogger(__name__)
 
 FOLDS = 4  # networks that learn from the reference, each without a quarter of it
 LIKELY = 0.8  # percentile among clean images above which an image under a target's label is a suspect
@@ -126,7 +123,7 @@ def _check_arguments(
     if size is not None:
         sizes.check_resize(size, size)
     if purifier is not None:
-        check_purifier(purifier)
+        check_applicable(purifier)
     if by != "published" and reference is None:
         raise InputError(f"of {by!r} compares with clean images. Got no reference: give one.", argument="by")
     if by != "reference" and purifier is None:
@@ -236,6 +233,13 @@ class _Run:
 
     def votes(self, purifier: Purifier, rounds: int) -> _Votes:
         """Let a network that learned from the dataset vote on every image and its purified versions."""
+        height, width, channels = self.data.pixels.shape[1:]
+        if (out := purifier.output_shape((channels, height, width))) != (channels, height, width):
+            raise InputError(
+                "must bring the images to the size that the purifier makes, for the networks see no other. Got "
+                f"{(height, width)}, and {out[1:]} purified: give that size, or a purifier without a resize.",
+                argument="size",
+            )
         vote = partial(self._vote, purifier, rounds)
         arrays = self.kept.get("votes", vote, purifier=purifier.identity(), rounds=rounds)
         return _Votes(arrays["data"], arrays.get("reference"))

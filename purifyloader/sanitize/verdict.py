@@ -187,7 +187,7 @@ def load(folder: str | os.PathLike[str]) -> Verdict:
         with opened(folder / ARRAYS) as file:
             arrays = safetensors.numpy.load(file.read())
         return _verdict(values, arrays)
-    except (OSError, KeyError, TypeError, ValueError, PurifyError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, PurifyError, safetensors.SafetensorError) as error:
         raise InputError(f"The sanitation in {folder} is damaged: {error!r}. Sanitize again.") from None
 
 
@@ -204,10 +204,11 @@ def _verdict(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> V
     numbers = [*suspects, *corrected, *corrected.values(), *values["targets"], *values["unjudged"]]
     if not all(type(number) is int for number in numbers) or not all(values["by"] in row for row in rows):
         raise ValueError("an index or a class is no integer, or the evidence that decided is missing")
-    if classes != list(range(len(rows))) or not {*labels.tolist(), *corrected.values(), *values["targets"]} <= {
-        *classes
-    }:
+    named = {*labels.tolist(), *corrected.values(), *values["targets"]}
+    if classes != list(range(len(rows))) or not named <= {*classes}:
         raise ValueError(f"its classes are {classes!r:.60}, and a label or a target is none of them")
+    if not all(type(row["images"]) is int and isinstance(row[values["by"]]["z"], int | float | None) for row in rows):
+        raise ValueError("the numbers of a class are missing, or no numbers")
     if not {*corrected} <= {*suspects}:
         raise ValueError("a corrected label is of no suspect")
     verdict = Verdict(

@@ -12,6 +12,7 @@ import torch
 
 from purifyloader import PurifiedDataset, recipes, sanitize
 from purifyloader.commands.main import main
+from purifyloader.core.version import __version__
 from purifyloader.datasets.arrays import ArrayDataset
 from purifyloader.errors import CacheError, ConfigError, InputError
 from purifyloader.purifiers import Jpeg
@@ -213,6 +214,43 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert (tmp_path / "suspects.csv").read_text() == verdict.csv()
 
 
+def test_the_golden_json_of_a_verdict_is_still_read(tmp_path):
+    rows = [{"class": label, "name": "ab"[label], "images": 1, "reference": {"z": 9.5 - 9 * label}} for label in (0, 1)]
+    verdict = sanitize.Verdict(
+        np.array([0, 1]), (0,), np.array([0]), {0: 1}, rows, "reference", names={0: "a/0.png"}, found_by={"seed": 0}
+    )
+    golden = {
+        "format": "purifyloader-sanitation",
+        "version": 1,
+        "purifyloader": __version__,
+        "images": 2,
+        "by": "reference",
+        "targets": [0],
+        "unjudged": [],
+        "suspects": [0],
+        "corrected": [[0, 1]],
+        "names": [[0, "a/0.png"]],
+        "label_key": None,
+        "classes": rows,
+        "source": None,
+        "found_by": {"seed": 0},
+    }
+    verdict.save(tmp_path)
+    assert json.loads((tmp_path / FILES[0]).read_text()) == golden
+    assert (tmp_path / FILES[2]).read_text() == "index,file,label,corrected,score\n0,a/0.png,0,1,\n"
+    assert sanitize.load(tmp_path).to_dict() == golden
+
+
+def test_names_that_are_no_unicode_are_written_and_read(tmp_path):
+    dataset = named("abc")
+    dataset.classes[2] = "caf\udce9"  # type: ignore[attr-defined]
+    reference = named("abc", 0)
+    reference.classes[2] = "caf\udce9"  # type: ignore[attr-defined]
+    dataset.labels[:] = poisoned().labels
+    verdict_of(dataset, reference=reference).save(tmp_path)
+    assert sanitize.load(tmp_path).rows[2]["name"] == r"caf\udce9"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -233,6 +271,9 @@ def test_what_is_saved_is_read_back(tmp_path):
                 ("corrected", [[1]]),
                 ("corrected", [[1, "x"]]),
                 ("targets", [77]),
+                ("suspects", [10**30]),
+                ("classes", [{"class": label, "reference": {"z": 0.0}} for label in range(3)]),
+                ("classes", [{"class": label, "images": 1, "reference": {"z": "9"}} for label in range(3)]),
                 ("classes", []),
                 ("by", "inflow"),
             )
@@ -293,6 +334,7 @@ def mixed() -> list:
         ({"dataset": [(np.zeros((8, 8, 3), np.uint8), "0")] * 3}, "one class number, an integer. Got '0'"),
         ({"dataset": [(np.zeros((8, 8, 3), np.uint8), 10**12)] * 3}, "from 0 to 65535. Got 1000000000000"),
         ({"train": 5}, "train must be a function"),
+        ({"purifier": recipes.jpeg(50, resize=6)}, r"size must bring .*\(8, 8\), and \(6, 6\) purified"),
         ({"purifier": recipes.jpeg(100), "reference": None}, "no evidence at all.*more noise"),
         ({"reference": images(1)}, "images that are in both"),
         ({"reference": None}, "Got no purifier"),
