@@ -24,7 +24,7 @@ KINDS = ("reference", "outflow", "inflow", "published")
 
 LIMITS = {"reference": 3.0, "outflow": 4.0, "inflow": 4.0, "published": 2.0}
 """Where a class becomes a target: of "published" its authors', of the others standard deviations of chance. That of
-"reference" was chosen on images of CIFAR-10 apart from the sample (`examples/sanitize.py --dev`); those of "outflow" and
+"reference" was chosen on images of CIFAR-10 apart from the sample (`examples/sanitize.py`); those of "outflow" and
 "inflow" have not been tried enough."""
 
 _TAIL = 0.05  # share of the known images of a class that are called unlikely for it
